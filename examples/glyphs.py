@@ -1,0 +1,548 @@
+"""Small image-classification tasks that need no download: printed glyphs and handwritten digits.
+
+Printed glyphs come from the fonts that matplotlib ships, handwritten digits from scikit-learn. Every image is grey,
+28 x 28 and distorted at random (turned, scaled, thickened, blurred, noised, partly covered, crossed by stray strokes),
+so that few training images do not suffice to learn a task from pixels. Randomness comes from local, seeded generators.
+
+The characters used for pretraining (Latin, Georgian, Canadian syllabics, Tifinagh, ...) and those of the tasks are
+disjoint, and look-alikes (Latin ``P`` and Cyrillic ``Р``) are removed by comparing the drawn bitmaps. Two tasks,
+``lettering`` and ``damage``, show characters known from pretraining but ask a new question about them.
+
+Typical use::
+
+    task = load_task("greek", seed=0)
+    task.train_images.shape  # (classes * train_per_class, 1, 28, 28)
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageFont
+from torch import Tensor
+
+CANVAS_SIZE = 48
+"""Side of the square on which a glyph is drawn before it is distorted, in pixels."""
+
+IMAGE_SIZE = 28
+"""Side of the images handed to a model, in pixels."""
+
+GLYPH_SIZE = 38
+"""Longer side of every drawn glyph on its canvas, in pixels."""
+
+SANS_FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique")
+SERIF_FACES = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
+MONO_FACES = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
+STIX_FACES = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
+FACES = SANS_FACES + SERIF_FACES + MONO_FACES + STIX_FACES
+"""Every face glyphs are drawn with, if it has the character."""
+
+LATIN_LETTERS = "ABDEFGHKLMNPQRTUWYabdefghijkmnpqrtuy"
+"""Basic Latin letters whose two cases do not look alike once scaled to the same size."""
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Ranges from which the distortions of one image are drawn uniformly; pairs are (lowest, highest)."""
+
+    rotation: tuple[float, float] = (-10.0, 10.0)
+    """Angle in degrees."""
+    scale: tuple[float, float] = (0.8, 1.05)
+    """Size of the glyph; 1 keeps the size it is drawn with."""
+    stretch: float = 0.12
+    """Largest relative change of the width against the height, either way."""
+    shear: float = 0.12
+    """Largest horizontal shear, either way."""
+    shift: float = 0.10
+    """Largest move along each axis, as a fraction of half the image."""
+    thickness: tuple[float, float] = (-0.5, 0.8)
+    """Stroke change: -1 is one pixel of the canvas eroded on each side, 1 is one pixel added."""
+    blur: tuple[float, float] = (0.0, 0.7)
+    """Share of a 3 x 3 mean mixed in, twice."""
+    noise: tuple[float, float] = (0.0, 0.12)
+    """Standard deviation of the added normal noise (ink is 1, paper is 0)."""
+    contrast: tuple[float, float] = (0.6, 1.0)
+    """Darkness of the ink."""
+    occlusion: float = 0.25
+    """Largest side of the square covered with paper, as a fraction of the image side."""
+    strokes: int = 0
+    """Number of stray strokes across the image."""
+
+
+PRETRAINING_DISTORTION = Distortion()
+"""Distortion of the images a backbone is pretrained with."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task as tensors.
+
+    Attributes:
+        name: name in :data:`TASKS`.
+        class_names: one name for each label.
+        train_images: float32, (train images, 1, 28, 28), about zero mean and unit variance.
+        train_labels: int64, (train images,).
+        test_images: float32, (test images, 1, 28, 28).
+        test_labels: int64, (test images,).
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class TaskDescription:
+    """One row of :data:`TASKS`: what a task is, before any image of it is drawn.
+
+    Attributes:
+        description: one line for people.
+        class_names: one name for each label.
+        bitmaps: gives the undistorted bitmaps of a class, uint8 (bitmaps, 48, 48).
+        distortions: one for each class.
+        separate_bitmaps: whether no bitmap may serve both training and test (each is a sample of its own); otherwise
+            both use the same drawn glyphs and only the distortions differ.
+    """
+
+    description: str
+    class_names: tuple[str, ...]
+    bitmaps: Callable[[int], Tensor]
+    distortions: tuple[Distortion, ...]
+    separate_bitmaps: bool = False
+
+
+# ---- drawing ----
+
+
+@cache
+def _face_path(face: str) -> str:
+    """Return the font file of a face."""
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf")
+
+
+@cache
+def _face_characters(face: str) -> frozenset[int]:
+    """Return the code points a face has a glyph for, by its character map."""
+    return frozenset(FT2Font(_face_path(face)).get_charmap())
+
+
+@cache
+def _face_font(face: str) -> ImageFont.FreeTypeFont:
+    """Return a face at the size it is drawn with before scaling."""
+    return ImageFont.truetype(_face_path(face), 2 * GLYPH_SIZE, layout_engine=ImageFont.Layout.BASIC)
+
+
+def faces_with(character: str, faces: tuple[str, ...] = FACES) -> tuple[str, ...]:
+    """Return those of the faces whose character map has the character, so that no missing-glyph box is ever drawn."""
+    return tuple(face for face in faces if ord(character) in _face_characters(face))
+
+
+@cache
+def draw_glyph(character: str, face: str) -> Tensor:
+    """Draw a character in the middle of a canvas, its longer side always equally long.
+
+    Returns:
+        uint8, (48, 48); ink is 255, paper 0.
+
+    Raises:
+        ValueError: if the face lacks the character, or draws nothing for it.
+    """
+    if ord(character) not in _face_characters(face):
+        raise ValueError(f"{face} has no glyph for {character!r} (U+{ord(character):04X}); see faces_with()")
+    mask = _face_font(face).getmask(character)
+    width, height = mask.size
+    pixels = np.asarray(mask, dtype=np.uint8).reshape(height, width)
+    if not pixels.any():
+        raise ValueError(f"{face} draws nothing for {character!r} (U+{ord(character):04X})")
+    rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+    pixels = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return _centre(pixels, GLYPH_SIZE)
+
+
+def _centre(pixels: np.ndarray, longer_side: int) -> Tensor:
+    """Scale grey pixels, uint8 (height, width), to the given longer side and centre them on a canvas (48, 48)."""
+    height, width = pixels.shape
+    factor = longer_side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    scaled = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    canvas = np.zeros((CANVAS_SIZE, CANVAS_SIZE), dtype=np.uint8)
+    top, left = (CANVAS_SIZE - size[1]) // 2, (CANVAS_SIZE - size[0]) // 2
+    canvas[top : top + size[1], left : left + size[0]] = scaled
+    return torch.from_numpy(canvas)
+
+
+@cache
+def glyph_bitmaps(characters: str, faces: tuple[str, ...] = FACES) -> Tensor:
+    """Draw every character with each of the faces that has it.
+
+    Returns:
+        uint8, (bitmaps, 48, 48).
+
+    Raises:
+        ValueError: if no face has any of the characters.
+    """
+    bitmaps = [draw_glyph(character, face) for character in characters for face in faces_with(character, faces)]
+    if not bitmaps:
+        raise ValueError(f"none of the faces {faces} has a glyph for any of {characters!r}")
+    return torch.stack(bitmaps)
+
+
+@cache
+def handwritten_bitmaps(digit: int) -> Tensor:
+    """Return the handwritten samples of a digit from scikit-learn, enlarged from 8 x 8.
+
+    Returns:
+        uint8, (samples, 48, 48).
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    samples = torch.from_numpy(digits.images[digits.target == digit]).float().unsqueeze(1) / 16  # (samples, 1, 8, 8)
+    enlarged = F.interpolate(samples, size=(40, 40), mode="bicubic", align_corners=False).clamp(0, 1)
+    margin = (CANVAS_SIZE - 40) // 2
+    return (F.pad(enlarged, [margin] * 4).squeeze(1) * 255).round().to(torch.uint8)
+
+
+# ---- distorting ----
+
+
+def _uniform(count: int, limits: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """Draw (count,) numbers uniformly between two limits."""
+    return torch.empty(count).uniform_(limits[0], limits[1], generator=generator)
+
+
+def _change_thickness(images: Tensor, amount: Tensor) -> Tensor:
+    """Thicken strokes where the amount, (N,), is above zero and thin them where below; images are (N, 1, H, W)."""
+    amount = amount.view(-1, 1, 1, 1)
+    thick = F.max_pool2d(images, 3, stride=1, padding=1)
+    thin = -F.max_pool2d(-images, 3, stride=1, padding=1)
+    return images + amount.clamp(min=0) * (thick - images) + (-amount).clamp(min=0) * (thin - images)
+
+
+def _place(images: Tensor, distortion: Distortion, generator: torch.Generator) -> Tensor:
+    """Turn, scale, stretch, shear and shift canvases (N, 1, 48, 48) and sample images (N, 1, 28, 28) from them."""
+    count = len(images)
+    angle = _uniform(count, distortion.rotation, generator) * (math.pi / 180)
+    scale = _uniform(count, distortion.scale, generator)
+    stretch = _uniform(count, (-distortion.stretch, distortion.stretch), generator).exp()
+    shear = _uniform(count, (-distortion.shear, distortion.shear), generator)
+    shift = torch.empty(count, 2).uniform_(-distortion.shift, distortion.shift, generator=generator)
+    turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=1).view(count, 2, 2)
+    lean = torch.stack([1 / stretch, shear, torch.zeros(count), stretch], dim=1).view(count, 2, 2)
+    matrix = (lean @ turn) / scale.view(-1, 1, 1)  # (N, 2, 2), from places in the image to places on the canvas
+    offset = -(matrix @ shift.unsqueeze(-1))  # (N, 2, 1)
+    grid = F.affine_grid(torch.cat([matrix, offset], dim=2), [count, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def _blur(images: Tensor, amount: Tensor) -> Tensor:
+    """Mix a share, (N,), of the 3 x 3 mean into images (N, 1, H, W), twice."""
+    amount = amount.view(-1, 1, 1, 1)
+    for _ in range(2):
+        images = images + amount * (F.avg_pool2d(images, 3, stride=1, padding=1) - images)
+    return images
+
+
+def _add_strokes(images: Tensor, strokes: int, generator: torch.Generator) -> Tensor:
+    """Draw straight strokes at random places across images (N, 1, H, W), as dark as ink."""
+    count, _, height, width = images.shape
+    ends = torch.empty(count, strokes, 2, 2, 1, 1).uniform_(0, 1, generator=generator)  # (N, strokes, end, axis, 1, 1)
+    rows = torch.linspace(0, 1, height).view(height, 1)
+    columns = torch.linspace(0, 1, width).view(1, width)
+    (row, column), (row_step, column_step) = ends[:, :, 0].unbind(2), (ends[:, :, 1] - ends[:, :, 0]).unbind(2)
+    length = (row_step**2 + column_step**2).clamp(min=1e-6)
+    along = (((rows - row) * row_step + (columns - column) * column_step) / length).clamp(0, 1)  # (N, strokes, H, W)
+    distance = ((rows - row - along * row_step) ** 2 + (columns - column - along * column_step) ** 2).sqrt()
+    ink = (1.5 - distance * height).clamp(0, 1).amax(dim=1, keepdim=True)  # (N, 1, H, W)
+    return torch.maximum(images, ink)
+
+
+def _occlude(images: Tensor, largest_side: float, generator: torch.Generator) -> Tensor:
+    """Cover a square of images (N, 1, H, W) with paper; its side is at most the given fraction of the image side."""
+    count, _, height, width = images.shape
+    side = _uniform(count, (0, largest_side), generator).view(-1, 1, 1, 1)
+    centre = torch.empty(count, 2, 1, 1, 1).uniform_(0, 1, generator=generator)
+    rows = torch.linspace(0, 1, height).view(1, 1, height, 1)
+    columns = torch.linspace(0, 1, width).view(1, 1, 1, width)
+    covered = ((rows - centre[:, 0]).abs() < side / 2) & ((columns - centre[:, 1]).abs() < side / 2)
+    return images.masked_fill(covered, 0.0)
+
+
+def distort(bitmaps: Tensor, distortion: Distortion, generator: torch.Generator) -> Tensor:
+    """Distort bitmaps and standardise them, each with its own random draw.
+
+    Args:
+        bitmaps: uint8, (N, 48, 48), ink 255.
+        distortion: ranges of the draws.
+        generator: source of all randomness.
+
+    Returns:
+        float32, (N, 1, 28, 28), about zero mean and unit variance.
+    """
+    count = len(bitmaps)
+    images = bitmaps.unsqueeze(1).float() / 255
+    images = _change_thickness(images, _uniform(count, distortion.thickness, generator))
+    images = _place(images, distortion, generator)
+    if distortion.strokes:
+        images = _add_strokes(images, distortion.strokes, generator)
+    if distortion.occlusion:
+        images = _occlude(images, distortion.occlusion, generator)
+    images = _blur(images, _uniform(count, distortion.blur, generator))
+    images = images * _uniform(count, distortion.contrast, generator).view(-1, 1, 1, 1)
+    noise = torch.empty_like(images).normal_(generator=generator)
+    images = images + noise * _uniform(count, distortion.noise, generator).view(-1, 1, 1, 1)
+    return (images - 0.15) / 0.3
+
+
+# ---- tasks ----
+
+
+def _glyph_task(
+    description: str,
+    characters: str,
+    distortion: Distortion,
+    faces: tuple[str, ...] = FACES,
+) -> TaskDescription:
+    """Describe the task "which of these characters is it"."""
+    return TaskDescription(
+        description=description,
+        class_names=tuple(characters),
+        bitmaps=lambda label: glyph_bitmaps(characters[label], faces),
+        distortions=(distortion,) * len(characters),
+    )
+
+
+_HARD = Distortion(
+    rotation=(-15.0, 15.0),
+    scale=(0.7, 1.05),
+    stretch=0.15,
+    shear=0.15,
+    shift=0.15,
+    thickness=(-0.5, 1.2),
+    noise=(0.0, 0.15),
+    contrast=(0.6, 1.0),
+    occlusion=0.3,
+)
+
+_STEADY = replace(_HARD, rotation=(-6.0, 6.0), shear=0.03, stretch=0.05, thickness=(-0.15, 0.15), noise=(0.0, 0.1))
+
+_LETTERINGS = {face: (face,) for face in (*SANS_FACES, *SERIF_FACES, *STIX_FACES)}
+
+_DAMAGES = {
+    "none": PRETRAINING_DISTORTION,
+    "turned left": replace(PRETRAINING_DISTORTION, rotation=(-60.0, -20.0)),
+    "turned right": replace(PRETRAINING_DISTORTION, rotation=(20.0, 60.0)),
+    "small": replace(PRETRAINING_DISTORTION, scale=(0.5, 0.75)),
+    "thin": replace(PRETRAINING_DISTORTION, thickness=(-1.0, -0.6)),
+    "thick": replace(PRETRAINING_DISTORTION, thickness=(0.9, 1.8)),
+    "blurred": replace(PRETRAINING_DISTORTION, blur=(0.8, 1.0)),
+    "noisy": replace(PRETRAINING_DISTORTION, noise=(0.13, 0.25)),
+    "pale": replace(PRETRAINING_DISTORTION, contrast=(0.35, 0.55)),
+    "covered": replace(PRETRAINING_DISTORTION, occlusion=0.7),
+    "struck": replace(PRETRAINING_DISTORTION, strokes=1),
+}
+
+TASKS: dict[str, TaskDescription] = {
+    "handwriting": TaskDescription(
+        description="handwritten digits",
+        class_names=tuple("0123456789"),
+        bitmaps=handwritten_bitmaps,
+        distortions=(_HARD,) * 10,
+        separate_bitmaps=True,
+    ),
+    "greek": _glyph_task("Greek letters", "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφχψω", _HARD),
+    "cyrillic": _glyph_task("Cyrillic letters", "БДЖЗИЙЛУЦЧШЩЪЫЭЮЯЄЂЉЊЋб", _HARD),
+    "armenian": _glyph_task("Armenian letters", "ԲԳԴԵԶԷԸԹԺԻԽԾԿՀՁՂՃՄՅՆՇՉՊՋՌՎՏՐՑՓՔ", _HARD),
+    "hebrew": _glyph_task("Hebrew letters", "אבגדהוזחטךכלםמנסעףפץצקרשת", _HARD),
+    "operators": _glyph_task("mathematical operators", "∀∂∃∅∇∈∉∋∏∑√∛∝∞∠∧∨∩∪∫∮≈≠≡≤≥⊂⊃⊆⊕⊗⊥", replace(_HARD, strokes=1)),
+    "arrows": _glyph_task("arrows", "←↑→↓↔↕↖↗↘↙↩↪↺↻⇄⇅⇇⇉⇐⇑⇒⇓⇔⇕⇦⇧⇨⇩", replace(_HARD, strokes=1)),
+    "lettering": TaskDescription(
+        description="family, weight and slant of a Latin letter",
+        class_names=tuple(_LETTERINGS),
+        bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS, tuple(_LETTERINGS.values())[label]),
+        distortions=(_STEADY,) * len(_LETTERINGS),
+    ),
+    "damage": TaskDescription(
+        description="what happened to a Latin letter",
+        class_names=tuple(_DAMAGES),
+        bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS),
+        distortions=tuple(_DAMAGES.values()),
+    ),
+}
+"""Every task by name."""
+
+
+def _choose(bitmaps: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Choose bitmaps so that each serves as often as any other, up to one; returns (count, 48, 48)."""
+    rounds = -(-count // len(bitmaps))
+    order = torch.cat([torch.randperm(len(bitmaps), generator=generator) for _ in range(rounds)])
+    return bitmaps[order[:count]]
+
+
+def _split_bitmaps(
+    description: TaskDescription, label: int, train: int, test: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Choose the bitmaps of one class for training, (train, 48, 48), and for the test, (test, 48, 48)."""
+    bitmaps = description.bitmaps(label)
+    if not description.separate_bitmaps:
+        return _choose(bitmaps, train, generator), _choose(bitmaps, test, generator)
+    if train + test > len(bitmaps):
+        raise ValueError(
+            f"class {description.class_names[label]!r} has {len(bitmaps)} images\n"
+            f"but train_per_class + test_per_class is {train + test}; ask for fewer"
+        )
+    chosen = _choose(bitmaps, train + test, generator)
+    return chosen[:train], chosen[train:]
+
+
+def load_task(name: str, seed: int = 0, train_per_class: int = 40, test_per_class: int = 40) -> Task:
+    """Draw the images of a task.
+
+    Args:
+        name: a key of :data:`TASKS`.
+        seed: the same seed gives the same images.
+        train_per_class: training images of each class.
+        test_per_class: test images of each class.
+
+    Returns:
+        The task; images are ordered by class.
+
+    Raises:
+        ValueError: if the name is unknown, a count is below 1, or the task has too few images.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+    if min(train_per_class, test_per_class) < 1:
+        raise ValueError(f"counts must be at least 1, got train_per_class={train_per_class}, {test_per_class=}")
+    description = TASKS[name]
+    generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) << 16) + seed)
+    train_images, test_images = [], []
+    for label, distortion in enumerate(description.distortions):
+        train, test = _split_bitmaps(description, label, train_per_class, test_per_class, generator)
+        train_images.append(distort(train, distortion, generator))
+        test_images.append(distort(test, distortion, generator))
+    labels = torch.arange(len(description.class_names))
+    return Task(
+        name=name,
+        class_names=description.class_names,
+        train_images=torch.cat(train_images),
+        train_labels=labels.repeat_interleave(train_per_class),
+        test_images=torch.cat(test_images),
+        test_labels=labels.repeat_interleave(test_per_class),
+    )
+
+
+# ---- pretraining ----
+
+_PRETRAINING_RANGES = (
+    (0x0041, 0x005A),  # Latin capitals
+    (0x0061, 0x007A),  # Latin small letters
+    (0x00C0, 0x00FF),  # Latin-1 letters
+    (0x0180, 0x024F),  # Latin extended B
+    (0x0250, 0x02AF),  # phonetic letters
+    (0x07C0, 0x07FF),  # N'Ko
+    (0x0E80, 0x0EDF),  # Lao
+    (0x10A0, 0x10FF),  # Georgian
+    (0x1400, 0x167F),  # Canadian syllabics
+    (0x2600, 0x26FF),  # symbols
+    (0x2D30, 0x2D7F),  # Tifinagh
+    (0xA4D0, 0xA4FF),  # Lisu
+    (0x10300, 0x1032F),  # Old Italic
+)
+
+_LOOK_ALIKE = 0.93
+"""Cosine of two bitmaps above which two characters count as the same."""
+
+
+def _signatures(characters: str) -> Tensor:
+    """Return a blurred unit-length bitmap of each character in the first face that has it, (characters, 576)."""
+    bitmaps = torch.stack([draw_glyph(character, faces_with(character)[0]) for character in characters])
+    small = F.avg_pool2d(bitmaps.unsqueeze(1).float(), 4, stride=2, padding=1).flatten(1)
+    return F.normalize(small - small.mean(dim=1, keepdim=True), dim=1)
+
+
+def _is_drawable(character: str) -> bool:
+    """Tell whether some face has the character and draws ink for it."""
+    faces = faces_with(character)
+    return bool(faces) and _face_font(faces[0]).getmask(character).getbbox() is not None
+
+
+@cache
+def pretraining_characters() -> str:
+    """Return the characters of pretraining, one for each class: none belongs to a task, no two look alike."""
+    letters = [chr(code) for low, high in _PRETRAINING_RANGES for code in range(low, high + 1)]
+    candidates = "".join(
+        letter for letter in letters if unicodedata.category(letter)[0] in "LNPS" and _is_drawable(letter)
+    )
+    task_characters = "".join(
+        "".join(row.class_names) for row in TASKS.values() if all(len(name) == 1 for name in row.class_names)
+    )
+    signatures = _signatures(task_characters + candidates)
+    similar = signatures @ signatures.T > _LOOK_ALIKE  # (characters, characters)
+    kept = list(range(len(task_characters)))
+    for index in range(len(kept), len(signatures)):
+        if not similar[index, kept].any():
+            kept.append(index)
+    return "".join((task_characters + candidates)[index] for index in kept[len(task_characters) :])
+
+
+@cache
+def _pretraining_bitmaps(held_out: bool) -> tuple[Tensor, Tensor]:
+    """Return the bitmaps, (bitmaps, 48, 48), and labels, (bitmaps,), of pretraining or of its held-out faces.
+
+    Of each character with at least four faces, one (another for each character in turn) is held out.
+    """
+    bitmaps, labels = [], []
+    for label, character in enumerate(pretraining_characters()):
+        faces = faces_with(character)
+        kept_back = faces[label % len(faces)] if len(faces) >= 4 else None
+        chosen = [face for face in faces if (face == kept_back) == held_out]
+        bitmaps += [draw_glyph(character, face) for face in chosen]
+        labels += [label] * len(chosen)
+    return torch.stack(bitmaps), torch.tensor(labels)
+
+
+def pretraining_batches(
+    batches: int,
+    batch_size: int = 128,
+    seed: int = 0,
+    held_out: bool = False,
+    distortion: Distortion = PRETRAINING_DISTORTION,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw batches of pretraining images, every class equally often on average.
+
+    Args:
+        batches: number of batches.
+        batch_size: images in a batch.
+        seed: the same seed gives the same batches.
+        held_out: draw from the faces that pretraining never shows instead.
+        distortion: ranges of the distortions.
+
+    Yields:
+        Images, float32 (batch, 1, 28, 28), and labels, int64 (batch,), into :func:`pretraining_characters`.
+    """
+    bitmaps, labels = _pretraining_bitmaps(held_out)
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1 / torch.bincount(labels)[labels].double()  # (bitmaps,)
+    for _ in range(batches):
+        chosen = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
+        yield distort(bitmaps[chosen], distortion, generator), labels[chosen]

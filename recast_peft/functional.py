@@ -1,0 +1,116 @@
+"""The tensor mathematics of RECAST alone: no modules, no state.
+
+Notation: a group of layers shares templates T_1..T_n, each shaped like the layers' weight. The weight of layer l is
+W_l = sum_i c[l, i] * T_i (paper, section 3.1). Where the templates are the pretrained weights themselves the same weight
+is written W_l = anchor_l + sum_i d[l, i] * T_i with the trained offsets d, so that d = 0 gives the anchor to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which weights are composed: float32, or float64 as soon as one of ``dtypes`` is float64."""
+    result = torch.float32
+    for dtype in dtypes:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def average_sets(coefficients: Tensor) -> Tensor:
+    """Mean over the coefficient sets (paper, section 3.1: the weight is the mean of its K reconstructions).
+
+    Args:
+        coefficients: ``(sets, templates)``.
+
+    Returns:
+        ``(templates,)``. The composition is linear, so this mean describes the same weight as all the sets do.
+    """
+    return coefficients[0] if coefficients.shape[0] == 1 else coefficients.mean(dim=0)
+
+
+def compose_weight(
+    anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Compose one weight: ``anchor + sum_i coefficients[i] * templates[i]``.
+
+    Args:
+        anchor: the tensor that zero coefficients give, shaped like the weight, or None for zero.
+        templates: n tensors shaped like the weight, in any floating dtype.
+        coefficients: ``(n,)``.
+        dtype: of the result; None means that of the anchor (or of the first template).
+
+    Returns:
+        The composed weight. Sums are formed in float32 (float64 if an argument is), whatever the dtype of the weights.
+        It is differentiable in ``coefficients``, ``anchor`` and ``templates``; the gradient of coefficient i is the inner
+        product of the weight's gradient with template i.
+
+    Raises:
+        ValueError: if there is nothing to compose, or the number of coefficients is not the number of templates.
+    """
+    if coefficients.ndim != 1 or coefficients.shape[0] != len(templates):
+        raise ValueError(
+            f"one coefficient for each template is needed\n  coefficients: {tuple(coefficients.shape)}\n"
+            f"  templates:    {len(templates)}"
+        )
+    if anchor is None and not templates:
+        raise ValueError("nothing to compose: neither an anchor nor a template was given")
+    if dtype is None:
+        dtype = templates[0].dtype if anchor is None else anchor.dtype
+    return _Compose.apply(coefficients, anchor, dtype, *templates)
+
+
+class _Compose(torch.autograd.Function):
+    """The composition with a backward pass that forms inner products instead of weight-sized gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, anchor: Tensor | None, dtype: torch.dtype, *templates: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, *templates)
+        ctx.anchor_dtype = None if anchor is None else anchor.dtype
+        tensors = templates if anchor is None else (anchor, *templates)
+        work = composition_dtype(coefficients.dtype, *(t.dtype for t in tensors))
+        scale = coefficients.to(work)
+        if anchor is None:
+            weight = templates[0].to(work) * scale[0]
+            rest = enumerate(templates[1:], start=1)
+        else:
+            weight = anchor.to(work, copy=True)
+            rest = enumerate(templates)
+        for i, template in rest:
+            weight.addcmul_(template.to(work), scale[i])
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, *templates = ctx.saved_tensors
+        need_coefficients, need_anchor, _, *need_templates = ctx.needs_input_grad
+        grad_coefficients = grad_anchor = None
+        if need_coefficients:
+            grad_coefficients = template_inner_products(grad, templates).to(coefficients.dtype)
+        if need_anchor:
+            grad_anchor = grad.to(ctx.anchor_dtype)
+        grad_templates = [
+            (grad * coefficients[i]).to(template.dtype) if needed else None
+            for i, (template, needed) in enumerate(zip(templates, need_templates, strict=True))
+        ]
+        return grad_coefficients, grad_anchor, None, *grad_templates
+
+
+def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Tensor:
+    """Inner product of one tensor with each template: the gradient of the coefficients.
+
+    Args:
+        gradient: shaped like a template.
+        templates: n tensors of one shape.
+
+    Returns:
+        ``(n,)`` in float32 (float64 if an argument is).
+    """
+    work = composition_dtype(gradient.dtype, *(t.dtype for t in templates))
+    flat = gradient.to(work).reshape(-1)
+    return torch.stack([torch.dot(flat, template.to(work).reshape(-1)) for template in templates])

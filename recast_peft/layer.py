@@ -1,0 +1,397 @@
+"""RecastLayer: one wrapped module, whose weight is composed from its bank and the coefficients of the active tasks.
+
+What holds at every moment (W the pretrained weight, T the templates, d the mean of a task's coefficient sets):
+
+    live      weight == W + sum over active tasks of sum_i d[i] * T[i]      (exact bank)
+              weight == sum_i (base[i] + sum over active tasks of d[i]) * T[i]   (compressed bank)
+    merged    base_layer.weight == the live weight of the merged tasks; W is kept beside it
+    unmerged  base_layer.weight is W, the very tensor, bit for bit
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .bank import TemplateBank, follow_device
+from .errors import RecastBankError
+from .functional import average_sets, compose_weight
+
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
+
+# Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
+_NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
+
+
+def _linear(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight, module.bias)  # type: ignore[arg-type]
+
+
+def _conv(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    return module._conv_forward(x, weight, module.bias)  # type: ignore[operator]
+
+
+def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    return torch.addmm(module.bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], module.nf)  # type: ignore
+
+
+# How a module computes with a given weight. A module whose forward is one of these is called by the plain function; any
+# other is called as it is, with its weight swapped for the call.
+DIRECT_CALLS: dict[Callable, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _conv,
+    nn.Conv2d.forward: _conv,
+    nn.Conv3d.forward: _conv,
+    Conv1D.forward: _transposed_linear,
+}
+
+
+class RecastLayer(nn.Module, BaseTunerLayer):
+    """A module whose weight is composed from templates.
+
+    Whoever calls it gets the wrapped module's result with the composed weight; whoever reads its ``weight`` (or, of a
+    multi-head attention, ``in_proj_weight``) gets the composed weight, differentiable; any other attribute is the wrapped
+    module's.
+
+    Args:
+        base_layer: the module to wrap.
+        module_name: its name in the plain model.
+        weight_name: the parameter that is composed.
+        fingerprint: of the pretrained weight.
+    """
+
+    adapter_layer_names = ("recast_coefficients",)
+    other_param_names = ("recast_bank",)
+
+    recast_pretrained: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.weight_name = weight_name
+        self.fingerprint = fingerprint
+        self.recast_coefficients = nn.ParameterDict()  # task -> (sets, templates)
+        self.recast_bank: dict[str, TemplateBank] = {}  # task -> bank; a plain dict: the bank belongs to the group
+        self.compressed_bank: tuple[TemplateBank, ...] = ()  # empty, or the one bank that stands for the weight
+        self.register_buffer("recast_pretrained", None, persistent=False)  # the pretrained weight while merged
+        self._disable_adapters = False
+        self._active_adapter = []
+        self._mixed_batch = False
+        self.merged_adapters = []
+        if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
+            self.in_features, self.out_features = _features(base_layer, self.weight_shape)
+
+    # ---------------------------------------------------------------- weights
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether a compressed bank stands for the pretrained weight."""
+        return bool(self.compressed_bank)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the pretrained weight was given up for the compressed bank."""
+        if not self.compressed_bank:
+            return False
+        return self.recast_pretrained is None and (self.merged or self._weight_parameter is None)
+
+    @property
+    def pretrained_weight(self) -> Tensor:
+        """The pretrained weight, also while something is merged into the wrapped module.
+
+        Raises:
+            RecastBankError: if it was released when the bank was compressed.
+        """
+        if self.recast_pretrained is not None:
+            return self.recast_pretrained
+        weight = self._weight_parameter
+        if weight is None or self.is_released:
+            raise RecastBankError(
+                f"the pretrained weight of {self.module_name} was released when its bank was compressed; "
+                "convert with keep_base_weights=True to keep it"
+            )
+        return weight
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        if self.compressed_bank:
+            return tuple(self.compressed_bank[0].templates.shape[1:])
+        return tuple(self.pretrained_weight.shape)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weight."""
+        if self.compressed_bank:
+            return self.compressed_bank[0].templates.dtype
+        return self.pretrained_weight.dtype
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Device of the weight."""
+        weight = self._weight_parameter
+        return self.compressed_bank[0].templates.device if weight is None else weight.device
+
+    @property
+    def _weight_parameter(self) -> nn.Parameter | None:
+        return self.get_base_layer()._parameters.get(self.weight_name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that a call would use now: composed, differentiable."""
+        if self.weight_name != "weight":
+            raise AttributeError(f"{type(self.base_layer).__name__} has no attribute 'weight'")
+        return self.effective_weight()
+
+    def effective_weight(self) -> Tensor:
+        """The weight that a call would use now.
+
+        Raises:
+            RecastBankError: inside a mixed batch, in which there is no one weight for all samples.
+        """
+        if self._mixed_batch:
+            raise RecastBankError(
+                f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
+                "another task for each sample: pass one task at a time instead of adapter_names"
+            )
+        if self.merged and not self.disable_adapters:
+            return self._weight_parameter  # type: ignore[return-value]
+        return self.compose([] if self.disable_adapters else self.active_adapters)
+
+    def compose(self, adapters: Sequence[str]) -> Tensor:
+        """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.
+
+        Returns:
+            shaped like the weight and in its dtype; for no task at all the pretrained weight itself, or what the
+            compressed bank makes of it where that was released.
+        """
+        present = [name for name in adapters if name in self.recast_coefficients]
+        device = self.weight_device
+        if self.compressed_bank and (present or self.is_released):
+            bank = self.compressed_bank[0]
+            coefficients = bank.base_coefficients[bank.index(self.module_name)]
+            for name in present:
+                coefficients = coefficients + average_sets(self.recast_coefficients[name])
+            return compose_weight(None, bank.get_templates(device), coefficients.to(device))
+        if not present:
+            return self.pretrained_weight
+        offsets: dict[int, Tensor] = {}
+        banks: dict[int, TemplateBank] = {}
+        for name in present:
+            bank, offset = self.recast_bank[name], average_sets(self.recast_coefficients[name])
+            banks[id(bank)] = bank
+            offsets[id(bank)] = offsets[id(bank)] + offset if id(bank) in offsets else offset
+        templates = [template for bank in banks.values() for template in bank.get_templates(device)]
+        coefficients = torch.cat([offsets[key] for key in banks]) if len(banks) > 1 else offsets[id(bank)]
+        return compose_weight(self.pretrained_weight, templates, coefficients.to(device))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a task adds to the weight without it, shaped like the weight, in its dtype."""
+        return self.compose([adapter]) - self.compose([])
+
+    # ---------------------------------------------------------------- tasks
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        bank: TemplateBank,
+        num_coefficient_sets: int,
+        init_weights: bool = True,
+        seed: int = 0,
+        inference_mode: bool = False,
+    ) -> None:
+        """Give a task its coefficients ``(sets, templates)`` in this layer: zeros, or random for ``init_weights=False``."""
+        shape = (num_coefficient_sets, bank.num_templates)
+        if init_weights:
+            values = torch.zeros(shape)
+        else:
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"{adapter_name} {self.module_name}".encode()))
+            values = torch.empty(shape).uniform_(*INIT_RANGE, generator=generator)
+            values *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        self.recast_bank[adapter_name] = bank
+        self.recast_coefficients[adapter_name] = nn.Parameter(values.to(self.weight_device))
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # unlike PEFT's: the device alone, since coefficients stay in float32 beside weights of any dtype
+        coefficients = self.recast_coefficients
+        if adapter_name in coefficients and not coefficients[adapter_name].is_meta:
+            coefficients[adapter_name] = coefficients[adapter_name].to(device or self.weight_device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastLayer:
+        kept = {name: parameter.data for name, parameter in self.recast_coefficients.items()}
+        super()._apply(fn, recurse)
+        for name, values in kept.items():
+            if not values.is_meta:
+                self.recast_coefficients[name].data = follow_device(fn, values)
+        return self
+
+    # ---------------------------------------------------------------- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the composed weight into the wrapped module; the pretrained weight is kept beside it.
+
+        Args:
+            safe_merge: refuse a weight that is not finite, before anything is changed.
+            adapter_names: the tasks to merge; None means the active ones.
+
+        Raises:
+            ValueError: for ``safe_merge``, if the composed weight is not finite.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        new = [name for name in adapter_names if name in self.recast_coefficients]
+        if not new:
+            return
+        merged = [*self.merged_adapters, *new]
+        with torch.no_grad():
+            weight = self.compose(merged)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
+        parameter = self._weight_parameter
+        if parameter is None:
+            self._set_weight_parameter(nn.Parameter(weight, requires_grad=False))
+        else:
+            if not self.merged:
+                self.recast_pretrained = parameter.data
+            parameter.data = weight
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Put the pretrained weight back: the very tensor that was there before."""
+        if not self.merged:
+            return
+        if self.recast_pretrained is None:
+            self._set_weight_parameter(None)
+        else:
+            self._weight_parameter.data = self.recast_pretrained  # type: ignore[union-attr]
+            self.recast_pretrained = None
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """Give back the wrapped module as an ordinary one, with the tasks merged into it or not.
+
+        A weight that was released for a compressed bank comes back as the bank composes it.
+        """
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        base = self.get_base_layer()
+        if self._weight_parameter is None:
+            with torch.no_grad():
+                self._set_weight_parameter(nn.Parameter(self.compose([]), requires_grad=False))
+        for name, child in base.named_children():  # a multi-head attention may have a wrapped output projection
+            if isinstance(child, RecastLayer):
+                setattr(base, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+        return base
+
+    def _set_weight_parameter(self, parameter: nn.Parameter | None) -> None:
+        self.get_base_layer()._parameters[self.weight_name] = parameter
+
+    def release_pretrained_weight(self) -> None:
+        """Give up the pretrained weight of a member of a compressed bank."""
+        assert self.compressed_bank
+        assert not self.merged
+        self._set_weight_parameter(None)
+
+    # ---------------------------------------------------------------- computing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped module computes, with the composed weight.
+
+        ``adapter_names``, one name for each sample along the first dimension, gives every sample its own task.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._call([], args, kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(adapter_names, args, kwargs)
+        if self.merged:
+            return self.base_layer(*args, **kwargs)
+        return self._call(self.active_adapters, args, kwargs)
+
+    def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        weight = self.compose(adapters)
+        if weight is self._weight_parameter:
+            return self.base_layer(*args, **kwargs)
+        base = self.base_layer
+        direct = DIRECT_CALLS.get(type(base).forward)
+        if direct is not None and len(args) == 1 and not kwargs and not _is_hooked(base):
+            return direct(base, weight, args[0])
+        return torch.func.functional_call(base, {self.weight_name: weight}, args, kwargs)
+
+    def _mixed_batch_forward(self, adapter_names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+        if isinstance(self.base_layer, nn.MultiheadAttention) or not args or not isinstance(args[0], Tensor):
+            raise RecastBankError(
+                f"{self.module_name} ({type(self.base_layer).__name__}) cannot have another task for each sample: "
+                "pass one task at a time instead of adapter_names"
+            )
+        x, *rest = args
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        # tasks without coefficients here share the base's rows
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(adapter_names):
+            rows.setdefault(name if name in self.recast_coefficients else BASE_ADAPTER, []).append(i)
+        if len(rows) == 1:
+            return self._call(list(rows), args, kwargs)
+        result = None
+        for name, indices in rows.items():
+            index = torch.tensor(indices, device=x.device)
+            part = self._call([name], (x[index], *rest), kwargs)
+            if result is None:
+                result = part.new_empty((len(x), *part.shape[1:]))
+            result = result.index_copy(0, index, part)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name in _NOT_FORWARDED or name.startswith("__"):
+                raise
+            if name == self.__dict__.get("weight_name") and name != "weight":
+                return self.effective_weight()
+            return getattr(base, name)
+
+    def extra_repr(self) -> str:
+        banks = {name: f"{bank.num_templates} templates" for name, bank in self.recast_bank.items()}
+        return f"weight={self.weight_name}, tasks={banks}"
+
+    def __repr__(self) -> str:
+        return "recast." + super().__repr__()
+
+
+def _features(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    """In and out features: channels of a convolution, ``(in, out)`` of a transposed linear layer."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.in_channels, module.out_channels
+    return (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something beside the module's own forward runs when it is called."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
