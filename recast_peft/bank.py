@@ -73,6 +73,11 @@ class TemplateBank(nn.Module):
         """The place of a member in the group."""
         return self.members.index(member)
 
+    def base_of(self, member: str) -> Tensor:
+        """Base coefficients ``(templates,)`` of a member of a compressed bank."""
+        assert self.base_coefficients is not None
+        return self.base_coefficients[self.index(member)]
+
     def get_templates(self, device: torch.device) -> list[Tensor]:
         """The n templates, each shaped like a member's weight, on ``device``."""
         if self.templates is None:

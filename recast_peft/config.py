@@ -103,18 +103,18 @@ class RecastConfig(PeftConfig):
         self._check_written_fields()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> RecastConfig:
         """Read the config of a saved task from a folder or a repository on the Hub.
 
         The returned config remembers where it came from, so that the file of coefficients beside it is checked before a
         model is touched.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, RecastConfig):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             if subfolder is not None:
                 hub_kwargs["subfolder"] = subfolder
-            config._origin = (str(pretrained_model_name_or_path), hub_kwargs)
+            config.__dict__["_origin"] = (str(pretrained_model_name_or_path), hub_kwargs)
         return config
 
     @classmethod
@@ -158,10 +158,10 @@ class RecastConfig(PeftConfig):
             raise self._bad("target_modules", "at least one name; None chooses by itself")
         indices = self.layers_to_transform
         if indices is not None:
-            listed = [indices] if _is_int(indices) else indices
+            listed: Any = [indices] if _is_int(indices) else indices
             if not isinstance(listed, (list, tuple, range)) or not all(_is_int(i) and i >= 0 for i in listed):
                 raise self._bad("layers_to_transform", "a layer index, or a list of them, counted from 0")
-            self.layers_to_transform = indices if _is_int(indices) else list(listed)
+            self.layers_to_transform = indices if isinstance(indices, int) else list(listed)
         elif self.layers_pattern is not None:
             raise self._bad("layers_pattern", "None, since layers_to_transform is None")
 

@@ -125,21 +125,27 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         if self.compressed_bank:
-            return tuple(self.compressed_bank[0].templates.shape[1:])
+            return tuple(self._bank_templates.shape[1:])
         return tuple(self.pretrained_weight.shape)
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """Dtype of the weight."""
         if self.compressed_bank:
-            return self.compressed_bank[0].templates.dtype
+            return self._bank_templates.dtype
         return self.pretrained_weight.dtype
 
     @property
     def weight_device(self) -> torch.device:
         """Device of the weight."""
         weight = self._weight_parameter
-        return self.compressed_bank[0].templates.device if weight is None else weight.device
+        return self._bank_templates.device if weight is None else weight.device
+
+    @property
+    def _bank_templates(self) -> Tensor:
+        templates = self.compressed_bank[0].templates
+        assert templates is not None
+        return templates
 
     @property
     def _weight_parameter(self) -> nn.Parameter | None:
@@ -178,7 +184,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         device = self.weight_device
         if self.compressed_bank and (present or self.is_released):
             bank = self.compressed_bank[0]
-            coefficients = bank.base_coefficients[bank.index(self.module_name)]
+            coefficients = bank.base_of(self.module_name)
             for name in present:
                 coefficients = coefficients + average_sets(self.recast_coefficients[name])
             return compose_weight(None, bank.get_templates(device), coefficients.to(device))

@@ -291,7 +291,7 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
     if weight is None:
         if name in _released(visible):
             return name, None
-        if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict) and name in module.parametrizations:
+        if torch.nn.utils.parametrize.is_parametrized(module, name):
             return name, "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
         return None, None
     if is_lazy(weight):
@@ -311,7 +311,7 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
 
 def _released(visible: nn.Module) -> tuple[str, ...]:
     """The weight that a compressed bank stands for, if ``visible`` is a layer of ours."""
-    return (visible.weight_name,) if getattr(visible, "is_compressed", False) is True else ()
+    return (str(visible.weight_name),) if getattr(visible, "is_compressed", False) is True else ()
 
 
 def _sharing(module: nn.Module, weight_name: str, owners: dict[int, list[str]], places: list[str]) -> str | None:
