@@ -335,6 +335,13 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         direct = DIRECT_CALLS.get(type(base).forward)
         if direct is not None and len(args) == 1 and not kwargs and not _is_hooked(base):
             return direct(base, weight, args[0])
+        if self.weight_name in base.__dict__:  # FSDP puts the gathered weight here, in front of the parameter
+            gathered = base.__dict__[self.weight_name]
+            base.__dict__[self.weight_name] = weight
+            try:
+                return base(*args, **kwargs)
+            finally:
+                base.__dict__[self.weight_name] = gathered
         return torch.func.functional_call(base, {self.weight_name: weight}, args, kwargs)
 
     def _mixed_batch_forward(self, adapter_names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own, made on the first call.
+#   make demo         install, then the main job: learn tasks on the embedded backbone, compare, print, draw
+#   make test         install, then all tests
+#   make quality      linter and type checker
+#   make conformance  PEFT's own tests of custom models, with RECAST as the method
+#   make style        format the code
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test quality conformance style clean
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py --output demo_output
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n auto
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+conformance: $(STAMP)
+	$(BIN)/python tests/conformance/peft_custom_models.py
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo_output benchmark_output build *.egg-info
