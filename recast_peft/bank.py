@@ -2,7 +2,8 @@
 
 An exact bank owns nothing: its templates are the pretrained weights of its members, looked up on the layers each time, so
 that moving, copying or merging the model never leaves it with stale tensors. A compressed bank owns its templates and the
-base coefficients that reproduce each member's pretrained weight from them.
+base coefficients that reproduce each member's pretrained weight from them: mixed from the pretrained weights by a recipe, or
+fitted freely, in which case they are stored in a bank file.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .functional import composition_dtype
-from .mimicry import Recipe
+from .mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 
 if TYPE_CHECKING:
     from .layer import RecastLayer
+
+
+PLACEHOLDER = "recast_fingerprint"  # attribute of a parameter that only holds the place of a released weight
+MIXED_AT_ONCE = 1 << 23  # numbers of the members together that are held in the composition's dtype at once
 
 
 class TemplateBank(nn.Module):
@@ -27,8 +32,10 @@ class TemplateBank(nn.Module):
         name: of the bank.
         members: names of the group's target modules, in the order of their depth.
         layers: the members' layers, in the same order.
-        recipe: None for an exact bank; else how templates are mixed from the pretrained weights.
-        weights: the members' pretrained weights; needed with a recipe.
+        recipe: how templates are mixed from the pretrained weights; ``build`` does it.
+        fitted: templates and base coefficients that are no such mix. Neither of the two makes an exact bank.
+        stored: ``{"name": ..., "fingerprint": ...}`` of the bank file that ``fitted`` belongs to; one dictionary for all of
+            its banks.
 
     Shapes:
         templates of a compressed bank: ``(templates, *weight_shape)`` in the dtype of the weights;
@@ -44,30 +51,56 @@ class TemplateBank(nn.Module):
         members: Sequence[str],
         layers: Sequence[RecastLayer],
         recipe: Recipe | None = None,
-        weights: Sequence[Tensor] | None = None,
+        fitted: FittedTemplates | None = None,
+        stored: dict[str, str | None] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.members = tuple(members)
         self.layers = list(layers)  # a plain list: the bank does not own its members
         self.recipe = recipe
+        self.stored = stored
+        self.fidelity: dict[str, Fidelity] = {}  # member -> how well it was reproduced; empty for an exact bank
         self.register_parameter("templates", None)
         self.register_buffer("base_coefficients", None)
-        if recipe is not None:
-            assert weights is not None
-            # set in place of register_parameter, which low_cpu_mem_usage redirects to the meta device
-            self._parameters["templates"] = nn.Parameter(mix_templates(weights, recipe.mix), requires_grad=False)
-            self._buffers["base_coefficients"] = recipe.base.to(weights[0].device, torch.float32)
+        if fitted is not None:
+            self._hold(fitted.templates, fitted.base)
+
+    def build(self) -> None:
+        """Make the templates of a recipe, and note how well the members are reproduced.
+
+        Apart from the constructor, so that of a large model one group after the other is built and its pretrained weights
+        are released: no more than one group is held twice.
+        """
+        weights = [layer.pretrained_weight for layer in self.layers]
+        if self.recipe is not None:
+            self._hold(mix_templates(weights, self.recipe.mix), self.recipe.base)
+        elif self.templates is not None and self.base_coefficients is not None:
+            like = weights[0]
+            self._hold(self.templates.data.to(like.device, like.dtype), self.base_coefficients)
+        assert self.templates is not None
+        assert self.base_coefficients is not None
+        if any(hasattr(weight, PLACEHOLDER) for weight in weights):
+            return  # a compressed model is being loaded: there is nothing to compare with
+        measured = measure_fidelity(weights, self.templates, self.base_coefficients)
+        self.fidelity = dict(zip(self.members, measured, strict=True))
+
+    def _hold(self, templates: Tensor, base: Tensor) -> None:
+        # set in place of register_parameter, which low_cpu_mem_usage redirects to the meta device
+        self._parameters["templates"] = nn.Parameter(templates, requires_grad=False)
+        self._buffers["base_coefficients"] = base.to(templates.device, torch.float32)
 
     @property
     def is_exact(self) -> bool:
         """Whether the pretrained weights themselves are the templates."""
-        return self.templates is None
+        return self.templates is None and self.recipe is None
 
     @property
     def num_templates(self) -> int:
         """Templates in the bank."""
-        return len(self.layers) if self.templates is None else self.templates.shape[0]
+        if self.templates is not None:
+            return self.templates.shape[0]
+        return len(self.layers) if self.recipe is None else self.recipe.mix.shape[0]
 
     def index(self, member: str) -> int:
         """The place of a member in the group."""
@@ -77,6 +110,14 @@ class TemplateBank(nn.Module):
         """Base coefficients ``(templates,)`` of a member of a compressed bank."""
         assert self.base_coefficients is not None
         return self.base_coefficients[self.index(member)]
+
+    def base_row(self, member: str, like: Tensor) -> Tensor:
+        """Coefficients ``(templates,)`` that give the member's own weight, in the dtype and on the device of ``like``."""
+        if self.templates is None:
+            row = torch.zeros(self.num_templates, dtype=like.dtype, device=like.device)
+            row[self.index(member)] = 1
+            return row
+        return self.base_of(member).to(like)
 
     def get_templates(self, device: torch.device) -> list[Tensor]:
         """The n templates, each shaped like a member's weight, on ``device``."""
@@ -114,13 +155,15 @@ def mix_templates(weights: Sequence[Tensor], mix: Tensor) -> Tensor:
         ``(templates, *weight_shape)`` in the dtype of the weights, summed in float32 (float64 for float64 weights).
     """
     work = composition_dtype(weights[0].dtype)
-    scale = mix.to(weights[0].device, work)
-    result = torch.empty((mix.shape[0], *weights[0].shape), dtype=weights[0].dtype, device=weights[0].device)
-    for i in range(mix.shape[0]):
-        total = torch.zeros(weights[0].shape, dtype=work, device=weights[0].device)
-        for layer, weight in enumerate(weights):
-            total.addcmul_(weight.detach().to(total.device, work), scale[i, layer])
-        result[i] = total
+    device = weights[0].device
+    scale = mix.to(device, work)
+    result = torch.empty((mix.shape[0], *weights[0].shape), dtype=weights[0].dtype, device=device)
+    flat = [weight.detach().reshape(-1) for weight in weights]
+    into = result.view(mix.shape[0], -1)
+    chunk = max(1, MIXED_AT_ONCE // len(weights))
+    for start in range(0, into.shape[1], chunk):
+        part = torch.stack([f[start : start + chunk].to(device, work) for f in flat])
+        into[:, start : start + chunk] = scale @ part
     return result
 
 

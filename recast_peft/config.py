@@ -8,12 +8,27 @@ from typing import Any
 
 from peft import PeftConfig
 
-from .errors import RecastConfigError
+from .bank_files import StoredBank, check_reference
+from .errors import RecastBankError, RecastConfigError
+from .mimicry import MimicryMethod, resolve_method
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
 BIAS_CHOICES = ("none", "all", "recast_only")
+SHARING_CHOICES = ("roles", "blocks", "all")
 TARGET_SHORTHANDS = ("all-linear", "all-attention", "all-mlp", "all-conv")
+
+
+# The settings of the paper by name; on the paper's backbones they give exactly its counts (48, 96, 144 and 168 numbers).
+PAPER_SETTINGS: dict[str, dict[str, Any]] = {
+    "vit-att": {"target_modules": ["attn.qkv"], "group_size": 2},
+    "vit-mlp": {"target_modules": ["mlp.fc1", "mlp.fc2"], "group_size": 2},
+    "vit-att+mlp": {"target_modules": ["attn.qkv", "mlp.fc1", "mlp.fc2"], "group_size": 2},
+    # one group a stage without its first block, as many templates as the group has blocks
+    "resnet": {"target_modules": r"(.*\.)?layer\d+\.[1-9]\d*\.conv[12]", "num_groups": 1},
+}
+# what write_fields records; forget_written_fields puts back what was given
+_WRITTEN = ("groups", "recipes", "base_fingerprint", "bank", "num_coefficient_sets", "coefficient_sharing")
 
 
 @dataclass
@@ -38,14 +53,33 @@ class RecastConfig(PeftConfig):
         num_templates: templates in a bank. None takes as many as the group has layers: the pretrained weights themselves
             are the templates and nothing is approximated. Fewer compress the model.
         num_coefficient_sets: how many coefficient sets are trained and averaged (K of the paper, section 3.1).
-        mimicry: the name of the method that finds templates and base coefficients (paper, section 3.2).
+        mimicry: the method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name,
+            option: value, ...}``, or the options object itself (``Gradient(steps=500)``), which is stored as a dictionary.
+        max_coefficients: a budget of numbers per task, heads and biases aside, that the plan keeps by choosing what of
+            ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given (the paper's parametric scaling).
+        coefficient_sharing: ``"roles"``: the layers of the same place in depth share their offsets across roles (query,
+            key, value, ...); ``"blocks"``: the members of a bank share them; ``"all"``: both. None: every layer has its own.
+        bank: a stored template bank to use: a ``StoredBank``, the name of a bank file (a folder or a repository), or
+            ``{"name": ..., "fingerprint": ...}``, which is what a task stores. Its groups are used as they are.
         keep_base_weights: keep the pretrained weights beside a compressed bank, so that disabling or unloading the task
             gives the pretrained model instead of its compressed form.
+        num_classes: gives the task a classifier of its own with this many classes; None leaves the model's alone.
+        id2label: names of the classes by number; stands for ``num_classes`` too.
+        head_module: the name of the classifier, where timm's and transformers' conventions do not tell.
+        head_init: ``"fresh"``, or ``"copy"`` to start at the model's own classifier of the same size.
+        head_type: ``"linear"`` (trained), or ``"prototypes"``: nearest class mean, filled by ``fit_prototypes``.
+        head_dtype: store the classifier in ``"float16"`` or ``"bfloat16"``; None stores it as it is trained.
+        train_norms: the task owns all normalisation layers, parameters and running statistics. Otherwise they stay the
+            pretrained model's, and running statistics do not move while a task is trained.
         seed: seeds whatever is random about the task's start.
         groups: written when a task is created: the members of every bank by name. Given, they are used as they are.
         recipes: written when a task is created: for every compressed bank ``{"mix": (templates, layers), "base": (layers,
             templates)}``, from which the bank is rebuilt out of the pretrained weights.
         base_fingerprint: written when a task is created: a fingerprint of the pretrained weight of each target module.
+        backbone: written when a task is created: how its timm or transformers model is found again (library, name,
+            revision, class, input size, number of classes, ...); see ``AutoRecastModel``.
+        results: what was measured of the task, by name, such as ``{"accuracy": 0.93}``: stored with it and shown in its
+            model card.
 
     Raises:
         RecastConfigError: naming the field and its value, if a value cannot be used.
@@ -81,8 +115,27 @@ class RecastConfig(PeftConfig):
         default=None, metadata={"help": "Templates in a bank; None is as many as the group has layers, which is exact."}
     )
     num_coefficient_sets: int = field(default=1, metadata={"help": "Coefficient sets that are trained and averaged."})
-    mimicry: str = field(default="closed_form", metadata={"help": "How templates and base coefficients are found."})
+    mimicry: str | dict[str, Any] | MimicryMethod = field(
+        default="closed_form",
+        metadata={"help": "How templates and base coefficients are found: a name, or a dictionary with 'method' and options."},
+    )
+    max_coefficients: int | None = field(
+        default=None, metadata={"help": "A budget of numbers per task that the plan keeps by choosing the sizes."}
+    )
+    coefficient_sharing: str | None = field(
+        default=None, metadata={"help": "Which layers share their offsets: 'roles', 'blocks' or 'all'; None for none."}
+    )
+    bank: dict[str, str | None] | str | StoredBank | None = field(
+        default=None, metadata={"help": "A stored template bank: its name, or {'name': ..., 'fingerprint': ...}."}
+    )
     keep_base_weights: bool = field(default=False, metadata={"help": "Keep the pretrained weights beside a compressed bank."})
+    num_classes: int | None = field(default=None, metadata={"help": "Classes of the task's own classifier."})
+    id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of the task's classes by number."})
+    head_module: str | None = field(default=None, metadata={"help": "Name of the classifier, if it is not found."})
+    head_init: str = field(default="fresh", metadata={"help": "'fresh', or 'copy' of the model's own classifier."})
+    head_type: str = field(default="linear", metadata={"help": "'linear', or 'prototypes' (nearest class mean)."})
+    head_dtype: str | None = field(default=None, metadata={"help": "Store the classifier in 'float16' or 'bfloat16'."})
+    train_norms: bool = field(default=False, metadata={"help": "The task owns all normalisation layers."})
     seed: int = field(default=0, metadata={"help": "Seeds whatever is random about the task's start."})
     groups: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Members of every bank by name; written when a task is created."}
@@ -93,6 +146,59 @@ class RecastConfig(PeftConfig):
     base_fingerprint: dict[str, str] | None = field(
         default=None, metadata={"help": "Fingerprint of each target's pretrained weight; written on creation."}
     )
+    backbone: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the backbone is found again; written when a task is created."}
+    )
+    results: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What was measured of the task, by name; shown in its model card."}
+    )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._noted_bank(value) if name == "bank" else value)
+
+    def _noted_bank(self, value: Any) -> Any:
+        """A bank in memory is kept beside the fields: they hold only what is stored with a task."""
+        if isinstance(value, StoredBank):
+            is_stored_task = self.__dict__.get("base_fingerprint") is not None
+            wanted = (self.__dict__.get("bank") or {}).get("fingerprint") if is_stored_task else None
+            if wanted not in (None, value.fingerprint):
+                raise RecastBankError(
+                    f"the task was made on another template bank\n  bank of the task: {wanted}\n"
+                    f"  bank given:       {value.fingerprint} ({value.name or 'in memory'})"
+                )
+            self.__dict__["_bank"] = value
+            return value.reference
+        value = {"name": value, "fingerprint": None} if isinstance(value, str) else value
+        held = self.__dict__.get("_bank")
+        if held is not None and (not isinstance(value, dict) or value.get("fingerprint") != held.fingerprint):
+            del self.__dict__["_bank"]
+        return value
+
+    @property
+    def bank_in_memory(self) -> StoredBank | None:
+        """The bank that was given as an object."""
+        return self.__dict__.get("_bank")
+
+    @property
+    def method(self) -> MimicryMethod:
+        """The mimicry method with its options."""
+        return resolve_method(self.mimicry)
+
+    @classmethod
+    def paper(cls, name: str, **fields: Any) -> RecastConfig:
+        """The settings of the paper: two coefficient sets; exact banks in groups of two blocks, or one group a stage.
+
+        Args:
+            name: ``"vit-att"``, ``"vit-mlp"``, ``"vit-att+mlp"`` (timm's names) or ``"resnet"`` (timm's and torchvision's).
+            fields: further fields, which go before those of the paper. ``mimicry=Gradient.paper()`` also finds the
+                templates as the paper does.
+
+        Raises:
+            RecastConfigError: if the paper has no such settings.
+        """
+        if name not in PAPER_SETTINGS:
+            raise RecastConfigError(f"RecastConfig.paper({name!r}): expected one of {', '.join(PAPER_SETTINGS)}")
+        return cls(**{**PAPER_SETTINGS[name], "num_coefficient_sets": 2, **fields})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +206,7 @@ class RecastConfig(PeftConfig):
         self._check_targets()
         self._check_sizes()
         self._check_choices()
+        self._check_head()
         self._check_written_fields()
 
     @classmethod
@@ -124,6 +231,8 @@ class RecastConfig(PeftConfig):
             content = super().from_json_file(path_json_file, **kwargs)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RecastConfigError(f"{path_json_file} is not valid JSON: {error}") from error
+        except TypeError as error:  # PEFT looks for a key in what may be a bare number
+            raise RecastConfigError(f"{path_json_file} holds no JSON object: {error}") from error
         if not isinstance(content, dict):
             raise RecastConfigError(f"{path_json_file} holds a {type(content).__name__}; a JSON object is expected")
         return content
@@ -138,18 +247,45 @@ class RecastConfig(PeftConfig):
         groups: dict[str, list[str]],
         recipes: dict[str, dict[str, list[list[float]]]],
         fingerprint: dict[str, str],
+        bank: dict[str, str | None] | None = None,
+        num_coefficient_sets: int | None = None,
+        coefficient_sharing: str | None = None,
     ) -> None:
         """Record what a conversion decided, so that it is stored with the task."""
+        if "_given" not in self.__dict__:
+            self.__dict__["_given"] = {name: getattr(self, name) for name in _WRITTEN}
         self.groups, self.recipes, self.base_fingerprint = groups, recipes or None, fingerprint
-        self._written = True
+        self.bank = None if bank is None else dict(bank)
+        self.num_coefficient_sets = num_coefficient_sets or self.num_coefficient_sets
+        self.coefficient_sharing = coefficient_sharing
+
+    def write_backbone(self, description: dict[str, Any] | None) -> None:
+        """Record how the backbone is found again, unless that was given or read from a file."""
+        if self.backbone is None or self.__dict__.get("_backbone_written"):
+            self.backbone, self._backbone_written = description, True
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` and, where the task's numbers lie beside it, the model card.
+
+        PEFT calls this last when it saves a model, so that every way of saving a task writes its card.
+        """
+        from .hub import has_task_numbers, hub_repository, write_model_card  # hub stands above config
+
+        if self.base_model_name_or_path is None:
+            self.base_model_name_or_path = hub_repository(self.backbone)
+        super().save_pretrained(save_directory, **kwargs)
+        if has_task_numbers(save_directory):
+            write_model_card(save_directory)
 
     def forget_written_fields(self) -> None:
         """Drop what an earlier conversion recorded: a config object that is used again describes a new task.
 
         What was given to the constructor, or read from a file, stays.
         """
-        if self.__dict__.pop("_written", False):
-            self.groups = self.recipes = self.base_fingerprint = None
+        for name, value in self.__dict__.pop("_given", {}).items():
+            self.__dict__[name] = value
+        if self.__dict__.pop("_backbone_written", False):
+            self.backbone = None
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
@@ -178,7 +314,7 @@ class RecastConfig(PeftConfig):
         setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
 
     def _check_sizes(self) -> None:
-        for name in ("group_size", "num_groups", "num_templates"):
+        for name in ("group_size", "num_groups", "num_templates", "max_coefficients"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
                 raise self._bad(name, "a whole number of at least 1, or None")
@@ -204,8 +340,47 @@ class RecastConfig(PeftConfig):
         for name in ("init_weights", "keep_base_weights", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise self._bad(name, "True or False")
+        method = resolve_method(self.mimicry)
         if not isinstance(self.mimicry, str):
-            raise self._bad("mimicry", "the name of a method")
+            self.mimicry = method.to_dict()
+        if self.coefficient_sharing is not None and self.coefficient_sharing not in SHARING_CHOICES:
+            raise self._bad("coefficient_sharing", f"None, or one of {', '.join(SHARING_CHOICES)}")
+        wrong = None if self.bank is None else check_reference(self.bank)
+        if wrong is not None:
+            raise self._bad("bank", wrong)
+
+    def _check_head(self) -> None:
+        if self.id2label is not None:
+            self.id2label = self._checked_labels()
+            if self.num_classes is None:
+                self.num_classes = len(self.id2label)
+        if self.num_classes is not None:
+            if not _is_int(self.num_classes) or self.num_classes < 1:
+                raise self._bad("num_classes", "a whole number of at least 1, or None")
+            if self.id2label is not None and set(self.id2label) != set(range(self.num_classes)):
+                raise RecastConfigError(
+                    f"id2label must name every class once\n  num_classes: {self.num_classes}\n"
+                    f"  numbers in id2label: {sorted(self.id2label)[:10]}"
+                )
+        for name, choices in (
+            ("head_init", ("fresh", "copy")),
+            ("head_type", ("linear", "prototypes")),
+            ("head_dtype", (None, "float16", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise self._bad(name, f"one of {', '.join(map(repr, choices))}")
+        if self.head_module is not None and not isinstance(self.head_module, str):
+            raise self._bad("head_module", "the name of a module, or None")
+        if not isinstance(self.train_norms, bool):
+            raise self._bad("train_norms", "True or False")
+
+    def _checked_labels(self) -> dict[int, str]:
+        labels = self.id2label
+        try:
+            # JSON turns the numbers into strings
+            return {int(key): str(value) for key, value in labels.items()}  # type: ignore[union-attr]
+        except (AttributeError, TypeError, ValueError):
+            raise self._bad("id2label", "a dictionary from class numbers to names") from None
 
     def _check_written_fields(self) -> None:
         if self.groups is not None:
@@ -229,6 +404,10 @@ class RecastConfig(PeftConfig):
             not isinstance(self.base_fingerprint, dict) or not all(isinstance(v, str) for v in self.base_fingerprint.values())
         ):
             raise self._bad("base_fingerprint", "a dictionary from module names to fingerprints")
+        if self.backbone is not None and (not isinstance(self.backbone, dict) or "library" not in self.backbone):
+            raise self._bad("backbone", "a dictionary with 'library' and what the library builds the model from")
+        if self.results is not None and not isinstance(self.results, dict):
+            raise self._bad("results", "a dictionary from names to values")
 
     def _check_recipe(self, bank: str, recipe: Any) -> None:
         members = (self.groups or {}).get(bank)

@@ -13,13 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from .bank import TemplateBank
+from .bank import PLACEHOLDER, TemplateBank
+from .bank_files import StoredBank, StoredGroup
 from .config import RecastConfig
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from .fingerprint import same_weight, weight_fingerprint
 from .layer import BASE_ADAPTER, RecastLayer
-from .mimicry import Recipe, mimic
-from .plan import PlannedGroup, RecastPlan
+from .mimicry import FittedTemplates, Recipe
+from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
 from .registration import PREFIX
 from .targets import Candidate
 
@@ -103,7 +104,10 @@ def base_fingerprints(targets: list[Candidate]) -> dict[str, str]:
     result = {}
     for target in targets:
         layer = _existing(target)
-        result[target.name] = layer.fingerprint if layer is not None else weight_fingerprint(target.weight)
+        if layer is not None:
+            result[target.name] = layer.fingerprint
+        else:  # a placeholder for a weight that a stored bank stands for says whose place it holds
+            result[target.name] = getattr(target.weight, PLACEHOLDER, None) or weight_fingerprint(target.weight)
     return result
 
 
@@ -123,6 +127,7 @@ def check_fingerprints(config: RecastConfig, actual: dict[str, str], entries: di
             "are zero): it is taken as a fresh task on these weights.",
             stacklevel=2,
         )
+        config.backbone = None  # it named the other weights
         return
     which = "all of them" if len(differ) == len(actual) else f"{len(differ)} of {len(actual)}"
     raise RecastBaseMismatchError(
@@ -172,20 +177,90 @@ def _visible_key(target: Candidate) -> str:
 
 
 def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, PreparedLayer]) -> list[TemplateBank]:
-    """Give every prepared layer its bank; the compressed banks that are new are returned."""
+    """Give every prepared layer its bank; the compressed banks that are new are returned.
+
+    What takes long or can fail happens here; the templates of recipes are built later, one group after the other.
+    """
+    _check_bank_base(plan, prepared)
     new = []
+    fitted: dict[str, FittedTemplates] = {}
     for group in plan.groups:
         layers = [prepared[name].layer for name in group.members]
         bank = _bank_in_use(group, config, layers)
         if bank is None:
-            recipe = None if group.is_exact else _recipe(group, config, layers)
-            weights = None if recipe is None else [layer.pretrained_weight for layer in layers]
-            bank = TemplateBank(group.name, group.members, layers, recipe, weights)
-            if recipe is not None:
+            found = _found_templates(group, plan, config, layers)
+            recipe = found if isinstance(found, Recipe) else None
+            if isinstance(found, FittedTemplates):
+                fitted[group.name] = found
+            bank = TemplateBank(group.name, group.members, layers, recipe, fitted.get(group.name))
+            if found is not None:
                 new.append(bank)
         for name in group.members:
             prepared[name].bank = bank
+    if fitted:
+        reference = plan.bank.reference if plan.bank is not None else _new_bank(plan, config, fitted).reference
+        for bank in new:
+            bank.stored = reference if bank.name in fitted else None
     return new
+
+
+def _check_bank_base(plan: RecastPlan, prepared: dict[str, PreparedLayer]) -> None:
+    """Refuse a stored bank that stands for other pretrained weights."""
+    recorded = {} if plan.bank is None else plan.bank.base_fingerprint
+    for name, layer in ((name, p.layer) for name, p in prepared.items()):
+        if name in recorded and not same_weight(recorded[name], layer.fingerprint):
+            assert plan.bank is not None
+            raise RecastBaseMismatchError(
+                f"the template bank {plan.bank.name or 'in memory'} was made for other pretrained weights; {name} differs\n"
+                f"  fingerprint in the bank:  {recorded[name]}\n  fingerprint of the model: {layer.fingerprint}\n"
+                "Load the weights that the bank was made for, or make a bank for these with fit_bank."
+            )
+
+
+def share_coefficients(tuner: nn.Module, adapter_name: str, owners: dict[str, str]) -> None:
+    """Let layers of a task use the coefficients of their owners: one parameter in several layers.
+
+    Loading may put another parameter in every layer (``low_cpu_mem_usage``), so the sharing is renewed after it.
+    """
+    held = tuner.__dict__.setdefault("_coefficient_owners", {})
+    if not held:
+        tuner.register_load_state_dict_post_hook(_renew_sharing)
+    held[adapter_name] = owners
+    _renew_sharing(tuner, None)
+
+
+def _renew_sharing(tuner: nn.Module, _: object) -> None:
+    layers = recast_layers(tuner)
+    for adapter_name, owners in tuner.__dict__["_coefficient_owners"].items():
+        for name, owner in owners.items():
+            if name != owner and all(adapter_name in layers[n].recast_coefficients for n in (name, owner)):
+                layers[name].recast_coefficients[adapter_name] = layers[owner].recast_coefficients[adapter_name]
+
+
+def _found_templates(
+    group: PlannedGroup, plan: RecastPlan, config: RecastConfig, layers: list[RecastLayer]
+) -> Recipe | FittedTemplates | None:
+    """What makes a group's templates: a stored bank, a stored recipe, or the mimicry method; None for an exact bank."""
+    stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
+    if stored_group is not None and stored_group.templates is not None:
+        assert stored_group.base is not None
+        return FittedTemplates(stored_group.templates, stored_group.base)
+    if group.is_exact:
+        return None
+    recipe = (config.recipes or {}).get(group.name)
+    if recipe is not None:
+        return _stored_recipe(recipe)
+    return config.method.fit([layer.pretrained_weight for layer in layers], group.num_templates, label=group.name)
+
+
+def _new_bank(plan: RecastPlan, config: RecastConfig, fitted: dict[str, FittedTemplates]) -> StoredBank:
+    groups = {
+        group.name: StoredGroup(group.members, fitted[group.name].templates, fitted[group.name].base.float())
+        if group.name in fitted
+        else StoredGroup(group.members)
+        for group in plan.groups
+    }
+    return StoredBank(groups, {}, config.method.to_dict())
 
 
 def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastLayer]) -> TemplateBank | None:
@@ -207,26 +282,32 @@ def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastL
                 return bank
         return None
     bank = next(iter(compressed.values()))
-    stored = (config.recipes or {}).get(group.name)
     same = len(compressed) == 1 and bank.members == group.members and bank.num_templates == group.num_templates
-    if same and stored is not None:
-        same = bank.same_recipe(_stored_recipe(stored))
-    if not same:
+    if not same or not _made_for(bank, group, config):
         raise RecastBankError(
             f"module {group.members[0]} belongs to a compressed bank that the task does not share\n"
-            f"  bank of the model: {bank.num_templates} templates for {', '.join(bank.members)}\n"
-            f"  bank of the task:  {group.num_templates} templates for {', '.join(group.members)}"
-            f"{', mixed otherwise' if bank.members == group.members else ''}\n"
+            f"  bank of the model: {bank.num_templates} templates for {', '.join(bank.members)}{_identity(bank.stored)}\n"
+            f"  bank of the task:  {group.num_templates} templates for {', '.join(group.members)}{_identity(config.bank)}"
+            f"{', of other contents' if same else ''}\n"
             "Give the task the same targets, group_size and num_templates, or convert a fresh copy of the pretrained model."
         )
     return bank
 
 
-def _recipe(group: PlannedGroup, config: RecastConfig, layers: list[RecastLayer]) -> Recipe:
-    stored = (config.recipes or {}).get(group.name)
-    if stored is not None:
-        return _stored_recipe(stored)
-    return mimic([layer.pretrained_weight for layer in layers], group.num_templates, config.mimicry)
+def _made_for(bank: TemplateBank, group: PlannedGroup, config: RecastConfig) -> bool:
+    """Whether a task that fits a bank's shape was also trained on it, or is new."""
+    recipe = (config.recipes or {}).get(group.name)
+    if recipe is not None:
+        return bank.same_recipe(_stored_recipe(recipe))
+    named = config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+    if named is not None:
+        return bank.stored is not None and bank.stored["fingerprint"] == named
+    is_stored_task = config.groups is not None and config.base_fingerprint is not None
+    return not is_stored_task  # a stored task without recipe or bank was trained on the pretrained weights themselves
+
+
+def _identity(reference: object) -> str:
+    return f" (bank {reference['name']!r}, {reference['fingerprint']})" if isinstance(reference, dict) else ""
 
 
 def _stored_recipe(stored: dict[str, list[list[float]]]) -> Recipe:
@@ -236,12 +317,20 @@ def _stored_recipe(stored: dict[str, list[list[float]]]) -> Recipe:
 def write_plan(
     config: RecastConfig, plan: RecastPlan, prepared: dict[str, PreparedLayer], fingerprints: dict[str, str]
 ) -> None:
+    """Write into a config what its task is about to get."""
     banks = {}
     for group in plan.groups:
         bank = prepared[group.members[0]].bank
         assert bank is not None
         banks[group.name] = bank
-    config.write_fields({group.name: list(group.members) for group in plan.groups}, _recipes_of(banks), fingerprints)
+    config.write_fields(
+        {group.name: list(group.members) for group in plan.groups},
+        _recipes_of(banks),
+        fingerprints,
+        _reference_of(banks),
+        plan.num_coefficient_sets,
+        plan.coefficient_sharing,
+    )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = list(plan.targets)  # PEFT would put its own list here, with other heads left out
 
@@ -249,9 +338,76 @@ def write_plan(
 def describe_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> None:
     """Write into a config what the model says of a task."""
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_bank}
-    banks = {bank.name: bank for layer in layers.values() for bank in [layer.recast_bank[adapter_name]]}
+    banks = task_banks(model, adapter_name)
     groups = {name: list(bank.members) for name, bank in banks.items()}
-    config.write_fields(groups, _recipes_of(banks), {name: layer.fingerprint for name, layer in layers.items()})
+    reference = _reference_of(banks)
+    if reference is not None and reference["name"] is None:
+        warnings.warn(
+            f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
+            "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
+            stacklevel=2,
+        )
+    sets = {layer.recast_coefficients[adapter_name].shape[0] for layer in layers.values()}
+    config.write_fields(
+        groups,
+        _recipes_of(banks),
+        {name: layer.fingerprint for name, layer in layers.items()},
+        reference,
+        max(sets, default=None),
+        _sharing_of(layers, banks, adapter_name),
+    )
+
+
+def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | None:
+    """Which way of sharing explains the parameters that a task's layers have in common."""
+    coefficients = {name: id(layer.recast_coefficients[adapter_name]) for name, layer in layers.items()}
+    if len(set(coefficients.values())) == len(coefficients):
+        return None
+    groups = [PlannedGroup(b.name, b.members, (), torch.float32, b.num_templates, 1) for b in banks.values()]
+    for sharing in SHARING:
+        owners = coefficient_owners(groups, sharing)
+        if all(coefficients[name] == coefficients[owner] for name, owner in owners.items()) and len(
+            set(owners.values())
+        ) == len(set(coefficients.values())):
+            return sharing
+    return None
+
+
+def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
+    """The banks of one task by name, in the order of their first member."""
+    layers = [layer for layer in recast_layers(model).values() if adapter_name in layer.recast_bank]
+    return {bank.name: bank for bank in (layer.recast_bank[adapter_name] for layer in layers)}
+
+
+def _reference_of(banks: dict[str, TemplateBank]) -> dict[str, str | None] | None:
+    """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
+    return next((bank.stored for bank in banks.values() if bank.stored is not None), None)
+
+
+def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
+    """The banks of a task as they are stored.
+
+    Raises:
+        RecastBankError: if every one of them follows from the pretrained weights.
+    """
+    banks = task_banks(model, adapter_name)
+    layers = recast_layers(model)
+    groups = {}
+    for name, bank in banks.items():
+        if bank.templates is None or bank.base_coefficients is None:
+            groups[name] = StoredGroup(bank.members)
+        else:
+            groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients)
+    reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
+    fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
+    return StoredBank(groups, fingerprints, method, reference["name"], fingerprint=reference["fingerprint"] or "")
+
+
+def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
+    """Note in the model where a bank was stored, for the tasks that are saved from now on."""
+    for held in recast_banks(model).values():
+        if held.stored is not None and held.stored["fingerprint"] == bank.fingerprint:
+            held.stored["name"] = bank.name
 
 
 def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]]:
@@ -263,13 +419,14 @@ def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list
 
 
 def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights: bool) -> None:
-    """Make new compressed banks part of the model and release what they stand for."""
+    """Make new compressed banks part of the model and release what they stand for, one group after the other."""
     if not banks:
         return
     if not hasattr(model, BANKS):
         setattr(model, BANKS, nn.ModuleDict())
     container = getattr(model, BANKS)
     for bank in banks:
+        bank.build()
         container[bank.name.replace(".", "/")] = bank
         for layer in bank.layers:
             layer.compressed_bank = (bank,)

@@ -6,15 +6,18 @@ Nothing is touched: ``plan_recast`` says what a conversion would do. The tuner c
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+from .bank_files import HOW_TO_LOAD, StoredBank, find_bank
 from .config import RecastConfig
-from .errors import RecastTargetError
+from .errors import RecastBankError, RecastConfigError, RecastTargetError
 from .targets import Candidate, check_materialised, find_targets, total_bytes
 
 
@@ -29,6 +32,7 @@ class PlannedGroup:
         dtype: of every member's weight.
         num_templates: templates in the bank, at most one for each member.
         num_coefficient_sets: K, the sets that each member trains.
+        fitted: whether the templates are fitted or stored, even where there are as many as members.
     """
 
     name: str
@@ -37,15 +41,16 @@ class PlannedGroup:
     dtype: torch.dtype
     num_templates: int
     num_coefficient_sets: int
+    fitted: bool = False
 
     @property
     def is_exact(self) -> bool:
         """Whether the pretrained weights themselves are the templates."""
-        return self.num_templates == len(self.members)
+        return self.num_templates == len(self.members) and not self.fitted
 
     @property
     def num_coefficients(self) -> int:
-        """Numbers that one task trains in this group."""
+        """Numbers that one task trains in this group, if it shares none with other layers."""
         return len(self.members) * self.num_templates * self.num_coefficient_sets
 
     @property
@@ -72,17 +77,30 @@ class RecastPlan:
         skipped: modules that matched but are left out, with the reason.
         model_bytes: bytes of the model as it is.
         keep_base_weights: whether compressed members keep their pretrained weights.
+        coefficient_sharing: which layers share their offsets: None, ``"roles"``, ``"blocks"`` or ``"all"``.
+        reason: what was chosen to keep the budget, and why; empty without ``max_coefficients``.
+        bank: the stored bank that the task is on, if it is not in the model yet.
+        candidates: the target modules.
     """
 
     groups: tuple[PlannedGroup, ...]
     skipped: dict[str, str] = field(default_factory=dict)
     model_bytes: int = 0
     keep_base_weights: bool = False
+    coefficient_sharing: str | None = None
+    reason: str = ""
+    bank: StoredBank | None = field(default=None, repr=False, compare=False)
+    candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def num_coefficient_sets(self) -> int:
+        """K, the coefficient sets of every layer."""
+        return max(group.num_coefficient_sets for group in self.groups)
 
     @property
     def num_coefficients(self) -> int:
         """Numbers that one task trains, heads and biases aside."""
-        return sum(group.num_coefficients for group in self.groups)
+        return count_coefficients(self.groups, self.coefficient_sharing)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -126,6 +144,10 @@ class RecastPlan:
             f"{len(self.groups)} banks, {len(self.targets)} target modules, {self.num_coefficients} numbers per task; "
             f"model {self.model_bytes:,} bytes before, {self.model_bytes_after:,} after"
         )
+        if self.coefficient_sharing is not None:
+            lines.append(f"offsets are shared between {SHARING[self.coefficient_sharing]}")
+        if self.reason:
+            lines.append(self.reason)
         if self.skipped:
             lines.append(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in self.skipped.items())}")
         return "\n".join(lines)
@@ -147,12 +169,19 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    bank = _bank_of(model, config)
+    if bank is not None and config.groups is None:
+        config = _with(config, groups={name: list(group.members) for name, group in bank.groups.items()})
     targets, skipped = find_targets(model, config)
     check_materialised(targets)
+    reason = ""
     if config.groups is not None:
-        groups = _given_groups(targets, config)
+        groups = _given_groups(targets, config, bank)
     else:
-        groups = [_planned(chunk, config) for run in _runs(targets) for chunk in _chunks(run, config)]
+        runs = layer_runs(targets)
+        if config.max_coefficients is not None:
+            config, reason = choose_sizes(runs, config)
+        groups = plan_groups(runs, config)
         largest = max(len(group.members) for group in groups)
         if config.num_templates is not None and config.num_templates > largest:
             raise RecastTargetError(
@@ -160,7 +189,163 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
             )
     order = {target.name: i for i, target in enumerate(targets)}
     groups.sort(key=lambda group: order[group.members[0]])
-    return RecastPlan(tuple(groups), skipped, total_bytes(model), config.keep_base_weights)
+    plan = RecastPlan(
+        tuple(groups),
+        skipped,
+        total_bytes(model),
+        config.keep_base_weights,
+        config.coefficient_sharing,
+        reason,
+        bank,
+        tuple(targets),
+    )
+    if config.max_coefficients is not None and plan.num_coefficients > config.max_coefficients:
+        raise RecastConfigError(
+            f"the groups that were given need more numbers than max_coefficients allows\n  needed:  {plan.num_coefficients}\n"
+            f"  allowed: {config.max_coefficients}"
+        )
+    return plan
+
+
+def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
+    """The stored bank that a config names; None if it names none, or one that the model has already.
+
+    Raises:
+        RecastBankError: if it is not found, or the model has another one.
+    """
+    if not isinstance(config.bank, dict):
+        return None
+    if config.bank_in_memory is not None:
+        return config.bank_in_memory
+    wanted = config.bank["fingerprint"]
+    held: list[Any] = [bank for m in model.modules() for bank in getattr(m, "compressed_bank", ())]
+    references = [bank.stored for bank in held if bank.stored is not None]
+    if wanted is not None and config.groups is not None and references:
+        if any(reference["fingerprint"] == wanted for reference in references):
+            return None
+        raise RecastBankError(
+            f"the task was trained on another template bank than that of the model\n"
+            f"  bank of the task:  {config.bank['name']!r}, fingerprint {wanted}\n"
+            f"  bank of the model: {references[0]['name']!r}, fingerprint {references[0]['fingerprint']}\n"
+            f"Load the task on a fresh copy of the pretrained model. {HOW_TO_LOAD}"
+        )
+    folder = config.__dict__.get("_origin", (None,))[0]
+    return find_bank(config.bank, folder)
+
+
+def _with(config: RecastConfig, **fields: Any) -> RecastConfig:
+    """A shallow copy of a config with other values, unchecked."""
+    other = RecastConfig.__new__(RecastConfig)
+    other.__dict__.update(config.__dict__)
+    other.__dict__.update(fields)
+    return other
+
+
+def plan_groups(runs: list[list[Candidate]], config: RecastConfig) -> list[PlannedGroup]:
+    """Cut runs of layers into groups as a config says."""
+    return [_planned(chunk, config) for run in runs for chunk in _chunks(run, config)]
+
+
+SHARING: dict[str, str] = {
+    "roles": "the roles of a block",
+    "blocks": "the members of a bank",
+    "all": "the roles of a block and the members of a bank",
+}
+
+
+def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | None) -> dict[str, str]:
+    """For every target the one whose offsets it uses: itself, if nothing is shared.
+
+    Args:
+        groups: of the plan.
+        sharing: ``"roles"``: the first target of the same block, place in its bank and number of templates;
+            ``"blocks"``: the first member of its bank; ``"all"``: both; None: itself.
+    """
+    owners: dict[str, str] = {}
+    first: dict[tuple[str, int, int], str] = {}
+    for group in groups:
+        for place, member in enumerate(group.members):
+            if sharing in ("blocks", "all") and place > 0:
+                owners[member] = owners[group.members[0]]
+            elif sharing in ("roles", "all"):
+                owners[member] = first.setdefault((block_of(member), place, group.num_templates), member)
+            else:
+                owners[member] = member
+    return owners
+
+
+def count_coefficients(groups: Sequence[PlannedGroup], sharing: str | None) -> int:
+    """Numbers that one task trains in these groups."""
+    owners = coefficient_owners(groups, sharing)
+    return sum(g.num_templates * g.num_coefficient_sets for g in groups for member in g.members if owners[member] == member)
+
+
+def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[RecastConfig, str]:
+    """Choose what a config leaves open so that a task needs at most ``max_coefficients`` numbers.
+
+    What was given is kept: ``group_size`` or ``num_groups``, ``num_templates``, ``coefficient_sharing``. Of the rest, the
+    most numbers that fit are taken, first without sharing, then with as little sharing as will do; coefficient sets are
+    given up before layers share, as they add nothing that can be expressed. Fewer templates than layers are never chosen:
+    they change the model, and a smaller group saves as many numbers.
+
+    Returns:
+        the config with its choices, and a sentence that says what they are and why.
+
+    Raises:
+        RecastConfigError: if nothing fits; the message says how many numbers the smallest choice needs.
+    """
+    assert config.max_coefficients is not None
+    budget, longest = config.max_coefficients, max(map(len, runs))
+    fixed_size = config.group_size is not None or config.num_groups is not None
+    sizes: list[int | None] = [None] if fixed_size else list(range(longest, (config.num_templates or 1) - 1, -1)) or [longest]
+    sharings = [config.coefficient_sharing] if config.coefficient_sharing else [None, *SHARING]
+    all_sets = sorted({config.num_coefficient_sets, 1}, reverse=True)
+    smallest = None
+    for sharing in sharings:
+        for sets in all_sets:
+            options = []
+            for size in sizes:
+                choice = _with(config, num_coefficient_sets=sets, coefficient_sharing=sharing)
+                if size is not None:
+                    choice.__dict__["group_size"] = size
+                options.append((count_coefficients(plan_groups(runs, choice), sharing), choice))
+            least = min(count for count, _ in options)
+            smallest = least if smallest is None else min(smallest, least)
+            fitting = [option for option in options if option[0] <= budget]
+            if fitting:
+                count, choice = max(fitting, key=lambda option: option[0])
+                return choice, _explain(count, choice, config, least if sharing is None else None)
+    raise RecastConfigError(
+        f"max_coefficients={budget} cannot be kept with what the config gives\n  numbers of the smallest choice: {smallest}\n"
+        "Give fewer target_modules, or leave group_size, num_templates and coefficient_sharing open."
+    )
+
+
+def _explain(count: int, choice: RecastConfig, config: RecastConfig, least: int | None) -> str:
+    parts = [
+        f"num_groups={choice.num_groups}" if choice.num_groups is not None else f"group_size={choice.effective_group_size}"
+    ]
+    parts.append(f"num_templates={choice.num_templates or 'as many as layers (exact)'}")
+    parts.append(f"num_coefficient_sets={choice.num_coefficient_sets}")
+    if choice.num_coefficient_sets < config.num_coefficient_sets:
+        parts[-1] += f" (down from {config.num_coefficient_sets}, which describes the same weights)"
+    if choice.coefficient_sharing is not None:
+        parts.append(f"coefficient_sharing={choice.coefficient_sharing!r}")
+    why = "the largest choice within the budget"
+    if least is None and config.coefficient_sharing is None:
+        why += "; without sharing no choice keeps it"
+    return f"max_coefficients={config.max_coefficients}: {', '.join(parts)} needs {count} numbers, {why}"
+
+
+def block_of(name: str) -> str:
+    """The block that a module stands in: its name up to the last number that is not its own last part.
+
+    >>> block_of("blocks.11.attn.qkv"), block_of("blocks.3.mlp.0"), block_of("conv1")
+    ('blocks.11', 'blocks.3', 'conv1')
+    """
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=None)
+    return name if last is None else ".".join(parts[: last + 1])
 
 
 def role_of(name: str) -> str:
@@ -191,7 +376,7 @@ def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(weight.shape), weight.dtype
 
 
-def _runs(targets: list[Candidate]) -> list[list[Candidate]]:
+def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:
     """Targets of one role, in the order of depth, cut wherever the shape, dtype or class changes."""
     roles: dict[str, list[Candidate]] = {}
     for target in targets:
@@ -222,10 +407,11 @@ def _planned(members: list[Candidate], config: RecastConfig, name: str | None = 
     names = [member.name for member in members]
     shape, dtype = _weight_like(members[0])
     templates = min(config.num_templates or len(members), len(members))
-    return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, templates, config.num_coefficient_sets)
+    fitted = config.method.fits_full_banks and len(members) > 1 and config.recipes is None
+    return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, templates, config.num_coefficient_sets, fitted)
 
 
-def _given_groups(targets: list[Candidate], config: RecastConfig) -> list[PlannedGroup]:
+def _given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBank | None) -> list[PlannedGroup]:
     by_name = {target.name: target for target in targets}
     groups = []
     for name, names in (config.groups or {}).items():
@@ -235,10 +421,26 @@ def _given_groups(targets: list[Candidate], config: RecastConfig) -> list[Planne
             shown = "\n".join(f"  {m.name}: {'x'.join(map(str, _weight_like(m)[0]))} {_weight_like(m)[1]}" for m in members)
             raise RecastTargetError(f"the members of group {name!r} differ in shape or dtype:\n{shown}")
         planned = _planned(members, config, name)
+        held = getattr(members[0].visible, "compressed_bank", ())
         recipe = (config.recipes or {}).get(name)
         if recipe is not None:
-            planned = PlannedGroup(
-                name, planned.members, planned.shape, planned.dtype, len(recipe["mix"]), config.num_coefficient_sets
-            )
+            planned = replace(planned, num_templates=len(recipe["mix"]), fitted=False)
+        elif bank is not None:
+            planned = _from_bank(planned, bank)
+        elif config.bank is not None and held:
+            planned = replace(planned, num_templates=held[0].num_templates, fitted=True)
         groups.append(planned)
     return groups
+
+
+def _from_bank(planned: PlannedGroup, bank: StoredBank) -> PlannedGroup:
+    """The group as a stored bank has it."""
+    stored = bank.groups.get(planned.name)
+    shape = None if stored is None or stored.templates is None else tuple(stored.templates.shape[1:])
+    if stored is None or stored.members != planned.members or shape not in (None, planned.shape):
+        has = "no such group" if stored is None else f"{shape or planned.shape} for {', '.join(stored.members)}"
+        raise RecastBankError(
+            f"the template bank {bank.name!r} does not fit group {planned.name!r}\n  in the bank:  {has}\n"
+            f"  in the model: {planned.shape} for {', '.join(planned.members)}"
+        )
+    return replace(planned, num_templates=stored.num_templates, fitted=stored.templates is not None)

@@ -1,52 +1,78 @@
 """Neural Mimicry: from pretrained weights to templates and base coefficients (paper, section 3.2).
 
-A method is a function in a file of its own and one row in ``METHODS``.
+A method is a class in a file of its own and one row in ``METHODS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-from torch import Tensor
+import dataclasses
+import difflib
+from typing import Any
 
 from ..errors import RecastConfigError
-from .closed_form import closed_form
+from .autoencoder import AutoEncoder
+from .base import FittedTemplates, MimicryMethod, Recipe
+from .closed_form import ClosedForm, gram_matrix
+from .data_aware import DataAware
+from .fidelity import Fidelity, measure_fidelity
+from .gradient import Gradient
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Templates that are a fixed mix of the group's pretrained weights: T = mix @ W, and W_l is about base[l] @ T.
-
-    Attributes:
-        mix: ``(templates, layers)`` in float64.
-        base: ``(layers, templates)`` in float64.
-    """
-
-    mix: Tensor
-    base: Tensor
-
-
-METHODS: dict[str, Callable[[Sequence[Tensor], int], tuple[Tensor, Tensor]]] = {
-    "closed_form": closed_form,
+METHODS: dict[str, type[MimicryMethod]] = {
+    "closed_form": ClosedForm,
+    "gradient": Gradient,
+    "autoencoder": AutoEncoder,
+    "data_aware": DataAware,
 }
 
 
-def mimic(weights: Sequence[Tensor], num_templates: int, method: str = "closed_form") -> Recipe:
-    """Find templates and base coefficients for one group.
+def resolve_method(mimicry: str | dict[str, Any] | MimicryMethod) -> MimicryMethod:
+    """The method that a config means.
 
     Args:
-        weights: the pretrained weights of the group's layers, all of one shape.
-        num_templates: n, fewer than there are layers.
-        method: a name in ``METHODS``.
-
-    Returns:
-        the recipe of the bank.
+        mimicry: a name, ``{"method": name, option: value, ...}``, or the method's own object.
 
     Raises:
-        RecastConfigError: if there is no such method.
+        RecastConfigError: if there is no such method or option, or a value cannot be used.
     """
-    if method not in METHODS:
-        raise RecastConfigError(f"mimicry={method!r}: expected one of {', '.join(sorted(METHODS))}")
-    mix, base = METHODS[method](weights, num_templates)
-    return Recipe(mix, base)
+    if isinstance(mimicry, MimicryMethod):
+        return mimicry
+    options = {"method": mimicry} if isinstance(mimicry, str) else mimicry
+    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
+        raise RecastConfigError(
+            f"mimicry={mimicry!r}: expected the name of a method, a dictionary with a 'method' and its options, or an options "
+            f"object; methods: {', '.join(METHODS)}"
+        )
+    name = options["method"]
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        raise RecastConfigError(
+            f"mimicry={name!r}: expected one of {', '.join(METHODS)}{f'; did you mean {near[0]!r}?' if near else ''}"
+        )
+    method = METHODS[name]
+    given = {key: value for key, value in options.items() if key != "method"}
+    known = [field.name for field in dataclasses.fields(method)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise RecastConfigError(
+            f"mimicry {name} has no option {', '.join(map(repr, unknown))}; its options: {', '.join(known) or 'none'}"
+        )
+    try:
+        return method(**given)
+    except TypeError as error:
+        raise RecastConfigError(f"mimicry={mimicry!r}: an option is of the wrong type ({error})") from error
+
+
+__all__ = [
+    "METHODS",
+    "AutoEncoder",
+    "ClosedForm",
+    "DataAware",
+    "Fidelity",
+    "FittedTemplates",
+    "Gradient",
+    "MimicryMethod",
+    "Recipe",
+    "gram_matrix",
+    "measure_fidelity",
+    "resolve_method",
+]

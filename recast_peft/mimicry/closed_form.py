@@ -8,35 +8,56 @@ coefficients U. The paper fits the same quantities by gradient descent (section 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # numbers of a weight held in float64 at once
+from .base import MimicryMethod, Recipe
+
+CHUNK = 1 << 22  # numbers held in float64 at once, all layers together
 
 
 def gram_matrix(weights: Sequence[Tensor]) -> Tensor:
     """Inner products of all pairs of weights, ``(layers, layers)`` in float64 on the CPU."""
     flat = [weight.detach().reshape(-1) for weight in weights]
+    device = flat[0].device
     total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
-    for start in range(0, flat[0].numel(), CHUNK):
-        rows = torch.stack([f[start : start + CHUNK].to(torch.float64) for f in flat])
+    chunk = max(1, CHUNK // len(flat))
+    for start in range(0, flat[0].numel(), chunk):
+        rows = torch.stack([f[start : start + chunk].to(device, torch.float64) for f in flat])
         total += (rows @ rows.T).cpu()
     return total
 
 
-def closed_form(weights: Sequence[Tensor], num_templates: int) -> tuple[Tensor, Tensor]:
-    """Templates and base coefficients with the least squared error.
+@dataclass(frozen=True)
+class ClosedForm(MimicryMethod):
+    """The templates and base coefficients with the least squared error; no options."""
+
+    name: ClassVar[str] = "closed_form"
+    in_span: ClassVar[bool] = True
+
+    def fit(
+        self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
+    ) -> Recipe:
+        """Recipe with the least squared error; see :meth:`MimicryMethod.fit`."""
+        return recipe_from_gram(gram_matrix(weights), num_templates)
+
+
+def recipe_from_gram(gram: Tensor, num_templates: int) -> Recipe:
+    """The best recipe, from inner products alone.
 
     Args:
-        weights: the group's pretrained weights, all of one shape.
+        gram: ``(layers, layers)`` in float64.
         num_templates: n, at most the number of layers.
 
     Returns:
-        mix ``(templates, layers)`` and base coefficients ``(layers, templates)`` in float64. Every template has the mean
-        norm of the layers (so that a coefficient is measured in weights), and its largest mixing weight is positive.
+        the recipe. Every template has the mean norm of the layers (so that a coefficient is measured in weights), and its
+        largest mixing weight is positive. As many templates as layers give the identity: the weights are the templates.
     """
-    gram = gram_matrix(weights)
+    if num_templates == gram.shape[0]:
+        return Recipe(torch.eye(num_templates, dtype=torch.float64), torch.eye(num_templates, dtype=torch.float64))
     values, vectors = torch.linalg.eigh(gram)  # ascending
     top = vectors.flip(1)[:, :num_templates]  # (layers, templates)
     signs = torch.sign(top.gather(0, top.abs().argmax(dim=0, keepdim=True)))
@@ -45,4 +66,4 @@ def closed_form(weights: Sequence[Tensor], num_templates: int) -> tuple[Tensor, 
     mean_norm = gram.diagonal().clamp_min(0).sqrt().mean()
     # a direction without energy keeps its length: scaling it up would only blow up rounding errors
     scale = torch.where(norms > 1e-6 * mean_norm, mean_norm / norms.clamp_min(1e-300), torch.ones_like(norms))
-    return (top * scale).T.contiguous(), top / scale
+    return Recipe((top * scale).T.contiguous(), top / scale)

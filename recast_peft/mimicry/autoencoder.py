@@ -1,0 +1,90 @@
+"""The paper's variant in which a small network predicts the coefficients from the weights (section 3.2).
+
+The network is the encoder and the templates are the decoder: coefficients = network(weight), weight = coefficients @
+templates. After the fit the network is thrown away; what it says of the group's own layers is kept. The paper leaves open how
+a weight enters the network: here it is averaged down to ``features`` numbers and standardised, which tells a group's few
+layers apart and keeps the network as small as the paper calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .base import FittedTemplates, MimicryMethod, flatten, local_generator
+from .gradient import LOSSES, Best, random_templates
+
+
+@dataclass(frozen=True)
+class AutoEncoder(MimicryMethod):
+    """A network with one hidden layer predicts the coefficients; it and the templates are trained together.
+
+    Args:
+        hidden_size: width of the hidden layer.
+        features: numbers of a weight that the network sees.
+        steps: of RMSprop, for each bank.
+        learning_rate: at the start; it falls to zero along a cosine.
+        loss: ``"smooth_l1"``, ``"mse"`` or ``"l1"``.
+        seed: of the random start.
+        progress: show a progress bar for a bank that takes over two seconds.
+    """
+
+    name: ClassVar[str] = "autoencoder"
+    fits_full_banks: ClassVar[bool] = True
+
+    hidden_size: int = 8
+    features: int = 1024
+    steps: int = 2500
+    learning_rate: float = 2e-3
+    loss: str = "smooth_l1"
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self.check("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
+        for option in ("hidden_size", "features", "steps"):
+            self.check(option, isinstance(getattr(self, option), int) and getattr(self, option) >= 1, "a whole number from 1")
+        self.check("learning_rate", self.learning_rate > 0, "a number above 0")
+
+    def fit(
+        self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
+    ) -> FittedTemplates:
+        """Train one bank; see :meth:`MimicryMethod.fit`."""
+        with torch.enable_grad():
+            return self._fit(weights, num_templates, label)
+
+    def _fit(self, weights: Sequence[Tensor], num_templates: int, label: str) -> FittedTemplates:
+        target = flatten(weights)  # (layers, numbers)
+        generator = local_generator(self.seed, label, target.device)
+        seen = F.adaptive_avg_pool1d(target[:, None], min(self.features, target.shape[1]))[:, 0]  # (layers, features)
+        seen = (seen - seen.mean()) / seen.std().clamp_min(1e-12)
+        parameters = [
+            nn.init.kaiming_normal_(target.new_empty(self.hidden_size, seen.shape[1]), generator=generator),
+            target.new_zeros(self.hidden_size),
+            nn.init.orthogonal_(target.new_empty(num_templates, self.hidden_size), generator=generator),
+            target.new_zeros(num_templates),
+            random_templates(weights[0], num_templates, generator),
+        ]
+        for parameter in parameters:
+            parameter.requires_grad_()
+        into, into_bias, out, out_bias, templates = parameters
+        loss_of, best = LOSSES[self.loss], Best()
+        optimizer = torch.optim.RMSprop(parameters, lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        for step in tqdm(range(self.steps + 1), desc=f"mimicry {label}", delay=2, leave=False, disable=not self.progress):
+            base = F.linear(torch.tanh(F.linear(seen, into, into_bias)), out, out_bias)  # (layers, templates)
+            loss = loss_of(base @ templates, target)
+            best.offer(float(loss.detach()), templates, base)
+            if step == self.steps:
+                break
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return best.result(weights, target, label)
