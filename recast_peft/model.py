@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .backbone import describe_backbone
+from .bank_files import StoredBank
 from .config import RecastConfig
 from .conversion import (
     BANKS,
@@ -27,12 +29,17 @@ from .conversion import (
     prepare_banks,
     prepare_layers,
     recast_layers,
+    remember_bank_name,
+    share_coefficients,
+    stored_bank_of,
     write_plan,
 )
-from .layer import BASE_ADAPTER, RecastLayer
-from .plan import plan_recast
+from .heads import TaskHead, install_head, prepare_head
+from .layer import RecastLayer
+from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
+from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
+from .plan import coefficient_owners, plan_recast
 from .registration import PREFIX
-from .targets import find_targets
 from .task_files import check_state_dict, check_task_file, plain_name
 
 
@@ -52,6 +59,7 @@ class RecastModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
+    task_pool: tuple[Any, ...] = ()  # empty, or the one TaskPool of this model
 
     # ---------------------------------------------------------------- conversion
 
@@ -73,15 +81,18 @@ class RecastModel(BaseTuner):
             if state_dict is not None and config.groups is None:
                 config.target_modules = sorted({plain_name(key).partition(f".{PREFIX}")[0] for key in state_dict})
             plan = plan_recast(model, config)
-            targets, _ = find_targets(model, config)
+            targets = list(plan.candidates)
             check_name_is_free(targets, adapter_name)
             fingerprints = base_fingerprints(targets)
-            entries = check_task_file(model, config, plan)
+            head = prepare_head(model, config)
+            norms = find_norms(model) if config.train_norms else []
+            entries = check_task_file(model, config, plan, own_shapes(model, head, norms))
             check_fingerprints(config, fingerprints, entries)
             self._prepared = prepare_layers(targets, fingerprints)
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
             new_banks = prepare_banks(plan, config, self._prepared)
             write_plan(config, plan, self._prepared, fingerprints)
+            config.write_backbone(describe_backbone(model))
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -94,9 +105,16 @@ class RecastModel(BaseTuner):
             config.__dict__.clear()
             config.__dict__.update(given)
             for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+                if parameter.requires_grad != requires_grad:  # a lazy parameter cannot be asked to
+                    parameter.requires_grad_(requires_grad)
             raise
         install_banks(model, new_banks, config.keep_base_weights)
+        if plan.coefficient_sharing is not None:
+            share_coefficients(self, adapter_name, coefficient_owners(plan.groups, plan.coefficient_sharing))
+        active = adapter_name in self.active_adapters
+        if head is not None:
+            install_head(model, adapter_name, head, active, config.inference_mode)
+        install_norms(model, adapter_name, norms, active, config.inference_mode)
         # PEFT may have condensed the names to a set, whose order differs from run to run
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
@@ -161,6 +179,13 @@ class RecastModel(BaseTuner):
                 setattr(prepared.parent, prepared.child_name, prepared.original)
         del self._prepared
 
+    def train(self, mode: bool = True) -> RecastModel:
+        """Set training mode, but for the running statistics of the pretrained model, which no task may move."""
+        super().train(mode)
+        if mode:
+            freeze_running_statistics(self.model)
+        return self
+
     # ---------------------------------------------------------------- unloading
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -176,34 +201,33 @@ class RecastModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
+        adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
+        if adapter_names is None and task_ids is None:
             yield
             return
-        self._check_mixed_batch(adapter_names)
-        beams = kwargs.get("num_beams")
-        repeated = list(adapter_names)
-        if isinstance(beams, int) and beams > 1:
-            repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)() if repeated != list(adapter_names) else None
-        inside_encoder = {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+        batch = self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))
         handles = []
-        layers = [m for m in self.modules() if isinstance(m, RecastLayer)]
         try:
             for module in self.modules():
-                if isinstance(module, (RecastLayer, AuxiliaryTrainingWrapper)):
-                    # beam search repeats what the decoder sees, not what the encoder sees
-                    names = list(adapter_names) if id(module) in inside_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            for layer in layers:
-                layer._mixed_batch = True
-            yield
+                # modules that PEFT saves whole are told by PEFT's own argument; our layers and heads ask current_batch
+                if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, TaskHead):
+                    handles.append(module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True))
+            with mixed_batch(batch):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in layers:
-                layer._mixed_batch = False
+
+    def _mixed_batch(self, adapter_names: Any, task_ids: Any, num_beams: Any) -> MixedBatch:
+        beams = num_beams if isinstance(num_beams, int) else 1
+        if task_ids is None:
+            self._check_mixed_batch(adapter_names)
+            return MixedBatch(names=tuple(adapter_names), beams=beams)
+        if adapter_names is not None:
+            raise ValueError("adapter_names and task_ids were both given; give one of them")
+        if not self.task_pool:
+            raise ValueError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
+        return self.task_pool[0].mixed_batch_of(task_ids, beams)
 
     def _check_mixed_batch(self, adapter_names: Any) -> None:
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
@@ -219,6 +243,33 @@ class RecastModel(BaseTuner):
 
     # ---------------------------------------------------------------- files
 
+    def save_bank(self, path: str | Path, adapter_name: str | None = None) -> StoredBank:
+        """Write the template banks of a task into a folder, once for all tasks on them; ``load_bank`` reads it.
+
+        Args:
+            path: the folder; tasks that are saved from now on name their bank by it.
+            adapter_name: the task; None means the active one.
+
+        Returns:
+            the stored bank.
+
+        Raises:
+            RecastBankError: if the banks follow from the pretrained weights and need no file.
+        """
+        stored = self._stored_bank(adapter_name).save(path)
+        remember_bank_name(self.model, stored)
+        return stored
+
+    def push_bank_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> StoredBank:
+        """Upload the template banks of a task to a repository on the Hub; see ``save_bank`` and ``StoredBank.push_to_hub``."""
+        stored = self._stored_bank(adapter_name).push_to_hub(repo_id, **kwargs)
+        remember_bank_name(self.model, stored)
+        return stored
+
+    def _stored_bank(self, adapter_name: str | None) -> StoredBank:
+        name = adapter_name or self.active_adapters[0]
+        return stored_bank_of(self.model, name, cast(RecastConfig, self.peft_config[name]).method.to_dict())
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -230,6 +281,7 @@ class RecastModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT keeps the config object that it was given, and its user may since have put it on another model
         describe_task(config, model, adapter_name)
+        config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)()))
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -257,6 +309,9 @@ class RecastModel(BaseTuner):
         return remapped
 
 
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    kwargs["adapter_names"] = adapter_names
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    batch = current_batch()
+    if batch is not None and args:
+        repeats = batch.repeats(len(args[0]))
+        kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
     return args, kwargs
