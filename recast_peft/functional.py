@@ -7,7 +7,7 @@ is written W_l = anchor_l + sum_i d[l, i] * T_i with the trained offsets d, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,21 @@ def compose_weight(
     return _Compose.apply(coefficients, anchor, dtype, *templates)
 
 
+def compose_into(out: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """``compose_weight`` into a tensor that is there already; nothing is differentiated, and the bits are the same."""
+    work = composition_dtype(coefficients.dtype, *(t.dtype for t in templates))
+    if out.dtype != work:
+        return out.copy_(compose_weight(anchor, templates, coefficients, out.dtype))
+    scale = coefficients.to(work)
+    if anchor is None:
+        torch.mul(templates[0].to(work), scale[0], out=out)
+    else:
+        torch.addcmul(anchor.to(work), templates[0].to(work), scale[0], out=out)
+    for i, template in enumerate(templates[1:], start=1):
+        out.addcmul_(template.to(work), scale[i])
+    return out
+
+
 class _Compose(torch.autograd.Function):
     """The composition with a backward pass that forms inner products instead of weight-sized gradients."""
 
@@ -114,3 +129,26 @@ def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Te
     work = composition_dtype(gradient.dtype, *(t.dtype for t in templates))
     flat = gradient.to(work).reshape(-1)
     return torch.stack([torch.dot(flat, template.to(work).reshape(-1)) for template in templates])
+
+
+def mix_by_sample(product: Callable[[Tensor], Tensor], templates: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """Give every sample a weight of its own: ``y_s = sum_i coefficients[s, i] * product(templates[i])[s]``.
+
+    n products serve any number of tasks. It holds for whatever is linear in the weight (linear layers, convolutions).
+
+    Args:
+        product: what the layer computes with a given weight, without its bias; samples lie along the first dimension.
+        templates: n tensors shaped like the weight.
+        coefficients: ``(samples, n)``.
+
+    Returns:
+        shaped like the products and in their dtype; the sum is formed in float32 (float64 if an argument is).
+    """
+    total = None
+    for i, template in enumerate(templates):
+        part = product(template)
+        work = composition_dtype(part.dtype, coefficients.dtype)
+        scale = coefficients[:, i].to(work).view(-1, *[1] * (part.ndim - 1))
+        total = part.to(work) * scale if total is None else torch.addcmul(total, part.to(work), scale)
+    assert total is not None
+    return total.to(part.dtype)

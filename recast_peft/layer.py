@@ -22,30 +22,44 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import TemplateBank, follow_device
 from .errors import RecastBankError
-from .functional import average_sets, compose_weight
+from .functional import average_sets, compose_into, compose_weight, mix_by_sample
+from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 
-BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
+
+# Positions of a sample below which n products are cheaper than composing a weight for each task; measured on a CPU by
+# examples/benchmarks/mixed_batch.py.
+PRODUCT_LIMIT = 64
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
 _NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
 
 
-def _linear(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    return F.linear(x, weight, module.bias)  # type: ignore[arg-type]
+def _linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
+    return F.linear(x, weight, module.bias if bias else None)  # type: ignore[arg-type]
 
 
-def _conv(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    return module._conv_forward(x, weight, module.bias)  # type: ignore[operator]
+def _conv(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
+    return module._conv_forward(x, weight, module.bias if bias else None)  # type: ignore[operator]
 
 
-def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    return torch.addmm(module.bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], module.nf)  # type: ignore
+def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
+    flat = x.view(-1, x.shape[-1])
+    product = torch.addmm(module.bias, flat, weight) if bias else flat @ weight  # type: ignore[arg-type]
+    return product.view((*x.shape[:-1], weight.shape[1]))
+
+
+def _add_bias(y: Tensor, module: nn.Module) -> Tensor:
+    bias = module.bias
+    if bias is None:
+        return y
+    is_conv = isinstance(module, nn.modules.conv._ConvNd)
+    return y + (bias.view(-1, *[1] * (y.ndim - 2)) if is_conv else bias).to(y.dtype)  # type: ignore[union-attr, operator]
 
 
 # How a module computes with a given weight. A module whose forward is one of these is called by the plain function; any
 # other is called as it is, with its weight swapped for the call.
-DIRECT_CALLS: dict[Callable, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+DIRECT_CALLS: dict[Callable, Callable[..., Tensor]] = {
     nn.Linear.forward: _linear,
     nn.Conv1d.forward: _conv,
     nn.Conv2d.forward: _conv,
@@ -85,7 +99,6 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.register_buffer("recast_pretrained", None, persistent=False)  # the pretrained weight while merged
         self._disable_adapters = False
         self._active_adapter = []
-        self._mixed_batch = False
         self.merged_adapters = []
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
             self.in_features, self.out_features = _features(base_layer, self.weight_shape)
@@ -164,41 +177,60 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         Raises:
             RecastBankError: inside a mixed batch, in which there is no one weight for all samples.
         """
-        if self._mixed_batch:
+        if current_batch() is not None:
             raise RecastBankError(
                 f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
                 "another task for each sample: pass one task at a time instead of adapter_names"
             )
         if self.merged and not self.disable_adapters:
             return self._weight_parameter  # type: ignore[return-value]
-        return self.compose([] if self.disable_adapters else self.active_adapters)
+        return self._live_weight([] if self.disable_adapters else self.active_adapters)
 
-    def compose(self, adapters: Sequence[str]) -> Tensor:
+    def _live_weight(self, adapters: Sequence[str]) -> Tensor:
+        """The composed weight as a call uses it."""
+        weight = self.compose(adapters)
+        # torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only
+        # marked like a pretrained weight does the composed one give the unconverted model's output to the last bit
+        if not torch.is_grad_enabled() and any(name in self.recast_coefficients for name in adapters):
+            weight.requires_grad_()
+        return weight
+
+    def compose(self, adapters: Sequence[str], out: Tensor | None = None) -> Tensor:
         """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.
+
+        Args:
+            adapters: the tasks.
+            out: a tensor to write the weight into, where nothing is differentiated.
 
         Returns:
             shaped like the weight and in its dtype; for no task at all the pretrained weight itself, or what the
             compressed bank makes of it where that was released.
         """
-        present = [name for name in adapters if name in self.recast_coefficients]
+        terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+        if terms is None:
+            return self.pretrained_weight if out is None else out.copy_(self.pretrained_weight)
+        return compose_weight(*terms) if out is None else compose_into(out, *terms)
+
+    def _terms(self, adapters: Sequence[str]) -> tuple[Tensor | None, list[Tensor], Tensor] | None:
+        """Anchor, templates and coefficients of the weight for tasks that are present; None for the pretrained weight."""
         device = self.weight_device
-        if self.compressed_bank and (present or self.is_released):
+        if self.compressed_bank and (adapters or self.is_released):
             bank = self.compressed_bank[0]
             coefficients = bank.base_of(self.module_name)
-            for name in present:
+            for name in adapters:
                 coefficients = coefficients + average_sets(self.recast_coefficients[name])
-            return compose_weight(None, bank.get_templates(device), coefficients.to(device))
-        if not present:
-            return self.pretrained_weight
+            return None, bank.get_templates(device), coefficients.to(device)
+        if not adapters:
+            return None
         offsets: dict[int, Tensor] = {}
         banks: dict[int, TemplateBank] = {}
-        for name in present:
+        for name in adapters:
             bank, offset = self.recast_bank[name], average_sets(self.recast_coefficients[name])
             banks[id(bank)] = bank
             offsets[id(bank)] = offsets[id(bank)] + offset if id(bank) in offsets else offset
         templates = [template for bank in banks.values() for template in bank.get_templates(device)]
         coefficients = torch.cat([offsets[key] for key in banks]) if len(banks) > 1 else offsets[id(bank)]
-        return compose_weight(self.pretrained_weight, templates, coefficients.to(device))
+        return self.pretrained_weight, templates, coefficients.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a task adds to the weight without it, shaped like the weight, in its dtype."""
@@ -271,6 +303,21 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             parameter.data = weight
         self.merged_adapters = merged
 
+    def merge_in_place(self, adapter_names: list[str]) -> None:
+        """Merge tasks in place of those that are merged now, into the same storage.
+
+        The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
+        """
+        present = [name for name in adapter_names if name in self.recast_coefficients]
+        if not self.merged:
+            self.merge(adapter_names=present)
+            return
+        parameter = self._weight_parameter
+        assert parameter is not None
+        with torch.no_grad():
+            self.compose(present, out=parameter.data)
+        self.merged_adapters = present
+
     def unmerge(self) -> None:
         """Put the pretrained weight back: the very tensor that was there before."""
         if not self.merged:
@@ -312,23 +359,22 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     # ---------------------------------------------------------------- computing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped module computes, with the composed weight.
-
-        ``adapter_names``, one name for each sample along the first dimension, gives every sample its own task.
-        """
-        adapter_names = kwargs.pop("adapter_names", None)
+        """What the wrapped module computes, with the composed weight; in a mixed batch with each sample's own."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._call([], args, kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(adapter_names, args, kwargs)
+        batch = current_batch()
+        if batch is not None:
+            return self._mixed_batch_forward(batch, args, kwargs)
         if self.merged:
             return self.base_layer(*args, **kwargs)
         return self._call(self.active_adapters, args, kwargs)
 
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
-        weight = self.compose(adapters)
+        return self._call_with(self.compose(adapters), args, kwargs)
+
+    def _call_with(self, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if weight is self._weight_parameter:
             return self.base_layer(*args, **kwargs)
         base = self.base_layer
@@ -344,7 +390,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 base.__dict__[self.weight_name] = gathered
         return torch.func.functional_call(base, {self.weight_name: weight}, args, kwargs)
 
-    def _mixed_batch_forward(self, adapter_names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _mixed_batch_forward(self, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
         if isinstance(self.base_layer, nn.MultiheadAttention) or not args or not isinstance(args[0], Tensor):
@@ -352,26 +398,63 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 f"{self.module_name} ({type(self.base_layer).__name__}) cannot have another task for each sample: "
                 "pass one task at a time instead of adapter_names"
             )
-        x, *rest = args
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
+        if batch.pool is not None:
+            return self._pool_forward(batch, args, kwargs)
         # tasks without coefficients here share the base's rows
         rows: dict[str, list[int]] = {}
-        for i, name in enumerate(adapter_names):
-            rows.setdefault(name if name in self.recast_coefficients else BASE_ADAPTER, []).append(i)
-        if len(rows) == 1:
-            return self._call(list(rows), args, kwargs)
-        result = None
-        for name, indices in rows.items():
+        for key, indices in batch.rows(len(args[0])).items():
+            name = str(key)
+            rows.setdefault(name if name in self.recast_coefficients else BASE_ADAPTER, []).extend(indices)
+        return self._call_by_rows([(self.compose([name]), indices) for name, indices in rows.items()], args, kwargs)
+
+    def _pool_forward(self, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Every sample with its own row of a pool's table."""
+        x = args[0]
+        offsets = batch.offsets(self.module_name, len(x))  # (samples, templates)
+        if offsets is None:
+            return self._call([], args, kwargs)
+        assert batch.pool is not None
+        bank = self.recast_bank[batch.pool.slot]
+        templates = bank.get_templates(self.weight_device)
+        base = bank.base_row(self.module_name, offsets)
+        direct = DIRECT_CALLS.get(type(self.base_layer).forward)
+        if direct is not None and not _is_hooked(self.base_layer) and (self._products_are_cheaper(x, len(templates))):
+            mixed = mix_by_sample(lambda template: direct(self.base_layer, template, x, False), templates, base + offsets)
+            return _add_bias(mixed, self.base_layer)
+        anchor = None if self.compressed_bank else self.pretrained_weight
+        weights = []
+        for key, indices in batch.rows(len(x)).items():
+            offset = offsets[indices[0]]
+            if key == NO_TASK and not self.compressed_bank:
+                weights.append((self.pretrained_weight, indices))
+            else:
+                weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
+        return self._call_by_rows(weights, args, kwargs)
+
+    def _products_are_cheaper(self, x: Tensor, templates: int) -> bool:
+        """Whether n products for the whole batch cost less than composing a weight for each task.
+
+        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of a sample. A
+        compiled region takes the products always: which samples share a task is not known when it is compiled.
+        """
+        if torch.compiler.is_compiling():
+            return True
+        channels = x.shape[1] if isinstance(self.base_layer, nn.modules.conv._ConvNd) else x.shape[-1]
+        positions = x[0].numel() // max(1, channels)
+        return positions * (templates - 1) < PRODUCT_LIMIT * templates
+
+    def _call_by_rows(self, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]) -> Any:
+        x, *rest = args
+        if len(weights) == 1:
+            return self._call_with(weights[0][0], args, kwargs)
+        parts, order = [], []
+        for weight, indices in weights:
             index = torch.tensor(indices, device=x.device)
-            part = self._call([name], (x[index], *rest), kwargs)
-            if result is None:
-                result = part.new_empty((len(x), *part.shape[1:]))
-            result = result.index_copy(0, index, part)
-        return result
+            parts.append(self._call_with(weight, (x[index], *rest), kwargs))
+            order += indices
+        # back to the order of the samples
+        inverse = torch.tensor(order, device=x.device).argsort()
+        return torch.cat(parts)[inverse]
 
     def __getattr__(self, name: str) -> Any:
         try:

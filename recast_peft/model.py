@@ -92,7 +92,7 @@ class RecastModel(BaseTuner):
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
             new_banks = prepare_banks(plan, config, self._prepared)
             write_plan(config, plan, self._prepared, fingerprints)
-            config.write_backbone(describe_backbone(model))
+            config.write_backbone(describe_backbone(model, config.revision))
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -281,7 +281,7 @@ class RecastModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT keeps the config object that it was given, and its user may since have put it on another model
         describe_task(config, model, adapter_name)
-        config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)()))
+        config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)(), config.revision))
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

@@ -29,10 +29,18 @@ def plain_name(name: str) -> str:
     return re.sub(r"(^|\.)(base_layer|original_module|_fsdp_wrapped_module|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
 
 
-def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> dict[str, Tensor] | None:
+def check_task_file(
+    model: nn.Module, config: RecastConfig, plan: RecastPlan, own: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor] | None:
     """Check the file of coefficients of a config that was read from a saved task, before the model is touched.
 
     Does nothing for a config that was not read by ``from_pretrained``, or that belongs to no saved task.
+
+    Args:
+        model: as it is before the task.
+        config: of the task.
+        plan: what it targets.
+        own: shapes of what the task brings beside its coefficients (its head), by the names of the plain model.
 
     Returns:
         the file's entries, or None if there is no file to check.
@@ -50,7 +58,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan) ->
         raise
     except Exception as error:
         raise RecastLoadError(f"the coefficients of the task at {folder!r} cannot be read: {error}") from error
-    expected = {
+    required: dict[str, tuple[int, ...]] = {
         f"{MODEL_PREFIX}{member}.{COEFFICIENTS}": (group.num_coefficient_sets, group.num_templates)
         for group in plan.groups
         for member in group.members
@@ -60,15 +68,29 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan) ->
         for key, value in model.state_dict().items()
         if ".modules_to_save." not in key
     }
-    required = dict(expected)
     for name in config.modules_to_save or ():
         inside = re.compile(rf"^{re.escape(MODEL_PREFIX)}(.*\.)?{re.escape(name)}\.")
         required.update({key: shape for key, shape in plain.items() if inside.match(key)})
+    required.update({f"{MODEL_PREFIX}{key}": shape for key, shape in (own or {}).items()})
     given = {plain_name(key): value for key, value in entries.items()}
     known = {**plain, **required}
-    unexpected = [key for key in given if key not in known]
-    _raise_if_damaged(f"the task at {folder!r}", [key for key in required if key not in given], unexpected, given, known)
+    may_hold = _shared_parts(model, config)  # anything else of the base would be overwritten for every task
+    unexpected = [key for key in given if key not in required and not (key in plain and may_hold.search(key))]
+    raise_if_damaged(f"the task at {folder!r}", [key for key in required if key not in given], unexpected, given, known)
     return given
+
+
+def _shared_parts(model: nn.Module, config: RecastConfig) -> re.Pattern[str]:
+    """Parameters of the base that PEFT stores with a task: its biases if asked for, and its embeddings once resized."""
+    patterns = [] if config.bias == "none" else [r"(^|[._])bias$"]
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, method)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        names = [plain_name(name) for name, m in model.named_modules() if m is module and module is not None]
+        patterns += [rf"^{re.escape(MODEL_PREFIX + name)}\." for name in names]
+    return re.compile("|".join(patterns) or r"(?!)")
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, entries: dict[str, Tensor]) -> None:
@@ -87,16 +109,25 @@ def check_state_dict(model: nn.Module, adapter_name: str, entries: dict[str, Ten
     given = {key if key in own else key.removeprefix(MODEL_PREFIX): value for key, value in entries.items()}
     missing = [key for key in wanted if key not in given]
     unexpected = [key for key in given if key not in own]
-    _raise_if_damaged(f"task {adapter_name!r}", missing, unexpected, given, own)
+    raise_if_damaged(f"task {adapter_name!r}", missing, unexpected, given, own)
 
 
-def _raise_if_damaged(
+def raise_if_damaged(
     what: str,
     missing: list[str],
     unexpected: list[str],
     given: dict[str, Tensor],
     shapes: dict[str, tuple[int, ...]],
 ) -> None:
+    """Raise a RecastLoadError that lists what is wrong with a task's entries; return if nothing is.
+
+    Args:
+        what: is being read.
+        missing: names that should be there.
+        unexpected: names that should not.
+        given: the entries by name.
+        shapes: that they should have.
+    """
     misshaped = [
         f"{key}: {tuple(value.shape)} given, {shapes[key]} expected"
         for key, value in given.items()

@@ -1,0 +1,97 @@
+"""Which task each sample of a batch belongs to, during one call and in one thread.
+
+A call with ``adapter_names=[...]`` or ``task_ids=tensor`` sets this for its own duration in its own thread, and the layers
+look it up. So two threads with different tasks on one model never see each other's. It is a context variable and not a
+``threading.local``, since the compiler follows the former and silently keeps the first value of the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .task_pool import TaskPool
+
+NO_TASK = -1  # the row number that stands for the pretrained model
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """The tasks of one call.
+
+    Attributes:
+        names: a task for each sample; empty when tasks are given by number.
+        task_ids: ``(samples,)`` rows of a pool's table, or None.
+        pool: the pool that ``task_ids`` refers to.
+        coefficients: ``(samples, numbers per task)`` gathered from the pool's table.
+        beams: how often beam search repeats each sample in the decoder.
+    """
+
+    names: tuple[str, ...] = ()
+    task_ids: Tensor | None = None
+    pool: TaskPool | None = None
+    coefficients: Tensor | None = None
+    beams: int = 1
+
+    def __len__(self) -> int:
+        return len(self.names) if self.task_ids is None else len(self.task_ids)
+
+    def repeats(self, samples: int) -> int:
+        """How often each entry stands for a sample in an input of ``samples`` rows: once, or once a beam.
+
+        Raises:
+            ValueError: if the input does not fit the batch.
+        """
+        if samples == len(self):
+            return 1
+        if self.beams > 1 and samples == len(self) * self.beams:
+            return self.beams
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self)} and {samples} respectively."
+        )
+
+    def rows(self, samples: int) -> dict[str | int, list[int]]:
+        """The samples of each task, in the order of their first appearance; a task of a pool by its row."""
+        repeats = self.repeats(samples)
+        keys: Sequence[str | int] = self.names if self.task_ids is None else self.task_ids.tolist()
+        rows: dict[str | int, list[int]] = {}
+        for i, key in enumerate(key for key in keys for _ in range(repeats)):
+            rows.setdefault(key, []).append(i)
+        return rows
+
+    def offsets(self, module_name: str, samples: int) -> Tensor | None:
+        """The offsets ``(samples, templates)`` of a target module; None if the pool's tasks leave it alone."""
+        assert self.pool is not None
+        part = self.pool.part_of(module_name)
+        if part is None:
+            return None
+        assert self.coefficients is not None
+        repeats = self.repeats(samples)
+        gathered = self.coefficients if repeats == 1 else self.coefficients.repeat_interleave(repeats, dim=0)
+        return gathered[:, part]
+
+
+_BATCH: ContextVar[MixedBatch | None] = ContextVar("recast_mixed_batch", default=None)
+
+
+def current_batch() -> MixedBatch | None:
+    """The mixed batch of the call that this thread is in, or None."""
+    return _BATCH.get()
+
+
+@contextmanager
+def mixed_batch(batch: MixedBatch) -> Iterator[None]:
+    """Give every sample its own task until the block ends."""
+    token = _BATCH.set(batch)
+    try:
+        yield
+    finally:
+        _BATCH.reset(token)

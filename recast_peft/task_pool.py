@@ -1,0 +1,541 @@
+"""TaskPool: thousands of tasks resident beside one model, activated in place, or many in one batch.
+
+The tasks are the rows of one table (their coefficients, side by side over all target modules). Activating a task copies one
+row into the coefficients of one adapter, the slot, so its time does not depend on how many tasks there are, no new tensor
+is made, and a compiled model is not compiled again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import RecastConfig
+from .conversion import recast_layers
+from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError
+from .fingerprint import same_weight
+from .functional import average_sets
+from .heads import Labels, PreparedHead, TaskHead, install_head, prepare_head
+from .layer import RecastLayer
+from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
+from .model import RecastModel
+from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
+
+SLOT = "task_pool"
+FORMAT = "recast-task-pool-1"
+FIRST_CAPACITY = 16
+
+
+class TaskPool:
+    """Tasks of one model, as rows of one table.
+
+    Args:
+        model: a PEFT model with at least one RECAST task; all tasks of the pool have that task's target modules and banks.
+        like: the task whose layout the pool takes; None is the first one.
+        slot: the name of the adapter that the pool adds to the model and writes the active task into.
+
+    Attributes:
+        table: ``(capacity, numbers per task)`` in float32; rows beyond the tasks, and of removed tasks, are zero. Coefficient
+            sets are stored as their mean, which describes the same weights. It can be trained: see ``parameters``.
+
+    Raises:
+        RecastConfigError: if the model has no RECAST task.
+    """
+
+    def __init__(self, model: PeftModel, like: str | None = None, slot: str = SLOT) -> None:
+        tuner = getattr(model, "base_model", None)
+        if not isinstance(tuner, RecastModel):
+            raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
+        names = [name for name in tuner.peft_config if isinstance(tuner.peft_config[name], RecastConfig)]
+        like = like or names[0]
+        if like not in names:
+            raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names)}")
+        self.model = model
+        self._tuner = tuner
+        self.slot = slot
+        if slot not in tuner.peft_config:
+            model.add_adapter(slot, _layout_config(tuner.peft_config[like]))  # type: ignore[arg-type]
+        self._config: RecastConfig = tuner.peft_config[slot]  # type: ignore[assignment]
+        layers = {n: layer for n, layer in recast_layers(tuner.model).items() if slot in layer.recast_bank}
+        self._layers: dict[str, RecastLayer] = layers
+        self._slices: dict[str, slice] = {}
+        width = 0
+        for name, layer in layers.items():
+            templates = layer.recast_bank[slot].num_templates
+            self._slices[name] = slice(width, width + templates)
+            width += templates
+        device = next(iter(layers.values())).weight_device
+        self.table = nn.Parameter(torch.zeros(FIRST_CAPACITY, width, device=device), requires_grad=False)
+        self._names: list[str | None] = []
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        self._heads: dict[int, PreparedHead] = {}
+        self._active: str | None = None
+        self._merged = False
+        self._shown_head: TaskHead | None = None
+        tuner.task_pool = (self,)
+        special = getattr(model, "special_peft_forward_args", None)
+        if special is not None:
+            special.add("task_ids")
+
+    @property
+    def _backbone(self) -> nn.Module:
+        return self.model.get_base_model()
+
+    # ---------------------------------------------------------------- what is in it
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, in the order of their rows."""
+        return [name for name in self._names if name is not None]
+
+    @property
+    def numbers_per_task(self) -> int:
+        """Coefficients of one task, the coefficient sets averaged."""
+        return self.table.shape[1]
+
+    @property
+    def active(self) -> str | None:
+        """The task that is in force, or None for the pretrained model."""
+        return self._active
+
+    def row(self, name: str) -> int:
+        """The row of a task.
+
+        Raises:
+            RecastConfigError: if there is no such task.
+        """
+        if name not in self._rows:
+            near = ", ".join(self.names[:5])
+            raise RecastConfigError(
+                f"the pool has no task {name!r}; it has {len(self)}: {near}{', ...' if len(self) > 5 else ''}"
+            )
+        return self._rows[name]
+
+    def ids(self, names: Iterable[str | None]) -> Tensor:
+        """Row numbers of tasks, for ``task_ids``; None is the pretrained model."""
+        rows = [NO_TASK if name is None else self.row(name) for name in names]
+        return torch.tensor(rows, device=self.table.device)
+
+    def coefficients(self, name: str) -> dict[str, Tensor]:
+        """A task's coefficients ``(templates,)`` by target module."""
+        row = self.table[self.row(name)].detach()
+        return {module: row[part].clone() for module, part in self._slices.items()}
+
+    def head(self, row: int) -> nn.Module | None:
+        """The classifier of the task in a row, or None if it has none."""
+        prepared = self._heads.get(row)
+        return None if prepared is None else prepared.module
+
+    def nbytes(self) -> int:
+        """Bytes of the table and the heads."""
+        heads = sum(p.numel() * p.element_size() for h in self._heads.values() for p in h.module.parameters())
+        return self.table.numel() * self.table.element_size() + heads
+
+    # ---------------------------------------------------------------- putting tasks in and taking them out
+
+    def add(self, name: str, source: str | Path | Mapping[str, Tensor] | RecastConfig | None = None, **hub_kwargs: Any) -> int:
+        """Put a task in.
+
+        Args:
+            name: of the task.
+            source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as a task file holds
+                it, or a config for a fresh task (with a head, if it says so); None is a fresh task without a head.
+            hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like.
+
+        Returns:
+            the row.
+
+        Raises:
+            RecastConfigError: if the name is taken or cannot be used.
+            RecastBankError: if the task has other target modules or banks.
+            RecastLoadError: if its file is damaged, or was made for other pretrained weights.
+        """
+        if not isinstance(name, str) or not name or "\n" in name:
+            raise RecastConfigError(f"name={name!r}: expected a name without line breaks")
+        if name in self._rows:
+            raise RecastConfigError(f"the pool has a task {name!r} already; remove it first")
+        values, head = self._read(name, source, hub_kwargs)
+        return self._put(name, values, head)
+
+    def load_folder(self, folder: str | Path) -> list[str]:
+        """Put in every task saved in a folder (each in a folder of its own, named as the task).
+
+        Returns:
+            the names, in alphabetical order. Nothing is put in if one of them cannot be read.
+        """
+        paths = sorted(p.parent for p in Path(folder).glob("*/adapter_config.json"))
+        if not paths:
+            raise RecastLoadError(f"{folder} holds no saved task (no folder with an adapter_config.json in it)")
+        read = [(path.name, *self._read(path.name, path, {})) for path in paths]
+        taken = [name for name, _, _ in read if name in self._rows]
+        if taken:
+            raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken)}")
+        for name, values, head in read:
+            self._put(name, values, head)
+        return [name for name, _, _ in read]
+
+    def remove(self, name: str) -> None:
+        """Take a task out; if it was in force, the pretrained model is."""
+        row = self.row(name)
+        if self._active == name:
+            self.deactivate()
+        del self._rows[name]
+        self._names[row] = None
+        self._free.append(row)
+        self._heads.pop(row, None)
+        with torch.no_grad():
+            self.table[row].zero_()
+
+    def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """What ``model(x, task_ids=...)`` trains: the table, and the heads of the given tasks (None: of all).
+
+        Put all tasks in first: a table that has to grow is a new tensor.
+        """
+        rows = self._heads if names is None else [self.row(name) for name in names]
+        heads = [p for row in rows if row in self._heads for p in self._heads[row].module.parameters()]
+        return [self.table, *heads]
+
+    def requires_grad_(self, requires_grad: bool = True) -> TaskPool:
+        """Make the table and the heads trainable, or not."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    # ---------------------------------------------------------------- one task in force
+
+    def activate(self, name: str, merge: bool = False) -> None:
+        """Put a task in force.
+
+        Args:
+            name: of the task.
+            merge: write its composed weights into the modules (in place: the same storage for every task), so that the model
+                runs at the plain model's speed. Otherwise the weights are composed as they are used.
+        """
+        row = self.row(name)
+        self._make_slot_active()
+        if self._merged and not merge:
+            self._unmerge()
+        self._write(self.table[row])
+        if merge:
+            for layer in self._layers.values():
+                layer.merge_in_place([self.slot])
+            self._merged = True
+        self._show_head(row)
+        self._active = name
+
+    def deactivate(self) -> None:
+        """Put the pretrained model in force, to the last bit (the slot's coefficients are zero)."""
+        if self._merged:
+            self._unmerge()
+        self._write(torch.zeros_like(self.table[0]))
+        self._show_head(NO_TASK)
+        self._active = None
+
+    @contextmanager
+    def use(self, name: str, merge: bool = False) -> Iterator[None]:
+        """Put a task in force until the block ends, and then the one before, also after an exception."""
+        before, merged = self._active, self._merged
+        try:
+            self.activate(name, merge=merge)
+            yield
+        finally:
+            if before is None:
+                self.deactivate()
+            else:
+                self.activate(before, merge=merged)
+
+    def batch(self, tasks: Tensor | Sequence[str | None]) -> Any:
+        """A block in which every sample has its own task: ``with pool.batch(["a", "b"]): model(x)``.
+
+        Args:
+            tasks: ``(samples,)`` row numbers, or names; -1 or None is the pretrained model.
+        """
+        task_ids = tasks if isinstance(tasks, Tensor) else self.ids(tasks)
+        return mixed_batch(self.mixed_batch_of(task_ids))
+
+    def mixed_batch_of(self, task_ids: Tensor, beams: int = 1) -> MixedBatch:
+        """The coefficients of each sample, gathered once for all layers.
+
+        Raises:
+            ValueError: if a row number is not that of a task.
+        """
+        if task_ids.ndim != 1 or task_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"task_ids must be whole numbers of shape (samples,), got {task_ids.dtype} {tuple(task_ids.shape)}"
+            )
+        if not torch.compiler.is_compiling():
+            unknown = [i for i in set(task_ids.tolist()) if i != NO_TASK and not self._is_row(i)]
+            if unknown:
+                raise ValueError(f"task_ids holds {unknown[:5]}, which are no rows of the pool's {len(self)} tasks")
+        present = (task_ids >= 0).to(self.table.dtype)[:, None]
+        gathered = self.table[task_ids.clamp_min(0).to(self.table.device)] * present.to(self.table.device)
+        return MixedBatch(task_ids=task_ids, pool=self, coefficients=gathered, beams=beams)
+
+    def part_of(self, module_name: str) -> slice | None:
+        """The columns of a target module in the table."""
+        return self._slices.get(module_name)
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> None:
+        """Write all tasks to one safetensors file: the table, the names, and the heads.
+
+        A task without a head takes its coefficients (4 bytes each) and its name.
+        """
+        rows = [row for row, name in enumerate(self._names) if name is not None]
+        tensors = {
+            "coefficients": self.table.detach()[rows].cpu().contiguous(),
+            "names": torch.frombuffer(bytearray("\n".join(self.names).encode()) or bytearray(1), dtype=torch.uint8),
+        }
+        heads: dict[str, Any] = {}
+        for place, row in enumerate(rows):
+            prepared = self._heads.get(row)
+            if prepared is None:
+                continue
+            heads[str(place)] = {"classes": prepared.labels.num_classes, "id2label": prepared.labels.id2label}
+            for key, value in prepared.module.state_dict().items():
+                stored = value if prepared.stored_dtype is None else value.to(prepared.stored_dtype)
+                tensors[f"head.{place}.{key}"] = stored.detach().cpu().contiguous()
+        metadata = {
+            "format": FORMAT,
+            "groups": json.dumps(self._config.groups),
+            "recipes": json.dumps(self._config.recipes),
+            "base_fingerprint": json.dumps(self._config.base_fingerprint),
+            "heads": json.dumps(heads),
+            "tasks": str(len(rows)),
+        }
+        save_file(tensors, str(path), metadata=metadata)
+
+    def load(self, path: str | Path) -> list[str]:
+        """Put in all tasks of a file that ``save`` wrote.
+
+        Returns:
+            their names.
+
+        Raises:
+            RecastLoadError: if the file is damaged or does not fit the model; nothing is put in then.
+        """
+        table, names, heads = self._read_packed(path)
+        taken = [name for name in names if name in self._rows]
+        if taken:
+            raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken[:5])}")
+        start = len(self._names)
+        self._reserve(start + len(names))
+        with torch.no_grad():
+            self.table[start : start + len(names)] = table.to(self.table.device)
+        self._names += names
+        self._rows.update({name: start + i for i, name in enumerate(names)})
+        self._heads.update({start + place: head for place, head in heads.items()})
+        return names
+
+    # ---------------------------------------------------------------- inside
+
+    def _is_row(self, row: int) -> bool:
+        return 0 <= row < len(self._names) and self._names[row] is not None
+
+    def _make_slot_active(self) -> None:
+        if list(self.model.active_adapters) != [self.slot]:
+            self._tuner.set_adapter(self.slot, inference_mode=True)
+            self.model.active_adapter = self.slot
+
+    def _write(self, row: Tensor) -> None:
+        with torch.no_grad():
+            targets = [layer.recast_coefficients[self.slot] for layer in self._layers.values()]
+            sources = [row[part].unsqueeze(0) for part in self._slices.values()]
+            torch._foreach_copy_([t.data for t in targets], [s.detach() for s in sources])
+
+    def _unmerge(self) -> None:
+        for layer in self._layers.values():
+            layer.unmerge()
+        self._merged = False
+
+    def _show_head(self, row: int) -> None:
+        prepared = self._heads.get(row)
+        if prepared is None:
+            if self._shown_head is not None:
+                self._shown_head.show(self.slot, None)
+            return
+        wrapper = self._backbone.get_submodule(prepared.name)
+        if not isinstance(wrapper, TaskHead):
+            copied = dataclasses.replace(prepared, module=copy.deepcopy(prepared.module))
+            wrapper = install_head(self._backbone, self.slot, copied, active=True, inference_mode=True)
+        wrapper.show(self.slot, prepared)
+        self._shown_head = wrapper
+
+    def _put(self, name: str, values: Tensor, head: PreparedHead | None) -> int:
+        if self._free:
+            row = self._free.pop()
+            self._names[row] = name
+        else:
+            row = len(self._names)
+            self._reserve(row + 1)
+            self._names.append(name)
+        self._rows[name] = row
+        with torch.no_grad():
+            self.table[row] = values.to(self.table.device)
+        if head is not None:
+            self._heads[row] = head
+        return row
+
+    def _reserve(self, rows: int) -> None:
+        if rows <= len(self.table):
+            return
+        capacity = max(rows, 2 * len(self.table))
+        grown = torch.zeros(capacity, self.table.shape[1], device=self.table.device)
+        grown[: len(self.table)] = self.table.detach()
+        self.table = nn.Parameter(grown, requires_grad=self.table.requires_grad)
+
+    def _read(self, name: str, source: Any, hub_kwargs: dict[str, Any]) -> tuple[Tensor, PreparedHead | None]:
+        """The row ``(numbers per task,)`` and the head of a task."""
+        backbone = self._backbone
+        if source is None or isinstance(source, RecastConfig):
+            return torch.zeros(self.numbers_per_task), None if source is None else prepare_head(backbone, source)
+        if isinstance(source, Mapping):
+            return self._row_of(f"task {name!r}", dict(source), {}), None
+        if isinstance(source, str) and source in self.model.peft_config:
+            return self._row_of_adapter(source), self._head_of_adapter(source)
+        config = RecastConfig.from_pretrained(str(source), **hub_kwargs)
+        config.__dict__.pop("_origin", None)
+        self._check_config(str(source), config)
+        try:
+            entries = load_peft_weights(str(source), device="cpu", **hub_kwargs)
+        except Exception as error:
+            raise RecastLoadError(f"the coefficients of the task at {str(source)!r} cannot be read: {error}") from error
+        head = prepare_head(backbone, config)
+        values = self._row_of(f"the task at {str(source)!r}", entries, {} if head is None else head.shapes())
+        if head is not None:
+            prefix = f"{MODEL_PREFIX}{head.name}."
+            head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})
+            head.module.requires_grad_(False)
+        return values, head
+
+    def _row_of(self, what: str, entries: dict[str, Tensor], own: dict[str, tuple[int, ...]]) -> Tensor:
+        keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": part for name, part in self._slices.items()}
+        # the number of sets may differ from task to task: what is stored is their mean
+        shapes: dict[str, tuple[int, ...]] = {
+            key: (entries[key].shape[0] if key in entries and entries[key].ndim == 2 else 1, part.stop - part.start)
+            for key, part in keys.items()
+        }
+        shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
+        missing = [key for key in shapes if key not in entries]
+        raise_if_damaged(what, missing, [key for key in entries if key not in shapes], entries, shapes)
+        row = torch.zeros(self.numbers_per_task)
+        for key, part in keys.items():
+            row[part] = average_sets(entries[key].float())
+        return row
+
+    def _row_of_adapter(self, adapter: str) -> Tensor:
+        config: RecastConfig = self.model.peft_config[adapter]  # type: ignore[assignment]
+        if config.groups != self._config.groups:
+            raise _other_layout(f"task {adapter!r} of the model", config, self._config)
+        row = torch.zeros(self.numbers_per_task)
+        for name, part in self._slices.items():
+            row[part] = average_sets(self._layers[name].recast_coefficients[adapter].detach().float().cpu())
+        return row
+
+    def _head_of_adapter(self, adapter: str) -> PreparedHead | None:
+        for name, module in self._backbone.named_modules():
+            if isinstance(module, TaskHead) and adapter in module.modules_to_save:
+                return module.prepared(name, adapter)
+        return None
+
+    def _check_config(self, what: str, config: RecastConfig) -> None:
+        if config.groups != self._config.groups or config.recipes != self._config.recipes:
+            raise _other_layout(f"the task at {what!r}", config, self._config)
+        self._check_fingerprint(what, config.base_fingerprint or {})
+
+    def _check_fingerprint(self, what: str, recorded: Mapping[str, str]) -> None:
+        own = self._config.base_fingerprint or {}
+        differ = [name for name in own if name in recorded and not same_weight(recorded[name], own[name])]
+        if differ:
+            raise RecastBaseMismatchError(
+                f"{what} was made for other pretrained weights: {len(differ)} of {len(own)} modules differ "
+                f"({', '.join(differ[:3])}, ...). Load the weights that it was made for."
+            )
+
+    def _read_packed(self, path: str | Path) -> tuple[Tensor, list[str], dict[int, PreparedHead]]:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if metadata.get("format") != FORMAT:
+                raise RecastLoadError(
+                    f"{path} is no file of a TaskPool (format {metadata.get('format')!r}, expected {FORMAT!r})"
+                )
+            table = tensors["coefficients"]
+            count = int(metadata["tasks"])
+            names = list(bytes(tensors["names"].numpy()).decode().split("\n")) if count else []
+            layout = {key: json.loads(metadata[key]) for key in ("groups", "recipes", "base_fingerprint", "heads")}
+        except (SafetensorError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+            if isinstance(error, RecastLoadError):
+                raise
+            raise RecastLoadError(f"the tasks in {path} cannot be read: {error}") from error
+        if layout["groups"] != self._config.groups or layout["recipes"] != self._config.recipes:
+            raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
+        self._check_fingerprint(str(path), layout["base_fingerprint"])
+        if tuple(table.shape) != (len(names), self.numbers_per_task) or not torch.isfinite(table).all():
+            raise RecastLoadError(
+                f"the table in {path} is damaged: shape {tuple(table.shape)}, expected {(len(names), self.numbers_per_task)}, "
+                f"finite: {bool(torch.isfinite(table).all())}"
+            )
+        return table, names, {int(k): self._head_from(int(k), v, tensors) for k, v in layout["heads"].items()}
+
+    def _head_from(self, place: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> PreparedHead:
+        config = RecastConfig(num_classes=saved["classes"], id2label=saved["id2label"], head_module=self._config.head_module)
+        head = prepare_head(self._backbone, config)
+        assert head is not None
+        prefix = f"head.{place}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            head.module.load_state_dict(state)
+        except RuntimeError as error:
+            raise RecastLoadError(f"the head of task {place} does not fit the model: {error}") from error
+        head.module.requires_grad_(False)
+        head.labels = Labels(config.num_classes, config.id2label)
+        return head
+
+
+def _layout_config(config: RecastConfig) -> RecastConfig:
+    """A config with the same targets and banks as another, for a task without a head."""
+    return RecastConfig(
+        target_modules=config.target_modules,
+        groups=config.groups,
+        recipes=config.recipes,
+        keep_base_weights=config.keep_base_weights,
+        head_module=config.head_module,
+        base_fingerprint=config.base_fingerprint,
+        inference_mode=True,
+    )
+
+
+def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastBankError:
+    theirs = sorted(m for members in (config.groups or {}).values() for m in members)
+    ours = sorted(m for members in (own.groups or {}).values() for m in members)
+    return RecastBankError(
+        f"{what} has other target modules or banks than the pool\n"
+        f"  task: {len(config.groups or {})} banks, {len(theirs)} modules ({', '.join(theirs[:2])}, ...)\n"
+        f"  pool: {len(own.groups or {})} banks, {len(ours)} modules ({', '.join(ours[:2])}, ...)\n"
+        "Make a pool for it: TaskPool(model, like=<a task with its layout>)."
+    )
