@@ -1,7 +1,7 @@
 """RECAST (ICLR 2025) for Hugging Face PEFT: tasks of fewer than 50 numbers on shared, frozen weight templates."""
 
 from ._version import __version__
-from .auto import get_recast_model
+from .auto import AutoRecastModel, get_recast_model
 from .bank import TemplateBank
 from .config import RecastConfig
 from .errors import (
@@ -10,11 +10,14 @@ from .errors import (
     RecastCompatibilityError,
     RecastConfigError,
     RecastError,
+    RecastHubError,
     RecastLoadError,
     RecastTargetError,
 )
+from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .layer import RecastLayer
 from .model import RecastModel
+from .model_card import write_model_card
 from .plan import RecastPlan, plan_recast
 from .registration import register
 
@@ -22,12 +25,14 @@ register(RecastConfig, RecastModel)
 
 
 __all__ = [
+    "AutoRecastModel",
     "RecastBankError",
     "RecastBaseMismatchError",
     "RecastCompatibilityError",
     "RecastConfig",
     "RecastConfigError",
     "RecastError",
+    "RecastHubError",
     "RecastLayer",
     "RecastLoadError",
     "RecastModel",
@@ -37,4 +42,8 @@ __all__ = [
     "__version__",
     "get_recast_model",
     "plan_recast",
+    "push_bank_to_hub",
+    "push_task_to_hub",
+    "push_tasks_to_hub",
+    "write_model_card",
 ]

@@ -1,16 +1,28 @@
-"""From a backbone to a model with tasks, in one call."""
+"""From a backbone to a model with tasks, or from a task's name to both, in one call."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import os
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 
+from .backbone import build_backbone
 from .config import RecastConfig
-from .errors import RecastConfigError
+from .conversion import check_adapter_name
+from .errors import RecastBaseMismatchError, RecastConfigError
+from .hub import fetch_task, shareable
 from .layer import RecastLayer
+from .model_card import task_entries
+from .task_files import plain_name
+
+# keywords of PeftModel.from_pretrained that make sense when the backbone is built here
+PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")
 
 
 def get_recast_model(
@@ -26,7 +38,7 @@ def get_recast_model(
 
     Returns:
         a ``PeftModel`` (for a ``task_type``, the ``PeftModelFor...`` of it) that computes what the model did before, to the
-        last bit where the banks are exact.
+        last bit where the banks are exact. Its ``save_pretrained`` and ``push_to_hub`` write RECAST's model cards.
 
     Raises:
         RecastError: saying what is wrong, before the model is changed.
@@ -34,9 +46,109 @@ def get_recast_model(
     config = RecastConfig() if config is None else config
     if not isinstance(config, RecastConfig):
         raise RecastConfigError(f"config is a {type(config).__name__}; a RecastConfig is expected")
+    check_adapter_name(adapter_name)
     if isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, RecastLayer) for m in model.modules()):
         raise RecastConfigError(
             "the model is converted already: add a task with model.add_adapter(name, config) or "
             "model.load_adapter(path, name), or get the plain model back with model.unload()"
         )
-    return get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs)
+    return shareable(get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs))
+
+
+class AutoRecastModel:
+    """Builds a backbone and its task from the task's name alone; see :meth:`from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise RecastConfigError("AutoRecastModel is not made by its constructor: use AutoRecastModel.from_pretrained(name)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        *,
+        backbone: nn.Module | Mapping[str, Any] | str | os.PathLike | None = None,
+        adapter_name: str = "default",
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Find the backbone that a task names, build it, and load the task.
+
+        All files of the task are fetched and checked before the backbone is built, and the backbone's weights are held
+        against the task's fingerprint: a download that breaks, or other weights, leave nothing half-loaded.
+
+        Args:
+            name: a folder, or a repository on the Hub.
+            backbone: None finds the recorded one. Else a model (converted in place); keyword arguments for building it
+                (those of ``timm.create_model``, or of ``from_pretrained`` of its transformers class, such as ``dtype``); or the
+                path of a local checkpoint of it.
+            adapter_name: the name that the task is given in the model.
+            subfolder: where the task lies in the folder or repository. None is the root, or the one subfolder with a task.
+            revision: branch, tag or commit of the task's repository. The backbone's own is recorded with the task.
+            token, cache_dir, local_files_only, force_download: as everywhere in ``huggingface_hub``, for task and backbone.
+            is_trainable: whether the task can be trained on.
+            kwargs: ``autocast_adapter_dtype``, ``low_cpu_mem_usage``, ``key_mapping``, ``torch_device`` of PEFT.
+
+        Returns:
+            a ``PeftModel`` (for a ``task_type``, the ``PeftModelFor...`` of it) in evaluation mode, unless it is trainable.
+
+        Raises:
+            RecastHubError: if a repository cannot be reached or read.
+            RecastLoadError: if there is no task, a file is damaged, or the backbone cannot be found or built.
+            RecastBaseMismatchError: if the backbone's weights are not those that the task was learned on.
+        """
+        unknown = sorted(set(kwargs) - set(PEFT_KEYWORDS))
+        if unknown:
+            raise RecastConfigError(
+                f"unknown keyword arguments {', '.join(unknown)}: expected some of {', '.join(_own_keywords())}. "
+                "What the backbone is built with goes into backbone={...}."
+            )
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
+        folder = str(fetch_task(name, subfolder, revision=revision, **hub))
+        config = RecastConfig.from_pretrained(folder)
+        model, missing = build_backbone(config.backbone, backbone, **hub)
+        uncovered = _uncovered(missing, folder)
+        try:
+            result = PeftModel.from_pretrained(
+                model, folder, adapter_name=adapter_name, config=config, is_trainable=is_trainable, **kwargs
+            )
+        except RecastBaseMismatchError as error:
+            raise RecastBaseMismatchError(f"{error}\n{_why_other_weights(config, backbone)}") from error
+        if uncovered:
+            warnings.warn(
+                f"{len(uncovered)} parameters of the backbone ({', '.join(uncovered[:3])}"
+                f"{', ...' if len(uncovered) > 3 else ''}) are neither in its checkpoint nor in the task: they are random. "
+                "Store a classifier with the task (num_classes=, or modules_to_save=), or pass backbone=.",
+                stacklevel=2,
+            )
+        return shareable(result)
+
+
+def _own_keywords() -> list[str]:
+    own = inspect.signature(AutoRecastModel.from_pretrained).parameters.values()
+    return [p.name for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY] + list(PEFT_KEYWORDS)
+
+
+def _uncovered(missing: list[str], folder: str) -> list[str]:
+    """Parameters that no checkpoint gave and that the task does not bring either."""
+    if not missing:
+        return []
+    brought = {plain_name(key.removeprefix("base_model.model.")) for key in task_entries(folder)}
+    owners = {key.rpartition(".")[0] for key in brought}
+    return [key for key in missing if key not in brought and key.rpartition(".")[0] not in owners]
+
+
+def _why_other_weights(config: RecastConfig, given: Any) -> str:
+    if given is not None:
+        return "The backbone was given with backbone=."
+    name = (config.backbone or {}).get("name")
+    return (
+        f"The backbone was built from {name!r}, as the task says. If the task was made on a model without pretrained weights "
+        "(timm's pretrained=False), or whose weights were changed before the task was made, nobody can find those weights: "
+        "pass them as backbone=."
+    )

@@ -269,7 +269,7 @@ class RecastConfig(PeftConfig):
 
         PEFT calls this last when it saves a model, so that every way of saving a task writes its card.
         """
-        from .hub import has_task_numbers, hub_repository, write_model_card  # hub stands above config
+        from .model_card import has_task_numbers, hub_repository, write_model_card  # it stands above config
 
         if self.base_model_name_or_path is None:
             self.base_model_name_or_path = hub_repository(self.backbone)

@@ -30,5 +30,9 @@ class RecastBaseMismatchError(RecastLoadError):
     """A task was learned on other pretrained weights than those of this model."""
 
 
+class RecastHubError(RecastError, OSError):
+    """A repository on the Hub cannot be reached, read or written."""
+
+
 class RecastCompatibilityError(RecastError, ImportError):
     """The installed PEFT has changed under this library."""

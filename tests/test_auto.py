@@ -1,0 +1,427 @@
+"""One name is enough: the backbone that a task names is found again, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer, connect, folder_content
+from huggingface_hub import constants
+from peft import PeftModel
+from timm.models import save_for_hf
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTModel
+
+from recast_peft import (
+    AutoRecastModel,
+    RecastBaseMismatchError,
+    RecastConfig,
+    RecastConfigError,
+    RecastHubError,
+    RecastLayer,
+    RecastLoadError,
+    get_recast_model,
+    push_task_to_hub,
+    push_tasks_to_hub,
+)
+from recast_peft.backbone import build_backbone, describe_backbone
+
+BASE = "ada/base"
+TASK = "ada/task"
+TIMM_SIZES = {"img_size": 32, "num_classes": 5}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer().running() as server:
+        connect(server, monkeypatch, tmp_path / "cache")
+        yield server
+
+
+def make_timm(seed: int = 0, **arguments: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit", **{**TIMM_SIZES, **arguments}).eval()
+
+
+def make_transformers(seed: int = 0) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)).eval()
+
+
+def serve_timm(hub: HubServer, folder: Path, seed: int = 0, name: str = BASE, **kwargs: Any) -> str:
+    """Put a timm model on the server in timm's own format."""
+    save_for_hf(make_timm(seed), folder / str(seed), model_args=TIMM_SIZES, safe_serialization=True)
+    return hub.add(name, folder_content(folder / str(seed)), **kwargs)
+
+
+def serve_transformers(hub: HubServer, folder: Path, seed: int = 0, **kwargs: Any) -> str:
+    make_transformers(seed).save_pretrained(folder / str(seed))
+    return hub.add(BASE, folder_content(folder / str(seed)), **kwargs)
+
+
+def learned(backbone: nn.Module, seed: int = 7, name: str = "default", **fields: Any) -> PeftModel:
+    """A task with numbers of its own."""
+    model = get_recast_model(backbone, RecastConfig(**fields), adapter_name=name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    size = 32 if hasattr(base, "pretrained_cfg") else 16
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        result = model(pixels)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+class TestATimmBackboneOnTheHub:
+    def test_is_built_from_the_tasks_name_alone(self, hub: HubServer, tmp_path: Path) -> None:
+        commit = serve_timm(hub, tmp_path)
+        model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval(), num_classes=3)
+        backbone = model.peft_config["default"].backbone
+        assert backbone["name"] == f"hf-hub:{BASE}"
+        assert backbone["revision"] == commit
+        assert backbone["input_size"] == [3, 32, 32]
+        assert (backbone["mean"], backbone["std"]) == ([0.5] * 3, [0.5] * 3)
+        push_task_to_hub(model, TASK)
+        loaded = AutoRecastModel.from_pretrained(TASK)
+        assert torch.equal(output(loaded), output(model))
+        assert not torch.equal(output(loaded)[:, :3], output(make_timm())[:, :3])
+        assert not loaded.training
+
+    def test_by_one_of_timms_own_names_is_pinned_to_its_commit(self, hub: HubServer, tmp_path: Path) -> None:
+        repository = "timm/test_vit.r160_in1k"
+        first = make_timm(0, img_size=160, num_classes=1000)
+        save_for_hf(first, tmp_path / "0", safe_serialization=True)
+        commit = hub.add(repository, folder_content(tmp_path / "0"))
+        model = learned(timm.create_model("test_vit", pretrained=True, num_classes=0, img_size=32).eval(), num_classes=3)
+        backbone = model.peft_config["default"].backbone
+        assert (backbone["name"], backbone["tag"]) == ("test_vit.r160_in1k", "r160_in1k")
+        assert (backbone["repository"], backbone["revision"]) == (repository, commit)
+        model.save_pretrained(tmp_path / "task")
+        save_for_hf(make_timm(1, img_size=160, num_classes=1000), tmp_path / "1", safe_serialization=True)
+        hub.add(repository, folder_content(tmp_path / "1"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = AutoRecastModel.from_pretrained(tmp_path / "task", cache_dir=tmp_path / "fresh")
+        assert torch.equal(output(loaded), output(model))
+
+    def test_that_is_private_opens_with_the_token(self, hub: HubServer, tmp_path: Path, monkeypatch: Any) -> None:
+        serve_timm(hub, tmp_path, private=True)
+        model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval())
+        push_task_to_hub(model, TASK, private=True)
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RecastHubError, match="private or gated"):
+            AutoRecastModel.from_pretrained(TASK, cache_dir=tmp_path / "fresh")
+        loaded = AutoRecastModel.from_pretrained(TASK, cache_dir=tmp_path / "fresh", token="hf_writer")
+        assert torch.equal(output(loaded), output(model))
+
+
+class TestATransformersBackboneOnTheHub:
+    def test_is_built_from_the_tasks_name_alone(self, hub: HubServer, tmp_path: Path) -> None:
+        commit = serve_transformers(hub, tmp_path)
+        model = learned(ViTForImageClassification.from_pretrained(BASE).eval())
+        backbone = model.peft_config["default"].backbone
+        assert (backbone["name"], backbone["revision"]) == (BASE, commit)
+        assert backbone["class"] == "ViTForImageClassification"
+        model.push_to_hub(TASK)
+        loaded = AutoRecastModel.from_pretrained(TASK, adapter_name="mine")
+        assert list(loaded.peft_config) == ["mine"]
+        assert torch.equal(output(loaded), output(model))
+        assert not torch.equal(output(loaded), output(make_transformers()))
+
+    def test_stays_at_its_revision_when_its_repository_moves_on(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        model = learned(ViTForImageClassification.from_pretrained(BASE).eval())
+        push_task_to_hub(model, TASK)
+        serve_transformers(hub, tmp_path, seed=1)
+        loaded = AutoRecastModel.from_pretrained(TASK, cache_dir=tmp_path / "fresh")
+        assert torch.equal(output(loaded), output(model))
+
+    def test_at_a_revision_that_peft_was_told_of_is_found(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        hub.repositories[BASE].branches["v2"] = hub.repositories[BASE].branches["main"]
+        second = serve_transformers(hub, tmp_path, seed=1, branch="v2")
+        ViTForImageClassification.from_pretrained(BASE)
+        base = ViTForImageClassification.from_pretrained(BASE, revision="v2").eval()
+        model = get_recast_model(base, revision="v2")
+        assert model.peft_config["default"].backbone["revision"] in (second, "v2")
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).fill_(0.5)
+        push_task_to_hub(model.eval(), TASK)
+        assert torch.equal(output(AutoRecastModel.from_pretrained(TASK)), output(model))
+
+    def test_of_other_weights_is_refused(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        model = learned(ViTForImageClassification.from_pretrained(BASE).eval())
+        model.peft_config["default"].backbone["revision"] = None
+        model.peft_config["default"].__dict__.pop("_backbone_written")
+        push_task_to_hub(model, TASK)
+        serve_transformers(hub, tmp_path, seed=1)
+        with pytest.raises(RecastBaseMismatchError, match=f"built from '{BASE}', as the task says"):
+            AutoRecastModel.from_pretrained(TASK)
+
+    def test_works_offline_from_the_cache(self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        serve_transformers(hub, tmp_path)
+        push_task_to_hub(learned(ViTForImageClassification.from_pretrained(BASE).eval()), TASK)
+        online = output(AutoRecastModel.from_pretrained(TASK))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        count = len(hub.requests)
+        assert torch.equal(output(AutoRecastModel.from_pretrained(TASK)), online)
+        assert len(hub.requests) == count
+
+    def test_can_be_given_options(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        push_task_to_hub(learned(ViTForImageClassification.from_pretrained(BASE).eval()), TASK)
+        loaded = AutoRecastModel.from_pretrained(TASK, backbone={"dtype": torch.bfloat16}, is_trainable=True)
+        assert loaded.get_base_model().dtype == torch.bfloat16
+        assert any(parameter.requires_grad for parameter in loaded.parameters())
+
+    def test_without_the_head_that_the_task_used_warns(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        base = ViTForImageClassification.from_pretrained(BASE, num_labels=9, ignore_mismatched_sizes=True)
+        push_task_to_hub(learned(base), TASK)
+        with pytest.warns(UserWarning, match=r"classifier\.(bias|weight).*random"):
+            loaded = AutoRecastModel.from_pretrained(TASK)
+        assert loaded.config.num_labels == 9
+
+    def test_with_the_head_that_the_task_stores_is_silent(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        base = ViTForImageClassification.from_pretrained(BASE, num_labels=9, ignore_mismatched_sizes=True)
+        model = learned(base, modules_to_save=["classifier"])
+        push_task_to_hub(model, TASK)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*random.*")
+            loaded = AutoRecastModel.from_pretrained(TASK)
+        assert torch.equal(output(loaded), output(model))
+
+
+class TestADownloadThatBreaks:
+    @pytest.mark.parametrize("file", ["adapter_model.safetensors", "model.safetensors"])
+    def test_leaves_nothing_half_loaded(self, hub: HubServer, tmp_path: Path, monkeypatch: Any, file: str) -> None:
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+        serve_timm(hub, tmp_path)
+        model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval())
+        push_task_to_hub(model, TASK)
+        hub.broken.add(f"/{file}")
+        hub.broken.add(file)
+        if file == "model.safetensors":
+            hub.broken = {file}
+            monkeypatch.setattr(hub, "broken", {file})
+        fresh = tmp_path / "fresh"
+        with pytest.raises((RecastHubError, RecastLoadError)):
+            AutoRecastModel.from_pretrained(TASK, cache_dir=fresh)
+        hub.broken = set()
+        assert torch.equal(output(AutoRecastModel.from_pretrained(TASK, cache_dir=fresh)), output(model))
+
+    def test_does_not_touch_the_model_that_was_handed_over(self, hub: HubServer, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+        push_task_to_hub(learned(make_timm()), TASK)
+        hub.broken = {"adapter_model.safetensors"}
+        backbone = make_timm()
+        with pytest.raises(RecastHubError):
+            AutoRecastModel.from_pretrained(TASK, backbone=backbone)
+        assert not any(isinstance(module, RecastLayer) for module in backbone.modules())
+
+
+class TestABackboneThatIsGiven:
+    """A timm model without pretrained weights has none that could be found."""
+
+    @pytest.fixture
+    def task(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        learned(make_timm(), num_classes=3).save_pretrained(tmp_path / "task")
+        torch.save(make_timm().state_dict(), tmp_path / "weights.pth")
+        save_for_hf(make_timm(), tmp_path / "folder", model_args=TIMM_SIZES, safe_serialization=True)
+        return tmp_path / "task"
+
+    def test_can_be_a_model_keywords_a_file_or_a_folder(self, task: Path, tmp_path: Path) -> None:
+        wanted = output(learned(make_timm(), num_classes=3))
+        ways: list[Any] = [
+            make_timm(),
+            {"checkpoint_path": str(tmp_path / "weights.pth")},
+            tmp_path / "weights.pth",
+            str(tmp_path / "folder"),
+        ]
+        for backbone in ways:
+            assert torch.equal(output(AutoRecastModel.from_pretrained(task, backbone=backbone)), wanted)
+
+    def test_is_asked_for_where_it_cannot_be_found(self, task: Path) -> None:
+        with pytest.raises(RecastLoadError, match="pass backbone="):
+            AutoRecastModel.from_pretrained(task)
+
+    def test_is_held_against_the_fingerprint(self, task: Path) -> None:
+        model = make_timm(seed=1)
+        with pytest.raises(RecastBaseMismatchError, match="backbone="):
+            AutoRecastModel.from_pretrained(task, backbone=model)
+        assert not any(isinstance(module, RecastLayer) for module in model.modules())
+        with pytest.raises(RecastBaseMismatchError):
+            AutoRecastModel.from_pretrained(task, backbone={"pretrained": False})
+
+    @pytest.mark.parametrize("given", [3, ["weights.pth"]])
+    def test_of_another_kind_is_refused(self, task: Path, given: Any) -> None:
+        with pytest.raises(RecastConfigError, match="backbone="):
+            AutoRecastModel.from_pretrained(task, backbone=given)
+
+    def test_at_a_path_where_there_is_nothing_is_refused(self, task: Path) -> None:
+        with pytest.raises(RecastLoadError, match="no checkpoint at"):
+            AutoRecastModel.from_pretrained(task, backbone="nowhere.pth")
+
+
+class TestAFolder:
+    def test_of_a_transformers_backbone_works_without_a_network(self, tmp_path: Path) -> None:
+        make_transformers().save_pretrained(tmp_path / "base")
+        model = learned(ViTForImageClassification.from_pretrained(tmp_path / "base").eval())
+        model.save_pretrained(tmp_path / "task")
+        assert torch.equal(output(AutoRecastModel.from_pretrained(str(tmp_path / "task"))), output(model))
+        (tmp_path / "base").rename(tmp_path / "moved")
+        with pytest.raises(RecastLoadError, match="not on this machine"):
+            AutoRecastModel.from_pretrained(tmp_path / "task")
+        loaded = AutoRecastModel.from_pretrained(tmp_path / "task", backbone=tmp_path / "moved")
+        assert torch.equal(output(loaded), output(model))
+
+    def test_of_a_language_model_becomes_the_class_of_its_task_type(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        BertForSequenceClassification(BertConfig(**sizes, vocab_size=20, num_labels=2)).save_pretrained(tmp_path / "base")
+        base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        model = learned(base, task_type="SEQ_CLS")
+        model.save_pretrained(tmp_path / "task")
+        loaded = AutoRecastModel.from_pretrained(tmp_path / "task")
+        assert type(loaded) is type(model)
+        words = torch.tensor([[1, 5, 9]])
+        assert torch.equal(loaded(words).logits, model(words).logits)
+
+    def test_in_a_subfolder_is_found(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_transformers(hub, tmp_path)
+        model = learned(ViTForImageClassification.from_pretrained(BASE).eval(), name="cars")
+        model.add_adapter("birds", RecastConfig())
+        push_tasks_to_hub(model, "ada/all")
+        assert torch.equal(output(AutoRecastModel.from_pretrained("ada/all", subfolder="cars")), output(model))
+
+    def test_without_a_backbones_name_says_so(self, tmp_path: Path) -> None:
+        class Plain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.layers[1](self.layers[0](x))
+
+        learned(Plain(), target_modules=["0", "1"]).save_pretrained(tmp_path)
+        with pytest.raises(RecastLoadError, match="does not say which backbone"):
+            AutoRecastModel.from_pretrained(tmp_path)
+
+    def test_takes_no_keyword_that_it_does_not_know(self, tmp_path: Path) -> None:
+        with pytest.raises(RecastConfigError, match=r"dtype.*backbone=\{"):
+            AutoRecastModel.from_pretrained(tmp_path, dtype=torch.float16)
+        with pytest.raises(RecastConfigError, match="from_pretrained"):
+            AutoRecastModel()
+
+
+class TestTheDescription:
+    def test_is_of_the_backbone_whatever_task_is_active(self) -> None:
+        model = learned(make_timm(), num_classes=3, name="first")
+        model.add_adapter("second", RecastConfig(num_classes=4))
+        model.set_adapter("second")
+        assert model.get_base_model().num_classes == 4
+        assert model.peft_config["second"].backbone["num_classes"] == 5
+        assert describe_backbone(model.get_base_model())["num_classes"] == 5
+
+    def test_follows_a_config_that_is_used_again(self) -> None:
+        config = RecastConfig()
+        config.write_backbone({"library": "timm", "name": "first"})
+        config.forget_written_fields()
+        config.write_backbone({"library": "timm", "name": "second"})
+        assert config.backbone["name"] == "second"
+
+    def test_that_was_given_stays(self) -> None:
+        given = {"library": "timm", "name": "mine", "class": "X"}
+        model = get_recast_model(make_timm(), RecastConfig(backbone=given))
+        assert model.peft_config["default"].backbone == given
+
+    def test_that_json_cannot_hold_is_said(self) -> None:
+        model = make_timm(act_layer=nn.ReLU)
+        description = describe_backbone(model)
+        assert description["arguments_left_out"] == ["act_layer"]
+        json.dumps(description)
+        with pytest.raises(RecastLoadError, match="act_layer"):
+            build_backbone(description)
+        built, _ = build_backbone(description, {"pretrained": False, "act_layer": nn.ReLU})
+        assert any(isinstance(module, nn.ReLU) for module in built.modules())
+
+    def test_builds_the_same_architecture(self) -> None:
+        model = make_timm(in_chans=1, img_size=48, global_pool="avg", num_classes=2)
+        description = describe_backbone(model)
+        assert description["input_size"] == [1, 48, 48]
+        built, _ = build_backbone(json.loads(json.dumps(description)), {"pretrained": False})
+        assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+        assert built.global_pool == "avg"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"library": "jax"}, "library 'jax'"),
+            ({"class": "ResNet"}, "another class"),
+            ({"name": "no_such_model", "architecture": "no_such_model"}, "cannot be built"),
+        ],
+    )
+    def test_that_nothing_can_be_built_from_is_refused(self, change: dict[str, str], message: str) -> None:
+        with pytest.raises(RecastLoadError, match=message):
+            build_backbone({**describe_backbone(make_timm()), **change}, {"pretrained": False})
+
+    @pytest.mark.parametrize("name", ["Trainer", "torch", "NoSuchModel", "pipeline"])
+    def test_builds_no_class_but_a_transformers_model(self, name: str, tmp_path: Path) -> None:
+        description = {"library": "transformers", "name": str(tmp_path), "class": name}
+        with pytest.raises(RecastLoadError, match="not one of transformers' own"):
+            build_backbone(description)
+
+    def test_of_a_model_from_a_configuration_has_no_weights(self) -> None:
+        description = describe_backbone(ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
+        with pytest.raises(RecastLoadError, match="without pretrained weights"):
+            build_backbone(description)
+
+    @pytest.mark.parametrize("value", ["vit", {"name": "x"}])
+    def test_of_another_form_is_refused(self, value: Any) -> None:
+        with pytest.raises(RecastConfigError, match="backbone="):
+            RecastConfig(backbone=value)
+        with pytest.raises(RecastConfigError, match="results="):
+            RecastConfig(results=[1])
+
+
+def test_the_real_client_with_nothing_changed_in_it(hub: HubServer, tmp_path: Path) -> None:
+    """A process of its own, told of the server by HF_ENDPOINT alone."""
+    serve_timm(hub, tmp_path)
+    model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval())
+    push_task_to_hub(model, TASK)
+    script = (
+        "import sys, torch\n"
+        "from recast_peft import AutoRecastModel\n"
+        "torch.set_num_threads(1)\n"
+        f"model = AutoRecastModel.from_pretrained({TASK!r})\n"
+        "pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(pixels), sys.argv[1])\n"
+        "print(model.push_to_hub('ada/again').oid)\n"
+    )
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, **own, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "out.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert torch.allclose(torch.load(tmp_path / "out.pt"), output(model), atol=1e-6)
+    assert done.stdout.split()[-1] == hub.repositories["ada/again"].branches["main"]
