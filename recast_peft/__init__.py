@@ -3,7 +3,10 @@
 from ._version import __version__
 from .auto import AutoRecastModel, get_recast_model
 from .bank import TemplateBank
+from .bank_files import StoredBank, load_bank
+from .compressed import load_compressed_model, save_compressed_model
 from .config import RecastConfig
+from .conversion import collapse_coefficient_sets
 from .errors import (
     RecastBankError,
     RecastBaseMismatchError,
@@ -12,20 +15,27 @@ from .errors import (
     RecastError,
     RecastHubError,
     RecastLoadError,
+    RecastSequenceError,
     RecastTargetError,
 )
+from .fitting import fit_bank
+from .heads import fit_prototypes, split_logits
 from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .layer import RecastLayer
 from .model import RecastModel
 from .model_card import write_model_card
 from .plan import RecastPlan, plan_recast
 from .registration import register
+from .report import MimicryReport, mimicry_report
+from .scaling import ScalingTable, scaling_table
+from .task_pool import TaskPool
 
 register(RecastConfig, RecastModel)
 
 
 __all__ = [
     "AutoRecastModel",
+    "MimicryReport",
     "RecastBankError",
     "RecastBaseMismatchError",
     "RecastCompatibilityError",
@@ -37,13 +47,26 @@ __all__ = [
     "RecastLoadError",
     "RecastModel",
     "RecastPlan",
+    "RecastSequenceError",
     "RecastTargetError",
+    "ScalingTable",
+    "StoredBank",
+    "TaskPool",
     "TemplateBank",
     "__version__",
+    "collapse_coefficient_sets",
+    "fit_bank",
+    "fit_prototypes",
     "get_recast_model",
+    "load_bank",
+    "load_compressed_model",
+    "mimicry_report",
     "plan_recast",
     "push_bank_to_hub",
     "push_task_to_hub",
     "push_tasks_to_hub",
+    "save_compressed_model",
+    "scaling_table",
+    "split_logits",
     "write_model_card",
 ]

@@ -33,7 +33,8 @@ class TemplateBank(nn.Module):
         members: names of the group's target modules, in the order of their depth.
         layers: the members' layers, in the same order.
         recipe: how templates are mixed from the pretrained weights; ``build`` does it.
-        fitted: templates and base coefficients that are no such mix. Neither of the two makes an exact bank.
+        fitted: templates and base coefficients that are there already; beside them a recipe only says how they were made.
+            Neither of the two makes an exact bank.
         stored: ``{"name": ..., "fingerprint": ...}`` of the bank file that ``fitted`` belongs to; one dictionary for all of
             its banks.
 
@@ -73,11 +74,11 @@ class TemplateBank(nn.Module):
         are released: no more than one group is held twice.
         """
         weights = [layer.pretrained_weight for layer in self.layers]
-        if self.recipe is not None:
-            self._hold(mix_templates(weights, self.recipe.mix), self.recipe.base)
-        elif self.templates is not None and self.base_coefficients is not None:
+        if self.templates is not None and self.base_coefficients is not None:
             like = weights[0]
             self._hold(self.templates.data.to(like.device, like.dtype), self.base_coefficients)
+        elif self.recipe is not None:
+            self._hold(mix_templates(weights, self.recipe.mix), self.recipe.base)
         assert self.templates is not None
         assert self.base_coefficients is not None
         if any(hasattr(weight, PLACEHOLDER) for weight in weights):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import RecastBankError, RecastLoadError
+from .mimicry import Recipe
 
 BANK_WEIGHTS = "recast_bank.safetensors"
 BANK_CONFIG = "recast_bank.json"
@@ -36,11 +37,14 @@ class StoredGroup:
         members: names of the target modules, in the order of their depth.
         templates: ``(templates, *weight_shape)``; None where the members' pretrained weights are the templates.
         base: base coefficients ``(layers, templates)`` in float32; None with ``templates``.
+        recipe: how the templates were mixed from the pretrained weights, where they were: a task that names its recipe
+            knows the bank by it.
     """
 
     members: tuple[str, ...]
     templates: Tensor | None = None
     base: Tensor | None = None
+    recipe: Recipe | None = None
 
     @property
     def kind(self) -> str:
@@ -123,7 +127,12 @@ class StoredBank:
             "content": _digest(tensors),
             "mimicry": self.mimicry if isinstance(self.mimicry, str) else dict(self.mimicry),
             "groups": {
-                name: {"kind": group.kind, "members": list(group.members), "templates": group.num_templates}
+                name: {
+                    "kind": group.kind,
+                    "members": list(group.members),
+                    "templates": group.num_templates,
+                    "recipe": None if group.recipe is None else group.recipe.to_lists(),
+                }
                 for name, group in self.groups.items()
             },
             "base_fingerprint": dict(self.base_fingerprint),
@@ -205,6 +214,7 @@ def _assemble(name: str, header: Any, tensors: dict[str, Tensor]) -> StoredBank:
                 tuple(entry["members"]),
                 tensors[f"{bank}.templates"] if dense else None,
                 tensors[f"{bank}.base"] if dense else None,
+                None if entry.get("recipe") is None else Recipe.from_lists(entry["recipe"]),
             )
         return StoredBank(
             groups, header["base_fingerprint"], header["mimicry"], name, int(header["version"]), header["fingerprint"]

@@ -18,6 +18,7 @@ from .bank_files import StoredBank, StoredGroup
 from .config import RecastConfig
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from .fingerprint import same_weight, weight_fingerprint
+from .functional import average_sets
 from .layer import BASE_ADAPTER, RecastLayer
 from .mimicry import FittedTemplates, Recipe
 from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
@@ -189,7 +190,8 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
         bank = _bank_in_use(group, config, layers)
         if bank is None:
             found = _found_templates(group, plan, config, layers)
-            recipe = found if isinstance(found, Recipe) else None
+            stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
+            recipe = found if isinstance(found, Recipe) else stored_group.recipe if stored_group is not None else None
             if isinstance(found, FittedTemplates):
                 fitted[group.name] = found
             bank = TemplateBank(group.name, group.members, layers, recipe, fitted.get(group.name))
@@ -249,7 +251,7 @@ def _found_templates(
         return None
     recipe = (config.recipes or {}).get(group.name)
     if recipe is not None:
-        return _stored_recipe(recipe)
+        return Recipe.from_lists(recipe)
     return config.method.fit([layer.pretrained_weight for layer in layers], group.num_templates, label=group.name)
 
 
@@ -298,7 +300,7 @@ def _made_for(bank: TemplateBank, group: PlannedGroup, config: RecastConfig) -> 
     """Whether a task that fits a bank's shape was also trained on it, or is new."""
     recipe = (config.recipes or {}).get(group.name)
     if recipe is not None:
-        return bank.same_recipe(_stored_recipe(recipe))
+        return bank.same_recipe(Recipe.from_lists(recipe))
     named = config.bank["fingerprint"] if isinstance(config.bank, dict) else None
     if named is not None:
         return bank.stored is not None and bank.stored["fingerprint"] == named
@@ -308,10 +310,6 @@ def _made_for(bank: TemplateBank, group: PlannedGroup, config: RecastConfig) -> 
 
 def _identity(reference: object) -> str:
     return f" (bank {reference['name']!r}, {reference['fingerprint']})" if isinstance(reference, dict) else ""
-
-
-def _stored_recipe(stored: dict[str, list[list[float]]]) -> Recipe:
-    return Recipe(torch.tensor(stored["mix"], dtype=torch.float64), torch.tensor(stored["base"], dtype=torch.float64))
 
 
 def write_plan(
@@ -381,7 +379,7 @@ def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
 
 def _reference_of(banks: dict[str, TemplateBank]) -> dict[str, str | None] | None:
     """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
-    return next((bank.stored for bank in banks.values() if bank.stored is not None), None)
+    return next((bank.stored for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
 
 
 def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
@@ -397,7 +395,7 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
         if bank.templates is None or bank.base_coefficients is None:
             groups[name] = StoredGroup(bank.members)
         else:
-            groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients)
+            groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients, bank.recipe)
     reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
     fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
     return StoredBank(groups, fingerprints, method, reference["name"], fingerprint=reference["fingerprint"] or "")
@@ -411,11 +409,7 @@ def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
 
 
 def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]]:
-    return {
-        name: {"mix": bank.recipe.mix.tolist(), "base": bank.recipe.base.tolist()}
-        for name, bank in banks.items()
-        if bank.recipe is not None
-    }
+    return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None}
 
 
 def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights: bool) -> None:
@@ -432,3 +426,32 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
             layer.compressed_bank = (bank,)
             if not keep_base_weights:
                 layer.release_pretrained_weight()
+
+
+def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Replace the K coefficient sets of a task by their mean: the same model, to the last bit, with K = 1.
+
+    Args:
+        model: a converted model, as ``get_recast_model`` returns it.
+        adapter_name: the task; None means all of them.
+
+    Raises:
+        RecastConfigError: if there is no such task.
+    """
+    layers = recast_layers(model)
+    tasks = {name for layer in layers.values() for name in layer.recast_coefficients}
+    if not tasks or adapter_name not in {None, *tasks}:
+        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks)) or 'none'}")
+    configs = getattr(model, "peft_config", {})
+    for task in sorted(tasks) if adapter_name is None else [adapter_name]:
+        collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared
+        for layer in layers.values():
+            if task not in layer.recast_coefficients:
+                continue
+            old = layer.recast_coefficients[task]
+            if id(old) not in collapsed:
+                mean = average_sets(old.detach()).unsqueeze(0).clone()
+                collapsed[id(old)] = nn.Parameter(mean, requires_grad=old.requires_grad)
+            layer.recast_coefficients[task] = collapsed[id(old)]
+        if task in configs:
+            configs[task].num_coefficient_sets = 1

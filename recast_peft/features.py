@@ -30,7 +30,7 @@ def call_arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], d
     if isinstance(batch, Mapping):
         return (), {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     raise RecastConfigError(
-        f"a batch is a {type(batch).__name__}: expected a tensor, a mapping of keyword arguments, or a tuple of inputs and labels"
+        f"a batch is a {type(batch).__name__}: expected a tensor, a mapping of keyword arguments, or a tuple (inputs, labels)"
     )
 
 

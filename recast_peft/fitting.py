@@ -17,10 +17,10 @@ from .bank import mix_templates
 from .bank_files import StoredBank, StoredGroup
 from .config import RecastConfig
 from .errors import RecastConfigError
-from .features import call_arguments, captured_outputs, device_of, evaluating
+from .features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from .fingerprint import weight_fingerprint
 from .layer import RecastLayer
-from .mimicry import DataAware, FittedTemplates, Recipe
+from .mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
 from .plan import PlannedGroup, block_of, plan_recast
 from .targets import Candidate
 
@@ -51,6 +51,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     if method.needs_data and groups and not data:
         raise RecastConfigError(f"mimicry {method.name!r} needs a few batches: fit_bank(model, config, batches)")
     fitted: dict[str, FittedTemplates] = {}
+    closed: dict[str, FittedTemplates] = {}
     for chunk in _chunks(groups, method.max_moment_bytes if isinstance(method, DataAware) else None):
         moments: dict[str, Tensor | None] = {}
         if method.needs_data:
@@ -61,17 +62,37 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
             weights = [_as_matrix(member, member.weight) for member in members]
             found = method.fit(weights, group.num_templates, label=group.name, moments=own)
             fitted[group.name] = _in_shape(members[0], found, weights)
-    if isinstance(method, DataAware) and method.distill_steps and groups:
-        fitted = distill(model, groups, targets, fitted, data, method)
-    stored = {}
-    for group in plan.groups:
-        templates = fitted.get(group.name)
-        if templates is None:
-            stored[group.name] = StoredGroup(group.members)
-        else:
-            stored[group.name] = StoredGroup(group.members, templates.templates.detach(), templates.base.float())
+            if isinstance(method, DataAware) and method.select_batches:
+                recipe = ClosedForm().fit(weights, group.num_templates)
+                closed[group.name] = _in_shape(members[0], recipe, weights)
+    if isinstance(method, DataAware) and groups:
+        fitted = _tuned(model, groups, targets, fitted, closed, data, method)
+    stored = {group.name: _stored_group(group, fitted.get(group.name)) for group in plan.groups}
     fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items()}
     return StoredBank(stored, fingerprints, method.to_dict())
+
+
+def _tuned(
+    model: nn.Module,
+    groups: Sequence[PlannedGroup],
+    targets: dict[str, Candidate],
+    fitted: dict[str, FittedTemplates],
+    closed: dict[str, FittedTemplates],
+    data: Sequence[Any],
+    method: DataAware,
+) -> dict[str, FittedTemplates]:
+    """What follows the fit of every group alone: selection against the closed form, and distillation."""
+    if method.select_batches:
+        fitted = select(model, groups, targets, fitted, closed, list(islice(data, method.select_batches)))
+    if method.distill_steps:
+        fitted = distill(model, groups, targets, fitted, data, method)
+    return fitted
+
+
+def _stored_group(group: PlannedGroup, fitted: FittedTemplates | None) -> StoredGroup:
+    if fitted is None:
+        return StoredGroup(group.members)
+    return StoredGroup(group.members, fitted.templates.detach(), fitted.base.float())
 
 
 def _as_list(batches: Iterable[Any] | None) -> Sequence[Any]:
@@ -169,10 +190,6 @@ def _rows_of_linear(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _rows_of_attention(module: nn.Module, x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _rows_of_conv2d(module: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
@@ -191,8 +208,62 @@ COLUMNS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
     Conv1D: _rows_of_linear,
     nn.Conv2d: _rows_of_conv2d,
     nn.Conv1d: _rows_of_conv2d,
-    nn.MultiheadAttention: _rows_of_attention,
+    nn.MultiheadAttention: _rows_of_linear,
 }
+
+
+# ---------------------------------------------------------------- the output of the whole model
+
+
+def output_change(model: nn.Module, weights: dict[str, Tensor], batches: Iterable[Any], wanted: Sequence[Tensor]) -> float:
+    """Squared change of the model's output with other weights, in units of the pretrained output's square."""
+    device, change, size = device_of(model), 0.0, 0.0
+    with evaluating(model), torch.no_grad():
+        for batch, output in zip(batches, wanted, strict=True):
+            args, kwargs = call_arguments(batch, device)
+            new = main_tensor(torch.func.functional_call(model, weights, args, kwargs))
+            assert new is not None
+            change += float((new - output).double().square().sum())
+            size += float(output.double().square().sum())
+    return change / max(size, 1e-300)
+
+
+def select(
+    model: nn.Module,
+    groups: Sequence[PlannedGroup],
+    targets: dict[str, Candidate],
+    first: dict[str, FittedTemplates],
+    second: dict[str, FittedTemplates],
+    batches: Sequence[Any],
+) -> dict[str, FittedTemplates]:
+    """Of two fits of every group take the one that changes the whole model's output less.
+
+    The better of the two as a whole is where it starts; then every group in turn is tried with the other, so that the result
+    is never worse than either on these batches. It takes one pass for each group.
+    """
+    device = device_of(model)
+    wanted = []
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            args, kwargs = call_arguments(batch, device)
+            output = main_tensor(model(*args, **kwargs))
+            if output is None:
+                return first  # an output without numbers to compare
+            wanted.append(output)
+
+    def change_of(fits: dict[str, FittedTemplates]) -> float:
+        leaves = {name: (fit.templates.float(), fit.base.to(fit.templates.device).float()) for name, fit in fits.items()}
+        return output_change(model, _composed(groups, targets, leaves), batches, wanted)
+
+    changes = change_of(first), change_of(second)
+    best, other = (first, second) if changes[0] <= changes[1] else (second, first)
+    best, least = dict(best), min(changes)
+    for group in groups:
+        tried = {**best, group.name: other[group.name]}
+        change = change_of(tried)
+        if change < least:
+            best, least = tried, change
+    return best
 
 
 # ---------------------------------------------------------------- layer-wise distillation

@@ -171,7 +171,7 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
         model = model.get_base_model()
     bank = _bank_of(model, config)
     if bank is not None and config.groups is None:
-        config = _with(config, groups={name: list(group.members) for name, group in bank.groups.items()})
+        config = with_fields(config, groups={name: list(group.members) for name, group in bank.groups.items()})
     targets, skipped = find_targets(model, config)
     check_materialised(targets)
     reason = ""
@@ -233,7 +233,7 @@ def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
     return find_bank(config.bank, folder)
 
 
-def _with(config: RecastConfig, **fields: Any) -> RecastConfig:
+def with_fields(config: RecastConfig, **fields: Any) -> RecastConfig:
     """A shallow copy of a config with other values, unchecked."""
     other = RecastConfig.__new__(RecastConfig)
     other.__dict__.update(config.__dict__)
@@ -305,7 +305,7 @@ def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[Rec
         for sets in all_sets:
             options = []
             for size in sizes:
-                choice = _with(config, num_coefficient_sets=sets, coefficient_sharing=sharing)
+                choice = with_fields(config, num_coefficient_sets=sets, coefficient_sharing=sharing)
                 if size is not None:
                     choice.__dict__["group_size"] = size
                 options.append((count_coefficients(plan_groups(runs, choice), sharing), choice))

@@ -26,6 +26,15 @@ class Recipe:
     mix: Tensor
     base: Tensor
 
+    def to_lists(self) -> dict[str, list[list[float]]]:
+        """Plain numbers, as a task stores them."""
+        return {"mix": self.mix.tolist(), "base": self.base.tolist()}
+
+    @classmethod
+    def from_lists(cls, stored: dict[str, list[list[float]]]) -> Recipe:
+        """The recipe that ``to_lists`` wrote."""
+        return cls(torch.tensor(stored["mix"], dtype=torch.float64), torch.tensor(stored["base"], dtype=torch.float64))
+
 
 @dataclass(frozen=True)
 class FittedTemplates:

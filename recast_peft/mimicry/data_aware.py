@@ -32,6 +32,8 @@ class DataAware(MimicryMethod):
         tolerance: stop when a sweep lowers the error by less than this share.
         ridge: share of the mean diagonal of S_l that is added to it, so that directions without data keep their weight.
         normalize: count the error of every layer in units of its own output's size.
+        select_batches: on so many of the batches every group is also tried with the closed form, and keeps it where that
+            changes the whole model's output less (errors of neighbouring layers can cancel or add up); 0 for none.
         distill_steps: steps of layer-wise distillation afterwards, which tune templates and base coefficients until the
             features of every block are those of the pretrained model; 0 for none.
         distill_learning_rate: of Adam in the distillation, in units of the templates' root mean square.
@@ -45,7 +47,8 @@ class DataAware(MimicryMethod):
     sweeps: int = 30
     tolerance: float = 1e-4
     ridge: float = 1e-3
-    normalize: bool = True
+    normalize: bool = False
+    select_batches: int = 2
     distill_steps: int = 0
     distill_learning_rate: float = 0.01
     max_moment_bytes: int = 1 << 31
@@ -54,6 +57,7 @@ class DataAware(MimicryMethod):
     def __post_init__(self) -> None:
         self.check("sweeps", isinstance(self.sweeps, int) and self.sweeps >= 0, "a whole number from 0")
         self.check("distill_steps", isinstance(self.distill_steps, int) and self.distill_steps >= 0, "a whole number from 0")
+        self.check("select_batches", isinstance(self.select_batches, int) and self.select_batches >= 0, "a whole number from 0")
         self.check("max_moment_bytes", self.max_moment_bytes > 0, "a number above 0")
         self.check("distill_learning_rate", self.distill_learning_rate > 0, "a number above 0")
         for option in ("tolerance", "ridge"):
