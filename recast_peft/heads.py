@@ -357,25 +357,31 @@ def _fresh(layer: nn.Module, config: RecastConfig) -> nn.Module:
     return layer
 
 
-def install_head(model: nn.Module, adapter_name: str, head: PreparedHead, active: bool, inference_mode: bool) -> TaskHead:
-    """Put a task's head into the model; it is in force if ``active``."""
-    parent_name, _, child = head.name.rpartition(".")
+def task_head(model: nn.Module, name: str) -> TaskHead:
+    """The container of all tasks' heads; it is put in place of the model's own head if it is not there yet."""
+    parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     present = getattr(parent, child)
     if isinstance(present, TaskHead):
-        wrapper = present
-    elif isinstance(present, ModulesToSaveWrapper):
+        return present
+    if isinstance(present, ModulesToSaveWrapper):
         wrapper = TaskHead(present.original_module, model)
         wrapper.adopt(present)
     else:
         wrapper = TaskHead(present, model)
-    wrapper.add(adapter_name, head)
+        wrapper.train(present.training)
     setattr(parent, child, wrapper)
+    return wrapper
+
+
+def install_head(model: nn.Module, adapter_name: str, head: PreparedHead, active: bool, inference_mode: bool) -> None:
+    """Put a task's head into the model; it is in force if ``active``."""
+    wrapper = task_head(model, head.name)
+    wrapper.add(adapter_name, head)
     if active:
         wrapper.set_adapter([adapter_name], inference_mode=inference_mode)
     else:
         head.module.requires_grad_(False)
-    return wrapper
 
 
 # ---------------------------------------------------------------- labels

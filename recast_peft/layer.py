@@ -391,7 +391,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         return torch.func.functional_call(base, {self.weight_name: weight}, args, kwargs)
 
     def _mixed_batch_forward(self, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.merged:
+        if self.merged and batch.pool is None:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
         if isinstance(self.base_layer, nn.MultiheadAttention) or not args or not isinstance(args[0], Tensor):
             raise RecastBankError(

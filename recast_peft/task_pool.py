@@ -7,8 +7,6 @@ is made, and a compiled model is not compiled again.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError
 from .fingerprint import same_weight
 from .functional import average_sets
-from .heads import Labels, PreparedHead, TaskHead, install_head, prepare_head
+from .heads import Labels, PreparedHead, TaskHead, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
 from .model import RecastModel
@@ -347,7 +345,9 @@ class TaskPool:
             self.table[start : start + len(names)] = table.to(self.table.device)
         self._names += names
         self._rows.update({name: start + i for i, name in enumerate(names)})
-        self._heads.update({start + place: head for place, head in heads.items()})
+        for place, head in heads.items():
+            self._heads[start + place] = head
+            task_head(self._backbone, head.name)
         return names
 
     # ---------------------------------------------------------------- inside
@@ -377,10 +377,7 @@ class TaskPool:
             if self._shown_head is not None:
                 self._shown_head.show(self.slot, None)
             return
-        wrapper = self._backbone.get_submodule(prepared.name)
-        if not isinstance(wrapper, TaskHead):
-            copied = dataclasses.replace(prepared, module=copy.deepcopy(prepared.module))
-            wrapper = install_head(self._backbone, self.slot, copied, active=True, inference_mode=True)
+        wrapper = task_head(self._backbone, prepared.name)
         wrapper.show(self.slot, prepared)
         self._shown_head = wrapper
 
@@ -397,6 +394,7 @@ class TaskPool:
             self.table[row] = values.to(self.table.device)
         if head is not None:
             self._heads[row] = head
+            task_head(self._backbone, head.name)
         return row
 
     def _reserve(self, rows: int) -> None:

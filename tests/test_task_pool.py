@@ -1,0 +1,474 @@
+"""Thousands of tasks beside one model: rows, swaps, mixed batches, files, threads."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import recast_peft.layer
+from recast_peft import (
+    RecastBankError,
+    RecastBaseMismatchError,
+    RecastConfig,
+    RecastConfigError,
+    RecastLoadError,
+    TaskPool,
+    get_recast_model,
+)
+from recast_peft.heads import split_logits
+
+TARGETS = ["qkv", "fc1"]
+
+
+def small_vit(seed: int = 0, num_classes: int = 7) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=4, num_heads=2, num_classes=num_classes
+    ).eval()
+
+
+def model_with_pool(tasks: int = 0, **config) -> tuple[PeftModel, TaskPool]:
+    model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), "first").eval()
+    pool = TaskPool(model)
+    for i in range(tasks):
+        pool.add(f"task{i}", random_state(pool, i))
+    return model, pool
+
+
+def random_state(pool: TaskPool, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {name: len(values) for name, values in pool.coefficients(pool.names[0]).items()} if len(pool) else None
+    if sizes is None:
+        pool.add("probe")
+        sizes = {name: len(values) for name, values in pool.coefficients("probe").items()}
+        pool.remove("probe")
+    return {
+        f"base_model.model.{name}.recast_coefficients": torch.randn(1, n, generator=generator) * 0.3
+        for name, n in sizes.items()
+    }
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def by_adapter(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What a task gives as an ordinary adapter: the reference for everything that a pool does."""
+    model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS)).eval()
+    for name, module in model.get_base_model().named_modules():
+        key = f"base_model.model.{name}.recast_coefficients"
+        if key in state:
+            module.recast_coefficients["default"].data.copy_(state[key])
+    return model(x)
+
+
+class TestOneTask:
+    def test_an_activated_task_gives_what_its_adapter_gives(self, images):
+        model, pool = model_with_pool(3)
+        for i in (2, 0, 1):
+            pool.activate(f"task{i}")
+            assert torch.equal(model(images), by_adapter(random_state(pool, i), images))
+
+    def test_merged_and_live_give_the_same_bits(self, images):
+        model, pool = model_with_pool(2)
+        pool.activate("task0")
+        live = model(images)
+        pool.activate("task1", merge=True)
+        other = model(images)
+        pool.activate("task0", merge=True)
+        assert torch.equal(model(images), live)
+        assert not torch.equal(other, live)
+
+    def test_merged_tasks_use_one_storage(self):
+        model, pool = model_with_pool(3)
+        pool.activate("task0", merge=True)
+        weight = model.get_base_model().blocks[0].attn.qkv.base_layer.weight
+        address = weight.data_ptr()
+        for i in (1, 2, 0):
+            pool.activate(f"task{i}", merge=True)
+            assert model.get_base_model().blocks[0].attn.qkv.base_layer.weight is weight
+            assert weight.data_ptr() == address
+
+    @given(steps=st.lists(st.tuples(st.integers(-1, 4), st.booleans()), max_size=12))
+    def test_any_number_of_swaps_ends_at_the_base(self, steps):
+        model, pool = model_with_pool(5)
+        pristine = {k: v.clone() for k, v in small_vit().state_dict().items()}
+        for task, merge in steps:
+            if task < 0:
+                pool.deactivate()
+            else:
+                pool.activate(f"task{task}", merge=merge)
+        pool.deactivate()
+        plain = model.unload()
+        assert all(torch.equal(value, pristine[name]) for name, value in plain.state_dict().items())
+
+    def test_the_block_puts_the_task_before_back_also_after_an_exception(self, images):
+        model, pool = model_with_pool(2)
+        pool.activate("task0", merge=True)
+        before = model(images)
+        with pytest.raises(RuntimeError, match="stop"), pool.use("task1"):
+            assert pool.active == "task1"
+            assert not torch.equal(model(images), before)
+            raise RuntimeError("stop")
+        assert pool.active == "task0"
+        assert torch.equal(model(images), before)
+        assert model.get_base_model().blocks[0].attn.qkv.merged
+
+    def test_activating_trains_nothing_and_makes_no_new_parameter(self):
+        model, pool = model_with_pool(2)
+        pool.activate("task0")
+        parameters = {name: id(p) for name, p in model.named_parameters()}
+        pool.activate("task1")
+        assert {name: id(p) for name, p in model.named_parameters()} == parameters
+        assert not [n for n, p in model.named_parameters() if p.requires_grad]
+
+    def test_a_compiled_model_is_compiled_once_for_all_tasks(self, images):
+        compiled: list[int] = []
+
+        def count(graph, inputs):
+            compiled.append(1)
+            return graph.forward
+
+        model, pool = model_with_pool(4)
+        pool.activate("task0")
+        fast = torch.compile(model.get_base_model(), backend=count, fullgraph=True)
+        for i in range(100):
+            pool.activate(f"task{i % 4}")
+            out = fast(images)
+        assert len(compiled) == 1
+        assert torch.equal(out, model(images))
+
+    def test_on_a_compressed_bank(self, images):
+        model, pool = model_with_pool(2, num_templates=1)
+        pool.activate("task0")
+        live = model(images)
+        pool.activate("task1", merge=True)
+        pool.activate("task0", merge=True)
+        assert torch.allclose(model(images), live, atol=1e-6)
+        pool.deactivate()
+        model.set_adapter("first")
+        first = model(images)
+        assert not torch.allclose(first, live, atol=1e-3)
+
+
+class TestMixedBatch:
+    @pytest.mark.parametrize("limit", [0, 10**9], ids=["composed for each task", "products of the whole batch"])
+    def test_every_sample_gets_its_own_task(self, images, monkeypatch, limit):
+        monkeypatch.setattr(recast_peft.layer, "PRODUCT_LIMIT", limit)
+        model, pool = model_with_pool(3)
+        base = small_vit()(images)
+        names = ["task1", "task0", None, "task2", "task1", None]
+        mixed = model(images, task_ids=pool.ids(names))
+        for i, name in enumerate(names):
+            expected = base if name is None else by_adapter(random_state(pool, int(name[-1])), images)
+            assert torch.allclose(mixed[i], expected[i], atol=1e-5)
+
+    @pytest.mark.parametrize("limit", [0, 10**9], ids=["composed for each task", "products of the whole batch"])
+    def test_convolutions_with_bias_padding_and_groups(self, monkeypatch, limit):
+        monkeypatch.setattr(recast_peft.layer, "PRODUCT_LIMIT", limit)
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode="reflect") for _ in range(2)]
+        model = get_recast_model(nn.Sequential(*layers, nn.Flatten()), RecastConfig(groups={"convs": ["0", "1"]})).eval()
+        pool = TaskPool(model)
+        x = torch.randn(3, 4, 5, 5)
+        for name, seed in (("red", 1), ("blue", 2)):
+            pool.add(name, random_state(pool, seed))
+        mixed = model(x, task_ids=pool.ids(["blue", "red", "blue"]))
+        for i, name in enumerate(["blue", "red", "blue"]):
+            pool.activate(name)
+            assert torch.allclose(mixed[i], model(x)[i], atol=1e-5)
+
+    def test_it_works_while_a_task_is_merged(self, images):
+        model, pool = model_with_pool(2)
+        expected = model(images, task_ids=pool.ids(["task0", "task1", None] * 2))
+        pool.activate("task1", merge=True)
+        assert torch.allclose(model(images, task_ids=pool.ids(["task0", "task1", None] * 2)), expected, atol=1e-6)
+
+    def test_heads_of_different_sizes(self, images):
+        model, pool = model_with_pool()
+        pool.add("five", RecastConfig(num_classes=5, seed=1))
+        pool.add("two", RecastConfig(num_classes=2, seed=2))
+        pool.add("none")
+        names = ["two", "five", "none", "five", "two", "two"]
+        rows = split_logits(model(images, task_ids=pool.ids(names)))
+        assert [len(row) for row in rows] == [2, 5, 7, 5, 2, 2]
+        for i, name in enumerate(names):
+            pool.activate(name)
+            assert torch.allclose(model(images)[i], rows[i], atol=1e-5)
+
+    def test_one_batch_trains_many_tasks_as_if_each_were_alone(self, images):
+        names = ["task0", "task2", "task0", "task2", "task0", "task2"]
+
+        def train(which: list[str]) -> torch.Tensor:
+            model, pool = model_with_pool(3)
+            pool.requires_grad_()
+            optimiser = torch.optim.SGD(pool.parameters(), lr=0.05)
+            keep = [i for i, name in enumerate(names) if name in which]
+            with torch.enable_grad():
+                for _ in range(3):
+                    out = model(images[keep], task_ids=pool.ids([names[i] for i in keep]))
+                    loss = out.square().sum()
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+            return pool.table.detach()
+
+        _, untouched = model_with_pool(3)
+        together = train(["task0", "task2"])
+        assert torch.allclose(together[0], train(["task0"])[0], atol=1e-5)
+        assert torch.allclose(together[2], train(["task2"])[2], atol=1e-5)
+        assert torch.equal(together[1], untouched.table[1])
+        assert not torch.allclose(together[0], untouched.table[0], atol=1e-3)
+
+    def test_a_compiled_model_takes_any_mixture(self, images):
+        compiled: list[int] = []
+
+        def count(graph, inputs):
+            compiled.append(1)
+            return graph.forward
+
+        model, pool = model_with_pool(3)
+        fast = torch.compile(model.get_base_model(), backend=count, fullgraph=True)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            ids = torch.randint(0, 3, (6,), generator=generator)
+            with pool.batch(ids):
+                mixed = fast(images)
+            assert torch.allclose(mixed, model(images, task_ids=ids), atol=1e-5)
+        assert len(compiled) == 1
+
+    def test_text_generation(self):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        model = get_recast_model(GPT2LMHeadModel(config).eval(), RecastConfig(task_type="CAUSAL_LM")).eval()
+        pool = TaskPool(model)
+        for name, seed in (("up", 1), ("down", 2)):
+            pool.add(name, {k: 8 * v for k, v in random_state(pool, seed).items()})
+        ids = torch.arange(1, 9).reshape(2, 4)
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        for beams in (1, 2):
+            mixed = model.generate(input_ids=ids, task_ids=pool.ids(["up", "down"]), num_beams=beams, **options)
+            for i, name in enumerate(("up", "down")):
+                pool.activate(name)
+                alone = model.generate(input_ids=ids[i : i + 1], num_beams=beams, **options)
+                assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
+            pool.deactivate()
+
+    @pytest.mark.parametrize("ids", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([9]), torch.tensor([-2])])
+    def test_row_numbers_that_are_none(self, ids, images):
+        model, _ = model_with_pool(2)
+        with pytest.raises(ValueError, match="task_ids"):
+            model(images[:1], task_ids=ids)
+
+    def test_a_batch_of_another_length(self, images):
+        model, pool = model_with_pool(2)
+        with pytest.raises(ValueError, match="same as the number of inputs"):
+            model(images, task_ids=pool.ids(["task0", "task1"]))
+
+    def test_without_a_pool(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS)).eval()
+        with (
+            pytest.raises(ValueError, match="no pool"),
+            model.base_model._enable_peft_forward_hooks(task_ids=torch.tensor([0])),
+        ):
+            pass
+
+
+class TestThreads:
+    def test_two_threads_never_see_each_others_tasks(self, images):
+        model, pool = model_with_pool(3)
+        expected = {name: model(images, task_ids=pool.ids([name] * 6)) for name in pool}
+        wrong: list[str] = []
+
+        def serve(name: str) -> None:
+            with torch.no_grad():
+                for _ in range(25):
+                    with pool.batch([name] * 6):
+                        if not torch.equal(model(images), expected[name]):
+                            wrong.append(name)
+
+        threads = [threading.Thread(target=serve, args=(name,)) for name in pool]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert not torch.equal(expected["task0"], expected["task1"])
+
+
+class TestRows:
+    def test_removed_rows_are_used_again_and_names_keep_their_rows(self):
+        _, pool = model_with_pool(4)
+        kept = pool.coefficients("task3")
+        pool.activate("task1")
+        pool.remove("task1")
+        assert pool.active is None
+        assert "task1" not in pool
+        assert pool.add("new") == 1
+        assert pool.names == ["task0", "new", "task2", "task3"]
+        assert all(torch.equal(a, b) for a, b in zip(kept.values(), pool.coefficients("task3").values(), strict=True))
+        assert not any(v.any() for v in pool.coefficients("new").values())
+
+    def test_ten_thousand_tasks_take_a_few_megabytes(self):
+        _, pool = model_with_pool()
+        for i in range(10_000):
+            pool.add(f"t{i}")
+        assert len(pool) == 10_000
+        assert pool.nbytes() < 4e6
+        assert pool.row("t9999") == 9999
+
+    def test_unknown_and_taken_names(self):
+        _, pool = model_with_pool(1)
+        with pytest.raises(RecastConfigError, match="no task 'x'; it has 1: task0"):
+            pool.activate("x")
+        with pytest.raises(RecastConfigError, match="already"):
+            pool.add("task0")
+        for name in ("", "a\nb", 3):
+            with pytest.raises(RecastConfigError, match="name="):
+                pool.add(name)
+
+    def test_a_model_without_tasks(self):
+        with pytest.raises(RecastConfigError, match="get_recast_model"):
+            TaskPool(small_vit())
+        model, _ = model_with_pool()
+        with pytest.raises(RecastConfigError, match="like="):
+            TaskPool(model, like="nobody")
+
+
+class TestFiles:
+    def saved_task(self, folder: Path, name: str, seed: int, **config) -> None:
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), name)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f".{name}" in key:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.save_pretrained(folder)
+
+    def test_saved_tasks_are_read_from_a_folder(self, tmp_path, images):
+        self.saved_task(tmp_path, "one", 1)
+        self.saved_task(tmp_path, "two", 2, num_classes=3)
+        self.saved_task(tmp_path, "three", 3, num_coefficient_sets=3)
+        model, pool = model_with_pool()
+        assert pool.load_folder(tmp_path) == ["one", "three", "two"]
+        for name in pool:
+            expected = PeftModel.from_pretrained(small_vit(), tmp_path / name, name).eval()(images)
+            pool.activate(name)
+            assert torch.allclose(model(images), expected, atol=1e-6)
+
+    def test_a_task_of_the_model(self, images):
+        model, pool = model_with_pool()
+        model.add_adapter("trained", RecastConfig(target_modules=TARGETS, num_classes=4))
+        for name, parameter in model.named_parameters():
+            if ".trained" in name:
+                parameter.data.normal_()
+        model.set_adapter("trained")
+        expected = model(images)
+        pool.add("copy", "trained")
+        model.set_adapter("first")
+        pool.activate("copy")
+        assert torch.equal(model(images), expected)
+
+    def test_one_packed_file_brings_everything_back(self, tmp_path, images):
+        model, pool = model_with_pool(3)
+        pool.remove("task1")
+        pool.add("häuser", RecastConfig(id2label={0: "alt", 1: "neu"}))
+        pool.save(tmp_path / "pool.safetensors")
+        again_model, again = model_with_pool()
+        assert again.load(tmp_path / "pool.safetensors") == ["task0", "häuser", "task2"]
+        for name in pool:
+            pool.activate(name)
+            again.activate(name)
+            assert torch.equal(again_model(images), model(images))
+        assert again_model.get_base_model().num_classes == 7
+
+    def test_a_task_takes_fewer_than_200_bytes(self, tmp_path):
+        with torch.device("meta"):
+            empty = timm.create_model("vit_small_patch16_224")
+        model = get_recast_model(empty.to_empty(device="cpu").apply(_zero), RecastConfig(target_modules=["qkv"]), "first")
+        pool = TaskPool(model)
+        pool.save(tmp_path / "none.safetensors")
+        for i in range(1000):
+            pool.add(f"customer-{i}")
+        pool.save(tmp_path / "many.safetensors")
+        sizes = {name: (tmp_path / f"{name}.safetensors").stat().st_size for name in ("none", "many")}
+        assert (sizes["many"] - sizes["none"]) / 1000 < 200
+
+    def test_other_targets_and_other_weights_are_refused(self, tmp_path):
+        _, pool = model_with_pool()
+        other = get_recast_model(small_vit(), RecastConfig(target_modules=["proj"]), "proj")
+        other.save_pretrained(tmp_path)
+        with pytest.raises(RecastBankError, match="other target modules"):
+            pool.add("proj", tmp_path / "proj")
+        stranger = get_recast_model(small_vit(seed=5), RecastConfig(target_modules=TARGETS), "stranger")
+        stranger.save_pretrained(tmp_path)
+        with pytest.raises(RecastBaseMismatchError, match="other pretrained weights"):
+            pool.add("stranger", tmp_path / "stranger")
+        foreign = TaskPool(stranger)
+        foreign.add("x")
+        foreign.save(tmp_path / "foreign.safetensors")
+        with pytest.raises(RecastBaseMismatchError):
+            pool.load(tmp_path / "foreign.safetensors")
+        assert len(pool) == 0
+
+    def test_damaged_files_put_nothing_in(self, tmp_path):
+        self.saved_task(tmp_path, "good", 1)
+        self.saved_task(tmp_path, "poor", 2)
+        file = tmp_path / "poor" / "adapter_model.safetensors"
+        entries = load_file(file)
+        key = next(iter(entries))
+        _, pool = model_with_pool(1)
+        for broken in (
+            {k: v for k, v in entries.items() if k != key},
+            {**entries, "stranger": torch.zeros(1)},
+            {**entries, key: torch.zeros(1, 5)},
+            {**entries, key: torch.full_like(entries[key], float("nan"))},
+        ):
+            save_file(broken, file)
+            with pytest.raises(RecastLoadError, match="does not fit"):
+                pool.load_folder(tmp_path)
+            assert pool.names == ["task0"]
+        file.write_bytes(file.read_bytes()[:50])
+        with pytest.raises(RecastLoadError, match="cannot be read"):
+            pool.load_folder(tmp_path)
+        with pytest.raises(RecastLoadError, match="no saved task"):
+            pool.load_folder(tmp_path / "good")
+
+    def test_damaged_packed_files(self, tmp_path):
+        _, pool = model_with_pool(2)
+        path = tmp_path / "pool.safetensors"
+        pool.save(path)
+        whole = path.read_bytes()
+        _, fresh = model_with_pool()
+        for damaged in (whole[:20], whole[:-30], b"", whole.replace(b"recast-task-pool-1", b"recast-task-pool-9")):
+            path.write_bytes(damaged)
+            with pytest.raises(RecastLoadError):
+                fresh.load(path)
+        with pytest.raises(RecastLoadError, match="cannot be read"):
+            fresh.load(tmp_path / "nowhere")
+        assert len(fresh) == 0
+        path.write_bytes(whole)
+        fresh.load(path)
+        with pytest.raises(RecastConfigError, match="already"):
+            fresh.load(path)
+
+
+def _zero(module: nn.Module) -> None:
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data.fill_(0.01)
