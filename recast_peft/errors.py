@@ -34,5 +34,9 @@ class RecastHubError(RecastError, OSError):
     """A repository on the Hub cannot be reached, read or written."""
 
 
+class RecastSequenceError(RecastError, ValueError):
+    """Tasks cannot be learned in sequence as asked, or an accuracy that is needed was not measured."""
+
+
 class RecastCompatibilityError(RecastError, ImportError):
     """The installed PEFT has changed under this library."""

@@ -1,0 +1,330 @@
+"""Measures against matrices worked out by hand, and tasks that are learned without touching earlier ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor, nn
+
+from recast_peft import RecastConfig, RecastConfigError, RecastLayer, RecastSequenceError, get_recast_model
+from recast_peft.sequential import (
+    AccuracyMatrix,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learn_in_sequence,
+)
+
+# Rows are states after tasks 1, 2, 3; columns are tasks. By hand, from the papers' formulas:
+#   ACC  = (0.70 + 0.60 + 0.80) / 3                                   = 0.70
+#   BWT  = ((0.70 - 0.90) + (0.60 - 0.80)) / 2                        = -0.20
+#   FWT  = ((0.30 - 0.10) + (0.45 - 0.20)) / 2                        = 0.225
+#   F    = ((max(0.90, 0.95) - 0.70) + (max(0.30, 0.80) - 0.60)) / 2  = (0.25 + 0.20) / 2 = 0.225
+FORGETFUL = [[0.90, 0.30, 0.20], [0.95, 0.80, 0.45], [0.70, 0.60, 0.80]]
+BASELINE = [0.05, 0.10, 0.20]
+# after the second task: ACC (0.95 + 0.80) / 2 = 0.875; BWT 0.95 - 0.90 = 0.05; F 0.90 - 0.95 = -0.05; FWT 0.30 - 0.10 = 0.20
+nan = float("nan")
+LOWER = [[0.9, nan, nan], [0.9, 0.8, nan], [0.9, 0.8, 0.5]]
+
+
+class TestTheMeasures:
+    def test_are_those_worked_out_by_hand(self) -> None:
+        assert average_accuracy(FORGETFUL) == pytest.approx(0.70)
+        assert backward_transfer(FORGETFUL) == pytest.approx(-0.20)
+        assert forward_transfer(FORGETFUL, BASELINE) == pytest.approx(0.225)
+        assert forgetting(FORGETFUL) == pytest.approx(0.225)
+
+    def test_are_those_worked_out_by_hand_after_two_tasks(self) -> None:
+        assert average_accuracy(FORGETFUL, after=1) == pytest.approx(0.875)
+        assert backward_transfer(FORGETFUL, after=1) == pytest.approx(0.05)
+        assert forward_transfer(FORGETFUL, BASELINE, after=1) == pytest.approx(0.20)
+        assert forgetting(FORGETFUL, after=1) == pytest.approx(-0.05)
+
+    def test_take_the_best_earlier_state_even_before_the_task_was_learned(self) -> None:
+        # Chaudhry et al. let the maximum go over all earlier states: max(0.7, 0.6) - 0.5 on the second task, 0 on the first
+        assert forgetting([[0.4, 0.7, nan], [0.4, 0.6, nan], [0.4, 0.5, 0.9]]) == pytest.approx((0.0 + 0.2) / 2)
+
+    def test_of_what_is_never_forgotten_are_zero(self) -> None:
+        assert average_accuracy(LOWER) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
+        assert backward_transfer(LOWER) == 0.0
+        assert forgetting(LOWER) == 0.0
+
+    @given(st.integers(2, 6), st.integers(0, 2**16))
+    def test_tell_forgetting_from_backward_transfer_only_by_the_best_state(self, count: int, seed: int) -> None:
+        R = np.random.default_rng(seed).random((count, count))
+        R[np.triu_indices(count, 1)] = nan
+        assert forgetting(R) >= -backward_transfer(R) - 1e-12
+
+    @given(st.integers(2, 6), st.integers(0, 2**16), st.floats(-5, 5))
+    def test_of_differences_ignore_a_common_shift(self, count: int, seed: int, shift: float) -> None:
+        R = np.random.default_rng(seed).random((count, count))
+        b = np.random.default_rng(seed + 1).random(count)
+        assert backward_transfer(R + shift) == pytest.approx(backward_transfer(R))
+        assert forgetting(R + shift) == pytest.approx(forgetting(R))
+        assert forward_transfer(R + shift, b + shift) == pytest.approx(forward_transfer(R, b))
+        assert average_accuracy(R + shift) == pytest.approx(average_accuracy(R) + shift)
+
+    @pytest.mark.parametrize("matrix", [[], [0.5], [[0.5, 0.6]], [[[0.5]]]])
+    def test_refuse_what_is_no_matrix(self, matrix: Any) -> None:
+        with pytest.raises(RecastSequenceError, match="square"):
+            average_accuracy(matrix)
+
+    @pytest.mark.parametrize("after", [-1, 3])
+    def test_refuse_a_task_that_is_not_there(self, after: int) -> None:
+        with pytest.raises(RecastSequenceError, match="0 to 2"):
+            average_accuracy(FORGETFUL, after=after)
+
+    @pytest.mark.parametrize("measure", [backward_transfer, forgetting, lambda R: forward_transfer(R, [0.1])])
+    def test_of_one_task_are_refused(self, measure: Any) -> None:
+        assert average_accuracy([[0.5]]) == 0.5
+        with pytest.raises(RecastSequenceError, match="2 tasks"):
+            measure([[0.5]])
+
+    def test_name_the_entry_that_is_missing(self) -> None:
+        with pytest.raises(RecastSequenceError, match=r"R\[0, 1\], R\[1, 2\]"):
+            forward_transfer(LOWER, BASELINE)
+        with pytest.raises(RecastSequenceError, match=r"R\[2, 0\]"):
+            average_accuracy([[0.9, nan, nan], [0.9, 0.8, nan], [nan, 0.8, 0.5]])
+        with pytest.raises(RecastSequenceError, match=r"R\[1, 1\]"):
+            forgetting([[0.9, 0.1, nan], [0.9, nan, nan], [0.9, 0.8, 0.5]])
+
+    @pytest.mark.parametrize(("baseline", "message"), [([0.1, 0.2], "another length"), ([0.1, 0.2, nan], "task 2")])
+    def test_name_what_is_wrong_with_the_baseline(self, baseline: list[float], message: str) -> None:
+        with pytest.raises(RecastSequenceError, match=message):
+            forward_transfer(FORGETFUL, baseline)
+
+
+def filled(values: Any = FORGETFUL, baseline: Any = BASELINE) -> AccuracyMatrix:
+    matrix = AccuracyMatrix(["flowers", "cars", "birds"])
+    for name, accuracy in zip(matrix.tasks, baseline or (), strict=False):
+        matrix.record(None, name, accuracy)
+    for after, row in zip(matrix.tasks, values, strict=True):
+        for task, accuracy in zip(matrix.tasks, row, strict=True):
+            if np.isfinite(accuracy):
+                matrix.record(after, task, accuracy)
+    return matrix
+
+
+class TestTheMatrix:
+    def test_summarises_all_that_was_recorded(self) -> None:
+        assert filled().summary() == {
+            "average_accuracy": pytest.approx(0.70),
+            "backward_transfer": pytest.approx(-0.20),
+            "forgetting": pytest.approx(0.225),
+            "forward_transfer": pytest.approx(0.225),
+        }
+
+    def test_summarises_what_there_is(self) -> None:
+        assert set(filled(LOWER, None).summary()) == {"average_accuracy", "backward_transfer", "forgetting"}
+        assert AccuracyMatrix(["a", "b"]).summary() == {}
+
+    def test_summarises_a_sequence_that_is_not_finished(self) -> None:
+        matrix = filled([[0.9, nan, nan], [0.6, 0.8, nan], [nan, nan, nan]], None)
+        assert matrix.learned == 2
+        assert matrix.summary()["average_accuracy"] == pytest.approx(0.7)
+        assert matrix.summary()["forgetting"] == pytest.approx(0.3)
+
+    def test_prints_as_a_table(self) -> None:
+        lines = str(filled(LOWER, None)).splitlines()
+        assert lines[0].split() == ["flowers", "cars", "birds"]
+        assert lines[2].split() == ["after", "cars", "0.900", "0.800", "-"]
+        assert "average accuracy: +0.733" in lines
+        assert len({line.rindex(" ") for line in filled().table().splitlines()[1:5]}) == 1
+        assert filled().table().splitlines()[1].split() == ["before", "0.050", "0.100", "0.200"]
+
+    def test_comes_back_from_json(self) -> None:
+        matrix = filled(LOWER)
+        again = AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
+        assert again == matrix
+        again.record("birds", "birds", 0.51)
+        assert again != matrix
+        assert matrix != "matrix"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {},
+            {"tasks": ["a"]},
+            {"tasks": ["a"], "values": "x"},
+            {"tasks": ["a"], "values": [[0.1, 0.2]]},
+            {"tasks": ["a"], "values": [[0.1]], "baseline": [0.1, 0.2]},
+            {"tasks": ["a", "a"], "values": [[0.1, 0.2], [0.1, 0.2]]},
+            {"tasks": ["a"], "values": [["x"]]},
+        ],
+    )
+    def test_does_not_come_from_something_else(self, content: dict[str, Any]) -> None:
+        with pytest.raises(RecastSequenceError):
+            AccuracyMatrix.from_dict(content)
+
+    @pytest.mark.parametrize("tasks", [[], ["a", "a"], "flowers"])
+    def test_needs_names(self, tasks: Any) -> None:
+        with pytest.raises(RecastSequenceError, match="names that differ"):
+            AccuracyMatrix(tasks)
+
+    def test_refuses_what_cannot_be_recorded(self) -> None:
+        matrix = filled()
+        with pytest.raises(RecastSequenceError, match="planes"):
+            matrix.record("planes", "cars", 0.5)
+        with pytest.raises(RecastSequenceError, match="finite"):
+            matrix.record("cars", "cars", nan)
+
+    def test_is_drawn(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        axes = filled(LOWER).plot(str(tmp_path / "matrix.png"))
+        assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
+        assert sorted(text.get_text() for text in axes.texts) == ["0.50", "0.80", "0.80", "0.90", "0.90", "0.90"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["flowers", "cars", "birds"]
+        first = next(text for text in axes.texts if text.get_text() == "0.50")
+        assert first.get_position() == (2, 2)
+
+
+class TinyModel(nn.Module):
+    """Two layers that share a bank, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def make_tasks(*names: str) -> dict[str, tuple[Tensor, Tensor]]:
+    tasks = {}
+    for seed, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(48, 6, generator=generator)
+        tasks[name] = (x, (x @ torch.randn(6, 3, generator=generator)).argmax(-1))
+    return tasks
+
+
+def train(model: PeftModel, task: tuple[Tensor, Tensor]) -> None:
+    x, y = task
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def evaluate(model: nn.Module, task: tuple[Tensor, Tensor]) -> float:
+    return (model(task[0]).argmax(-1) == task[1]).float().mean().item()
+
+
+CONFIG = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"])
+
+
+def rough_training(model: PeftModel, task: Any) -> None:
+    raise AssertionError("nothing is to be trained")
+
+
+class TestLearningInSequence:
+    def test_forgets_nothing(self) -> None:
+        tasks = make_tasks("one", "two", "three")
+        model, matrix = learn_in_sequence(TinyModel(), tasks, train, evaluate, config=CONFIG, progress=False)
+        assert list(model.peft_config) == ["one", "two", "three"]
+        assert model.active_adapter == "three"
+        assert np.isnan(matrix.values[np.triu_indices(3, 1)]).all()
+        assert matrix.summary()["forgetting"] == 0.0
+        assert matrix.summary()["backward_transfer"] == 0.0
+        for i, name in enumerate(tasks):
+            model.set_adapter(name)
+            assert evaluate(model, tasks[name]) == matrix.values[2, i] > 0.6
+        model.set_adapter("one")
+        assert evaluate(model, tasks["two"]) < matrix.values[2, 1]
+
+    def test_measures_forward_transfer_if_asked(self) -> None:
+        tasks = make_tasks("one", "two")
+        backbone = TinyModel()
+        expected = {name: evaluate(backbone, task) for name, task in tasks.items()}
+        _, matrix = learn_in_sequence(backbone, tasks, train, evaluate, config=CONFIG, evaluate_unseen=True, progress=False)
+        assert dict(zip(matrix.tasks, matrix.baseline, strict=True)) == expected
+        assert not np.isnan(matrix.values).any()
+        assert "forward_transfer" in matrix.summary()
+
+    def test_evaluates_unseen_tasks_with_the_last_one_learned(self) -> None:
+        seen: list[tuple[str, bool, bool]] = []
+
+        def note(model: nn.Module, task: Any) -> float:
+            if isinstance(model, PeftModel):
+                seen.append((str(model.active_adapter), model.training, torch.is_grad_enabled()))
+            return 0.5
+
+        tasks = make_tasks("one", "two", "three")
+        options = {"config": CONFIG, "evaluate_unseen": True, "progress": False}
+        learn_in_sequence(TinyModel(), tasks, lambda model, task: None, note, **options)
+        assert [entry[0] for entry in seen] == ["one", "one", "one", "one", "two", "two", "one", "two", "three"]
+        assert {entry[1:] for entry in seen} == {(False, False)}
+
+    def test_trains_the_new_task_alone(self) -> None:
+        trained: list[list[str]] = []
+
+        def note(model: PeftModel, task: Any) -> None:
+            assert model.training
+            trained.append([name for name, p in model.named_parameters() if p.requires_grad])
+
+        learn_in_sequence(TinyModel(), make_tasks("one", "two"), note, evaluate, config=CONFIG, progress=False)
+        assert all(name.split(".")[-1] == "one" or ".one." in name for name in trained[0])
+        assert all(name.split(".")[-1] == "two" or ".two." in name for name in trained[1])
+        assert len(trained[0]) == len(trained[1]) == 4
+
+    def test_goes_on_with_a_model_that_has_tasks(self) -> None:
+        model = get_recast_model(TinyModel(), CONFIG, adapter_name="first")
+        before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".first")}
+        same, matrix = learn_in_sequence(model, make_tasks("one"), train, evaluate, config={"one": CONFIG}, progress=False)
+        assert same is model
+        assert matrix.learned == 1
+        assert before
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+    def test_does_not_change_the_config_it_was_given(self) -> None:
+        config = RecastConfig(target_modules=["0", "1"])
+        learn_in_sequence(TinyModel(), make_tasks("one", "two"), lambda m, t: None, evaluate, config=config, progress=False)
+        assert config.groups is None
+
+    def test_notices_training_that_touches_an_earlier_task(self) -> None:
+        def rough(model: PeftModel, task: Any) -> None:
+            with torch.no_grad():
+                for module in model.modules():
+                    if isinstance(module, RecastLayer):
+                        module.recast_coefficients["one"].add_(1.0)
+
+        with pytest.raises(RecastSequenceError, match="changed the earlier task 'one'"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "two"), rough, evaluate, config=CONFIG, progress=False)
+
+    def test_refuses_names_that_are_taken(self) -> None:
+        model = get_recast_model(TinyModel(), CONFIG, adapter_name="one")
+        with pytest.raises(RecastSequenceError, match="'one' already"):
+            learn_in_sequence(model, make_tasks("two", "one"), train, evaluate, progress=False)
+        assert list(model.peft_config) == ["one"]
+
+    def test_refuses_names_that_peft_cannot_store_before_it_starts(self) -> None:
+        with pytest.raises(RecastConfigError, match="no dot"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "t.wo"), rough_training, evaluate, progress=False)
+
+    def test_refuses_a_task_without_a_config(self) -> None:
+        with pytest.raises(RecastSequenceError, match="'two'"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "two"), train, evaluate, config={"one": CONFIG}, progress=False)
+
+    def test_refuses_an_accuracy_that_is_no_number(self) -> None:
+        with pytest.raises(RecastSequenceError, match="finite"):
+            learn_in_sequence(
+                TinyModel(), make_tasks("one"), lambda m, t: None, lambda m, t: nan, config=CONFIG, progress=False
+            )
+
+    def test_shows_progress_that_can_be_turned_off(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for progress in (False, True):
+            learn_in_sequence(TinyModel(), make_tasks("one"), train, evaluate, config=CONFIG, progress=progress)
+            assert ("tasks" in capsys.readouterr().err) is progress
