@@ -4,7 +4,7 @@
 
 - Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017 (arXiv 1706.08840), section 2, for R,
   the average accuracy, backward transfer and forward transfer;
-- Chaudhry, Dokania, Ajanthan and Torr, "Riemannian Walk for Incremental Learning", ECCV 2018 (arXiv 1801.10112), section 4.1,
+- Chaudhry, Dokania, Ajanthan and Torr, "Riemannian Walk for Incremental Learning", ECCV 2018 (arXiv 1801.10112),
   for forgetting.
 
 RECAST's tasks own their numbers, so that backward transfer and forgetting are zero by construction; these functions are how one
@@ -34,7 +34,7 @@ from .errors import RecastSequenceError
 
 
 def average_accuracy(matrix: ArrayLike, after: int | None = None) -> float:
-    """Mean accuracy on the tasks learned so far: ``ACC = 1/T sum_j R[T-1, j]`` (Lopez-Paz and Ranzato, equation 2).
+    """Mean accuracy on the tasks learned so far: ``ACC = 1/T sum_j R[T-1, j]`` (Lopez-Paz and Ranzato).
 
     Args:
         matrix: R, ``(tasks, tasks)``; entries that are not needed may be NaN.
@@ -50,7 +50,7 @@ def average_accuracy(matrix: ArrayLike, after: int | None = None) -> float:
 def backward_transfer(matrix: ArrayLike, after: int | None = None) -> float:
     """What later tasks did to earlier ones: ``BWT = 1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])``.
 
-    Negative where tasks were forgotten (Lopez-Paz and Ranzato, equation 3). Arguments and errors as for
+    Negative where tasks were forgotten (Lopez-Paz and Ranzato). Arguments and errors as for
     :func:`average_accuracy`; at least two tasks are needed.
     """
     R, last = _checked(matrix, after, at_least=2)
@@ -62,7 +62,7 @@ def backward_transfer(matrix: ArrayLike, after: int | None = None) -> float:
 def forward_transfer(matrix: ArrayLike, baseline: ArrayLike, after: int | None = None) -> float:
     """What earlier tasks did for later ones: ``FWT = 1/(T-1) sum_{j>=1} (R[j-1, j] - b[j])``.
 
-    Lopez-Paz and Ranzato, equation 4: the accuracy on a task just before it is learned, above that of a model that has learned
+    Lopez-Paz and Ranzato: the accuracy on a task just before it is learned, above that of a model that has learned
     nothing.
 
     Args:
@@ -89,7 +89,7 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike, after: int | None =
 def forgetting(matrix: ArrayLike, after: int | None = None) -> float:
     """How far accuracies fell from their best: ``F = 1/(k-1) sum_{j<k-1} (max_{l<k-1} R[l, j] - R[k-1, j])``.
 
-    Chaudhry et al., section 4.1: the maximum goes over all states before the present one. Entries of it that were not measured
+    Chaudhry et al.: the maximum goes over all states before the present one. Entries of it that were not measured
     (NaN, usually those before a task was learned) are left out; ``R[j, j]`` must be there. Negative where a task got better
     than it ever was. Arguments and errors as for :func:`average_accuracy`; at least two tasks are needed.
     """

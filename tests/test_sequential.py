@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,14 @@ class TestLearningInSequence:
         for progress in (False, True):
             learn_in_sequence(TinyModel(), make_tasks("one"), train, evaluate, config=CONFIG, progress=progress)
             assert ("tasks" in capsys.readouterr().err) is progress
+
+
+def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    text = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert "forgetting: +0.000" in capsys.readouterr().out
