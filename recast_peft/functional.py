@@ -62,7 +62,20 @@ def compose_weight(
         raise ValueError("nothing to compose: neither an anchor nor a template was given")
     if dtype is None:
         dtype = templates[0].dtype if anchor is None else anchor.dtype
-    return _Compose.apply(coefficients, anchor, dtype, *templates)
+    distinct, places = _distinct(templates if anchor is None else [anchor, *templates])
+    return _Compose.apply(coefficients, dtype, anchor is not None, places, *distinct)
+
+
+def _distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Every tensor once, and where each argument is among them: torch.compile refuses a function given one tensor twice."""
+    distinct: list[Tensor] = []
+    places = []
+    for tensor in tensors:
+        same = [place for place, other in enumerate(distinct) if other is tensor]
+        if not same:
+            distinct.append(tensor)
+        places.append(same[0] if same else len(distinct) - 1)
+    return distinct, tuple(places)
 
 
 def compose_into(out: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -84,36 +97,43 @@ class _Compose(torch.autograd.Function):
     """The composition with a backward pass that forms inner products instead of weight-sized gradients."""
 
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, anchor: Tensor | None, dtype: torch.dtype, *templates: Tensor) -> Tensor:
-        ctx.save_for_backward(coefficients, *templates)
-        ctx.anchor_dtype = None if anchor is None else anchor.dtype
-        tensors = templates if anchor is None else (anchor, *templates)
+    def forward(
+        ctx: Any, coefficients: Tensor, dtype: torch.dtype, anchored: bool, places: tuple[int, ...], *distinct: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(coefficients, *distinct)
+        ctx.anchored, ctx.places = anchored, places
+        tensors = [distinct[place] for place in places]
         work = composition_dtype(coefficients.dtype, *(t.dtype for t in tensors))
         scale = coefficients.to(work)
-        if anchor is None:
-            weight = templates[0].to(work) * scale[0]
-            rest = enumerate(templates[1:], start=1)
+        if anchored:
+            weight = tensors[0].to(work, copy=True)
+            rest = enumerate(tensors[1:])
         else:
-            weight = anchor.to(work, copy=True)
-            rest = enumerate(templates)
+            weight = tensors[0].to(work) * scale[0]
+            rest = enumerate(tensors[1:], start=1)
         for i, template in rest:
             weight.addcmul_(template.to(work), scale[i])
         return weight.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, *templates = ctx.saved_tensors
-        need_coefficients, need_anchor, _, *need_templates = ctx.needs_input_grad
-        grad_coefficients = grad_anchor = None
+        coefficients, *distinct = ctx.saved_tensors
+        need_coefficients, _, _, _, *need_distinct = ctx.needs_input_grad
+        places = ctx.places[1:] if ctx.anchored else ctx.places
+        grad_coefficients = None
         if need_coefficients:
+            templates = [distinct[place] for place in places]
             grad_coefficients = template_inner_products(grad, templates).to(coefficients.dtype)
-        if need_anchor:
-            grad_anchor = grad.to(ctx.anchor_dtype)
-        grad_templates = [
-            (grad * coefficients[i]).to(template.dtype) if needed else None
-            for i, (template, needed) in enumerate(zip(templates, need_templates, strict=True))
-        ]
-        return grad_coefficients, grad_anchor, None, *grad_templates
+        grad_distinct: list[Tensor | None] = []
+        for number, (tensor, needed) in enumerate(zip(distinct, need_distinct, strict=True)):
+            total = None
+            if needed:
+                factors = [coefficients[i] for i, place in enumerate(places) if place == number]
+                if ctx.anchored and ctx.places[0] == number:
+                    factors.append(torch.ones_like(coefficients[0]))
+                total = (grad * torch.stack(factors).sum()).to(tensor.dtype)
+            grad_distinct.append(total)
+        return grad_coefficients, None, None, None, *grad_distinct
 
 
 def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Tensor:

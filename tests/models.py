@@ -205,9 +205,7 @@ KINDS: dict[str, Kind] = {
     ),
     "multi-head attention": Kind(lambda: AttentionNet(False), _tokens(), ["0", "1"], mixed_batch=False),
     "multi-head attention, batch first": Kind(lambda: AttentionNet(True), _tokens(), ["0", "1"], mixed_batch=False),
-    "torch's transformer encoder": Kind(
-        EncoderNet, _tokens(), ["self_attn", "linear1", "linear2"], mixed_batch=False
-    ),
+    "torch's transformer encoder": Kind(EncoderNet, _tokens(), ["self_attn", "linear1", "linear2"], mixed_batch=False),
     "vision transformer": Kind(TinyVit, _tokens(), ["qkv", "proj", "fc1", "fc2"]),
 }
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import converted, tiny_vit
 from peft import PeftConfig, PeftType, get_peft_model
+
 from recast_peft import RecastConfig, RecastConfigError, RecastError, get_recast_model
 
 GROUPS = {"bank": ["a", "b"]}
@@ -100,10 +101,8 @@ class TestAValueThatCannotBeMeant:
             RecastConfig(num_template=2)
 
     def test_of_mimicry_is_refused_with_the_names_there_are(self) -> None:
-        model = tiny_vit()
-        config = RecastConfig(target_modules=["qkv"], num_templates=1, mimicry="telepathy")
         with pytest.raises(RecastConfigError, match=r"mimicry='telepathy'.*closed_form"):
-            get_recast_model(model, config)
+            get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_templates=1, mimicry="telepathy"))
 
     @given(
         st.dictionaries(

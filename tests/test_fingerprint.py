@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from recast_peft import RecastLoadError
 from recast_peft.fingerprint import BLOCK, PROJECTIONS, same_weight, sign_patterns, weight_fingerprint
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from recast_peft.functional import average_sets, compose_weight, composition_dtype, template_inner_products
 from torch import Tensor
+
+from recast_peft.functional import average_sets, compose_weight, composition_dtype, template_inner_products
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple)
@@ -20,9 +21,7 @@ def draw_tensors(seed: int, count: int, shape: tuple[int, ...], dtype: torch.dty
 
 class TestComposition:
     @given(st.integers(0, 2**16), st.integers(1, 6), shapes, st.booleans())
-    def test_is_the_weighted_sum_of_the_templates(
-        self, seed: int, count: int, shape: tuple[int, ...], anchored: bool
-    ) -> None:
+    def test_is_the_weighted_sum_of_the_templates(self, seed: int, count: int, shape: tuple[int, ...], anchored: bool) -> None:
         anchor, *templates = draw_tensors(seed, count + 1, shape)
         coefficients = draw_tensors(seed + 1, 1, (count,))[0]
         expected = torch.tensordot(coefficients, torch.stack(templates), dims=1)
@@ -98,6 +97,18 @@ class TestGradients:
 
         assert torch.autograd.gradcheck(compose, inputs)
         assert torch.autograd.gradgradcheck(compose, inputs)
+
+    def test_are_those_of_autograd_where_the_anchor_is_a_template(self) -> None:
+        first, second = (t.requires_grad_() for t in draw_tensors(5, 2, (3, 2)))
+        coefficients = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+        def compose(coefficients: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            return compose_weight(first, [second, first, second], coefficients)
+
+        expected = first + coefficients[0] * second + coefficients[1] * first + coefficients[2] * second
+        torch.testing.assert_close(compose(coefficients, first, second), expected)
+        assert torch.autograd.gradcheck(compose, (coefficients, first, second))
+        assert torch.autograd.gradgradcheck(compose, (coefficients, first, second))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_of_coefficients_are_inner_products_in_float32(self, dtype: torch.dtype) -> None:

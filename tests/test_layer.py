@@ -28,8 +28,9 @@ from models import (
     vit_input,
     weight_names,
 )
-from recast_peft import RecastBankError, RecastConfig, RecastLayer, get_recast_model
 from torch import nn
+
+from recast_peft import RecastBankError, RecastConfig, RecastLayer, get_recast_model
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -312,7 +313,7 @@ class TestAModelThatReadsWeights:
 class TestHooks:
     @pytest.mark.parametrize("kind", ["linear", "conv2d"])
     def test_on_the_wrapped_module_go_on_running(self, kind: str) -> None:
-        plain, model, inputs = build(kind)
+        _, model, inputs = build(kind)
         randomise(model)
         expected = outputs(model, inputs)
         seen = []
@@ -335,6 +336,7 @@ class TestHooks:
         assert calls == [1]
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 class TestMerging:
     def test_many_times_at_random_ends_bit_for_bit_at_the_base(self) -> None:
         plain = tiny_vit().bfloat16()

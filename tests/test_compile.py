@@ -1,0 +1,119 @@
+"""torch.compile takes a model with tasks as one graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import KINDS, converted, layers_of, outputs, randomise, seeded, vit_input
+from torch import nn
+
+from recast_peft import RecastConfig, get_recast_model
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, backend: str = "eager", **options: Any) -> Callable:
+    return torch.compile(model, backend=backend, fullgraph=True, **options)
+
+
+# one for each way in which a module is called; torch's own encoder breaks the graph in its fast path
+IN_ONE_GRAPH = [
+    "linear",
+    "conv2d padded by reflection",
+    "transformers Conv1D",
+    "linear subclass",
+    "weight-standardised conv2d",
+    "bilinear weight reader",
+    "embedding",
+    "multi-head attention, batch first",
+]
+
+
+@pytest.mark.parametrize("kind", IN_ONE_GRAPH)
+def test_every_kind_of_module_is_one_graph(kind: str) -> None:
+    row = KINDS[kind]
+    model = get_recast_model(seeded(row.build), RecastConfig(target_modules=row.targets)).eval()
+    randomise(model)
+    expected = outputs(model, row.inputs())
+    torch.testing.assert_close(outputs(compiled(model), row.inputs()), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("templates", [None, 1])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_training_gives_the_gradients_of_eager(backend: str, templates: int | None) -> None:
+    model = converted(num_templates=templates, target_modules=["qkv", "fc1"], num_coefficient_sets=2, depth=2)
+    randomise(model)
+    model(vit_input()).square().sum().backward()
+    expected = [layer.recast_coefficients["default"].grad.clone() for layer in layers_of(model).values()]
+    model.zero_grad()
+    compiled(model, backend)(vit_input()).square().sum().backward()
+    for layer, gradient in zip(layers_of(model).values(), expected, strict=True):
+        torch.testing.assert_close(layer.recast_coefficients["default"].grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_one_graph(dtype: torch.dtype) -> None:
+    model = converted(depth=2).to(dtype)
+    randomise(model)
+    inputs = vit_input().to(dtype)
+    torch.testing.assert_close(outputs(compiled(model, "aot_eager"), inputs), outputs(model, inputs), rtol=0.02, atol=0.02)
+
+
+def test_autocast_is_one_graph() -> None:
+    model = converted(depth=2)
+    randomise(model)
+    function = compiled(model, "aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(outputs(function, vit_input()), outputs(model, vit_input()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_merged_and_disabled_models_are_one_graph(merged: bool) -> None:
+    model = converted(depth=2)
+    randomise(model)
+    if merged:
+        model.merge_adapter()
+        expected = outputs(model, vit_input())
+        torch.testing.assert_close(outputs(compiled(model), vit_input()), expected, rtol=1e-5, atol=1e-6)
+        return
+    with model.disable_adapter():
+        expected = outputs(model, vit_input())
+        torch.testing.assert_close(outputs(compiled(model), vit_input()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_other_coefficients_need_no_other_graph() -> None:
+    model = converted(depth=2)
+    count = torch._dynamo.testing.CompileCounter()
+    function = torch.compile(model, backend=count, fullgraph=True)
+    for seed in range(4):
+        randomise(model, seed=seed)
+        torch.testing.assert_close(outputs(function, vit_input()), outputs(model, vit_input()), rtol=1e-5, atol=1e-6)
+    assert count.frame_count == 1
+
+
+def test_switching_tasks_gives_the_task_that_was_switched_to() -> None:
+    model = converted("cars", depth=2)
+    model.add_adapter("birds", RecastConfig(target_modules=["qkv"]))
+    for seed, name in enumerate(("cars", "birds")):
+        randomise(model, name, seed)
+    function = compiled(model)
+    for name in ("cars", "birds", "cars"):
+        model.set_adapter(name)
+        torch.testing.assert_close(outputs(function, vit_input()), outputs(model, vit_input()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_computes_the_same() -> None:
+    model = get_recast_model(seeded(lambda: nn.Sequential(nn.Linear(4, 4))), RecastConfig(target_modules=["0"]))
+    randomise(model)
+    x = torch.ones(1, 4)
+    torch.testing.assert_close(outputs(torch.compile(model, fullgraph=True), x), outputs(model, x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,330 @@
+"""transformers: its own adapter verbs, its auto classes, its Trainer, its models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import layers_of, randomise, reference_model, seeded
+from peft import AutoPeftModelForSequenceClassification, PeftModel, PeftModelForSequenceClassification, TaskType
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from recast_peft import RecastBaseMismatchError, RecastConfig, RecastError, get_recast_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore:Already found a `peft_config`")
+IDS = torch.randint(3, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+
+
+def bert(seed: int = 0) -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        num_labels=2,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return seeded(lambda: BertForSequenceClassification(config), seed)  # type: ignore[return-value]
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+    )
+    return seeded(lambda: LlamaForCausalLM(config))
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.3)
+    config.bos_token_id = config.eos_token_id = 1
+    return seeded(lambda: GPT2LMHeadModel(config))
+
+
+def t5() -> nn.Module:
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    return seeded(lambda: T5ForConditionalGeneration(config))
+
+
+def vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        initializer_range=0.3,
+    )
+    return seeded(lambda: ViTForImageClassification(config))
+
+
+def call(model: nn.Module, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**kwargs).logits
+
+
+class TestModels:
+    @pytest.mark.parametrize(
+        ("build", "inputs", "task_type"),
+        [
+            (bert, {"input_ids": IDS}, TaskType.SEQ_CLS),
+            (llama, {"input_ids": IDS}, TaskType.CAUSAL_LM),
+            (gpt2, {"input_ids": IDS}, TaskType.CAUSAL_LM),
+            (t5, {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}, TaskType.SEQ_2_SEQ_LM),
+            (vit, {"pixel_values": torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}, None),
+        ],
+        ids=["bert", "llama", "gpt2", "t5", "vit"],
+    )
+    def test_work_with_the_defaults_from_conversion_to_reload(
+        self, build: Callable[[], nn.Module], inputs: dict[str, Tensor], task_type: TaskType | None, tmp_path: Path
+    ) -> None:
+        plain = build()
+        start = call(plain, **inputs)
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=task_type)).eval()
+        layers = layers_of(model)
+        assert layers
+        assert all("attn" in n.lower() or "attention" in n.lower() for n in layers)
+        assert torch.equal(call(model, **inputs), start)
+        randomise(model)
+        live = call(model, **inputs)
+        torch.testing.assert_close(live, call(reference_model(plain, model), **inputs), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(live, start, atol=1e-3)
+        model(**inputs).logits.float().square().sum().backward()
+        assert all(layer.recast_coefficients["default"].grad.abs().sum() > 0 for layer in layers.values())
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+        assert torch.equal(call(again, **inputs), live)
+        model.merge_adapter()
+        torch.testing.assert_close(call(model, **inputs), live, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+        assert torch.equal(call(model, **inputs), live)
+
+    def test_generate_the_same_and_with_a_task_for_each_sample(self) -> None:
+        plain = llama()
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=TaskType.CAUSAL_LM), "first").eval()
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        start = plain.generate(IDS, **options)
+        assert torch.equal(model.generate(input_ids=IDS, **options), start)
+        model.add_adapter("second", RecastConfig(task_type=TaskType.CAUSAL_LM))
+        expected = {"__base__": start}
+        for seed, name in enumerate(("first", "second"), start=3):
+            randomise(model, name, seed)
+            model.set_adapter(name)
+            expected[name] = model.generate(input_ids=IDS, **options)
+        assert len({tuple(rows.flatten().tolist()) for rows in expected.values()}) == 3
+        names = ["second", "__base__", "first", "second"]
+        mixed = model.generate(input_ids=IDS, adapter_names=names, **options)
+        for i, name in enumerate(names):
+            assert torch.equal(mixed[i], expected[name][i])
+
+    @pytest.mark.parametrize("build", [llama, t5])
+    def test_generate_with_beams_for_each_sample(self, build: Callable[[], nn.Module]) -> None:
+        task_type = TaskType.CAUSAL_LM if build is llama else TaskType.SEQ_2_SEQ_LM
+        model = get_recast_model(build(), RecastConfig(task_type=task_type), "first").eval()
+        model.add_adapter("second", RecastConfig(task_type=task_type))
+        options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+        expected = {}
+        for seed, name in enumerate(("first", "second"), start=3):
+            randomise(model, name, seed)
+            model.set_adapter(name)
+            expected[name] = model.generate(input_ids=IDS, **options)
+        names = ["second", "first", "first", "second"]
+        mixed = model.generate(input_ids=IDS, adapter_names=names, **options)
+        for i, name in enumerate(names):
+            length = min(mixed.shape[1], expected[name].shape[1])
+            assert torch.equal(mixed[i, :length], expected[name][i, :length])
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpoint_their_activations_to_the_same_gradients(self, reentrant: bool) -> None:
+        gradients = []
+        for checkpointing in (False, True):
+            model = get_recast_model(llama(), RecastConfig(task_type=TaskType.CAUSAL_LM))
+            randomise(model)
+            model.train()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            gradients.append([layer.recast_coefficients["default"].grad for layer in layers_of(model).values()])
+        for mine, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, theirs)
+            assert mine.abs().sum() > 0
+
+    def test_with_tied_embeddings_refuse_them_as_a_target(self) -> None:
+        with pytest.raises(RecastError, match="tied"):
+            get_recast_model(gpt2(), RecastConfig(target_modules=["wte", "lm_head"]))
+
+
+class TestAdapterVerbs:
+    def test_add_switch_and_disable(self) -> None:
+        model = bert()
+        start = call(model, input_ids=IDS)
+        model.add_adapter(RecastConfig(target_modules=["query", "value"]), "first")
+        assert torch.equal(call(model, input_ids=IDS), start)
+        model.add_adapter(RecastConfig(target_modules=["query", "value"], group_size=1), "second")
+        live = {}
+        for seed, name in enumerate(("first", "second")):
+            randomise(model, name, seed)
+            model.set_adapter(name)
+            assert model.active_adapters() == [name]
+            live[name] = call(model, input_ids=IDS)
+        assert not torch.equal(live["first"], live["second"])
+        model.disable_adapters()
+        assert torch.equal(call(model, input_ids=IDS), start)
+        model.enable_adapters()
+        assert torch.equal(call(model, input_ids=IDS), live["second"])
+        model.set_adapter(["first", "second"])
+        assert not torch.equal(call(model, input_ids=IDS), live["second"])
+        model.delete_adapter("second")
+        model.set_adapter("first")
+        assert torch.equal(call(model, input_ids=IDS), live["first"])
+
+    def test_save_and_load(self, tmp_path: Path) -> None:
+        model = bert()
+        model.add_adapter(RecastConfig(target_modules=["query"]))
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+        loaded = bert()
+        loaded.load_adapter(str(tmp_path))
+        assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+        via_peft = PeftModel.from_pretrained(bert(), tmp_path).eval()
+        assert torch.equal(call(via_peft, input_ids=IDS), call(model, input_ids=IDS))
+
+    def test_load_what_PEFT_saved(self, tmp_path: Path) -> None:
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"])).eval()
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        loaded = bert()
+        loaded.load_adapter(str(tmp_path), "mine")
+        assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+
+    def test_refuse_the_wrong_base(self, tmp_path: Path) -> None:
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"]))
+        randomise(model)
+        model.save_pretrained(tmp_path)
+        other = bert(seed=1)
+        start = call(other, input_ids=IDS)
+        with pytest.raises(RecastBaseMismatchError, match="query"):
+            other.load_adapter(str(tmp_path))
+        assert not layers_of(other)
+        assert torch.equal(call(other, input_ids=IDS), start)
+
+
+class TestAutoClasses:
+    def test_build_the_base_and_load_the_task(self, tmp_path: Path) -> None:
+        bert().save_pretrained(tmp_path / "base")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        model = get_recast_model(base, RecastConfig(target_modules=["query"], task_type=TaskType.SEQ_CLS)).eval()
+        assert isinstance(model, PeftModelForSequenceClassification)
+        randomise(model)
+        model.save_pretrained(tmp_path / "task")
+        loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "task").eval()
+        assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+
+    def test_of_transformers_take_a_task_s_folder_for_a_model(self, tmp_path: Path) -> None:
+        bert().save_pretrained(tmp_path / "base")
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+        model = get_recast_model(base, RecastConfig(target_modules=["query"])).eval()
+        randomise(model)
+        model.save_pretrained(tmp_path / "task")
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "task").eval()
+        assert layers_of(loaded)
+        assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+
+
+class Sums(torch.utils.data.Dataset):
+    """Is the first token larger than the second?"""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = torch.randint(3, 20, (6,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": (ids[0] > ids[1]).long()}
+
+
+class TestTrainer:
+    def arguments(self, folder: Path, **options: Any) -> TrainingArguments:
+        options = {"max_steps": 6, "save_strategy": "no", **options}
+        return TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=8,
+            learning_rate=0.05,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_steps=1,
+            **options,
+        )
+
+    @pytest.mark.parametrize("templates", [None, 1])
+    def test_trains_the_coefficients_and_the_head_alone(self, tmp_path: Path, templates: int | None) -> None:
+        config = RecastConfig(task_type=TaskType.SEQ_CLS, num_templates=templates)
+        model = get_recast_model(bert(), config)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer = Trainer(model, self.arguments(tmp_path), train_dataset=Sums())
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert len(losses) == 6
+        assert all(loss == loss for loss in losses)
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved
+        assert all("recast_coefficients" in n or "modules_to_save" in n for n in moved)
+        assert any("recast_coefficients" in n for n in moved)
+
+    def test_resumes_from_a_checkpoint(self, tmp_path: Path) -> None:
+        def train(**options: Any) -> dict[str, Tensor]:
+            model = get_recast_model(bert(), RecastConfig(task_type=TaskType.SEQ_CLS))
+            resume = options.pop("resume", None)
+            arguments = self.arguments(tmp_path / "run", seed=3, lr_scheduler_type="constant", **options)
+            Trainer(model, arguments, train_dataset=Sums()).train(resume_from_checkpoint=resume)
+            return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+        whole = train(max_steps=4, save_strategy="steps", save_steps=2)
+        resumed = train(max_steps=4, resume=str(tmp_path / "run" / "checkpoint-2"))
+        for name, value in whole.items():
+            torch.testing.assert_close(resumed[name], value)
+
+    def test_can_load_the_best_checkpoint_at_the_end(self, tmp_path: Path) -> None:
+        model = get_recast_model(bert(), RecastConfig(task_type=TaskType.SEQ_CLS))
+        arguments = self.arguments(
+            tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True
+        )
+        trainer = Trainer(model, arguments, train_dataset=Sums(), eval_dataset=Sums())
+        trainer.train()
+        best = min(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
