@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .bank_files import StoredBank, check_reference
 from .errors import RecastBankError, RecastConfigError
@@ -274,8 +276,18 @@ class RecastConfig(PeftConfig):
         if self.base_model_name_or_path is None:
             self.base_model_name_or_path = hub_repository(self.backbone)
         super().save_pretrained(save_directory, **kwargs)
+        self._leave_out_unset(os.path.join(save_directory, CONFIG_NAME))
         if has_task_numbers(save_directory):
             write_model_card(save_directory)
+
+    def _leave_out_unset(self, path: str) -> None:
+        """Take fields of ours that are None out of a written config: names without a value would outweigh a task's numbers."""
+        own = set(RecastConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        kept = {name: value for name, value in content.items() if value is not None or name not in own}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(kept, file, indent=2, sort_keys=True)
 
     def forget_written_fields(self) -> None:
         """Drop what an earlier conversion recorded: a config object that is used again describes a new task.

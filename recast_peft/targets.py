@@ -149,7 +149,7 @@ def _by_name(candidates: list[Candidate], names: list[str]) -> list[Candidate]:
 
 
 def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], dict[str, str]]:
-    matched = [c for c in candidates if check_target_module_exists(config, c.name)]
+    matched = [c for c in candidates if _is_meant(config, c.name)]
     # a multi-head attention module stands for both of its projections
     chosen = {c.name for c in matched}
     for attention in [c for c in matched if isinstance(c.module, nn.MultiheadAttention)]:
@@ -178,8 +178,8 @@ def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[
         names = [c.name for c in matched if not _under(c.name, heads)]
         if not names:
             continue
-        explicit = _with_targets(config, names)
-        targets = [c for c in matched if c.name in set(names) and check_target_module_exists(explicit, c.name)]
+        chosen = set(names)
+        targets = [c for c in matched if c.name in chosen and _is_kept(config, c.name)]
         skipped = {c.name: c.reason for c in targets if c.reason is not None}
         targets = [c for c in targets if c.reason is None]
         if targets:
@@ -187,11 +187,28 @@ def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[
     return [], skipped
 
 
-def _with_targets(config: RecastConfig, names: list[str]) -> RecastConfig:
+def _with_targets(config: RecastConfig, names: list[str] | str | None) -> RecastConfig:
     explicit = RecastConfig.__new__(RecastConfig)
     explicit.__dict__.update(config.__dict__)
     explicit.target_modules = names
     return explicit
+
+
+def _is_meant(config: RecastConfig, name: str) -> bool:
+    """PEFT's rule; but it sees no layer index in a list that lies in no other module, such as ``blocks.0.attn.qkv``."""
+    first = re.match(r"([^.]+)\.\d+\.", name)
+    if first and config.layers_to_transform is not None and not config.layers_pattern:
+        config = _with_targets(config, config.target_modules)
+        config.layers_pattern = [first.group(1)]
+    return bool(check_target_module_exists(config, name))
+
+
+def _is_kept(config: RecastConfig, name: str) -> bool:
+    """Whether a module that was chosen by its kind stays, for all that the config leaves out."""
+    if "." not in name:
+        return config.layers_to_transform is None and not _left_out(config, name)
+    # the last part alone: for a whole name PEFT would not look at the layer's index
+    return _is_meant(_with_targets(config, [name.rpartition(".")[2]]), name)
 
 
 def _left_out(config: RecastConfig, name: str) -> bool:
