@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft.utils import CONFIG_NAME
 
 from .bank_files import StoredBank, check_reference
 from .errors import RecastBankError, RecastConfigError
-from .mimicry import MimicryMethod, resolve_method
+from .mimicry import Fidelity, MimicryMethod, resolve_method
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
@@ -80,6 +81,7 @@ class RecastConfig(PeftConfig):
         base_fingerprint: written when a task is created: a fingerprint of the pretrained weight of each target module.
         backbone: written when a task is created: how its timm or transformers model is found again (library, name,
             revision, class, input size, number of classes, ...); see ``AutoRecastModel``.
+        fidelity: written when a task on compressed banks is saved: how well they reproduce the pretrained weights.
         results: what was measured of the task, by name, such as ``{"accuracy": 0.93}``: stored with it and shown in its
             model card.
 
@@ -150,6 +152,9 @@ class RecastConfig(PeftConfig):
     )
     backbone: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the backbone is found again; written when a task is created."}
+    )
+    fidelity: dict[str, float] | None = field(
+        default=None, metadata={"help": "How well compressed banks reproduce the pretrained weights; written on saving."}
     )
     results: dict[str, Any] | None = field(
         default=None, metadata={"help": "What was measured of the task, by name; shown in its model card."}
@@ -266,6 +271,17 @@ class RecastConfig(PeftConfig):
         if self.backbone is None or self.__dict__.get("_backbone_written"):
             self.backbone, self._backbone_written = description, True
 
+    def write_fidelity(self, measured: Iterable[Fidelity]) -> None:
+        """Record how well compressed banks reproduce their members, where that was measured."""
+        each = list(measured)
+        if each:
+            cosines = [fidelity.cosine for fidelity in each]
+            self.fidelity = {
+                "mean_cosine": sum(cosines) / len(cosines),
+                "worst_cosine": min(cosines),
+                "mean_relative_error": sum(fidelity.relative_error for fidelity in each) / len(each),
+            }
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` and, where the task's numbers lie beside it, the model card.
 
@@ -297,7 +313,7 @@ class RecastConfig(PeftConfig):
         for name, value in self.__dict__.pop("_given", {}).items():
             self.__dict__[name] = value
         if self.__dict__.pop("_backbone_written", False):
-            self.backbone = None
+            self.backbone = self.fidelity = None
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
@@ -416,6 +432,9 @@ class RecastConfig(PeftConfig):
             not isinstance(self.base_fingerprint, dict) or not all(isinstance(v, str) for v in self.base_fingerprint.values())
         ):
             raise self._bad("base_fingerprint", "a dictionary from module names to fingerprints")
+        self._check_descriptions()
+
+    def _check_descriptions(self) -> None:
         if self.backbone is not None and (not isinstance(self.backbone, dict) or "library" not in self.backbone):
             raise self._bad("backbone", "a dictionary with 'library' and what the library builds the model from")
         if self.results is not None and not isinstance(self.results, dict):

@@ -286,19 +286,19 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
             folder = folder / _only_task(name, tasks_inside(folder))
     else:
         try:
-            config_file = _fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
+            config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
         except _NoSuchFile:
             if subfolder is not None:
                 raise
             subfolder = _only_task(name, _tasks_of_repository(name, hub_kwargs))
-            config_file = _fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
+            config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
         folder = Path(config_file).parent
         pinned = {**hub_kwargs, "revision": commit_of(config_file) or hub_kwargs.get("revision")}
         try:
-            _fetch_file(name, SAFETENSORS_WEIGHTS_NAME, subfolder, pinned)
+            fetch_file(name, SAFETENSORS_WEIGHTS_NAME, subfolder, pinned)
         except RecastError as error:
             if isinstance(error, _NoSuchFile):
-                _fetch_file(name, WEIGHTS_NAME, subfolder, pinned)
+                fetch_file(name, WEIGHTS_NAME, subfolder, pinned)
             elif not (folder / WEIGHTS_NAME).is_file():
                 raise
     read_task_config(folder)
@@ -310,7 +310,8 @@ class _NoSuchFile(RecastLoadError):
     """A folder or a repository is there, but not this file in it."""
 
 
-def _fetch_file(name: str, file: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> str:
+def fetch_file(name: str, file: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> str:
+    """The path of one file of a folder or a repository; see :func:`fetch_task`."""
     where = f"{subfolder}/{file}" if subfolder else file
     if os.path.isdir(name):
         path = os.path.join(name, subfolder or "", file)

@@ -32,6 +32,7 @@ from .conversion import (
     remember_bank_name,
     share_coefficients,
     stored_bank_of,
+    task_banks,
     write_plan,
 )
 from .heads import TaskHead, install_head, prepare_head
@@ -282,6 +283,8 @@ class RecastModel(BaseTuner):
         # PEFT keeps the config object that it was given, and its user may since have put it on another model
         describe_task(config, model, adapter_name)
         config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)(), config.revision))
+        banks = task_banks(model, adapter_name).values()
+        config.write_fidelity(measured for bank in banks for measured in bank.fidelity.values())
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

@@ -228,15 +228,6 @@ def _facts(config: Mapping[str, Any], sizes: _Sizes) -> list[tuple[str, Any]]:
     groups: dict[str, list[str]] = config.get("groups") or {}
     members = [member for group in groups.values() for member in group]
     roles = ", ".join(f"`{role}`" for role in dict.fromkeys(map(role_of, members)))
-    recipes = config.get("recipes") or {}
-    if not recipes:
-        fidelity = "exact: with all coefficients at zero the model computes what the pretrained one does"
-    else:
-        templates = sum(len(recipe["mix"]) for recipe in recipes.values())
-        layers = sum(len(groups[bank]) for bank in recipes)
-        fidelity = f"compressed: {templates} templates stand for {layers} pretrained weights"
-        given = (config.get("results") or {}).get("fidelity")
-        fidelity += f"; measured fidelity {_shown(given)}" if given is not None else ""
     revision = backbone.get("revision") or config.get("revision")
     built = " ".join(str(backbone[key]) for key in ("library", "class") if backbone.get(key))
     if backbone.get("input_size"):
@@ -247,9 +238,28 @@ def _facts(config: Mapping[str, Any], sizes: _Sizes) -> list[tuple[str, Any]]:
         ("Targets", f"{len(members)} modules in {len(groups)} banks: {roles}" if members else None),
         ("Numbers trained", f"{sizes.coefficients + sizes.others:,} ({sizes.coefficients:,} coefficients)"),
         ("Size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
-        ("Fidelity of the base", fidelity),
+        ("Fidelity of the base", _fidelity(config)),
     ]
     return [(key, value) for key, value in facts if value is not None]
+
+
+def _fidelity(config: Mapping[str, Any]) -> str:
+    """How near the banks come to the pretrained weights."""
+    recipes, groups = config.get("recipes") or {}, config.get("groups") or {}
+    if not recipes and not config.get("bank"):
+        return "exact: with all coefficients at zero the model computes what the pretrained one does"
+    if config.get("bank"):
+        text = f"stored bank `{config['bank'].get('name')}`"
+    else:
+        templates = sum(len(recipe["mix"]) for recipe in recipes.values())
+        text = f"compressed: {templates} templates stand for {sum(len(groups[b]) for b in recipes)} pretrained weights"
+    measured = config.get("fidelity")
+    if not measured:
+        return text
+    return (
+        f"{text}; cosine to them {measured['mean_cosine']:.4f} in the mean and {measured['worst_cosine']:.4f} at worst, "
+        f"relative error {measured['mean_relative_error']:.3g}"
+    )
 
 
 def _table(rows: Sequence[tuple[str, Any]]) -> list[str]:

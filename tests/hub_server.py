@@ -373,7 +373,7 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted:
             headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{len(content)}"}
         part = content[start:end]
-        if self.command != "HEAD" and any(path.endswith(ending) for ending in self.hub.broken):
+        if self.command != "HEAD" and any(f"/{path}".endswith(ending) for ending in self.hub.broken):
             self._break_off(part, headers, 206 if wanted else 200)
             return
         self._send(206 if wanted else 200, part, {**headers, "Accept-Ranges": "bytes"})

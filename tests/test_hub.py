@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +20,16 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import recast_peft
 from recast_peft import (
+    AutoRecastModel,
     RecastConfig,
     RecastConfigError,
     RecastHubError,
     RecastLayer,
     RecastLoadError,
+    StoredBank,
+    fit_bank,
     get_recast_model,
+    load_bank,
     push_bank_to_hub,
     push_task_to_hub,
     push_tasks_to_hub,
@@ -274,7 +277,7 @@ class TestFetching:
 
     def test_takes_all_files_from_one_commit(self, pushed: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         original = files_of(pushed, "ada/flowers")["adapter_model.safetensors"]
-        answer = recast_peft.hub._fetch_file
+        answer = recast_peft.hub.fetch_file
 
         def someone_pushes_between(name: str, file: str, *rest: Any) -> str:
             path = answer(name, file, *rest)
@@ -282,7 +285,7 @@ class TestFetching:
                 pushed.add("ada/flowers", {"adapter_model.safetensors": b"other"})
             return path
 
-        monkeypatch.setattr(recast_peft.hub, "_fetch_file", someone_pushes_between)
+        monkeypatch.setattr(recast_peft.hub, "fetch_file", someone_pushes_between)
         folder = fetch_task("ada/flowers")
         assert (folder / "adapter_model.safetensors").read_bytes() == original
 
@@ -360,10 +363,20 @@ class TestTheCard:
         assert "| Targets | 16 modules in 8 banks:" in card
         assert "exact" in card
 
-    def test_says_how_it_is_compressed(self, tmp_path: Path) -> None:
-        card = self.save(tmp_path / "flowers", num_templates=1, results={"fidelity": 0.5})
-        assert "compressed: 8 templates stand for 16 pretrained weights; measured fidelity 0.5" in card
+    def test_says_how_it_is_compressed_and_how_well(self, tmp_path: Path) -> None:
+        card = self.save(tmp_path / "flowers", num_templates=1)
+        assert "compressed: 8 templates stand for 16 pretrained weights" in card
         assert "exact" not in card
+        plain, errors, cosines = make_backbone(), [], []
+        composed = make_model("default", config=RecastConfig(num_templates=1)).base_model
+        for layer in (module for module in composed.modules() if isinstance(module, RecastLayer)):
+            wanted, mine = plain.get_submodule(layer.module_name).weight, layer.compose([])
+            errors.append(((mine - wanted).norm() / wanted.norm()).item())
+            cosines.append(torch.cosine_similarity(mine.flatten(), wanted.flatten(), dim=0).item())
+        assert max(errors) > 0.1
+        shown = re.search(r"cosine to them ([\d.]+) in the mean and ([\d.]+) at worst, relative error ([\d.]+)", card)
+        expected = (sum(cosines) / 16, min(cosines), sum(errors) / 16)
+        assert [float(number) for number in shown.groups()] == [pytest.approx(value, abs=1e-3) for value in expected]
 
     def test_links_the_base_model(self, tmp_path: Path) -> None:
         known = {"library": "transformers", "name": "google/vit", "class": "ViTForImageClassification", "revision": "abc"}
@@ -441,30 +454,41 @@ class TestTheCard:
 
 
 class TestABank:
-    def make(self) -> Any:
-        header = {
-            "format": 1,
-            "fingerprint": "0123456789abcdef",
-            "mimicry": "gradient",
-            "groups": {"blocks.{0,1}.fc": {"kind": "dense", "members": ["blocks.0.fc", "blocks.1.fc"], "templates": 1}},
-        }
+    """Templates that do not follow from the pretrained weights are stored once, and tasks name them."""
 
-        def save(folder: Path) -> None:
-            folder.mkdir(parents=True)
-            (folder / "recast_bank.json").write_text(json.dumps(header))
-            (folder / "recast_bank.safetensors").write_bytes(b"templates")
+    @pytest.fixture(scope="class")
+    def bank(self) -> StoredBank:
+        config = RecastConfig(num_templates=1, mimicry={"method": "gradient", "steps": 5})
+        return fit_bank(make_backbone(), config)
 
-        return SimpleNamespace(save=save)
-
-    def test_is_pushed_with_a_card(self, hub: HubServer) -> None:
-        push_bank_to_hub(self.make(), "ada/bank", base_model="google/vit")
+    def test_is_pushed_with_a_card(self, hub: HubServer, bank: StoredBank) -> None:
+        push_bank_to_hub(bank, "ada/bank", base_model="google/vit")
         files = files_of(hub, "ada/bank")
         assert set(files) == {"README.md", "recast_bank.json", "recast_bank.safetensors"}
         assert len(hub.repositories["ada/bank"].commits) == 2
         card = files["README.md"].decode()
-        assert "| Targets | 2 modules: `blocks.*.fc` |" in card
-        assert "| Banks | 1, with 1 templates |" in card
+        assert "| Targets | 16 modules: `vit.layers.*.attention.q_proj`" in card
+        assert "| Banks | 8, with 8 templates |" in card
         assert metadata(card)["base_model"] == "google/vit"
+        assert load_bank("ada/bank").fingerprint == bank.fingerprint
+
+    def test_is_found_by_the_tasks_name(self, hub: HubServer, bank: StoredBank, monkeypatch: Any, tmp_path: Path) -> None:
+        push_bank_to_hub(bank, "ada/bank", private=True)
+        make_backbone().save_pretrained(tmp_path / "base")
+        hub.add("ada/base", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+        base = ViTForImageClassification.from_pretrained("ada/base")
+        model = get_recast_model(base, RecastConfig(bank=load_bank("ada/bank")))
+        learn(model, "default", 3)
+        push_task_to_hub(model.eval(), "ada/task")
+        assert "| Fidelity of the base | stored bank `ada/bank`; cosine" in files_of(hub, "ada/task")["README.md"].decode()
+        fresh = {"cache_dir": tmp_path / "fresh"}
+        assert torch.equal(output(AutoRecastModel.from_pretrained("ada/task", **fresh)), output(model))
+        monkeypatch.delenv("HF_TOKEN")
+        elsewhere = {"cache_dir": tmp_path / "elsewhere"}
+        with pytest.raises(RecastHubError, match="ada/bank"):
+            AutoRecastModel.from_pretrained("ada/task", **elsewhere)
+        loaded = AutoRecastModel.from_pretrained("ada/task", token="hf_writer", **elsewhere)
+        assert torch.equal(output(loaded), output(model))
 
     def test_without_its_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(RecastLoadError, match=r"recast_bank\.json"):
