@@ -24,13 +24,14 @@ from .errors import RecastTargetError
 # A component that decides what the modules below it are. Names and class names are searched from the module upwards, and
 # the first component that says anything decides, so that the MLP inside an "attention block" is an MLP.
 _CHANNEL_ATTENTION = re.compile(
-    r"^(se|eca|cbam|ca)\d*$|SEModule|SELayer|Squeeze|Cbam|Eca|Gather|GlobalContext|SplitAttn|SelectiveKernel"
+    r"^(se|eca|cbam|ca)\d*$|SEModule|SELayer|Squeeze(?!Bert)|Cbam|Eca|GatherExcite|GlobalContext$|SplitAttn|SelectiveKernel"
 )
 _MLP = re.compile(
     r"mlp|ffn|feed_?forward|intermediate|dense(?:relu|act|gated)|^ff\d*$|layerff|(?<!Self)(?<!Attention)(?<!Cross)Output$|Mlp|MLP|FFN|FeedForward"
     r"|Intermediate|LayerFF|Dense(?:Relu|Act|Gated)"
 )
-_ATTENTION = re.compile(r"attn|attention|Attn|Attention")
+# A block or stage that is called after its attention holds other things as well; SHSA, SHMA and MLA are kinds of attention.
+_ATTENTION = re.compile(r"attn|attention|(Attn|Attention)(?!\w*(Block|Stage)$)|SHSA|SHMA|LiteMLA")
 _MLP_LEAF = re.compile(
     r"^(fc_?[12]|w[io](_\d)?|w[123]|lin[12]|linear[12]|pwconv[12]|(gate|up|down|gate_up)_proj|c_fc|dense_h_to_4h|dense_4h_to_h)$"
 )
@@ -121,6 +122,9 @@ def head_names(model: nn.Module) -> set[str]:
         found += [m for m in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(m, nn.Module)]
     identities = {id(module) for module in found}
     names = {name for name, module in model.named_modules() if id(module) in identities}
+    base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
+    if isinstance(base, nn.Module):  # transformers: a model for a task is the base model with the task's modules beside it
+        names.update(name for name, child in model.named_children() if child is not base)
     convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     classifier = convention.get("classifier") if isinstance(convention, dict) else None
     names.update([classifier] if isinstance(classifier, str) else classifier or ())
@@ -173,8 +177,8 @@ def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[
         assert isinstance(shorthand, str)
         predicate = SHORTHANDS[shorthand]
         matched = [c for c in candidates if _in_shape(c) and predicate(c)]
-        if config.target_modules is None and shorthand == "all-conv" and all(map(_is_embedding, matched)):
-            continue  # a lone patch embedding is no convolutional network
+        if config.target_modules is None and shorthand == "all-conv" and all(map(_is_minor_convolution, matched)):
+            continue  # a patch embedding, or the short filters of a state space model, make no convolutional network
         names = [c.name for c in matched if not _under(c.name, heads)]
         if not names:
             continue
@@ -232,8 +236,16 @@ def _is_embedding(candidate: Candidate) -> bool:
     return bool(re.search(r"(^|\.)(patch_embed\w*|embeddings?|embed_tokens|stem|conv_stem)(\.|$)", candidate.name))
 
 
+def _is_minor_convolution(candidate: Candidate) -> bool:
+    """Whether it is there beside layers that do the work: it makes patches or joins them, or is a short filter in time."""
+    module = candidate.module
+    is_depthwise_filter = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
+    return is_depthwise_filter or _is_embedding(candidate) or ".downsample." in candidate.name
+
+
 def _is_linear(candidate: Candidate) -> bool:
-    return isinstance(candidate.module, (nn.Linear, Conv1D))
+    # by name as well: some models bring a linear layer of their own, such as I-BERT's QuantLinear
+    return isinstance(candidate.module, (nn.Linear, Conv1D)) or type(candidate.module).__name__.endswith("Linear")
 
 
 def _is_convolution(candidate: Candidate) -> bool:
@@ -242,11 +254,19 @@ def _is_convolution(candidate: Candidate) -> bool:
 
 def _block_kind(candidate: Candidate) -> str | None:
     """``"attention"``, ``"mlp"`` or None: what the nearest module above that says anything is."""
-    for name, module in reversed(candidate.path[1:]):
-        words = (name, type(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).__name__)
-        for kind, pattern in (("channel", _CHANNEL_ATTENTION), ("mlp", _MLP), ("attention", _ATTENTION)):
-            if any(pattern.search(word) for word in words):
-                return None if kind == "channel" else kind
+    words = [
+        (name, type(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).__name__)
+        for name, module in reversed(candidate.path[1:])
+    ]
+    for place, here in enumerate(words):
+        if any(map(_CHANNEL_ATTENTION.search, here)):
+            return None
+        if any(map(_MLP.search, here)):
+            return "mlp"
+        if any(map(_ATTENTION.search, here)):
+            # the "attention" directly inside of a squeeze-and-excitation module is that module's own
+            above = words[place + 1] if place + 1 < len(words) else ()
+            return None if any(map(_CHANNEL_ATTENTION.search, above)) else "attention"
     return None
 
 
