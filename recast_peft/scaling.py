@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import RecastConfig
 from .conversion import recast_layers
-from .errors import RecastConfigError, RecastError
+from .errors import RecastConfigError
 from .layer import RecastLayer
 from .mimicry import gram_matrix
 from .plan import RecastPlan, plan_recast, with_fields
@@ -118,7 +118,7 @@ def scaling_table(
             for count in sorted({1, max(1, size // 2), size} if templates is None else {n for n in templates if n <= size}):
                 rows += _alternatives(model, config, size, count, coefficient_sets, inner)
     if not rows:
-        raise RecastError("no group size that was given fits the model: give smaller group_sizes")
+        raise RecastConfigError("no group size that was given fits the model: give smaller group_sizes")
     return ScalingTable(tuple(sorted(rows, key=lambda row: (row.num_coefficients, row.model_bytes))))
 
 

@@ -97,7 +97,8 @@ class MimicryMethod:
 
 def local_generator(seed: int, label: str, device: torch.device) -> torch.Generator:
     """A generator for one group, the same whatever other groups there are."""
-    return torch.Generator(device=device).manual_seed((seed << 32) ^ zlib.crc32(label.encode()))
+    # one hash of both: on the CPU a generator takes only the lower 32 bits of its seed
+    return torch.Generator(device=device).manual_seed(zlib.crc32(f"{seed} {label}".encode()))
 
 
 def flatten(weights: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,107 @@
+"""The report says what plain arithmetic says of the weights and of the features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import converted, layers_of, outputs, randomise, tiny_vit, vit_input
+from torch import nn
+
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, get_recast_model, mimicry_report
+from recast_peft.mimicry import Gradient, measure_fidelity
+
+X = vit_input()
+
+
+class TestWeights:
+    @pytest.mark.parametrize("fields", [{}, {"mimicry": Gradient(steps=5, progress=False)}, {"keep_base_weights": True}])
+    def test_of_compressed_banks(self, fields: dict) -> None:
+        plain = tiny_vit()
+        model = converted(num_templates=1, **fields)
+        for row in mimicry_report(model).modules:
+            layer = layers_of(model)[row.module]
+            bank = layer.compressed_bank[0]
+            w = plain.get_submodule(row.module).weight.detach().double()
+            v = torch.tensordot(bank.base_of(row.module).double(), bank.templates.detach().double(), dims=1)
+            assert row.cosine == pytest.approx(float((w * v).sum() / (w.norm() * v.norm())), abs=1e-9)
+            assert row.relative_error == pytest.approx(float((w - v).norm() / w.norm()), abs=1e-9)
+            assert row.energy_kept == pytest.approx(1 - float((w - v).square().sum() / w.square().sum()), abs=1e-9)
+            assert not row.exact
+        assert mimicry_report(model, reference=plain) == mimicry_report(model)
+
+    def test_of_exact_banks_says_so(self) -> None:
+        report = mimicry_report(converted(), X)
+        assert report.is_exact
+        assert "nothing is approximated" in str(report)
+        assert all(row.relative_error == 0 for row in (*report.modules, *report.features))
+
+    def test_of_zeros(self) -> None:
+        zero, one = torch.zeros(2, 2), torch.ones(1, 2, 2)
+        assert [(f.cosine, f.relative_error) for f in measure_fidelity([zero, zero], one, torch.tensor([[0.0], [1.0]]))] == [
+            (1.0, 0.0),
+            (0.0, 1.0),
+        ]
+
+
+class TestFeatures:
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_are_those_of_the_model_without_any_task(self, keep: bool) -> None:
+        plain = tiny_vit()
+        model = converted(num_templates=1, keep_base_weights=keep)
+        randomise(model)
+        before = outputs(model, X)
+        report = mimicry_report(model, X, reference=None if keep else plain)
+        assert [f.name for f in report.features] == [f"blocks.{i}" for i in range(4)] + ["output"]
+        changed = tiny_vit()
+        with torch.no_grad():
+            for name, layer in layers_of(model).items():
+                bank = layer.compressed_bank[0]
+                weight = torch.tensordot(bank.base_of(name), bank.templates, dims=1)
+                changed.get_submodule(name).weight.copy_(weight)
+        error = (outputs(changed, X) - outputs(plain, X)).norm() / outputs(plain, X).norm()
+        assert report.features[-1].relative_error == pytest.approx(float(error), rel=1e-4)
+        assert error > 0.01
+        assert torch.equal(outputs(model, X), before)  # the task is back
+
+    def test_need_a_reference_where_weights_were_released(self) -> None:
+        with pytest.raises(RecastBankError, match="reference="):
+            mimicry_report(converted(num_templates=1), X)
+
+    def test_are_refused_while_merged(self) -> None:
+        model = converted(num_templates=1, keep_base_weights=True)
+        randomise(model)
+        model.merge_adapter()
+        with pytest.raises(RecastBankError, match="unmerge_adapter"):
+            mimicry_report(model, X)
+
+    def test_of_a_batch_in_every_form(self) -> None:
+        model = converted(num_templates=1, keep_base_weights=True)
+        wanted = mimicry_report(model, X).features
+        assert mimicry_report(model, (X, torch.zeros(2))).features == wanted
+        assert mimicry_report(model, {"x": X}).features == wanted
+        with pytest.raises(RecastConfigError, match="a batch is a int"):
+            mimicry_report(model, 3)
+
+
+class TestShowing:
+    def test_as_table_and_dictionary(self) -> None:
+        report = mimicry_report(converted(num_templates=1, keep_base_weights=True), X)
+        assert json.loads(json.dumps(report.to_dict()))["modules"][0]["module"] == "blocks.0.attn.qkv"
+        assert len(str(report).splitlines()) == 2 + 4 + 1 + 1 + 2 + 5
+
+    @pytest.mark.parametrize("batch", [None, X])
+    def test_as_picture(self, batch: torch.Tensor | None, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        figure = mimicry_report(converted(num_templates=1, keep_base_weights=True), batch).plot()
+        figure.savefig(tmp_path / "report.png")
+        assert len(figure.axes) == (1 if batch is None else 2)
+        assert len(figure.axes[0].patches) == 4
+
+    def test_of_a_plain_model_is_refused(self) -> None:
+        with pytest.raises(RecastConfigError, match="no RECAST layers"):
+            mimicry_report(nn.Linear(2, 2))
+        with pytest.raises(RecastConfigError, match="no task 'cars'"):
+            mimicry_report(get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])), adapter_name="cars")
