@@ -22,6 +22,8 @@ from .errors import RecastConfigError, RecastError, RecastLoadError
 from .heads import TaskHead
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# keywords of timm.create_model that say where weights come from; a task's file cannot set them
+SOURCE_KEYWORDS = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 
 
@@ -79,6 +81,7 @@ def _describe_timm(model: nn.Module, pretrained: dict[str, Any], revision: str |
     num_classes = _own_classes(model, getattr(model, "num_classes", None))
     if isinstance(num_classes, int):  # reset_classifier changes it after the model was made
         arguments["num_classes"] = num_classes
+    arguments = {key: value for key, value in arguments.items() if key not in SOURCE_KEYWORDS}
     left_out = sorted(key for key, value in arguments.items() if not _fits_json(value))
     arguments = {key: value for key, value in arguments.items() if key not in left_out}
     source = pretrained.get("source") or "timm"
@@ -257,14 +260,15 @@ def _build_timm(
     missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
     if missing:
         raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
-    keywords = {**description.get("arguments", {}), **own}
+    recorded = {key: value for key, value in description.get("arguments", {}).items() if key not in SOURCE_KEYWORDS}
+    keywords = {**recorded, **own}
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
         if not path.exists():
             raise _no_weights(description, f"there is no checkpoint at backbone={os.fspath(given)!r}")
         name = f"local-dir:{path}" if path.is_dir() else str(description["architecture"])
         keywords.update({"pretrained": True} if path.is_dir() else {"checkpoint_path": str(path)})
-    elif not {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"} & set(own):
+    elif not SOURCE_KEYWORDS & set(own):
         name, found = _timm_source(description, name, hub_kwargs)
         keywords.update(found, pretrained=True)
         if hub_kwargs.get("cache_dir") is not None:

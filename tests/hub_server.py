@@ -295,9 +295,10 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise _Refusal(400, f"unknown operation {item['key']}")
-        made = self._repository(name).commit(revision, files, message)
+        request = f"{self.hub.endpoint}/{name}/discussions/1" if self.query.get("create_pr") else None
+        made = self._repository(name).commit("refs/pr/1" if request else revision, files, message)
         url = f"{self.hub.endpoint}/{name}/commit/{made.oid}"
-        self._send_json({"success": True, "commitOid": made.oid, "commitUrl": url, "pullRequestUrl": None})
+        self._send_json({"success": True, "commitOid": made.oid, "commitUrl": url, "pullRequestUrl": request})
 
     def branch(self, name: str, branch: str) -> None:
         self._writer()

@@ -122,6 +122,20 @@ class TestATimmBackboneOnTheHub:
             loaded = AutoRecastModel.from_pretrained(tmp_path / "task", cache_dir=tmp_path / "fresh")
         assert torch.equal(output(loaded), output(model))
 
+    @pytest.mark.parametrize("name", [f"hf-hub:{BASE}", "test_vit"])
+    def test_works_offline_from_the_cache(self, hub: HubServer, tmp_path: Path, monkeypatch: Any, name: str) -> None:
+        serve_timm(hub, tmp_path)
+        save_for_hf(make_timm(img_size=160, num_classes=1000), tmp_path / "full", safe_serialization=True)
+        hub.add("timm/test_vit.r160_in1k", folder_content(tmp_path / "full"))
+        model = timm.create_model(name, pretrained=True, **({} if ":" in name else {"img_size": 32, "num_classes": 0}))
+        push_task_to_hub(learned(model.eval()), TASK)
+        online = output(AutoRecastModel.from_pretrained(TASK))
+        count = len(hub.requests)
+        assert torch.equal(output(AutoRecastModel.from_pretrained(TASK, local_files_only=True)), online)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert torch.equal(output(AutoRecastModel.from_pretrained(TASK)), online)
+        assert len(hub.requests) == count
+
     def test_that_is_private_opens_with_the_token(self, hub: HubServer, tmp_path: Path, monkeypatch: Any) -> None:
         serve_timm(hub, tmp_path, private=True)
         model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval())
@@ -360,6 +374,14 @@ class TestTheDescription:
             build_backbone(description)
         built, _ = build_backbone(description, {"pretrained": False, "act_layer": nn.ReLU})
         assert any(isinstance(module, nn.ReLU) for module in built.modules())
+
+    def test_that_says_where_weights_come_from_is_not_followed(self, tmp_path: Path) -> None:
+        torch.save(make_timm(seed=1).state_dict(), tmp_path / "other.pth")
+        description = describe_backbone(make_timm())
+        description["arguments"]["checkpoint_path"] = str(tmp_path / "other.pth")
+        torch.manual_seed(0)
+        built, _ = build_backbone(description, {"pretrained": False})
+        assert torch.equal(built.cls_token, make_timm().cls_token)
 
     def test_builds_the_same_architecture(self) -> None:
         model = make_timm(in_chans=1, img_size=48, global_pool="avg", num_classes=2)

@@ -136,6 +136,16 @@ class TestPushingATask:
         assert torch.equal(output(second), output(model))
         assert not torch.equal(output(kept), output(second))
 
+    def test_as_a_request_leaves_main_alone(self, hub: HubServer) -> None:
+        model = make_model("flowers")
+        push_task_to_hub(model, "ada/flowers")
+        before = files_of(hub, "ada/flowers")
+        learn(model, "flowers", 99)
+        assert push_task_to_hub(model, "ada/flowers", create_pr=True).pr_url.endswith("/ada/flowers/discussions/1")
+        assert files_of(hub, "ada/flowers") == before
+        requested = files_of(hub, "ada/flowers", "refs/pr/1")["adapter_model.safetensors"]
+        assert requested != before["adapter_model.safetensors"]
+
     def test_again_keeps_what_the_owner_wrote(self, hub: HubServer) -> None:
         model = make_model("flowers")
         push_task_to_hub(model, "ada/flowers", results={"accuracy": 0.25})
