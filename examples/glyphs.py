@@ -14,6 +14,8 @@ Typical use::
     task.train_images.shape  # (classes * train_per_class, 1, 28, 28)
 """
 
+# ruff: noqa: RUF001 (characters of other scripts are the data here)
+
 from __future__ import annotations
 
 import math
@@ -45,6 +47,7 @@ SANS_FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans
 SERIF_FACES = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
 MONO_FACES = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
 STIX_FACES = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
+_REGULAR_FACES = (SANS_FACES[0], SERIF_FACES[0], MONO_FACES[0], STIX_FACES[0])
 FACES = SANS_FACES + SERIF_FACES + MONO_FACES + STIX_FACES
 """Every face glyphs are drawn with, if it has the character."""
 
@@ -78,6 +81,8 @@ class Distortion:
     """Largest side of the square covered with paper, as a fraction of the image side."""
     strokes: int = 0
     """Number of stray strokes across the image."""
+    negative: bool = False
+    """Whether ink and paper change places."""
 
 
 PRETRAINING_DISTORTION = Distortion()
@@ -308,6 +313,8 @@ def distort(bitmaps: Tensor, distortion: Distortion, generator: torch.Generator)
         images = _occlude(images, distortion.occlusion, generator)
     images = _blur(images, _uniform(count, distortion.blur, generator))
     images = images * _uniform(count, distortion.contrast, generator).view(-1, 1, 1, 1)
+    if distortion.negative:
+        images = 1 - images
     noise = torch.empty_like(images).normal_(generator=generator)
     images = images + noise * _uniform(count, distortion.noise, generator).view(-1, 1, 1, 1)
     return (images - 0.15) / 0.3
@@ -331,60 +338,86 @@ def _glyph_task(
     )
 
 
-_HARD = Distortion(
+_WORN = Distortion(
     rotation=(-15.0, 15.0),
     scale=(0.7, 1.05),
     stretch=0.15,
     shear=0.15,
     shift=0.15,
     thickness=(-0.5, 1.2),
-    noise=(0.0, 0.15),
     contrast=(0.6, 1.0),
     occlusion=0.3,
 )
 
-_STEADY = replace(_HARD, rotation=(-6.0, 6.0), shear=0.03, stretch=0.05, thickness=(-0.15, 0.15), noise=(0.0, 0.1))
+_CLEAN = Distortion(
+    rotation=(-6.0, 6.0),
+    stretch=0.05,
+    shear=0.03,
+    thickness=(-0.15, 0.15),
+    blur=(0.0, 0.3),
+    noise=(0.0, 0.05),
+    contrast=(0.85, 1.0),
+    occlusion=0.1,
+)
 
 _LETTERINGS = {face: (face,) for face in (*SANS_FACES, *SERIF_FACES, *STIX_FACES)}
 
 _DAMAGES = {
-    "none": PRETRAINING_DISTORTION,
-    "turned left": replace(PRETRAINING_DISTORTION, rotation=(-60.0, -20.0)),
-    "turned right": replace(PRETRAINING_DISTORTION, rotation=(20.0, 60.0)),
-    "small": replace(PRETRAINING_DISTORTION, scale=(0.5, 0.75)),
-    "thin": replace(PRETRAINING_DISTORTION, thickness=(-1.0, -0.6)),
-    "thick": replace(PRETRAINING_DISTORTION, thickness=(0.9, 1.8)),
-    "blurred": replace(PRETRAINING_DISTORTION, blur=(0.8, 1.0)),
-    "noisy": replace(PRETRAINING_DISTORTION, noise=(0.13, 0.25)),
-    "pale": replace(PRETRAINING_DISTORTION, contrast=(0.35, 0.55)),
-    "covered": replace(PRETRAINING_DISTORTION, occlusion=0.7),
-    "struck": replace(PRETRAINING_DISTORTION, strokes=1),
+    "none": _CLEAN,
+    "turned left": replace(_CLEAN, rotation=(-50.0, -15.0)),
+    "turned right": replace(_CLEAN, rotation=(15.0, 50.0)),
+    "small": replace(_CLEAN, scale=(0.5, 0.75)),
+    "thin": replace(_CLEAN, thickness=(-1.0, -0.6)),
+    "thick": replace(_CLEAN, thickness=(0.9, 1.8)),
+    "blurred": replace(_CLEAN, blur=(0.8, 1.0)),
+    "noisy": replace(_CLEAN, noise=(0.15, 0.3)),
+    "pale": replace(_CLEAN, contrast=(0.3, 0.6)),
+    "struck": replace(_CLEAN, strokes=2),
 }
+
+_RESERVED = {
+    "digits": "0123456789",
+    "greek": "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφχψω",
+    "cyrillic": "БДЖЗИЙЛУЦЧШЩЪЫЭЮЯЄЂЉЊЋб",
+    "armenian": "ԲԳԴԵԶԷԸԹԺԻԽԾԿՀՁՂՃՄՅՆՇՉՊՋՌՎՏՐՑՓՔ",
+    "hebrew": "אבגדהוזחטךכלםמנסעףפץצקרשת",
+    "operators": "∀∂∃∅∇∈∉∋∏∑√∛∝∞∠∧∨∩∪∫∮≈≠≡≤≥⊂⊃⊆⊕⊗⊥",
+    "arrows": "←↑→↓↔↕↖↗↘↙↩↪↺↻⇄⇅⇇⇉⇐⇑⇒⇓⇔⇕⇦⇧⇨⇩",
+}
+"""Characters that pretraining never shows, nor any character that looks like one of them; tasks choose from them."""
 
 TASKS: dict[str, TaskDescription] = {
     "handwriting": TaskDescription(
-        description="handwritten digits",
+        description="handwritten digits on grainy paper",
         class_names=tuple("0123456789"),
         bitmaps=handwritten_bitmaps,
-        distortions=(_HARD,) * 10,
+        distortions=(replace(_WORN, noise=(0.15, 0.3)),) * 10,
         separate_bitmaps=True,
     ),
-    "greek": _glyph_task("Greek letters", "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφχψω", _HARD),
-    "cyrillic": _glyph_task("Cyrillic letters", "БДЖЗИЙЛУЦЧШЩЪЫЭЮЯЄЂЉЊЋб", _HARD),
-    "armenian": _glyph_task("Armenian letters", "ԲԳԴԵԶԷԸԹԺԻԽԾԿՀՁՂՃՄՅՆՇՉՊՋՌՎՏՐՑՓՔ", _HARD),
-    "hebrew": _glyph_task("Hebrew letters", "אבגדהוזחטךכלםמנסעףפץצקרשת", _HARD),
-    "operators": _glyph_task("mathematical operators", "∀∂∃∅∇∈∉∋∏∑√∛∝∞∠∧∨∩∪∫∮≈≠≡≤≥⊂⊃⊆⊕⊗⊥", replace(_HARD, strokes=1)),
-    "arrows": _glyph_task("arrows", "←↑→↓↔↕↖↗↘↙↩↪↺↻⇄⇅⇇⇉⇐⇑⇒⇓⇔⇕⇦⇧⇨⇩", replace(_HARD, strokes=1)),
+    "greek": _glyph_task("Greek letters on very grainy paper", "ΓΔΘΛΞΠΣΦΨΩαβδζηλξω", replace(_WORN, noise=(0.25, 0.4))),
+    "cyrillic": _glyph_task("Cyrillic letters, crossed out", "БДЖЗИЛУЦЧШЪЫЭЮЯЄЉЋ", replace(_WORN, strokes=3)),
+    "armenian": _glyph_task(
+        "Armenian letters, ink and paper swapped",
+        "ԲԳԴԵԶԷԸԹԺԻԽԾԿՁՃՄՅՆ",
+        replace(_WORN, negative=True, occlusion=0.2),
+    ),
+    "hebrew": _glyph_task(
+        "Hebrew letters on grainy paper, struck", "אבגדהוזחטךכלמנסעפץצקשת", replace(_WORN, noise=(0.15, 0.3), strokes=1)
+    ),
+    "operators": _glyph_task(
+        "mathematical operators, crossed out", "∀∂∃∇∈∏∑√∝∞∠∩∪∫≈≠≡≤⊂⊕", replace(_WORN, noise=(0.1, 0.2), strokes=3)
+    ),
+    "arrows": _glyph_task("arrows, struck", "←↑→↓↔↕↖↗↘↙↩↪↺↻⇄⇅⇐⇑⇒⇓", replace(_WORN, strokes=1)),
     "lettering": TaskDescription(
         description="family, weight and slant of a Latin letter",
         class_names=tuple(_LETTERINGS),
         bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS, tuple(_LETTERINGS.values())[label]),
-        distortions=(_STEADY,) * len(_LETTERINGS),
+        distortions=(_CLEAN,) * len(_LETTERINGS),
     ),
     "damage": TaskDescription(
         description="what happened to a Latin letter",
         class_names=tuple(_DAMAGES),
-        bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS),
+        bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS, _REGULAR_FACES),
         distortions=tuple(_DAMAGES.values()),
     ),
 }
@@ -489,20 +522,17 @@ def _is_drawable(character: str) -> bool:
 @cache
 def pretraining_characters() -> str:
     """Return the characters of pretraining, one for each class: none belongs to a task, no two look alike."""
-    letters = [chr(code) for low, high in _PRETRAINING_RANGES for code in range(low, high + 1)]
-    candidates = "".join(
-        letter for letter in letters if unicodedata.category(letter)[0] in "LNPS" and _is_drawable(letter)
-    )
-    task_characters = "".join(
-        "".join(row.class_names) for row in TASKS.values() if all(len(name) == 1 for name in row.class_names)
-    )
-    signatures = _signatures(task_characters + candidates)
+    codes = [code for low, high in _PRETRAINING_RANGES for code in range(low, high + 1)]
+    letters = [chr(code) for code in codes if unicodedata.category(chr(code))[0] in "LNPS"]
+    candidates = "".join(letter for letter in letters if _is_drawable(letter))
+    reserved = "".join(_RESERVED.values())
+    signatures = _signatures(reserved + candidates)
     similar = signatures @ signatures.T > _LOOK_ALIKE  # (characters, characters)
-    kept = list(range(len(task_characters)))
+    kept = list(range(len(reserved)))
     for index in range(len(kept), len(signatures)):
         if not similar[index, kept].any():
             kept.append(index)
-    return "".join((task_characters + candidates)[index] for index in kept[len(task_characters) :])
+    return "".join((reserved + candidates)[index] for index in kept[len(reserved) :])
 
 
 @cache
