@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # the folder that holds the package "sweep"
 
-from sweep import sweep_architectures
+from sweep import sweep_architectures, timm_cases
 from sweep.checks import Case, check_case, chosen_by, fresh_model, outputs_of, same, set_coefficients
 from sweep.timm_cases import timm_case
 from sweep.transformers_cases import transformers_cases
 
 from recast_peft import RecastConfig, RecastLayer, get_recast_model, plan_recast
+from recast_peft.targets import find_targets
 
 timm = pytest.importorskip("timm")
 
@@ -158,13 +159,10 @@ def test_mlp_of_bert_is_not_its_attention() -> None:
 def test_shorthands_on_timm(name: str, shorthand: str | None, expected: set[str]) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    candidates = [c for c in _targets(model, shorthand)]
-    assert {name.rpartition(".")[2] for name in candidates} == expected
+    assert {name.rpartition(".")[2] for name in _targets(model, shorthand)} == expected
 
 
 def _targets(model: nn.Module, shorthand: str | None) -> list[str]:
-    from recast_peft.targets import find_targets
-
     return [target.name for target in find_targets(model, RecastConfig(target_modules=shorthand))[0]]
 
 
@@ -279,9 +277,25 @@ def test_sweep_notices_an_error_and_goes_on() -> None:
     assert result.failures[0].startswith("NotImplementedError")
 
 
+def test_sweep_counts_the_smallest_variant_of_a_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(timm_cases, "VARIANTS", tmp_path / "variants.json")
+    with monkeypatch.context() as only_two:
+        only_two.setattr(timm, "list_modules", lambda: ["starnet", "vgg"])
+        timm_cases.record_variants()
+    smallest = min(timm.list_models(module="starnet", exclude_filters="test_*"), key=_size)
+    assert timm_cases.timm_cases()["starnet"].name == smallest
+    assert "vgg" not in timm_cases.timm_cases()  # the smallest has 133 M parameters
+    assert "resnet" in timm_cases.unrecorded_families()
+    assert not {"starnet", "vgg"} & set(timm_cases.unrecorded_families())
+
+
+def _size(name: str) -> int:
+    return sum(p.numel() for p in timm.create_model(name).parameters())
+
+
 def test_script_prints_a_table_and_fails_on_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     cases = {"good": transformers_cases()["gpt2"], "bad": _odd_case("detached")}
-    monkeypatch.setattr(sweep_architectures, "find_cases", lambda library, recount=False: cases)
+    monkeypatch.setattr(sweep_architectures, "find_cases", lambda library: cases)
     assert sweep_architectures.main(["--library", "transformers", "--only", "good"]) == 0
     assert sweep_architectures.main(["--library", "transformers"]) == 1
     shown = capsys.readouterr().out

@@ -29,12 +29,12 @@ COLUMNS = "{:<9} {:<24} {:<34} {:>7} {:>7} {:>7} {:>6} {:>8} {:>6}  {}"
 
 
 @cache
-def find_cases(library: str, recount: bool = False) -> dict[str, Case]:
+def find_cases(library: str) -> dict[str, Case]:
     """The cases of one library by the name of their family."""
     if library == "timm":
         from sweep.timm_cases import timm_cases
 
-        return timm_cases(recount)
+        return timm_cases()
     from sweep.transformers_cases import transformers_cases
 
     return transformers_cases()
@@ -75,17 +75,29 @@ def table_row(family: str, result: Result) -> str:
     )
 
 
+def update_variants(recount: bool) -> None:
+    """Record timm's smallest variants anew if asked to, else say which families are not recorded."""
+    from sweep.timm_cases import record_variants, unrecorded_families
+
+    if recount:
+        record_variants()
+    elif unrecorded := unrecorded_families():
+        print(f"not recorded, and so not checked (--recount finds their smallest variants): {', '.join(unrecorded)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, action="append", help="default: both")
     parser.add_argument("--only", metavar="NAME", action="append", help="a family or a model; can be given again")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="models at the same time (default: 1)")
-    parser.add_argument("--recount", action="store_true", help="look for timm's smallest variants anew, and print them")
+    parser.add_argument("--recount", action="store_true", help="look for timm's smallest variants anew, and write them down")
     options = parser.parse_args(arguments)
     failed: list[tuple[str, Result]] = []
     total = 0
     for library in options.library or LIBRARIES:
-        cases = find_cases(library, options.recount)
+        if library == "timm":
+            update_variants(options.recount)
+        cases = find_cases(library)
         families = [f for f, case in cases.items() if not options.only or {f, case.name} & set(options.only)]
         if not families:
             continue

@@ -1,8 +1,8 @@
 """A small model of every timm family.
 
 A family is the timm module that defines a model. ``timm_variants.json`` records the smallest variant of each family that has
-one under ``LIMIT`` parameters, for one version of timm; for another version the variants are counted anew. Families without
-are made small by ``SHRUNK`` where their models take arguments for it. timm's own ``test_`` models are left out.
+one under ``LIMIT`` parameters; ``sweep_architectures.py --recount`` writes it for the installed timm. Families without are
+made small by ``SHRUNK`` where their models take arguments for it. timm's own ``test_`` models are left out.
 """
 
 from __future__ import annotations
@@ -36,29 +36,38 @@ SHRUNK: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def timm_cases(recount: bool = False) -> dict[str, Case]:
-    """The smallest model of every family by the name of the family."""
-    recorded = json.loads(VARIANTS.read_text()) if VARIANTS.exists() else {}
-    if recount or recorded.get("timm") != timm.__version__:
-        recorded = count_variants()
-    cases = {family: timm_case(name) for family, (name, _) in recorded["families"].items() if name is not None}
+def timm_cases() -> dict[str, Case]:
+    """The smallest model of every family that this timm has, by the name of the family."""
+    known = set(timm.list_models())
+    recorded = {family: name for family, (name, _) in _recorded()["families"].items() if name in known}
+    cases = {family: timm_case(name) for family, name in recorded.items()}
     for family, (name, options) in SHRUNK.items():
-        cases.setdefault(family, timm_case(name, **options))
+        if name in known:
+            cases.setdefault(family, timm_case(name, **options))
     return cases
 
 
-def count_variants() -> dict:
-    """The smallest variant of every family, with its number of parameters; None where all have ``LIMIT`` or more."""
-    families = {}
-    names = [
-        (family, name) for family in timm.list_modules() for name in timm.list_models(module=family, exclude_filters="test_*")
-    ]
+def unrecorded_families() -> list[str]:
+    """Families of this timm that were not there when the variants were counted."""
+    recorded = _recorded()["families"]
+    return [family for family in timm.list_modules() if family not in recorded and timm.list_models(module=family)]
+
+
+def record_variants() -> None:
+    """Count the parameters of all of timm's models, which takes minutes, and write the smallest of each family down."""
+    families: dict[str, tuple[str | None, int]] = {}
+    names = [(f, name) for f in timm.list_modules() for name in timm.list_models(module=f, exclude_filters="test_*")]
     for family, name in tqdm(names, desc="counting parameters", unit="model"):
         with torch.device("meta"):
             count = sum(p.numel() for p in timm.create_model(name).parameters())
         least = families.get(family, (None, LIMIT))
         families[family] = (name, count) if count < least[1] else least
-    return {"timm": timm.__version__, "families": families}
+    rows = ",\n".join(f"    {json.dumps(family)}: {json.dumps(families[family])}" for family in sorted(families))
+    VARIANTS.write_text(f'{{\n  "timm": {json.dumps(timm.__version__)},\n  "families": {{\n{rows}\n  }}\n}}\n')
+
+
+def _recorded() -> dict[str, Any]:
+    return json.loads(VARIANTS.read_text())
 
 
 def timm_case(name: str, **options: Any) -> Case:
