@@ -28,7 +28,7 @@ from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 # Positions of a sample below which n products are cheaper than composing a weight for each task; measured on a CPU by
-# examples/benchmarks/mixed_batch.py.
+# examples/benchmarks/pool.py.
 PRODUCT_LIMIT = 64
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
@@ -184,14 +184,15 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             )
         if self.merged and not self.disable_adapters:
             return self._weight_parameter  # type: ignore[return-value]
-        return self._live_weight([] if self.disable_adapters else self.active_adapters)
+        return self._as_pretrained(self.compose([] if self.disable_adapters else self.active_adapters))
 
-    def _live_weight(self, adapters: Sequence[str]) -> Tensor:
-        """The composed weight as a call uses it."""
-        weight = self.compose(adapters)
-        # torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only
-        # marked like a pretrained weight does the composed one give the unconverted model's output to the last bit
-        if not torch.is_grad_enabled() and any(name in self.recast_coefficients for name in adapters):
+    def _as_pretrained(self, weight: Tensor) -> Tensor:
+        """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are.
+
+        torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only
+        marked so does the composed weight give the unconverted model's output to the last bit.
+        """
+        if not torch.is_grad_enabled() and weight is not self._weight_parameter and weight is not self.recast_pretrained:
             weight.requires_grad_()
         return weight
 
@@ -377,6 +378,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _call_with(self, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if weight is self._weight_parameter:
             return self.base_layer(*args, **kwargs)
+        weight = self._as_pretrained(weight)
         base = self.base_layer
         direct = DIRECT_CALLS.get(type(base).forward)
         if direct is not None and len(args) == 1 and not kwargs and not _is_hooked(base):

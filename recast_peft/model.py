@@ -109,6 +109,7 @@ class RecastModel(BaseTuner):
                 if parameter.requires_grad != requires_grad:  # a lazy parameter cannot be asked to
                     parameter.requires_grad_(requires_grad)
             raise
+        del trainable  # else it would hold every weight that is about to be released
         install_banks(model, new_banks, config.keep_base_weights)
         if plan.coefficient_sharing is not None:
             share_coefficients(self, adapter_name, coefficient_owners(plan.groups, plan.coefficient_sharing))
@@ -193,7 +194,8 @@ class RecastModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        with _renamed_child(self.model, "base_layer"):
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
         return model  # type: ignore[return-value]
@@ -318,3 +320,20 @@ def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) 
         repeats = batch.repeats(len(args[0]))
         kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
     return args, kwargs
+
+
+@contextmanager
+def _renamed_child(model: nn.Module, name: str) -> Iterator[None]:
+    """Give a child of the model another name for a while, in the same place; nothing happens if there is none.
+
+    PEFT takes whatever has a ``base_layer`` for a layer of its own, and timm's DLA is a model that has one.
+    """
+    if name not in model._modules:
+        yield
+        return
+    other = f"{name}_of_the_model"
+    try:
+        model._modules = {other if key == name else key: child for key, child in model._modules.items()}
+        yield
+    finally:
+        model._modules = {name if key == other else key: child for key, child in model._modules.items()}

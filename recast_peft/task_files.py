@@ -26,7 +26,10 @@ def plain_name(name: str) -> str:
     >>> plain_name("attn.base_layer.out_proj")
     'attn.out_proj'
     """
-    return re.sub(r"(^|\.)(base_layer|original_module|_fsdp_wrapped_module|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
+    name = re.sub(r"(^|\.)(_fsdp_wrapped_module|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
+    prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else ""
+    # nothing wraps the model itself, so a first part of these names is the model's own (timm's DLA has a base_layer)
+    return prefix + re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name.removeprefix(prefix))
 
 
 def check_task_file(
@@ -107,7 +110,10 @@ def check_state_dict(model: nn.Module, adapter_name: str, entries: dict[str, Ten
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wanted = [key for key in own if key.endswith(f".{COEFFICIENTS}.{adapter_name}")]
     given = {key if key in own else key.removeprefix(MODEL_PREFIX): value for key, value in entries.items()}
-    missing = [key for key in wanted if key not in given]
+    # a module that is reached by several names (timm's CoaT shares MLPs) is stored by one of them
+    identity = {key: id(parameter) for key, parameter in model.named_parameters(remove_duplicate=False)}
+    filled = {identity[key] for key in given if key in identity}
+    missing = [key for key in wanted if key not in given and identity[key] not in filled]
     unexpected = [key for key in given if key not in own]
     raise_if_damaged(f"task {adapter_name!r}", missing, unexpected, given, own)
 

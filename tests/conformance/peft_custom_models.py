@@ -58,7 +58,7 @@ def replacement(table: str) -> str:
     else:
         random = {"init_weights": False}
         rows = [
-            f"(RECAST {name!r}, 'recast', RecastConfig, {({**first, **random})!r}, {({**second, **random})!r})"
+            f"(RECAST {name!r}, 'recast', RecastConfig, { ({**first, **random})!r}, { ({**second, **random})!r})"
             for name, first, second in PAIRS
         ]
     return f"{table} = [{', '.join(row.replace('(RECAST ', '(', 1) for row in rows)}]"
