@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 PLACEHOLDER = "recast_fingerprint"  # attribute of a parameter that only holds the place of a released weight
-MIXED_AT_ONCE = 1 << 23  # numbers of the members together that are held in the composition's dtype at once
+MIXED_AT_ONCE = 1 << 21  # numbers of the members together that are held in the composition's dtype at once
 
 
 class TemplateBank(nn.Module):

@@ -38,7 +38,7 @@ def weight_fingerprint(weight: Tensor) -> str:
         square = 0.0
         patterns = sign_patterns(BLOCK, PROJECTIONS).to(weight.device)
         flat = weight.detach().reshape(-1)
-        rows_at_once = 4096
+        rows_at_once = 256
         for start in range(0, flat.numel(), BLOCK * rows_at_once):
             part = flat[start : start + BLOCK * rows_at_once].float()
             square += float(part.square().sum(dtype=torch.float64))

@@ -31,7 +31,7 @@ QUICK = {
     "closed_form": ClosedForm(),
     "gradient": Gradient(steps=300, decay_every=60, progress=False),
     "autoencoder": AutoEncoder(steps=400, learning_rate=1e-2, progress=False),
-    "data_aware": DataAware(progress=False),
+    "data_aware": DataAware(distill_steps=3, progress=False),
 }
 
 

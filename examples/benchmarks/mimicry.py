@@ -30,6 +30,16 @@ from recast_peft.report import table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+METHOD_NAMES = [
+    "closed_form",
+    "gradient",
+    "gradient from closed form",
+    "autoencoder",
+    "data_aware",
+    "data_aware, no distillation",
+]
+
+
 class MlpBlocks(nn.Module):
     """The MLPs of a vision transformer, each with its norm and residual, on ``(batch, tokens, width)``."""
 
@@ -126,9 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", choices=["random", "trained"])
     parser.add_argument("--depth", type=int, default=12, help="blocks of the random model (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", default=["closed_form", "gradient", "autoencoder", "data_aware", "distilled"])
+    parser.add_argument("--methods", nargs="+", default=METHOD_NAMES)
     parser.add_argument("--steps", type=int, help="steps of gradient and autoencoder instead of the paper's")
-    parser.add_argument("--distill-steps", type=int, default=100, help="of 'distilled' (default: %(default)s)")
+    parser.add_argument("--distill-steps", type=int, default=100, help="of data_aware (default: %(default)s)")
     parser.add_argument("--targets", nargs="+", help="target modules (default: fc1 fc2)")
     parser.add_argument("--templates", type=int, nargs="+", help="n (default: 2 and 1 for random, 1 for trained)")
     parser.add_argument("--tasks", nargs="+", default=["greek", "cyrillic", "hebrew"])
@@ -143,8 +153,8 @@ def main() -> None:
         "gradient": Gradient(seed=arguments.seed, **steps),
         "gradient from closed form": Gradient(seed=arguments.seed, start="closed_form", learning_rate=1e-3, **steps),
         "autoencoder": AutoEncoder(seed=arguments.seed, **steps),
-        "data_aware": DataAware(),
-        "distilled": DataAware(distill_steps=arguments.distill_steps),
+        "data_aware": DataAware(distill_steps=arguments.distill_steps),
+        "data_aware, no distillation": DataAware(distill_steps=0),
     }
     if arguments.weights == "random":
         setting = random_setting(arguments.depth, arguments.seed)

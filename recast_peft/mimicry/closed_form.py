@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .base import MimicryMethod, Recipe
 
-CHUNK = 1 << 22  # numbers held in float64 at once, all layers together
+CHUNK = 1 << 20  # numbers held in float64 at once, all layers together
 
 
 def gram_matrix(weights: Sequence[Tensor]) -> Tensor:

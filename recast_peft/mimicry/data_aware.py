@@ -35,7 +35,8 @@ class DataAware(MimicryMethod):
         select_batches: on so many of the batches every group is also tried with the closed form, and keeps it where that
             changes the whole model's output less (errors of neighbouring layers can cancel or add up); 0 for none.
         distill_steps: steps of layer-wise distillation afterwards, which tune templates and base coefficients until the
-            features of every block are those of the pretrained model; 0 for none.
+            features of every block are those of the pretrained model. They take most of the time and, for Adam, memory of
+            several times the templates in float32; 0 leaves the fit at its algebra, which a large model needs.
         distill_learning_rate: of Adam in the distillation, in units of the templates' root mean square.
         max_moment_bytes: second moments held at once; with more, the batches are read several times.
         progress: show a progress bar for what takes over two seconds.
@@ -49,7 +50,7 @@ class DataAware(MimicryMethod):
     ridge: float = 1e-3
     normalize: bool = False
     select_batches: int = 2
-    distill_steps: int = 0
+    distill_steps: int = 100
     distill_learning_rate: float = 0.01
     max_moment_bytes: int = 1 << 31
     progress: bool = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # numbers held in float64 at once
+CHUNK = 1 << 20  # numbers held in float64 at once
 
 
 @dataclass(frozen=True)
