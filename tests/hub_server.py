@@ -53,9 +53,8 @@ class Repository:
     def find(self, revision: str) -> Commit | None:
         return self.commits.get(self.branches.get(revision) or self.tags.get(revision) or revision)
 
-    def history(self, branch: str = "main") -> list[str]:
+    def history(self) -> list[str]:
         """Messages of all commits, in the order they were made."""
-        del branch
         return [commit.message for commit in self.commits.values()]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import yaml
 from hub_server import HubServer, connect
 from huggingface_hub import HfApi, constants
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftModelForFeatureExtraction, get_peft_model
 from peft.utils import PeftType
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -215,6 +217,20 @@ class TestPushingAllTasks:
         with pytest.raises(RecastConfigError, match="adapter_name"):
             push_task_to_hub(model, "ada/none")
         assert hub.requests == []
+
+
+class TestTheClassThatShares:
+    def test_is_pefts_own_to_everyone_else(self) -> None:
+        model = make_model("default")
+        assert isinstance(model, PeftModel)
+        for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert type(again) is type(model)
+            assert torch.equal(output(again), output(model))
+
+    def test_stays_the_class_of_the_task_type(self) -> None:
+        model = get_recast_model(make_backbone(), RecastConfig(task_type="FEATURE_EXTRACTION"))
+        assert isinstance(model, PeftModelForFeatureExtraction)
+        assert type(pickle.loads(pickle.dumps(model))) is type(model)
 
 
 class TestARefusal:
