@@ -7,13 +7,14 @@ A task file and the pretrained model give a compressed model back, but on disk t
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .auto import get_recast_model
@@ -51,12 +52,19 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
         f"{layer.module_name}.{layer.weight_name}" for layer in layers.values() if layer.is_compressed and not layer.is_released
     }
     rest: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}  # a name whose tensor stands in the file under another one
+    stored: dict[tuple, str] = {}
     for key, value in model.get_base_model().state_dict().items():
         name = plain_name(key)
         if f".{PREFIX}" in key or key.startswith(f"{BANKS}.") or ".modules_to_save." in key or name in replaced:
             continue
-        rest[name] = value.detach().cpu().contiguous().clone()  # tied tensors are stored one by one
-    save_file(rest, Path(path) / REST_WEIGHTS, metadata={"format": "pt"})
+        place = (value.data_ptr(), value.shape, value.stride()) if value.numel() else (name,)
+        if place in stored:
+            tied[name] = stored[place]
+            continue
+        stored[place] = name
+        rest[name] = value.detach().cpu().contiguous().clone()  # parts of one storage are stored one by one
+    save_file(rest, Path(path) / REST_WEIGHTS, metadata={"format": "pt", "tied": json.dumps(tied)})
     return bank
 
 
@@ -79,8 +87,10 @@ def load_compressed_model(
     """
     bank = load_bank(path)
     try:
-        rest = load_file(Path(path) / REST_WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        with safe_open(Path(path) / REST_WEIGHTS, framework="pt") as file:
+            rest = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            rest.update({name: rest[other] for name, other in json.loads(file.metadata()["tied"]).items()})
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RecastLoadError(f"{REST_WEIGHTS} in {str(path)!r} cannot be read: {error}") from error
     released = {}
     for group in bank.groups.values():
@@ -103,6 +113,8 @@ def load_compressed_model(
         backbone.load_state_dict(rest, strict=False, assign=True)
     except RuntimeError as error:
         raise RecastLoadError(f"{str(path)!r} does not fit the backbone: {error}") from error
+    if hasattr(backbone, "tie_weights"):
+        backbone.tie_weights()  # type: ignore[operator]
     empty_names = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
     if empty_names:
         raise RecastLoadError(

@@ -271,7 +271,7 @@ class TestCompressedModel:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         assert losses[-1] < losses[0]
         after = outputs(model.eval(), X)
         torch.testing.assert_close(outputs(model.merge_and_unload(), X), after)
@@ -285,6 +285,27 @@ class TestCompressedModel:
         (tmp_path / "recast_backbone.safetensors").unlink()
         with pytest.raises(RecastLoadError, match="cannot be read"):
             load_compressed_model(tiny_vit(), tmp_path)
+
+    def test_stores_tied_weights_once(self, tmp_path: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 500,
+        }
+        config = LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True)
+        model = get_recast_model(LlamaForCausalLM(config), RecastConfig(num_templates=1)).eval()
+        save_compressed_model(model, tmp_path)
+        assert (tmp_path / "recast_backbone.safetensors").stat().st_size < 4 * 16 * 500 * 2
+        loaded = load_compressed_model(LlamaForCausalLM(config).eval(), tmp_path).eval()
+        tokens = torch.arange(5)[None]
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+        base = loaded.get_base_model()
+        assert base.lm_head.weight is base.model.embed_tokens.weight
 
     def test_is_not_stored_while_merged(self, tmp_path: Path) -> None:
         model = fitted()

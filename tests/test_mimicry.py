@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from recast_peft import (
     RecastConfig,
     RecastConfigError,
+    StoredBank,
     collapse_coefficient_sets,
     fit_bank,
     get_recast_model,
@@ -332,3 +334,32 @@ class TestLargeModels:
         assert outputs(model, x).dtype == torch.bfloat16
         assert torch.isfinite(outputs(model, x)).all()
         assert {g.dtype for g in plan_recast(plain, config).groups} == {torch.bfloat16}
+
+
+class TestTrainedWeights:
+    """The demo's backbone, on data that nothing was fitted to; docs/mimicry.md has the figures with distillation."""
+
+    def test_data_aware_beats_the_closed_form(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("timm")
+        pytest.importorskip("matplotlib")
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+        from glyph_backbone import load_backbone
+        from glyphs import load_task, pretraining_batches
+
+        plain = load_backbone()
+        task = load_task("hebrew", train_per_class=8, test_per_class=4)
+        train, test = outputs(plain, task.train_images), outputs(plain, task.test_images)
+        centres = torch.stack([train[task.train_labels == label].mean(dim=0) for label in range(task.num_classes)])
+
+        def measure(bank: StoredBank) -> tuple[float, float]:
+            model = get_recast_model(load_backbone(), RecastConfig(bank=bank)).eval()
+            features = outputs(model, task.test_images)
+            right = torch.cdist(features, centres).argmin(dim=1) == task.test_labels
+            return float((features - test).norm() / test.norm()), float(right.float().mean())
+
+        fit = [images for images, _ in pretraining_batches(4, 64, seed=7)]
+        fields = {"target_modules": ["qkv"], "num_templates": 1}
+        closed = measure(fit_bank(plain, RecastConfig(**fields)))
+        aware = measure(fit_bank(plain, RecastConfig(**fields, mimicry=DataAware(distill_steps=0, progress=False)), fit))
+        assert aware[0] < 0.9 * closed[0]
+        assert aware[1] > closed[1] + 0.05

@@ -172,7 +172,8 @@ class TestTable:
             assert (len(plan.groups), plan.model_bytes_after) == (row.num_groups, row.model_bytes)
             plain = tiny_vit()
             energies = {
-                m.module: float(plain.get_submodule(m.module).weight.detach().square().sum()) for m in mimicry_report(model).modules
+                m.module: float(plain.get_submodule(m.module).weight.detach().square().sum())
+                for m in mimicry_report(model).modules
             }
             lost = sum((m.relative_error or 0) ** 2 * energies[m.module] for m in mimicry_report(model).modules)
             assert row.relative_error == pytest.approx((lost / sum(energies.values())) ** 0.5, abs=1e-5)
