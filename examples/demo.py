@@ -66,7 +66,8 @@ def sources(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dic
 
     make_backbone = partial(load_named_backbone, arguments.backbone, pretrained=not arguments.untrained)
     preprocessing = make_backbone()
-    return make_backbone, {n: load_named_task(n, preprocessing, arguments.limit, arguments.seed) for n in arguments.dataset}
+    tasks = [load_named_task(name, preprocessing, arguments.limit, arguments.seed) for name in arguments.dataset]
+    return make_backbone, {task.name: task for task in tasks}
 
 
 def size_of(folder: Path) -> tuple[int, int]:

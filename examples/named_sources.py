@@ -18,9 +18,17 @@ from torch import Tensor, nn
 def load_named_backbone(name: str, pretrained: bool = True) -> nn.Module:
     """A timm model by its name, else a transformers image classifier by its name or folder.
 
+    Without pretrained weights they are random, and the same at every call.
+
     Raises:
         ValueError: if neither library knows the name.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _load(name, pretrained)
+
+
+def _load(name: str, pretrained: bool) -> nn.Module:
     import timm
 
     if timm.is_model(name):
@@ -75,7 +83,8 @@ def load_named_task(name: str, backbone: nn.Module, limit: int = 2000, seed: int
     train, test, classes = _open(name)
     parts = [_tensors(part, prepare, limit, seed) for part in (train, test)]
     (train_images, train_labels), (test_images, test_labels) = parts
-    return Task(Path(name).name, tuple(classes), train_images, train_labels, test_images, test_labels)
+    task_name = Path(name).name.replace(".", "-")  # names of tasks hold no dot
+    return Task(task_name, tuple(classes), train_images, train_labels, test_images, test_labels)
 
 
 def _open(name: str) -> tuple[Any, Any, list[str]]:

@@ -206,6 +206,21 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
     return new
 
 
+def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:
+    """Refuse to release pretrained weights under tasks that were learned with them.
+
+    Raises:
+        RecastBankError: naming the tasks.
+    """
+    tasks = sorted({name for layer in recast_layers(model).values() for name in layer.recast_bank})
+    if new_banks and tasks and not config.keep_base_weights:
+        raise RecastBankError(
+            f"compressing {new_banks[0].name} and {len(new_banks) - 1} other banks would release pretrained weights that the "
+            f"tasks {', '.join(tasks)} of this model were learned with, and change what they compute. Give "
+            "keep_base_weights=True, or compress with the first task."
+        )
+
+
 def _check_bank_base(plan: RecastPlan, prepared: dict[str, PreparedLayer]) -> None:
     """Refuse a stored bank that stands for other pretrained weights."""
     recorded = {} if plan.bank is None else plan.bank.base_fingerprint

@@ -24,6 +24,7 @@ from .conversion import (
     check_adapter_name,
     check_fingerprints,
     check_name_is_free,
+    check_other_tasks,
     describe_task,
     install_banks,
     prepare_banks,
@@ -92,6 +93,7 @@ class RecastModel(BaseTuner):
             self._prepared = prepare_layers(targets, fingerprints)
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
             new_banks = prepare_banks(plan, config, self._prepared)
+            check_other_tasks(model, new_banks, config)
             write_plan(config, plan, self._prepared, fingerprints)
             config.write_backbone(describe_backbone(model, config.revision))
             super().inject_adapter(

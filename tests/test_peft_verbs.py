@@ -24,7 +24,7 @@ from models import (
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, get_recast_model
 
 NAMES = ["cars", "birds", "flowers"]
 
@@ -434,3 +434,25 @@ def test_offsets_of_the_helper_are_means_of_the_sets() -> None:
     first, second = (block.attn.qkv.weight for block in plain.blocks)
     expected = reference_model(plain, model)
     torch.testing.assert_close(expected.blocks[1].attn.qkv.weight, second + 2 * first + 4 * second)
+
+
+class TestCompressingLater:
+    """A later task must not change what the earlier ones compute."""
+
+    def test_releasing_weights_under_another_task_is_refused(self):
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first").eval()
+        x = vit_input()
+        before = model(x)
+        with pytest.raises(RecastBankError, match=r"tasks first of this model.*keep_base_weights=True"):
+            model.add_adapter("second", RecastConfig(target_modules=["fc1"], num_templates=1))
+        assert list(model.peft_config) == ["first"]
+        assert torch.equal(model(x), before)
+
+    def test_with_the_weights_kept_the_first_task_stays_as_it_was(self):
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first").eval()
+        x = vit_input()
+        before = model(x)
+        model.add_adapter("second", RecastConfig(target_modules=["fc1"], num_templates=1, keep_base_weights=True))
+        assert torch.equal(model(x), before)
+        model.set_adapter("second")
+        assert not torch.allclose(model(x), before, atol=1e-4)

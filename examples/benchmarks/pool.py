@@ -80,9 +80,8 @@ def merged() -> dict[str, Any]:
                 target.copy_(weight)
 
     swap, copying = paired(30, lambda: pool.activate(f"task-{next(turn) % 2}", merge=True), copies)
-    print(
-        f"merged swap {swap * 1e3:.2f} ms, copying the targeted weights 3 times {copying * 1e3:.2f} ms: ratio {swap / copying:.2f}"
-    )
+    ratio = f"ratio {swap / copying:.2f}"
+    print(f"merged swap {swap * 1e3:.2f} ms, copying the targeted weights 3 times {copying * 1e3:.2f} ms: {ratio}")
     plain, model = backbone(), pool.model
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

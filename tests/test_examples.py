@@ -1,0 +1,140 @@
+"""The demo and its data: small runs, and the path for named backbones and data sets on made data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import demo  # noqa: E402
+import glyphs  # noqa: E402
+from glyph_backbone import BACKBONE_PATH, load_backbone  # noqa: E402
+from training import Schedule, features_of, train_probe  # noqa: E402
+
+
+def small(*more: str) -> list[str]:
+    return ["--tasks", "arrows", "damage", "--train-per-class", "6", "--test-per-class", "5", "--epochs", "2", *more]
+
+
+class TestDemo:
+    def test_it_learns_saves_reloads_and_compares(self, tmp_path, capsys):
+        summary = demo.main([*small(), "--output", str(tmp_path)])
+        shown = capsys.readouterr().out
+        assert "the same accuracies on all 2 tasks" in shown
+        assert "forgetting: +0.000" in shown
+        matrix = summary["matrix"]["values"]
+        assert matrix[0][0] == matrix[1][0]
+        assert summary["numbers"] == {"linear probe": 0, "RECAST": 32, "LoRA r=8": 24_576}
+        assert set(summary["results"]) == {"arrows", "damage"}
+        for name in ("arrows", "damage"):
+            folder = tmp_path / "tasks" / name
+            # config and coefficients beside the head of 96 x 20 and 96 x 10 numbers
+            head = 4 * 97 * (20 if name == "arrows" else 10)
+            assert sum((folder / f).stat().st_size for f in demo.TASK_FILES) - head < 6000
+        assert json.loads((tmp_path / "demo.json").read_text())["results"] == summary["results"]
+        assert (tmp_path / "demo.txt").read_text().strip() == shown.strip()
+        with Image.open(tmp_path / "demo.png") as picture:
+            assert picture.width > 800
+
+    def test_a_named_backbone_needs_named_data(self, tmp_path):
+        with pytest.raises(SystemExit, match="go together"):
+            demo.main(["--backbone", "test_vit", "--output", str(tmp_path)])
+
+
+@pytest.fixture
+def folder_of_images(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 8), ("test", 4)):
+        for value, name in enumerate(("dark", "light")):
+            folder = tmp_path / "shades" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = torch.randint(0, 60, (20, 20, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray((noise + 150 * value).to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return tmp_path / "shades"
+
+
+class TestNamedSources:
+    def test_a_timm_name_and_a_folder_of_images(self, tmp_path, folder_of_images):
+        arguments = ["--backbone", "test_vit", "--untrained", "--dataset", str(folder_of_images), "--epochs", "3"]
+        summary = demo.main([*arguments, "--output", str(tmp_path / "out")])
+        assert summary["results"]["shades"]["linear probe"] > 0.9
+
+    def test_a_transformers_folder(self, tmp_path, folder_of_images):
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+        )
+        ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        arguments = ["--backbone", str(tmp_path / "vit"), "--dataset", str(folder_of_images), "--epochs", "2"]
+        summary = demo.main([*arguments, "--output", str(tmp_path / "out")])
+        assert summary["numbers"]["RECAST"] > 0
+        assert summary["matrix"]["tasks"] == ["shades"]
+
+    def test_a_torchvision_name(self):
+        from named_sources import load_named_backbone, load_named_task
+
+        task = load_named_task("FakeData", load_named_backbone("test_vit", pretrained=False), limit=12)
+        assert task.train_images.shape == (12, 3, 160, 160)
+        assert task.test_labels.shape == (12,)
+
+    def test_a_name_that_nobody_knows(self):
+        from named_sources import load_named_backbone
+
+        with pytest.raises(ValueError, match="known neither to timm .near: .*nor to transformers"):
+            load_named_backbone("vit_smal_patch16")
+
+
+class TestGlyphs:
+    def test_the_same_seed_draws_the_same_images_and_another_seed_others(self):
+        first, same, other = (glyphs.load_task("greek", seed=s, train_per_class=3, test_per_class=2) for s in (1, 1, 2))
+        assert torch.equal(first.train_images, same.train_images)
+        assert not torch.equal(first.train_images, other.train_images)
+
+    @pytest.mark.parametrize("name", glyphs.TASKS)
+    def test_every_task_has_images_of_all_its_classes(self, name):
+        task = glyphs.load_task(name, train_per_class=2, test_per_class=1)
+        assert task.train_images.shape == (2 * task.num_classes, 1, 28, 28)
+        assert task.test_labels.tolist() == list(range(task.num_classes))
+        assert torch.isfinite(task.train_images).all()
+        assert task.train_images.flatten(1).std(dim=1).min() > 0.1
+
+    def test_pretraining_shows_no_character_of_a_task(self):
+        reserved = {character for characters in glyphs._RESERVED.values() for character in characters}
+        assert not reserved & set(glyphs.pretraining_characters())
+
+    def test_no_image_of_handwriting_is_both_trained_and_tested(self):
+        first, second = glyphs._split_bitmaps(glyphs.TASKS["handwriting"], 3, 40, 40, torch.Generator().manual_seed(0))
+        seen = {image.numpy().tobytes() for image in first}
+        assert not any(image.numpy().tobytes() in seen for image in second)
+
+    @pytest.mark.parametrize(("name", "count"), [("nothing", 4), ("greek", 0), ("handwriting", 5000)])
+    def test_bad_requests(self, name, count):
+        with pytest.raises(ValueError):
+            glyphs.load_task(name, train_per_class=count)
+
+
+class TestBackbone:
+    def test_it_is_small_and_knows_more_than_chance(self):
+        assert BACKBONE_PATH.stat().st_size < 2_000_000
+        task = glyphs.load_task("arrows", train_per_class=15, test_per_class=10)
+        trained, _ = train_probe(load_backbone(), task, Schedule(epochs=10, probe_epochs=30))
+        torch.manual_seed(0)
+        random = load_backbone()
+        for parameter in random.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.trunc_normal_(parameter, std=0.02)
+        untrained, _ = train_probe(random, task, Schedule(epochs=10, probe_epochs=30))
+        assert trained > untrained + 0.1
+
+    def test_features_are_what_reaches_the_head(self):
+        backbone, images = load_backbone(), torch.randn(3, 1, 28, 28)
+        assert torch.allclose(features_of(backbone, images), backbone(images))
