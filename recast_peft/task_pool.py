@@ -22,17 +22,19 @@ from torch import Tensor, nn
 
 from .config import RecastConfig
 from .conversion import recast_layers
-from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError
+from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError, RecastTargetError
 from .fingerprint import same_weight
 from .functional import average_sets
-from .heads import Labels, PreparedHead, TaskHead, prepare_head, task_head
+from .heads import Labels, PreparedHead, TaskHead, find_head, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
 from .model import RecastModel
+from .routing import TaskFeatures, nearest_task, summarise
 from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
 
 SLOT = "task_pool"
 FORMAT = "recast-task-pool-1"
+LAYOUT = ("groups", "recipes", "base_fingerprint", "heads", "remembered")  # JSON in the file's metadata
 FIRST_CAPACITY = 16
 
 
@@ -80,6 +82,7 @@ class TaskPool:
         self._rows: dict[str, int] = {}
         self._free: list[int] = []
         self._heads: dict[int, PreparedHead] = {}
+        self._remembered: dict[int, TaskFeatures] = {}
         self._active: str | None = None
         self._merged = False
         self._shown_head: TaskHead | None = None
@@ -203,6 +206,7 @@ class TaskPool:
         self._names[row] = None
         self._free.append(row)
         self._heads.pop(row, None)
+        self._remembered.pop(row, None)
         with torch.no_grad():
             self.table[row].zero_()
 
@@ -295,10 +299,61 @@ class TaskPool:
         """The columns of a target module in the table."""
         return self._slices.get(module_name)
 
+    # ---------------------------------------------------------------- finding the task
+
+    def remember(self, name: str, inputs: Any, labels: Tensor | None = None) -> None:
+        """Remember what a task's samples look like to the pretrained model, so that ``route`` can choose it.
+
+        Args:
+            name: of the task.
+            inputs: samples ``(samples, ...)``, or a dictionary of such tensors that the model takes by name.
+            labels: ``(samples,)`` classes; given, each class has a prototype of its own.
+        """
+        row = self.row(name)
+        self._remembered[row] = summarise(self.base_features(inputs), labels)
+
+    def route(self, inputs: Any) -> Tensor:
+        """Choose a task for each sample, from what the pretrained model makes of it.
+
+        Args:
+            inputs: as for ``remember``.
+
+        Returns:
+            ``(samples,)`` rows, to be given on as ``task_ids``.
+
+        Raises:
+            RecastConfigError: if no task is remembered.
+        """
+        return nearest_task(self.base_features(inputs), self._remembered).to(self.table.device)
+
+    def base_features(self, inputs: Any) -> Tensor:
+        """What reaches the classifier of the pretrained model, ``(samples, features)`` in float32 on the CPU.
+
+        Of a model without a classifier its output; of features by position their mean.
+        """
+        samples = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+        caught: list[Tensor] = []
+        try:
+            head = self._backbone.get_submodule(find_head(self._backbone, self._config.head_module))
+        except RecastTargetError:
+            head = None
+        handle = None if head is None else head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.batch([None] * samples):
+                out = self._backbone(**inputs) if isinstance(inputs, Mapping) else self._backbone(inputs)
+        finally:
+            if handle is not None:
+                handle.remove()
+            self.model.train(training)
+        features = (caught[-1] if caught else out).detach().float().cpu()
+        return features if features.ndim == 2 else features.flatten(1, -2).mean(dim=1)
+
     # ---------------------------------------------------------------- files
 
     def save(self, path: str | Path) -> None:
-        """Write all tasks to one safetensors file: the table, the names, and the heads.
+        """Write all tasks to one safetensors file: the table, the names, the heads, and what is remembered for routing.
 
         A task without a head takes its coefficients (4 bytes each) and its name.
         """
@@ -308,7 +363,13 @@ class TaskPool:
             "names": torch.frombuffer(bytearray("\n".join(self.names).encode()) or bytearray(1), dtype=torch.uint8),
         }
         heads: dict[str, Any] = {}
+        remembered = {}
         for place, row in enumerate(rows):
+            if row in self._remembered:
+                known = self._remembered[row]
+                tensors[f"prototypes.{place}"] = known.prototypes.contiguous()
+                tensors[f"scatter.{place}"] = known.scatter.contiguous()
+                remembered[str(place)] = known.samples
             prepared = self._heads.get(row)
             if prepared is None:
                 continue
@@ -322,6 +383,7 @@ class TaskPool:
             "recipes": json.dumps(self._config.recipes),
             "base_fingerprint": json.dumps(self._config.base_fingerprint),
             "heads": json.dumps(heads),
+            "remembered": json.dumps(remembered),
             "tasks": str(len(rows)),
         }
         save_file(tensors, str(path), metadata=metadata)
@@ -335,7 +397,7 @@ class TaskPool:
         Raises:
             RecastLoadError: if the file is damaged or does not fit the model; nothing is put in then.
         """
-        table, names, heads = self._read_packed(path)
+        table, names, heads, remembered = self._read_packed(path)
         taken = [name for name in names if name in self._rows]
         if taken:
             raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken[:5])}")
@@ -345,6 +407,7 @@ class TaskPool:
             self.table[start : start + len(names)] = table.to(self.table.device)
         self._names += names
         self._rows.update({name: start + i for i, name in enumerate(names)})
+        self._remembered.update({start + place: known for place, known in remembered.items()})
         for place, head in heads.items():
             self._heads[start + place] = head
             task_head(self._backbone, head.name)
@@ -473,7 +536,7 @@ class TaskPool:
                 f"({', '.join(differ[:3])}, ...). Load the weights that it was made for."
             )
 
-    def _read_packed(self, path: str | Path) -> tuple[Tensor, list[str], dict[int, PreparedHead]]:
+    def _read_packed(self, path: str | Path) -> tuple[Tensor, list[str], dict[int, PreparedHead], dict[int, TaskFeatures]]:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -485,7 +548,11 @@ class TaskPool:
             table = tensors["coefficients"]
             count = int(metadata["tasks"])
             names = list(bytes(tensors["names"].numpy()).decode().split("\n")) if count else []
-            layout = {key: json.loads(metadata[key]) for key in ("groups", "recipes", "base_fingerprint", "heads")}
+            layout: dict[str, Any] = {key: json.loads(metadata[key]) for key in LAYOUT}
+            remembered = {
+                int(k): TaskFeatures(tensors[f"prototypes.{k}"], tensors[f"scatter.{k}"], samples)
+                for k, samples in layout["remembered"].items()
+            }
         except (SafetensorError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
             if isinstance(error, RecastLoadError):
                 raise
@@ -498,7 +565,8 @@ class TaskPool:
                 f"the table in {path} is damaged: shape {tuple(table.shape)}, expected {(len(names), self.numbers_per_task)}, "
                 f"finite: {bool(torch.isfinite(table).all())}"
             )
-        return table, names, {int(k): self._head_from(int(k), v, tensors) for k, v in layout["heads"].items()}
+        heads = {int(k): self._head_from(int(k), v, tensors) for k, v in layout["heads"].items()}
+        return table, names, heads, remembered
 
     def _head_from(self, place: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> PreparedHead:
         config = RecastConfig(num_classes=saved["classes"], id2label=saved["id2label"], head_module=self._config.head_module)

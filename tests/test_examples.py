@@ -49,6 +49,20 @@ class TestDemo:
             demo.main(["--backbone", "test_vit", "--output", str(tmp_path)])
 
 
+class TestOrders:
+    def test_the_order_changes_nothing_for_recast_and_fine_tuning_forgets(self):
+        import task_orders
+
+        arguments = ["--tasks", "arrows", "damage", "--train-per-class", "12", "--test-per-class", "10", "--epochs", "5"]
+        result = task_orders.main(arguments)
+        recast = [row for row in result["orders"] if row["method"] == "RECAST"]
+        assert all(row["final"] == recast[0]["final"] and row["forgetting"] == 0 for row in recast)
+        assert max(row["forgetting"] for row in result["orders"] if row["method"] == "fine-tuning") > 0.05
+        routing = result["routing"]
+        assert routing["task found"] > 0.6
+        assert routing["class found"] <= min(routing["task found"], routing["class found, task given"] + 0.05)
+
+
 @pytest.fixture
 def folder_of_images(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)

@@ -26,6 +26,7 @@ from recast_peft import (
     get_recast_model,
 )
 from recast_peft.heads import split_logits
+from recast_peft.routing import nearest_task, summarise
 
 TARGETS = ["qkv", "fc1"]
 
@@ -350,6 +351,58 @@ class TestRows:
         model, _ = model_with_pool()
         with pytest.raises(RecastConfigError, match="like="):
             TaskPool(model, like="nobody")
+
+
+class TestFindingTheTask:
+    @staticmethod
+    def clouds(task: int, count: int = 20) -> torch.Tensor:
+        """Images of one task: stripes across or along, and noise."""
+        generator = torch.Generator().manual_seed(task)
+        stripes = torch.zeros(16, 16)
+        stripes[::2] = 3.0
+        image = stripes if task == 0 else stripes.T
+        return image + 0.3 * torch.randn(count, 1, 16, 16, generator=generator)
+
+    def test_samples_go_to_the_task_that_they_look_like(self, tmp_path):
+        model, pool = model_with_pool(3)
+        pool.remember("task2", self.clouds(0), torch.arange(20) % 2)
+        pool.remember("task0", self.clouds(1))
+        mixed = torch.cat([self.clouds(0)[:5] + 0.1, self.clouds(1)[:5] - 0.1])
+        pool.activate("task1", merge=True)  # routing looks at the pretrained model, whatever is in force
+        assert pool.route(mixed).tolist() == [2] * 5 + [0] * 5
+        logits = model(mixed, task_ids=pool.route(mixed))
+        assert torch.allclose(logits[:5], model(mixed[:5], task_ids=pool.ids(["task2"] * 5)), atol=1e-5)
+        pool.save(tmp_path / "pool.safetensors")
+        _, again = model_with_pool()
+        again.load(tmp_path / "pool.safetensors")
+        assert again.route(mixed).tolist() == pool.route(mixed).tolist()
+
+    def test_prototypes_and_spread_by_hand(self):
+        features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 5.0]])
+        known = summarise(features, torch.tensor([3, 3, 7]))
+        assert known.prototypes.tolist() == [[1.0, 0.0], [10.0, 5.0]]
+        assert known.scatter.tolist() == [2.0, 0.0]
+        assert known.samples == 3
+
+    def test_distances_count_in_units_of_the_spread(self):
+        wide = summarise(torch.tensor([[-9.0, 0.0], [9.0, 0.0]]))  # wide along the first axis
+        other = summarise(torch.tensor([[0.0, 2.1], [0.0, 1.9]]))
+        # nearer to `other` in plain distance, but far from it in its own narrow axis
+        assert nearest_task(torch.tensor([[3.0, 0.2], [3.0, 1.8]]), {4: wide, 6: other}).tolist() == [4, 6]
+
+    def test_a_removed_task_is_forgotten_and_nothing_to_choose_from_is_an_error(self, images):
+        _, pool = model_with_pool(1)
+        pool.remember("task0", images)
+        pool.remove("task0")
+        with pytest.raises(RecastConfigError, match="pool.remember"):
+            pool.route(images)
+
+    def test_bad_samples(self, images):
+        _, pool = model_with_pool(1)
+        with pytest.raises(RecastConfigError, match=r"labels: +\(2,\)"):
+            pool.remember("task0", images, torch.tensor([0, 1]))
+        with pytest.raises(RecastConfigError, match="at least one sample"):
+            summarise(torch.empty(0, 4))
 
 
 class TestFiles:
