@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -18,6 +19,8 @@ from transformers import (
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
 )
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, get_recast_model
@@ -165,9 +168,14 @@ class TestTransformersLabels:
         config = ViTConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
         )
-        model = get_recast_model(ViTForImageClassification(config).eval(), RecastConfig(id2label={0: "cat", 1: "dog"}))
-        logits = model(pixel_values=torch.randn(1, 3, 16, 16)).logits
-        assert model.get_base_model().config.id2label[int(logits.argmax())] in ("cat", "dog")
+        model = get_recast_model(ViTForImageClassification(config).eval(), RecastConfig(id2label={0: "cat", 1: "dog"}), "pets")
+        model.add_adapter("colours", RecastConfig(id2label={0: "red", 1: "green", 2: "blue"}))
+        processor = ViTImageProcessor(size={"height": 16, "width": 16})
+        classify = pipeline("image-classification", model=model.get_base_model(), image_processor=processor, device="cpu")
+        image = Image.new("RGB", (20, 20), (200, 10, 10))
+        for task, labels in (("pets", {"cat", "dog"}), ("colours", {"red", "green", "blue"}), ("pets", {"cat", "dog"})):
+            model.set_adapter(task)
+            assert {answer["label"] for answer in classify(image)} == labels
 
 
 class TestFiles:
