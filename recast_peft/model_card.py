@@ -154,7 +154,7 @@ def write_repository_card(
 
 
 class _Sizes:
-    """Numbers and bytes of a saved task."""
+    """Numbers and bytes of a saved task: its coefficients, whatever else it holds, its files."""
 
     def __init__(self, coefficients: int, others: int, file_bytes: int, config_bytes: int) -> None:
         self.coefficients, self.others, self.file_bytes, self.config_bytes = coefficients, others, file_bytes, config_bytes
@@ -169,7 +169,7 @@ def task_entries(folder: str | os.PathLike) -> dict[str, int]:
     file = _numbers_file(Path(folder))
     if file is None:
         raise RecastLoadError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: it is no saved task")
-    return _entrytask_sizes(file)
+    return _entry_sizes(file)
 
 
 def _numbers_file(folder: Path) -> Path | None:
@@ -177,6 +177,7 @@ def _numbers_file(folder: Path) -> Path | None:
 
 
 def task_sizes(folder: Path) -> _Sizes:
+    """Numbers and bytes of a saved task."""
     counts = task_entries(folder)
     file = _numbers_file(folder)
     assert file is not None
@@ -184,7 +185,7 @@ def task_sizes(folder: Path) -> _Sizes:
     return _Sizes(coefficients, sum(counts.values()) - coefficients, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
 
 
-def _entrytask_sizes(file: Path) -> dict[str, int]:
+def _entry_sizes(file: Path) -> dict[str, int]:
     """How many numbers each entry of a file has; the numbers themselves are not read from a safetensors file.
 
     Raises:

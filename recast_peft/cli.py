@@ -1,0 +1,145 @@
+"""The command line: look at a plan, look at a saved task, export a task as a plain checkpoint.
+
+recast-peft plan vit_small_patch16_224 --target-modules qkv
+recast-peft inspect user/task
+recast-peft merge user/task --output plain
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .auto import AutoRecastModel
+from .config import TARGET_SHORTHANDS, RecastConfig
+from .errors import RecastConfigError, RecastError
+from .hub import fetch_task
+from .model_card import task_sizes
+from .plan import plan_recast
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of this library are printed without a traceback.
+
+    Returns:
+        the exit status: 0, or 1 after an error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except RecastError as error:
+        print(f"recast-peft {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="recast-peft", description="RECAST tasks for PEFT.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    plan = commands.add_parser("plan", help="show what converting a model would do; no weights are loaded")
+    plan.add_argument("model", help="a timm name, or a transformers name or folder")
+    plan.add_argument("--target-modules", nargs="+", help=f"names, a regular expression, or {', '.join(TARGET_SHORTHANDS)}")
+    plan.add_argument("--group-size", type=int)
+    plan.add_argument("--num-groups", type=int)
+    plan.add_argument("--num-templates", type=int)
+    plan.add_argument("--max-coefficients", type=int)
+    plan.set_defaults(run=_plan)
+
+    inspect = commands.add_parser("inspect", help="show what a saved task is; no model is built")
+    inspect.add_argument("task", help="a folder, or a name on the Hub")
+    inspect.add_argument("--subfolder")
+    inspect.add_argument("--revision")
+    inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser("merge", help="write a task's model as a plain checkpoint, which needs this library no more")
+    merge.add_argument("task", help="a folder, or a name on the Hub")
+    merge.add_argument("--subfolder")
+    merge.add_argument("--revision")
+    merge.add_argument("--backbone", help="a local checkpoint of the backbone, where the task's own record is not enough")
+    merge.add_argument("--output", type=Path, required=True, help="a new folder")
+    merge.set_defaults(run=_merge)
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> None:
+    targets: Any = options.target_modules
+    if targets is not None and len(targets) == 1 and (targets[0] in TARGET_SHORTHANDS or not targets[0].isidentifier()):
+        targets = targets[0]  # a shorthand or a regular expression
+    config = RecastConfig(
+        target_modules=targets,
+        group_size=options.group_size,
+        num_groups=options.num_groups,
+        num_templates=options.num_templates,
+        max_coefficients=options.max_coefficients,
+    )
+    print(plan_recast(_untrained(options.model), config))
+
+
+def _untrained(name: str) -> nn.Module:
+    """A model with the shapes of the named one and weights of any value."""
+    try:
+        import timm
+
+        if timm.is_model(name):
+            return timm.create_model(name, pretrained=False)
+    except ImportError:
+        pass  # transformers alone, then
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers: {error}") from error
+    return AutoModel.from_config(config)
+
+
+def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key in ("subfolder", "revision") if (value := getattr(options, key)) is not None}
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    folder = fetch_task(options.task, **_hub_options(options))
+    config = RecastConfig.from_pretrained(str(folder))
+    sizes = task_sizes(folder)
+    members = [member for group in (config.groups or {}).values() for member in group]
+    backbone = config.backbone or {}
+    lines = [
+        ("base model", backbone.get("name") or config.base_model_name_or_path or "not named"),
+        ("target modules", f"{len(members)} in {len(config.groups or {})} banks"),
+        ("banks", "stored" if config.bank else "compressed" if config.recipes else "exact"),
+        ("coefficients", f"{sizes.coefficients:,}"),
+        ("further numbers", f"{sizes.others:,}"),
+        ("classes", config.num_classes if config.num_classes is not None else "the model's own head"),
+        ("size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
+    ]
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in lines))
+    for name, group in (config.groups or {}).items():
+        print(f"  {name}: {len(group)} modules")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from safetensors.torch import save_model
+
+    if options.output.exists() and any(options.output.iterdir()):
+        raise RecastConfigError(f"--output {options.output} is not empty; nothing was written. Give a new folder.")
+    model = AutoRecastModel.from_pretrained(options.task, backbone=options.backbone, **_hub_options(options))
+    plain = model.merge_and_unload(safe_merge=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if hasattr(plain, "save_pretrained"):
+        plain.save_pretrained(options.output)
+    else:
+        save_model(plain, str(options.output / WEIGHTS_FILE))
+    print(f"the merged model is in {options.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
