@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -320,6 +321,11 @@ class RecastConfig(PeftConfig):
             self._check_names(name)
         if self.target_modules is not None and not self.target_modules:
             raise self._bad("target_modules", "at least one name; None chooses by itself")
+        for name in ("target_modules", "exclude_modules"):
+            try:
+                re.compile(pattern if isinstance(pattern := getattr(self, name), str) else "")
+            except re.error as error:
+                raise self._bad(name, f"names in a list, or a regular expression, which this is not: {error}") from error
         indices = self.layers_to_transform
         if indices is not None:
             listed: Any = [indices] if _is_int(indices) else indices

@@ -38,6 +38,8 @@ class TestAValueThatCannotBeMeant:
             ("target_modules", ""),
             ("target_modules", 7),
             ("target_modules", ["qkv", 7]),
+            ("target_modules", "((("),
+            ("exclude_modules", "[a"),
             ("exclude_modules", {"a": 1}),
             ("modules_to_save", "head"),
             ("modules_to_save", [None]),
