@@ -240,7 +240,11 @@ def share_coefficients(tuner: nn.Module, adapter_name: str, owners: dict[str, st
     Loading may put another parameter in every layer (``low_cpu_mem_usage``), so the sharing is renewed after it.
     """
     held = tuner.__dict__.setdefault("_coefficient_owners", {})
-    if not held:
+    held.pop(adapter_name, None)  # of a deleted task with this name
+    if all(name == owner for name, owner in owners.items()):
+        return
+    if not tuner.__dict__.get("_renews_sharing"):
+        tuner.__dict__["_renews_sharing"] = True
         tuner.register_load_state_dict_post_hook(_renew_sharing)
     held[adapter_name] = owners
     _renew_sharing(tuner, None)

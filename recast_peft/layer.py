@@ -420,14 +420,17 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         templates = bank.get_templates(self.weight_device)
         base = bank.base_row(self.module_name, offsets)
         direct = DIRECT_CALLS.get(type(self.base_layer).forward)
-        if direct is not None and not _is_hooked(self.base_layer) and (self._products_are_cheaper(x, len(templates))):
+        keeps_base = self.is_compressed and not self.is_released  # the pretrained weight is no mix of the templates then
+        by_products = direct is not None and not keeps_base and not _is_hooked(self.base_layer)
+        if by_products and self._products_are_cheaper(x, len(templates)):
+            assert direct is not None
             mixed = mix_by_sample(lambda template: direct(self.base_layer, template, x, False), templates, base + offsets)
             return _add_bias(mixed, self.base_layer)
         anchor = None if self.compressed_bank else self.pretrained_weight
         weights = []
         for key, indices in batch.rows(len(x)).items():
             offset = offsets[indices[0]]
-            if key == NO_TASK and not self.compressed_bank:
+            if key == NO_TASK and not self.is_released:
                 weights.append((self.pretrained_weight, indices))
             else:
                 weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))

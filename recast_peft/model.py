@@ -36,6 +36,7 @@ from .conversion import (
     task_banks,
     write_plan,
 )
+from .errors import RecastBankError
 from .heads import TaskHead, install_head, prepare_head
 from .layer import RecastLayer
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
@@ -113,8 +114,7 @@ class RecastModel(BaseTuner):
             raise
         del trainable  # else it would hold every weight that is about to be released
         install_banks(model, new_banks, config.keep_base_weights)
-        if plan.coefficient_sharing is not None:
-            share_coefficients(self, adapter_name, coefficient_owners(plan.groups, plan.coefficient_sharing))
+        share_coefficients(self, adapter_name, coefficient_owners(plan.groups, plan.coefficient_sharing))
         active = adapter_name in self.active_adapters
         if head is not None:
             install_head(model, adapter_name, head, active, config.inference_mode)
@@ -210,13 +210,29 @@ class RecastModel(BaseTuner):
         if adapter_names is None and task_ids is None:
             yield
             return
-        batch = self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))
+        with self.samples_with_tasks(self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))):
+            yield
+
+    @contextmanager
+    def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
+        """Give every sample its own task until the block ends, also in modules that PEFT saves whole.
+
+        Raises:
+            RecastBankError: if the tasks are a pool's, and an ordinary task has modules of its own in force.
+        """
         handles = []
         try:
             for module in self.modules():
                 # modules that PEFT saves whole are told by PEFT's own argument; our layers and heads ask current_batch
-                if isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, TaskHead):
+                if not isinstance(module, AuxiliaryTrainingWrapper) or isinstance(module, TaskHead):
+                    continue
+                if batch.pool is None:
                     handles.append(module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True))
+                elif not module.disable_adapters and set(module.active_adapters) - {batch.pool.slot}:
+                    raise RecastBankError(
+                        f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms or "
+                        "modules_to_save), which a pool's tasks do not share: call pool.deactivate() first"
+                    )
             with mixed_batch(batch):
                 yield
         finally:

@@ -7,6 +7,7 @@ is made, and a compiled model is not compiled again.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,16 +27,16 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError, RecastTargetError
 from .fingerprint import same_weight
 from .functional import average_sets
-from .heads import Labels, PreparedHead, TaskHead, find_head, prepare_head, task_head
+from .heads import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, prepare_head, task_head
 from .layer import RecastLayer
-from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
+from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
 from .routing import TaskFeatures, nearest_task, summarise
 from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
 
 SLOT = "task_pool"
 FORMAT = "recast-task-pool-1"
-LAYOUT = ("groups", "recipes", "base_fingerprint", "heads", "remembered")  # JSON in the file's metadata
+LAYOUT = ("groups", "recipes", "base_fingerprint", "bank", "heads", "remembered")  # JSON in the file's metadata
 FIRST_CAPACITY = 16
 
 
@@ -83,10 +85,13 @@ class TaskPool:
         self._free: list[int] = []
         self._heads: dict[int, PreparedHead] = {}
         self._remembered: dict[int, TaskFeatures] = {}
+        # layers whose bank only approximates the pretrained weight that they keep: no coefficients of the slot give it back
+        self._keep_base = [layer for layer in layers.values() if layer.is_compressed and not layer.is_released]
         self._active: str | None = None
-        self._merged = False
         self._shown_head: TaskHead | None = None
         tuner.task_pool = (self,)
+        if "task_ids" in inspect.signature(type(model).forward).parameters:
+            model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
         special = getattr(model, "special_peft_forward_args", None)
         if special is not None:
             special.add("task_ids")
@@ -118,8 +123,8 @@ class TaskPool:
 
     @property
     def active(self) -> str | None:
-        """The task that is in force, or None for the pretrained model."""
-        return self._active
+        """The task that is in force, or None for the pretrained model and for an ordinary adapter."""
+        return self._active if self._slot_is_active() else None
 
     def row(self, name: str) -> int:
         """The row of a task.
@@ -200,7 +205,7 @@ class TaskPool:
     def remove(self, name: str) -> None:
         """Take a task out; if it was in force, the pretrained model is."""
         row = self.row(name)
-        if self._active == name:
+        if self.active == name:
             self.deactivate()
         del self._rows[name]
         self._names[row] = None
@@ -237,28 +242,31 @@ class TaskPool:
         """
         row = self.row(name)
         self._make_slot_active()
-        if self._merged and not merge:
+        if not merge:
             self._unmerge()
         self._write(self.table[row])
         if merge:
             for layer in self._layers.values():
                 layer.merge_in_place([self.slot])
-            self._merged = True
         self._show_head(row)
         self._active = name
 
     def deactivate(self) -> None:
         """Put the pretrained model in force, to the last bit (the slot's coefficients are zero)."""
-        if self._merged:
-            self._unmerge()
+        self._make_slot_active()
+        self._unmerge()
         self._write(torch.zeros_like(self.table[0]))
+        for layer in self._keep_base:
+            layer._active_adapter = []
         self._show_head(NO_TASK)
         self._active = None
 
     @contextmanager
     def use(self, name: str, merge: bool = False) -> Iterator[None]:
-        """Put a task in force until the block ends, and then the one before, also after an exception."""
-        before, merged = self._active, self._merged
+        """Put a task in force until the block ends, and then what was before (an ordinary adapter too), also after errors."""
+        before, merged = self.active, any(layer.merged for layer in self._layers.values())
+        ordinary = None if self._slot_is_active() else (list(self.model.active_adapters), self.model.active_adapter)
+        trainable = [(p, p.requires_grad) for p in self.model.parameters()] if ordinary is not None else []
         try:
             self.activate(name, merge=merge)
             yield
@@ -267,6 +275,11 @@ class TaskPool:
                 self.deactivate()
             else:
                 self.activate(before, merge=merged)
+            if ordinary is not None:
+                self._tuner.set_adapter(ordinary[0])
+                self.model.active_adapter = ordinary[1]
+                for parameter, requires_grad in trainable:
+                    parameter.requires_grad_(requires_grad)
 
     def batch(self, tasks: Tensor | Sequence[str | None]) -> Any:
         """A block in which every sample has its own task: ``with pool.batch(["a", "b"]): model(x)``.
@@ -275,14 +288,17 @@ class TaskPool:
             tasks: ``(samples,)`` row numbers, or names; -1 or None is the pretrained model.
         """
         task_ids = tasks if isinstance(tasks, Tensor) else self.ids(tasks)
-        return mixed_batch(self.mixed_batch_of(task_ids))
+        return self._tuner.samples_with_tasks(self.mixed_batch_of(task_ids))
 
     def mixed_batch_of(self, task_ids: Tensor, beams: int = 1) -> MixedBatch:
         """The coefficients of each sample, gathered once for all layers.
 
         Raises:
             ValueError: if a row number is not that of a task.
+            RecastConfigError: if gradients are recorded with gradient checkpointing: what is computed again in the backward
+                pass would no longer know the tasks.
         """
+        self._check_slot()
         if task_ids.ndim != 1 or task_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"task_ids must be whole numbers of shape (samples,), got {task_ids.dtype} {tuple(task_ids.shape)}"
@@ -291,6 +307,12 @@ class TaskPool:
             unknown = [i for i in set(task_ids.tolist()) if i != NO_TASK and not self._is_row(i)]
             if unknown:
                 raise ValueError(f"task_ids holds {unknown[:5]}, which are no rows of the pool's {len(self)} tasks")
+            if torch.is_grad_enabled() and any(map(_is_checkpointed, self._backbone.modules())):
+                raise RecastConfigError(
+                    "a mixed batch cannot be trained with gradient checkpointing, which computes layers again after the call, "
+                    "when the tasks of its samples are forgotten: turn it off (gradient_checkpointing_disable() of "
+                    "transformers, set_grad_checkpointing(False) of timm), or call the model under torch.no_grad()"
+                )
         present = (task_ids >= 0).to(self.table.dtype)[:, None]
         gathered = self.table[task_ids.clamp_min(0).to(self.table.device)] * present.to(self.table.device)
         return MixedBatch(task_ids=task_ids, pool=self, coefficients=gathered, beams=beams)
@@ -373,7 +395,13 @@ class TaskPool:
             prepared = self._heads.get(row)
             if prepared is None:
                 continue
-            heads[str(place)] = {"classes": prepared.labels.num_classes, "id2label": prepared.labels.id2label}
+            heads[str(place)] = {
+                "module": prepared.name,
+                "type": "prototypes" if isinstance(prepared.module, PrototypeHead) else "linear",
+                "dtype": None if prepared.stored_dtype is None else str(prepared.stored_dtype).removeprefix("torch."),
+                "classes": prepared.labels.num_classes,
+                "id2label": prepared.labels.id2label,
+            }
             for key, value in prepared.module.state_dict().items():
                 stored = value if prepared.stored_dtype is None else value.to(prepared.stored_dtype)
                 tensors[f"head.{place}.{key}"] = stored.detach().cpu().contiguous()
@@ -382,6 +410,7 @@ class TaskPool:
             "groups": json.dumps(self._config.groups),
             "recipes": json.dumps(self._config.recipes),
             "base_fingerprint": json.dumps(self._config.base_fingerprint),
+            "bank": json.dumps(_bank_fingerprint(self._config)),
             "heads": json.dumps(heads),
             "remembered": json.dumps(remembered),
             "tasks": str(len(rows)),
@@ -418,10 +447,22 @@ class TaskPool:
     def _is_row(self, row: int) -> bool:
         return 0 <= row < len(self._names) and self._names[row] is not None
 
+    def _slot_is_active(self) -> bool:
+        return list(self.model.active_adapters) == [self.slot]
+
+    def _check_slot(self) -> None:
+        if self.slot not in self._tuner.peft_config:
+            raise RecastConfigError(
+                f"the adapter {self.slot!r}, which this pool writes into, was deleted from the model: make a new TaskPool"
+            )
+
     def _make_slot_active(self) -> None:
-        if list(self.model.active_adapters) != [self.slot]:
+        self._check_slot()
+        if not self._slot_is_active():
             self._tuner.set_adapter(self.slot, inference_mode=True)
             self.model.active_adapter = self.slot
+        for layer in self._keep_base:
+            layer._active_adapter = [self.slot]
 
     def _write(self, row: Tensor) -> None:
         with torch.no_grad():
@@ -432,7 +473,6 @@ class TaskPool:
     def _unmerge(self) -> None:
         for layer in self._layers.values():
             layer.unmerge()
-        self._merged = False
 
     def _show_head(self, row: int) -> None:
         prepared = self._heads.get(row)
@@ -511,6 +551,13 @@ class TaskPool:
         config: RecastConfig = self.model.peft_config[adapter]  # type: ignore[assignment]
         if config.groups != self._config.groups:
             raise _other_layout(f"task {adapter!r} of the model", config, self._config)
+        wrappers = [n for n, m in self._backbone.named_modules() if _is_owned(m, adapter)]
+        if wrappers or config.bias != "none":
+            own = ", ".join(wrappers[:3]) + (", ..." if len(wrappers) > 3 else "") if wrappers else f"biases ({config.bias!r})"
+            raise RecastBankError(
+                f"task {adapter!r} of the model owns more than coefficients and a head of RecastConfig(num_classes=): {own}. "
+                "A pool cannot hold that; keep the task as an adapter."
+            )
         row = torch.zeros(self.numbers_per_task)
         for name, part in self._slices.items():
             row[part] = average_sets(self._layers[name].recast_coefficients[adapter].detach().float().cpu())
@@ -523,7 +570,8 @@ class TaskPool:
         return None
 
     def _check_config(self, what: str, config: RecastConfig) -> None:
-        if config.groups != self._config.groups or config.recipes != self._config.recipes:
+        same_bank = _bank_fingerprint(config) == _bank_fingerprint(self._config)
+        if config.groups != self._config.groups or config.recipes != self._config.recipes or not same_bank:
             raise _other_layout(f"the task at {what!r}", config, self._config)
         self._check_fingerprint(what, config.base_fingerprint or {})
 
@@ -557,7 +605,8 @@ class TaskPool:
             if isinstance(error, RecastLoadError):
                 raise
             raise RecastLoadError(f"the tasks in {path} cannot be read: {error}") from error
-        if layout["groups"] != self._config.groups or layout["recipes"] != self._config.recipes:
+        wanted = (self._config.groups, self._config.recipes, _bank_fingerprint(self._config))
+        if (layout["groups"], layout["recipes"], layout["bank"]) != wanted:
             raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
         self._check_fingerprint(str(path), layout["base_fingerprint"])
         if tuple(table.shape) != (len(names), self.numbers_per_task) or not torch.isfinite(table).all():
@@ -569,7 +618,13 @@ class TaskPool:
         return table, names, heads, remembered
 
     def _head_from(self, place: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> PreparedHead:
-        config = RecastConfig(num_classes=saved["classes"], id2label=saved["id2label"], head_module=self._config.head_module)
+        config = RecastConfig(
+            num_classes=saved["classes"],
+            id2label=saved["id2label"],
+            head_module=saved["module"],
+            head_type=saved["type"],
+            head_dtype=saved["dtype"],
+        )
         head = prepare_head(self._backbone, config)
         assert head is not None
         prefix = f"head.{place}."
@@ -589,11 +644,36 @@ def _layout_config(config: RecastConfig) -> RecastConfig:
         target_modules=config.target_modules,
         groups=config.groups,
         recipes=config.recipes,
+        bank=config.bank,
         keep_base_weights=config.keep_base_weights,
         head_module=config.head_module,
         base_fingerprint=config.base_fingerprint,
         inference_mode=True,
     )
+
+
+def _bank_fingerprint(config: RecastConfig) -> str | None:
+    return config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+
+
+def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("task_ids") is not None:
+        raise RecastConfigError(
+            f"{type(model).__name__} has an argument task_ids of its own, which no pool ever sees: give the tasks by a block, "
+            "with pool.batch(names_or_rows): model(...)"
+        )
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether a module of transformers or timm is computed again in the backward pass."""
+    if getattr(module, "grad_checkpointing", False) is True:
+        return True
+    return module.training and getattr(module, "gradient_checkpointing", False) is True
+
+
+def _is_owned(module: nn.Module, adapter: str) -> bool:
+    """Whether a task owns a module whole, other than as its head."""
+    return isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, TaskHead) and adapter in module._adapters
 
 
 def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastBankError:

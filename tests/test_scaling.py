@@ -137,6 +137,19 @@ class TestSharing:
             shared = {None: False, "roles": same_block, "blocks": same_bank, "all": pair}[sharing]
             assert torch.equal(values[first], values[second]) == shared
 
+    def test_a_new_task_under_a_deleted_ones_name_shares_nothing(self) -> None:
+        model = converted("shared", target_modules=["qkv", "fc1"], coefficient_sharing="all")
+        model.add_adapter("other", RecastConfig(target_modules=["qkv", "fc1"]))
+        model.set_adapter("other")
+        model.delete_adapter("shared")
+        model.add_adapter("shared", RecastConfig(target_modules=["qkv", "fc1"]))
+        model.set_adapter("shared")
+        randomise(model, "shared")
+        before = outputs(model, X)
+        model.load_state_dict(copy.deepcopy(model.state_dict()))  # renews what is shared
+        assert torch.equal(outputs(model, X), before)
+        assert trainable(model) == 16
+
     @pytest.mark.parametrize("sharing", SHARING_CHOICES)
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_survives_saving_and_moving(self, sharing: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:

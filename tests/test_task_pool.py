@@ -10,6 +10,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import layers_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,7 +26,7 @@ from recast_peft import (
     TaskPool,
     get_recast_model,
 )
-from recast_peft.heads import split_logits
+from recast_peft.heads import fit_prototypes, split_logits
 from recast_peft.routing import nearest_task, summarise
 
 TARGETS = ["qkv", "fc1"]
@@ -525,3 +526,154 @@ class TestFiles:
 def _zero(module: nn.Module) -> None:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         tensor.data.fill_(0.01)
+
+
+class TestBesideOrdinaryTasks:
+    def tasks(self) -> tuple[PeftModel, TaskPool]:
+        model, pool = model_with_pool(2)
+        model.set_adapter("first")
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["first"].data.fill_(0.2)
+        return model, pool
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_the_block_puts_an_ordinary_task_back_and_what_it_trains(self, images, merge):
+        model, pool = self.tasks()
+        before = model(images)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        with pool.use("task0", merge=merge):
+            assert not torch.allclose(model(images), before)
+        assert model.active_adapters == ["first"]
+        assert torch.equal(model(images), before)
+        assert trained
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+    def test_deactivating_gives_the_base_whatever_was_active(self, images):
+        model, pool = self.tasks()
+        pool.activate("task0")
+        model.set_adapter("first")
+        assert pool.active is None
+        pool.deactivate()
+        assert torch.equal(model(images), small_vit()(images))
+
+    def test_a_task_that_was_merged_by_the_models_own_verb_gives_way(self, images):
+        model, pool = self.tasks()
+        pool.activate("task1")
+        expected = model(images)
+        pool.activate("task0")
+        model.merge_adapter()
+        pool.activate("task1")
+        assert torch.equal(model(images), expected)
+
+    @pytest.mark.parametrize("owned", [{"train_norms": True}, {"modules_to_save": ["norm"]}, {"bias": "recast_only"}])
+    def test_a_task_that_owns_more_than_a_pool_holds_is_refused(self, owned):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first")
+        model.add_adapter("more", RecastConfig(target_modules=TARGETS, **owned))
+        with pytest.raises(RecastBankError, match="owns more than coefficients"):
+            TaskPool(model).add("more", "more")
+
+    def test_the_pools_samples_never_meet_an_ordinary_tasks_norms(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first").eval()
+        model.add_adapter("norms", RecastConfig(target_modules=TARGETS, train_norms=True))
+        model.set_adapter("norms")
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save.norms." in name:
+                parameter.data += 0.5
+        pool = TaskPool(model)
+        model.set_adapter("norms")
+        expected = small_vit()(images)
+        assert not torch.allclose(model(images), expected)
+        with pytest.raises(RecastBankError, match=r"call pool\.deactivate"):
+            model(images, task_ids=pool.ids([None] * 6))
+        with pytest.raises(RecastBankError, match=r"call pool\.deactivate"), pool.batch([None] * 6):
+            pass
+        pool.deactivate()
+        torch.testing.assert_close(model(images, task_ids=pool.ids([None] * 6)), expected)
+
+    def test_a_slot_that_was_deleted(self, images):
+        model, pool = self.tasks()
+        model.delete_adapter(pool.slot)
+        for use in (lambda: pool.activate("task0"), pool.deactivate, lambda: model(images, task_ids=pool.ids(["task0"] * 6))):
+            with pytest.raises(RecastConfigError, match="make a new TaskPool"):
+                use()
+
+
+class TestOtherBanks:
+    def test_kept_base_weights_are_what_no_task_gives(self, images):
+        model, pool = model_with_pool(1, num_templates=1, keep_base_weights=True)
+        expected = small_vit()(images)
+        pool.activate("task0")
+        task = model(images)
+        pool.deactivate()
+        assert torch.equal(model(images), expected)
+        mixed = model(images, task_ids=pool.ids([None, "task0"] * 3))
+        torch.testing.assert_close(mixed[::2], expected[::2])
+        torch.testing.assert_close(mixed[1::2], task[1::2])
+        pool.activate("task0")
+        assert torch.equal(model(images), task)
+
+    def test_a_fitted_bank_and_no_tasks_of_another_one(self, tmp_path, images):
+        def fitted(steps: int) -> PeftModel:
+            method = {"method": "gradient", "steps": steps, "progress": False}
+            return get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, num_templates=1, mimicry=method), "first")
+
+        model = fitted(2).eval()
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["first"].data.fill_(0.2)
+        expected = model(images)
+        model.save_bank(tmp_path / "bank")
+        model.save_pretrained(tmp_path, selected_adapters=["first"])
+        pool = TaskPool(model)
+        pool.add("own", "first")
+        pool.activate("own")
+        assert torch.equal(model(images), expected)
+        pool.add("same", tmp_path / "first")
+        pool.save(tmp_path / "pool")
+        other = TaskPool(fitted(3))
+        with pytest.raises(RecastBankError, match="other target modules or banks"):
+            other.add("task", tmp_path / "first")
+        with pytest.raises(RecastBankError, match="other target modules or banks"):
+            other.load(tmp_path / "pool")
+
+    def test_prototypes_and_a_head_in_half_precision_come_back(self, tmp_path, images):
+        def model() -> PeftModel:
+            config = RecastConfig(target_modules=TARGETS, num_classes=2, head_type="prototypes", head_module="head")
+            return get_recast_model(small_vit(), config, "first").eval()
+
+        first = model()
+        fit_prototypes(first, [(images, torch.tensor([0, 1] * 3))])
+        expected = first(images)
+        pool = TaskPool(first)
+        pool.add("prototypes", "first")
+        pool.add("half", RecastConfig(num_classes=3, head_dtype="float16", head_module="head"))
+        pool.save(tmp_path / "pool")
+        again = TaskPool(model())
+        again.load(tmp_path / "pool")
+        again.activate("prototypes")
+        assert torch.equal(again.model(images), expected)
+        again.save(tmp_path / "again")
+        assert load_file(tmp_path / "again")["head.1.weight"].dtype == torch.float16
+
+
+class TestWhatIsComputedAgain:
+    def test_gradient_checkpointing_is_refused_and_does_no_harm_without_gradients(self, images):
+        model, pool = model_with_pool(1)
+        model.get_base_model().set_grad_checkpointing()
+        ids = pool.ids(["task0"] * 6)
+        assert model(images, task_ids=ids).shape == (6, 7)
+        with torch.enable_grad(), pytest.raises(RecastConfigError, match="gradient checkpointing"):
+            model(images, task_ids=ids)
+
+    def test_classes_that_would_swallow_task_ids_say_so(self):
+        torch.manual_seed(0)
+        gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=12, n_embd=16, n_layer=2, n_head=2)).eval()
+        model = get_recast_model(gpt, RecastConfig(task_type="CAUSAL_LM"), "first").eval()
+        pool = TaskPool(model)
+        pool.add("task")
+        tokens = torch.ones(2, 4, dtype=torch.long)
+        with pytest.raises(RecastConfigError, match=r"pool\.batch"):
+            model(tokens, task_ids=pool.ids(["task", None]))
+        model.gradient_checkpointing_enable()
+        model.train()
+        with torch.enable_grad(), pytest.raises(RecastConfigError, match="gradient checkpointing"):
+            pool.batch(["task", None])
