@@ -6,7 +6,7 @@ and what fails after that is put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -188,6 +188,12 @@ class RecastModel(BaseTuner):
         super().train(mode)
         if mode:
             freeze_running_statistics(self.model)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
+        super()._apply(fn, recurse)
+        for pool in self.task_pool:  # no module of the model, but it follows the model's device and dtype
+            pool.follow(fn)
         return self
 
     # ---------------------------------------------------------------- unloading

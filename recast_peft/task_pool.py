@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .bank import follow_device
 from .config import RecastConfig
 from .conversion import recast_layers
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError, RecastTargetError
@@ -153,6 +154,12 @@ class TaskPool:
         """The classifier of the task in a row, or None if it has none."""
         prepared = self._heads.get(row)
         return None if prepared is None else prepared.module
+
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Do with table and heads what ``nn.Module.to`` and its kin do with the model; the model calls it."""
+        self.table.data = follow_device(fn, self.table.data)
+        for prepared in self._heads.values():
+            prepared.module._apply(fn)
 
     def nbytes(self) -> int:
         """Bytes of the table and the heads."""

@@ -655,6 +655,21 @@ class TestOtherBanks:
         assert load_file(tmp_path / "again")["head.1.weight"].dtype == torch.float16
 
 
+class TestFollowingTheModel:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_table_and_heads_follow_it_to_another_dtype(self, images, dtype):
+        model, pool = model_with_pool(1)
+        pool.add("headed", RecastConfig(num_classes=3, head_module="head"))
+        table = pool.table
+        model.to(dtype)
+        mixed = model(images.to(dtype), task_ids=pool.ids(["task0", "headed"] * 3))
+        assert mixed.dtype == dtype
+        assert pool.table is table
+        assert table.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        pool.activate("headed")
+        torch.testing.assert_close(model(images.to(dtype))[1], mixed[1, :3])
+
+
 class TestWhatIsComputedAgain:
     def test_gradient_checkpointing_is_refused_and_does_no_harm_without_gradients(self, images):
         model, pool = model_with_pool(1)
