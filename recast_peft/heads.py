@@ -428,13 +428,16 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
         ``(classes, features)`` the prototypes.
 
     Raises:
-        RecastTargetError: if the task has no prototypes, or a class has no example.
+        RecastTargetError: if the task has no prototypes or is not in force, a label is none of its classes, or a class has
+            no example.
     """
     heads = [m for m in model.modules() if isinstance(m, TaskHead)]
     name = adapter_name or (heads[0].active_adapters[0] if heads and heads[0].active_adapters else None)
     head = heads[0].modules_to_save[name] if heads and name is not None and name in heads[0].modules_to_save else None
     if not isinstance(head, PrototypeHead):
         raise RecastTargetError(f"task {name!r} has no prototypes: make it with RecastConfig(..., head_type='prototypes')")
+    if heads[0].disable_adapters or name not in heads[0].active_adapters:
+        raise RecastTargetError(f"task {name!r} is not in force: call model.set_adapter({name!r}) first")
     sums = torch.zeros(head.prototypes.shape, dtype=torch.float64)
     counts = torch.zeros(len(sums), dtype=torch.float64)
     seen: list[Tensor] = []
@@ -446,6 +449,11 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
             for batch in batches:
                 labels = _run(model, batch)
                 features = seen.pop().to("cpu", torch.float64)
+                if labels.min() < 0 or labels.max() >= len(sums):
+                    raise RecastTargetError(
+                        f"labels must be numbers of the task's classes\n  labels:  {int(labels.min())} to {int(labels.max())}\n"
+                        f"  classes: 0 to {len(sums) - 1}"
+                    )
                 sums.index_add_(0, labels.cpu(), features)
                 counts += torch.bincount(labels.cpu(), minlength=len(sums))
     finally:

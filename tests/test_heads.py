@@ -271,6 +271,16 @@ class TestPrototypes:
         with pytest.raises(RecastTargetError, match=r"class \[2\]"):
             fit_prototypes(model, [(images[:2], torch.tensor([0, 1]))])
 
+    def test_labels_that_are_no_classes_and_a_task_that_is_not_in_force(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"), "first")
+        for labels in ([3, 0], [-1, 0]):
+            with pytest.raises(RecastTargetError, match="numbers of the task's classes"):
+                fit_prototypes(model, [(images[:2], torch.tensor(labels))])
+        model.add_adapter("second", RecastConfig(num_classes=3))
+        model.set_adapter("second")
+        with pytest.raises(RecastTargetError, match="set_adapter"):
+            fit_prototypes(model, [(images[:3], torch.arange(3))], "first")
+
     def test_a_task_without_prototypes_is_refused(self, images):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=3))
         with pytest.raises(RecastTargetError, match="head_type='prototypes'"):
