@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,17 +37,17 @@ def weight_fingerprint(weight: Tensor) -> str:
     with torch.no_grad():
         total = torch.zeros(PROJECTIONS, dtype=torch.float64)
         square = 0.0
-        patterns = sign_patterns(BLOCK, PROJECTIONS).to(weight.device)
+        patterns = sign_patterns(BLOCK, PROJECTIONS).T.contiguous().to(weight.device)  # (projections, block)
         flat = weight.detach().reshape(-1)
         rows_at_once = 256
         for start in range(0, flat.numel(), BLOCK * rows_at_once):
             part = flat[start : start + BLOCK * rows_at_once].float()
-            square += float(part.square().sum(dtype=torch.float64))
-            part = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK))
-            rows = part.reshape(-1, BLOCK) @ patterns  # (rows, projections)
-            first_row = start // BLOCK
-            row_signs = sign_patterns(rows.shape[0], PROJECTIONS, first_row).to(weight.device)
-            total += (rows * row_signs).double().sum(dim=0).cpu()
+            square += _square_sum(part)
+            if part.numel() % BLOCK:
+                part = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK))
+            projected = patterns @ part.reshape(-1, BLOCK).T  # (projections, rows)
+            row_signs = sign_patterns(projected.shape[1], PROJECTIONS, start // BLOCK).T.to(weight.device)
+            total += (projected * row_signs).double().sum(dim=1).cpu()
     norm = math.sqrt(square)
     if not math.isfinite(norm):
         raise RecastLoadError("a pretrained weight holds infinite or undefined numbers; no task can be bound to it")
@@ -70,6 +71,13 @@ def same_weight(first: str, second: str) -> bool:
     return bool(close_size and np.all(np.abs(a[1:] - b[1:]) <= PROJECTION_TOLERANCE * PROJECTION_STEP))
 
 
+def _square_sum(part: Tensor) -> float:
+    """Sum of squares; in float64 only where float32 overflows."""
+    square = float(torch.linalg.vector_norm(part)) ** 2
+    return square if math.isfinite(square) else float(part.double().square().sum())
+
+
+@lru_cache(maxsize=256)
 def sign_patterns(length: int, count: int, first: int = 0) -> Tensor:
     """Fixed pseudo-random signs ``(length, count)`` in float32: an integer hash, the same on every machine and version."""
     index = torch.arange(first, first + length, dtype=torch.int64)[:, None] * count + torch.arange(count)
