@@ -136,7 +136,9 @@ def mimicry_report(
     if not layers:
         raise RecastConfigError("the model has no RECAST layers: convert it with get_recast_model first")
     if adapter_name is None:
-        adapter_name = next((name for layer in layers.values() for name in layer.active_adapters), None)
+        active = [name for layer in layers.values() for name in layer.active_adapters]
+        # a pool that shows the base of kept weights leaves no task active
+        adapter_name = next(iter(active or [name for layer in layers.values() for name in layer.recast_bank]), None)
     names = {adapter_name} if adapter_name else set()
     banks = {bank.name: bank for name in names for bank in task_banks(model, name).values()}
     if not banks:

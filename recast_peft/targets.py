@@ -333,10 +333,11 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
         return None, None
     if is_lazy(weight):
         return name, f"{kind} is not initialised yet; run the model once before it is converted"
-    if not weight.is_floating_point() or weight.element_size() < 2 or hasattr(weight, "quant_state"):
+    is_plain = weight.is_floating_point() and weight.element_size() >= 2 and weight.layout == torch.strided
+    if not is_plain or hasattr(weight, "quant_state"):
         return name, (
-            f"its weight is of {weight.dtype}, an integer or quantized type, which is not supported yet; "
-            "load the model in float32, bfloat16 or float16"
+            f"its weight is of {weight.dtype} ({weight.layout}), a sparse, integer or quantized type, which is not supported "
+            "yet; load the model dense and in float32, bfloat16 or float16"
         )
     if weight.ndim < 2:
         return (

@@ -625,21 +625,21 @@ class TaskPool:
         return table, names, heads, remembered
 
     def _head_from(self, place: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> PreparedHead:
-        config = RecastConfig(
-            num_classes=saved["classes"],
-            id2label=saved["id2label"],
-            head_module=saved["module"],
-            head_type=saved["type"],
-            head_dtype=saved["dtype"],
-        )
-        head = prepare_head(self._backbone, config)
-        assert head is not None
         prefix = f"head.{place}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         try:
+            config = RecastConfig(
+                num_classes=saved["classes"],
+                id2label=saved["id2label"],
+                head_module=saved["module"],
+                head_type=saved["type"],
+                head_dtype=saved["dtype"],
+            )
+            head = prepare_head(self._backbone, config)
+            assert head is not None
             head.module.load_state_dict(state)
-        except RuntimeError as error:
-            raise RecastLoadError(f"the head of task {place} does not fit the model: {error}") from error
+        except (KeyError, RuntimeError) as error:
+            raise RecastLoadError(f"the head of task {place} is damaged or does not fit the model: {error}") from error
         head.module.requires_grad_(False)
         head.labels = Labels(config.num_classes, config.id2label)
         return head

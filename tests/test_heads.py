@@ -234,6 +234,29 @@ class TestFinding:
         named = get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3, head_module="1"))
         assert named(torch.ones(2, 4)).shape == (2, 3)
 
+    @pytest.mark.parametrize(
+        ("head", "fields", "message"),
+        [
+            (nn.Identity(), {}, "does not say its num_features"),
+            (nn.ReLU(), {}, "without a linear layer or convolution"),
+            (nn.Sequential(nn.Linear(4, 4)), {"head_type": "prototypes"}, "need a single linear layer"),
+        ],
+    )
+    def test_what_no_head_can_be_built_for(self, head, fields, message):
+        model = nn.Sequential(nn.Linear(4, 4), head)
+        with pytest.raises(RecastTargetError, match=message):
+            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3, head_module="1", **fields))
+        assert type(model[0]) is nn.Linear
+
+    def test_of_two_classifiers_one_has_to_be_named(self):
+        class Distilled(nn.Sequential):
+            def get_classifier(self) -> tuple[nn.Module, ...]:
+                return self[1], self[2]
+
+        model = Distilled(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2))
+        with pytest.raises(RecastTargetError, match="the model has 2 classifiers"):
+            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3))
+
     def test_copying_needs_the_same_classes(self, images):
         with pytest.raises(RecastTargetError, match=r"head head: 7\n +num_classes: 3"):
             get_recast_model(small_vit(), RecastConfig(num_classes=3, head_init="copy"))

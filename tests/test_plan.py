@@ -288,6 +288,12 @@ def eight_bit_floats() -> nn.Module:
     return model
 
 
+def sparse() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)
+    return model
+
+
 def different_sizes() -> nn.Module:
     return nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3))
 
@@ -305,6 +311,7 @@ def parametrised() -> nn.Module:
         (IntegerWeight, ["out"], "integer or quantized"),
         (Quantized, ["out"], "quantized"),
         (eight_bit_floats, ["0"], "float8"),
+        (sparse, ["0"], r"sparse_coo\), a sparse, integer"),
         (different_sizes, ["0"], "different sizes"),
         (parametrised, ["0"], "parametrised"),
         (lambda: nn.Sequential(nn.LazyLinear(4)), ["0"], "not initialised"),

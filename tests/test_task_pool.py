@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import layers_of
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -25,6 +26,7 @@ from recast_peft import (
     RecastLoadError,
     TaskPool,
     get_recast_model,
+    mimicry_report,
 )
 from recast_peft.heads import fit_prototypes, split_logits
 from recast_peft.routing import nearest_task, summarise
@@ -522,6 +524,29 @@ class TestFiles:
         with pytest.raises(RecastConfigError, match="already"):
             fresh.load(path)
 
+    def test_packed_files_with_wrong_contents(self, tmp_path):
+        _, pool = model_with_pool(1)
+        pool.add("headed", RecastConfig(num_classes=3))
+        path = tmp_path / "pool.safetensors"
+        pool.save(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        _, fresh = model_with_pool()
+        table = tensors["coefficients"]
+        for changed, message in (
+            ({"coefficients": table[:, 1:].contiguous()}, "table in .* is damaged"),
+            ({"coefficients": table / 0}, "finite: False"),
+            ({"head.1.weight": torch.zeros(2, 16)}, "head of task 1 is damaged"),
+        ):
+            save_file({**tensors, **changed}, path, metadata)
+            with pytest.raises(RecastLoadError, match=message):
+                fresh.load(path)
+        save_file(tensors, path, {**metadata, "heads": '{"1": {"classes": 3}}'})
+        with pytest.raises(RecastLoadError, match="head of task 1 is damaged"):
+            fresh.load(path)
+        assert len(fresh) == 0
+
 
 def _zero(module: nn.Module) -> None:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -606,6 +631,7 @@ class TestOtherBanks:
         task = model(images)
         pool.deactivate()
         assert torch.equal(model(images), expected)
+        assert not mimicry_report(model).is_exact  # it still finds the banks
         mixed = model(images, task_ids=pool.ids([None, "task0"] * 3))
         torch.testing.assert_close(mixed[::2], expected[::2])
         torch.testing.assert_close(mixed[1::2], task[1::2])
