@@ -22,6 +22,7 @@ from .fitting import fit_bank
 from .heads import fit_prototypes, split_logits
 from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .layer import RecastLayer
+from .lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 from .model import RecastModel
 from .model_card import write_model_card
 from .plan import RecastPlan, plan_recast
@@ -35,6 +36,7 @@ register(RecastConfig, RecastModel)
 
 __all__ = [
     "AutoRecastModel",
+    "LoraConversionReport",
     "MimicryReport",
     "RecastBankError",
     "RecastBaseMismatchError",
@@ -55,6 +57,7 @@ __all__ = [
     "TemplateBank",
     "__version__",
     "collapse_coefficient_sets",
+    "convert_to_lora",
     "fit_bank",
     "fit_prototypes",
     "get_recast_model",
@@ -65,6 +68,7 @@ __all__ = [
     "push_bank_to_hub",
     "push_task_to_hub",
     "push_tasks_to_hub",
+    "save_as_lora",
     "save_compressed_model",
     "scaling_table",
     "split_logits",

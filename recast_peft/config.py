@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -244,6 +245,11 @@ class RecastConfig(PeftConfig):
         if not isinstance(content, dict):
             raise RecastConfigError(f"{path_json_file} holds a {type(content).__name__}; a JSON object is expected")
         return content
+
+    def layout(self, **fields: Any) -> RecastConfig:
+        """A config with the same targets and banks, for a task without a head; ``fields`` are set in it."""
+        same = ("target_modules", "groups", "recipes", "bank", "keep_base_weights", "head_module", "base_fingerprint")
+        return RecastConfig(**{**{name: copy.deepcopy(getattr(self, name)) for name in same}, **fields})
 
     @property
     def effective_group_size(self) -> int | None:

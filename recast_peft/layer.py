@@ -234,8 +234,16 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         return self.pretrained_weight, templates, coefficients.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What a task adds to the weight without it, shaped like the weight, in its dtype."""
-        return self.compose([adapter]) - self.compose([])
+        """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""
+        if adapter not in self.recast_coefficients:
+            return torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.weight_device)
+        device = self.weight_device
+        offsets = average_sets(self.recast_coefficients[adapter]).to(device)
+        return compose_weight(None, self.recast_bank[adapter].get_templates(device), offsets, self.weight_dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks."""
+        return not self.is_compressed and type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     # ---------------------------------------------------------------- tasks
 

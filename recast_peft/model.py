@@ -6,7 +6,7 @@ and what fails after that is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .arithmetic import check_combinable, check_combination, combine_heads, combine_rows, head_of_adapter, task_row, write_row
 from .backbone import describe_backbone
 from .bank_files import StoredBank
 from .config import RecastConfig
@@ -36,8 +37,8 @@ from .conversion import (
     task_banks,
     write_plan,
 )
-from .errors import RecastBankError
-from .heads import TaskHead, install_head, prepare_head
+from .errors import RecastBankError, RecastConfigError
+from .heads import TaskHead, install_head, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
@@ -207,6 +208,70 @@ class RecastModel(BaseTuner):
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
         return model  # type: ignore[return-value]
+
+    # ---------------------------------------------------------------- arithmetic on tasks
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        heads: str | None = None,
+    ) -> None:
+        """Add a task that is a weighted combination of others; it is not made active.
+
+        Args:
+            adapters: tasks on the same banks.
+            weights: one for each, of any sign: ``[1, 1]`` adds tasks, ``[-1]`` forgets one, ``[1 - t, t]`` interpolates,
+                ``[1/3, 1/3, 1/3]`` averages seeds.
+            adapter_name: the new task's name.
+            combination_type: ``"linear"`` (exact: the weights' differences to the base are summed), ``"ties"`` or
+                ``"magnitude_prune"``; see ``arithmetic.combine_rows``.
+            density: the share of each task's numbers that ``"ties"`` and ``"magnitude_prune"`` keep.
+            majority_sign_method: of ``"ties"``: ``"total"`` or ``"frequency"``.
+            heads: the new task's classifier where tasks have their own: ``"first"``, ``"linear"`` or ``"none"``.
+
+        Raises:
+            RecastConfigError: if an argument cannot be used, a task is unknown or owns parts that cannot be combined.
+            RecastBankError: if the tasks are on different banks.
+        """
+        check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
+        known = {name: config for name, config in self.peft_config.items() if isinstance(config, RecastConfig)}
+        unknown = [name for name in adapters if name not in known]
+        if unknown or adapter_name in self.peft_config:
+            what = f"has no RECAST task {unknown[0]!r}" if unknown else f"has a task {adapter_name!r} already"
+            raise RecastConfigError(f"the model {what}; its tasks: {', '.join(self.peft_config)}")
+        configs = {name: known[name] for name in adapters}
+        check_combinable(self.model, configs)
+        head = combine_heads({name: head_of_adapter(self.model, name) for name in adapters}, weights, heads)
+        row = combine_rows(
+            [task_row(self.model, name) for name in adapters], weights, combination_type, density, majority_sign_method
+        )
+        sharing = {config.coefficient_sharing for config in configs.values()}
+        labels = {} if head is None else {"num_classes": head.labels.num_classes, "id2label": head.labels.id2label}
+        dtype = next((config.head_dtype for config in configs.values() if head is not None), None)
+        config = configs[adapters[0]].layout(
+            coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
+            task_type=configs[adapters[0]].task_type,
+            base_model_name_or_path=configs[adapters[0]].base_model_name_or_path,
+            head_type=configs[adapters[0]].head_type if head is not None else "linear",
+            head_dtype=dtype,
+            **labels,
+        )
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        write_row(self.model, adapter_name, row)
+        if head is not None:
+            target = task_head(self.model, head.name).modules_to_save[adapter_name]
+            target.load_state_dict(head.module.state_dict())  # type: ignore[union-attr]
 
     # ---------------------------------------------------------------- a task for each sample
 

@@ -7,12 +7,13 @@ is made, and a compiled model is not compiled again.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .arithmetic import check_combination, combine_heads, combine_rows, head_of_adapter
 from .bank import follow_device
 from .config import RecastConfig
 from .conversion import recast_layers
@@ -69,7 +71,8 @@ class TaskPool:
         self._tuner = tuner
         self.slot = slot
         if slot not in tuner.peft_config:
-            model.add_adapter(slot, _layout_config(tuner.peft_config[like]))  # type: ignore[arg-type]
+            layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True)
+            model.add_adapter(slot, layout)
         self._config: RecastConfig = tuner.peft_config[slot]  # type: ignore[assignment]
         layers = {n: layer for n, layer in recast_layers(tuner.model).items() if slot in layer.recast_bank}
         self._layers: dict[str, RecastLayer] = layers
@@ -185,12 +188,37 @@ class TaskPool:
             RecastBankError: if the task has other target modules or banks.
             RecastLoadError: if its file is damaged, or was made for other pretrained weights.
         """
-        if not isinstance(name, str) or not name or "\n" in name:
-            raise RecastConfigError(f"name={name!r}: expected a name without line breaks")
-        if name in self._rows:
-            raise RecastConfigError(f"the pool has a task {name!r} already; remove it first")
+        self._check_new_name(name)
         values, head = self._read(name, source, hub_kwargs)
         return self._put(name, values, head)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        heads: str | None = None,
+    ) -> int:
+        """Put in a weighted combination of tasks of the pool; the arguments are those of ``RecastModel.add_weighted_adapter``.
+
+        Returns:
+            the row.
+
+        Raises:
+            RecastConfigError: if an argument cannot be used; the pool is left as it was.
+        """
+        check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
+        rows = {name: self.row(name) for name in adapters}
+        values = combine_rows(
+            [self.table.detach()[rows[name]] for name in adapters], weights, combination_type, density, majority_sign_method
+        )
+        head = combine_heads({name: copy.deepcopy(self._heads.get(row)) for name, row in rows.items()}, weights, heads)
+        self._check_new_name(adapter_name)
+        return self._put(adapter_name, values, head)
 
     def load_folder(self, folder: str | Path) -> list[str]:
         """Put in every task saved in a folder (each in a folder of its own, named as the task).
@@ -451,6 +479,12 @@ class TaskPool:
 
     # ---------------------------------------------------------------- inside
 
+    def _check_new_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name or "\n" in name:
+            raise RecastConfigError(f"name={name!r}: expected a name without line breaks")
+        if name in self._rows:
+            raise RecastConfigError(f"the pool has a task {name!r} already; remove it first")
+
     def _is_row(self, row: int) -> bool:
         return 0 <= row < len(self._names) and self._names[row] is not None
 
@@ -523,7 +557,7 @@ class TaskPool:
         if isinstance(source, Mapping):
             return self._row_of(f"task {name!r}", dict(source), {}), None
         if isinstance(source, str) and source in self.model.peft_config:
-            return self._row_of_adapter(source), self._head_of_adapter(source)
+            return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
         config = RecastConfig.from_pretrained(str(source), **hub_kwargs)
         config.__dict__.pop("_origin", None)
         self._check_config(str(source), config)
@@ -569,12 +603,6 @@ class TaskPool:
         for name, part in self._slices.items():
             row[part] = average_sets(self._layers[name].recast_coefficients[adapter].detach().float().cpu())
         return row
-
-    def _head_of_adapter(self, adapter: str) -> PreparedHead | None:
-        for name, module in self._backbone.named_modules():
-            if isinstance(module, TaskHead) and adapter in module.modules_to_save:
-                return module.prepared(name, adapter)
-        return None
 
     def _check_config(self, what: str, config: RecastConfig) -> None:
         same_bank = _bank_fingerprint(config) == _bank_fingerprint(self._config)
@@ -643,20 +671,6 @@ class TaskPool:
         head.module.requires_grad_(False)
         head.labels = Labels(config.num_classes, config.id2label)
         return head
-
-
-def _layout_config(config: RecastConfig) -> RecastConfig:
-    """A config with the same targets and banks as another, for a task without a head."""
-    return RecastConfig(
-        target_modules=config.target_modules,
-        groups=config.groups,
-        recipes=config.recipes,
-        bank=config.bank,
-        keep_base_weights=config.keep_base_weights,
-        head_module=config.head_module,
-        base_fingerprint=config.base_fingerprint,
-        inference_mode=True,
-    )
 
 
 def _bank_fingerprint(config: RecastConfig) -> str | None:
