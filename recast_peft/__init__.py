@@ -29,12 +29,14 @@ from .plan import RecastPlan, plan_recast
 from .registration import register
 from .report import MimicryReport, mimicry_report
 from .scaling import ScalingTable, scaling_table
+from .stacking import STACKABLE
 from .task_pool import TaskPool
 
 register(RecastConfig, RecastModel)
 
 
 __all__ = [
+    "STACKABLE",
     "AutoRecastModel",
     "LoraConversionReport",
     "MimicryReport",

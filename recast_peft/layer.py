@@ -11,7 +11,8 @@ What holds at every moment (W the pretrained weight, T the templates, d the mean
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,8 +90,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
         super().__init__()
-        self.base_layer = base_layer
         self.module_name = module_name
+        self.other_layers: list[Any] = []  # layers of PEFT's other methods around or inside this one; see stacking.py
+        self._held: tuple[str, ...] | None = None  # tasks in the weight that those are merged into; None: none is merged
+        self.base_layer = base_layer
         self.weight_name = weight_name
         self.fingerprint = fingerprint
         self.recast_coefficients = nn.ParameterDict()  # task -> (sets, templates)
@@ -182,7 +185,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
                 "another task for each sample: pass one task at a time instead of adapter_names"
             )
-        if self.merged and not self.disable_adapters:
+        if self._held is not None:
+            self._check_held()
+        if self._held is not None or (self.merged and not self.disable_adapters):
             return self._weight_parameter  # type: ignore[return-value]
         return self._as_pretrained(self.compose([] if self.disable_adapters else self.active_adapters))
 
@@ -299,6 +304,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         if not new:
             return
         merged = [*self.merged_adapters, *new]
+        if self._held is not None:
+            self._check_held(merged)
+            self.merged_adapters = merged
+            return
         with torch.no_grad():
             weight = self.compose(merged)
         if safe_merge and not torch.isfinite(weight).all():
@@ -318,6 +327,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
         """
         present = [name for name in adapter_names if name in self.recast_coefficients]
+        if self._held is not None:
+            raise self._held_error(present)
         if not self.merged:
             self.merge(adapter_names=present)
             return
@@ -331,6 +342,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         """Put the pretrained weight back: the very tensor that was there before."""
         if not self.merged:
             return
+        if self._held is not None:  # the weight goes back when the other layers are unmerged
+            self.merged_adapters = []
+            return
         if self.recast_pretrained is None:
             self._set_weight_parameter(None)
         else:
@@ -338,14 +352,70 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             self.recast_pretrained = None
         self.merged_adapters = []
 
+    @contextmanager
+    def written_by_others(self) -> Iterator[None]:
+        """A block in which a layer of another method writes into the innermost weight: it gets a tensor of its own.
+
+        The tensor holds the weight of the tasks in force, so that what is merged on it is right for any method. It stays for as
+        long as something of another method is merged.
+        """
+        parameter = self._weight_parameter
+        assert parameter is not None
+        if self._held is None:
+            self._held = tuple(self.merged_adapters or self._tasks_in_force())
+            if not self.merged:
+                with torch.no_grad():
+                    weight = self.compose(self._held)
+                self.recast_pretrained = parameter.data
+                parameter.data = weight.clone() if weight is parameter else weight
+        try:
+            yield
+        finally:
+            if not any(other.merged for other in self.other_layers):
+                self._held = None
+                assert self.recast_pretrained is not None
+                if self.merged:
+                    with torch.no_grad():
+                        parameter.data = self.compose(self.merged_adapters)
+                else:
+                    parameter.data, self.recast_pretrained = self.recast_pretrained, None
+
+    def _tasks_in_force(self) -> list[str]:
+        if self.disable_adapters:
+            return []
+        return [name for name in self.merged_adapters or self.active_adapters if name in self.recast_coefficients]
+
+    def _check_held(self, wanted: Sequence[str] | None = None) -> None:
+        """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones."""
+        for other in self.other_layers:
+            if other.merged and other.disable_adapters:
+                other.unmerge()
+        wanted = self._tasks_in_force() if wanted is None else wanted
+        if self._held is not None and set(self._held) != set(wanted):
+            raise self._held_error(wanted)
+
+    def _held_error(self, wanted: Sequence[str]) -> RecastBankError:
+        merged = sorted({name for other in self.other_layers for name in other.merged_adapters})
+        return RecastBankError(
+            f"adapters of another method ({', '.join(merged)}) are merged into {self.module_name} on top of other tasks\n"
+            f"  tasks merged below:  {', '.join(self._held or ()) or 'none'}\n"
+            f"  tasks wanted now:    {', '.join(wanted) or 'none'}\n"
+            "Unmerge them first (unmerge_adapter of the model that they belong to), change the tasks, and merge again."
+        )
+
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Give back the wrapped module as an ordinary one, with the tasks merged into it or not.
 
         A weight that was released for a compressed bank comes back as the bank composes it.
         """
+        inside = [other for other in self.other_layers if other in self.modules()]
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            for other in inside:
+                other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
+            for other in inside:
+                other.unmerge_if_merged()
             self.unmerge()
         base = self.get_base_layer()
         if self._weight_parameter is None:
@@ -369,6 +439,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module computes, with the composed weight; in a mixed batch with each sample's own."""
+        if self._held is not None:
+            self._check_held()
+        if self._held is not None:
+            return self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -398,7 +472,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 return base(*args, **kwargs)
             finally:
                 base.__dict__[self.weight_name] = gathered
-        return torch.func.functional_call(base, {self.weight_name: weight}, args, kwargs)
+        depth = len(self.other_layers) and sum(other in self.modules() for other in self.other_layers)
+        name = "base_layer." * depth + self.weight_name  # inside layers of other methods
+        return torch.func.functional_call(base, {name: weight}, args, kwargs)
 
     def _mixed_batch_forward(self, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.merged and batch.pool is None:
