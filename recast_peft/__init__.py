@@ -19,6 +19,7 @@ from .errors import (
     RecastTargetError,
 )
 from .fitting import fit_bank
+from .growth import GrowthReport, extend_bank, grow_bank, growth_report
 from .heads import fit_prototypes, split_logits
 from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .layer import RecastLayer
@@ -35,6 +36,7 @@ register(RecastConfig, RecastModel)
 
 __all__ = [
     "AutoRecastModel",
+    "GrowthReport",
     "MimicryReport",
     "RecastBankError",
     "RecastBaseMismatchError",
@@ -55,9 +57,12 @@ __all__ = [
     "TemplateBank",
     "__version__",
     "collapse_coefficient_sets",
+    "extend_bank",
     "fit_bank",
     "fit_prototypes",
     "get_recast_model",
+    "grow_bank",
+    "growth_report",
     "load_bank",
     "load_compressed_model",
     "mimicry_report",
