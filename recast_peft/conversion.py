@@ -253,8 +253,8 @@ def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: R
     compressing = [bank for bank in new_banks if not bank.is_anchored]
     if compressing and tasks and not config.keep_base_weights:
         raise RecastBankError(
-            f"compressing {compressing[0].name} and {len(compressing) - 1} other banks would release pretrained weights that the "
-            f"tasks {', '.join(tasks)} of this model were learned with, and change what they compute. Give "
+            f"compressing {compressing[0].name} and {len(compressing) - 1} other banks would release pretrained weights that "
+            f"the tasks {', '.join(tasks)} of this model were learned with, and change what they compute. Give "
             "keep_base_weights=True, or compress with the first task."
         )
 
