@@ -7,6 +7,7 @@ the principal components of the task vectors of a group become templates beside 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .bank_files import StoredBank, StoredGroup
 from .config import RecastConfig
-from .errors import RecastBankError, RecastConfigError
+from .errors import RecastBankError, RecastConfigError, RecastError
 from .fingerprint import same_weight, weight_fingerprint
 from .grown_templates import GrownTemplates, factorise
 from .layer import RecastLayer
@@ -252,15 +253,32 @@ def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
     try:
         if files:
             return load_file(files[0])
-        plain = copy.deepcopy(model)
-        # a head of the source does not matter here, and need not have this model's classes
-        loaded = PeftModel.from_pretrained(plain, str(source), ignore_mismatched_sizes=True)
+        loaded = _loaded(model, str(source))
+    except RecastError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RecastBankError(
             f"the source {str(source)!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
             f"safetensors file, or a folder with {CHECKPOINTS[0]}."
         ) from error
     return loaded.merge_and_unload().state_dict()
+
+
+def _loaded(model: nn.Module, name: str) -> PeftModel:
+    """A saved adapter on a copy of the model; a head of its own does not matter, and need not have this model's classes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), name, ignore_mismatched_sizes=True)
+    for warning in caught:
+        lines = str(warning.message).splitlines()
+        misshaped = [line for line in lines if "found shape" in line]
+        # what is left out must be a head: an adapter without its matrices would seem to move nothing
+        wrong = [line for line in misshaped if ".modules_to_save." not in line]
+        if wrong:
+            raise RecastBankError(f"the source {name!r} does not fit the model: {wrong[0]}")
+        if not misshaped:
+            warnings.warn(warning.message, stacklevel=2)
+    return loaded
 
 
 def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
