@@ -19,6 +19,7 @@ from .errors import (
     RecastTargetError,
 )
 from .fitting import fit_bank
+from .growth import GrowthReport, extend_bank, grow_bank, growth_report
 from .heads import fit_prototypes, split_logits
 from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .layer import RecastLayer
@@ -38,6 +39,7 @@ register(RecastConfig, RecastModel)
 __all__ = [
     "STACKABLE",
     "AutoRecastModel",
+    "GrowthReport",
     "LoraConversionReport",
     "MimicryReport",
     "RecastBankError",
@@ -60,9 +62,12 @@ __all__ = [
     "__version__",
     "collapse_coefficient_sets",
     "convert_to_lora",
+    "extend_bank",
     "fit_bank",
     "fit_prototypes",
     "get_recast_model",
+    "grow_bank",
+    "growth_report",
     "load_bank",
     "load_compressed_model",
     "mimicry_report",

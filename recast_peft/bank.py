@@ -9,7 +9,7 @@ fitted freely, in which case they are stored in a bank file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,16 @@ class TemplateBank(nn.Module):
         return self.templates is None and self.recipe is None
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether offsets are added to the pretrained weight itself, so that zero offsets give it to the last bit."""
+        return self.is_exact
+
+    @property
+    def key(self) -> str:
+        """Its name among the banks of a model."""
+        return self.name
+
+    @property
     def num_templates(self) -> int:
         """Templates in the bank."""
         if self.templates is not None:
@@ -127,6 +137,19 @@ class TemplateBank(nn.Module):
         else:
             templates = list(self.templates.unbind(0))
         return [t if t.device == device else t.to(device) for t in templates]
+
+    def product_terms(self, member: str, offsets: Tensor, device: torch.device) -> tuple[list[Any], Tensor]:
+        """What a member's weight is the sum of, and with which coefficients.
+
+        Args:
+            member: the target module.
+            offsets: ``(samples, templates)``.
+            device: of the terms.
+
+        Returns:
+            n terms, tensors shaped like the weight or low-rank pairs, and coefficients ``(samples, n)``.
+        """
+        return list(self.get_templates(device)), self.base_row(member, offsets) + offsets
 
     def same_recipe(self, recipe: Recipe) -> bool:
         """Whether a recipe would build this very bank."""

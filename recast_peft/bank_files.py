@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import RecastBankError, RecastLoadError
+from .grown_templates import PARTS, GrownTemplates
 from .mimicry import Recipe
 
 BANK_WEIGHTS = "recast_bank.safetensors"
 BANK_CONFIG = "recast_bank.json"
 FORMAT = 1
-KINDS = ("exact", "dense")  # how a group's templates are given; a further kind is a row here and in StoredGroup
+KINDS = ("exact", "dense", "grown")  # how a group's templates are given; a further kind is a row here and in StoredGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,21 +40,34 @@ class StoredGroup:
         base: base coefficients ``(layers, templates)`` in float32; None with ``templates``.
         recipe: how the templates were mixed from the pretrained weights, where they were: a task that names its recipe
             knows the bank by it.
+        grown: templates beside or in place of the members' pretrained weights, to which offsets are added.
     """
 
     members: tuple[str, ...]
     templates: Tensor | None = None
     base: Tensor | None = None
     recipe: Recipe | None = None
+    grown: GrownTemplates | None = None
 
     @property
     def kind(self) -> str:
-        """``"exact"`` or ``"dense"``."""
+        """``"exact"``, ``"dense"`` or ``"grown"``."""
+        if self.grown is not None:
+            return "grown"
         return "exact" if self.templates is None else "dense"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """Shape of the members' weights, where the bank knows it."""
+        if self.grown is not None:
+            return self.grown.weight_shape
+        return None if self.templates is None else tuple(self.templates.shape[1:])
 
     @property
     def num_templates(self) -> int:
         """Templates in the group."""
+        if self.grown is not None:
+            return len(self.grown) + (len(self.members) if self.grown.plain else 0)
         return len(self.members) if self.templates is None else len(self.templates)
 
     @property
@@ -73,6 +87,8 @@ class StoredBank:
         name: where it is stored, a folder or a repository; None while it is in memory alone.
         version: counts the states of a bank that grows; each has a fingerprint of its own.
         fingerprint: of templates and base coefficients: 16 hexadecimal digits.
+        history: earlier versions of a bank that grew: ``{"version": ..., "fingerprint": ..., "templates": {group: count}}``
+            with the count of grown templates. Every version holds the templates of the one before first.
     """
 
     groups: Mapping[str, StoredGroup]
@@ -81,9 +97,10 @@ class StoredBank:
     name: str | None = None
     version: int = 1
     fingerprint: str = ""
+    history: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(group.kind == "dense" for group in self.groups.values()):
+        if all(group.kind == "exact" for group in self.groups.values()):
             raise RecastBankError(
                 "there is nothing to store: every template of these banks is a pretrained weight, so that the banks follow "
                 "from the base model and the task files"
@@ -109,7 +126,28 @@ class StoredBank:
         for name, group in self.groups.items():
             if group.templates is not None and group.base is not None:
                 tensors[f"{name}.templates"], tensors[f"{name}.base"] = group.templates, group.base
+            elif group.grown is not None:
+                tensors.update(group.grown.named(name))
         return tensors
+
+    def at(self, fingerprint: str | None) -> StoredBank | None:
+        """This bank as it was when it had a fingerprint (None: as it is), in the same memory; None if it never had."""
+        if fingerprint in (None, self.fingerprint):
+            return self
+        for place, entry in enumerate(self.history):
+            if entry["fingerprint"] == fingerprint:
+                groups = {
+                    name: group if group.grown is None else replace(group, grown=group.grown.first(entry["templates"][name]))
+                    for name, group in self.groups.items()
+                }
+                return replace(
+                    self,
+                    groups=groups,
+                    version=int(entry["version"]),
+                    fingerprint=str(fingerprint),
+                    history=self.history[:place],
+                )
+        return None
 
     def save(self, path: str | Path) -> StoredBank:
         """Write the bank file into a folder, which is made if missing.
@@ -124,6 +162,7 @@ class StoredBank:
             "format": FORMAT,
             "version": self.version,
             "fingerprint": self.fingerprint,
+            "history": [dict(entry) for entry in self.history],
             "content": _digest(tensors),
             "mimicry": self.mimicry if isinstance(self.mimicry, str) else dict(self.mimicry),
             "groups": {
@@ -132,6 +171,7 @@ class StoredBank:
                     "members": list(group.members),
                     "templates": group.num_templates,
                     "recipe": None if group.recipe is None else group.recipe.to_lists(),
+                    **({} if group.grown is None else _described(group.grown)),
                 }
                 for name, group in self.groups.items()
             },
@@ -158,7 +198,7 @@ class StoredBank:
 
     def under(self, name: str | None) -> StoredBank:
         """The same bank under another name."""
-        return StoredBank(self.groups, self.base_fingerprint, self.mimicry, name, self.version, self.fingerprint)
+        return replace(self, name=name)
 
 
 def load_bank(name: str | Path, *, revision: str | None = None, token: str | None = None) -> StoredBank:
@@ -215,12 +255,34 @@ def _assemble(name: str, header: Any, tensors: dict[str, Tensor]) -> StoredBank:
                 tensors[f"{bank}.templates"] if dense else None,
                 tensors[f"{bank}.base"] if dense else None,
                 None if entry.get("recipe") is None else Recipe.from_lists(entry["recipe"]),
+                _grown_of(bank, entry, tensors) if entry["kind"] == "grown" else None,
             )
         return StoredBank(
-            groups, header["base_fingerprint"], header["mimicry"], name, int(header["version"]), header["fingerprint"]
+            groups,
+            header["base_fingerprint"],
+            header["mimicry"],
+            name,
+            int(header["version"]),
+            header["fingerprint"],
+            tuple(header.get("history", ())),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise RecastLoadError(f"{BANK_CONFIG} of {name!r} lacks or misstates {error}. Fetch it again.") from error
+
+
+def _described(grown: GrownTemplates) -> dict[str, Any]:
+    return {
+        "shape": list(grown.weight_shape),
+        "plain": grown.plain,
+        "factored": len(grown.tensors) == 2,
+        "energy": list(grown.energy),
+    }
+
+
+def _grown_of(bank: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GrownTemplates:
+    only = "" if entry["plain"] else "only_"
+    parts = tuple(tensors[f"{bank}.{only}{part}"] for part in PARTS[2 if entry["factored"] else 1])
+    return GrownTemplates(parts, tuple(entry["shape"]), entry["plain"], tuple(entry["energy"]))
 
 
 def find_bank(reference: Mapping[str, str | None], task_folder: str | None = None) -> StoredBank:
@@ -239,8 +301,9 @@ def find_bank(reference: Mapping[str, str | None], task_folder: str | None = Non
     for place in candidates:
         if place is not None and _local_files(Path(place)):
             bank = load_bank(place)
-            if fingerprint in (None, bank.fingerprint):
-                return bank
+            found = bank.at(fingerprint)
+            if found is not None:
+                return found
             tried.append(f"{place} holds {bank.fingerprint}")
     if name:
         try:
@@ -248,8 +311,9 @@ def find_bank(reference: Mapping[str, str | None], task_folder: str | None = Non
         except RecastBankError as error:
             tried.append(str(error))
         else:
-            if fingerprint in (None, bank.fingerprint):
-                return bank
+            found = bank.at(fingerprint)
+            if found is not None:
+                return found
             tried.append(f"{name} holds {bank.fingerprint}")
     raise RecastBankError(
         f"the task needs the template bank {name!r} with fingerprint {fingerprint}, which is not at hand\n"

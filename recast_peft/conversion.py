@@ -6,7 +6,9 @@ Nothing here changes the model but ``install_banks``, which the tuner calls when
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +21,7 @@ from .config import RecastConfig
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from .fingerprint import same_weight, weight_fingerprint
 from .functional import average_sets
+from .grown_bank import GrownBank
 from .layer import BASE_ADAPTER, RecastLayer
 from .mimicry import FittedTemplates, Recipe
 from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
@@ -79,7 +82,7 @@ def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
     banks: dict[str, TemplateBank] = {}
     for layer in recast_layers(model).values():
         for bank in (*layer.compressed_bank, *layer.recast_bank.values()):
-            banks.setdefault(bank.name, bank)
+            banks.setdefault(bank.key, bank)
     return banks
 
 
@@ -183,10 +186,13 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
     What takes long or can fail happens here; the templates of recipes are built later, one group after the other.
     """
     _check_bank_base(plan, prepared)
-    new = []
+    new: list[TemplateBank] = []
     fitted: dict[str, FittedTemplates] = {}
     for group in plan.groups:
         layers = [prepared[name].layer for name in group.members]
+        if group.is_grown:
+            _prepare_grown(group, plan.bank, layers, prepared, new)
+            continue
         bank = _bank_in_use(group, config, layers)
         if bank is None:
             found = _found_templates(group, plan, config, layers)
@@ -206,6 +212,37 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
     return new
 
 
+def _prepare_grown(
+    group: PlannedGroup,
+    stored: StoredBank | None,
+    layers: list[RecastLayer],
+    prepared: dict[str, PreparedLayer],
+    new: list[TemplateBank],
+) -> None:
+    """Give the layers of a group their grown bank, the one of an earlier task where there is one."""
+    assert stored is not None
+    released = [layer.module_name for layer in layers if layer.is_compressed]
+    if released:
+        raise RecastBankError(
+            f"the grown bank {stored.name or 'in memory'} adds to the pretrained weights, but compressed banks stand for "
+            f"{released[0]} and {len(released) - 1} others: convert a fresh copy of the pretrained model"
+        )
+    held = [bank for layer in layers for bank in layer.recast_bank.values() if isinstance(bank, GrownBank)]
+    same = [bank for bank in held if bank.members == group.members and bank.fingerprint == stored.fingerprint]
+    if same:
+        bank = same[0]
+    else:
+        grown = stored.groups[group.name].grown
+        assert grown is not None
+        # one dictionary for all banks of a file, so that they learn its name together
+        references = (b.stored for b in new if b.stored is not None)
+        reference = next(references, None) or stored.reference
+        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history)
+        new.append(bank)
+    for name in group.members:
+        prepared[name].bank = bank
+
+
 def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:
     """Refuse to release pretrained weights under tasks that were learned with them.
 
@@ -213,10 +250,11 @@ def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: R
         RecastBankError: naming the tasks.
     """
     tasks = sorted({name for layer in recast_layers(model).values() for name in layer.recast_bank})
-    if new_banks and tasks and not config.keep_base_weights:
+    compressing = [bank for bank in new_banks if not bank.is_anchored]
+    if compressing and tasks and not config.keep_base_weights:
         raise RecastBankError(
-            f"compressing {new_banks[0].name} and {len(new_banks) - 1} other banks would release pretrained weights that the "
-            f"tasks {', '.join(tasks)} of this model were learned with, and change what they compute. Give "
+            f"compressing {compressing[0].name} and {len(compressing) - 1} other banks would release pretrained weights that "
+            f"the tasks {', '.join(tasks)} of this model were learned with, and change what they compute. Give "
             "keep_base_weights=True, or compress with the first task."
         )
 
@@ -409,15 +447,21 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     """
     banks = task_banks(model, adapter_name)
     layers = recast_layers(model)
+    version = 1
+    history: tuple[Mapping[str, Any], ...] = ()
     groups = {}
     for name, bank in banks.items():
-        if bank.templates is None or bank.base_coefficients is None:
+        if isinstance(bank, GrownBank):
+            groups[name] = StoredGroup(bank.members, grown=bank.grown)
+            version, history, method = bank.version, bank.history, "grown"
+        elif bank.templates is None or bank.base_coefficients is None:
             groups[name] = StoredGroup(bank.members)
         else:
             groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients, bank.recipe)
     reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
     fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
-    return StoredBank(groups, fingerprints, method, reference["name"], fingerprint=reference["fingerprint"] or "")
+    fingerprint = reference["fingerprint"] or ""
+    return StoredBank(groups, fingerprints, method, reference["name"], version, fingerprint, history)
 
 
 def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
@@ -439,8 +483,11 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
         setattr(model, BANKS, nn.ModuleDict())
     container = getattr(model, BANKS)
     for bank in banks:
-        bank.build()
-        container[bank.name.replace(".", "/")] = bank
+        if not bank.is_anchored:
+            bank.build()
+        container[bank.key.replace(".", "/")] = bank
+        if bank.is_anchored:
+            continue
         for layer in bank.layers:
             layer.compressed_bank = (bank,)
             if not keep_base_weights:

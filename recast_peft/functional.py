@@ -151,14 +151,14 @@ def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Te
     return torch.stack([torch.dot(flat, template.to(work).reshape(-1)) for template in templates])
 
 
-def mix_by_sample(product: Callable[[Tensor], Tensor], templates: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+def mix_by_sample(product: Callable[[Any], Tensor], templates: Sequence[Any], coefficients: Tensor) -> Tensor:
     """Give every sample a weight of its own: ``y_s = sum_i coefficients[s, i] * product(templates[i])[s]``.
 
     n products serve any number of tasks. It holds for whatever is linear in the weight (linear layers, convolutions).
 
     Args:
         product: what the layer computes with a given weight, without its bias; samples lie along the first dimension.
-        templates: n tensors shaped like the weight.
+        templates: n tensors shaped like the weight, or whatever else ``product`` takes for one.
         coefficients: ``(samples, n)``.
 
     Returns:

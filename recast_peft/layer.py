@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .bank import TemplateBank, follow_device
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
+from .grown_templates import product
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
@@ -501,16 +502,17 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             return self._call([], args, kwargs)
         assert batch.pool is not None
         bank = self.recast_bank[batch.pool.slot]
-        templates = bank.get_templates(self.weight_device)
-        base = bank.base_row(self.module_name, offsets)
         direct = DIRECT_CALLS.get(type(self.base_layer).forward)
         keeps_base = self.is_compressed and not self.is_released  # the pretrained weight is no mix of the templates then
-        by_products = direct is not None and not keeps_base and not _is_hooked(self.base_layer)
-        if by_products and self._products_are_cheaper(x, len(templates)):
-            assert direct is not None
-            mixed = mix_by_sample(lambda template: direct(self.base_layer, template, x, False), templates, base + offsets)
-            return _add_bias(mixed, self.base_layer)
+        if direct is not None and not keeps_base and not _is_hooked(self.base_layer):
+            terms, scale = bank.product_terms(self.module_name, offsets, self.weight_device)
+            # a low-rank pair costs next to nothing
+            if self._products_are_cheaper(x, sum(isinstance(term, Tensor) for term in terms)):
+                mixed = mix_by_sample(lambda term: product(direct, self.base_layer, term, x), terms, scale)
+                return _add_bias(mixed, self.base_layer)
+        templates = bank.get_templates(self.weight_device)
         anchor = None if self.compressed_bank else self.pretrained_weight
+        base = bank.base_row(self.module_name, offsets) if anchor is None else offsets.new_zeros(())
         weights = []
         for key, indices in batch.rows(len(x)).items():
             offset = offsets[indices[0]]

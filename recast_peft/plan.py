@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .bank_files import HOW_TO_LOAD, StoredBank, find_bank
+from .bank_files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
 from .config import RecastConfig
 from .errors import RecastBankError, RecastConfigError, RecastTargetError
 from .targets import Candidate, check_materialised, find_targets, total_bytes
@@ -30,9 +30,10 @@ class PlannedGroup:
         members: names of the target modules, in the order of their depth.
         shape: of every member's weight.
         dtype: of every member's weight.
-        num_templates: templates in the bank, at most one for each member.
+        num_templates: templates in the bank; at most one for each member, unless the bank was grown.
         num_coefficient_sets: K, the sets that each member trains.
         fitted: whether the templates are fitted or stored, even where there are as many as members.
+        grown_bytes: of the grown templates; None for a bank that was not grown.
     """
 
     name: str
@@ -42,6 +43,12 @@ class PlannedGroup:
     num_templates: int
     num_coefficient_sets: int
     fitted: bool = False
+    grown_bytes: int | None = None
+
+    @property
+    def is_grown(self) -> bool:
+        """Whether there are grown templates beside (or in place of) the pretrained weights, which are kept."""
+        return self.grown_bytes is not None
 
     @property
     def is_exact(self) -> bool:
@@ -60,7 +67,9 @@ class PlannedGroup:
 
     @property
     def template_bytes(self) -> int:
-        """Bytes of the templates; for an exact bank these are the pretrained weights."""
+        """Bytes of the templates; for an exact bank these are the pretrained weights, of a grown one those beside them."""
+        if self.grown_bytes is not None:
+            return self.grown_bytes
         return self.num_templates * self._one
 
     @property
@@ -112,7 +121,9 @@ class RecastPlan:
         """Bytes of the model after the conversion, one task's coefficients aside."""
         change = 0
         for group in self.groups:
-            if not group.is_exact:
+            if group.is_grown:
+                change += group.template_bytes
+            elif not group.is_exact:
                 change += group.template_bytes - (0 if self.keep_base_weights else group.weight_bytes)
         return self.model_bytes + change
 
@@ -123,7 +134,7 @@ class RecastPlan:
                 group.name,
                 str(len(group.members)),
                 "x".join(map(str, group.shape)),
-                f"{group.num_templates}" + (" (exact)" if group.is_exact else ""),
+                f"{group.num_templates}" + (" (exact)" if group.is_exact else " (grown)" if group.is_grown else ""),
                 str(group.num_coefficients),
                 f"{group.template_bytes:,}",
             )
@@ -218,6 +229,9 @@ def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
     if config.bank_in_memory is not None:
         return config.bank_in_memory
     wanted = config.bank["fingerprint"]
+    grown = held_grown_bank(model, wanted)
+    if grown is not None:
+        return grown
     held: list[Any] = [bank for m in model.modules() for bank in getattr(m, "compressed_bank", ())]
     references = [bank.stored for bank in held if bank.stored is not None]
     if wanted is not None and config.groups is not None and references:
@@ -231,6 +245,25 @@ def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
         )
     folder = config.__dict__.get("_origin", (None,))[0]
     return find_bank(config.bank, folder)
+
+
+def held_grown_bank(model: nn.Module, fingerprint: str | None) -> StoredBank | None:
+    """The grown bank of a fingerprint, put together from the banks that the model's tasks use; None if it has none."""
+    held: dict[str, dict[str, Any]] = {}  # fingerprint -> banks by name
+    fingerprints: dict[str, str] = {}
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "recast_bank")]
+    for module in modules:
+        for bank in module.recast_bank.values():
+            if hasattr(bank, "history") and fingerprint is not None:
+                held.setdefault(bank.stored["fingerprint"], {})[bank.name] = bank
+                fingerprints[module.module_name] = module.fingerprint
+    for own in sorted(held, key=lambda own: own != fingerprint):  # that very version before one that contains it
+        groups = {name: StoredGroup(bank.members, grown=bank.grown) for name, bank in held[own].items()}
+        one = next(iter(held[own].values()))
+        bank = StoredBank(groups, fingerprints, "grown", one.stored["name"], one.version, own, one.history).at(fingerprint)
+        if bank is not None:
+            return bank
+    return None
 
 
 def with_fields(config: RecastConfig, **fields: Any) -> RecastConfig:
@@ -436,11 +469,13 @@ def _given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBa
 def _from_bank(planned: PlannedGroup, bank: StoredBank) -> PlannedGroup:
     """The group as a stored bank has it."""
     stored = bank.groups.get(planned.name)
-    shape = None if stored is None or stored.templates is None else tuple(stored.templates.shape[1:])
+    shape = None if stored is None else stored.weight_shape
     if stored is None or stored.members != planned.members or shape not in (None, planned.shape):
         has = "no such group" if stored is None else f"{shape or planned.shape} for {', '.join(stored.members)}"
         raise RecastBankError(
             f"the template bank {bank.name!r} does not fit group {planned.name!r}\n  in the bank:  {has}\n"
             f"  in the model: {planned.shape} for {', '.join(planned.members)}"
         )
-    return replace(planned, num_templates=stored.num_templates, fitted=stored.templates is not None)
+    grown = stored.grown
+    bytes_of_grown = None if grown is None else sum(t.numel() for t in grown.tensors) * planned.dtype.itemsize
+    return replace(planned, num_templates=stored.num_templates, fitted=stored.kind != "exact", grown_bytes=bytes_of_grown)

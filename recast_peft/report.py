@@ -146,7 +146,7 @@ def mimicry_report(
     modules = []
     for bank in banks.values():
         weights = None if reference is None else [_plain_weight(reference, layers[member]) for member in bank.members]
-        if bank.is_exact:
+        if bank.is_anchored:
             found: dict[str, Fidelity] = dict.fromkeys(bank.members, EXACT)
         elif weights is not None and bank.templates is not None and bank.base_coefficients is not None:
             found = dict(zip(bank.members, measure_fidelity(weights, bank.templates, bank.base_coefficients), strict=True))
@@ -155,7 +155,7 @@ def mimicry_report(
         for member in bank.members:
             one = found.get(member)
             figures = (None, None, None) if one is None else (one.cosine, one.relative_error, one.energy_kept)
-            modules.append(ModuleFidelity(member, bank.name, bank.is_exact, *figures))
+            modules.append(ModuleFidelity(member, bank.name, bank.is_anchored, *figures))
     features = () if batch is None else _compare_features(model, layers, batch, reference)
     return MimicryReport(tuple(modules), features)
 

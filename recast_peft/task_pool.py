@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
@@ -30,6 +31,7 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError, RecastTargetError
 from .fingerprint import same_weight
 from .functional import average_sets
+from .grown_bank import GrownBank
 from .heads import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
@@ -581,6 +583,8 @@ class TaskPool:
             for key, part in keys.items()
         }
         shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
+        if self._versions:
+            entries = {key: self._extended(value, keys[key]) if key in keys else value for key, value in entries.items()}
         missing = [key for key in shapes if key not in entries]
         raise_if_damaged(what, missing, [key for key in entries if key not in shapes], entries, shapes)
         row = torch.zeros(self.numbers_per_task)
@@ -599,16 +603,39 @@ class TaskPool:
                 f"task {adapter!r} of the model owns more than coefficients and a head of RecastConfig(num_classes=): {own}. "
                 "A pool cannot hold that; keep the task as an adapter."
             )
+        self._check_bank(f"task {adapter!r} of the model", config)
         row = torch.zeros(self.numbers_per_task)
         for name, part in self._slices.items():
-            row[part] = average_sets(self._layers[name].recast_coefficients[adapter].detach().float().cpu())
+            values = self._layers[name].recast_coefficients[adapter].detach().float().cpu()
+            row[part] = average_sets(self._extended(values, part))
         return row
 
+    @property
+    def _versions(self) -> tuple[str, ...]:
+        """Fingerprints of the stored bank that the pool's tasks are on, and of its earlier versions; empty for other banks."""
+        for layer in self._layers.values():
+            bank = layer.recast_bank[self.slot]
+            if isinstance(bank, GrownBank):
+                return (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
+            if bank.stored is not None and bank.recipe is None:
+                return (str(bank.stored["fingerprint"]),)
+        return ()
+
+    def _extended(self, values: Tensor, part: slice) -> Tensor:
+        """Coefficients of a task on an earlier version of a grown bank: zero for the templates that came later."""
+        lacking = part.stop - part.start - values.shape[-1]
+        return F.pad(values, (0, lacking)) if self._versions and lacking > 0 else values
+
     def _check_config(self, what: str, config: RecastConfig) -> None:
-        same_bank = _bank_fingerprint(config) == _bank_fingerprint(self._config)
-        if config.groups != self._config.groups or config.recipes != self._config.recipes or not same_bank:
+        if config.groups != self._config.groups or config.recipes != self._config.recipes:
             raise _other_layout(f"the task at {what!r}", config, self._config)
+        self._check_bank(f"the task at {what!r}", config)
         self._check_fingerprint(what, config.base_fingerprint or {})
+
+    def _check_bank(self, what: str, config: RecastConfig) -> None:
+        fingerprint = config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+        if fingerprint not in (self._versions or (None,)):
+            raise _other_bank(what, fingerprint, self._versions)
 
     def _check_fingerprint(self, what: str, recorded: Mapping[str, str]) -> None:
         own = self._config.base_fingerprint or {}
@@ -640,9 +667,10 @@ class TaskPool:
             if isinstance(error, RecastLoadError):
                 raise
             raise RecastLoadError(f"the tasks in {path} cannot be read: {error}") from error
-        wanted = (self._config.groups, self._config.recipes, _bank_fingerprint(self._config))
-        if (layout["groups"], layout["recipes"], layout["bank"]) != wanted:
+        if (layout["groups"], layout["recipes"]) != (self._config.groups, self._config.recipes):
             raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
+        if layout["bank"] != _bank_fingerprint(self._config):
+            raise _other_bank(f"the tasks in {path}", layout["bank"], self._versions)
         self._check_fingerprint(str(path), layout["base_fingerprint"])
         if tuple(table.shape) != (len(names), self.numbers_per_task) or not torch.isfinite(table).all():
             raise RecastLoadError(
@@ -695,6 +723,14 @@ def _is_checkpointed(module: nn.Module) -> bool:
 def _is_owned(module: nn.Module, adapter: str) -> bool:
     """Whether a task owns a module whole, other than as its head."""
     return isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, TaskHead) and adapter in module._adapters
+
+
+def _other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:
+    return RecastBankError(
+        f"{what} has another template bank than the pool\n  bank of the task: {fingerprint or 'no stored bank'}\n"
+        f"  bank of the pool: {own[0] if own else 'no stored bank'}{' or an earlier version' if len(own) > 1 else ''}\n"
+        "Make a pool for it: TaskPool(model, like=<a task on its bank>)."
+    )
 
 
 def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastBankError:

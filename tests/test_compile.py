@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import KINDS, converted, layers_of, outputs, randomise, seeded, vit_input
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from recast_peft import RecastConfig, get_recast_model
 
@@ -92,7 +93,7 @@ def test_merged_and_disabled_models_are_one_graph(merged: bool) -> None:
 
 def test_other_coefficients_need_no_other_graph() -> None:
     model = converted(depth=2)
-    count = torch._dynamo.testing.CompileCounter()
+    count = CompileCounter()
     function = torch.compile(model, backend=count, fullgraph=True)
     for seed in range(4):
         randomise(model, seed=seed)

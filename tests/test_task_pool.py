@@ -656,9 +656,9 @@ class TestOtherBanks:
         pool.add("same", tmp_path / "first")
         pool.save(tmp_path / "pool")
         other = TaskPool(fitted(3))
-        with pytest.raises(RecastBankError, match="other target modules or banks"):
+        with pytest.raises(RecastBankError, match="another template bank"):
             other.add("task", tmp_path / "first")
-        with pytest.raises(RecastBankError, match="other target modules or banks"):
+        with pytest.raises(RecastBankError, match="another template bank"):
             other.load(tmp_path / "pool")
 
     def test_prototypes_and_a_head_in_half_precision_come_back(self, tmp_path, images):

@@ -1,0 +1,94 @@
+"""Grown templates: directions beside the pretrained weights, each a dense tensor or a low-rank pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Names of the tensors in a bank, by how many there are: one of dense templates, or two of low-rank pairs.
+PARTS = {1: ("grown",), 2: ("left", "right")}
+
+
+@dataclass(frozen=True, eq=False)
+class GrownTemplates:
+    """The grown templates of one group.
+
+    Attributes:
+        tensors: one ``(templates, *weight_shape)``, or two factors ``(templates, rows, rank)`` and ``(templates, rank,
+            columns)`` of the weight as a matrix (all dimensions but the first taken together).
+        weight_shape: of every member's weight.
+        plain: whether the members' pretrained weights are templates too; they come first then.
+        energy: share of the sources' squared norm that the first 1, 2, ... templates keep; for information.
+    """
+
+    tensors: tuple[Tensor, ...]
+    weight_shape: tuple[int, ...]
+    plain: bool = True
+    energy: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the templates as they are held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    def first(self, count: int) -> GrownTemplates:
+        """The first templates alone, in the same memory."""
+        return replace(self, tensors=tuple(t[:count] for t in self.tensors), energy=self.energy[:count])
+
+    def dense(self) -> list[Tensor]:
+        """Every template shaped like the weight."""
+        if len(self.tensors) == 1:
+            return list(self.tensors[0].unbind(0))
+        # one product for each template: in a batch of them the bits would depend on how many there are
+        return [(left @ right).reshape(self.weight_shape) for left, right in zip(*self.tensors, strict=True)]
+
+    def named(self, bank: str) -> dict[str, Tensor]:
+        """The tensors by their names in a bank file, which say whether the plain templates are there too."""
+        only = "" if self.plain else "only_"
+        return {f"{bank}.{only}{part}": t for part, t in zip(PARTS[len(self.tensors)], self.tensors, strict=True)}
+
+
+def has_low_rank_product(module: nn.Module) -> bool:
+    """Whether a module's product with a low-rank pair is two small products."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def product(direct: Callable[..., Tensor], module: nn.Module, template: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    """What a module computes with a template as its weight, without its bias.
+
+    Args:
+        direct: the module's computation with a given weight.
+        module: the module.
+        template: shaped like the weight, or a low-rank pair ``(rows, rank)``, ``(rank, columns)``.
+        x: the input.
+    """
+    if isinstance(template, Tensor):
+        return direct(module, template, x, False)
+    left, right = template
+    if isinstance(module, Conv1D):
+        return x @ left.to(x.dtype) @ right.to(x.dtype)
+    return x @ right.to(x.dtype).T @ left.to(x.dtype).T
+
+
+def factorise(templates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest low-rank pair of every template (Eckart and Young).
+
+    Args:
+        templates: ``(templates, *weight_shape)``.
+        rank: of the pairs; at most the smaller side of the weight as a matrix.
+
+    Returns:
+        ``(templates, rows, rank)`` and ``(templates, rank, columns)``, the singular values divided evenly between them.
+    """
+    matrices = templates.flatten(2) if templates.ndim > 2 else templates[..., None]
+    rank = min(rank, *matrices.shape[1:])
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    root = values[:, :rank].sqrt()
+    return (left[:, :, :rank] * root[:, None]).contiguous(), (right[:, :rank] * root[..., None]).contiguous()
