@@ -24,6 +24,7 @@ from .bank import TemplateBank, follow_device
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
+from .recomposed import call_recomposed, can_recompose
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
@@ -373,15 +374,26 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         return self._call(self.active_adapters, args, kwargs)
 
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        direct = self._direct_call(args, kwargs)
+        if direct is not None:
+            terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+            if terms is not None and can_recompose(self.base_layer, args[0], *terms):
+                return call_recomposed(self.base_layer, direct, args[0], *terms)
         return self._call_with(self.compose(adapters), args, kwargs)
+
+    def _direct_call(self, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        """The plain function that stands for a call of the wrapped module, if there is one."""
+        if len(args) != 1 or kwargs or _is_hooked(self.base_layer):
+            return None
+        return DIRECT_CALLS.get(type(self.base_layer).forward)
 
     def _call_with(self, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if weight is self._weight_parameter:
             return self.base_layer(*args, **kwargs)
         weight = self._as_pretrained(weight)
         base = self.base_layer
-        direct = DIRECT_CALLS.get(type(base).forward)
-        if direct is not None and len(args) == 1 and not kwargs and not _is_hooked(base):
+        direct = self._direct_call(args, kwargs)
+        if direct is not None:
             return direct(base, weight, args[0])
         if self.weight_name in base.__dict__:  # FSDP puts the gathered weight here, in front of the parameter
             gathered = base.__dict__[self.weight_name]
@@ -419,8 +431,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         bank = self.recast_bank[batch.pool.slot]
         templates = bank.get_templates(self.weight_device)
         base = bank.base_row(self.module_name, offsets)
-        direct = DIRECT_CALLS.get(type(self.base_layer).forward)
-        if direct is not None and not _is_hooked(self.base_layer) and (self._products_are_cheaper(x, len(templates))):
+        direct = self._direct_call(args, kwargs)
+        if direct is not None and self._products_are_cheaper(x, len(templates)):
             mixed = mix_by_sample(lambda template: direct(self.base_layer, template, x, False), templates, base + offsets)
             return _add_bias(mixed, self.base_layer)
         anchor = None if self.compressed_bank else self.pretrained_weight
