@@ -24,6 +24,7 @@ from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .layer import RecastLayer
 from .model import RecastModel
 from .model_card import write_model_card
+from .optim import create_recast_optimizer
 from .plan import RecastPlan, plan_recast
 from .registration import register
 from .report import MimicryReport, mimicry_report
@@ -55,6 +56,7 @@ __all__ = [
     "TemplateBank",
     "__version__",
     "collapse_coefficient_sets",
+    "create_recast_optimizer",
     "fit_bank",
     "fit_prototypes",
     "get_recast_model",
