@@ -26,6 +26,7 @@ from .layer import RecastLayer
 from .lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 from .model import RecastModel
 from .model_card import write_model_card
+from .optim import create_recast_optimizer
 from .plan import RecastPlan, plan_recast
 from .registration import register
 from .report import MimicryReport, mimicry_report
@@ -62,6 +63,7 @@ __all__ = [
     "__version__",
     "collapse_coefficient_sets",
     "convert_to_lora",
+    "create_recast_optimizer",
     "extend_bank",
     "fit_bank",
     "fit_prototypes",

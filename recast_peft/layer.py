@@ -26,6 +26,7 @@ from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .grown_templates import product
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
+from .recomposed import call_recomposed, can_recompose
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
@@ -456,15 +457,26 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         return self._call(self.active_adapters, args, kwargs)
 
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        direct = self._direct_call(args, kwargs)
+        if direct is not None:
+            terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+            if terms is not None and can_recompose(self.base_layer, args[0], *terms):
+                return call_recomposed(self.base_layer, direct, args[0], *terms)
         return self._call_with(self.compose(adapters), args, kwargs)
+
+    def _direct_call(self, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        """The plain function that stands for a call of the wrapped module, if there is one."""
+        if len(args) != 1 or kwargs or _is_hooked(self.base_layer):
+            return None
+        return DIRECT_CALLS.get(type(self.base_layer).forward)
 
     def _call_with(self, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if weight is self._weight_parameter:
             return self.base_layer(*args, **kwargs)
         weight = self._as_pretrained(weight)
         base = self.base_layer
-        direct = DIRECT_CALLS.get(type(base).forward)
-        if direct is not None and len(args) == 1 and not kwargs and not _is_hooked(base):
+        direct = self._direct_call(args, kwargs)
+        if direct is not None:
             return direct(base, weight, args[0])
         if self.weight_name in base.__dict__:  # FSDP puts the gathered weight here, in front of the parameter
             gathered = base.__dict__[self.weight_name]
@@ -502,9 +514,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             return self._call([], args, kwargs)
         assert batch.pool is not None
         bank = self.recast_bank[batch.pool.slot]
-        direct = DIRECT_CALLS.get(type(self.base_layer).forward)
+        direct = self._direct_call(args, kwargs)
         keeps_base = self.is_compressed and not self.is_released  # the pretrained weight is no mix of the templates then
-        if direct is not None and not keeps_base and not _is_hooked(self.base_layer):
+        if direct is not None and not keeps_base:
             terms, scale = bank.product_terms(self.module_name, offsets, self.weight_device)
             # a low-rank pair costs next to nothing
             if self._products_are_cheaper(x, sum(isinstance(term, Tensor) for term in terms)):

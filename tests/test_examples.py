@@ -49,6 +49,34 @@ class TestDemo:
             demo.main(["--backbone", "test_vit", "--output", str(tmp_path)])
 
 
+class TestTrainingStep:
+    def test_it_compares_time_and_memory_and_writes_what_it_prints(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+        import training_step
+
+        arguments = ["--model", "test_vit", "--size", "160", "--batch", "2", "--rounds", "1", "--targets", "qkv"]
+        more = ["--methods", "RECAST", "LoRA r=8", "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
+        rows = training_step.main([*arguments, *more])["qkv"]
+        assert [row["method"] for row in rows] == ["RECAST", "LoRA r=8"]
+        assert rows[0]["numbers"] < 20 < rows[1]["numbers"]
+        assert rows[1]["time ratio"] == rows[1]["memory ratio"] == 1
+        assert 0 < rows[0]["memory ratio"] < 1.05  # no composed weight is kept
+        assert "memory ratio" in capsys.readouterr().out
+        assert json.loads((tmp_path / "a.json").read_text())["qkv"] == rows
+        assert (tmp_path / "a.png").stat().st_size > 1000
+
+    def test_peak_memory_counts_what_lives_at_one_moment(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+        from memory import peak_bytes
+
+        def work() -> None:
+            first = torch.ones(1000)
+            del first
+            torch.ones(500) + torch.ones(700)[:500]
+
+        assert 4000 <= peak_bytes(work) < 8000
+
+
 class TestOrders:
     def test_the_order_changes_nothing_for_recast_and_fine_tuning_forgets(self):
         import task_orders

@@ -45,6 +45,23 @@ def machine() -> str:
     return f"{platform.machine()}, {device}, torch {torch.__version__}"
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as text, numbers to the right."""
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0]), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def write(path: Path | None, content: dict[str, Any]) -> None:
     """Write results as JSON with the machine, if a path is given."""
     if path is not None:

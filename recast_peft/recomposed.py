@@ -1,0 +1,178 @@
+"""Linear layers and convolutions whose weight is composed in the forward pass and again in the backward pass.
+
+An ordinary call keeps the composed weight for the gradient of its input: one tensor of the weight's size for every layer until
+the backward pass reaches it. Here the input, the few coefficients and references to the templates are kept. Two tensors of the
+weight's size live for a moment in the backward pass, one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .functional import compose_weight, template_inner_products
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class _LinearGradients:
+    """Of ``y = x W^T``; x ``(..., in)``, W ``(out, in)``."""
+
+    @staticmethod
+    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ weight
+
+    @staticmethod
+    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+class _TransposedLinearGradients:
+    """Of ``y = x W``; x ``(..., in)``, W ``(in, out)``."""
+
+    @staticmethod
+    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ weight.T
+
+    @staticmethod
+    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
+
+
+class _ConvGradients:
+    """Of a convolution padded with zeros, of any number of dimensions."""
+
+    @staticmethod
+    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        x = grad.new_empty(1).expand(shape)  # only its shape counts
+        return _convolution_backward(module, grad, x, weight, (True, False, False))[0]
+
+    @staticmethod
+    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        weight = grad.new_empty(1).expand(weight_shape)  # only its shape counts
+        return _convolution_backward(module, grad, x, weight, (False, True, False))[1]
+
+
+def _convolution_backward(module: Any, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, module.stride, module.padding, module.dilation, False, module.output_padding, module.groups, mask
+    )
+
+
+_GRADIENTS: dict[Callable, Any] = {
+    nn.Linear.forward: _LinearGradients,
+    Conv1D.forward: _TransposedLinearGradients,
+    nn.Conv1d.forward: _ConvGradients,
+    nn.Conv2d.forward: _ConvGradients,
+    nn.Conv3d.forward: _ConvGradients,
+}
+
+
+def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> bool:
+    """Whether a call can compose its weight again in the backward pass, and has anything to gain from it.
+
+    A compiler decides by itself what it computes again. Templates that are trained themselves, tensors of other classes, and
+    convolutions that pad or unsqueeze before they convolve take the ordinary call.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(module).forward not in _GRADIENTS:
+        return False
+    weights = templates if anchor is None else [anchor, *templates]
+    if type(x) not in _PLAIN or any(type(weight) not in _PLAIN or weight.requires_grad for weight in weights):
+        return False
+    if isinstance(module, nn.modules.conv._ConvNd):
+        batched = x.ndim == len(module.kernel_size) + 2
+        if module.padding_mode != "zeros" or isinstance(module.padding, str) or not batched:
+            return False
+    return x.requires_grad or coefficients.requires_grad
+
+
+def call_recomposed(
+    module: nn.Module,
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    x: Tensor,
+    anchor: Tensor | None,
+    templates: Sequence[Tensor],
+    coefficients: Tensor,
+) -> Tensor:
+    """What a module computes with the weight ``anchor + sum_i coefficients[i] * templates[i]``.
+
+    Args:
+        module: a linear layer or convolution for which ``can_recompose`` holds.
+        call: what it computes with a given weight: ``call(module, weight, x)``.
+        x: its input.
+        anchor: shaped like the weight, or None for zero.
+        templates: n tensors shaped like the weight.
+        coefficients: ``(n,)``.
+
+    Returns:
+        the module's output, differentiable in the input, the coefficients and the module's bias.
+    """
+    # as the product sees it: what is kept has half the size under autocast
+    x = _cast_for_autocast(x)
+    # a copy: another task may be written into the coefficients before the backward pass comes
+    coefficients = coefficients.clone()
+    bias = getattr(module, "bias", None)
+    weights = [weight.detach() for weight in templates if weight is not anchor]
+    # which of the templates is the anchor itself: nothing is kept twice
+    places = tuple(place for place, template in enumerate(templates) if template is anchor)
+    return _Recomposed.apply(module, call, places, x, bias, coefficients, None if anchor is None else anchor.detach(), *weights)
+
+
+class _Recomposed(torch.autograd.Function):
+    """The call and its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: nn.Module,
+        call: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        places: tuple[int, ...],
+        x: Tensor,
+        bias: Tensor | None,
+        coefficients: Tensor,
+        anchor: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.module, ctx.places, ctx.x_shape = module, places, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[5] else None, coefficients, anchor, *weights)
+        weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
+        if not torch.is_autocast_enabled(x.device.type):
+            weight.requires_grad_()  # torch chooses among matrix products by this mark; autocast would keep a copy for it
+        return call(module, weight, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, coefficients, anchor, *weights = ctx.saved_tensors
+        templates = _templates(anchor, weights, ctx.places)
+        gradients = _GRADIENTS[type(ctx.module).forward]
+        grad_x = grad_bias = grad_coefficients = None
+        if ctx.needs_input_grad[3]:
+            weight = compose_weight(anchor, templates, coefficients).to(grad.dtype)
+            grad_x = gradients.of_input(ctx.module, grad, weight, ctx.x_shape)
+            del weight
+        if ctx.needs_input_grad[4]:
+            channel = 1 if gradients is _ConvGradients else grad.ndim - 1
+            grad_bias = grad.sum([d for d in range(grad.ndim) if d != channel]).to(ctx.module.bias.dtype)
+        if ctx.needs_input_grad[5]:
+            grad_weight = gradients.of_weight(ctx.module, grad, x, templates[0].shape)
+            grad_coefficients = template_inner_products(grad_weight, templates).to(coefficients.dtype)
+        return None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
+
+
+def _templates(anchor: Tensor | None, weights: Sequence[Tensor], places: tuple[int, ...]) -> list[Tensor]:
+    templates = list(weights)
+    for place in places:
+        assert anchor is not None
+        templates.insert(place, anchor)
+    return templates
+
+
+def _cast_for_autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
