@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import RecastConfig
-from .errors import RecastTargetError
+from .errors import RecastConfigError, RecastTargetError
 from .mixed_batch import BASE_ADAPTER, current_batch
 from .targets import head_names
 
@@ -382,6 +382,24 @@ def install_head(model: nn.Module, adapter_name: str, head: PreparedHead, active
         wrapper.set_adapter([adapter_name], inference_mode=inference_mode)
     else:
         head.module.requires_grad_(False)
+
+
+def check_one_owner(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Refuse to put several tasks in force at once that own the same module, such as a classifier each.
+
+    Raises:
+        RecastConfigError: naming the tasks and the module.
+    """
+    if len(adapter_names) < 2:
+        return
+    for name, module in model.named_modules():
+        owners = [n for n in adapter_names if n in module._adapters] if isinstance(module, AuxiliaryTrainingWrapper) else []
+        if len(owners) > 1:
+            raise RecastConfigError(
+                f"the tasks {', '.join(owners)} own a module {name!r} each, of which only one can be in force: activate one of "
+                "these tasks, give each sample its own (adapter_names=, or a TaskPool), or combine them into a new one "
+                "(add_weighted_adapter)"
+            )
 
 
 # ---------------------------------------------------------------- labels

@@ -38,7 +38,7 @@ from .conversion import (
     write_plan,
 )
 from .errors import RecastBankError, RecastConfigError
-from .heads import TaskHead, install_head, prepare_head, task_head
+from .heads import TaskHead, check_one_owner, install_head, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
@@ -63,7 +63,7 @@ class RecastModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
-    task_pool: tuple[Any, ...] = ()  # empty, or the one TaskPool of this model
+    task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first: task_ids refer to that one
 
     # ---------------------------------------------------------------- conversion
 
@@ -197,6 +197,15 @@ class RecastModel(BaseTuner):
             pool.follow(fn)
         return self
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; several tasks that own the same module are refused before anything is changed.
+
+        Raises:
+            RecastConfigError: naming the tasks and the module.
+        """
+        check_one_owner(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
     # ---------------------------------------------------------------- unloading
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -317,9 +326,17 @@ class RecastModel(BaseTuner):
             return MixedBatch(names=tuple(adapter_names), beams=beams)
         if adapter_names is not None:
             raise ValueError("adapter_names and task_ids were both given; give one of them")
+        return self.pool_in_use().mixed_batch_of(task_ids, beams)
+
+    def pool_in_use(self) -> Any:
+        """The TaskPool that ``task_ids`` refer to.
+
+        Raises:
+            RecastConfigError: if the model has none.
+        """
         if not self.task_pool:
-            raise ValueError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
-        return self.task_pool[0].mixed_batch_of(task_ids, beams)
+            raise RecastConfigError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
+        return self.task_pool[0]
 
     def _check_mixed_batch(self, adapter_names: Any) -> None:
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):

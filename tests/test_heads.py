@@ -88,6 +88,20 @@ class TestSwitching:
         assert torch.allclose(plain(images), live, atol=1e-5)
         assert plain.num_classes == 2
 
+    def test_two_heads_cannot_be_in_force_at_once_and_nothing_changes(self, two_tasks, images):
+        two_tasks.add_adapter("plain", RecastConfig())
+        learn_something(two_tasks, "plain")
+        before = two_tasks(images)
+        trained = [name for name, p in two_tasks.named_parameters() if p.requires_grad]
+        with pytest.raises(RecastConfigError, match="flowers, cars own a module 'head' each.*add_weighted_adapter"):
+            two_tasks.base_model.set_adapter(["plain", "flowers", "cars"])
+        assert two_tasks.active_adapters == ["flowers"]
+        assert torch.equal(two_tasks(images), before)
+        assert [name for name, p in two_tasks.named_parameters() if p.requires_grad] == trained
+        two_tasks.base_model.set_adapter(["plain", "flowers"])
+        assert two_tasks(images).shape == (6, 5)
+        assert not torch.allclose(two_tasks(images), before)
+
     def test_only_the_active_tasks_head_is_trained(self, two_tasks):
         two_tasks.set_adapter("cars")
         trained = [name for name, p in two_tasks.named_parameters() if p.requires_grad and "head" in name]
