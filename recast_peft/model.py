@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -212,7 +212,7 @@ class RecastModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        with _renamed_child(self.model, "base_layer"):
+        with _renamed_children(self.model, "base_layer"):
             model = super()._unload_and_optionally_merge(*args, **kwargs)
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
@@ -429,17 +429,17 @@ def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) 
 
 
 @contextmanager
-def _renamed_child(model: nn.Module, name: str) -> Iterator[None]:
-    """Give a child of the model another name for a while, in the same place; nothing happens if there is none.
+def _renamed_children(model: nn.Module, name: str) -> Iterator[None]:
+    """Give the model's own modules of a name another one for a while, in the same place.
 
     PEFT takes whatever has a ``base_layer`` for a layer of its own, and timm's DLA is a model that has one.
     """
-    if name not in model._modules:
-        yield
-        return
     other = f"{name}_of_the_model"
+    parents = [m for m in model.modules() if name in m._modules and not isinstance(m, BaseTunerLayer)]
     try:
-        model._modules = {other if key == name else key: child for key, child in model._modules.items()}
+        for parent in parents:
+            parent._modules = {other if key == name else key: child for key, child in parent._modules.items()}
         yield
     finally:
-        model._modules = {name if key == other else key: child for key, child in model._modules.items()}
+        for parent in parents:
+            parent._modules = {name if key == other else key: child for key, child in parent._modules.items()}
