@@ -422,9 +422,11 @@ class RecastModel(BaseTuner):
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     batch = current_batch()
-    if batch is not None and args:
+    if batch is not None and batch.pool is None and args:  # another thread's call may be a pool's
         repeats = batch.repeats(len(args[0]))
-        kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
+        known: set[str] = module._adapters  # type: ignore[assignment]
+        names = [name if name in known else BASE_ADAPTER for name in batch.names]
+        kwargs["adapter_names"] = [name for name in names for _ in range(repeats)]
     return args, kwargs
 
 

@@ -49,10 +49,13 @@ TEXT_MODELS = {  # by PEFT's task types
     "TOKEN_CLS": (BertForTokenClassification, BertConfig(**SMALL)),
     "QUESTION_ANS": (BertForQuestionAnswering, BertConfig(**SMALL)),
     "FEATURE_EXTRACTION": (BertModel, BertConfig(**SMALL)),
-    "CAUSAL_LM": (GPT2LMHeadModel, GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2)),
+    "CAUSAL_LM": (
+        GPT2LMHeadModel,
+        GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
+    ),
     "SEQ_2_SEQ_LM": (
         T5ForConditionalGeneration,
-        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2),
+        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
     ),
 }
 
@@ -315,6 +318,53 @@ class TestMixedBatch:
         assert torch.equal(together[1], untouched.table[1])
         assert not torch.allclose(together[0], untouched.table[0], atol=1e-3)
 
+    def test_one_batch_trains_the_heads_of_many_tasks(self, images):
+        labels = {"five": torch.tensor([4, 0, 2]), "two": torch.tensor([1, 0, 1])}
+
+        def train(which: list[str]) -> dict[str, list[torch.Tensor]]:
+            model, pool = model_with_pool()
+            pool.add("five", RecastConfig(num_classes=5, seed=1))
+            pool.add("two", RecastConfig(num_classes=2, seed=2))
+            pool.requires_grad_()
+            optimiser = torch.optim.SGD(pool.parameters(), lr=0.5)
+            for _ in range(3 if which else 0):
+                ids = pool.ids([name for name in which for _ in range(3)])
+                x = torch.cat([images[:3] if name == "five" else images[3:] for name in which])
+                targets = torch.cat([labels[name] for name in which])
+                with torch.enable_grad():
+                    loss = nn.functional.cross_entropy(model(x, task_ids=ids), targets, reduction="sum")
+                    optimiser.zero_grad()
+                    loss.backward()
+                optimiser.step()
+            heads = {name: [p.detach() for p in pool.head(pool.row(name)).parameters()] for name in pool}
+            return {name: [pool.table.detach()[pool.row(name)], *heads[name]] for name in pool}
+
+        start, together = train([]), train(["five", "two"])
+        for name in ("five", "two"):
+            alone = train([name])
+            for mine, apart, before in zip(together[name], alone[name], start[name], strict=True):
+                torch.testing.assert_close(mine, apart, rtol=1e-4, atol=1e-5)
+                assert not torch.allclose(mine, before, atol=1e-3)
+            other = "two" if name == "five" else "five"
+            assert all(torch.equal(a, b) for a, b in zip(alone[other], start[other], strict=True))
+
+    def test_a_compiled_model_is_told_by_the_argument_as_well(self, images):
+        compiled: list[int] = []
+
+        def count(graph, inputs):
+            compiled.append(1)
+            return graph.forward
+
+        model, _ = model_with_pool(3)
+        fast = torch.compile(model, backend=count)
+        generator = torch.Generator().manual_seed(0)
+        counts = []
+        for _ in range(6):
+            ids = torch.randint(0, 3, (6,), generator=generator)
+            torch.testing.assert_close(fast(images, task_ids=ids), model(images, task_ids=ids), rtol=1e-4, atol=1e-5)
+            counts.append(len(compiled))
+        assert counts[1:] == counts[1:2] * 5
+
     def test_a_compiled_model_takes_any_mixture(self, images):
         compiled: list[int] = []
 
@@ -331,6 +381,22 @@ class TestMixedBatch:
                 mixed = fast(images)
             assert torch.allclose(mixed, model(images, task_ids=ids), atol=1e-5)
         assert len(compiled) == 1
+
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_text_generation_with_an_encoder(self, beams):
+        model = get_recast_model(text_model("SEQ_2_SEQ_LM"), RecastConfig(task_type="SEQ_2_SEQ_LM")).eval()
+        pool = TaskPool(model)
+        for name, seed in (("up", 1), ("down", 2)):
+            pool.add(name, {key: 8 * value for key, value in random_state(pool, seed).items()})
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+        mixed = model.generate(input_ids=TOKENS, task_ids=pool.ids(["up", "down"]), **options)
+        alone = []
+        for i, name in enumerate(("up", "down")):
+            pool.activate(name)
+            alone.append(model.generate(input_ids=TOKENS, **options))
+            length = min(mixed.shape[1], alone[i].shape[1])
+            assert torch.equal(mixed[i, :length], alone[i][i, :length])
+        assert not torch.equal(alone[0], alone[1])
 
     def test_text_generation(self):
         torch.manual_seed(0)
@@ -428,6 +494,45 @@ class TestThreads:
             thread.join()
         assert not wrong
         assert not torch.equal(expected["task0"], expected["task1"])
+
+    def test_ordinary_tasks_by_name_beside_a_pools_tasks(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, num_classes=3), "flowers").eval()
+        model.add_adapter("cars", RecastConfig(target_modules=TARGETS, num_classes=5))
+        model.add_adapter("whole", RecastConfig(target_modules=TARGETS, modules_to_save=["blocks.1.attn.proj"]))
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if name.endswith((".flowers", ".cars", ".whole")) or ".modules_to_save." in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.3
+        pool = TaskPool(model)
+        pool.add("pooled", random_state(pool, 3))
+        pool.deactivate()
+        calls = {
+            "all": lambda: model(images, adapter_names=["flowers", "cars", "whole", "__base__", "whole", "flowers"]),
+            "whole": lambda: model(images, adapter_names=["whole"] * 6),
+            "pool": lambda: model(images, task_ids=pool.ids(["pooled", None] * 3)),
+            "none": lambda: model(images),
+        }
+        expected = {name: call() for name, call in calls.items()}
+        model.set_adapter("whole")
+        torch.testing.assert_close(model(images), expected["whole"])
+        pool.deactivate()
+        assert len({result.sum().item() for result in expected.values()}) == 4
+        outcomes: list[bool | Exception] = []
+
+        def serve(name: str) -> None:
+            with torch.no_grad():
+                for _ in range(15):
+                    try:
+                        outcomes.append(torch.equal(calls[name](), expected[name]))
+                    except Exception as error:
+                        outcomes.append(error)
+
+        threads = [threading.Thread(target=serve, args=(name,)) for name in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes == [True] * 60
 
 
 class TestSavingTheModel:
