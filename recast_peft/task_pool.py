@@ -33,6 +33,7 @@ from .fingerprint import same_weight
 from .functional import average_sets
 from .grown_bank import GrownBank
 from .heads import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, prepare_head, task_head
+from .hub import fetch_task
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
@@ -187,7 +188,7 @@ class TaskPool:
             name: of the task.
             source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as a task file holds
                 it, or a config for a fresh task (with a head, if it says so); None is a fresh task without a head.
-            hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like.
+            hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like, as for ``AutoRecastModel.from_pretrained``.
 
         Returns:
             the row.
@@ -196,6 +197,7 @@ class TaskPool:
             RecastConfigError: if the name is taken or cannot be used.
             RecastBankError: if the task has other target modules or banks.
             RecastLoadError: if its file is damaged, or was made for other pretrained weights.
+            RecastHubError: if its repository cannot be reached or read.
         """
         self._check_new_name(name)
         values, head = self._read(name, source, hub_kwargs)
@@ -576,13 +578,11 @@ class TaskPool:
             return self._row_of(f"task {name!r}", dict(source), {}), None
         if isinstance(source, str) and source in self.model.peft_config:
             return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
-        config = RecastConfig.from_pretrained(str(source), **hub_kwargs)
+        folder = str(fetch_task(source, **hub_kwargs))
+        config = RecastConfig.from_pretrained(folder)
         config.__dict__.pop("_origin", None)
         self._check_config(str(source), config)
-        try:
-            entries = load_peft_weights(str(source), device="cpu", **hub_kwargs)
-        except Exception as error:
-            raise RecastLoadError(f"the coefficients of the task at {str(source)!r} cannot be read: {error}") from error
+        entries = load_peft_weights(folder, device="cpu")
         head = prepare_head(backbone, config)
         values = self._row_of(f"the task at {str(source)!r}", entries, {} if head is None else head.shapes())
         if head is not None:

@@ -760,8 +760,12 @@ class TestFiles:
                 pool.load_folder(tmp_path)
             assert pool.names == ["task0"]
         file.write_bytes(file.read_bytes()[:50])
-        with pytest.raises(RecastLoadError, match="cannot be read"):
+        with pytest.raises(RecastLoadError, match="is damaged"):
             pool.load_folder(tmp_path)
+        file.rename(file.with_name("adapter_model.bin"))
+        with pytest.raises(RecastLoadError, match="is damaged"):
+            pool.load_folder(tmp_path)
+        assert pool.names == ["task0"]
         with pytest.raises(RecastLoadError, match="no saved task"):
             pool.load_folder(tmp_path / "good")
 
