@@ -137,7 +137,12 @@ class TaskHead(ModulesToSaveWrapper):
         return PreparedHead(name, module, labels, self._stored_dtype.get(adapter_name))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """Put the head of the task that has one in force, or else the model's own (transformers' verbs ask every head)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        owners = [name for name in names if name in self._adapters]
+        if len(owners) > 1:
+            raise _several_owners(owners, "of their own as classifier")
+        super().set_adapter(owners, inference_mode=inference_mode)
         self._freeze_prototypes()
         self.show_labels()
 
@@ -395,11 +400,14 @@ def check_one_owner(model: nn.Module, adapter_names: Sequence[str]) -> None:
     for name, module in model.named_modules():
         owners = [n for n in adapter_names if n in module._adapters] if isinstance(module, AuxiliaryTrainingWrapper) else []
         if len(owners) > 1:
-            raise RecastConfigError(
-                f"the tasks {', '.join(owners)} own a module {name!r} each, of which only one can be in force: activate one of "
-                "these tasks, give each sample its own (adapter_names=, or a TaskPool), or combine them into a new one "
-                "(add_weighted_adapter)"
-            )
+            raise _several_owners(owners, repr(name))
+
+
+def _several_owners(owners: Sequence[str], module: str) -> RecastConfigError:
+    return RecastConfigError(
+        f"the tasks {', '.join(owners)} have a module {module} each, of which only one can be in force: activate one of these "
+        "tasks, give each sample its own (adapter_names=, or a TaskPool), or combine them into a new one (add_weighted_adapter)"
+    )
 
 
 # ---------------------------------------------------------------- labels
