@@ -21,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .hub import push_tasks_to_hub, task_names
-from .model_card import has_task_numbers, write_model_card, write_repository_card
+from .model_card import CARD_NAME, has_task_numbers, write_model_card, write_repository_card
 
 DEFAULT = "default"  # the adapter that PEFT keeps in the root of a folder
 
@@ -30,7 +30,13 @@ class TaskModel:
     """What the classes of this module add to PEFT's (see :func:`with_task_verbs`)."""
 
     def save_pretrained(
-        self, save_directory: str, safe_serialization: bool = True, selected_adapters: list[str] | None = None, **kwargs: Any
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
     ) -> None:
         """As in PEFT, but for the adapter that a pool writes into, which is saved only if it is selected.
 
@@ -38,15 +44,17 @@ class TaskModel:
         ``checkpoint-<step>``) the active task's files are also put in the root, where the Trainer looks for the best model.
         """
         names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
-        super().save_pretrained(save_directory, safe_serialization, names, **kwargs)  # type: ignore[misc]
-        if not kwargs.get("is_main_process", True):
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
+        )
+        if not is_main_process:
             return
         inside = [name for name in names if name != DEFAULT and has_task_numbers(Path(save_directory, name))]
         if inside:
             write_repository_card(save_directory, inside)
         if _is_checkpoint(save_directory) and DEFAULT not in names:
-            active = self.active_adapters[0] if self.active_adapters else ""  # type: ignore[attr-defined]
-            _copy_task(Path(save_directory, active), Path(save_directory))
+            for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
+                _copy_task(Path(save_directory, active), Path(save_directory))
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT, but a task of the model is read from its own folder in a checkpoint of the Trainer.
@@ -59,12 +67,16 @@ class TaskModel:
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
-        tasks: list[str] = list(self.peft_config)  # type: ignore[attr-defined]
+        """The folder in a checkpoint and the name that are meant."""
         root = folder / SAFETENSORS_WEIGHTS_NAME
-        for task in tasks if adapter_name == DEFAULT and DEFAULT not in tasks else [adapter_name]:
-            own = folder / task / SAFETENSORS_WEIGHTS_NAME
-            if task in tasks and own.is_file() and (task == adapter_name or filecmp.cmp(own, root, shallow=False)):
-                return str(folder / task), task
+        files = {name: folder / name / SAFETENSORS_WEIGHTS_NAME for name in self.peft_config}  # type: ignore[attr-defined]
+        saved = {name: file for name, file in files.items() if file.is_file()}
+        if adapter_name in saved:
+            return str(folder / adapter_name), adapter_name
+        if adapter_name == DEFAULT and DEFAULT not in files and root.is_file():
+            for name, file in saved.items():
+                if filecmp.cmp(file, root, shallow=False):
+                    return str(folder / name), name
         return str(folder), adapter_name
 
     def create_or_update_model_card(self, output_dir: str) -> None:
@@ -88,8 +100,9 @@ def _is_checkpoint(folder: str | os.PathLike) -> bool:
 
 def _copy_task(source: Path, target: Path) -> None:
     if (source / SAFETENSORS_WEIGHTS_NAME).is_file():
-        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-            shutil.copyfile(source / name, target / name)
+        for file in source.iterdir():
+            if file.is_file() and file.name != CARD_NAME:  # the root has a card that lists all tasks
+                shutil.copyfile(file, target / file.name)
 
 
 def _with_verbs(peft_class: Any) -> type[PeftModel]:

@@ -405,6 +405,13 @@ class TestTrainer:
         assert not (tmp_path / "mine" / "adapter_model.safetensors").exists()
         loaded = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-7").eval()
         assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+        other = get_recast_model(bert(), RecastConfig(num_classes=2), "cars").eval()
+        other.load_adapter(tmp_path / "checkpoint-7", "default")  # PEFT's meaning, where the root is no copy of its own task
+        other.set_adapter("default")
+        assert torch.equal(call(other, input_ids=IDS), call(model, input_ids=IDS))
+        PeftModel.save_pretrained(model, str(tmp_path / "checkpoint-8"))
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            model.load_adapter(tmp_path / "checkpoint-8", "default")
 
     def test_evaluates_the_task_that_was_switched_to(self, tmp_path: Path) -> None:
         model = get_recast_model(bert(), RecastConfig(num_classes=2), "flowers")
