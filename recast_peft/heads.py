@@ -141,7 +141,7 @@ class TaskHead(ModulesToSaveWrapper):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         owners = [name for name in names if name in self._adapters]
         if len(owners) > 1:
-            raise _several_owners(owners, "of their own as classifier")
+            raise _several_owners(owners, type(self).__name__)
         super().set_adapter(owners, inference_mode=inference_mode)
         self._freeze_prototypes()
         self.show_labels()
@@ -400,13 +400,14 @@ def check_one_owner(model: nn.Module, adapter_names: Sequence[str]) -> None:
     for name, module in model.named_modules():
         owners = [n for n in adapter_names if n in module._adapters] if isinstance(module, AuxiliaryTrainingWrapper) else []
         if len(owners) > 1:
-            raise _several_owners(owners, repr(name))
+            raise _several_owners(owners, f"{type(module).__name__} {name!r}")
 
 
-def _several_owners(owners: Sequence[str], module: str) -> RecastConfigError:
+def _several_owners(owners: Sequence[str], place: str) -> RecastConfigError:
     return RecastConfigError(
-        f"the tasks {', '.join(owners)} have a module {module} each, of which only one can be in force: activate one of these "
-        "tasks, give each sample its own (adapter_names=, or a TaskPool), or combine them into a new one (add_weighted_adapter)"
+        f"Only one adapter can be set at a time for {place}, got {', '.join(owners)}, which have a module of their own there: "
+        "activate one of them, give each sample its own task (adapter_names=, or a TaskPool), or combine them into a new one "
+        "(add_weighted_adapter)"
     )
 
 

@@ -250,7 +250,7 @@ class TestAdapterVerbs:
             model.set_adapter(names)
             assert call(model, input_ids=IDS).shape == (4, 3)
             assert model.config.num_labels == 3
-        with pytest.raises(RecastError, match="headed, other have a module"):
+        with pytest.raises(RecastError, match="got headed, other, which have a module"):
             model.set_adapter(["headed", "other"])
 
     @needs_verbs
