@@ -415,12 +415,11 @@ class RecastConfig(PeftConfig):
             raise self._bad("train_norms", "True or False")
 
     def _checked_labels(self) -> dict[int, str]:
-        labels = self.id2label
-        try:
-            # JSON turns the numbers into strings
-            return {int(key): str(value) for key, value in labels.items()}  # type: ignore[union-attr]
-        except (AttributeError, TypeError, ValueError):
-            raise self._bad("id2label", "a dictionary from class numbers to names") from None
+        labels: Any = self.id2label
+        # JSON turns the numbers into strings
+        if not isinstance(labels, dict) or not all(_is_int(key) or str(key).isdecimal() for key in labels):
+            raise self._bad("id2label", "a dictionary from class numbers to names")
+        return {int(key): str(value) for key, value in labels.items()}
 
     def _check_written_fields(self) -> None:
         if self.groups is not None:
@@ -447,8 +446,12 @@ class RecastConfig(PeftConfig):
         self._check_descriptions()
 
     def _check_descriptions(self) -> None:
-        if self.backbone is not None and (not isinstance(self.backbone, dict) or "library" not in self.backbone):
-            raise self._bad("backbone", "a dictionary with 'library' and what the library builds the model from")
+        if self.backbone is not None and not (
+            isinstance(self.backbone, dict) and isinstance(self.backbone.get("library"), str)
+        ):
+            raise self._bad("backbone", "a dictionary with the name of the 'library' and what it builds the model from")
+        if self.fidelity is not None and not (isinstance(self.fidelity, dict) and all(map(_is_number, self.fidelity.values()))):
+            raise self._bad("fidelity", "a dictionary from names to finite numbers")
         if self.results is not None and not isinstance(self.results, dict):
             raise self._bad("results", "a dictionary from names to values")
 

@@ -95,6 +95,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.module_name = module_name
         self.other_layers: list[Any] = []  # layers of PEFT's other methods around or inside this one; see stacking.py
         self._held: tuple[str, ...] | None = None  # tasks in the weight that those are merged into; None: none is merged
+        self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
         self.base_layer = base_layer
         self.weight_name = weight_name
         self.fingerprint = fingerprint
@@ -214,7 +215,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             shaped like the weight and in its dtype; for no task at all the pretrained weight itself, or what the
             compressed bank makes of it where that was released.
         """
-        terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+        terms = self._terms(self._present(adapters))
         if terms is None:
             return self.pretrained_weight if out is None else out.copy_(self.pretrained_weight)
         return compose_weight(*terms) if out is None else compose_into(out, *terms)
@@ -302,7 +303,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             ValueError: for ``safe_merge``, if the composed weight is not finite.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
-        new = [name for name in adapter_names if name in self.recast_coefficients]
+        new = self._present(adapter_names)
         if not new:
             return
         merged = [*self.merged_adapters, *new]
@@ -328,7 +329,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
         """
-        present = [name for name in adapter_names if name in self.recast_coefficients]
+        present = self._present(adapter_names)
         if self._held is not None:
             raise self._held_error(present)
         if not self.merged:
@@ -385,7 +386,11 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _tasks_in_force(self) -> list[str]:
         if self.disable_adapters:
             return []
-        return [name for name in self.merged_adapters or self.active_adapters if name in self.recast_coefficients]
+        return self._present(self.merged_adapters or self.active_adapters)
+
+    def _present(self, adapters: Sequence[str]) -> list[str]:
+        """Those of the given tasks that have coefficients here."""
+        return [name for name in adapters if name in self.recast_coefficients and name != self.idle_slot]
 
     def _check_held(self, wanted: Sequence[str] | None = None) -> None:
         """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones."""
@@ -459,7 +464,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         direct = self._direct_call(args, kwargs)
         if direct is not None:
-            terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+            terms = self._terms(self._present(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
                 return call_recomposed(self.base_layer, direct, args[0], *terms)
         return self._call_with(self.compose(adapters), args, kwargs)

@@ -5,6 +5,7 @@ The whole sweep is a script: ``python tests/sweep/sweep_architectures.py``.
 
 from __future__ import annotations
 
+import copy
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from models import EncoderNet, outputs, seeded, vit_input
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -304,3 +306,15 @@ def test_script_prints_a_table_and_fails_on_a_failure(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit) as error:
         sweep_architectures.main(["--only", "nothing"])
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("targets", [["linear1"], ["linear2"], ["out_proj"], ["linear1", "linear2", "out_proj"]])
+def test_torchs_encoder_with_linear_targets_equals_one_with_the_rest_frozen(targets: list[str]) -> None:
+    plain = seeded(EncoderNet)
+    model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=targets)).eval()
+    assert torch.equal(outputs(model, vit_input()), outputs(plain, vit_input()))
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(any(f"{target}.weight" in name for target in targets))
+    assert torch.equal(model(vit_input()), plain(vit_input()))
+    plain.requires_grad_(True)
+    torch.testing.assert_close(model(vit_input()), plain(vit_input()), rtol=0, atol=1e-6)

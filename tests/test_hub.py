@@ -29,6 +29,7 @@ from recast_peft import (
     RecastLayer,
     RecastLoadError,
     StoredBank,
+    TaskPool,
     fit_bank,
     get_recast_model,
     load_bank,
@@ -372,6 +373,30 @@ def hub_commit(hub: HubServer, name: str) -> str:
     return hub.repositories[name].branches["main"]
 
 
+class TestAPool:
+    """Tasks go from the Hub into a pool one by one."""
+
+    def test_takes_tasks_by_their_names_and_is_left_alone_by_a_refusal(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        push_tasks_to_hub(make_model("flowers", "cars"), "ada/tasks", private=True)
+        model = make_model("first")
+        pool = TaskPool(model)
+        for task in ("flowers", "cars"):
+            pool.add(task, "ada/tasks", subfolder=task)
+        for task in ("flowers", "cars"):
+            pool.activate(task)
+            assert torch.equal(output(model), output(make_model("flowers", "cars"), task))
+        with pytest.raises(RecastLoadError, match="subfolder="):
+            pool.add("which", "ada/tasks")
+        with pytest.raises(RecastHubError, match="no such repository"):
+            pool.add("missing", "ada/missing")
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RecastHubError, match="token"):
+            pool.add("closed", "ada/tasks", subfolder="cars", cache_dir=tmp_path / "fresh")
+        assert pool.names == ["flowers", "cars"]
+
+
 class TestTheCard:
     def save(self, folder: Path, **fields: Any) -> str:
         config = RecastConfig(**fields)
@@ -388,6 +413,17 @@ class TestTheCard:
         assert f"| Size | {size:,} bytes" in card
         assert "| Targets | 16 modules in 8 banks:" in card
         assert "exact" in card
+
+    def test_counts_the_norms_that_a_task_owns(self, tmp_path: Path) -> None:
+        counts = {}
+        for norms in (False, True):
+            config = RecastConfig(train_norms=norms)
+            make_model("default", config=config).save_pretrained(tmp_path / str(norms))
+            card = (tmp_path / str(norms) / "README.md").read_text()
+            counts[norms] = int(re.search(r"\| Numbers trained \| ([\d,]+)", card)[1].replace(",", ""))
+        owned = sum(p.numel() for m in make_backbone().modules() if isinstance(m, nn.LayerNorm) for p in m.parameters())
+        assert owned > 0
+        assert counts[True] == counts[False] + owned
 
     def test_says_how_it_is_compressed_and_how_well(self, tmp_path: Path) -> None:
         card = self.save(tmp_path / "flowers", num_templates=1)

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from models import Chain, TinyVit, converted, outputs, tiny_vit, vit_input
 from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, RecastError, RecastTargetError, get_recast_model, plan_recast
+from recast_peft import (
+    RecastBankError,
+    RecastConfig,
+    RecastConfigError,
+    RecastError,
+    RecastTargetError,
+    get_recast_model,
+    plan_recast,
+)
 from recast_peft.plan import bank_name, role_of
 
 QKV = [f"blocks.{i}.attn.qkv" for i in range(6)]
@@ -432,6 +440,15 @@ class TestNames:
         plan = plan_recast(model, RecastConfig(target_modules=r"\d+\.\d+", group_size=size))
         assert len({group.name for group in plan.groups}) == len(plan.groups)
         assert len(plan.targets) == outer * inner
+
+
+def test_what_is_no_model_or_no_config_is_refused() -> None:
+    with pytest.raises(RecastConfigError, match="dict, RecastConfig.*expected an nn.Module"):
+        plan_recast({}, RecastConfig())  # type: ignore[arg-type]
+    with pytest.raises(RecastConfigError, match="TinyVit, dict.*and a RecastConfig"):
+        plan_recast(tiny_vit(), {})  # type: ignore[arg-type]
+    with pytest.raises(RecastConfigError, match="model is a str"):
+        get_recast_model("vit_tiny")  # type: ignore[arg-type]
 
 
 def test_every_error_of_planning_is_of_one_family() -> None:
