@@ -55,9 +55,7 @@ TRANSFORMERS = (
 # Modules whose result the model does not use for its output, by what the model's own code says.
 UNUSED = {
     # made for labels of single characters
-    "canine": {
-        f"canine.final_char_encoder.layer.0.{part}.dense" for part in ("intermediate", "output")
-    },
+    "canine": {f"canine.final_char_encoder.layer.0.{part}.dense" for part in ("intermediate", "output")},
     "siglip": {"vision_model.head.mlp.fc1", "vision_model.head.mlp.fc2"},  # it averages the patches instead
 }
 # Modules whose weight is standardised: alone in its bank it is scaled in vain, with a gradient of zero or of a rounding error.
