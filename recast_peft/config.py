@@ -42,9 +42,9 @@ class RecastConfig(PeftConfig):
 
     Args:
         target_modules: which modules are composed from templates: a list of names, a regular expression that matches whole
-            names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes the attention
-            projections where the model has any, else its convolutions, else its linear layers. Neither None nor a
-            shorthand picks a classifier head.
+            names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes of
+            a transformer the layers of its feed-forward blocks (its attention projections where it has none), else the
+            convolutions, else the linear layers. Neither None nor a shorthand picks a classifier head.
         exclude_modules: names, or a regular expression, of modules to leave out.
         layers_to_transform: restrict the targets to these layer indices.
         layers_pattern: the name of the module list that ``layers_to_transform`` counts in.

@@ -239,7 +239,7 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         stored = load_file(tmp_path / "adapter_model.safetensors")
         assert stored["base_model.model.head.weight"].dtype == torch.float16
-        assert stored["base_model.model.blocks.0.attn.qkv.recast_coefficients"].dtype == torch.float32
+        assert stored["base_model.model.blocks.0.mlp.fc1.recast_coefficients"].dtype == torch.float32
         again = PeftModel.from_pretrained(small_vit(), tmp_path)
         head = again.get_base_model().head.modules_to_save["default"]
         assert head.weight.dtype == torch.float32

@@ -225,7 +225,7 @@ class TestPlanning:
     @pytest.mark.parametrize(
         ("targets", "leaves"),
         [
-            (None, {"qkv", "proj"}),
+            (None, {"fc1", "fc2"}),
             ("all-attention", {"qkv", "proj"}),
             ("all-mlp", {"fc1", "fc2"}),
             ("all-linear", {"qkv", "proj", "fc1", "fc2"}),
@@ -244,7 +244,7 @@ class TestPlanning:
         plan = plan_recast(tiny_vit(), config)
         assert {name.split(".")[1] for name in plan.targets} == {"0", "2"}
 
-    @pytest.mark.parametrize("targets", [None, "all-attention", ["qkv", "proj"]])
+    @pytest.mark.parametrize("targets", ["all-attention", ["qkv", "proj"]])
     @pytest.mark.parametrize("excluded", [["qkv"], r".*\.qkv", ["blocks.0.attn.qkv", "qkv"]])
     def test_leaves_out_what_was_excluded(self, targets: Any, excluded: Any) -> None:
         plan = plan_recast(tiny_vit(), RecastConfig(target_modules=targets, exclude_modules=excluded))
@@ -256,6 +256,14 @@ class TestPlanning:
         plan = plan_recast(model, RecastConfig(target_modules="all-linear", layers_to_transform=[1]))
         assert len(plan.targets) == 4
         assert all(name.startswith("blocks.1.") for name in plan.targets)
+
+    def test_without_a_target_leaves_out_what_was_excluded(self) -> None:
+        plan = plan_recast(tiny_vit(), RecastConfig(exclude_modules=["fc1"]))
+        assert {name.rpartition(".")[2] for name in plan.targets} == {"fc2"}
+
+    def test_without_a_target_takes_the_attention_where_all_else_was_excluded(self) -> None:
+        plan = plan_recast(tiny_vit(), RecastConfig(exclude_modules=r".*\.fc[12]"))
+        assert {name.rpartition(".")[2] for name in plan.targets} == {"qkv", "proj"}
 
     def test_without_a_target_takes_convolutions_where_there_is_no_attention(self) -> None:
         model = Chain([nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(2, 2)])
