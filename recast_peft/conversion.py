@@ -27,7 +27,7 @@ from .lora_part import lora_config_of
 from .mimicry import FittedTemplates, Recipe
 from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
 from .registration import PREFIX
-from .targets import Candidate
+from .targets import Candidate, composed_layer
 
 BANKS = "recast_banks"  # the module of the backbone that owns the compressed banks
 
@@ -88,10 +88,7 @@ def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
 
 
 def _existing(target: Candidate) -> RecastLayer | None:
-    layer: nn.Module = target.visible
-    while isinstance(layer, BaseTunerLayer) and not isinstance(layer, RecastLayer):
-        layer = layer.base_layer  # type: ignore[attr-defined, assignment]
-    return layer if isinstance(layer, RecastLayer) else None
+    return composed_layer(target.visible)
 
 
 def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:

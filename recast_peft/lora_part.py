@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import RecastConfig
-from .errors import RecastConfigError, RecastTargetError
+from .errors import RecastBankError, RecastConfigError, RecastTargetError
 from .layer import RecastLayer
-from .lora_plan import LoraPlan
+from .lora_plan import LoraPlan, adds_to_output
 from .mixed_batch import current_batch
 from .stacking import Mixed, inner_layers, making_part, mix_in
 
@@ -76,6 +77,10 @@ class PartLayer(Mixed):
         around = layer in inner_layers(self.base_layer)
         return layer if around else plain
 
+    def _plain_module(self) -> nn.Module:
+        with self._at_pretrained_weight():
+            return self.get_base_layer()
+
     @contextmanager
     def _at_pretrained_weight(self) -> Iterator[None]:
         before = self.__dict__.get("_at_pretrained", False)
@@ -96,7 +101,7 @@ class PartLayer(Mixed):
         kept = self.__dict__.setdefault("_kept", [])
         if not kept:
             kept.extend(self._written_parameters())
-            for _, _, parameter, values in kept:
+            for parameter, values in kept:
                 parameter.data = values.clone()
         try:
             with self._at_pretrained_weight():
@@ -127,31 +132,22 @@ class PartLayer(Mixed):
             found.update({f"{prefix}.{name}".rstrip("."): parameter for name, parameter in named})
         return found
 
-    def _written_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter, Tensor]]:
+    def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
-        with self._at_pretrained_weight():
-            base = self.get_base_layer()
         layer = self.__dict__.get("_recast_layer")
         composed = None if layer is None else layer.weight_name
-        modules = [m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for m in (base, *base.children())]
-        return [
-            (module, name, parameter, parameter.data)
-            for module in modules
-            for name, parameter in module._parameters.items()
-            if parameter is not None and not (module is base and name == composed)
-        ]
+        parameters = self._plain_module()._parameters.items()
+        return [(parameter, parameter.data) for name, parameter in parameters if parameter is not None and name != composed]
 
     def _put_back(self) -> None:
-        for module, name, parameter, values in self.__dict__.pop("_kept", []):
-            module.__dict__.pop(name, None)  # PEFT's multi-head attention puts a tensor in the parameter's place
-            module._parameters[name] = parameter
+        for parameter, values in self.__dict__.pop("_kept", []):
             parameter.data = values
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        kept = [(module, name, parameter, fn(values)) for module, name, parameter, values in self.__dict__.get("_kept", [])]
+        kept = [fn(values) for _, values in self.__dict__.get("_kept", [])]
         super()._apply(fn, recurse)  # type: ignore[misc]
         if kept:
-            self.__dict__["_kept"] = kept
+            self.__dict__["_kept"] = [(p, values) for (p, _), values in zip(self.__dict__["_kept"], kept, strict=True)]
         return self  # type: ignore[return-value]
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
@@ -165,14 +161,34 @@ class PartLayer(Mixed):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             self.unmerge()
-        with self._at_pretrained_weight():
-            return self.get_base_layer()
+        return self._plain_module()
 
     # ---------------------------------------------------------------- computing
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with what the active tasks' LoRA adds to it, differentiable, for models that read it."""
+        weight = super().weight  # type: ignore[misc]
+        if self.disable_adapters or self.merged:
+            return weight
+        if current_batch() is not None:
+            raise _one_task_for_all(self)
+        added = weight
+        for name in self.active_adapters:  # type: ignore[attr-defined]
+            if name in self.lora_variant:
+                added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
+            elif name in self._get_available_adapters():  # type: ignore[attr-defined]
+                added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
+        return added
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
         batch = current_batch()
+        if self.__dict__.get("_by_weight") and not (self.disable_adapters or self.merged):
+            if batch is None:
+                return torch.func.functional_call(self._plain_module(), {"weight": self.weight}, (x, *args), kwargs)
+            if batch.pool is None:
+                raise _one_task_for_all(self)
         if batch is not None:
             if batch.pool is not None:  # tasks of a pool have no LoRA part
                 return self.base_layer(x, *args, **kwargs)
@@ -183,6 +199,13 @@ class PartLayer(Mixed):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: what a task adds here is more than its LoRA."""
         return False
+
+
+def _one_task_for_all(layer: PartLayer) -> RecastBankError:
+    return RecastBankError(
+        f"the LoRA part on {type(layer._plain_module()).__name__} is computed by its weight, which is one for all samples: "
+        "pass one task at a time instead of adapter_names"
+    )
 
 
 class _PartMaker(LoraModel):
@@ -291,6 +314,7 @@ def install_lora_part(
 def _adopt(layer: Any, parts: LoraParts, adapter_name: str) -> None:
     mix_in(layer, PartLayer, outermost=True)
     layer._parts = parts
+    layer._by_weight = not adds_to_output(layer._plain_module())
     composed = layer.__dict__.get("_recast_layer")
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
         layer._move_adapter_to_device_of_base_layer(adapter_name, composed.weight_device)

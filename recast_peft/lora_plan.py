@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules, check_target_module_exists
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastTargetError
-from .targets import Candidate, find_candidates, find_targets
+from .targets import Candidate, composed_layer, find_candidates, find_targets
 from .task_files import plain_name
 
 
@@ -65,7 +66,7 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
         lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None  # the names say it all
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:
-        _check_target(target, recast_targets)
+        _check_target(target, lora)
         shapes.update(_shapes_of(target, lora))
     return LoraPlan(tuple(target.name for target in targets), shapes, lora)
 
@@ -109,21 +110,37 @@ def _shortest_names(targets: list[str], candidates: list[Candidate]) -> set[str]
     return set(_find_minimal_target_modules(targets, others)) if others else wanted
 
 
-def _check_target(target: Candidate, recast_targets: Sequence[str]) -> None:
+def _check_target(target: Candidate, lora: LoraConfig) -> None:
     if target.reason is not None:
         raise RecastTargetError(f"lora_config: {target.name} cannot be a target: {target.reason}")
-    composed = target.name in recast_targets or getattr(target.visible, "module_name", None) == target.name
-    if isinstance(target.module, nn.MultiheadAttention) and composed:
+    if lora.lora_bias and getattr(target.module, "bias", None) is None:
+        raise RecastTargetError(f"lora_config: lora_bias needs a bias to be merged into, and {target.name} has none")
+    if (lora.lora_bias or lora.lora_dropout) and not adds_to_output(target.module):
         raise RecastTargetError(
-            f"lora_config: {target.name} is a multi-head attention with coefficients, whose projections PEFT's LoRA would "
-            "replace: give one of the two parts other target_modules"
+            f"lora_config: {target.name} ({type(target.module).__name__}) is computed by its weight, which lora_dropout and "
+            "lora_bias are no part of: set both to 0, or leave the module out"
         )
-    inside = [name for name, module in target.path if isinstance(module, nn.MultiheadAttention)]
-    if inside:
+    attention = [m for m in (target.module, *(m for _, m in target.path)) if isinstance(m, nn.MultiheadAttention)]
+    if attention:
         raise RecastTargetError(
-            f"lora_config: {target.name} is a projection of a multi-head attention, which reads its weight instead of calling "
-            f"it: name the attention module {inside[0]!r}, or other target_modules"
+            f"lora_config: {target.name} belongs to torch's multi-head attention, which reads the weights of its projections.\n"
+            "PEFT's LoRA writes into them in each call, and does nothing where torch's encoder passes the call by. Give the "
+            "LoRA part other target_modules; coefficients can be there."
         )
+
+
+_PLAIN_CALLS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
+
+
+def adds_to_output(module: nn.Module) -> bool:
+    """Whether a low-rank pair beside a module gives what the pair added to its weight would give.
+
+    PEFT's LoRA of a convolution knows neither dilation nor padding with other values than zeros, and what a subclass does in a
+    forward of its own nobody knows.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and (module.padding_mode != "zeros" or set(module.dilation) != {1}):
+        return False
+    return type(module).forward in {kind.forward for kind in _PLAIN_CALLS}
 
 
 def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
@@ -137,8 +154,13 @@ def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
             layer = LoraModel._create_new_module(
                 lora, name, _stand_in(target), device_map=None, r=rank, lora_alpha=alpha, target_name=target.name
             )
+            if isinstance(layer, LoraLayer):
+                layer.get_delta_weight(name)  # type: ignore[attr-defined]  # else it could not be merged
     except (ValueError, TypeError, RuntimeError) as error:
-        raise RecastTargetError(f"lora_config: PEFT has no such LoRA for {target.name}: {error}") from error
+        raise RecastTargetError(
+            f"lora_config: PEFT has no such LoRA for {target.name} ({type(target.module).__name__}): {error}\n"
+            "Leave the module out with exclude_modules, or change what the LoRA asks for."
+        ) from error
     if not isinstance(layer, LoraLayer):
         raise RecastTargetError(f"lora_config: PEFT makes no LoRA layer for {target.name} ({type(target.module).__name__})")
     made: dict[str, torch.Tensor] = layer.state_dict()  # type: ignore[attr-defined]
@@ -149,21 +171,17 @@ def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
 def _stand_in(target: Candidate) -> nn.Module:
     """A copy of a plain module with parameters that hold no numbers; the module itself is left alone."""
 
-    def copied(module: nn.Module) -> nn.Module:
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        twin = copy.copy(module)
-        twin._parameters = {
-            key: None if value is None else nn.Parameter(value.to("meta"), requires_grad=False)
-            for key, value in module._parameters.items()
-        }
-        twin._modules = {key: None if child is None else copied(child) for key, child in module._modules.items()}
-        return twin
-
-    twin = copied(target.module)
+    twin = copy.copy(target.module)
+    twin._parameters = {
+        key: None if value is None else nn.Parameter(value.to("meta"), requires_grad=False)
+        for key, value in target.module._parameters.items()
+    }
     assert target.weight_name is not None
     if twin._parameters.get(target.weight_name) is None:  # a compressed bank stands for it
-        shape, dtype = target.visible.weight_shape, target.visible.weight_dtype
-        twin._parameters[target.weight_name] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)  # type: ignore[arg-type, call-overload]
+        layer = composed_layer(target.visible)
+        assert layer is not None
+        weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+        twin._parameters[target.weight_name] = nn.Parameter(weight, requires_grad=False)
     return twin
 
 

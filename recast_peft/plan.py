@@ -19,7 +19,7 @@ from .bank_files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
 from .config import RecastConfig
 from .errors import RecastBankError, RecastConfigError, RecastTargetError
 from .lora_plan import LoraPlan, plan_lora_part
-from .targets import Candidate, check_materialised, find_targets, total_bytes
+from .targets import Candidate, check_materialised, composed_layer, find_targets, total_bytes
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,8 @@ def bank_name(members: list[str]) -> str:
 def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
     weight = target.module._parameters.get(target.weight_name or "")
     if weight is None:  # a compressed bank stands for it
-        return target.visible.weight_shape, target.visible.weight_dtype  # type: ignore[return-value]
+        layer = composed_layer(target.visible)
+        return layer.weight_shape, layer.weight_dtype
     return tuple(weight.shape), weight.dtype
 
 
@@ -468,7 +469,7 @@ def _given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBa
             shown = "\n".join(f"  {m.name}: {'x'.join(map(str, _weight_like(m)[0]))} {_weight_like(m)[1]}" for m in members)
             raise RecastTargetError(f"the members of group {name!r} differ in shape or dtype:\n{shown}")
         planned = _planned(members, config, name)
-        held = getattr(members[0].visible, "compressed_bank", ())
+        held = getattr(composed_layer(members[0].visible), "compressed_bank", ())
         recipe = (config.recipes or {}).get(name)
         if recipe is not None:
             planned = replace(planned, num_templates=len(recipe["mix"]), fitted=False)
