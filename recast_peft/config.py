@@ -52,7 +52,8 @@ class RecastConfig(PeftConfig):
         modules_to_save: further modules that are trained and stored whole with the task, such as a classifier.
         bias: ``"none"``, ``"all"`` or ``"recast_only"``: which biases are trained and stored with the task.
         init_weights: True starts at the pretrained weights (all offsets zero); False at random
-            offsets of size 0.1 to 0.2, drawn by a generator that ``seed`` and the task's name seed (meant for tests).
+            offsets of size 0.1 to 0.2, drawn by a generator that ``seed`` and the task's name seed, and a LoRA part at
+            random too (meant for tests).
         group_size: how many consecutive layers of one role and shape share a bank (2 unless ``num_groups`` is given). A
             remainder makes a smaller group; a lone layer has a bank of its own with one template.
         num_groups: instead of ``group_size``: into how many groups the layers of each role and shape are divided.

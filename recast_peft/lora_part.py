@@ -8,8 +8,9 @@ unmerged.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from .errors import RecastBankError, RecastConfigError, RecastTargetError
 from .layer import RecastLayer
 from .lora_plan import LoraPlan, adds_to_output
 from .mixed_batch import current_batch
-from .stacking import Mixed, inner_layers, making_part, mix_in
+from .stacking import Mixed, forget_absent_layers, inner_layers, making_part, mix_in
 
 
 @dataclass
@@ -38,6 +39,19 @@ class LoraParts:
 
     tasks: Mapping[str, PeftConfig]
     configs: dict[str, LoraConfig] = field(default_factory=dict)
+
+
+# Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one.
+_computing: ContextVar[bool] = ContextVar("recast_lora_part_computes", default=False)
+
+
+@contextmanager
+def _computes(value: bool = True) -> Iterator[None]:
+    token = _computing.set(value)
+    try:
+        yield
+    finally:
+        _computing.reset(token)
 
 
 class PartLayer(Mixed):
@@ -61,34 +75,19 @@ class PartLayer(Mixed):
                 "a LoRA cannot share its targets with the LoRA part of RECAST tasks, which has layers there already: give it "
                 "other target_modules, give the task another lora_config, or merge_and_unload one of the two first"
             )
-        with self._at_pretrained_weight():
-            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
 
     @property
     def disable_adapters(self) -> bool:
         return self._disable_adapters or self.__dict__.get("_switched_off", False)
 
     def get_base_layer(self) -> nn.Module:
-        """The innermost module; for variants that compute with its weight RECAST's layer, whose weight is composed."""
-        layer = self.__dict__.get("_recast_layer")
+        """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
         plain = super().get_base_layer()  # type: ignore[misc]
-        if layer is None or not self.lora_variant or self.__dict__.get("_at_pretrained"):
+        layer = self.__dict__.get("_recast_layer")
+        if layer is None or not _computing.get() or layer not in inner_layers(self.base_layer):
             return plain
-        around = layer in inner_layers(self.base_layer)
-        return layer if around else plain
-
-    def _plain_module(self) -> nn.Module:
-        with self._at_pretrained_weight():
-            return self.get_base_layer()
-
-    @contextmanager
-    def _at_pretrained_weight(self) -> Iterator[None]:
-        before = self.__dict__.get("_at_pretrained", False)
-        self.__dict__["_at_pretrained"] = True
-        try:
-            yield
-        finally:
-            self.__dict__["_at_pretrained"] = before
+        return layer
 
     # ---------------------------------------------------------------- merging
 
@@ -104,8 +103,7 @@ class PartLayer(Mixed):
             for parameter, values in kept:
                 parameter.data = values.clone()
         try:
-            with self._at_pretrained_weight():
-                super().merge(safe_merge=safe_merge, adapter_names=new)  # type: ignore[misc]
+            super().merge(safe_merge=safe_merge, adapter_names=new)  # type: ignore[misc]
         except BaseException:
             if not self.merged:
                 self._put_back()
@@ -115,7 +113,7 @@ class PartLayer(Mixed):
         """Put the pretrained parameters back: the very tensors that were there before."""
         if not self.merged:
             return
-        with self._at_pretrained_weight():
+        with _computes(False):
             super().unmerge()  # type: ignore[misc]
         self._put_back()
 
@@ -136,7 +134,7 @@ class PartLayer(Mixed):
         """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
         layer = self.__dict__.get("_recast_layer")
         composed = None if layer is None else layer.weight_name
-        parameters = self._plain_module()._parameters.items()
+        parameters = self.get_base_layer()._parameters.items()
         return [(parameter, parameter.data) for name, parameter in parameters if parameter is not None and name != composed]
 
     def _put_back(self) -> None:
@@ -161,7 +159,7 @@ class PartLayer(Mixed):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
             self.unmerge()
-        return self._plain_module()
+        return self.get_base_layer()
 
     # ---------------------------------------------------------------- computing
 
@@ -176,7 +174,8 @@ class PartLayer(Mixed):
         added = weight
         for name in self.active_adapters:  # type: ignore[attr-defined]
             if name in self.lora_variant:
-                added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
+                with _computes():
+                    added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
             elif name in self._get_available_adapters():  # type: ignore[attr-defined]
                 added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
         return added
@@ -186,7 +185,7 @@ class PartLayer(Mixed):
         batch = current_batch()
         if self.__dict__.get("_by_weight") and not (self.disable_adapters or self.merged):
             if batch is None:
-                return torch.func.functional_call(self._plain_module(), {"weight": self.weight}, (x, *args), kwargs)
+                return torch.func.functional_call(self.get_base_layer(), {"weight": self.weight}, (x, *args), kwargs)
             if batch.pool is None:
                 raise _one_task_for_all(self)
         if batch is not None:
@@ -194,7 +193,10 @@ class PartLayer(Mixed):
                 return self.base_layer(x, *args, **kwargs)
             repeats = batch.repeats(len(x))
             kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not self.lora_variant:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        with _computes():
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: what a task adds here is more than its LoRA."""
@@ -203,7 +205,7 @@ class PartLayer(Mixed):
 
 def _one_task_for_all(layer: PartLayer) -> RecastBankError:
     return RecastBankError(
-        f"the LoRA part on {type(layer._plain_module()).__name__} is computed by its weight, which is one for all samples: "
+        f"the LoRA part on {type(layer.get_base_layer()).__name__} is computed by its weight, which is one for all samples: "
         "pass one task at a time instead of adapter_names"
     )
 
@@ -298,7 +300,10 @@ def install_lora_part(
     token = making_part.set(True)
     try:
         maker = _PartMaker(model, adapter_name, config, plan, active)
-        LoraModel.inject_adapter(maker, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        with _without(
+            [m for m in model.modules() if isinstance(m, RecastLayer)]
+        ):  # what reads a weight to start from gets the pretrained one
+            LoraModel.inject_adapter(maker, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         made = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m._get_available_adapters()]
         for layer in made:
             _adopt(layer, parts, adapter_name)
@@ -314,7 +319,7 @@ def install_lora_part(
 def _adopt(layer: Any, parts: LoraParts, adapter_name: str) -> None:
     mix_in(layer, PartLayer, outermost=True)
     layer._parts = parts
-    layer._by_weight = not adds_to_output(layer._plain_module())
+    layer._by_weight = not adds_to_output(layer.get_base_layer())
     composed = layer.__dict__.get("_recast_layer")
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
         layer._move_adapter_to_device_of_base_layer(adapter_name, composed.weight_device)
@@ -330,10 +335,7 @@ def remove_lora_part(model: nn.Module, adapter_name: str, before: set[int]) -> N
                 child.delete_adapter(adapter_name)
                 continue
             setattr(parent, child_name, child.base_layer)
-    present = {id(module) for module in model.modules()}
-    for layer in model.modules():
-        if isinstance(layer, RecastLayer):
-            layer.other_layers = [other for other in layer.other_layers if id(other) in present]
+    forget_absent_layers(model)
 
 
 def part_keys(model: nn.Module, adapter_name: str) -> list[str]:
@@ -362,18 +364,17 @@ def switched_off(model: nn.Module, part: str) -> Iterator[None]:
     recast = [module for module in model.modules() if isinstance(module, RecastLayer)]
     if any(layer.merged for layer in (*layers, *recast)):
         raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
-    chosen = layers if part == "lora" else recast
-    before = [layer.__dict__.get("_switched_off", False) for layer in chosen]
+    with _without(layers if part == "lora" else recast):
+        yield
+
+
+@contextmanager
+def _without(layers: Sequence[nn.Module]) -> Iterator[None]:
+    before = [layer.__dict__.get("_switched_off", False) for layer in layers]
     try:
-        for layer in chosen:
+        for layer in layers:
             layer.__dict__["_switched_off"] = True
         yield
     finally:
-        for layer, value in zip(chosen, before, strict=True):
+        for layer, value in zip(layers, before, strict=True):
             layer.__dict__["_switched_off"] = value
-
-
-def merged_tasks(model: nn.Module) -> list[str]:
-    """The tasks that are merged somewhere, in the order in which they were merged."""
-    layers = [m for m in model.modules() if isinstance(m, (RecastLayer, PartLayer))]
-    return list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))  # type: ignore[union-attr]

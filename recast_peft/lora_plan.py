@@ -59,6 +59,8 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
     if config.lora_config is None:
         return None
     lora: Any = copy.deepcopy(config.lora_config)
+    if not config.init_weights:
+        lora.init_lora_weights = False
     candidates = find_candidates(model)
     targets = _find_targets(model, candidates, lora, recast_targets)
     if lora.target_modules is None or lora.target_modules in TARGET_SHORTHANDS:

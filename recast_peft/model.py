@@ -42,7 +42,7 @@ from .conversion import (
 from .errors import RecastBankError, RecastConfigError
 from .heads import PreparedHead, TaskHead, install_head, prepare_head, task_head
 from .layer import RecastLayer
-from .lora_part import check_lora_part, install_lora_part, merged_tasks, part_keys, part_layers, switched_off
+from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys, part_layers, switched_off
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
@@ -230,35 +230,31 @@ class RecastModel(BaseTuner):
             return
         self._check_all_switched_on()
         self._check_merge_allowed()
-        before = merged_tasks(self.model)
-        names = [*before, *(n for n in (self.active_adapters if adapter_names is None else adapter_names) if n not in before)]
+        layers = [*recast_layers(self.model).values(), *parts]
+        before = [list(layer.merged_adapters) for layer in layers]
         # a LoRA part is merged on top of its task's coefficients, whatever was merged before
         for part in parts:
             part.unmerge()
         try:
-            self._merge_layers(names, adapter_names, safe_merge)
+            for layer, merged in zip(layers, before, strict=True):
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                _merge(layer, [*merged, *(name for name in wanted if name not in merged)], safe_merge)
+            for other in _layers_of_others(self.model):
+                other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
             self.unmerge_adapter()
-            if before:
-                self._merge_layers(before, before, False)
+            for layer, merged in zip(layers, before, strict=True):
+                _merge(layer, merged)
             raise
-
-    def _merge_layers(self, tasks: list[str], adapter_names: list[str] | None, safe_merge: bool) -> None:
-        layers = list(recast_layers(self.model).values())
-        parts = part_layers(self.model)
-        for layer in layers:
-            layer.merge(safe_merge=safe_merge, adapter_names=[name for name in tasks if name not in layer.merged_adapters])
-        for part in parts:
-            part.merge(safe_merge=safe_merge, adapter_names=tasks)
-        for other in [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]:
-            if not isinstance(other, RecastLayer) and other not in parts:
-                other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Put the pretrained weights back, to the last bit."""
-        for part in part_layers(self.model):
-            part.unmerge()
-        super().unmerge_adapter()
+        parts = part_layers(self.model)
+        if not parts:
+            super().unmerge_adapter()
+        for layer in (*parts, *_layers_of_others(self.model), *recast_layers(self.model).values()):
+            if layer.merged:
+                layer.unmerge()
 
     @contextmanager
     def disable_part(self, part: str) -> Iterator[None]:
@@ -496,6 +492,17 @@ class RecastModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, remapped, part_keys(model, adapter_name))
         return remapped
+
+
+def _merge(layer: Any, names: list[str], safe_merge: bool = False) -> None:
+    new = [name for name in names if name not in layer.merged_adapters]
+    if new:
+        layer.merge(safe_merge=safe_merge, adapter_names=new)
+
+
+def _layers_of_others(model: nn.Module) -> list[Any]:
+    """The tuner layers of other methods."""
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, (RecastLayer, PartLayer))]
 
 
 def _lora_shapes(plan: RecastPlan) -> dict[str, tuple[int, ...]]:

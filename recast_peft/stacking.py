@@ -8,11 +8,13 @@ apart, and comes back, bit for bit, when the other layer is unmerged.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -58,7 +60,7 @@ def inner_layers(module: nn.Module | None) -> list[nn.Module]:
 
 
 def method_of(layer: nn.Module) -> str:
-    """The name of the PEFT method that a tuner layer belongs to, such as ``"lora"``."""
+    """The name of the PEFT method that a tuner, or a layer of one, belongs to, such as ``"lora"``."""
     for cls in type(layer).__mro__:
         parts = cls.__module__.split(".")
         if parts[:2] == ["peft", "tuners"] and len(parts) > 2 and parts[2] != "tuners_utils":
@@ -126,6 +128,20 @@ class Stacked(Mixed):
             self.unmerge()
 
 
+def _refuse_places(other: nn.Module, method: str, layer: RecastLayer, place: str) -> None:
+    if any(isinstance(module, nn.MultiheadAttention) for module in (*inner_layers(other), *inner_layers(layer))):
+        raise RecastTargetError(
+            f"{method} and RECAST cannot share {layer.module_name}, a multi-head attention: both exchange the weights of its "
+            "projections in each call. Give the two different target_modules, or merge_and_unload one of them first."
+        )
+    if place == "around" and layer.is_released and not making_part.get():
+        raise RecastTargetError(
+            f"{method} cannot stand on {layer.module_name}, whose pretrained weight was released for a compressed bank: "
+            "convert with keep_base_weights=True, put the other method on the model before RECAST, or give the task a LoRA "
+            "part of its own (lora_config)"
+        )
+
+
 # Set while the LoRA part of a task is put in: its layers know how to deal with what other LoRAs must not do.
 making_part: ContextVar[bool] = ContextVar("recast_making_part", default=False)
 
@@ -142,8 +158,59 @@ def _refuse_variants(other: Any, layer: RecastLayer) -> None:
         )
 
 
+# Methods that look for plain layers of torch, or ask the config of every adapter for fields of their own, before they make
+# their layers: on a model with RECAST tasks they fail in ways that do not say why.
+BLIND = ("adalora", "frod", "pvera", "randlora", "supertuning", "tinylora", "vera")
+
+
+class Beside(Mixed):
+    """A tuner of another method on a model with RECAST tasks: what is refused there leaves the model as it was."""
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        with _wholly_or_not(self, adapter_name):
+            super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with _wholly_or_not(self, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _wholly_or_not(tuner: Any, adapter_name: str) -> Iterator[None]:
+    before = [(module, dict(module._modules)) for module in tuner.model.modules()]
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        method = method_of(tuner)
+        if method not in BLIND and not isinstance(error, RecastTargetError):
+            raise
+        for module, children in before:
+            module._modules = children
+        forget_absent_layers(tuner.model)
+        tuner.peft_config.pop(adapter_name, None)  # PEFT keeps the configs of all wrappers in one dictionary
+        if isinstance(error, RecastTargetError):
+            raise
+        hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
+        raise RecastTargetError(
+            f"{method} cannot stand around RECAST's layers: it finds no module or config there that it knows.{hint} Or "
+            f"merge_and_unload the RECAST tasks first.\n{method} says: {error}"
+        ) from error
+
+
+def forget_absent_layers(model: nn.Module) -> None:
+    """Make RECAST's layers forget layers of other methods that are no longer in the model."""
+    present = {id(module) for module in model.modules()}
+    for layer in model.modules():
+        if isinstance(layer, RecastLayer):
+            layer.other_layers = [other for other in layer.other_layers if id(other) in present]
+
+
 def _notice(parent: nn.Module, name: str, child: nn.Module) -> None:
     """Called by torch whenever a module gets a child."""
+    if name == "model" and isinstance(parent, BaseTuner):
+        if any(isinstance(module, RecastLayer) for module in child.modules()):
+            mix_in(parent, Beside)
+        return
     if name != "base_layer" or not isinstance(parent, BaseTunerLayer):
         return
     chain = [parent, *inner_layers(child)]
@@ -166,6 +233,7 @@ def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
             f"{', '.join(name for name, where in STACKABLE.items() if place in where)}. Or give the two different "
             "target_modules, or merge_and_unload one of them first."
         )
+    _refuse_places(other, method, layer, place)
     if getattr(other, "merged_adapters", None):
         raise RecastTargetError(
             f"{method} is merged into {layer.module_name}, so the weight there is not the pretrained one: unmerge_adapter (or "
