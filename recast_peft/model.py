@@ -237,14 +237,15 @@ class RecastModel(BaseTuner):
             part.unmerge()
         try:
             for layer, merged in zip(layers, before, strict=True):
-                wanted = layer.active_adapters if adapter_names is None else adapter_names
-                _merge(layer, [*merged, *(name for name in wanted if name not in merged)], safe_merge)
+                wanted = list(layer.active_adapters if adapter_names is None else adapter_names)
+                again = [name for name in merged if name not in (*wanted, *layer.merged_adapters)]
+                layer.merge(safe_merge=safe_merge, adapter_names=[*again, *wanted])
             for other in _layers_of_others(self.model):
                 other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except BaseException:
             self.unmerge_adapter()
             for layer, merged in zip(layers, before, strict=True):
-                _merge(layer, merged)
+                layer.merge(adapter_names=merged)
             raise
 
     def unmerge_adapter(self) -> None:
@@ -492,12 +493,6 @@ class RecastModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, remapped, part_keys(model, adapter_name))
         return remapped
-
-
-def _merge(layer: Any, names: list[str], safe_merge: bool = False) -> None:
-    new = [name for name in names if name not in layer.merged_adapters]
-    if new:
-        layer.merge(safe_merge=safe_merge, adapter_names=new)
 
 
 def _layers_of_others(model: nn.Module) -> list[Any]:

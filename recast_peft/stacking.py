@@ -113,6 +113,13 @@ class Stacked(Mixed):
         layer: RecastLayer = self.__dict__["_recast_layer"]
         return layer.weight if layer in inner_layers(self) else super().weight  # type: ignore
 
+    def get_base_weight(self) -> Tensor:
+        """The weight that the layer computes with: the composed one, differentiable."""
+        layer: RecastLayer = self.__dict__["_recast_layer"]
+        if layer._held is None and layer in inner_layers(self):  # type: ignore[arg-type]
+            return layer.weight
+        return super().get_base_weight()  # type: ignore[misc]
+
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Give back the innermost module: with everything that stands on it merged, or with nothing."""
         layer: RecastLayer = self.__dict__["_recast_layer"]
@@ -182,13 +189,11 @@ def _wholly_or_not(tuner: Any, adapter_name: str) -> Iterator[None]:
         yield
     except (AttributeError, TypeError, ValueError) as error:
         method = method_of(tuner)
-        if method not in BLIND and not isinstance(error, RecastTargetError):
-            raise
         for module, children in before:
             module._modules = children
         forget_absent_layers(tuner.model)
         tuner.peft_config.pop(adapter_name, None)  # PEFT keeps the configs of all wrappers in one dictionary
-        if isinstance(error, RecastTargetError):
+        if method not in BLIND or isinstance(error, RecastTargetError):
             raise
         hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
         raise RecastTargetError(
