@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from peft.tuners.lora import LoraModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -76,7 +78,8 @@ def write_model_card(
         f"# {title}",
         "",
         f"A task learned with {PAPER}: {sizes.coefficients:,} numbers on frozen, shared weight templates of "
-        f"{_base_link(config)}{f', and {sizes.others:,} numbers of its own head or other modules' if sizes.others else ''}.",
+        f"{_base_link(config)}{f', with a LoRA part of {sizes.lora:,} numbers' if sizes.lora else ''}"
+        f"{f', and {sizes.others:,} numbers of its own head or other modules' if sizes.others else ''}.",
         "",
         *_table(_facts(config, sizes)),
         *(["", "## Results", "", *_table(list(measured.items()))] if measured else []),
@@ -132,7 +135,7 @@ def write_repository_card(
     for subfolder, config in configs.items():
         sizes = task_sizes(folder / subfolder)
         measured = ", ".join(f"{key} {_shown(value)}" for key, value in (config.get("results") or {}).items())
-        rows.append((f"[{subfolder}]({subfolder}/{CARD_NAME})", f"{sizes.coefficients + sizes.others:,}", measured or "-"))
+        rows.append((f"[{subfolder}]({subfolder}/{CARD_NAME})", f"{sizes.all:,}", measured or "-"))
     lines = [
         f"## {'More tasks' if has_own else 'Tasks'} in this repository",
         "",
@@ -154,11 +157,20 @@ def write_repository_card(
     return _merge_card(folder / CARD_NAME, _card_data(first, {}, license, name), "\n".join(heading + lines))
 
 
+@dataclass(frozen=True)
 class _Sizes:
-    """Numbers and bytes of a saved task: its coefficients, whatever else it holds, its files."""
+    """Numbers and bytes of a saved task: its coefficients, its LoRA part, whatever else it holds, its files."""
 
-    def __init__(self, coefficients: int, others: int, file_bytes: int, config_bytes: int) -> None:
-        self.coefficients, self.others, self.file_bytes, self.config_bytes = coefficients, others, file_bytes, config_bytes
+    coefficients: int
+    lora: int
+    others: int
+    file_bytes: int
+    config_bytes: int
+
+    @property
+    def all(self) -> int:
+        """All numbers of the task."""
+        return self.coefficients + self.lora + self.others
 
 
 def task_entries(folder: str | os.PathLike) -> dict[str, int]:
@@ -183,7 +195,14 @@ def task_sizes(folder: Path) -> _Sizes:
     file = _numbers_file(folder)
     assert file is not None
     coefficients = sum(count for key, count in counts.items() if f".{PREFIX}" in key)
-    return _Sizes(coefficients, sum(counts.values()) - coefficients, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
+    lora = sum(count for key, count in counts.items() if f".{LoraModel.prefix}" in key)
+    return _Sizes(
+        coefficients,
+        lora,
+        sum(counts.values()) - coefficients - lora,
+        file.stat().st_size,
+        (folder / CONFIG_NAME).stat().st_size,
+    )
 
 
 def _entry_sizes(file: Path) -> dict[str, int]:
@@ -238,11 +257,23 @@ def _facts(config: Mapping[str, Any], sizes: _Sizes) -> list[tuple[str, Any]]:
         ("Base model", _base_link(config) + (f", revision `{revision}`" if revision else "")),
         ("Built as", built or None),
         ("Targets", f"{len(members)} modules in {len(groups)} banks: {roles}" if members else None),
-        ("Numbers trained", f"{sizes.coefficients + sizes.others:,} ({sizes.coefficients:,} coefficients)"),
+        (
+            "Numbers trained",
+            f"{sizes.all:,} ({sizes.coefficients:,} coefficients{f', {sizes.lora:,} of the LoRA part' if sizes.lora else ''})",
+        ),
+        ("LoRA part", _lora_facts(config.get("lora_config"))),
         ("Size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
         ("Fidelity of the base", _fidelity(config)),
     ]
     return [(key, value) for key, value in facts if value is not None]
+
+
+def _lora_facts(lora: Mapping[str, Any] | None) -> str | None:
+    if not lora:
+        return None
+    targets = lora["target_modules"]
+    names = f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{name}`" for name in targets)
+    return f"{'DoRA' if lora.get('use_dora') else 'LoRA'} of rank {lora['r']} on {names}"
 
 
 def _fidelity(config: Mapping[str, Any]) -> str:

@@ -8,10 +8,13 @@ apart, and comes back, bit for bit, when the other layer is unmerged.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -57,7 +60,7 @@ def inner_layers(module: nn.Module | None) -> list[nn.Module]:
 
 
 def method_of(layer: nn.Module) -> str:
-    """The name of the PEFT method that a tuner layer belongs to, such as ``"lora"``."""
+    """The name of the PEFT method that a tuner, or a layer of one, belongs to, such as ``"lora"``."""
     for cls in type(layer).__mro__:
         parts = cls.__module__.split(".")
         if parts[:2] == ["peft", "tuners"] and len(parts) > 2 and parts[2] != "tuners_utils":
@@ -65,7 +68,32 @@ def method_of(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-class _Stacked:
+class Mixed:
+    """What a layer of another method does differently here; its class becomes a subclass of itself with such mixins."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_mixed, (type(self)._plain_class, type(self)._mixins), self.__dict__  # type: ignore[attr-defined]
+
+
+@cache
+def _mixed_class(plain: type, mixins: tuple[type[Mixed], ...]) -> type:
+    return type(plain.__name__, (*mixins, plain), {"_plain_class": plain, "_mixins": mixins, "__module__": plain.__module__})
+
+
+def _new_mixed(plain: type, mixins: tuple[type[Mixed], ...]) -> Any:
+    cls = _mixed_class(plain, mixins)
+    return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+def mix_in(layer: nn.Module, mixin: type[Mixed], outermost: bool = False) -> None:
+    """Exchange a layer's class for a subclass of itself with one more mixin."""
+    cls: Any = type(layer)
+    plain, mixins = getattr(cls, "_plain_class", cls), getattr(cls, "_mixins", ())
+    if mixin not in mixins:
+        layer.__class__ = _mixed_class(plain, (mixin, *mixins) if outermost else (*mixins, mixin))  # type: ignore[assignment]
+
+
+class Stacked(Mixed):
     """What a layer of another method does differently while it shares a weight with a RecastLayer."""
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
@@ -85,6 +113,13 @@ class _Stacked:
         layer: RecastLayer = self.__dict__["_recast_layer"]
         return layer.weight if layer in inner_layers(self) else super().weight  # type: ignore
 
+    def get_base_weight(self) -> Tensor:
+        """The weight that the layer computes with: the composed one, differentiable."""
+        layer: RecastLayer = self.__dict__["_recast_layer"]
+        if layer._held is None and layer in inner_layers(self):  # type: ignore[arg-type]
+            return layer.weight
+        return super().get_base_weight()  # type: ignore[misc]
+
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Give back the innermost module: with everything that stands on it merged, or with nothing."""
         layer: RecastLayer = self.__dict__["_recast_layer"]
@@ -99,21 +134,28 @@ class _Stacked:
         if self.merged:  # type: ignore[attr-defined]
             self.unmerge()
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_stacked, (type(self)._plain_class,), self.__dict__  # type: ignore[attr-defined]
+
+def _refuse_places(other: nn.Module, method: str, layer: RecastLayer, place: str) -> None:
+    if any(isinstance(module, nn.MultiheadAttention) for module in (*inner_layers(other), *inner_layers(layer))):
+        raise RecastTargetError(
+            f"{method} and RECAST cannot share {layer.module_name}, a multi-head attention: both exchange the weights of its "
+            "projections in each call. Give the two different target_modules, or merge_and_unload one of them first."
+        )
+    if place == "around" and layer.is_released and not making_part.get():
+        raise RecastTargetError(
+            f"{method} cannot stand on {layer.module_name}, whose pretrained weight was released for a compressed bank: "
+            "convert with keep_base_weights=True, put the other method on the model before RECAST, or give the task a LoRA "
+            "part of its own (lora_config)"
+        )
 
 
-@cache
-def _stacked_class(plain: type) -> type:
-    return type(plain.__name__, (_Stacked, plain), {"_plain_class": plain, "__module__": plain.__module__})
-
-
-def _new_stacked(plain: type) -> Any:
-    cls = _stacked_class(plain)
-    return cls.__new__(cls)  # type: ignore[call-overload]
+# Set while the LoRA part of a task is put in: its layers know how to deal with what other LoRAs must not do.
+making_part: ContextVar[bool] = ContextVar("recast_making_part", default=False)
 
 
 def _refuse_variants(other: Any, layer: RecastLayer) -> None:
+    if making_part.get():
+        return
     variants = getattr(other, "lora_variant", None)
     if variants:
         raise RecastTargetError(
@@ -123,8 +165,57 @@ def _refuse_variants(other: Any, layer: RecastLayer) -> None:
         )
 
 
+# Methods that look for plain layers of torch, or ask the config of every adapter for fields of their own, before they make
+# their layers: on a model with RECAST tasks they fail in ways that do not say why.
+BLIND = ("adalora", "frod", "pvera", "randlora", "supertuning", "tinylora", "vera")
+
+
+class Beside(Mixed):
+    """A tuner of another method on a model with RECAST tasks: what is refused there leaves the model as it was."""
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        with _wholly_or_not(self, adapter_name):
+            super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with _wholly_or_not(self, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _wholly_or_not(tuner: Any, adapter_name: str) -> Iterator[None]:
+    before = [(module, dict(module._modules)) for module in tuner.model.modules()]
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        method = method_of(tuner)
+        for module, children in before:
+            module._modules = children
+        forget_absent_layers(tuner.model)
+        tuner.peft_config.pop(adapter_name, None)  # PEFT keeps the configs of all wrappers in one dictionary
+        if method not in BLIND or isinstance(error, RecastTargetError):
+            raise
+        hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
+        raise RecastTargetError(
+            f"{method} cannot stand around RECAST's layers: it finds no module or config there that it knows.{hint} Or "
+            f"merge_and_unload the RECAST tasks first.\n{method} says: {error}"
+        ) from error
+
+
+def forget_absent_layers(model: nn.Module) -> None:
+    """Make RECAST's layers forget layers of other methods that are no longer in the model."""
+    present = {id(module) for module in model.modules()}
+    for layer in model.modules():
+        if isinstance(layer, RecastLayer):
+            layer.other_layers = [other for other in layer.other_layers if id(other) in present]
+
+
 def _notice(parent: nn.Module, name: str, child: nn.Module) -> None:
     """Called by torch whenever a module gets a child."""
+    if name == "model" and isinstance(parent, BaseTuner):
+        if any(isinstance(module, RecastLayer) for module in child.modules()):
+            mix_in(parent, Beside)
+        return
     if name != "base_layer" or not isinstance(parent, BaseTunerLayer):
         return
     chain = [parent, *inner_layers(child)]
@@ -132,7 +223,7 @@ def _notice(parent: nn.Module, name: str, child: nn.Module) -> None:
     if not recast:
         return
     for layer in chain:
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, (RecastLayer, _Stacked)):
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, (RecastLayer, Stacked)):
             _stack(layer, recast[-1], "around" if chain.index(layer) < chain.index(recast[-1]) else "inside")
 
 
@@ -147,6 +238,7 @@ def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
             f"{', '.join(name for name, where in STACKABLE.items() if place in where)}. Or give the two different "
             "target_modules, or merge_and_unload one of them first."
         )
+    _refuse_places(other, method, layer, place)
     if getattr(other, "merged_adapters", None):
         raise RecastTargetError(
             f"{method} is merged into {layer.module_name}, so the weight there is not the pretrained one: unmerge_adapter (or "
@@ -154,7 +246,7 @@ def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
         )
     _refuse_variants(other, layer)
     other.__dict__["_recast_layer"] = layer
-    other.__class__ = _stacked_class(type(other))  # type: ignore[arg-type]
+    mix_in(other, Stacked)
     layer.other_layers.append(other)
 
 

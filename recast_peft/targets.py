@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -355,8 +356,17 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
 
 
 def _released(visible: nn.Module) -> tuple[str, ...]:
-    """The weight that a compressed bank stands for, if ``visible`` is a layer of ours."""
-    return (str(visible.weight_name),) if getattr(visible, "is_compressed", False) is True else ()
+    """The weight that a compressed bank stands for, if there is a layer of ours."""
+    layer = composed_layer(visible)
+    return (str(layer.weight_name),) if layer is not None and layer.is_compressed else ()
+
+
+def composed_layer(visible: nn.Module) -> Any:
+    """RECAST's layer of a module, also inside layers of other methods; None if there is none."""
+    layer: Any = visible
+    while isinstance(layer, BaseTunerLayer) and not hasattr(type(layer), "is_compressed"):
+        layer = layer.base_layer  # type: ignore[attr-defined]
+    return layer if isinstance(layer, BaseTunerLayer) else None
 
 
 def _sharing(module: nn.Module, weight_name: str, owners: dict[int, list[str]], places: list[str]) -> str | None:

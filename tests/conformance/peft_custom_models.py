@@ -40,10 +40,30 @@ CASES = [
     ("grouped convolution", "Conv2dGroups", {"target_modules": ["conv2d"]}),
     ("convolution 3d", "Conv3d", {"target_modules": ["conv3d"]}),
     ("multi-head attention", "MHA", {"target_modules": ["mha"]}),
+    ("a LoRA part", "MLP", {"target_modules": ["lin0"], "lora_config": {"r": 4}}),
+    ("a LoRA part elsewhere", "MLP", {"target_modules": ["lin0"], "lora_config": {"target_modules": ["lin1"]}}),
+    ("a DoRA part", "MLP", {"target_modules": ["lin0"], "lora_config": {"target_modules": ["lin0", "lin1"], "use_dora": True}}),
+    (
+        "a LoRA part on a convolution",
+        "Conv2d",
+        {"target_modules": ["conv2d"], "lora_config": {"target_modules": ["conv2d", "lin0"]}},
+    ),
+    (
+        "a LoRA part on an embedding",
+        "EmbConv1D",
+        {"target_modules": ["emb"], "lora_config": {"target_modules": ["emb", "conv1d"]}},
+    ),
 ]
+# Two of PEFT's tests take every parameter without the method's own prefix for one of the base, so those of a LoRA part too.
+NOT_FOR_PARTS = "part and (test_training_custom_models or test_only_params_are_updated)"
 PAIRS = [
     ("the same targets", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
     ("other targets", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+    (
+        "LoRA parts",
+        {"target_modules": ["lin0"], "lora_config": {"r": 4}},
+        {"target_modules": ["lin0"], "lora_config": {"r": 2}},
+    ),
 ]
 # Tables of PEFT's file that list cases by method; each is replaced as a whole.
 TABLES = ("TEST_CASES", "ALL_PEFT_CONFIG_CLASSES", "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES")
@@ -110,7 +130,7 @@ def main() -> int:
         target.write_text(with_recast_cases(target.read_text()))
         options = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:warnings", "-q", "--tb=short"]
         # the parametrised tests whose name bears the method; PEFT's tests of one other method stay out
-        options += ["-n", "auto", "-k", "RecastConfig or recast", *sys.argv[1:]]
+        options += ["-n", "auto", "-k", f"(RecastConfig or recast) and not ({NOT_FOR_PARTS})", *sys.argv[1:]]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "pytest", *options, str(target)]
         return subprocess.run(command, cwd=tests.parent, env=environment).returncode
