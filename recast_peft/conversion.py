@@ -26,9 +26,9 @@ from .layer import BASE_ADAPTER, RecastLayer
 from .mimicry import FittedTemplates, Recipe
 from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
 from .registration import PREFIX
-from .targets import Candidate
+from .targets import BANK_CONTAINER, Candidate
 
-BANKS = "recast_banks"  # the module of the backbone that owns the compressed banks
+BANKS = BANK_CONTAINER  # the module of the backbone that owns the compressed banks
 
 
 @dataclass

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import RecastConfig
 from .conversion import recast_layers
 from .errors import RecastConfigError
+from .partner_places import check_without_partners
 from .report import table
 from .task_files import MODEL_PREFIX, plain_name
 
@@ -113,6 +114,7 @@ def convert_to_lora(
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, RecastConfig):
         raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its tasks: {', '.join(model.peft_config)}")
+    check_without_partners(config, f"task {adapter_name!r} cannot be converted to a LoRA", "Keep it as a RECAST task.")
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_coefficients}
     _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     unfit = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]

@@ -42,9 +42,20 @@ from .heads import TaskHead, install_head, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
+from .partner_places import (
+    check_active_together,
+    check_mergeable,
+    install_partners,
+    pack_masks,
+    partner_shapes,
+    prepare_partners,
+    put_back_partners,
+    take_out_partners,
+    unpack_masks,
+)
 from .plan import coefficient_owners, plan_recast
 from .registration import PREFIX
-from .task_files import check_state_dict, check_task_file, plain_name
+from .task_files import COEFFICIENTS, check_state_dict, check_task_file, plain_name
 
 
 class RecastModel(BaseTuner):
@@ -83,14 +94,17 @@ class RecastModel(BaseTuner):
         try:
             config.forget_written_fields()
             if state_dict is not None and config.groups is None:
-                config.target_modules = sorted({plain_name(key).partition(f".{PREFIX}")[0] for key in state_dict})
+                names = (plain_name(key) for key in state_dict if COEFFICIENTS in key)
+                config.target_modules = sorted({name.partition(f".{PREFIX}")[0] for name in names})
             plan = plan_recast(model, config)
             targets = list(plan.candidates)
             check_name_is_free(targets, adapter_name)
             fingerprints = base_fingerprints(targets)
             head = prepare_head(model, config)
             norms = find_norms(model) if config.train_norms else []
-            entries = check_task_file(model, config, plan, own_shapes(model, head, norms))
+            partners = prepare_partners(model, config, plan.targets)
+            own = {**own_shapes(model, head, norms), **partner_shapes(partners)}
+            entries = check_task_file(model, config, plan, own)
             check_fingerprints(config, fingerprints, entries)
             self._prepared = prepare_layers(targets, fingerprints)
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
@@ -120,6 +134,7 @@ class RecastModel(BaseTuner):
         if head is not None:
             install_head(model, adapter_name, head, active, config.inference_mode)
         install_norms(model, adapter_name, norms, active, config.inference_mode)
+        install_partners(self, adapter_name, partners, config.inference_mode)
         # PEFT may have condensed the names to a set, whose order differs from run to run
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
@@ -155,6 +170,7 @@ class RecastModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 seed=peft_config.seed,
                 inference_mode=peft_config.inference_mode,
+                train_coefficients=peft_config.train_coefficients,
             )
             setattr(prepared.parent, prepared.child_name, layer)
 
@@ -197,14 +213,50 @@ class RecastModel(BaseTuner):
             pool.follow(fn)
         return self
 
+    # ---------------------------------------------------------------- activating and merging
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Put tasks in force, as PEFT does; tasks with partners at one place only one at a time."""
+        check_active_together(self.model, adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a task, as PEFT does; another one is in force then, also where the first layer of the model has none."""
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config and not self.active_adapters:
+            self.set_adapter(min(self.peft_config))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge tasks, as PEFT does.
+
+        Raises:
+            RecastBankError: if a task has a partner that no weight can hold; nothing is changed then.
+        """
+        check_mergeable(self.model, adapter_names or (), self.active_adapters)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
     # ---------------------------------------------------------------- unloading
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        with _renamed_child(self.model, "base_layer"):
-            model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            check_mergeable(self.model, adapter_names or (), self.active_adapters)
+        partners = take_out_partners(self.model)
+        try:
+            with _renamed_child(self.model, "base_layer"):
+                model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        except BaseException:
+            put_back_partners(self.model, partners)
+            raise
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
         return model  # type: ignore[return-value]
@@ -376,7 +428,8 @@ class RecastModel(BaseTuner):
         config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)(), config.revision))
         banks = task_banks(model, adapter_name).values()
         config.write_fidelity(measured for bank in banks for measured in bank.fidelity.values())
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return pack_masks(model, adapter_name, entries)
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: RecastConfig):  # type: ignore
@@ -398,6 +451,7 @@ class RecastModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        state_dict = unpack_masks(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, remapped)
         return remapped

@@ -21,8 +21,10 @@ from .backbone import hub_repository
 from .bank_files import BANK_CONFIG
 from .config import RecastConfig
 from .errors import RecastLoadError
+from .partner_places import partner_of_entry
 from .plan import role_of
-from .registration import METHOD_NAME, PREFIX
+from .registration import METHOD_NAME
+from .task_files import COEFFICIENTS
 
 CARD_NAME = "README.md"
 PAPER = "[RECAST](https://arxiv.org/abs/2411.16870)"
@@ -75,7 +77,7 @@ def write_model_card(
         f"# {title}",
         "",
         f"A task learned with {PAPER}: {sizes.coefficients:,} numbers on frozen, shared weight templates of "
-        f"{_base_link(config)}{f', and {sizes.others:,} numbers of its own head or other modules' if sizes.others else ''}.",
+        f"{_base_link(config)}{f', and {sizes.beside:,} numbers of its own head or other modules' if sizes.beside else ''}.",
         "",
         *_table(_facts(config, sizes)),
         *(["", "## Results", "", *_table(list(measured.items()))] if measured else []),
@@ -131,7 +133,7 @@ def write_repository_card(
     for subfolder, config in configs.items():
         sizes = task_sizes(folder / subfolder)
         measured = ", ".join(f"{key} {_shown(value)}" for key, value in (config.get("results") or {}).items())
-        rows.append((f"[{subfolder}]({subfolder}/{CARD_NAME})", f"{sizes.coefficients + sizes.others:,}", measured or "-"))
+        rows.append((f"[{subfolder}]({subfolder}/{CARD_NAME})", f"{sizes.coefficients + sizes.beside:,}", measured or "-"))
     lines = [
         f"## {'More tasks' if has_own else 'Tasks'} in this repository",
         "",
@@ -154,10 +156,21 @@ def write_repository_card(
 
 
 class _Sizes:
-    """Numbers and bytes of a saved task: its coefficients, whatever else it holds, its files."""
+    """Numbers and bytes of a saved task: its coefficients, its partners, whatever else it holds, its files."""
 
-    def __init__(self, coefficients: int, others: int, file_bytes: int, config_bytes: int) -> None:
-        self.coefficients, self.others, self.file_bytes, self.config_bytes = coefficients, others, file_bytes, config_bytes
+    def __init__(self, coefficients: int, partners: dict[str, int], others: int, file_bytes: int, config_bytes: int) -> None:
+        self.coefficients, self.partners, self.others = coefficients, partners, others
+        self.file_bytes, self.config_bytes = file_bytes, config_bytes
+
+    @property
+    def beside(self) -> int:
+        """Numbers beside the coefficients; a bit of a mask counts as one."""
+        return self.others + sum(self.partners.values())
+
+    def of_partners(self) -> str:
+        """Each partner with its numbers."""
+        units = {"piggyback": "bits"}
+        return ", ".join(f"{method} {count:,} {units.get(method, 'numbers')}" for method, count in self.partners.items())
 
 
 def task_entries(folder: str | os.PathLike) -> dict[str, int]:
@@ -181,8 +194,19 @@ def task_sizes(folder: Path) -> _Sizes:
     counts = task_entries(folder)
     file = _numbers_file(folder)
     assert file is not None
-    coefficients = sum(count for key, count in counts.items() if f".{PREFIX}" in key)
-    return _Sizes(coefficients, sum(counts.values()) - coefficients, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
+    coefficients = others = 0
+    partners: dict[str, int] = {}
+    for key, count in counts.items():
+        partner = partner_of_entry(key, count)
+        if partner is not None:
+            partners[partner[0]] = partners.get(partner[0], 0) + partner[1]
+        elif COEFFICIENTS in key:
+            coefficients += count
+        else:
+            others += count
+    if not read_task_config(folder).get("train_coefficients", True):
+        coefficients = 0  # they are there, at zero
+    return _Sizes(coefficients, partners, others, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
 
 
 def _entry_sizes(file: Path) -> dict[str, int]:
@@ -237,7 +261,8 @@ def _facts(config: Mapping[str, Any], sizes: _Sizes) -> list[tuple[str, Any]]:
         ("Base model", _base_link(config) + (f", revision `{revision}`" if revision else "")),
         ("Built as", built or None),
         ("Targets", f"{len(members)} modules in {len(groups)} banks: {roles}" if members else None),
-        ("Numbers trained", f"{sizes.coefficients + sizes.others:,} ({sizes.coefficients:,} coefficients)"),
+        ("Numbers trained", f"{sizes.coefficients + sizes.beside:,} ({sizes.coefficients:,} coefficients)"),
+        ("Partners", sizes.of_partners() or None),
         ("Size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
         ("Fidelity of the base", _fidelity(config)),
     ]

@@ -36,6 +36,7 @@ from .heads import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, pre
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
+from .partner_places import check_without_partners
 from .routing import TaskFeatures, nearest_task, summarise
 from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
 
@@ -554,6 +555,8 @@ class TaskPool:
     def _read(self, name: str, source: Any, hub_kwargs: dict[str, Any]) -> tuple[Tensor, PreparedHead | None]:
         """The row ``(numbers per task,)`` and the head of a task."""
         backbone = self._backbone
+        if isinstance(source, RecastConfig):
+            _check_without_partners(source, name)
         if source is None or isinstance(source, RecastConfig):
             return torch.zeros(self.numbers_per_task), None if source is None else prepare_head(backbone, source)
         if isinstance(source, Mapping):
@@ -562,6 +565,7 @@ class TaskPool:
             return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
         config = RecastConfig.from_pretrained(str(source), **hub_kwargs)
         config.__dict__.pop("_origin", None)
+        _check_without_partners(config, name)
         self._check_config(str(source), config)
         try:
             entries = load_peft_weights(str(source), device="cpu", **hub_kwargs)
@@ -594,6 +598,7 @@ class TaskPool:
 
     def _row_of_adapter(self, adapter: str) -> Tensor:
         config: RecastConfig = self.model.peft_config[adapter]  # type: ignore[assignment]
+        _check_without_partners(config, adapter)
         if config.groups != self._config.groups:
             raise _other_layout(f"task {adapter!r} of the model", config, self._config)
         wrappers = [n for n, m in self._backbone.named_modules() if _is_owned(m, adapter)]
@@ -699,6 +704,10 @@ class TaskPool:
         head.module.requires_grad_(False)
         head.labels = Labels(config.num_classes, config.id2label)
         return head
+
+
+def _check_without_partners(config: RecastConfig, name: str) -> None:
+    check_without_partners(config, f"a pool cannot hold task {name!r}", "Keep it as an adapter.")
 
 
 def _bank_fingerprint(config: RecastConfig) -> str | None:
