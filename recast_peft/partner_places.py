@@ -130,13 +130,16 @@ class PartnerHook:
 # ---------------------------------------------------------------- preparing
 
 
-def prepare_partners(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> list[PreparedPartner]:
+def prepare_partners(
+    model: nn.Module, config: RecastConfig, targets: Collection[str], device: torch.device | None = None
+) -> list[PreparedPartner]:
     """Find the places of a task's partners and build what it trains there; the model is not touched.
 
     Args:
         model: the backbone, with or without other tasks.
         config: of the task.
         targets: names of the task's target modules.
+        device: of what is built; None is that of each place. On the meta device partners are only counted.
 
     Raises:
         RecastTargetError: if a partner finds no place, or cannot stand at one that was named.
@@ -152,10 +155,11 @@ def prepare_partners(model: nn.Module, config: RecastConfig, targets: Collection
             weight = None if candidate.weight_name is None else candidate.module._parameters.get(candidate.weight_name)
             shape = layer.weight_shape if layer is not None else None if weight is None else tuple(weight.shape)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed} {candidate.name}".encode()))
-            module = partner.build(candidate.module, shape, generator, **_like(candidate, model))
+            like = _like(candidate, model)
+            module = partner.build(candidate.module, shape, generator, **{**like, "device": device or like["device"]})
             module.train(candidate.module.training)
             is_new = partner.acts_on == "weight" and layer is None and candidate.name not in targets
-            fingerprint = weight_fingerprint(weight) if is_new and weight is not None else None
+            fingerprint = weight_fingerprint(weight) if is_new and weight is not None and device is None else None
             prepared.append(PreparedPartner(partner, candidate, module, fingerprint))
     places = {p.candidate.name for p in prepared} | {holder.place for holder in partner_holders(model)}
     copied = [(place, name) for place in sorted(places) for name in config.modules_to_save or () if _is_under(place, name)]

@@ -90,6 +90,8 @@ class RecastPlan:
         reason: what was chosen to keep the budget, and why; empty without ``max_coefficients``.
         bank: the stored bank that the task is on, if it is not in the model yet.
         candidates: the target modules.
+        partners: of the task: ``method -> place -> numbers that it trains there``.
+        train_coefficients: whether the coefficients are trained.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -100,6 +102,8 @@ class RecastPlan:
     reason: str = ""
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
+    partners: dict[str, dict[str, int]] = field(default_factory=dict)
+    train_coefficients: bool = True
 
     @property
     def num_coefficient_sets(self) -> int:
@@ -157,11 +161,27 @@ class RecastPlan:
         )
         if self.coefficient_sharing is not None:
             lines.append(f"offsets are shared between {SHARING[self.coefficient_sharing]}")
+        if not self.train_coefficients:
+            lines.append("the coefficients stay at zero (train_coefficients=False)")
+        for method, places in self.partners.items():
+            shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
+            lines.append(f"partner {method}: {len(places)} places ({shown}), {sum(places.values()):,} numbers per task")
         if self.reason:
             lines.append(self.reason)
         if self.skipped:
             lines.append(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in self.skipped.items())}")
         return "\n".join(lines)
+
+
+def planned_partners(model: nn.Module, config: RecastConfig, targets: list[str]) -> dict[str, dict[str, int]]:
+    """Where a task's partners would stand, and how many numbers they train there."""
+    from .partner_places import prepare_partners  # it stands above the plan
+
+    planned: dict[str, dict[str, int]] = {}
+    for partner in prepare_partners(model, config, targets, torch.device("meta")):
+        numbers = sum(parameter.numel() for parameter in partner.module.parameters())
+        planned.setdefault(partner.config.method, {})[partner.candidate.name] = numbers
+    return planned
 
 
 def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
@@ -209,6 +229,8 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
         reason,
         bank,
         tuple(targets),
+        planned_partners(model, config, [target.name for target in targets]),
+        config.train_coefficients,
     )
     if config.max_coefficients is not None and plan.num_coefficients > config.max_coefficients:
         raise RecastConfigError(

@@ -38,6 +38,7 @@ from recast_peft import (
     convert_to_lora,
     create_recast_optimizer,
     get_recast_model,
+    plan_recast,
 )
 from recast_peft.cli import main
 from recast_peft.partner_places import PartnerHook, partner_holders
@@ -792,3 +793,21 @@ class TestTraining:
             assert result.dtype == torch.bfloat16
             result.float().square().sum().backward()
             assert all(p.grad is not None for n, p in model.named_parameters() if is_partners(n))
+
+
+class TestThePlan:
+    def test_shows_where_partners_would_stand_before_anything_is_touched(self):
+        backbone = tiny_vit()
+        before = frozen_state(backbone)
+        config = RecastConfig(target_modules=["qkv"], partners=["piggyback", CASES["adaptformer"].partner])
+        config.train_coefficients = False
+        plan = plan_recast(backbone, config)
+        assert plan.partners["adaptformer"] == {f"blocks.{i}.mlp": 93 for i in range(4)}
+        assert plan.partners["piggyback"] == {f"blocks.{i}.attn.qkv": 8 * 24 for i in range(4)}
+        assert "partner piggyback: 4 places (blocks.0.attn.qkv, " in str(plan)
+        assert "768 numbers per task" in str(plan)
+        assert "coefficients stay at zero" in str(plan)
+        assert same_state(backbone, before)
+        assert "partner" not in str(plan_recast(backbone, RecastConfig(target_modules=["qkv"])))
+        with pytest.raises(RecastTargetError, match="clr"):
+            plan_recast(backbone, RecastConfig(target_modules=["qkv"], partners=["clr"]))
