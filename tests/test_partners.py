@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from models import TinyVit, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
@@ -43,6 +44,7 @@ from recast_peft import (
 from recast_peft.cli import main
 from recast_peft.partner_places import PartnerHook, partner_holders
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -170,10 +172,10 @@ class Beside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
-        if "layer_norm.weight" in self.own:
-            h = F.layer_norm(x, x.shape[-1:], self.own["layer_norm.weight"], self.own["layer_norm.bias"])
-        h = (h @ self.own["down.weight"].T + self.own["down.bias"]).clamp_min(0)
-        return self.mlp(x) + 0.1 * (h @ self.own["up.weight"].T + self.own["up.bias"])
+        if "normalization.weight" in self.own:
+            h = F.layer_norm(x, x.shape[-1:], self.own["normalization.weight"], self.own["normalization.bias"])
+        h = (h @ self.own["down_projection.weight"].T + self.own["down_projection.bias"]).clamp_min(0)
+        return self.mlp(x) + 0.1 * (h @ self.own["up_projection.weight"].T + self.own["up_projection.bias"])
 
 
 def frozen_state(model: nn.Module) -> dict[str, Tensor]:
@@ -587,6 +589,13 @@ class TestPlaces:
             model.add_adapter("second", RecastConfig(target_modules=["qkv"], modules_to_save=["blocks.3"]))
         assert list(model.peft_config) == ["default"]
 
+    def test_are_not_meant_by_names_of_the_models_own_modules(self):
+        config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(layer_norm=True)], modules_to_save=["norm"])
+        model = get_recast_model(tiny_vit(), config)
+        saved = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+        assert [n for n in saved if "recast_partners" not in n] == [f"base_model.model.blocks.{i}.norm" for i in range(4)]
+        assert all(n.endswith(".adaptformer") for n in saved if "recast_partners" in n)
+
     def test_keep_their_partner_when_a_later_task_composes_the_weight(self):
         config = RecastConfig(target_modules=["conv1"], partners=[CLRConfig()])
         model = get_recast_model(tiny_cnn(), config, "first").eval()
@@ -733,13 +742,13 @@ class TestFiles:
         )
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(first[key], again[key]) for key in first)
-        assert not torch.equal(first["blocks.0.mlp:down.weight"], other["blocks.0.mlp:down.weight"])
-        assert not torch.equal(first["blocks.0.mlp:down.weight"], first["blocks.1.mlp:down.weight"])
+        assert not torch.equal(first["blocks.0.mlp:down_projection.weight"], other["blocks.0.mlp:down_projection.weight"])
+        assert not torch.equal(first["blocks.0.mlp:down_projection.weight"], first["blocks.1.mlp:down_projection.weight"])
         # Kaiming uniform with a = sqrt(5): a bound of 1 / sqrt(inputs)
-        down = first["blocks.0.mlp:down.weight"]
+        down = first["blocks.0.mlp:down_projection.weight"]
         assert down.shape == (64, 8)
         assert 0.9 / math.sqrt(8) < down.abs().max() <= 1 / math.sqrt(8)
-        assert not first["blocks.0.mlp:up.weight"].any()
+        assert not first["blocks.0.mlp:up_projection.weight"].any()
 
 
 class TestTraining:
@@ -757,6 +766,25 @@ class TestTraining:
         assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.05, 0.0), (0.003, 0.0), (0.01, 0.1)]
         assert {id(p) for p in groups[1]["params"]} == {id(p) for n, p in model.named_parameters() if is_partners(n)}
         assert create_recast_optimizer(model, lr=0.01).param_groups[1]["lr"] == 0.01
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self):
+        backbone = seeded(
+            lambda: timm.models.vision_transformer.VisionTransformer(
+                img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3
+            )
+        )
+        config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(dropout=0.0), PiggybackConfig()])
+        model = get_recast_model(backbone, config)
+        learn(model)
+        images = torch.randn(2, 3, 16, 16)
+        gradients = []
+        for checkpointed in (False, True):
+            model.get_base_model().set_grad_checkpointing(checkpointed)
+            model.train().zero_grad()
+            model(images).square().sum().backward()
+            gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], expected)
 
     def test_several_partners_of_one_task_work_together(self, tmp_path):
         config = RecastConfig(target_modules=["conv1", "conv2"], partners=["clr", "piggyback"], train_norms=True, num_classes=2)
@@ -793,6 +821,24 @@ class TestTraining:
             assert result.dtype == torch.bfloat16
             result.float().square().sum().backward()
             assert all(p.grad is not None for n, p in model.named_parameters() if is_partners(n))
+
+
+class TestTheBenchmark:
+    def test_trains_each_partner_alone_and_with_recast(self, monkeypatch, tmp_path):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+        import partners as benchmark
+
+        small = ["--tasks", "arrows", "--epochs", "1", "--train-per-class", "4", "--json", str(tmp_path / "rows.json")]
+        rows = benchmark.main(["--backbone", "cnn", "--pretraining-batches", "3", *small])["rows"]
+        numbers = {row["method"]: row["numbers"] for row in rows}
+        # 5 convolutions of 48 channels; a stem and two groups of two
+        assert numbers["clr"] == 5 * 48 * 9
+        assert numbers["piggyback"] == 48 * 9 + 4 * 48 * 48 * 9
+        for partner in ("clr", "piggyback"):
+            assert numbers[f"RECAST + {partner}"] - numbers[partner] == numbers["RECAST"] == 9
+        assert all(0 <= row["accuracy"] <= 1 for row in rows)
+        assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
 
 
 class TestThePlan:

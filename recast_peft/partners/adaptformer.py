@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,24 +83,25 @@ class Bottleneck(nn.Module):
     def __init__(self, width: int, config: AdaptFormerConfig, generator: torch.Generator, **like: Any) -> None:
         super().__init__()
         self.scale = config.scale
-        self.layer_norm = nn.LayerNorm(width, **like) if config.layer_norm else None
+        self.dropout = config.dropout
+        # names that modules_to_save=["norm"] or ["up"], which PEFT compares with the ends of names, does not mean
+        self.normalization = nn.LayerNorm(width, **like) if config.layer_norm else None
         # without torch's own start, which would draw from the global generator
-        self.down = nn.utils.skip_init(nn.Linear, width, config.bottleneck, **like)
-        self.dropout = nn.Dropout(config.dropout)
-        self.up = nn.utils.skip_init(nn.Linear, config.bottleneck, width, **like)
+        self.down_projection = nn.utils.skip_init(nn.Linear, width, config.bottleneck, **like)
+        self.up_projection = nn.utils.skip_init(nn.Linear, config.bottleneck, width, **like)
         with torch.no_grad():  # section 3.2: down by Kaiming, up zero, so that the branch starts at zero
-            drawn = torch.empty(self.down.weight.shape)
+            drawn = torch.empty(self.down_projection.weight.shape)
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-            self.down.weight.copy_(drawn)
-            for zero in (self.down.bias, self.up.weight, self.up.bias):
+            self.down_projection.weight.copy_(drawn)
+            for zero in (self.down_projection.bias, self.up_projection.weight, self.up_projection.bias):
                 zero.zero_()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        hidden = x.to(self.down.weight.dtype)
-        if self.layer_norm is not None:
-            hidden = self.layer_norm(hidden)
-        branch = self.up(self.dropout(torch.relu(self.down(hidden))))
-        return y + (self.scale * branch).to(y.dtype)
+        hidden = x.to(self.down_projection.weight.dtype)
+        if self.normalization is not None:
+            hidden = self.normalization(hidden)
+        hidden = F.dropout(torch.relu(self.down_projection(hidden)), self.dropout, self.training)
+        return y + (self.scale * self.up_projection(hidden)).to(y.dtype)
 
 
 def _widths(layer: nn.Module) -> tuple[int, int]:
