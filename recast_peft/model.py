@@ -353,8 +353,8 @@ class RecastModel(BaseTuner):
                     handles.append(module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True))
                 elif not module.disable_adapters and set(module.active_adapters) - {batch.pool.slot}:
                     raise RecastBankError(
-                        f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms or "
-                        "modules_to_save), which a pool's tasks do not share: call pool.deactivate() first"
+                        f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms, "
+                        "modules_to_save or partners), which a pool's tasks do not share: call pool.deactivate() first"
                     )
             with mixed_batch(batch):
                 yield

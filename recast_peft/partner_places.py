@@ -429,7 +429,9 @@ def masks_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, WeightM
     """A task's masks by the names of their scores in the model's state dict."""
     for name, layer in model.named_modules():
         if isinstance(layer, RecastLayer) and adapter_name in layer.recast_masks:
-            yield f"{name}.{MASKS}.{adapter_name}.scores", layer.recast_masks[adapter_name]  # type: ignore[misc]
+            mask = layer.recast_masks[adapter_name]
+            if isinstance(mask, WeightMask):
+                yield f"{name}.{MASKS}.{adapter_name}.scores", mask
 
 
 def pack_masks(model: nn.Module, adapter_name: str, entries: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -829,7 +829,7 @@ class TestTheBenchmark:
         monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
         import partners as benchmark
 
-        small = ["--tasks", "arrows", "--epochs", "1", "--train-per-class", "4", "--json", str(tmp_path / "rows.json")]
+        small = ["--tasks", "damage", "--epochs", "1", "--train-per-class", "4", "--json", str(tmp_path / "rows.json")]
         rows = benchmark.main(["--backbone", "cnn", "--pretraining-batches", "3", *small])["rows"]
         numbers = {row["method"]: row["numbers"] for row in rows}
         # 5 convolutions of 48 channels; a stem and two groups of two
