@@ -221,6 +221,9 @@ class TestEveryPartner:
         model(CASES[name].inputs()).square().sum().backward()
         silent = [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
         assert not silent
+        status = model.get_model_status()
+        assert status.trainable_params == sum(p.numel() for p in trained.values())
+        assert (status.enabled, status.active_adapters, status.requires_grad) == (True, ["default"], {"default": True})
 
     def test_comes_back_from_its_file_to_the_last_bit(self, name, tmp_path):
         model = learned(name)
@@ -405,6 +408,18 @@ class TestPartnersOnOutputs:
         bare = outputs(model, CASES[name].inputs())
         model.merge_adapter()
         torch.testing.assert_close(outputs(model, CASES[name].inputs()), bare, rtol=1e-5, atol=1e-6)
+
+    def test_are_there_again_after_a_merge_that_failed(self, name):
+        model = learned(name, "first")
+        live = outputs(model, CASES[name].inputs())
+        model.add_adapter("broken", RecastConfig(target_modules=list(CASES[name].targets)))
+        model.set_adapter("broken")
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["broken"].data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            model.merge_and_unload(safe_merge=True)
+        model.set_adapter("first")
+        assert torch.equal(outputs(model, CASES[name].inputs()), live)
 
     def test_of_two_tasks_are_not_in_force_together(self, name):
         model = learned(name, "first")
