@@ -31,7 +31,7 @@ from recast_peft import RecastConfig, create_recast_optimizer, get_recast_model
 
 PARTNER_LR = {"adaptformer": 3e-3, "clr": 3e-3, "piggyback": 3e-4}
 METHODS = {"vit": ("adaptformer", "piggyback"), "cnn": ("clr", "piggyback")}
-TARGETS: dict[str, str | None] = {"vit": None, "cnn": "all-conv"}
+TARGETS = {"vit": "all-attention", "cnn": "all-conv"}
 WIDTH = 48
 
 
