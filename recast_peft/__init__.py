@@ -27,6 +27,7 @@ from .lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 from .model import RecastModel
 from .model_card import write_model_card
 from .optim import create_recast_optimizer
+from .partners import PARTNERS, AdaptFormerConfig, CLRConfig, PartnerConfig, PiggybackConfig
 from .plan import RecastPlan, plan_recast
 from .registration import register
 from .report import MimicryReport, mimicry_report
@@ -38,11 +39,16 @@ register(RecastConfig, RecastModel)
 
 
 __all__ = [
+    "PARTNERS",
     "STACKABLE",
+    "AdaptFormerConfig",
     "AutoRecastModel",
+    "CLRConfig",
     "GrowthReport",
     "LoraConversionReport",
     "MimicryReport",
+    "PartnerConfig",
+    "PiggybackConfig",
     "RecastBankError",
     "RecastBaseMismatchError",
     "RecastCompatibilityError",

@@ -22,6 +22,7 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastConfigError
 from .functional import average_sets
 from .heads import PreparedHead, TaskHead
+from .partner_places import check_without_partners
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
@@ -176,6 +177,7 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
                 f"task {name!r} has a LoRA part, and the sum of low-rank parts is none of the same rank: only tasks of "
                 "coefficients alone can be combined"
             )
+        check_without_partners(config, f"task {name!r} cannot be combined with others", "Combine tasks without partners.")
         if config.bias != "none" or any(name in wrapper.modules_to_save for wrapper in wrappers):
             raise RecastConfigError(
                 f"task {name!r} owns more than coefficients and a classifier (bias={config.bias!r}, "

@@ -117,6 +117,7 @@ def _inspect(options: argparse.Namespace) -> None:
         ("banks", "stored" if config.bank else "compressed" if config.recipes else "exact"),
         ("coefficients", f"{sizes.coefficients:,}"),
         *([("LoRA part", f"{sizes.lora:,} numbers")] if sizes.lora else []),
+        *([("partners", sizes.of_partners())] if sizes.partners else []),
         ("further numbers", f"{sizes.others:,}"),
         ("classes", config.num_classes if config.num_classes is not None else "the model's own head"),
         ("size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),

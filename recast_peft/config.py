@@ -17,6 +17,7 @@ from .bank_files import StoredBank, check_reference
 from .errors import RecastBankError, RecastConfigError
 from .lora_config import checked_lora_config, stored_lora_config
 from .mimicry import Fidelity, MimicryMethod, resolve_method
+from .partners import PartnerConfig, resolve_partners
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
@@ -82,6 +83,9 @@ class RecastConfig(PeftConfig):
         head_dtype: store the classifier in ``"float16"`` or ``"bfloat16"``; None stores it as it is trained.
         train_norms: the task owns all normalisation layers, parameters and running statistics. Otherwise they stay the
             pretrained model's, and running statistics do not move while a task is trained.
+        partners: what the task trains beside its coefficients: ``AdaptFormerConfig``, ``CLRConfig``, ``PiggybackConfig``, each
+            as an object, a name or a dictionary.
+        train_coefficients: False leaves the coefficients at zero, so that the task trains its partners, head and norms alone.
         seed: seeds whatever is random about the task's start.
         groups: written when a task is created: the members of every bank by name. Given, they are used as they are.
         recipes: written when a task is created: for every compressed bank ``{"mix": (templates, layers), "base": (layers,
@@ -151,6 +155,10 @@ class RecastConfig(PeftConfig):
     head_type: str = field(default="linear", metadata={"help": "'linear', or 'prototypes' (nearest class mean)."})
     head_dtype: str | None = field(default=None, metadata={"help": "Store the classifier in 'float16' or 'bfloat16'."})
     train_norms: bool = field(default=False, metadata={"help": "The task owns all normalisation layers."})
+    partners: list[PartnerConfig | dict[str, Any] | str] | None = field(
+        default=None, metadata={"help": "What the task trains beside its coefficients, such as [AdaptFormerConfig()]."}
+    )
+    train_coefficients: bool = field(default=True, metadata={"help": "False leaves the coefficients at zero."})
     seed: int = field(default=0, metadata={"help": "Seeds whatever is random about the task's start."})
     groups: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Members of every bank by name; written when a task is created."}
@@ -398,9 +406,11 @@ class RecastConfig(PeftConfig):
     def _check_choices(self) -> None:
         if self.bias not in BIAS_CHOICES:
             raise self._bad("bias", f"one of {', '.join(BIAS_CHOICES)}")
-        for name in ("init_weights", "keep_base_weights", "inference_mode"):
+        for name in ("init_weights", "keep_base_weights", "inference_mode", "train_coefficients"):
             if not isinstance(getattr(self, name), bool):
                 raise self._bad(name, "True or False")
+        if self.partners is not None:
+            self.partners = resolve_partners(self.partners) or None  # type: ignore[assignment]
         method = resolve_method(self.mimicry)
         if not isinstance(self.mimicry, str):
             self.mimicry = method.to_dict()

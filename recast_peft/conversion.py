@@ -27,9 +27,9 @@ from .lora_part import lora_config_of
 from .mimicry import FittedTemplates, Recipe
 from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
 from .registration import PREFIX
-from .targets import Candidate, composed_layer
+from .targets import BANK_CONTAINER, Candidate, composed_layer
 
-BANKS = "recast_banks"  # the module of the backbone that owns the compressed banks
+BANKS = BANK_CONTAINER  # the module of the backbone that owns the compressed banks
 
 
 @dataclass

@@ -4,6 +4,7 @@ What holds at every moment (W the pretrained weight, T the templates, d the mean
 
     live      weight == W + sum over active tasks of sum_i d[i] * T[i]      (exact bank)
               weight == sum_i (base[i] + sum over active tasks of d[i]) * T[i]   (compressed bank)
+              times the masks of the active tasks that have one here
     merged    base_layer.weight == the live weight of the merged tasks; W is kept beside it
     unmerged  base_layer.weight is W, the very tensor, bit for bit
 """
@@ -85,8 +86,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         fingerprint: of the pretrained weight.
     """
 
-    adapter_layer_names = ("recast_coefficients",)
-    other_param_names = ("recast_bank",)
+    adapter_layer_names = ("recast_coefficients", "recast_masks")
+    other_param_names = ("recast_bank", "recast_partners")
 
     recast_pretrained: Tensor | None
 
@@ -100,7 +101,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.weight_name = weight_name
         self.fingerprint = fingerprint
         self.recast_coefficients = nn.ParameterDict()  # task -> (sets, templates)
+        self.recast_masks = nn.ModuleDict()  # task -> what changes its composed weight; see partners/piggyback.py
         self.recast_bank: dict[str, TemplateBank] = {}  # task -> bank; a plain dict: the bank belongs to the group
+        self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
         self.compressed_bank: tuple[TemplateBank, ...] = ()  # empty, or the one bank that stands for the weight
         self.register_buffer("recast_pretrained", None, persistent=False)  # the pretrained weight while merged
         self._disable_adapters = False
@@ -222,10 +225,18 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             shaped like the weight and in its dtype; for no task at all the pretrained weight itself, or what the
             compressed bank makes of it where that was released.
         """
+        masks = [self.recast_masks[name] for name in adapters if name in self.recast_masks]
         terms = self._terms(self._present(adapters))
-        if terms is None:
-            return self.pretrained_weight if out is None else out.copy_(self.pretrained_weight)
-        return compose_weight(*terms) if out is None else compose_into(out, *terms)
+        if out is not None and not masks and terms is not None:
+            return compose_into(out, *terms)
+        weight = self.pretrained_weight if terms is None else compose_weight(*terms)
+        for mask in masks:
+            weight = mask(weight)
+        return weight if out is None else out.copy_(weight)
+
+    def has_task(self, adapter: str) -> bool:
+        """Whether a task changes this weight."""
+        return adapter != self.idle_slot and (adapter in self.recast_coefficients or adapter in self.recast_masks)
 
     def _terms(self, adapters: Sequence[str]) -> tuple[Tensor | None, list[Tensor], Tensor] | None:
         """Anchor, templates and coefficients of the weight for tasks that are present; None for the pretrained weight."""
@@ -250,6 +261,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""
+        if adapter in self.recast_masks:
+            return self.compose([adapter]) - self.compose([])
         if adapter not in self.recast_coefficients:
             return torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.weight_device)
         device = self.weight_device
@@ -257,8 +270,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         return compose_weight(None, self.recast_bank[adapter].get_templates(device), offsets, self.weight_dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks."""
-        return not self.is_compressed and type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
+        """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks, without partners."""
+        if self.is_compressed or adapter_name in self.recast_partners:
+            return False
+        return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
 
     # ---------------------------------------------------------------- tasks
 
@@ -270,8 +285,11 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         init_weights: bool = True,
         seed: int = 0,
         inference_mode: bool = False,
+        train_coefficients: bool = True,
     ) -> None:
         """Give a task its coefficients ``(sets, templates)`` in this layer: zeros, or random for ``init_weights=False``."""
+        if not train_coefficients:
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("recast_coefficients",)}
         shape = (num_coefficient_sets, bank.num_templates)
         if init_weights:
             values = torch.zeros(shape)
@@ -310,7 +328,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             ValueError: for ``safe_merge``, if the composed weight is not finite.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
-        new = self._present(adapter_names)
+        new = [name for name in adapter_names if self.has_task(name)]
         if not new:
             return
         merged = [*self.merged_adapters, *new]
@@ -333,7 +351,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
         """
-        present = self._present(adapter_names)
+        present = [name for name in adapter_names if self.has_task(name)]
         if self._held is not None:
             raise self._held_error(present)
         if not self.merged:
@@ -395,7 +413,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _tasks_in_force(self) -> list[str]:
         if self.disable_adapters:
             return []
-        return self._present(self.merged_adapters or self.active_adapters)
+        return [name for name in self.merged_adapters or self.active_adapters if self.has_task(name)]
 
     def _present(self, adapters: Sequence[str]) -> list[str]:
         """Those of the given tasks that have coefficients here."""
@@ -472,7 +490,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         direct = self._direct_call(args, kwargs)
-        if direct is not None:
+        if direct is not None and not any(name in self.recast_masks for name in adapters):
             terms = self._terms(self._present(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
                 return call_recomposed(self.base_layer, direct, args[0], *terms)
@@ -517,7 +535,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         rows: dict[str, list[int]] = {}
         for key, indices in batch.rows(len(args[0])).items():
             name = str(key)
-            rows.setdefault(name if name in self.recast_coefficients else BASE_ADAPTER, []).extend(indices)
+            rows.setdefault(name if self.has_task(name) else BASE_ADAPTER, []).extend(indices)
         return self._call_by_rows([(self.compose([name]), indices) for name, indices in rows.items()], args, kwargs)
 
     def _pool_forward(self, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import RecastConfig
 from .conversion import recast_layers
 from .errors import RecastConfigError
+from .partner_places import check_without_partners
 from .report import table
 from .task_files import MODEL_PREFIX, plain_name
 
@@ -118,6 +119,7 @@ def convert_to_lora(
             f"task {adapter_name!r} has a LoRA part beside its coefficients, and no one rank describes both: export the whole "
             "model (model.merge_and_unload()), or convert a task without a LoRA part"
         )
+    check_without_partners(config, f"task {adapter_name!r} cannot be converted to a LoRA", "Keep it as a RECAST task.")
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_coefficients}
     _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     unfit = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]

@@ -46,9 +46,20 @@ from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys,
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
+from .partner_places import (
+    check_active_together,
+    check_mergeable,
+    install_partners,
+    pack_masks,
+    partner_shapes,
+    prepare_partners,
+    put_back_partners,
+    take_out_partners,
+    unpack_masks,
+)
 from .plan import RecastPlan, coefficient_owners, plan_recast
 from .registration import PREFIX
-from .task_files import check_state_dict, check_task_file, plain_name
+from .task_files import COEFFICIENTS, check_state_dict, check_task_file, plain_name
 
 
 class RecastModel(BaseTuner):
@@ -87,14 +98,17 @@ class RecastModel(BaseTuner):
         try:
             config.forget_written_fields()
             if state_dict is not None and config.groups is None:
-                config.target_modules = sorted({plain_name(key).partition(f".{PREFIX}")[0] for key in state_dict})
+                names = (plain_name(key) for key in state_dict if COEFFICIENTS in key)
+                config.target_modules = sorted({name.partition(f".{PREFIX}")[0] for name in names})
             plan = plan_recast(model, config)
             targets = list(plan.candidates)
             check_name_is_free(targets, adapter_name)
             fingerprints = base_fingerprints(targets)
             head = prepare_head(model, config)
             norms = find_norms(model) if config.train_norms else []
-            entries = check_task_file(model, config, plan, {**own_shapes(model, head, norms), **_lora_shapes(plan)})
+            partners = prepare_partners(model, config, plan.targets)
+            own = {**own_shapes(model, head, norms), **_lora_shapes(plan), **partner_shapes(partners)}
+            entries = check_task_file(model, config, plan, own)
             check_fingerprints(config, fingerprints, entries)
             self._prepared = prepare_layers(targets, fingerprints)
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
@@ -128,6 +142,7 @@ class RecastModel(BaseTuner):
         if head is not None:
             install_head(model, adapter_name, head, active, config.inference_mode)
         install_norms(model, adapter_name, norms, active, config.inference_mode)
+        install_partners(self, adapter_name, partners, config.inference_mode)
         # PEFT may have condensed the names to a set, whose order differs from run to run
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
@@ -163,6 +178,7 @@ class RecastModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 seed=peft_config.seed,
                 inference_mode=peft_config.inference_mode,
+                train_coefficients=peft_config.train_coefficients,
             )
             setattr(prepared.parent, prepared.child_name, layer)
 
@@ -213,6 +229,7 @@ class RecastModel(BaseTuner):
         Raises:
             RecastConfigError: naming the tasks and the module.
         """
+        check_active_together(self.model, adapter_name)
         check_one_owner(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode)
         for layer in part_layers(self.model):
@@ -221,14 +238,23 @@ class RecastModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task, with both of its parts."""
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         for layer in part_layers(self.model):
             layer.delete_adapter(adapter_name)
             layer._active_adapter = list(self.active_adapters)
             layer._parts.configs.pop(adapter_name, None)
+        # PEFT finds the next task on the first layer alone, which may have none
+        if was_active and self.peft_config and not self.active_adapters:
+            self.set_adapter(min(self.peft_config))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge tasks, with both of their parts; what fails leaves nothing merged that was not merged before."""
+        """Merge tasks, with both of their parts; what fails leaves nothing merged that was not merged before.
+
+        Raises:
+            RecastBankError: if a task has a partner that no weight can hold; nothing is changed then.
+        """
+        check_mergeable(self.model, adapter_names or (), self.active_adapters)
         parts = part_layers(self.model)
         if not parts:
             super().merge_adapter(adapter_names, safe_merge)
@@ -292,14 +318,21 @@ class RecastModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            check_mergeable(self.model, adapter_names or (), self.active_adapters)
         if part_layers(self.model):
             self._check_all_switched_on()
             tasks = [name for name in adapter_names or () if isinstance(self.peft_config.get(name), RecastConfig)]
             if merge and tasks:  # a LoRA part is merged on top of the coefficients of the tasks in force
                 self.unmerge_adapter()
                 self.set_adapter(tasks, inference_mode=True)
-        with _renamed_children(self.model, "base_layer"):
-            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        partners = take_out_partners(self.model)
+        try:
+            with _renamed_children(self.model, "base_layer"):
+                model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        except BaseException:
+            put_back_partners(self.model, partners)
+            raise
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
         return model  # type: ignore[return-value]
@@ -396,8 +429,8 @@ class RecastModel(BaseTuner):
                     handles.append(module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True))
                 elif not module.disable_adapters and set(module.active_adapters) - {batch.pool.slot}:
                     raise RecastBankError(
-                        f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms or "
-                        "modules_to_save), which a pool's tasks do not share: call pool.deactivate() first"
+                        f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms, "
+                        "modules_to_save or partners), which a pool's tasks do not share: call pool.deactivate() first"
                     )
             with mixed_batch(batch):
                 yield
@@ -479,7 +512,8 @@ class RecastModel(BaseTuner):
         config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)(), config.revision))
         banks = task_banks(model, adapter_name).values()
         config.write_fidelity(measured for bank in banks for measured in bank.fidelity.values())
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return pack_masks(model, adapter_name, entries)
 
     @classmethod
     def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: RecastConfig):  # type: ignore
@@ -503,6 +537,7 @@ class RecastModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        state_dict = unpack_masks(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_state_dict(model, adapter_name, remapped, part_keys(model, adapter_name))
         return remapped

@@ -24,8 +24,10 @@ from .backbone import hub_repository
 from .bank_files import BANK_CONFIG
 from .config import RecastConfig
 from .errors import RecastLoadError
+from .partner_places import partner_of_entry
 from .plan import role_of
-from .registration import METHOD_NAME, PREFIX
+from .registration import METHOD_NAME
+from .task_files import COEFFICIENTS
 
 CARD_NAME = "README.md"
 PAPER = "[RECAST](https://arxiv.org/abs/2411.16870)"
@@ -79,7 +81,7 @@ def write_model_card(
         "",
         f"A task learned with {PAPER}: {sizes.coefficients:,} numbers on frozen, shared weight templates of "
         f"{_base_link(config)}{f', with a LoRA part of {sizes.lora:,} numbers' if sizes.lora else ''}"
-        f"{f', and {sizes.others:,} numbers of its own head or other modules' if sizes.others else ''}.",
+        f"{f', and {sizes.beside:,} numbers of its own head or other modules' if sizes.beside else ''}.",
         "",
         *_table(_facts(config, sizes)),
         *(["", "## Results", "", *_table(list(measured.items()))] if measured else []),
@@ -159,10 +161,11 @@ def write_repository_card(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers and bytes of a saved task: its coefficients, its LoRA part, whatever else it holds, its files."""
+    """Numbers and bytes of a saved task: coefficients, LoRA part, partners, whatever else it holds, its files."""
 
     coefficients: int
     lora: int
+    partners: dict[str, int]
     others: int
     file_bytes: int
     config_bytes: int
@@ -170,7 +173,17 @@ class _Sizes:
     @property
     def all(self) -> int:
         """All numbers of the task."""
-        return self.coefficients + self.lora + self.others
+        return self.coefficients + self.lora + self.beside
+
+    @property
+    def beside(self) -> int:
+        """Numbers beside coefficients and LoRA part; a bit of a mask counts as one."""
+        return self.others + sum(self.partners.values())
+
+    def of_partners(self) -> str:
+        """Each partner with its numbers."""
+        units = {"piggyback": "bits"}
+        return ", ".join(f"{method} {count:,} {units.get(method, 'numbers')}" for method, count in self.partners.items())
 
 
 def task_entries(folder: str | os.PathLike) -> dict[str, int]:
@@ -194,15 +207,21 @@ def task_sizes(folder: Path) -> _Sizes:
     counts = task_entries(folder)
     file = _numbers_file(folder)
     assert file is not None
-    coefficients = sum(count for key, count in counts.items() if f".{PREFIX}" in key)
-    lora = sum(count for key, count in counts.items() if f".{LoraModel.prefix}" in key)
-    return _Sizes(
-        coefficients,
-        lora,
-        sum(counts.values()) - coefficients - lora,
-        file.stat().st_size,
-        (folder / CONFIG_NAME).stat().st_size,
-    )
+    coefficients = lora = others = 0
+    partners: dict[str, int] = {}
+    for key, count in counts.items():
+        partner = partner_of_entry(key, count)
+        if partner is not None:
+            partners[partner[0]] = partners.get(partner[0], 0) + partner[1]
+        elif COEFFICIENTS in key:
+            coefficients += count
+        elif f".{LoraModel.prefix}" in key:
+            lora += count
+        else:
+            others += count
+    if not read_task_config(folder).get("train_coefficients", True):
+        coefficients = 0  # they are there, at zero
+    return _Sizes(coefficients, lora, partners, others, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
 
 
 def _entry_sizes(file: Path) -> dict[str, int]:
@@ -262,6 +281,7 @@ def _facts(config: Mapping[str, Any], sizes: _Sizes) -> list[tuple[str, Any]]:
             f"{sizes.all:,} ({sizes.coefficients:,} coefficients{f', {sizes.lora:,} of the LoRA part' if sizes.lora else ''})",
         ),
         ("LoRA part", _lora_facts(config.get("lora_config"))),
+        ("Partners", sizes.of_partners() or None),
         ("Size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
         ("Fidelity of the base", _fidelity(config)),
     ]

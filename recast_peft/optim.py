@@ -9,6 +9,8 @@ from torch.optim import AdamW, Optimizer
 
 from .errors import RecastConfigError
 from .lora_part import PartLayer
+from .partner_places import MASKS
+from .targets import PARTNER_CONTAINER
 
 COEFFICIENT_LR = 0.05  # in units of a template as large as the pretrained weight; what the demo trains with
 
@@ -20,12 +22,14 @@ def create_recast_optimizer(
     lr: float,
     coefficient_lr: float = COEFFICIENT_LR,
     lora_lr: float | None = None,
+    partner_lr: float | None = None,
     **kwargs: Any,
 ) -> Optimizer:
     """An optimiser for the trainable parameters of a model, in the manner of PEFT's ``create_loraplus_optimizer``.
 
     Coefficients have a learning rate of their own, far above what suits a classifier, and no weight decay: zero is the
-    pretrained weight, and tens of numbers need no pull towards it.
+    pretrained weight, and tens of numbers need no pull towards it. A task's partners may have one of their own too; they are
+    not decayed either, since a decayed mask would be one that loses its entries.
 
     Args:
         model: with a RECAST task that is trained.
@@ -33,28 +37,37 @@ def create_recast_optimizer(
         lr: of everything else that is trained: classifier, norms, biases.
         coefficient_lr: of the coefficients.
         lora_lr: of the LoRA part; None is ``lr``.
+        partner_lr: of the task's partners; None is ``lr``.
         kwargs: for the optimiser (``weight_decay``, ``betas``, ...).
 
     Raises:
-        RecastConfigError: if the model has no coefficients that are trained.
+        RecastConfigError: if the model trains neither coefficients nor partners.
     """
     lora = {
         key for module in model.modules() if isinstance(module, PartLayer) for key in map(id, module.own_parameters().values())
     }
-    groups: dict[str, list[nn.Parameter]] = {"coefficients": [], "lora": [], "others": []}
+    parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "lora": [], "partners": [], "others": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "lora" if id(parameter) in lora else "others"
-            groups["coefficients" if "recast_coefficients" in name.split(".") else kind].append(parameter)
-    if not groups["coefficients"]:
+            parts["lora" if id(parameter) in lora else _part_of(name)].append(parameter)
+    if not parts["coefficients"] and not parts["partners"]:
         raise RecastConfigError(
-            f"{type(model).__name__} trains no RECAST coefficients ({sum(map(len, groups.values()))} trainable parameters): "
-            "convert it with get_recast_model, and activate a task that is not in inference mode"
+            f"{type(model).__name__} trains no RECAST coefficients or partners ({sum(map(len, parts.values()))} trainable "
+            "parameters): convert it with get_recast_model, and activate a task that is not in inference mode"
         )
     options: dict[str, dict[str, Any]] = {
         "coefficients": {"lr": coefficient_lr, "weight_decay": 0.0},
         "lora": {"lr": lr if lora_lr is None else lora_lr},
+        "partners": {"lr": lr if partner_lr is None else partner_lr, "weight_decay": 0.0},
         "others": {"lr": lr},
     }
-    chosen = [{"params": parameters, **options[name]} for name, parameters in groups.items() if parameters]
-    return optimizer_cls(chosen, lr=lr, **kwargs)  # type: ignore[call-arg]
+    groups = [{"params": parameters, **options[name]} for name, parameters in parts.items() if parameters]
+    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+
+
+def _part_of(name: str) -> str:
+    """Which part of a task a parameter belongs to, the LoRA part aside."""
+    words = name.split(".")
+    if "recast_coefficients" in words:
+        return "coefficients"
+    return "partners" if PARTNER_CONTAINER in words or MASKS in words else "others"

@@ -92,6 +92,8 @@ class RecastPlan:
         bank: the stored bank that the task is on, if it is not in the model yet.
         lora: what the task's LoRA part would be; None for a task without one.
         candidates: the target modules.
+        partners: of the task: ``method -> place -> numbers that it trains there``.
+        train_coefficients: whether the coefficients are trained.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -103,6 +105,8 @@ class RecastPlan:
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
     lora: LoraPlan | None = None
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
+    partners: dict[str, dict[str, int]] = field(default_factory=dict)
+    train_coefficients: bool = True
 
     @property
     def num_coefficient_sets(self) -> int:
@@ -170,11 +174,27 @@ class RecastPlan:
             )
         if self.coefficient_sharing is not None:
             lines.append(f"offsets are shared between {SHARING[self.coefficient_sharing]}")
+        if not self.train_coefficients:
+            lines.append("the coefficients stay at zero (train_coefficients=False)")
+        for method, places in self.partners.items():
+            shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
+            lines.append(f"partner {method}: {len(places)} places ({shown}), {sum(places.values()):,} numbers per task")
         if self.reason:
             lines.append(self.reason)
         if self.skipped:
             lines.append(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in self.skipped.items())}")
         return "\n".join(lines)
+
+
+def planned_partners(model: nn.Module, config: RecastConfig, targets: list[str]) -> dict[str, dict[str, int]]:
+    """Where a task's partners would stand, and how many numbers they train there."""
+    from .partner_places import prepare_partners  # it stands above the plan
+
+    planned: dict[str, dict[str, int]] = {}
+    for partner in prepare_partners(model, config, targets, torch.device("meta")):
+        numbers = sum(parameter.numel() for parameter in partner.module.parameters())
+        planned.setdefault(partner.config.method, {})[partner.candidate.name] = numbers
+    return planned
 
 
 def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
@@ -228,6 +248,8 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
         bank,
         plan_lora_part(model, config, [target.name for target in targets]),
         tuple(targets),
+        planned_partners(model, config, [target.name for target in targets]),
+        config.train_coefficients,
     )
     if config.max_coefficients is not None and plan.num_coefficients > config.max_coefficients:
         raise RecastConfigError(

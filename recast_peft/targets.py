@@ -22,6 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from .config import RecastConfig
 from .errors import RecastTargetError
 
+# Children of the backbone that hold what tasks share or own beside its modules.
+BANK_CONTAINER, PARTNER_CONTAINER = "recast_banks", "recast_partners"
+
 # A component that decides what the modules below it are. Names and class names are searched from the module upwards, and
 # the first component that says anything decides, so that the MLP inside an "attention block" is an MLP.
 _CHANNEL_ATTENTION = re.compile(
@@ -312,7 +315,9 @@ def _walk(
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         here = (*path, (prefix.rpartition(".")[2], inner))
         for child_name, child in inner.named_children():
-            if isinstance(child, AuxiliaryTrainingWrapper) or id(child) in seen or child_name == "recast_banks":
+            if isinstance(child, AuxiliaryTrainingWrapper) or id(child) in seen:
+                continue
+            if child_name in (BANK_CONTAINER, PARTNER_CONTAINER):
                 continue
             seen.add(id(child))
             name = f"{prefix}.{child_name}" if prefix else child_name

@@ -37,6 +37,7 @@ from .hub import fetch_task
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
+from .partner_places import check_without_partners
 from .peft_models import TaskModel, with_task_verbs
 from .routing import TaskFeatures, nearest_task, summarise
 from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
@@ -574,7 +575,7 @@ class TaskPool:
         backbone = self._backbone
         given = self._tuner.peft_config.get(source) if isinstance(source, str) else source
         if isinstance(given, RecastConfig):
-            _refuse_lora_part(name, given)
+            _refuse_parts(name, given)
         if source is None or isinstance(source, RecastConfig):
             return torch.zeros(self.numbers_per_task), None if source is None else prepare_head(backbone, source)
         if isinstance(source, Mapping):
@@ -584,7 +585,7 @@ class TaskPool:
         folder = str(fetch_task(source, **hub_kwargs))
         config = RecastConfig.from_pretrained(folder)
         config.__dict__.pop("_origin", None)
-        _refuse_lora_part(name, config)
+        _refuse_parts(name, config)
         self._check_config(str(source), config)
         entries = load_peft_weights(folder, device="cpu")
         head = prepare_head(backbone, config)
@@ -614,6 +615,7 @@ class TaskPool:
 
     def _row_of_adapter(self, adapter: str) -> Tensor:
         config: RecastConfig = self.model.peft_config[adapter]  # type: ignore[assignment]
+        _refuse_parts(adapter, config)
         if config.groups != self._config.groups:
             raise _other_layout(f"task {adapter!r} of the model", config, self._config)
         wrappers = [n for n, m in self._backbone.named_modules() if _is_owned(m, adapter)]
@@ -769,7 +771,8 @@ def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastB
     )
 
 
-def _refuse_lora_part(name: str, config: RecastConfig) -> None:
+def _refuse_parts(name: str, config: RecastConfig) -> None:
+    check_without_partners(config, f"a pool cannot hold task {name!r}", "Keep it as an adapter.")
     if config.lora_config is not None:
         raise RecastConfigError(
             f"task {name!r} has a LoRA part, and a pool holds coefficients and heads alone: load it as an ordinary adapter "

@@ -18,6 +18,7 @@ PAGES = [
     "docs/architecture.md",
     "docs/mimicry.md",
     "docs/grown_banks.md",
+    "docs/partners.md",
 ]
 
 
