@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .bank import TemplateBank, follow_device
-from .cached_weights import kept_weight, keeps_weight
+from .cached_weights import keeps_weight, kept_weight
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .grown_templates import product
