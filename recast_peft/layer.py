@@ -32,7 +32,7 @@ from .recomposed import call_recomposed, can_recompose
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 # Positions of a sample below which n products are cheaper than composing a weight for each task; measured on a CPU by
-# examples/benchmarks/pool.py.
+# examples/benchmarks/mixed_batch.py.
 PRODUCT_LIMIT = 64
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
