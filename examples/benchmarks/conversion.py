@@ -3,9 +3,9 @@
     python examples/benchmarks/conversion.py
     python examples/benchmarks/conversion.py --models vit_tiny_patch16_224 vit_large_patch16_224
 
-All linear layers in groups of 2: exact banks (n = 2), compressed banks (n = 1, closed form), and PEFT's LoRA r=8 on the same layers.
-Memory is the peak of the process's resident set during the conversion above what it was just before. The vision transformers are
-timm's in float32, the largest model is of LLaMA's shape in bfloat16; weights are random, nothing is downloaded.
+All linear layers in groups of 2: exact banks (n = 2), compressed banks (n = 1, closed form), and PEFT's LoRA r=8 on the same
+layers. Memory is the peak of the process's resident set during the conversion above what it was just before. The vision
+transformers are timm's in float32, the largest model is of LLaMA's shape in bfloat16; weights are random, nothing is downloaded.
 """
 
 from __future__ import annotations
