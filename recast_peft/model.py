@@ -41,6 +41,7 @@ from .conversion import (
 from .errors import RecastBankError, RecastConfigError
 from .heads import TaskHead, install_head, prepare_head, task_head
 from .layer import RecastLayer
+from .lazy_weight import model_reads
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
 from .plan import coefficient_owners, plan_recast
@@ -292,7 +293,8 @@ class RecastModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
         if adapter_names is None and task_ids is None:
-            yield
+            with model_reads():
+                yield
             return
         with self.samples_with_tasks(self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))):
             yield
