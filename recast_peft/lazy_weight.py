@@ -5,8 +5,8 @@ they get knows these; anything else that is done with it is done with the compos
 reading: other coefficients or tasks afterwards do not change it.
 
 Only for the model in its forward pass, and only where no gradient is recorded. Other readers may put the weight where a tensor
-of a class of its own is refused, such as into a parameter; and an autograd function of the model's own would take it for a leaf,
-so that the coefficients got no gradient in silence.
+of a class of its own is refused, such as into a parameter; and an autograd function of the model's own would take it for a
+leaf, so that the coefficients got no gradient in silence.
 """
 
 from __future__ import annotations
