@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from large_model import GIB, PeakMemory, build
 from peft import LoraConfig, get_peft_model
 from rivals import QUICK, backbone
-from timing import Row, Tables, arguments, finish, start
+from timing import Row, Tables, arguments, finish, seconds, start
 from torch import nn
 
 from recast_peft import RecastConfig
@@ -48,10 +47,9 @@ def measure(name: str, layers: int, width: int) -> list[Row]:
     for method, config in CONFIGS.items():
         model = copy.deepcopy(original)
         before = total_bytes(model)
-        begin = time.perf_counter()
+        done: list[nn.Module] = []
         with PeakMemory() as memory:
-            converted = get_peft_model(model, config())
-        taken = time.perf_counter() - begin
+            taken = seconds(lambda done=done, model=model, config=config: done.append(get_peft_model(model, config())))
         rows.append(
             {
                 "conversion": method,
@@ -60,10 +58,10 @@ def measure(name: str, layers: int, width: int) -> list[Row]:
                 "seconds a billion": taken / count * 1e9,
                 "peak above GiB": memory.above / GIB,
                 "model GiB": before / GIB,
-                "after GiB": total_bytes(converted) / GIB,
+                "after GiB": total_bytes(done[0]) / GIB,
             }
         )
-        del model, converted
+        del model, done
         gc.collect()
     return rows
 
