@@ -23,16 +23,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .bank import TemplateBank, follow_device
+from .cached_weights import keeps_weight, kept_weight
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .grown_templates import product
+from .lazy_weight import LazyWeight, is_read_lazily
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 from .recomposed import call_recomposed, can_recompose
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 # Positions of a sample below which n products are cheaper than composing a weight for each task; measured on a CPU by
-# examples/benchmarks/pool.py.
+# examples/benchmarks/mixed_batch.py.
 PRODUCT_LIMIT = 64
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
@@ -70,6 +72,10 @@ DIRECT_CALLS: dict[Callable, Callable[..., Tensor]] = {
     nn.Conv3d.forward: _conv,
     Conv1D.forward: _transposed_linear,
 }
+
+
+# Modules whose readers may get a weight that is composed at its first use; torch's own fast paths refuse such tensors.
+PLAIN_LAYERS = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D})
 
 
 class RecastLayer(nn.Module, BaseTunerLayer):
@@ -185,7 +191,29 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         """The weight that a call would use now: composed, differentiable."""
         if self.weight_name != "weight":
             raise AttributeError(f"{type(self.base_layer).__name__} has no attribute 'weight'")
-        return self.effective_weight()
+        lazy = self._lazy_weight()
+        return self.effective_weight() if lazy is None else lazy
+
+    def _lazy_weight(self) -> Tensor | None:
+        """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
+        if not is_read_lazily() or type(self.base_layer) not in PLAIN_LAYERS:
+            return None
+        if current_batch() is not None or self._held is not None or self.merged or keeps_weight(self):
+            return None
+        parts = self._parts(self._tasks_in_force())
+        if parts is None:
+            return None
+        banks, anchored, coefficients = parts
+        coefficients = coefficients.clone()  # as they are now
+        device = self.weight_device
+
+        def compose() -> Tensor:
+            with torch.no_grad():
+                templates = [template for bank in banks for template in bank.get_templates(device)]
+                weight = compose_weight(self.pretrained_weight if anchored else None, templates, coefficients)
+                return weight.requires_grad_()
+
+        return LazyWeight(compose, self.weight_shape, self.weight_dtype, device)
 
     def effective_weight(self) -> Tensor:
         """The weight that a call would use now.
@@ -202,7 +230,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             self._check_held()
         if self._held is not None or (self.merged and not self.disable_adapters):
             return self._weight_parameter  # type: ignore[return-value]
-        return self._as_pretrained(self.compose([] if self.disable_adapters else self.active_adapters))
+        return self._as_pretrained(self._weight_for([] if self.disable_adapters else self.active_adapters))
 
     def _as_pretrained(self, weight: Tensor) -> Tensor:
         """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are.
@@ -240,13 +268,23 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def _terms(self, adapters: Sequence[str]) -> tuple[Tensor | None, list[Tensor], Tensor] | None:
         """Anchor, templates and coefficients of the weight for tasks that are present; None for the pretrained weight."""
+        parts = self._parts(adapters)
+        if parts is None:
+            return None
+        banks, anchored, coefficients = parts
+        device = self.weight_device
+        templates = [template for bank in banks for template in bank.get_templates(device)]
+        return self.pretrained_weight if anchored else None, templates, coefficients
+
+    def _parts(self, adapters: Sequence[str]) -> tuple[list[TemplateBank], bool, Tensor] | None:
+        """Banks, whether the pretrained weight is added, and coefficients; None for the pretrained weight alone."""
         device = self.weight_device
         if self.compressed_bank and (adapters or self.is_released):
             bank = self.compressed_bank[0]
             coefficients = bank.base_of(self.module_name)
             for name in adapters:
                 coefficients = coefficients + average_sets(self.recast_coefficients[name])
-            return None, bank.get_templates(device), coefficients.to(device)
+            return [bank], False, coefficients.to(device)
         if not adapters:
             return None
         offsets: dict[int, Tensor] = {}
@@ -255,9 +293,21 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             bank, offset = self.recast_bank[name], average_sets(self.recast_coefficients[name])
             banks[id(bank)] = bank
             offsets[id(bank)] = offsets[id(bank)] + offset if id(bank) in offsets else offset
-        templates = [template for bank in banks.values() for template in bank.get_templates(device)]
         coefficients = torch.cat([offsets[key] for key in banks]) if len(banks) > 1 else offsets[id(bank)]
-        return self.pretrained_weight, templates, coefficients.to(device)
+        return list(banks.values()), True, coefficients.to(device)
+
+    def _weight_for(self, adapters: Sequence[str]) -> Tensor:
+        """``compose``, or the weight that was composed before where it is kept and still holds."""
+        if not keeps_weight(self):
+            return self.compose(adapters)
+        parts = self._parts([name for name in adapters if name in self.recast_coefficients])
+        if parts is None:
+            return self.pretrained_weight
+        banks, anchored, coefficients = parts
+        sources = [source for bank in banks for source in bank.sources()]
+        if anchored:
+            sources.append(self.pretrained_weight)
+        return kept_weight(self, sources, coefficients, lambda: self.compose(adapters))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""
@@ -494,7 +544,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             terms = self._terms(self._present(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
                 return call_recomposed(self.base_layer, direct, args[0], *terms)
-        return self._call_with(self.compose(adapters), args, kwargs)
+        return self._call_with(self._weight_for(adapters), args, kwargs)
 
     def _direct_call(self, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
         """The plain function that stands for a call of the wrapped module, if there is one."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .arithmetic import check_combinable, check_combination, combine_heads, combine_rows, head_of_adapter, task_row, write_row
 from .backbone import describe_backbone
 from .bank_files import StoredBank
+from .cached_weights import cached_weights
 from .config import RecastConfig
 from .conversion import (
     BANKS,
@@ -42,6 +43,7 @@ from .conversion import (
 from .errors import RecastBankError, RecastConfigError
 from .heads import PreparedHead, TaskHead, check_one_owner, install_head, prepare_head, task_head
 from .layer import RecastLayer
+from .lazy_weight import model_reads
 from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys, part_layers, switched_off
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
@@ -214,6 +216,18 @@ class RecastModel(BaseTuner):
         if mode:
             freeze_running_statistics(self.model)
         return self
+
+    @contextmanager
+    def cached_weights(self) -> Iterator[None]:
+        """A block in which every target composes its weight once, not once a call, where no gradient is recorded.
+
+        Costs the memory of one weight for each target until the block ends. A weight is composed again as soon as coefficients,
+        templates or the tasks in force are others. On an accelerator every call waits for the comparison of coefficients:
+        merge there. A pretrained weight that is written through ``.data`` inside the block goes unnoticed, since torch does not
+        count such writes; coefficients may be written in any way.
+        """
+        with cached_weights(list(recast_layers(self.model).values())):
+            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
         super()._apply(fn, recurse)
@@ -407,7 +421,8 @@ class RecastModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
         if adapter_names is None and task_ids is None:
-            yield
+            with model_reads():
+                yield
             return
         with self.samples_with_tasks(self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))):
             yield

@@ -19,6 +19,7 @@ PAGES = [
     "docs/mimicry.md",
     "docs/grown_banks.md",
     "docs/partners.md",
+    "docs/benchmarks.md",
 ]
 
 
