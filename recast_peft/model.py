@@ -87,7 +87,8 @@ class RecastModel(BaseTuner):
         try:
             config.forget_written_fields()
             if state_dict is not None and config.groups is None:
-                config.target_modules = sorted({plain_name(key).partition(f".{PREFIX}")[0] for key in state_dict})
+                coefficients = [plain_name(key) for key in state_dict if f".{PREFIX}" in key]
+                config.target_modules = sorted({key.partition(f".{PREFIX}")[0] for key in coefficients})
             plan = plan_recast(model, config)
             targets = list(plan.candidates)
             check_name_is_free(targets, adapter_name)
