@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hub_server import HubServer, connect
 from models import KINDS, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
 from peft import (
     AdaLoraConfig,
@@ -36,6 +37,7 @@ from recast_peft import (
     create_recast_optimizer,
     get_recast_model,
     plan_recast,
+    push_task_to_hub,
 )
 from recast_peft import lora_part as lora_part_module
 from recast_peft.cli import main
@@ -506,6 +508,14 @@ class TestFiles:
         loaded = AutoRecastModel.from_pretrained(tmp_path / "task", backbone=tiny_vit(), is_trainable=True).eval()
         assert torch.equal(outputs(loaded, vit_input()), outputs(model, vit_input()))
         assert len([p for p in loaded.parameters() if p.requires_grad]) == 8 + 8
+
+    def test_pushed_and_fetched_by_name(self, tmp_path, monkeypatch):
+        model = two_parts(target_modules=["fc1"])
+        with HubServer().running() as server:
+            connect(server, monkeypatch, tmp_path / "cache")
+            push_task_to_hub(model, "ada/two-parts")
+            fetched = AutoRecastModel.from_pretrained("ada/two-parts", backbone=tiny_vit())
+        assert torch.equal(outputs(fetched, vit_input()), outputs(model, vit_input()))
 
 
 class TestCopies:
