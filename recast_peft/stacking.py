@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .config import RecastConfig
 from .errors import RecastTargetError
 from .layer import RecastLayer
 
@@ -174,12 +175,23 @@ class Beside(Mixed):
     """A tuner of another method on a model with RECAST tasks: what is refused there leaves the model as it was."""
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self._check_name(adapter_name)
         with _wholly_or_not(self, adapter_name):
             super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with _wholly_or_not(self, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_name(self, adapter_name: str) -> None:
+        # PEFT keeps the configs of all wrappers of a model in one dictionary, and has written the new one over the old
+        before = self.__dict__.pop("_configs_before", {})
+        if isinstance(before.get(adapter_name), RecastConfig):
+            self.peft_config[adapter_name] = before[adapter_name]  # type: ignore[attr-defined]
+            raise RecastTargetError(
+                f"adapter_name={adapter_name!r}: a RECAST task of this model has this name; give the adapter of "
+                f"{method_of(self)} another one"  # type: ignore[arg-type]
+            )
 
 
 @contextmanager
@@ -192,7 +204,7 @@ def _wholly_or_not(tuner: Any, adapter_name: str) -> Iterator[None]:
         for module, children in before:
             module._modules = children
         forget_absent_layers(tuner.model)
-        tuner.peft_config.pop(adapter_name, None)  # PEFT keeps the configs of all wrappers in one dictionary
+        tuner.peft_config.pop(adapter_name, None)
         if method not in BLIND or isinstance(error, RecastTargetError):
             raise
         hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
@@ -213,8 +225,10 @@ def forget_absent_layers(model: nn.Module) -> None:
 def _notice(parent: nn.Module, name: str, child: nn.Module) -> None:
     """Called by torch whenever a module gets a child."""
     if name == "model" and isinstance(parent, BaseTuner):
-        if any(isinstance(module, RecastLayer) for module in child.modules()):
+        is_of_peft = type(parent).__module__.startswith("peft.")
+        if is_of_peft and any(isinstance(module, RecastLayer) for module in child.modules()):
             mix_in(parent, Beside)
+            parent.__dict__["_configs_before"] = dict(getattr(child, "peft_config", {}))
         return
     if name != "base_layer" or not isinstance(parent, BaseTunerLayer):
         return

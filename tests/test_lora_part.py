@@ -10,20 +10,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hub_server import HubServer, connect
 from models import KINDS, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
 from peft import (
     AdaLoraConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.functional import set_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recast_peft import (
+    AutoRecastModel,
     RecastConfig,
     RecastConfigError,
     RecastLoadError,
@@ -33,6 +37,7 @@ from recast_peft import (
     create_recast_optimizer,
     get_recast_model,
     plan_recast,
+    push_task_to_hub,
 )
 from recast_peft import lora_part as lora_part_module
 from recast_peft.cli import main
@@ -237,6 +242,14 @@ class TestVariants:
         close(outputs(model.merge_and_unload(), x), live)
         with loaded.disable_adapter():
             assert torch.equal(outputs(loaded, x), pretrained)
+
+    def test_velora_on_linear_layers(self):
+        model = two_parts(target_modules=["qkv", "fc1"], velora_config={"num_groups": 4})
+        live = outputs(model, vit_input())
+        close(live, expected(model, vit_input()))
+        model.train()(vit_input()).square().sum().backward()
+        assert all(p.grad.abs().max() > 0 for p in lora_parameters(model).values())
+        close(outputs(model.eval().merge_and_unload(), vit_input()), live)
 
     def test_a_weight_that_is_read_has_the_lora_in_it_with_gradients(self):
         kind = KINDS["bilinear weight reader"]
@@ -471,11 +484,38 @@ class TestFiles:
     def test_injected_without_a_wrapper(self):
         config = RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=["qkv", "fc1"]))
         model = inject_adapter_in_model(config, tiny_vit(), "task").eval()
+        inject_adapter_in_model(RecastConfig(target_modules=["qkv"]), model, "second")
+        set_adapter(model, "task")
         fill(model)
-        assert not torch.allclose(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()), atol=1e-3)
-        for layer in part_layers(model):
-            layer.set_adapter("task", inference_mode=True)
-        assert not any(p.requires_grad for p in lora_parameters(model).values())
+        live = outputs(model, vit_input())
+        assert not torch.allclose(live, outputs(tiny_vit(), vit_input()), atol=1e-3)
+        state = get_peft_model_state_dict(model, adapter_name="task")
+        assert {key.rpartition(".qkv.")[2] for key in state if ".qkv." in key} == {
+            "recast_coefficients", "lora_A.weight", "lora_B.weight"
+        }  # fmt: skip
+        unnamed = RecastConfig(lora_config=lora(target_modules=["qkv", "fc1"]))
+        other = inject_adapter_in_model(unnamed, tiny_vit(), "again", state_dict=state).eval()
+        assert not set_peft_model_state_dict(other, state, adapter_name="again").unexpected_keys
+        assert torch.equal(outputs(other, vit_input()), live)
+        set_adapter(model, "second")
+        assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
+        set_adapter(model, "task")
+        assert torch.equal(outputs(model, vit_input()), live)
+
+    def test_from_the_name_of_the_task(self, tmp_path):
+        model = two_parts(target_modules=["fc1"])
+        model.save_pretrained(tmp_path)
+        loaded = AutoRecastModel.from_pretrained(tmp_path / "task", backbone=tiny_vit(), is_trainable=True).eval()
+        assert torch.equal(outputs(loaded, vit_input()), outputs(model, vit_input()))
+        assert len([p for p in loaded.parameters() if p.requires_grad]) == 8 + 8
+
+    def test_pushed_and_fetched_by_name(self, tmp_path, monkeypatch):
+        model = two_parts(target_modules=["fc1"])
+        with HubServer().running() as server:
+            connect(server, monkeypatch, tmp_path / "cache")
+            push_task_to_hub(model, "ada/two-parts")
+            fetched = AutoRecastModel.from_pretrained("ada/two-parts", backbone=tiny_vit())
+        assert torch.equal(outputs(fetched, vit_input()), outputs(model, vit_input()))
 
 
 class TestCopies:

@@ -341,6 +341,13 @@ class TestProtection:
         with task.disable_adapter():
             assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
 
+    def test_a_name_that_a_task_has_is_refused(self):
+        task = task_model(tiny_vit())
+        with pytest.raises(RecastTargetError, match="a RECAST task of this model has this name"):
+            get_peft_model(task.base_model.model, lora(), adapter_name="task")
+        assert isinstance(task.peft_config["task"], RecastConfig)
+        assert not [key for key in task.state_dict() if "lora_" in key]
+
     def test_a_reader_of_the_weight_gets_the_composed_one(self, both):
         _, model = both
         layer = layers_of(model)["blocks.0.attn.proj"]
