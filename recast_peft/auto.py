@@ -18,9 +18,10 @@ from .bank_files import BANK_CONFIG, BANK_WEIGHTS, load_bank
 from .config import RecastConfig
 from .conversion import check_adapter_name
 from .errors import RecastBaseMismatchError, RecastConfigError
-from .hub import fetch_file, fetch_task, shareable
+from .hub import fetch_file, fetch_task
 from .layer import RecastLayer
 from .model_card import task_entries
+from .peft_models import with_task_verbs
 from .task_files import plain_name
 
 # keywords of PeftModel.from_pretrained that make sense when the backbone is built here
@@ -48,13 +49,15 @@ def get_recast_model(
     config = RecastConfig() if config is None else config
     if not isinstance(config, RecastConfig):
         raise RecastConfigError(f"config is a {type(config).__name__}; a RecastConfig is expected")
+    if not isinstance(model, nn.Module):
+        raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
     check_adapter_name(adapter_name)
     if isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, RecastLayer) for m in model.modules()):
         raise RecastConfigError(
             "the model is converted already: add a task with model.add_adapter(name, config) or "
             "model.load_adapter(path, name), or get the plain model back with model.unload()"
         )
-    return shareable(get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs))
+    return with_task_verbs(get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs))
 
 
 class AutoRecastModel:
@@ -129,7 +132,7 @@ class AutoRecastModel:
                 "Store a classifier with the task (num_classes=, or modules_to_save=), or pass backbone=.",
                 stacklevel=2,
             )
-        return shareable(result)
+        return with_task_verbs(result)
 
 
 def _own_keywords() -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -181,20 +181,15 @@ class StoredBank:
         (folder / BANK_CONFIG).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
         return self.under(str(path))
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> StoredBank:
-        """Upload the bank file to a repository, which is made if missing.
+    def push_to_hub(self, repo_id: str, **options: Any) -> StoredBank:
+        """Upload the bank file with its card to a repository; see ``push_bank_to_hub`` for the arguments.
 
         Returns:
             the same bank under the repository's name.
         """
-        import tempfile
+        from .hub import push_bank_to_hub  # it stands above bank_files
 
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"RECAST template bank {self.fingerprint}")
-        return self.under(repo_id)
+        return self.under(push_bank_to_hub(self, repo_id, **options).repo_url.repo_id)
 
     def under(self, name: str | None) -> StoredBank:
         """The same bank under another name."""

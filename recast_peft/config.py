@@ -43,9 +43,9 @@ class RecastConfig(PeftConfig):
 
     Args:
         target_modules: which modules are composed from templates: a list of names, a regular expression that matches whole
-            names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes the attention
-            projections where the model has any, else its convolutions, else its linear layers. Neither None nor a
-            shorthand picks a classifier head.
+            names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes of
+            a transformer the layers of its feed-forward blocks (its attention projections where it has none), else the
+            convolutions, else the linear layers. Neither None nor a shorthand picks a classifier head.
         exclude_modules: names, or a regular expression, of modules to leave out.
         layers_to_transform: restrict the targets to these layer indices.
         layers_pattern: the name of the module list that ``layers_to_transform`` counts in.
@@ -425,12 +425,11 @@ class RecastConfig(PeftConfig):
             raise self._bad("train_norms", "True or False")
 
     def _checked_labels(self) -> dict[int, str]:
-        labels = self.id2label
-        try:
-            # JSON turns the numbers into strings
-            return {int(key): str(value) for key, value in labels.items()}  # type: ignore[union-attr]
-        except (AttributeError, TypeError, ValueError):
-            raise self._bad("id2label", "a dictionary from class numbers to names") from None
+        labels: Any = self.id2label
+        # JSON turns the numbers into strings
+        if not isinstance(labels, dict) or not all(_is_int(key) or str(key).isdecimal() for key in labels):
+            raise self._bad("id2label", "a dictionary from class numbers to names")
+        return {int(key): str(value) for key, value in labels.items()}
 
     def _check_written_fields(self) -> None:
         if self.groups is not None:
@@ -457,8 +456,12 @@ class RecastConfig(PeftConfig):
         self._check_descriptions()
 
     def _check_descriptions(self) -> None:
-        if self.backbone is not None and (not isinstance(self.backbone, dict) or "library" not in self.backbone):
-            raise self._bad("backbone", "a dictionary with 'library' and what the library builds the model from")
+        if self.backbone is not None and not (
+            isinstance(self.backbone, dict) and isinstance(self.backbone.get("library"), str)
+        ):
+            raise self._bad("backbone", "a dictionary with the name of the 'library' and what it builds the model from")
+        if self.fidelity is not None and not (isinstance(self.fidelity, dict) and all(map(_is_number, self.fidelity.values()))):
+            raise self._bad("fidelity", "a dictionary from names to finite numbers")
         if self.results is not None and not isinstance(self.results, dict):
             raise self._bad("results", "a dictionary from names to values")
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import RecastConfig
-from .errors import RecastTargetError
+from .errors import RecastConfigError, RecastTargetError
 from .mixed_batch import BASE_ADAPTER, current_batch
 from .targets import head_names
 
@@ -137,7 +137,12 @@ class TaskHead(ModulesToSaveWrapper):
         return PreparedHead(name, module, labels, self._stored_dtype.get(adapter_name))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """Put the head of the task that has one in force, or else the model's own (transformers' verbs ask every head)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        owners = [name for name in names if name in self._adapters]
+        if len(owners) > 1:
+            raise _several_owners(owners, type(self).__name__)
+        super().set_adapter(owners, inference_mode=inference_mode)
         self._freeze_prototypes()
         self.show_labels()
 
@@ -382,6 +387,28 @@ def install_head(model: nn.Module, adapter_name: str, head: PreparedHead, active
         wrapper.set_adapter([adapter_name], inference_mode=inference_mode)
     else:
         head.module.requires_grad_(False)
+
+
+def check_one_owner(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Refuse to put several tasks in force at once that own the same module, such as a classifier each.
+
+    Raises:
+        RecastConfigError: naming the tasks and the module.
+    """
+    if len(adapter_names) < 2:
+        return
+    for name, module in model.named_modules():
+        owners = [n for n in adapter_names if n in module._adapters] if isinstance(module, AuxiliaryTrainingWrapper) else []
+        if len(owners) > 1:
+            raise _several_owners(owners, f"{type(module).__name__} {name!r}")
+
+
+def _several_owners(owners: Sequence[str], place: str) -> RecastConfigError:
+    return RecastConfigError(
+        f"Only one adapter can be set at a time for {place}, got {', '.join(owners)}, which have a module of their own there: "
+        "activate one of them, give each sample its own task (adapter_names=, or a TaskPool), or combine them into a new one "
+        "(add_weighted_adapter)"
+    )
 
 
 # ---------------------------------------------------------------- labels

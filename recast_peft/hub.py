@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import PeftModel
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .backbone import commit_of
@@ -30,16 +29,20 @@ from .config import RecastConfig
 from .errors import RecastConfigError, RecastError, RecastHubError, RecastLoadError
 from .model_card import (
     CARD_NAME,
-    has_task_numbers,
     read_task_config,
     task_sizes,
     tasks_inside,
     write_bank_card,
-    write_model_card,
     write_repository_card,
 )
 
 # ---------------------------------------------------------------- pushing
+
+
+def task_names(model: PeftModel) -> list[str]:
+    """The tasks of a model, without the adapters that its pools write into."""
+    slots = {pool.slot for pool in getattr(model.base_model, "task_pool", ())}
+    return [name for name in model.peft_config if name not in slots]
 
 
 def push_task_to_hub(
@@ -48,13 +51,7 @@ def push_task_to_hub(
     adapter_name: str | None = None,
     *,
     results: Mapping[str, Any] | None = None,
-    license: str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    **options: Any,
 ) -> CommitInfo:
     """Push one task, with its card, to the root of a repository, in one commit.
 
@@ -63,9 +60,7 @@ def push_task_to_hub(
         repo_id: the repository, made if it does not exist.
         adapter_name: the task; None is the active one.
         results: measured values by name; stored in the task's config and shown in its card.
-        license: of the task, for the card.
-        commit_message, commit_description, private, token, revision, create_pr: as everywhere in ``huggingface_hub``; a
-            revision that does not exist is made as a branch.
+        options: ``license``, ``private``, ``token``, ``revision`` and the other arguments of :func:`push_tasks_to_hub`.
 
     Returns:
         the commit.
@@ -77,19 +72,7 @@ def push_task_to_hub(
     names = [adapter_name] if adapter_name is not None else list(model.active_adapters)
     if len(names) != 1:
         raise RecastConfigError(f"the model's active tasks are {names}: name the one to push with adapter_name")
-    return _push(
-        model,
-        repo_id,
-        names,
-        {names[0]: results} if results else {},
-        license,
-        private=private,
-        token=token,
-        commit_message=commit_message or f"Upload task {names[0]}",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    return push_tasks_to_hub(model, repo_id, names, results={names[0]: results} if results else None, **options)
 
 
 def push_tasks_to_hub(
@@ -116,7 +99,9 @@ def push_tasks_to_hub(
         repo_id: the repository, made if it does not exist.
         adapter_names: the tasks; None is all of them.
         results: for each task, measured values by name; stored in the task's config and shown in its card.
-        license, commit_message, commit_description, private, token, revision, create_pr: see :func:`push_task_to_hub`.
+        license: of the tasks, for the card.
+        commit_message, commit_description, private, token, revision, create_pr: as everywhere in ``huggingface_hub``; a
+            revision that does not exist is made as a branch.
 
     Returns:
         the commit.
@@ -125,53 +110,34 @@ def push_tasks_to_hub(
         RecastConfigError: if there is no such task.
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
     """
-    names = list(model.peft_config) if adapter_names is None else list(adapter_names)
-    return _push(
-        model,
-        repo_id,
-        names,
-        results or {},
-        license,
-        private=private,
-        token=token,
-        commit_message=commit_message or f"Upload {'task' if len(names) == 1 else 'tasks'} {', '.join(names)}",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-    )
-
-
-def _push(
-    model: PeftModel,
-    repo_id: str,
-    names: Sequence[str],
-    results: Mapping[str, Mapping[str, Any]],
-    license: str | None,
-    *,
-    private: bool | None,
-    token: bool | str | None,
-    revision: str | None,
-    **commit: Any,
-) -> CommitInfo:
+    names = task_names(model) if adapter_names is None else list(adapter_names)
+    results = results or {}
     if not names:
         raise RecastConfigError("adapter_names is empty: name at least one task")
     for name in (*names, *results):
         if not isinstance(model.peft_config.get(name), RecastConfig):
-            raise RecastConfigError(f"the model has no RECAST task {name!r}; it has {', '.join(model.peft_config)}")
+            raise RecastConfigError(f"the model has no RECAST task {name!r}; it has {', '.join(task_names(model))}")
     for name, measured in results.items():
         config: Any = model.peft_config[name]
         config.results = {**(config.results or {}), **measured}
     with TemporaryDirectory() as folder:
         saved = Path(folder, "saved")
-        PeftModel.save_pretrained(model, str(saved), selected_adapters=list(names))
+        PeftModel.save_pretrained(model, str(saved), selected_adapters=names)
         for card in saved.rglob(CARD_NAME):
             card.unlink()
         if len(names) == 1 and names[0] != "default":
             saved = saved / names[0]
         return _commit_folder(
-            saved, repo_id, lambda path, full: write_repository_card(path, repo_id=full, license=license),
-            private=private, token=token, revision=revision, **commit,
-        )  # fmt: skip
+            saved,
+            repo_id,
+            lambda path, full: write_repository_card(path, repo_id=full, license=license),
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Upload {'task' if len(names) == 1 else 'tasks'} {', '.join(names)}",
+            commit_description=commit_description,
+        )
 
 
 def _commit_folder(
@@ -237,7 +203,7 @@ def push_bank_to_hub(
         bank: a stored bank.
         repo_id: the repository, made if it does not exist.
         base_model: the repository of the backbone that the bank stands for, for the card.
-        license, commit_message, commit_description, private, token, revision, create_pr: see :func:`push_task_to_hub`.
+        license, commit_message, commit_description, private, token, revision, create_pr: see :func:`push_tasks_to_hub`.
 
     Returns:
         the commit.
@@ -376,53 +342,3 @@ def _explained(error: BaseException | None, cannot: str) -> RecastError:
         hint = " The token is not valid for this." if status in (401, 403) else ""
         return RecastHubError(f"{where}: the Hub answered {status}.{hint}\n  {error}")
     return RecastHubError(f"{where}: {type(error).__name__}: {error}\nNothing was loaded or changed here; try again.")
-
-
-# ---------------------------------------------------------------- PEFT's own verbs
-
-
-class TaskSharing:
-    """Makes a ``PeftModel``'s own ``save_pretrained`` and ``push_to_hub`` write our cards (see :func:`shareable`)."""
-
-    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT; a folder with several tasks gets a card that lists them."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        names = kwargs.get("selected_adapters") or self.peft_config  # type: ignore[attr-defined]
-        inside = [name for name in names if name != "default" and has_task_numbers(Path(save_directory, name))]
-        if kwargs.get("is_main_process", True) and inside:
-            write_repository_card(save_directory, inside)
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """As in PEFT; where a task lies already, our card is written (the Trainer asks for it after saving)."""
-        if (Path(output_dir) / CONFIG_NAME).is_file() and has_task_numbers(output_dir):
-            write_model_card(output_dir)
-        else:
-            super().create_or_update_model_card(output_dir)  # type: ignore[misc]
-
-    def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> CommitInfo:
-        """Push all tasks of the model in one commit; see :func:`push_tasks_to_hub` for the arguments."""
-        del tags  # the card has its own
-        kwargs.pop("max_shard_size", None)
-        return push_tasks_to_hub(self, repo_id, **kwargs)  # type: ignore[arg-type]
-
-
-def _shareable_class(peft_class: Any) -> type[PeftModel]:
-    name = f"Recast{peft_class.__name__}"
-    return type(name, (TaskSharing, peft_class), {"__module__": __name__, "__doc__": peft_class.__doc__})
-
-
-# one for each class of PEFT, by names in this module, so that pickle finds them
-_SHAREABLE = {cls: _shareable_class(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
-globals().update({cls.__name__: cls for cls in _SHAREABLE.values()})
-
-
-def shareable(model: PeftModel) -> PeftModel:
-    """Give a ``PeftModel`` of RECAST tasks our ``push_to_hub`` and cards; it stays an instance of its class.
-
-    PEFT's own ``push_to_hub`` comes from transformers and puts an empty template in the place of any card. A class that is
-    not one of PEFT's own is left alone.
-    """
-    sharing = _SHAREABLE.get(type(model))
-    if sharing is not None:
-        model.__class__ = sharing
-    return model

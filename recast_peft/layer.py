@@ -96,6 +96,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.module_name = module_name
         self.other_layers: list[Any] = []  # layers of PEFT's other methods around or inside this one; see stacking.py
         self._held: tuple[str, ...] | None = None  # tasks in the weight that those are merged into; None: none is merged
+        self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
         self.base_layer = base_layer
         self.weight_name = weight_name
         self.fingerprint = fingerprint
@@ -218,7 +219,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             compressed bank makes of it where that was released.
         """
         masks = [self.recast_masks[name] for name in adapters if name in self.recast_masks]
-        terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+        terms = self._terms(self._with_coefficients(adapters))
         if out is not None and not masks and terms is not None:
             return compose_into(out, *terms)
         weight = self.pretrained_weight if terms is None else compose_weight(*terms)
@@ -229,6 +230,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
         return adapter in self.recast_coefficients or adapter in self.recast_masks
+
+    def _with_coefficients(self, adapters: Sequence[str]) -> list[str]:
+        return [name for name in self._present(adapters) if name in self.recast_coefficients]
 
     def _terms(self, adapters: Sequence[str]) -> tuple[Tensor | None, list[Tensor], Tensor] | None:
         """Anchor, templates and coefficients of the weight for tasks that are present; None for the pretrained weight."""
@@ -320,7 +324,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             ValueError: for ``safe_merge``, if the composed weight is not finite.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
-        new = [name for name in adapter_names if self.has_task(name)]
+        new = self._present(adapter_names)
         if not new:
             return
         merged = [*self.merged_adapters, *new]
@@ -346,7 +350,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
         """
-        present = [name for name in adapter_names if self.has_task(name)]
+        present = self._present(adapter_names)
         if self._held is not None:
             raise self._held_error(present)
         if not self.merged:
@@ -403,7 +407,11 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _tasks_in_force(self) -> list[str]:
         if self.disable_adapters:
             return []
-        return [name for name in self.merged_adapters or self.active_adapters if self.has_task(name)]
+        return self._present(self.merged_adapters or self.active_adapters)
+
+    def _present(self, adapters: Sequence[str]) -> list[str]:
+        """Those of the given tasks that change this weight."""
+        return [name for name in adapters if self.has_task(name) and name != self.idle_slot]
 
     def _check_held(self, wanted: Sequence[str] | None = None) -> None:
         """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones."""
@@ -477,7 +485,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         direct = self._direct_call(args, kwargs)
         if direct is not None and not any(name in self.recast_masks for name in adapters):
-            terms = self._terms([name for name in adapters if name in self.recast_coefficients])
+            terms = self._terms(self._with_coefficients(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
                 return call_recomposed(self.base_layer, direct, args[0], *terms)
         return self._call_with(self.compose(adapters), args, kwargs)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -38,12 +38,11 @@ from .conversion import (
     write_plan,
 )
 from .errors import RecastBankError, RecastConfigError
-from .heads import TaskHead, install_head, prepare_head, task_head
+from .heads import TaskHead, check_one_owner, install_head, prepare_head, task_head
 from .layer import RecastLayer
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
 from .partner_places import (
-    check_active_together,
     check_mergeable,
     install_partners,
     pack_masks,
@@ -74,7 +73,7 @@ class RecastModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
-    task_pool: tuple[Any, ...] = ()  # empty, or the one TaskPool of this model
+    task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first: task_ids refer to that one
 
     # ---------------------------------------------------------------- conversion
 
@@ -216,8 +215,12 @@ class RecastModel(BaseTuner):
     # ---------------------------------------------------------------- activating and merging
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Put tasks in force, as PEFT does; tasks with partners at one place only one at a time."""
-        check_active_together(self.model, adapter_name)
+        """As in PEFT; several tasks that own the same module are refused before anything is changed.
+
+        Raises:
+            RecastConfigError: naming the tasks and the module.
+        """
+        check_one_owner(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -252,7 +255,7 @@ class RecastModel(BaseTuner):
             check_mergeable(self.model, adapter_names or (), self.active_adapters)
         partners = take_out_partners(self.model)
         try:
-            with _renamed_child(self.model, "base_layer"):
+            with _renamed_children(self.model, "base_layer"):
                 model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         except BaseException:
             put_back_partners(self.model, partners)
@@ -369,9 +372,17 @@ class RecastModel(BaseTuner):
             return MixedBatch(names=tuple(adapter_names), beams=beams)
         if adapter_names is not None:
             raise ValueError("adapter_names and task_ids were both given; give one of them")
+        return self.pool_in_use().mixed_batch_of(task_ids, beams)
+
+    def pool_in_use(self) -> Any:
+        """The TaskPool that ``task_ids`` refer to.
+
+        Raises:
+            RecastConfigError: if the model has none.
+        """
         if not self.task_pool:
-            raise ValueError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
-        return self.task_pool[0].mixed_batch_of(task_ids, beams)
+            raise RecastConfigError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
+        return self.task_pool[0]
 
     def _check_mixed_batch(self, adapter_names: Any) -> None:
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
@@ -459,24 +470,26 @@ class RecastModel(BaseTuner):
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     batch = current_batch()
-    if batch is not None and args:
+    if batch is not None and batch.pool is None and args:  # another thread's call may be a pool's
         repeats = batch.repeats(len(args[0]))
-        kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
+        known: set[str] = module._adapters  # type: ignore[assignment]
+        names = [name if name in known else BASE_ADAPTER for name in batch.names]
+        kwargs["adapter_names"] = [name for name in names for _ in range(repeats)]
     return args, kwargs
 
 
 @contextmanager
-def _renamed_child(model: nn.Module, name: str) -> Iterator[None]:
-    """Give a child of the model another name for a while, in the same place; nothing happens if there is none.
+def _renamed_children(model: nn.Module, name: str) -> Iterator[None]:
+    """Give the model's own modules of a name another one for a while, in the same place.
 
     PEFT takes whatever has a ``base_layer`` for a layer of its own, and timm's DLA is a model that has one.
     """
-    if name not in model._modules:
-        yield
-        return
     other = f"{name}_of_the_model"
+    parents = [m for m in model.modules() if name in m._modules and not isinstance(m, BaseTunerLayer)]
     try:
-        model._modules = {other if key == name else key: child for key, child in model._modules.items()}
+        for parent in parents:
+            parent._modules = {other if key == name else key: child for key, child in parent._modules.items()}
         yield
     finally:
-        model._modules = {name if key == other else key: child for key, child in model._modules.items()}
+        for parent in parents:
+            parent._modules = {name if key == other else key: child for key, child in parent._modules.items()}

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -220,7 +221,7 @@ def _entry_sizes(file: Path) -> dict[str, int]:
             with safe_open(file, framework="pt") as entries:
                 return {key: torch.Size(entries.get_slice(key).get_shape()).numel() for key in entries.keys()}  # noqa: SIM118
         return {key: value.numel() for key, value in torch.load(file, map_location="cpu", weights_only=True).items()}
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError) as error:
         raise RecastLoadError(f"{file} is damaged or incomplete: {error}\nNothing was loaded; fetch it again.") from error
 
 

@@ -197,7 +197,12 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
 
     Raises:
         RecastTargetError: if nothing can be targeted, a target is not supported, or groups that were given do not fit.
+        RecastConfigError: if an argument is of another kind, or a budget cannot be kept.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, RecastConfig):
+        raise RecastConfigError(
+            f"plan_recast({type(model).__name__}, {type(config).__name__}): expected an nn.Module and a RecastConfig"
+        )
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     bank = _bank_of(model, config)

@@ -174,7 +174,7 @@ def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list
 
 
 def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[str]) -> tuple[list[Candidate], dict[str, str]]:
-    wanted = (config.target_modules,) if config.target_modules else ("all-attention", "all-conv", "all-linear")
+    wanted = (config.target_modules,) if config.target_modules else _default_shorthands(candidates)
     skipped: dict[str, str] = {}
     for shorthand in wanted:
         assert isinstance(shorthand, str)
@@ -192,6 +192,13 @@ def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[
         if targets:
             return targets, skipped
     return [], skipped
+
+
+def _default_shorthands(candidates: list[Candidate]) -> tuple[str, ...]:
+    """What None stands for, the first that a model has: of a transformer its feed-forward layers (see docs/accuracy.md)."""
+    if any(_in_shape(c) and _is_attention(c) for c in candidates):
+        return "all-mlp", "all-attention", "all-linear"
+    return "all-conv", "all-linear"
 
 
 def _with_targets(config: RecastConfig, names: list[str] | str | None) -> RecastConfig:

@@ -25,11 +25,14 @@ def plain_name(name: str) -> str:
 
     >>> plain_name("attn.base_layer.out_proj")
     'attn.out_proj'
+    >>> plain_name("dla.base_layer.0.base_layer.weight")
+    'dla.base_layer.0.weight'
     """
     name = re.sub(r"(^|\.)(_fsdp_wrapped_module|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
     prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else ""
-    # nothing wraps the model itself, so a first part of these names is the model's own (timm's DLA has a base_layer)
-    return prefix + re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name.removeprefix(prefix))
+    # timm's DLA has a base_layer of its own: nothing wraps the model itself, so a first part of that name is the model's, and
+    # tuners wrap modules with a weight, which have no numbered children
+    return prefix + re.sub(r"\.(base_layer(?!\.\d)|original_module)(?=\.|$)", "", name.removeprefix(prefix))
 
 
 def check_task_file(

@@ -33,10 +33,12 @@ from .fingerprint import same_weight
 from .functional import average_sets
 from .grown_bank import GrownBank
 from .heads import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, prepare_head, task_head
+from .hub import fetch_task
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
 from .partner_places import check_without_partners
+from .peft_models import TaskModel, with_task_verbs
 from .routing import TaskFeatures, nearest_task, summarise
 from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
 
@@ -73,10 +75,15 @@ class TaskPool:
         self.model = model
         self._tuner = tuner
         self.slot = slot
+        layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True)
         if slot not in tuner.peft_config:
-            layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True)
             model.add_adapter(slot, layout)
         self._config: RecastConfig = tuner.peft_config[slot]  # type: ignore[assignment]
+        if _layout_of(layout) != _layout_of(self._config):
+            raise RecastConfigError(
+                f"slot={slot!r}: the model has such an adapter already, with other target modules or banks than {like!r}: "
+                "give the slot another name"
+            )
         layers = {n: layer for n, layer in recast_layers(tuner.model).items() if slot in layer.recast_bank}
         self._layers: dict[str, RecastLayer] = layers
         self._slices: dict[str, slice] = {}
@@ -96,8 +103,9 @@ class TaskPool:
         self._keep_base = [layer for layer in layers.values() if layer.is_compressed and not layer.is_released]
         self._active: str | None = None
         self._shown_head: TaskHead | None = None
-        tuner.task_pool = (self,)
-        if "task_ids" in inspect.signature(type(model).forward).parameters:
+        tuner.task_pool = (self, *(pool for pool in tuner.task_pool if pool.slot != slot))
+        with_task_verbs(model)
+        if not isinstance(model, TaskModel) and "task_ids" in inspect.signature(type(model).forward).parameters:
             model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
         special = getattr(model, "special_peft_forward_args", None)
         if special is not None:
@@ -181,7 +189,7 @@ class TaskPool:
             name: of the task.
             source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as a task file holds
                 it, or a config for a fresh task (with a head, if it says so); None is a fresh task without a head.
-            hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like.
+            hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like, as for ``AutoRecastModel.from_pretrained``.
 
         Returns:
             the row.
@@ -190,6 +198,7 @@ class TaskPool:
             RecastConfigError: if the name is taken or cannot be used.
             RecastBankError: if the task has other target modules or banks.
             RecastLoadError: if its file is damaged, or was made for other pretrained weights.
+            RecastHubError: if its repository cannot be reached or read.
         """
         self._check_new_name(name)
         values, head = self._read(name, source, hub_kwargs)
@@ -295,7 +304,7 @@ class TaskPool:
         self._unmerge()
         self._write(torch.zeros_like(self.table[0]))
         for layer in self._keep_base:
-            layer._active_adapter = []
+            layer.idle_slot = self.slot
         self._show_head(NO_TASK)
         self._active = None
 
@@ -368,6 +377,9 @@ class TaskPool:
             name: of the task.
             inputs: samples ``(samples, ...)``, or a dictionary of such tensors that the model takes by name.
             labels: ``(samples,)`` classes; given, each class has a prototype of its own.
+
+        Raises:
+            RecastConfigError: if there is no such task, no sample, or not one label for each.
         """
         row = self.row(name)
         self._remembered[row] = summarise(self.base_features(inputs), labels)
@@ -382,7 +394,7 @@ class TaskPool:
             ``(samples,)`` rows, to be given on as ``task_ids``.
 
         Raises:
-            RecastConfigError: if no task is remembered.
+            RecastConfigError: if no task is remembered, or there is no sample.
         """
         return nearest_task(self.base_features(inputs), self._remembered).to(self.table.device)
 
@@ -391,7 +403,13 @@ class TaskPool:
 
         Of a model without a classifier its output; of features by position their mean.
         """
-        samples = len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+        first = next(iter(inputs.values()), None) if isinstance(inputs, Mapping) else inputs
+        if not isinstance(first, Tensor) or not len(first):
+            raise RecastConfigError(
+                f"inputs={inputs!r}: expected samples in a tensor, or a dictionary of such tensors that the model takes by "
+                "name; at least one sample"
+            )
+        samples = len(first)
         caught: list[Tensor] = []
         try:
             head = self._backbone.get_submodule(find_head(self._backbone, self._config.head_module))
@@ -506,7 +524,7 @@ class TaskPool:
             self._tuner.set_adapter(self.slot, inference_mode=True)
             self.model.active_adapter = self.slot
         for layer in self._keep_base:
-            layer._active_adapter = [self.slot]
+            layer.idle_slot = None
 
     def _write(self, row: Tensor) -> None:
         with torch.no_grad():
@@ -563,14 +581,12 @@ class TaskPool:
             return self._row_of(f"task {name!r}", dict(source), {}), None
         if isinstance(source, str) and source in self.model.peft_config:
             return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
-        config = RecastConfig.from_pretrained(str(source), **hub_kwargs)
+        folder = str(fetch_task(source, **hub_kwargs))
+        config = RecastConfig.from_pretrained(folder)
         config.__dict__.pop("_origin", None)
         _check_without_partners(config, name)
         self._check_config(str(source), config)
-        try:
-            entries = load_peft_weights(str(source), device="cpu", **hub_kwargs)
-        except Exception as error:
-            raise RecastLoadError(f"the coefficients of the task at {str(source)!r} cannot be read: {error}") from error
+        entries = load_peft_weights(folder, device="cpu")
         head = prepare_head(backbone, config)
         values = self._row_of(f"the task at {str(source)!r}", entries, {} if head is None else head.shapes())
         if head is not None:
@@ -712,6 +728,11 @@ def _check_without_partners(config: RecastConfig, name: str) -> None:
 
 def _bank_fingerprint(config: RecastConfig) -> str | None:
     return config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+
+
+def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
+    """What tasks of one pool have in common."""
+    return config.groups, config.recipes, _bank_fingerprint(config)
 
 
 def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

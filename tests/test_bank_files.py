@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer, connect
 from models import outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from torch import nn
@@ -96,29 +97,21 @@ class TestRoundTrip:
         assert not any("recast" in name for name, _ in plain.named_modules())
         torch.testing.assert_close(outputs(plain, X), before)
 
-    def test_through_the_hub(self, stored: tuple[PeftModel, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        from recast_peft import bank_files
-
+    def test_through_the_hub(
+        self, stored: tuple[PeftModel, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         model, bank, _ = stored
-        hub: dict[str, Path] = {}
-
-        class Api:
-            def __init__(self, token: str | None = None) -> None: ...
-
-            def create_repo(self, repo_id: str, **kwargs: object) -> object:
-                return type("Url", (), {"repo_id": repo_id})
-
-            def upload_folder(self, repo_id: str, folder_path: str, **kwargs: object) -> None:
-                hub[repo_id] = Path(shutil.copytree(folder_path, bank.parent / "hub"))
-
-        monkeypatch.setattr(bank_files, "HfApi", Api)
-        monkeypatch.setattr(bank_files, "hf_hub_download", lambda name, file, **kwargs: str(hub[name] / file))
-        pushed = model.push_bank_to_hub("me/bank")
-        assert pushed.name == "me/bank"
-        assert load_bank("me/bank").fingerprint == load_bank(bank).fingerprint
-        model.save_pretrained(bank.parent / "task2")
-        loaded = PeftModel.from_pretrained(tiny_vit(), bank.parent / "task2").eval()
-        assert torch.equal(outputs(loaded, X), outputs(model, X))
+        with HubServer().running() as hub:
+            connect(hub, monkeypatch, tmp_path / "cache")
+            pushed = model.push_bank_to_hub("ada/bank", base_model="timm/some-vit", license="mit")
+            assert pushed.name == "ada/bank"
+            files = hub.repositories["ada/bank"].find("main").files
+            assert {BANK_CONFIG, BANK_WEIGHTS, "README.md"} <= set(files)
+            assert b"timm/some-vit" in files["README.md"]
+            assert load_bank("ada/bank").fingerprint == load_bank(bank).fingerprint
+            model.save_pretrained(bank.parent / "task2")
+            loaded = PeftModel.from_pretrained(tiny_vit(), bank.parent / "task2").eval()
+            assert torch.equal(outputs(loaded, X), outputs(model, X))
 
     def test_in_bfloat16_it_is_the_same_bank(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
         model, bank, task = stored

@@ -67,8 +67,8 @@ class TestInspect:
     def test_it_says_what_a_task_is(self, capsys, saved_task):
         assert main(["inspect", str(saved_task[1] / "tasks" / "pets")]) == 0
         shown = capsys.readouterr().out
-        # query, key, value and output projection of two layers, two templates each; a head of 16 x 3 and 3 numbers
-        assert "coefficients     16\n" in shown
+        # both feed-forward layers of two blocks, two templates each; a head of 16 x 3 and 3 numbers
+        assert "coefficients     8\n" in shown
         assert "further numbers  51\n" in shown
         assert "classes          3\n" in shown
         assert "banks            exact\n" in shown

@@ -54,6 +54,14 @@ class TestAValueThatCannotBeMeant:
             ("recipes", [1]),
             ("base_fingerprint", "abc"),
             ("base_fingerprint", {"a": 1}),
+            ("id2label", {0.5: "a"}),
+            ("id2label", {True: "a"}),
+            ("id2label", {"-1": "a"}),
+            ("fidelity", 3),
+            ("fidelity", {"mean_cosine": "high"}),
+            ("backbone", {"library": None}),
+            ("backbone", {"name": "vit"}),
+            ("results", [0.9]),
         ],
     )
     def test_is_refused_by_name(self, field: str, value: Any) -> None:

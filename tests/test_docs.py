@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/tasks.md",
+    "docs/models.md",
     "docs/mixing.md",
     "docs/architecture.md",
     "docs/mimicry.md",

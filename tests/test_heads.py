@@ -11,10 +11,13 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -23,7 +26,7 @@ from transformers import (
     pipeline,
 )
 
-from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
 from recast_peft.heads import PrototypeHead, TaskHead, find_head, fit_prototypes, join_logits, split_logits
 
 
@@ -87,6 +90,20 @@ class TestSwitching:
         plain = two_tasks.merge_and_unload()
         assert torch.allclose(plain(images), live, atol=1e-5)
         assert plain.num_classes == 2
+
+    def test_two_heads_cannot_be_in_force_at_once_and_nothing_changes(self, two_tasks, images):
+        two_tasks.add_adapter("plain", RecastConfig())
+        learn_something(two_tasks, "plain")
+        before = two_tasks(images)
+        trained = [name for name, p in two_tasks.named_parameters() if p.requires_grad]
+        with pytest.raises(RecastConfigError, match="TaskHead 'head', got flowers, cars.*add_weighted_adapter"):
+            two_tasks.base_model.set_adapter(["plain", "flowers", "cars"])
+        assert two_tasks.active_adapters == ["flowers"]
+        assert torch.equal(two_tasks(images), before)
+        assert [name for name, p in two_tasks.named_parameters() if p.requires_grad] == trained
+        two_tasks.base_model.set_adapter(["plain", "flowers"])
+        assert two_tasks(images).shape == (6, 5)
+        assert not torch.allclose(two_tasks(images), before)
 
     def test_only_the_active_tasks_head_is_trained(self, two_tasks):
         two_tasks.set_adapter("cars")
@@ -171,11 +188,37 @@ class TestTransformersLabels:
         model = get_recast_model(ViTForImageClassification(config).eval(), RecastConfig(id2label={0: "cat", 1: "dog"}), "pets")
         model.add_adapter("colours", RecastConfig(id2label={0: "red", 1: "green", 2: "blue"}))
         processor = ViTImageProcessor(size={"height": 16, "width": 16})
-        classify = pipeline("image-classification", model=model.get_base_model(), image_processor=processor, device="cpu")
         image = Image.new("RGB", (20, 20), (200, 10, 10))
-        for task, labels in (("pets", {"cat", "dog"}), ("colours", {"red", "green", "blue"}), ("pets", {"cat", "dog"})):
+        classify = [
+            pipeline("image-classification", model=given, image_processor=processor, device="cpu")
+            for given in (model, model.get_base_model())
+        ]
+        labels = {"pets": {"cat", "dog"}, "colours": {"red", "green", "blue"}}
+        for task in ("pets", "colours", "pets"):
             model.set_adapter(task)
-            assert {answer["label"] for answer in classify(image)} == labels
+            assert all({answer["label"] for answer in run(image)} == labels[task] for run in classify)
+        pool = TaskPool(model)
+        pool.add("digits", RecastConfig(id2label={0: "zero", 1: "one"}))
+        for task, of_task in ((None, {"LABEL_0", "LABEL_1"}), ("digits", {"zero", "one"})):
+            pool.deactivate() if task is None else pool.activate(task)
+            assert all({answer["label"] for answer in run(image)} == of_task for run in classify)
+
+    def test_text_pipelines_say_the_active_tasks_labels(self):
+        words = ["[PAD]", "[UNK]", "good", "bad"]
+        plain = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]")
+        model = get_recast_model(small_bert(), RecastConfig(id2label={0: "no", 1: "yes"}, task_type="SEQ_CLS"), "mood")
+        model.add_adapter("topic", RecastConfig(id2label={0: "art", 1: "war", 2: "sea"}, task_type="SEQ_CLS"))
+        for name in ("mood", "topic"):
+            learn_something(model, name)
+        classify = pipeline("text-classification", model=model.eval(), tokenizer=tokenizer, device="cpu", top_k=None)
+        for task, labels in (("mood", {"no", "yes"}), ("topic", {"art", "war", "sea"}), ("mood", {"no", "yes"})):
+            model.set_adapter(task)
+            answers = {answer["label"]: answer["score"] for answer in classify(["good"])[0]}
+            assert set(answers) == labels
+            scores = model(torch.tensor([[2]])).logits[0].softmax(-1)
+            names = model.get_base_model().config.id2label
+            assert answers == pytest.approx({names[i]: score.item() for i, score in enumerate(scores)}, rel=1e-4)
 
 
 class TestFiles:
@@ -196,7 +239,7 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         stored = load_file(tmp_path / "adapter_model.safetensors")
         assert stored["base_model.model.head.weight"].dtype == torch.float16
-        assert stored["base_model.model.blocks.0.attn.qkv.recast_coefficients"].dtype == torch.float32
+        assert stored["base_model.model.blocks.0.mlp.fc1.recast_coefficients"].dtype == torch.float32
         again = PeftModel.from_pretrained(small_vit(), tmp_path)
         head = again.get_base_model().head.modules_to_save["default"]
         assert head.weight.dtype == torch.float32

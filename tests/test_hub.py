@@ -29,6 +29,7 @@ from recast_peft import (
     RecastLayer,
     RecastLoadError,
     StoredBank,
+    TaskPool,
     fit_bank,
     get_recast_model,
     load_bank,
@@ -189,8 +190,8 @@ class TestPushingAllTasks:
     def test_lists_them_in_the_card(self, hub: HubServer) -> None:
         push_tasks_to_hub(make_model("cars", "birds"), "ada/all", results={"cars": {"accuracy": 0.5}})
         card = files_of(hub, "ada/all")["README.md"].decode()
-        assert "| [cars](cars/README.md) | 32 | accuracy 0.5 |" in card
-        assert "| [birds](birds/README.md) | 32 | - |" in card
+        assert "| [cars](cars/README.md) | 16 | accuracy 0.5 |" in card
+        assert "| [birds](birds/README.md) | 16 | - |" in card
         assert {"recast", "peft"} <= set(metadata(card)["tags"])
 
     def test_twice_lists_them_once(self, hub: HubServer) -> None:
@@ -372,6 +373,30 @@ def hub_commit(hub: HubServer, name: str) -> str:
     return hub.repositories[name].branches["main"]
 
 
+class TestAPool:
+    """Tasks go from the Hub into a pool one by one."""
+
+    def test_takes_tasks_by_their_names_and_is_left_alone_by_a_refusal(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        push_tasks_to_hub(make_model("flowers", "cars"), "ada/tasks", private=True)
+        model = make_model("first")
+        pool = TaskPool(model)
+        for task in ("flowers", "cars"):
+            pool.add(task, "ada/tasks", subfolder=task)
+        for task in ("flowers", "cars"):
+            pool.activate(task)
+            assert torch.equal(output(model), output(make_model("flowers", "cars"), task))
+        with pytest.raises(RecastLoadError, match="subfolder="):
+            pool.add("which", "ada/tasks")
+        with pytest.raises(RecastHubError, match="no such repository"):
+            pool.add("missing", "ada/missing")
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RecastHubError, match="token"):
+            pool.add("closed", "ada/tasks", subfolder="cars", cache_dir=tmp_path / "fresh")
+        assert pool.names == ["flowers", "cars"]
+
+
 class TestTheCard:
     def save(self, folder: Path, **fields: Any) -> str:
         config = RecastConfig(**fields)
@@ -380,18 +405,29 @@ class TestTheCard:
         return (folder / "README.md").read_text()
 
     def test_counts_what_the_file_holds(self, tmp_path: Path) -> None:
-        # 4 blocks, attention query, key, value and output, each in 2 groups of 2: 4 roles x 4 layers x 2 templates
+        # 4 blocks, both feed-forward layers, each in 2 groups of 2: 2 roles x 4 layers x 2 templates
         card = self.save(tmp_path / "flowers", modules_to_save=["classifier"])
         head = 5 * 16 + 5
         size = (tmp_path / "flowers" / "adapter_model.safetensors").stat().st_size
-        assert f"| Numbers trained | {32 + head} (32 coefficients) |" in card
+        assert f"| Numbers trained | {16 + head} (16 coefficients) |" in card
         assert f"| Size | {size:,} bytes" in card
-        assert "| Targets | 16 modules in 8 banks:" in card
+        assert "| Targets | 8 modules in 4 banks:" in card
         assert "exact" in card
+
+    def test_counts_the_norms_that_a_task_owns(self, tmp_path: Path) -> None:
+        counts = {}
+        for norms in (False, True):
+            config = RecastConfig(train_norms=norms)
+            make_model("default", config=config).save_pretrained(tmp_path / str(norms))
+            card = (tmp_path / str(norms) / "README.md").read_text()
+            counts[norms] = int(re.search(r"\| Numbers trained \| ([\d,]+)", card)[1].replace(",", ""))
+        owned = sum(p.numel() for m in make_backbone().modules() if isinstance(m, nn.LayerNorm) for p in m.parameters())
+        assert owned > 0
+        assert counts[True] == counts[False] + owned
 
     def test_says_how_it_is_compressed_and_how_well(self, tmp_path: Path) -> None:
         card = self.save(tmp_path / "flowers", num_templates=1)
-        assert "compressed: 8 templates stand for 16 pretrained weights" in card
+        assert "compressed: 4 templates stand for 8 pretrained weights" in card
         assert "exact" not in card
         plain, errors, cosines = make_backbone(), [], []
         composed = make_model("default", config=RecastConfig(num_templates=1)).base_model
@@ -401,7 +437,7 @@ class TestTheCard:
             cosines.append(torch.cosine_similarity(mine.flatten(), wanted.flatten(), dim=0).item())
         assert max(errors) > 0.1
         shown = re.search(r"cosine to them ([\d.]+) in the mean and ([\d.]+) at worst, relative error ([\d.]+)", card)
-        expected = (sum(cosines) / 16, min(cosines), sum(errors) / 16)
+        expected = (sum(cosines) / 8, min(cosines), sum(errors) / 8)
         assert [float(number) for number in shown.groups()] == [pytest.approx(value, abs=1e-3) for value in expected]
 
     def test_links_the_base_model(self, tmp_path: Path) -> None:
@@ -493,8 +529,8 @@ class TestABank:
         assert set(files) == {"README.md", "recast_bank.json", "recast_bank.safetensors"}
         assert len(hub.repositories["ada/bank"].commits) == 2
         card = files["README.md"].decode()
-        assert "| Targets | 16 modules: `vit.layers.*.attention.q_proj`" in card
-        assert "| Banks | 8, with 8 templates |" in card
+        assert "| Targets | 8 modules: `vit.layers.*.mlp.fc1`" in card
+        assert "| Banks | 4, with 4 templates |" in card
         assert metadata(card)["base_model"] == "google/vit"
         assert load_bank("ada/bank").fingerprint == bank.fingerprint
 

@@ -129,7 +129,7 @@ class TestAConversion:
 
     def test_without_a_config_takes_the_defaults(self) -> None:
         model = get_recast_model(tiny_vit())
-        assert set(layers_of(model)) == {f"blocks.{i}.attn.{leaf}" for i in range(4) for leaf in ("qkv", "proj")}
+        assert set(layers_of(model)) == {f"blocks.{i}.mlp.{leaf}" for i in range(4) for leaf in ("fc1", "fc2")}
 
     def test_through_PEFT_is_the_same(self) -> None:
         mine, theirs = converted(), get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"])).eval()

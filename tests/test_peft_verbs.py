@@ -218,6 +218,21 @@ class TestATaskForEachSample:
         torch.testing.assert_close(result[0], expected["birds"][0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result[1], expected["cars"][1], rtol=1e-4, atol=1e-5)
 
+    def test_uses_the_plain_module_where_a_task_has_none_of_its_own(self) -> None:
+        model = converted("cars", modules_to_save=["head"])
+        model.add_adapter("birds", RecastConfig(target_modules=["qkv"]))
+        model.get_submodule("base_model.model.head").modules_to_save["cars"].weight.data += 0.5
+        for seed, name in enumerate(("cars", "birds")):
+            randomise(model, name, seed)
+        expected = {}
+        for name in ("cars", "birds"):
+            model.set_adapter(name)
+            expected[name] = outputs(model, vit_input())
+        mixed = outputs(model, vit_input(), adapter_names=["cars", "birds"])
+        torch.testing.assert_close(mixed[0], expected["cars"][0])
+        torch.testing.assert_close(mixed[1], expected["birds"][1])
+        assert not torch.allclose(expected["cars"], expected["birds"], atol=1e-2)
+
     def test_of_an_unknown_name_is_refused(self) -> None:
         model = with_tasks()
         live = outputs(model, vit_input())

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from models import Chain, TinyVit, converted, outputs, tiny_vit, vit_input
 from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, RecastError, RecastTargetError, get_recast_model, plan_recast
+from recast_peft import (
+    RecastBankError,
+    RecastConfig,
+    RecastConfigError,
+    RecastError,
+    RecastTargetError,
+    get_recast_model,
+    plan_recast,
+)
 from recast_peft.plan import bank_name, role_of
 
 QKV = [f"blocks.{i}.attn.qkv" for i in range(6)]
@@ -217,7 +225,7 @@ class TestPlanning:
     @pytest.mark.parametrize(
         ("targets", "leaves"),
         [
-            (None, {"qkv", "proj"}),
+            (None, {"fc1", "fc2"}),
             ("all-attention", {"qkv", "proj"}),
             ("all-mlp", {"fc1", "fc2"}),
             ("all-linear", {"qkv", "proj", "fc1", "fc2"}),
@@ -236,7 +244,7 @@ class TestPlanning:
         plan = plan_recast(tiny_vit(), config)
         assert {name.split(".")[1] for name in plan.targets} == {"0", "2"}
 
-    @pytest.mark.parametrize("targets", [None, "all-attention", ["qkv", "proj"]])
+    @pytest.mark.parametrize("targets", ["all-attention", ["qkv", "proj"]])
     @pytest.mark.parametrize("excluded", [["qkv"], r".*\.qkv", ["blocks.0.attn.qkv", "qkv"]])
     def test_leaves_out_what_was_excluded(self, targets: Any, excluded: Any) -> None:
         plan = plan_recast(tiny_vit(), RecastConfig(target_modules=targets, exclude_modules=excluded))
@@ -248,6 +256,14 @@ class TestPlanning:
         plan = plan_recast(model, RecastConfig(target_modules="all-linear", layers_to_transform=[1]))
         assert len(plan.targets) == 4
         assert all(name.startswith("blocks.1.") for name in plan.targets)
+
+    def test_without_a_target_leaves_out_what_was_excluded(self) -> None:
+        plan = plan_recast(tiny_vit(), RecastConfig(exclude_modules=["fc1"]))
+        assert {name.rpartition(".")[2] for name in plan.targets} == {"fc2"}
+
+    def test_without_a_target_takes_the_attention_where_all_else_was_excluded(self) -> None:
+        plan = plan_recast(tiny_vit(), RecastConfig(exclude_modules=r".*\.fc[12]"))
+        assert {name.rpartition(".")[2] for name in plan.targets} == {"qkv", "proj"}
 
     def test_without_a_target_takes_convolutions_where_there_is_no_attention(self) -> None:
         model = Chain([nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Linear(2, 2)])
@@ -432,6 +448,15 @@ class TestNames:
         plan = plan_recast(model, RecastConfig(target_modules=r"\d+\.\d+", group_size=size))
         assert len({group.name for group in plan.groups}) == len(plan.groups)
         assert len(plan.targets) == outer * inner
+
+
+def test_what_is_no_model_or_no_config_is_refused() -> None:
+    with pytest.raises(RecastConfigError, match="dict, RecastConfig.*expected an nn.Module"):
+        plan_recast({}, RecastConfig())  # type: ignore[arg-type]
+    with pytest.raises(RecastConfigError, match="TinyVit, dict.*and a RecastConfig"):
+        plan_recast(tiny_vit(), {})  # type: ignore[arg-type]
+    with pytest.raises(RecastConfigError, match="model is a str"):
+        get_recast_model("vit_tiny")  # type: ignore[arg-type]
 
 
 def test_every_error_of_planning_is_of_one_family() -> None:

@@ -458,10 +458,40 @@ class TestTheBase:
         ("_fsdp_wrapped_module.a", "a"),
         ("a.my_base_layer.b", "a.my_base_layer.b"),
         ("a.base_layer", "a"),
+        ("dla.base_layer.0.base_layer.weight", "dla.base_layer.0.weight"),
+        ("a.original_module.0.weight", "a.0.weight"),
     ],
 )
 def test_names_of_the_plain_model_are_without_what_wrappers_put_in(name: str, plain: str) -> None:
     assert plain_name(name) == plain
+
+
+class Nested(nn.Module):
+    """A model with a part named base_layer inside another part, as a wrapper around timm's DLA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dla = nn.ModuleDict({"base_layer": nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)]), "level": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dla["level"](self.dla["base_layer"](x)))
+
+
+def test_a_part_of_the_model_named_base_layer_is_no_layer_of_a_tuner(tmp_path: Path) -> None:
+    model = get_recast_model(seeded(Nested), RecastConfig(target_modules="all-linear")).eval()
+    randomise(model)
+    expected = outputs(model, vit_input())
+    assert not torch.allclose(expected, outputs(seeded(Nested), vit_input()), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / WEIGHTS)) == {
+        f"base_model.model.dla.{name}.recast_coefficients" for name in (*(f"base_layer.{i}" for i in range(3)), "level")
+    }
+    assert torch.equal(outputs(PeftModel.from_pretrained(seeded(Nested), tmp_path).eval(), vit_input()), expected)
+    plain = copy.deepcopy(model).merge_and_unload()
+    assert plain.state_dict().keys() == Nested().state_dict().keys()
+    torch.testing.assert_close(outputs(plain, vit_input()), expected)
+    back = model.unload()
+    assert all(torch.equal(value, seeded(Nested).state_dict()[name]) for name, value in back.state_dict().items())
 
 
 def test_a_nested_attention_is_stored_by_its_plain_names(tmp_path: Path) -> None:

@@ -323,8 +323,8 @@ def target_failures(model: nn.Module, heads: set[str]) -> list[str]:
         for name in names:
             if owners[id(target_weight(model, name))] != 1 or slots[id(model.get_submodule(name))] != 1:
                 failures.append(f"{shorthand} picks {name}, which is tied or shared")
-    if chosen[None] and chosen["all-attention"] and chosen[None] != chosen["all-attention"]:
-        failures.append("None does not pick the attention, though there is one")
+    if chosen["all-attention"] and chosen[None] != (chosen["all-mlp"] or chosen["all-attention"]):
+        failures.append("None does not pick the feed-forward layers of a transformer, or its attention where it has none")
     return failures
 
 
