@@ -27,7 +27,7 @@ from .cached_weights import keeps_weight, kept_weight
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .grown_templates import product
-from .lazy_weight import LazyWeight, is_read_lazily
+from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 from .recomposed import call_recomposed, can_recompose
 
@@ -196,11 +196,16 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def _lazy_weight(self) -> Tensor | None:
         """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
-        if not is_read_lazily() or type(self.base_layer) not in PLAIN_LAYERS:
+        if type(self.base_layer) not in PLAIN_LAYERS or self._held is not None:
             return None
-        if current_batch() is not None or self._held is not None or self.merged or keeps_weight(self):
+        if current_batch() is not None and is_read_by_the_model():
+            return LazyWeight(self.effective_weight, self.weight_shape, self.weight_dtype, self.weight_device)  # raises if used
+        if not is_read_lazily() or self.merged or keeps_weight(self):
             return None
-        parts = self._parts(self._tasks_in_force())
+        tasks = self._tasks_in_force()
+        if any(name in self.recast_masks for name in tasks):
+            return None
+        parts = self._parts(tasks)
         if parts is None:
             return None
         banks, anchored, coefficients = parts
@@ -254,7 +259,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             compressed bank makes of it where that was released.
         """
         masks = [self.recast_masks[name] for name in adapters if name in self.recast_masks]
-        terms = self._terms(self._present(adapters))
+        terms = self._terms(self._with_coefficients(adapters))
         if out is not None and not masks and terms is not None:
             return compose_into(out, *terms)
         weight = self.pretrained_weight if terms is None else compose_weight(*terms)
@@ -264,7 +269,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
-        return adapter != self.idle_slot and (adapter in self.recast_coefficients or adapter in self.recast_masks)
+        return adapter in self.recast_coefficients or adapter in self.recast_masks
+
+    def _with_coefficients(self, adapters: Sequence[str]) -> list[str]:
+        return [name for name in self._present(adapters) if name in self.recast_coefficients]
 
     def _terms(self, adapters: Sequence[str]) -> tuple[Tensor | None, list[Tensor], Tensor] | None:
         """Anchor, templates and coefficients of the weight for tasks that are present; None for the pretrained weight."""
@@ -298,9 +306,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def _weight_for(self, adapters: Sequence[str]) -> Tensor:
         """``compose``, or the weight that was composed before where it is kept and still holds."""
-        if not keeps_weight(self):
+        if not keeps_weight(self) or any(name in self.recast_masks for name in adapters):
             return self.compose(adapters)
-        parts = self._parts([name for name in adapters if name in self.recast_coefficients])
+        parts = self._parts(self._with_coefficients(adapters))
         if parts is None:
             return self.pretrained_weight
         banks, anchored, coefficients = parts
@@ -378,7 +386,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             ValueError: for ``safe_merge``, if the composed weight is not finite.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
-        new = [name for name in adapter_names if self.has_task(name)]
+        new = self._present(adapter_names)
         if not new:
             return
         merged = [*self.merged_adapters, *new]
@@ -401,7 +409,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
         """
-        present = [name for name in adapter_names if self.has_task(name)]
+        present = self._present(adapter_names)
         if self._held is not None:
             raise self._held_error(present)
         if not self.merged:
@@ -463,11 +471,11 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _tasks_in_force(self) -> list[str]:
         if self.disable_adapters:
             return []
-        return [name for name in self.merged_adapters or self.active_adapters if self.has_task(name)]
+        return self._present(self.merged_adapters or self.active_adapters)
 
     def _present(self, adapters: Sequence[str]) -> list[str]:
-        """Those of the given tasks that have coefficients here."""
-        return [name for name in adapters if name in self.recast_coefficients and name != self.idle_slot]
+        """Those of the given tasks that change this weight."""
+        return [name for name in adapters if self.has_task(name) and name != self.idle_slot]
 
     def _check_held(self, wanted: Sequence[str] | None = None) -> None:
         """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones."""
@@ -541,7 +549,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         direct = self._direct_call(args, kwargs)
         if direct is not None and not any(name in self.recast_masks for name in adapters):
-            terms = self._terms(self._present(adapters))
+            terms = self._terms(self._with_coefficients(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
                 return call_recomposed(self.base_layer, direct, args[0], *terms)
         return self._call_with(self._weight_for(adapters), args, kwargs)

@@ -44,9 +44,14 @@ def model_reads() -> Iterator[None]:
         _IN_FORWARD.reset(token)
 
 
+def is_read_by_the_model() -> bool:
+    """Whether it is the model in its forward pass that reads a weight now."""
+    return not torch.compiler.is_compiling() and _IN_FORWARD.get()
+
+
 def is_read_lazily() -> bool:
     """Whether a weight that is read now may be a lazy one: by the model, where no gradient is recorded."""
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _IN_FORWARD.get()
+    return is_read_by_the_model() and not torch.is_grad_enabled()
 
 
 class LazyWeight(Tensor):

@@ -49,7 +49,6 @@ from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
 from .partner_places import (
-    check_active_together,
     check_mergeable,
     install_partners,
     pack_masks,
@@ -235,7 +234,7 @@ class RecastModel(BaseTuner):
             pool.follow(fn)
         return self
 
-    # ---------------------------------------------------------------- both parts of a task
+    # ---------------------------------------------------------------- activating and merging
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make tasks active, with both of their parts; several that own the same module are refused before anything changes.
@@ -243,7 +242,6 @@ class RecastModel(BaseTuner):
         Raises:
             RecastConfigError: naming the tasks and the module.
         """
-        check_active_together(self.model, adapter_name)
         check_one_owner(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode)
         for layer in part_layers(self.model):
@@ -447,7 +445,7 @@ class RecastModel(BaseTuner):
                         f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms, "
                         "modules_to_save or partners), which a pool's tasks do not share: call pool.deactivate() first"
                     )
-            with mixed_batch(batch):
+            with mixed_batch(batch), model_reads():
                 yield
         finally:
             for handle in handles:

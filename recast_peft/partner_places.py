@@ -364,23 +364,6 @@ def check_mergeable(model: nn.Module, adapters: Collection[str], active: Collect
             )
 
 
-def check_active_together(model: nn.Module, adapters: Sequence[str] | str) -> None:
-    """Refuse several active tasks whose partners would stand at the same place.
-
-    Raises:
-        RecastConfigError: naming the tasks.
-    """
-    if isinstance(adapters, str) or len(adapters) < 2:
-        return
-    for holder in partner_holders(model):
-        together = [name for name in adapters if name in holder.modules_to_save]
-        if len(together) > 1:
-            raise RecastConfigError(
-                f"the tasks {', '.join(together)} both have a partner at {holder.place}, and only one can be in force there: "
-                "activate one of them at a time"
-            )
-
-
 def _owners_by_method(model: nn.Module) -> dict[str, set[str]]:
     container: Any = model._modules.get(PARTNER_CONTAINER) or {}
     owners: dict[str, set[str]] = {}
