@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from glyph_backbone import BACKBONE_PATH, load_backbone
 from glyphs import Task, load_task
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from training import Schedule, accuracy, features_of, train_groups
 
@@ -108,7 +108,7 @@ def with_head(backbone: nn.Module, task: Task, seed: int) -> nn.Module:
     return backbone
 
 
-def peft_method(name: str, config: type[PeftConfig], fields: dict[str, Any], lr: float) -> Method:
+def peft_method(name: str, config: type[Any], fields: dict[str, Any], lr: float) -> Method:
     """A method of PEFT by its configuration; random matrices are drawn with the run's seed."""
 
     def build(backbone: nn.Module, task: Task, seed: int) -> nn.Module:
@@ -229,6 +229,10 @@ def train_method(method: Method, task: Task, schedule: Schedule) -> Run:
     return Run(found, numbers, time.process_time() - start)
 
 
+class NotRun(LookupError):
+    """A study that may make no runs lacks one."""
+
+
 class Study:
     """Runs of methods on tasks, each made once and kept in a file.
 
@@ -237,6 +241,7 @@ class Study:
         schedule: of all runs; its seed is not used.
         train_per_class: training images of each class.
         test_per_class: test images of each class.
+        only_known: make no runs; one that the file lacks raises :class:`NotRun`.
         say: is told of every run that is made.
     """
 
@@ -246,11 +251,13 @@ class Study:
         schedule: Schedule = Schedule(),  # noqa: B008 (it cannot be changed)
         train_per_class: int = 40,
         test_per_class: int = 100,
+        only_known: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.path = path
         self.schedule = schedule
         self.sizes = (train_per_class, test_per_class)
+        self.only_known = only_known
         self.say = say
         self._runs: dict[str, Run] = {}
         self._read = 0  # bytes of the file
@@ -285,6 +292,8 @@ class Study:
         known = self.known(method, task, seed, split)
         if known is not None:
             return known
+        if self.only_known:
+            raise NotRun(f"{self.path} has no run of {method.name} on {task} with seed {seed} ({split})")
         images = _task(task, seed, *self.sizes)
         run = train_method(
             method, validation_split(images) if split == "validation" else images, replace(self.schedule, seed=seed)
