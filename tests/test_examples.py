@@ -166,14 +166,16 @@ class TestStudy:
         assert precision(rows[:1]) is None
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of runs that two studies share."""
+    return str(tmp_path_factory.mktemp("study") / "runs.jsonl")
+
+
 class TestAccuracy:
     @pytest.fixture(autouse=True)
     def benchmarks(self, monkeypatch):
         monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
-
-    @pytest.fixture(scope="class")
-    def runs(self, tmp_path_factory):
-        return str(tmp_path_factory.mktemp("study") / "runs.jsonl")
 
     def test_methods_have_the_numbers_that_their_names_say(self):
         import accuracy
@@ -202,6 +204,24 @@ class TestAccuracy:
         shown = capsys.readouterr().out
         assert "validation" not in shown
         assert shown == (tmp_path / "table.md").read_text()
+
+    def test_a_task_of_two_parts_beside_each_alone(self, tmp_path, runs):
+        import mixing
+
+        rows = mixing.main(["--quick", "--runs", runs, "--output", str(tmp_path)])
+        assert {row.name: row.numbers for row in rows} == {
+            "linear probe": 0,
+            "RECAST, 48": 48,
+            "LoRA r=1": 3072,
+            "LoRA r=8": 24_576,
+            "RECAST + LoRA r=1": 3120,
+            "RECAST + LoRA r=8": 24_624,
+        }
+        by_name = {row.name: row for row in rows}
+        assert by_name["RECAST + LoRA r=8"].lrs == {
+            "recast_": by_name["RECAST, 48"].lrs["recast_"],
+            "lora_": by_name["LoRA r=8"].lrs[""],
+        }
 
 
 class TestOrders:

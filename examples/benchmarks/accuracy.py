@@ -113,7 +113,7 @@ def tuned(study: Study, families: dict[str, list[Method]], options: argparse.Nam
     for family, methods in families.items():
         for method in methods:
             with suppress(NotRun):
-                found.setdefault(family, []).append(study.tune(method, options.tasks if options.quick else TUNING_TASKS))
+                found.setdefault(family, []).append(study.tune(method, options.tasks[:1] if options.quick else TUNING_TASKS))
     return found
 
 
