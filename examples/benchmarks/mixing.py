@@ -8,12 +8,11 @@ The learning rates are those that the search of ``accuracy.py`` finds for each p
 
 from __future__ import annotations
 
-from accuracy import PROBE, collect, lora, make_study, parser, recast, show, tuned
+from accuracy import PROBE, collect, lora, make_study, parser, recast_all_four, show, tuned
 from study import Method, recast_method
 from study_tables import Row
 
 RANKS = (1, 2, 4, 8)
-NUMBERS = 48
 
 
 def both(coefficients: Method, matrices: Method) -> Method:
@@ -29,7 +28,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     options = parser(__doc__, "mixing_output").parse_args(arguments)
     study = make_study(options)
     ranks = (1, 8) if options.quick else RANKS
-    alone = {PROBE.name: [PROBE], "RECAST": [recast(NUMBERS)], "LoRA": [lora(rank) for rank in ranks]}
+    alone = {PROBE.name: [PROBE], "RECAST": [recast_all_four(1)], "LoRA": [lora(rank) for rank in ranks]}
     families = tuned(study, alone, options)
     if "RECAST" in families:
         families["RECAST + LoRA"] = [both(families["RECAST"][0], matrices) for matrices in families.get("LoRA", [])]
