@@ -78,7 +78,11 @@ ROWS: dict[str, list[Method]] = {
     "RECAST, qkv + fc1 + fc2": [recast(numbers) for numbers in RECAST_SIZES],
     "RECAST, all four": [recast_all_four(1), recast_all_four(2)],
     "RECAST, attention": [recast_method("RECAST, attention", {"target_modules": ["qkv", "attn.proj"]}, 0.05)],
-    "RECAST, MLP": [recast_method("RECAST, MLP", {"target_modules": ["fc1", "fc2"]}, 0.05)],
+    "RECAST, MLP": [
+        recast_method("RECAST, fc1", {"target_modules": ["fc1"], "group_size": 1}, 0.05),
+        recast_method("RECAST, MLP, groups of 1", {"target_modules": ["fc1", "fc2"], "group_size": 1}, 0.05),
+        recast_method("RECAST, MLP", {"target_modules": ["fc1", "fc2"]}, 0.05),
+    ],
     "TinyLoRA, qkv + fc1 + fc2": [tinylora(numbers) for numbers in TINYLORA_SIZES],
     "TinyLoRA, all four": [peft_method("TinyLoRA, all four", TinyLoraConfig, {"target_modules": ALL_FOUR, "u": 1}, 0.05)],
     "LoRA, qkv": [lora(1), lora(8)],
