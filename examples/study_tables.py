@@ -105,10 +105,11 @@ def table(rows: Sequence[Row], reference: str) -> str:
 
 
 def _cells(accuracies: dict[str, list[float]], gains: dict[str, list[float]], whole: float | None) -> list[str]:
-    """Mean accuracy in percent, the gain with its spread, and its share of the reference's."""
+    """Mean accuracy in percent, the gain with its spread over seeds, and its share of the reference's."""
     gain = statistics.fmean(by_seed(gains))
     share = f"{100 * gain / whole:.0f} %" if whole and whole > 0 and any(by_seed(gains)) else "-"
-    return [f"{100 * statistics.fmean(by_seed(accuracies)):.1f}", f"{gain:+.2f} ± {spread(gains):.2f}", share]
+    around = f" ± {spread(gains):.2f}" if len(by_seed(gains)) > 1 else ""
+    return [f"{100 * statistics.fmean(by_seed(accuracies)):.1f}", f"{gain:+.2f}{around}", share]
 
 
 def precision(rows: Sequence[Row]) -> float | None:
@@ -130,7 +131,7 @@ def draw(rows: Sequence[Row], path: Path, title: str, base: str = "linear probe"
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.0, 5.2), layout="constrained")
+    figure = Figure(figsize=(13.0, 5.0), layout="constrained")
     panels = {"gains": f"points above the {base}", "refitted_gains": "the same, classifiers refitted in closed form"}
     for axes, (what, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         markers = iter("osD^vP*Xp<>hd8H")
@@ -149,6 +150,6 @@ def draw(rows: Sequence[Row], path: Path, title: str, base: str = "linear probe"
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel="numbers trained beside the classifier", title=label)
         axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.suptitle(title)
     figure.savefig(path, dpi=100)

@@ -36,7 +36,7 @@ ALL_FOUR = ["qkv", "attn.proj", "fc1", "fc2"]
 REFERENCE = "LoRA r=8"
 PROBE = linear_probe()
 
-# 24 layers: a number for each, or for each of the last four blocks; groups of 2, 4 and 8 blocks
+# shared by the layers of a bank, in the last four blocks or in all eight; groups of 2, 4 and 8 blocks
 RECAST_SIZES: dict[int, dict[str, Any]] = {
     12: {"coefficient_sharing": "blocks", "layers_to_transform": [4, 5, 6, 7]},
     24: {"coefficient_sharing": "blocks"},
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     names = options.methods or (QUICK if options.quick else None)
     families = {family: [m for m in methods if names is None or m.name in names] for family, methods in ROWS.items()}
     rows = collect(study, tuned(study, {PROBE.name: [PROBE], **families}, options), options)
-    show(rows, options, "Mean of six tasks on one backbone")
+    show(rows, options, f"Accuracy against numbers trained, mean of {len(options.tasks)} tasks")
     return rows
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     if "RECAST" in families:
         families["RECAST + LoRA"] = [both(families["RECAST"][0], matrices) for matrices in families.get("LoRA", [])]
     rows = collect(study, families, options)
-    show(rows, options, "LoRA with and without RECAST's coefficients, mean of six tasks")
+    show(rows, options, f"LoRA with and without RECAST's coefficients, mean of {len(options.tasks)} tasks")
     return rows
 
 
