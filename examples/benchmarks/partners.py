@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import table, write
+from timing import machine, table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' folder
@@ -133,7 +134,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     print(table(rows))
     content = {"backbone": options.backbone, "rows": rows}
-    write(options.json, content)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
     return content
 
 
