@@ -42,8 +42,8 @@ def fit_discriminant_head(
 
     Raises:
         RecastConfigError: if ``shrinkage`` is not between 0 and 1.
-        RecastTargetError: if the task has no linear classifier with biases or is not in force, a label is none of its
-            classes, a class has no example, or the examples do not determine a covariance.
+        RecastTargetError: if the task has no linear classifier with biases, is not in force or is frozen, a label is none of
+            its classes, a class has no example, or the examples do not determine a covariance.
     """
     check_shrinkage(shrinkage)
     head = linear_head(model, adapter_name)
@@ -96,7 +96,7 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     """The linear layer that gives a task's logits.
 
     Raises:
-        RecastTargetError: if the task has none of its own with biases, or is not in force.
+        RecastTargetError: if the task has none of its own with biases, is not in force or is frozen.
     """
     wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
@@ -114,6 +114,11 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
         )
     if any(m.disable_adapters or name not in m.active_adapters for m in wrappers):
         raise RecastTargetError(f"task {name!r} is not in force: call model.set_adapter({name!r}) first")
+    if not found[0].weight.requires_grad:
+        raise RecastTargetError(
+            f"the classifier of task {name!r} is frozen: load the task with is_trainable=True; fit a task of a pool as an "
+            "adapter, then add it to the pool"
+        )
     return found[0]
 
 

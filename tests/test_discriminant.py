@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from recast_peft import RecastConfig, fit_discriminant_head, get_recast_model
+from recast_peft import RecastConfig, TaskPool, fit_discriminant_head, get_recast_model
 from recast_peft.discriminant import discriminants, linear_head
 from recast_peft.errors import RecastConfigError, RecastTargetError
 from recast_peft.heads import ClassStatistics
@@ -200,6 +200,19 @@ class TestRefusals:
             fit_discriminant_head(model, [(x, labels)], "second")
         with model.disable_adapter(), pytest.raises(RecastTargetError, match="not in force"):
             fit_discriminant_head(model, [(x, labels)])
+
+    def test_tasks_that_are_not_trained(self, tmp_path):
+        x, labels = examples()
+        model = task()
+        pool = TaskPool(model)
+        pool.add("first", "default")
+        with pool.use("first"), pytest.raises(RecastTargetError, match="then add it to the pool"):
+            fit_discriminant_head(model, [(x, labels)])  # would write to a copy
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(net(), tmp_path)
+        with pytest.raises(RecastTargetError, match="is_trainable=True"):
+            fit_discriminant_head(again, [(x, labels)])
+        fit_discriminant_head(PeftModel.from_pretrained(net(), tmp_path, is_trainable=True), [(x, labels)])
 
     @pytest.mark.parametrize(
         ("labels", "message"),

@@ -153,7 +153,6 @@ def train_leave_one_out(model: nn.Module, groups: list[dict[str, object]], task:
     other is enough in memory.
     """
     coefficients = [p for name, p in model.named_parameters() if p.requires_grad and "recast_" in name]
-    model.get_submodule(find_head(model)).requires_grad_(False)
     caught: list[Tensor] = []
     handle = model.get_submodule(find_head(model)).register_forward_pre_hook(lambda module, args: caught.append(args[0]))
 
