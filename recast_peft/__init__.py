@@ -7,6 +7,7 @@ from .bank_files import StoredBank, load_bank
 from .compressed import load_compressed_model, save_compressed_model
 from .config import RecastConfig
 from .conversion import collapse_coefficient_sets
+from .discriminant import fit_discriminant_head
 from .errors import (
     RecastBankError,
     RecastBaseMismatchError,
@@ -72,6 +73,7 @@ __all__ = [
     "create_recast_optimizer",
     "extend_bank",
     "fit_bank",
+    "fit_discriminant_head",
     "fit_prototypes",
     "get_recast_model",
     "grow_bank",

@@ -465,8 +465,67 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
         raise RecastTargetError(f"task {name!r} has no prototypes: make it with RecastConfig(..., head_type='prototypes')")
     if heads[0].disable_adapters or name not in heads[0].active_adapters:
         raise RecastTargetError(f"task {name!r} is not in force: call model.set_adapter({name!r}) first")
-    sums = torch.zeros(head.prototypes.shape, dtype=torch.float64)
-    counts = torch.zeros(len(sums), dtype=torch.float64)
+    classes, features = head.prototypes.shape
+    found = class_statistics(model, head, classes, features, batches)
+    with torch.no_grad():
+        head.prototypes.copy_(found.sums / found.counts[:, None])
+    return head.prototypes.detach().clone()
+
+
+@dataclass(frozen=True, eq=False)
+class ClassStatistics:
+    """What is kept of the features of labelled examples, in float64.
+
+    Attributes:
+        counts: ``(classes,)`` the examples of each class.
+        sums: ``(classes, features)`` of their features.
+        products: ``(features, features)`` sum of the outer products of all features, where it was asked for.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    products: Tensor | None = None
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add examples ``(examples, features)`` with their labels ``(examples,)``.
+
+        Raises:
+            RecastTargetError: if a label is none of the classes.
+        """
+        if labels.min() < 0 or labels.max() >= len(self.sums):
+            raise RecastTargetError(
+                f"labels must be numbers of the task's classes\n  labels:  {int(labels.min())} to {int(labels.max())}\n"
+                f"  classes: 0 to {len(self.sums) - 1}"
+            )
+        labels, features = labels.cpu(), features.detach().to("cpu", torch.float64)
+        self.sums.index_add_(0, labels, features)
+        self.counts.add_(torch.bincount(labels, minlength=len(self.sums)))
+        if self.products is not None:
+            self.products.addmm_(features.T, features)
+
+
+def class_statistics(
+    model: nn.Module, head: nn.Module, classes: int, features: int, batches: Iterable[Any], products: bool = False
+) -> ClassStatistics:
+    """Run a model in evaluation mode and collect what reaches its head.
+
+    Args:
+        model: as it stands.
+        head: the module whose input, ``(examples, features)``, counts.
+        classes: of the task.
+        features: that reach the head.
+        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name).
+        products: whether outer products are kept too.
+
+    Raises:
+        RecastTargetError: if a label is none of the classes, a class has no example, or the head sees more than one vector an
+            example.
+    """
+    found = ClassStatistics(
+        torch.zeros(classes, dtype=torch.float64),
+        torch.zeros(classes, features, dtype=torch.float64),
+        torch.zeros(features, features, dtype=torch.float64) if products else None,
+    )
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     training = model.training
@@ -475,23 +534,20 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
         with torch.no_grad():
             for batch in batches:
                 labels = _run(model, batch)
-                features = seen.pop().to("cpu", torch.float64)
-                if labels.min() < 0 or labels.max() >= len(sums):
+                given = seen.pop()
+                if given.shape != (len(labels), features):
                     raise RecastTargetError(
-                        f"labels must be numbers of the task's classes\n  labels:  {int(labels.min())} to {int(labels.max())}\n"
-                        f"  classes: 0 to {len(sums) - 1}"
+                        f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
+                        f"  labels:    {tuple(labels.shape)}"
                     )
-                sums.index_add_(0, labels.cpu(), features)
-                counts += torch.bincount(labels.cpu(), minlength=len(sums))
+                found.add(given, labels)
     finally:
         handle.remove()
         model.train(training)
-    empty = (counts == 0).nonzero().flatten().tolist()
+    empty = (found.counts == 0).nonzero().flatten().tolist()
     if empty:
         raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")
-    with torch.no_grad():
-        head.prototypes.copy_(sums / counts[:, None])
-    return head.prototypes.detach().clone()
+    return found
 
 
 def _run(model: nn.Module, batch: Any) -> Tensor:
