@@ -237,7 +237,7 @@ def _prepare_grown(
         # one dictionary for all banks of a file, so that they learn its name together
         references = (b.stored for b in new if b.stored is not None)
         reference = next(references, None) or stored.reference
-        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history)
+        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history, stored.mimicry)
         new.append(bank)
     for name in group.members:
         prepared[name].bank = bank
@@ -449,11 +449,12 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     layers = recast_layers(model)
     version = 1
     history: tuple[Mapping[str, Any], ...] = ()
+    made: str | Mapping[str, Any] = method
     groups = {}
     for name, bank in banks.items():
         if isinstance(bank, GrownBank):
             groups[name] = StoredGroup(bank.members, grown=bank.grown)
-            version, history, method = bank.version, bank.history, "grown"
+            version, history, made = bank.version, bank.history, bank.made
         elif bank.templates is None or bank.base_coefficients is None:
             groups[name] = StoredGroup(bank.members)
         else:
@@ -461,7 +462,7 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
     fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
     fingerprint = reference["fingerprint"] or ""
-    return StoredBank(groups, fingerprints, method, reference["name"], version, fingerprint, history)
+    return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)
 
 
 def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:

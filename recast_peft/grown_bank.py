@@ -26,6 +26,7 @@ class GrownBank(TemplateBank):
         stored: ``{"name": ..., "fingerprint": ...}`` of the bank file; one dictionary for all of its banks.
         version: of the bank file.
         history: its earlier versions.
+        made: how it was made, for its card.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class GrownBank(TemplateBank):
         stored: dict[str, str | None],
         version: int = 1,
         history: tuple[Mapping[str, Any], ...] = (),
+        made: str | Mapping[str, Any] = "grown",
     ) -> None:
         super().__init__(name, members, layers, stored=stored)
         self.plain, self.energy, self.shape = grown.plain, grown.energy, grown.weight_shape
-        self.version, self.history = version, history
+        self.version, self.history, self.made = version, history, made
         self.parts = PARTS[len(grown.tensors)]
         like = layers[0]
         for part, tensor in zip(self.parts, grown.tensors, strict=True):
@@ -73,6 +75,17 @@ class GrownBank(TemplateBank):
         """The grown templates."""
         tensors = tuple(self._parameters[part] for part in self.parts)
         return GrownTemplates(tensors, self.shape, self.plain, self.energy)  # type: ignore[arg-type]
+
+    def make_trainable(self) -> list[nn.Parameter]:
+        """Put trainable copies in place of the grown templates' tensors, which a bank file may hold too.
+
+        The pretrained weights among the templates stay as they are.
+        """
+        for part in self.parts:
+            held = self._parameters[part]
+            assert held is not None
+            self._parameters[part] = nn.Parameter(held.detach().clone())
+        return list(self.grown.tensors)  # type: ignore[arg-type]
 
     @property
     def num_templates(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +53,21 @@ class GrownTemplates:
         """The tensors by their names in a bank file, which say whether the plain templates are there too."""
         only = "" if self.plain else "only_"
         return {f"{bank}.{only}{part}": t for part, t in zip(PARTS[len(self.tensors)], self.tensors, strict=True)}
+
+
+def orthonormal_basis(templates: Sequence[Tensor]) -> Tensor:
+    """A basis ``(numbers, templates)`` in float64 whose first columns span the first templates."""
+    flat = torch.stack([t.detach().reshape(-1).double().cpu() for t in templates], dim=1)
+    return torch.linalg.qr(flat).Q
+
+
+def energy_kept(moves: Sequence[Tensor], grown: GrownTemplates) -> tuple[float, ...]:
+    """Share of the squared norm of changes of weights in the span of the first 1, 2, ... templates."""
+    if not moves or not len(grown):
+        return ()
+    flat = torch.stack([move.detach().reshape(-1).double().cpu() for move in moves])
+    shares = (flat @ orthonormal_basis(grown.dense())).square().sum(0) / flat.square().sum().clamp_min(1e-300)
+    return tuple(float(share) for share in shares.cumsum(0))
 
 
 def has_low_rank_product(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from .recomposed import call_recomposed, can_recompose
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
-# Positions of a sample below which n products are cheaper than composing a weight for each task; measured on a CPU by
+# Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
 # examples/benchmarks/pool.py.
 PRODUCT_LIMIT = 64
 
@@ -519,7 +519,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         if direct is not None and not keeps_base:
             terms, scale = bank.product_terms(self.module_name, offsets, self.weight_device)
             # a low-rank pair costs next to nothing
-            if self._products_are_cheaper(x, sum(isinstance(term, Tensor) for term in terms)):
+            if self._products_are_cheaper(x, sum(isinstance(term, Tensor) for term in terms), batch):
                 mixed = mix_by_sample(lambda term: product(direct, self.base_layer, term, x), terms, scale)
                 return _add_bias(mixed, self.base_layer)
         templates = bank.get_templates(self.weight_device)
@@ -534,16 +534,16 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
         return self._call_by_rows(weights, args, kwargs)
 
-    def _products_are_cheaper(self, x: Tensor, templates: int) -> bool:
+    def _products_are_cheaper(self, x: Tensor, templates: int, batch: MixedBatch) -> bool:
         """Whether n products for the whole batch cost less than composing a weight for each task.
 
-        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of a sample. A
+        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of its samples. A
         compiled region takes the products always: which samples share a task is not known when it is compiled.
         """
         if torch.compiler.is_compiling():
             return True
         channels = x.shape[1] if isinstance(self.base_layer, nn.modules.conv._ConvNd) else x.shape[-1]
-        positions = x[0].numel() // max(1, channels)
+        positions = x.numel() // max(1, channels) / max(1, len(batch.rows(len(x))))  # of a task
         return positions * (templates - 1) < PRODUCT_LIMIT * templates
 
     def _call_by_rows(self, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]) -> Any:
