@@ -466,9 +466,10 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
 
 
 def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
-    """Note in the model where a bank was stored, for the tasks that are saved from now on."""
+    """Note in the model where a bank was stored, with the earlier versions in it, for the tasks that are saved from now on."""
+    fingerprints = {bank.fingerprint, *(entry["fingerprint"] for entry in bank.history)}
     for held in recast_banks(model).values():
-        if held.stored is not None and held.stored["fingerprint"] == bank.fingerprint:
+        if held.stored is not None and held.stored["fingerprint"] in fingerprints:
             held.stored["name"] = bank.name
 
 
