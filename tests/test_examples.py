@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -17,6 +20,17 @@ sys.path.insert(0, str(EXAMPLES))
 import demo  # noqa: E402
 import glyphs  # noqa: E402
 from glyph_backbone import BACKBONE_PATH, load_backbone  # noqa: E402
+from study import (  # noqa: E402
+    NotRun,
+    Run,
+    Study,
+    parameter_groups,
+    peft_method,
+    recast_method,
+    train_method,
+    validation_split,
+)
+from study_tables import Row, precision, table  # noqa: E402
 from training import Schedule, features_of, train_probe  # noqa: E402
 
 
@@ -75,6 +89,119 @@ class TestTrainingStep:
             torch.ones(500) + torch.ones(700)[:500]
 
         assert 4000 <= peak_bytes(work) < 8000
+
+
+class TestStudy:
+    """The harness of the accuracy studies."""
+
+    def test_a_run_is_made_once_and_another_setting_is_another_run(self, tmp_path):
+        schedule = Schedule(epochs=1)
+        told: list[str] = []
+        first = Study(tmp_path / "runs.jsonl", schedule, 4, 4, say=told.append)
+        method = recast_method("RECAST", {"target_modules": ["qkv"]}, 0.05)
+        run = first.run(method, "damage", seed=0)
+        assert run.numbers == 16
+        assert first.run(replace(method, name="another name"), "damage", seed=0) == run
+        assert len(told) == 1
+
+        again = Study(tmp_path / "runs.jsonl", schedule, 4, 4, only_known=True)
+        assert again.run(method, "damage", seed=0) == run
+        others = [
+            (again, method.scaled(2), {"task": "damage", "seed": 0}),
+            (again, recast_method("RECAST", {"target_modules": ["fc1"]}, 0.05), {"task": "damage", "seed": 0}),
+            (again, method, {"task": "damage", "seed": 1}),
+            (again, method, {"task": "arrows", "seed": 0}),
+            (again, method, {"task": "damage", "seed": 0, "split": "validation"}),
+            (Study(tmp_path / "runs.jsonl", Schedule(epochs=2), 4, 4, only_known=True), method, {"task": "damage", "seed": 0}),
+        ]
+        for study, other, asked in others:
+            with pytest.raises(NotRun, match="has no run of RECAST"):
+                study.run(other, **asked)
+
+    def test_validation_images_are_training_images_that_are_not_trained_on(self):
+        task = glyphs.load_task("damage", train_per_class=6, test_per_class=2)
+        split = validation_split(task)
+        assert split.train_labels.tolist() == sorted(list(range(10)) * 4)
+        assert split.test_labels.tolist() == sorted(list(range(10)) * 2)
+        parts = [{image.numpy().tobytes() for image in images} for images in (split.train_images, split.test_images)]
+        assert parts[0] | parts[1] == {image.numpy().tobytes() for image in task.train_images}
+        assert not parts[0] & parts[1]
+
+    @pytest.mark.parametrize(("start", "best"), [(1.0, 1.0), (0.1, 1.0), (10.0, 1.0), (0.001, 0.1)])
+    def test_the_search_climbs_to_the_best_rate_but_not_for_ever(self, tmp_path, monkeypatch, start, best):
+        study = Study(tmp_path / "runs.jsonl")
+        tried = set()
+
+        def run(self, method, task, seed, split="test"):
+            assert split == "validation"
+            tried.add(method.lrs[""])
+            return Run(1 - abs(math.log10(method.lrs[""])) / 10, 1, 0.0)
+
+        monkeypatch.setattr(Study, "run", run)
+        found = study.tune(peft_method("a", LoraConfig, {}, start))
+        assert found.lrs[""] == pytest.approx(best, rel=0.02)
+        assert len(tried) <= 6
+
+    def test_what_is_trained_needs_a_rate(self):
+        task = glyphs.load_task("damage", train_per_class=2, test_per_class=2)
+        method = replace(peft_method("LoRA", LoraConfig, {"target_modules": ["qkv"]}, 0.1), lrs={"recast_": 0.1})
+        with pytest.raises(ValueError, match="lora_A.* is trained, but has no learning rate"):
+            train_method(method, task, Schedule(epochs=1))
+
+    def test_gain_spread_and_share_are_those_worked_out_by_hand(self):
+        def row(name, numbers, gains):
+            accuracies = {task: [0.5 + g / 100 for g in each] for task, each in gains.items()}
+            return Row(name, name, numbers, {"": 0.1}, accuracies, gains)
+
+        rows = [
+            row("linear probe", 0, {"a": [0.0, 0.0], "b": [0.0, 0.0]}),
+            row("small", 48, {"a": [1.0, 3.0], "b": [2.0, 6.0]}),  # by seed 1.5 and 4.5
+            row("large", 9000, {"a": [4.0, 4.0], "b": [2.0, 6.0]}),  # by seed 3 and 5
+        ]
+        assert (rows[1].gain, rows[1].spread) == (3.0, pytest.approx(4.5**0.5))
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows, "large").splitlines()[2:]]
+        assert cells[1] == ["small", "48", "0.1", "53.0", "+3.00", "2.12", "75 %", "+2.0", "+4.0", "2"]
+        assert cells[2][:7] == ["large", "9,000", "0.1", "54.0", "+4.00", "1.41", "100 %"]
+        assert precision(rows) == pytest.approx(((4.5 / 2 + 2 / 2) / 2) ** 0.5)
+        assert precision(rows[:1]) is None
+
+
+class TestAccuracy:
+    @pytest.fixture(autouse=True)
+    def benchmarks(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory):
+        return str(tmp_path_factory.mktemp("study") / "runs.jsonl")
+
+    def test_methods_have_the_numbers_that_their_names_say(self):
+        import accuracy
+
+        task = glyphs.load_task("damage", train_per_class=1, test_per_class=1)
+        for numbers, method in [(n, f(n)) for n in accuracy.RECAST_SIZES for f in (accuracy.recast, accuracy.tinylora)]:
+            groups = parameter_groups(method.build(load_backbone(), task, 0), method, 0.1)
+            assert sum(p.numel() for p in groups[0]["params"]) == 97 * 10
+            assert sum(p.numel() for group in groups[1:] for p in group["params"]) == numbers
+
+    def test_it_compares_and_goes_on_where_it_stood(self, tmp_path, runs, capsys):
+        import accuracy
+
+        arguments = ["--quick", "--runs", runs, "--output", str(tmp_path)]
+        rows = accuracy.main(arguments)
+        assert [(row.name, row.numbers) for row in rows] == [
+            ("linear probe", 0), ("RECAST, 48", 48), ("TinyLoRA, 48", 48), ("LoRA r=8", 24_576)
+        ]  # fmt: skip
+        assert rows[0].gain == 0
+        assert len({row.accuracies["arrows"][0] for row in rows}) > 2
+        assert "TinyLoRA, 48, arrows, seed 0, validation" in capsys.readouterr().out
+        assert [row["gains"] for row in json.loads((tmp_path / "results.json").read_text())] == [row.gains for row in rows]
+        assert (tmp_path / "picture.png").stat().st_size > 1000
+
+        assert accuracy.main([*arguments, "--table"]) == rows
+        shown = capsys.readouterr().out
+        assert "validation" not in shown
+        assert shown == (tmp_path / "table.md").read_text()
 
 
 class TestOrders:

@@ -1,0 +1,159 @@
+"""What do the numbers that a task trains buy? RECAST beside PEFT's methods, at equal counts and at natural sizes.
+
+    python examples/benchmarks/accuracy.py --output accuracy_output
+
+Every method learns each of the demo's tasks, from the same classifier, on the same images in the same order, for as long. Its
+learning rate is found by the same search for every row, on a third of the training images of two tasks that is held out; the
+test images judge what was chosen. Runs are kept in ``runs.jsonl`` in the output folder: a study that is broken off goes on
+where it stood, and ``--table`` shows what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' folder
+
+from demo import DEFAULT_TASKS
+from peft import IA3Config, LNTuningConfig, LoraConfig, TinyLoraConfig, VeraConfig
+from study import TUNING_TASKS, Method, NotRun, Study, linear_probe, part_of_backbone, peft_method, recast_method
+from study_tables import Row, draw, precision, row_of, table
+from training import Schedule
+
+TARGETS = ["qkv", "fc1", "fc2"]
+REFERENCE = "LoRA r=8"
+PROBE = linear_probe()
+
+# 24 layers: a number for each, or for each of the last four blocks; groups of 2, 4 and 8 blocks
+RECAST_SIZES: dict[int, dict[str, Any]] = {
+    12: {"coefficient_sharing": "blocks", "layers_to_transform": [4, 5, 6, 7]},
+    24: {"coefficient_sharing": "blocks"},
+    48: {"group_size": 2},
+    96: {"group_size": 4},
+    192: {"group_size": 8},
+}
+TINYLORA_SIZES: dict[int, dict[str, Any]] = {
+    12: {"u": 1, "weight_tying": 0.5},
+    24: {"u": 1},
+    48: {"u": 2},
+    96: {"u": 4},
+    192: {"u": 8},
+    1536: {"u": 64},
+}
+
+
+def lora(rank: int) -> Method:
+    """PEFT's LoRA on the fused projections."""
+    return peft_method(f"LoRA r={rank}", LoraConfig, {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["qkv"]}, 3e-3)
+
+
+def recast(numbers: int) -> Method:
+    """RECAST with so many numbers."""
+    return recast_method(f"RECAST, {numbers}", {"target_modules": TARGETS, **RECAST_SIZES[numbers]}, 0.05)
+
+
+def tinylora(numbers: int) -> Method:
+    """TinyLoRA with so many numbers on the same layers."""
+    return peft_method(f"TinyLoRA, {numbers}", TinyLoraConfig, {"target_modules": TARGETS, **TINYLORA_SIZES[numbers]}, 0.05)
+
+
+ROWS: dict[str, list[Method]] = {
+    "RECAST": [recast(numbers) for numbers in RECAST_SIZES],
+    "RECAST, default targets": [recast_method("RECAST, default", {}, 0.05)],
+    "TinyLoRA": [tinylora(numbers) for numbers in TINYLORA_SIZES],
+    "LoRA": [lora(1), lora(8)],
+    "LN tuning": [peft_method("LN tuning", LNTuningConfig, {"target_modules": r".*\.norm[12]|norm"}, 1e-2)],
+    "VeRA": [peft_method("VeRA r=256", VeraConfig, {"target_modules": ["qkv"], "r": 256}, 1e-2)],
+    "IA3": [peft_method("IA3", IA3Config, {"target_modules": ["qkv", "fc2"], "feedforward_modules": ["fc2"]}, 1e-2)],
+    "BitFit": [part_of_backbone("BitFit", "bias", 1e-2)],
+    "full fine-tuning": [part_of_backbone("full fine-tuning", "", 1e-3)],
+}
+"""The methods by family, with the learning rates that the search starts from."""
+
+QUICK = ("RECAST, 48", "TinyLoRA, 48", "LoRA r=8")
+
+
+def parser(description: str | None, output: str) -> argparse.ArgumentParser:
+    """The command line that studies share."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--output", type=Path, default=Path(output), help="folder for table, JSON and picture")
+    made.add_argument("--runs", type=Path, help="file of runs, which studies may share (default: runs.jsonl in the output)")
+    made.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS))
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--epochs", type=int, default=Schedule.epochs)
+    made.add_argument("--train-per-class", type=int, default=40)
+    made.add_argument("--test-per-class", type=int, default=100)
+    made.add_argument("--table", action="store_true", help="make no runs, show what is there")
+    made.add_argument("--quick", action="store_true", help="few images, one seed, few methods: shows that it works, no more")
+    return made
+
+
+def make_study(options: argparse.Namespace) -> Study:
+    """The study that a command line asks for; ``--quick`` changes the options."""
+    torch.set_num_threads(1)
+    if options.quick:
+        options.tasks, options.seeds, options.epochs = ["arrows", "damage"], [0], 1
+        options.train_per_class, options.test_per_class = 6, 10
+    options.output.mkdir(parents=True, exist_ok=True)
+    runs = options.runs or options.output / "runs.jsonl"
+    return Study(runs, Schedule(epochs=options.epochs), options.train_per_class, options.test_per_class, options.table)
+
+
+def tuned(study: Study, families: dict[str, list[Method]], options: argparse.Namespace) -> dict[str, list[Method]]:
+    """The methods with the rates that the search finds; in ``--table`` mode those whose search is there."""
+    found: dict[str, list[Method]] = {}
+    for family, methods in families.items():
+        for method in methods:
+            with suppress(NotRun):
+                found.setdefault(family, []).append(study.tune(method, options.tasks if options.quick else TUNING_TASKS))
+    return found
+
+
+def collect(study: Study, families: dict[str, list[Method]], options: argparse.Namespace) -> list[Row]:
+    """Make the runs of methods, seed by seed; all that is known as rows. The first method is the probe."""
+    named = [(family, method) for family, methods in families.items() for method in methods]
+    if not options.table:
+        for seed in options.seeds:
+            for _, method in named:
+                for task in options.tasks:
+                    study.run(method, task, seed)
+    probe = named[0][1]
+    rows = [row_of(study, family, method, probe, options.tasks, options.seeds) for family, method in named]
+    return [row for row in rows if row is not None]
+
+
+def show(rows: list[Row], options: argparse.Namespace, title: str) -> None:
+    """Print the table, and write table, JSON and picture."""
+    text = table(rows, REFERENCE)
+    error = precision(rows)
+    if error is not None:
+        text += f"\n\nstandard error of a gain, by the spread over seeds: {error:.2f} points"
+    print(text)
+    (options.output / "table.md").write_text(text + "\n")
+    (options.output / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    draw(rows, options.output / "picture.png", title)
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run the study; returns the rows."""
+    made = parser(__doc__, "accuracy_output")
+    made.add_argument("--methods", nargs="+", help="only these rows, by name (default: all)")
+    options = made.parse_args(arguments)
+    study = make_study(options)
+    names = options.methods or (QUICK if options.quick else None)
+    families = {family: [m for m in methods if names is None or m.name in names] for family, methods in ROWS.items()}
+    rows = collect(study, tuned(study, {PROBE.name: [PROBE], **families}, options), options)
+    show(rows, options, "Mean of six tasks on one backbone")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
