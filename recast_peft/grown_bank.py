@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import TemplateBank
-from .grown_templates import PARTS, GrownTemplates, has_low_rank_product
+from .grown_templates import PARTS, GrownTemplates, LowRankSum, has_low_rank_product, low_rank_sum
 
 if TYPE_CHECKING:
     from .layer import RecastLayer
@@ -97,18 +97,22 @@ class GrownBank(TemplateBank):
         plain = super().get_templates(device) if self.plain else []
         return [*plain, *(t if t.device == device else t.to(device) for t in self.grown.dense())]
 
-    def product_terms(self, member: str, offsets: Tensor, device: torch.device) -> tuple[list[Any], Tensor]:
+    def product_terms(
+        self, member: str, offsets: Tensor, device: torch.device
+    ) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:
         """What a member's weight is the sum of, and with which coefficients; low-rank pairs are not multiplied out."""
         own = self.layers[self.index(member)]
-        grown = self.grown
-        if len(grown.tensors) == 2 and has_low_rank_product(own.base_layer):
-            terms: list[Any] = [(left.to(device), right.to(device)) for left, right in zip(*grown.tensors, strict=True)]
-        else:
-            terms = [t.to(device) for t in grown.dense()]
+        plain = super().get_templates(device) if self.plain else [own.pretrained_weight.to(device)]
+        scale: Tensor | None = None
         if self.plain:
-            return [*super().get_templates(device), *terms], self.base_row(member, offsets) + offsets
-        one = torch.ones_like(offsets[:, :1])
-        return [own.pretrained_weight.to(device), *terms], torch.cat([one, offsets], dim=1)
+            offsets = self.base_row(member, offsets) + offsets
+            scale, offsets = offsets[:, : len(plain)], offsets[:, len(plain) :]
+        tensors = tuple(t.to(device) for t in self.grown.tensors)
+        if len(tensors) == 2 and has_low_rank_product(own.base_layer):
+            pairs = low_rank_sum(own.base_layer, (tensors[0], tensors[1]), offsets) if len(self.grown) else None
+            return plain, scale, pairs
+        scale = torch.ones_like(offsets[:, :1]) if scale is None else scale
+        return [*plain, *(t.to(device) for t in self.grown.dense())], torch.cat([scale, offsets], dim=1), None
 
     def extra_repr(self) -> str:
         return f"{self.name}, members={len(self.members)}, templates={self.num_templates} ({len(self.grown)} grown)"

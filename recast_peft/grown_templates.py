@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,21 +75,43 @@ def has_low_rank_product(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
-def product(direct: Callable[..., Tensor], module: nn.Module, template: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-    """What a module computes with a template as its weight, without its bias.
+@dataclass(frozen=True, eq=False)
+class LowRankSum:
+    """What all low-rank pairs together add to a linear layer's output: one pair of products, however many pairs there are.
+
+    Attributes:
+        first: ``(inputs, numbers)``, the first factors side by side; each pair has rank numbers.
+        second: ``(numbers, outputs)``.
+        scale: ``(samples, numbers)``, each sample's coefficients, every one rank times.
+    """
+
+    first: Tensor
+    second: Tensor
+    scale: Tensor
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output ``(samples, ..., outputs)`` for the input ``(samples, ..., inputs)``; ``y`` is written to."""
+        scale = self.scale.view(len(x), *[1] * (x.ndim - 2), -1)
+        narrow = ((x @ self.first.to(x.dtype)) * scale.to(x.dtype)).to(y.dtype)
+        flat = y.view(-1, y.shape[-1])
+        # one pass over the output, which is the wide one
+        return flat.addmm_(narrow.reshape(-1, narrow.shape[-1]), self.second.to(y.dtype)).view(y.shape)
+
+
+def low_rank_sum(module: nn.Module, pairs: tuple[Tensor, Tensor], coefficients: Tensor) -> LowRankSum:
+    """Stack low-rank pairs.
 
     Args:
-        direct: the module's computation with a given weight.
-        module: the module.
-        template: shaped like the weight, or a low-rank pair ``(rows, rank)``, ``(rank, columns)``.
-        x: the input.
+        module: a linear layer for which ``has_low_rank_product`` holds.
+        pairs: ``(templates, rows, rank)`` and ``(templates, rank, columns)`` of its weight.
+        coefficients: ``(samples, templates)``.
     """
-    if isinstance(template, Tensor):
-        return direct(module, template, x, False)
-    left, right = template
+    left, right = pairs
+    scale = coefficients.repeat_interleave(left.shape[2], dim=1)
+    rows, columns = left.transpose(0, 1).flatten(1), right.flatten(0, 1)  # (rows, numbers), (numbers, columns)
     if isinstance(module, Conv1D):
-        return x @ left.to(x.dtype) @ right.to(x.dtype)
-    return x @ right.to(x.dtype).T @ left.to(x.dtype).T
+        return LowRankSum(rows, columns, scale)
+    return LowRankSum(columns.T, rows.T, scale)
 
 
 def factorise(templates: Tensor, rank: int) -> tuple[Tensor, Tensor]:

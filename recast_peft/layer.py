@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from .bank import TemplateBank, follow_device
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
-from .grown_templates import product
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 from .recomposed import call_recomposed, can_recompose
 
@@ -517,11 +516,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         direct = self._direct_call(args, kwargs)
         keeps_base = self.is_compressed and not self.is_released  # the pretrained weight is no mix of the templates then
         if direct is not None and not keeps_base:
-            terms, scale = bank.product_terms(self.module_name, offsets, self.weight_device)
-            # a low-rank pair costs next to nothing
-            if self._products_are_cheaper(x, sum(isinstance(term, Tensor) for term in terms), batch):
-                mixed = mix_by_sample(lambda term: product(direct, self.base_layer, term, x), terms, scale)
-                return _add_bias(mixed, self.base_layer)
+            terms, scale, pairs = bank.product_terms(self.module_name, offsets, self.weight_device)
+            if self._products_are_cheaper(x, len(terms), batch):  # low-rank pairs cost next to nothing
+                mixed = self._mixed_products(direct, x, terms, scale)
+                return mixed if pairs is None else pairs.add_to(mixed, x)
         templates = bank.get_templates(self.weight_device)
         anchor = None if self.compressed_bank else self.pretrained_weight
         base = bank.base_row(self.module_name, offsets) if anchor is None else offsets.new_zeros(())
@@ -533,6 +531,18 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             else:
                 weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
         return self._call_by_rows(weights, args, kwargs)
+
+    def _mixed_products(
+        self, direct: Callable[..., Tensor], x: Tensor, terms: Sequence[Tensor], scale: Tensor | None
+    ) -> Tensor:
+        """The output with each sample's own mix of weights; a single weight is scaled by way of the input, mostly the smaller."""
+        if len(terms) > 1:
+            assert scale is not None
+            mixed = mix_by_sample(lambda term: direct(self.base_layer, term, x, False), terms, scale)
+            return _add_bias(mixed, self.base_layer)
+        if scale is not None:
+            x = x * scale.view(len(x), *[1] * (x.ndim - 1)).to(x.dtype)
+        return direct(self.base_layer, terms[0], x)
 
     def _products_are_cheaper(self, x: Tensor, templates: int, batch: MixedBatch) -> bool:
         """Whether n products for the whole batch cost less than composing a weight for each task.
