@@ -535,7 +535,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _mixed_products(
         self, direct: Callable[..., Tensor], x: Tensor, terms: Sequence[Tensor], scale: Tensor | None
     ) -> Tensor:
-        """The output with each sample's own mix of weights; a single weight is scaled by way of the input, mostly the smaller."""
+        """The output with each sample's own mix of weights; a single weight is scaled by way of the input."""
         if len(terms) > 1:
             assert scale is not None
             mixed = mix_by_sample(lambda term: direct(self.base_layer, term, x, False), terms, scale)
