@@ -51,7 +51,7 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
     grown = [name for name, layer in layers.items() if any(isinstance(b, GrownBank) for b in layer.recast_bank.values())]
     if grown:
         raise RecastBankError(
-            f"the bank of {grown[0]} adds to the pretrained weights, so there is no compressed form of the model: save the bank "
+            f"the bank of {grown[0]} adds to the pretrained weights, so the model has no compressed form: save the bank "
             "with model.save_bank(folder) and the tasks with model.save_pretrained(folder)"
         )
     bank = stored_bank_of(model, adapter_name or model.active_adapter).save(path)

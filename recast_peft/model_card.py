@@ -350,7 +350,8 @@ def _made_by(mimicry: Any) -> str:
         return f"grown from {len(sources)} source{'s' * (len(sources) > 1)}: {', '.join(sources)}"
     if method == "learned" and isinstance(mimicry, Mapping):
         tasks = ", ".join(mimicry["tasks"])
-        return f"learned together with the tasks {tasks} in {mimicry['steps']} steps; started from a bank {_made_by(mimicry['start'])}"
+        start = _made_by(mimicry["start"])
+        return f"learned together with the tasks {tasks} in {mimicry['steps']} steps; started from a bank {start}"
     if method == "random":
         return "of random templates"
     return str(mimicry)
