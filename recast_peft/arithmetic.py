@@ -171,6 +171,11 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
     wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and not isinstance(m, TaskHead)]
     first = next(iter(configs))
     for name, config in configs.items():
+        if config.lora_config is not None:
+            raise RecastConfigError(
+                f"task {name!r} has a LoRA part, and the sum of low-rank parts is none of the same rank: only tasks of "
+                "coefficients alone can be combined"
+            )
         if config.bias != "none" or any(name in wrapper.modules_to_save for wrapper in wrappers):
             raise RecastConfigError(
                 f"task {name!r} owns more than coefficients and a classifier (bias={config.bias!r}, "

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .bank_files import StoredBank, check_reference
 from .errors import RecastBankError, RecastConfigError
+from .lora_config import checked_lora_config, stored_lora_config
 from .mimicry import Fidelity, MimicryMethod, resolve_method
 from .registration import peft_type
 
@@ -33,7 +34,7 @@ PAPER_SETTINGS: dict[str, dict[str, Any]] = {
     "resnet": {"target_modules": r"(.*\.)?layer\d+\.[1-9]\d*\.conv[12]", "num_groups": 1},
 }
 # what write_fields records; forget_written_fields puts back what was given
-_WRITTEN = ("groups", "recipes", "base_fingerprint", "bank", "num_coefficient_sets", "coefficient_sharing")
+_WRITTEN = ("groups", "recipes", "base_fingerprint", "bank", "num_coefficient_sets", "coefficient_sharing", "lora_config")
 
 
 @dataclass
@@ -60,8 +61,12 @@ class RecastConfig(PeftConfig):
         num_coefficient_sets: how many coefficient sets are trained and averaged (K of the paper, section 3.1).
         mimicry: the method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name,
             option: value, ...}``, or the options object itself (``Gradient(steps=500)``), which is stored as a dictionary.
-        max_coefficients: a budget of numbers per task, heads and biases aside, that the plan keeps by choosing what of
-            ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given (the paper's parametric scaling).
+        lora_config: a low-rank part of the same task: a ``LoraConfig``, or a dictionary of its fields. Its ``target_modules``
+            may differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and
+            ``inference_mode`` are given here, for both parts.
+        max_coefficients: a budget of coefficients per task (heads, biases and a LoRA part aside), which the plan keeps by
+            choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given (the paper's
+            parametric scaling).
         coefficient_sharing: ``"roles"``: the layers of the same place in depth share their offsets across roles (query,
             key, value, ...); ``"blocks"``: the members of a bank share them; ``"all"``: both. None: every layer has its own.
         bank: a stored template bank to use: a ``StoredBank``, the name of a bank file (a folder or a repository), or
@@ -125,8 +130,11 @@ class RecastConfig(PeftConfig):
         default="closed_form",
         metadata={"help": "How templates and base coefficients are found: a name, or a dictionary with 'method' and options."},
     )
+    lora_config: LoraConfig | dict[str, Any] | None = field(
+        default=None, metadata={"help": "A low-rank part of the same task: a LoraConfig, or a dictionary of its fields."}
+    )
     max_coefficients: int | None = field(
-        default=None, metadata={"help": "A budget of numbers per task that the plan keeps by choosing the sizes."}
+        default=None, metadata={"help": "A budget of coefficients per task that the plan keeps by choosing the sizes."}
     )
     coefficient_sharing: str | None = field(
         default=None, metadata={"help": "Which layers share their offsets: 'roles', 'blocks' or 'all'; None for none."}
@@ -215,6 +223,7 @@ class RecastConfig(PeftConfig):
         self._check_targets()
         self._check_sizes()
         self._check_choices()
+        self._check_lora_config()
         self._check_head()
         self._check_written_fields()
 
@@ -246,6 +255,15 @@ class RecastConfig(PeftConfig):
             raise RecastConfigError(f"{path_json_file} holds a {type(content).__name__}; a JSON object is expected")
         return content
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values; of a LoRA part what ``LoraConfig`` needs to give it back."""
+        lora, self.__dict__["lora_config"] = self.lora_config, None
+        try:
+            fields = super().to_dict()
+        finally:
+            self.__dict__["lora_config"] = lora
+        return {**fields, "lora_config": stored_lora_config(lora) if isinstance(lora, LoraConfig) else lora}
+
     def layout(self, **fields: Any) -> RecastConfig:
         """A config with the same targets and banks, for a task without a head; ``fields`` are set in it."""
         same = ("target_modules", "groups", "recipes", "bank", "keep_base_weights", "head_module", "base_fingerprint")
@@ -264,6 +282,7 @@ class RecastConfig(PeftConfig):
         bank: dict[str, str | None] | None = None,
         num_coefficient_sets: int | None = None,
         coefficient_sharing: str | None = None,
+        lora_config: LoraConfig | None = None,
     ) -> None:
         """Record what a conversion decided, so that it is stored with the task."""
         if "_given" not in self.__dict__:
@@ -272,6 +291,7 @@ class RecastConfig(PeftConfig):
         self.bank = None if bank is None else dict(bank)
         self.num_coefficient_sets = num_coefficient_sets or self.num_coefficient_sets
         self.coefficient_sharing = coefficient_sharing
+        self.lora_config = lora_config
 
     def write_backbone(self, description: dict[str, Any] | None) -> None:
         """Record how the backbone is found again, unless that was given or read from a file."""
@@ -388,6 +408,14 @@ class RecastConfig(PeftConfig):
         wrong = None if self.bank is None else check_reference(self.bank)
         if wrong is not None:
             raise self._bad("bank", wrong)
+
+    def _check_lora_config(self) -> None:
+        if self.lora_config is None:
+            return
+        try:
+            self.lora_config = checked_lora_config(self.lora_config, self.task_type)
+        except ValueError as error:
+            raise RecastConfigError(f"RecastConfig(lora_config=...): expected {error}") from error
 
     def _check_head(self) -> None:
         if self.id2label is not None:

@@ -23,6 +23,7 @@ from .fingerprint import same_weight, weight_fingerprint
 from .functional import average_sets
 from .grown_bank import GrownBank
 from .layer import BASE_ADAPTER, RecastLayer
+from .lora_part import lora_config_of
 from .mimicry import FittedTemplates, Recipe
 from .plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
 from .registration import PREFIX
@@ -385,6 +386,7 @@ def write_plan(
         _reference_of(banks),
         plan.num_coefficient_sets,
         plan.coefficient_sharing,
+        None if plan.lora is None else plan.lora.config,
     )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         config.target_modules = list(plan.targets)  # PEFT would put its own list here, with other heads left out
@@ -410,6 +412,7 @@ def describe_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> 
         reference,
         max(sets, default=None),
         _sharing_of(layers, banks, adapter_name),
+        lora_config_of(model, adapter_name),
     )
 
 

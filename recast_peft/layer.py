@@ -102,6 +102,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.compressed_bank: tuple[TemplateBank, ...] = ()  # empty, or the one bank that stands for the weight
         self.register_buffer("recast_pretrained", None, persistent=False)  # the pretrained weight while merged
         self._disable_adapters = False
+        self._switched_off = False  # inside RecastModel.disable_part("recast")
         self._active_adapter = []
         self.merged_adapters = []
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
@@ -119,7 +120,13 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         """Whether the pretrained weight was given up for the compressed bank."""
         if not self.compressed_bank:
             return False
-        return self.recast_pretrained is None and (self.merged or self._weight_parameter is None)
+        holds_other = self.merged or self._held is not None
+        return self.recast_pretrained is None and (holds_other or self._weight_parameter is None)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the tasks are switched off here, all of them or their coefficients alone."""
+        return self._disable_adapters or self._switched_off
 
     @property
     def pretrained_weight(self) -> Tensor:
@@ -313,13 +320,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             weight = self.compose(merged)
         if safe_merge and not torch.isfinite(weight).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
-        parameter = self._weight_parameter
-        if parameter is None:
-            self._set_weight_parameter(nn.Parameter(weight, requires_grad=False))
+        if self.merged:
+            self._weight_parameter.data = weight  # type: ignore[union-attr]
         else:
-            if not self.merged:
-                self.recast_pretrained = parameter.data
-            parameter.data = weight
+            self._put_weight(weight)
         self.merged_adapters = merged
 
     def merge_in_place(self, adapter_names: list[str]) -> None:
@@ -346,11 +350,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         if self._held is not None:  # the weight goes back when the other layers are unmerged
             self.merged_adapters = []
             return
-        if self.recast_pretrained is None:
-            self._set_weight_parameter(None)
-        else:
-            self._weight_parameter.data = self.recast_pretrained  # type: ignore[union-attr]
-            self.recast_pretrained = None
+        self._put_weight(None)
         self.merged_adapters = []
 
     @contextmanager
@@ -360,26 +360,35 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         The tensor holds the weight of the tasks in force, so that what is merged on it is right for any method. It stays for as
         long as something of another method is merged.
         """
-        parameter = self._weight_parameter
-        assert parameter is not None
         if self._held is None:
-            self._held = tuple(self.merged_adapters or self._tasks_in_force())
+            held = tuple(self.merged_adapters or self._tasks_in_force())
             if not self.merged:
                 with torch.no_grad():
-                    weight = self.compose(self._held)
-                self.recast_pretrained = parameter.data
-                parameter.data = weight.clone() if weight is parameter else weight
+                    self._put_weight(self.compose(held))
+            self._held = held
         try:
             yield
         finally:
             if not any(other.merged for other in self.other_layers):
-                self._held = None
-                assert self.recast_pretrained is not None
                 if self.merged:
                     with torch.no_grad():
-                        parameter.data = self.compose(self.merged_adapters)
+                        self._weight_parameter.data = self.compose(self.merged_adapters)  # type: ignore[union-attr]
                 else:
-                    parameter.data, self.recast_pretrained = self.recast_pretrained, None
+                    self._put_weight(None)
+                self._held = None
+
+    def _put_weight(self, weight: Tensor | None) -> None:
+        """Put a composed weight into the wrapped module, the pretrained one aside; or for None that one back, if it is kept."""
+        parameter = self._weight_parameter
+        if weight is None and self.recast_pretrained is None:
+            self._set_weight_parameter(None)
+        elif weight is None:
+            parameter.data, self.recast_pretrained = self.recast_pretrained, None  # type: ignore[union-attr]
+        elif parameter is None:
+            self._set_weight_parameter(nn.Parameter(weight, requires_grad=False))
+        else:
+            self.recast_pretrained = parameter.data
+            parameter.data = weight.clone() if weight is parameter else weight
 
     def _tasks_in_force(self) -> list[str]:
         if self.disable_adapters:

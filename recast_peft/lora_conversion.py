@@ -113,6 +113,11 @@ def convert_to_lora(
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, RecastConfig):
         raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its tasks: {', '.join(model.peft_config)}")
+    if config.lora_config is not None:
+        raise RecastConfigError(
+            f"task {adapter_name!r} has a LoRA part beside its coefficients, and no one rank describes both: export the whole "
+            "model (model.merge_and_unload()), or convert a task without a LoRA part"
+        )
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_coefficients}
     _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     unfit = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from .bank_files import StoredBank
 from .config import RecastConfig
 from .conversion import (
     BANKS,
+    PreparedLayer,
     base_fingerprints,
     check_adapter_name,
     check_fingerprints,
@@ -38,11 +40,13 @@ from .conversion import (
     write_plan,
 )
 from .errors import RecastBankError, RecastConfigError
-from .heads import TaskHead, install_head, prepare_head, task_head
+from .heads import PreparedHead, TaskHead, install_head, prepare_head, task_head
 from .layer import RecastLayer
+from .lora_part import check_lora_part, install_lora_part, merged_tasks, part_keys, part_layers, switched_off
+from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
-from .plan import coefficient_owners, plan_recast
+from .plan import RecastPlan, coefficient_owners, plan_recast
 from .registration import PREFIX
 from .task_files import check_state_dict, check_task_file, plain_name
 
@@ -90,11 +94,12 @@ class RecastModel(BaseTuner):
             fingerprints = base_fingerprints(targets)
             head = prepare_head(model, config)
             norms = find_norms(model) if config.train_norms else []
-            entries = check_task_file(model, config, plan, own_shapes(model, head, norms))
+            entries = check_task_file(model, config, plan, {**own_shapes(model, head, norms), **_lora_shapes(plan)})
             check_fingerprints(config, fingerprints, entries)
             self._prepared = prepare_layers(targets, fingerprints)
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
             new_banks = prepare_banks(plan, config, self._prepared)
+            check_lora_part(model, plan.lora, _owned_names(config, head), _compressed_members(self._prepared))
             check_other_tasks(model, new_banks, config)
             write_plan(config, plan, self._prepared, fingerprints)
             config.write_backbone(describe_backbone(model, config.revision))
@@ -104,6 +109,9 @@ class RecastModel(BaseTuner):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
+            )
+            install_lora_part(
+                model, adapter_name, plan.lora, self.peft_config, self.active_adapters, config.inference_mode, low_cpu_mem_usage
             )
         except BaseException:
             self._roll_back(adapter_name)
@@ -197,14 +205,99 @@ class RecastModel(BaseTuner):
             pool.follow(fn)
         return self
 
+    # ---------------------------------------------------------------- both parts of a task
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make tasks active, with both of their parts."""
+        super().set_adapter(adapter_name, inference_mode)
+        for layer in part_layers(self.model):
+            layer.unmerge()
+            layer.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a task, with both of its parts."""
+        super().delete_adapter(adapter_name)
+        for layer in part_layers(self.model):
+            layer.delete_adapter(adapter_name)
+            layer._active_adapter = list(self.active_adapters)
+            layer._parts.configs.pop(adapter_name, None)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge tasks, with both of their parts; what fails leaves nothing merged that was not merged before."""
+        parts = part_layers(self.model)
+        if not parts:
+            super().merge_adapter(adapter_names, safe_merge)
+            return
+        self._check_all_switched_on()
+        self._check_merge_allowed()
+        before = merged_tasks(self.model)
+        names = [*before, *(n for n in (self.active_adapters if adapter_names is None else adapter_names) if n not in before)]
+        # a LoRA part is merged on top of its task's coefficients, whatever was merged before
+        for part in parts:
+            part.unmerge()
+        try:
+            self._merge_layers(names, adapter_names, safe_merge)
+        except BaseException:
+            self.unmerge_adapter()
+            if before:
+                self._merge_layers(before, before, False)
+            raise
+
+    def _merge_layers(self, tasks: list[str], adapter_names: list[str] | None, safe_merge: bool) -> None:
+        layers = list(recast_layers(self.model).values())
+        parts = part_layers(self.model)
+        for layer in layers:
+            layer.merge(safe_merge=safe_merge, adapter_names=[name for name in tasks if name not in layer.merged_adapters])
+        for part in parts:
+            part.merge(safe_merge=safe_merge, adapter_names=tasks)
+        for other in [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]:
+            if not isinstance(other, RecastLayer) and other not in parts:
+                other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the pretrained weights back, to the last bit."""
+        for part in part_layers(self.model):
+            part.unmerge()
+        super().unmerge_adapter()
+
+    @contextmanager
+    def disable_part(self, part: str) -> Iterator[None]:
+        """Compute without one of the two parts of the tasks until the block ends; the other stays as it is.
+
+        Args:
+            part: ``"recast"`` switches the coefficients off, ``"lora"`` the LoRA part.
+
+        Raises:
+            RecastConfigError: if there is no such part, or tasks are merged.
+        """
+        with switched_off(self.model, part):
+            yield
+
+    def _check_all_switched_on(self) -> None:
+        layers = (*part_layers(self.model), *recast_layers(self.model).values())
+        if any(layer.__dict__.get("_switched_off") for layer in layers):
+            raise RecastConfigError("tasks are merged whole: leave the block of disable_part() first")
+
     # ---------------------------------------------------------------- unloading
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if part_layers(self.model):
+            self._check_all_switched_on()
+            tasks = [name for name in adapter_names or () if isinstance(self.peft_config.get(name), RecastConfig)]
+            if merge and tasks:  # a LoRA part is merged on top of the coefficients of the tasks in force
+                self.unmerge_adapter()
+                self.set_adapter(tasks, inference_mode=True)
         with _renamed_child(self.model, "base_layer"):
-            model = super()._unload_and_optionally_merge(*args, **kwargs)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
         return model  # type: ignore[return-value]
@@ -386,8 +479,10 @@ class RecastModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        key = super()._remove_adapter_name_from_key(key, adapter_name)
         # names of the plain model, whatever tuner layers stand around the target now
+        if f".{LoraModel.prefix}" in key:
+            return file_key(key, adapter_name)
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
         return plain_name(key) if f".{PREFIX}" in key else key
 
     @classmethod
@@ -399,8 +494,20 @@ class RecastModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state_dict(model, adapter_name, remapped)
+        check_state_dict(model, adapter_name, remapped, part_keys(model, adapter_name))
         return remapped
+
+
+def _lora_shapes(plan: RecastPlan) -> dict[str, tuple[int, ...]]:
+    return {} if plan.lora is None else plan.lora.shapes
+
+
+def _owned_names(config: RecastConfig, head: PreparedHead | None) -> set[str]:
+    return {*(config.modules_to_save or ()), *([] if head is None else [head.name])}
+
+
+def _compressed_members(prepared: dict[str, PreparedLayer]) -> set[str]:
+    return {name for name, p in prepared.items() if p.bank is not None and not p.bank.is_anchored}
 
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

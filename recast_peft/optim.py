@@ -1,4 +1,4 @@
-"""An optimiser with a learning rate of its own for coefficients."""
+"""An optimiser with learning rates of their own for the parts of a task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from .errors import RecastConfigError
+from .lora_part import PartLayer
 
 COEFFICIENT_LR = 0.05  # in units of a template as large as the pretrained weight; what the demo trains with
 
@@ -18,6 +19,7 @@ def create_recast_optimizer(
     *,
     lr: float,
     coefficient_lr: float = COEFFICIENT_LR,
+    lora_lr: float | None = None,
     **kwargs: Any,
 ) -> Optimizer:
     """An optimiser for the trainable parameters of a model, in the manner of PEFT's ``create_loraplus_optimizer``.
@@ -30,20 +32,29 @@ def create_recast_optimizer(
         optimizer_cls: of torch or made like one.
         lr: of everything else that is trained: classifier, norms, biases.
         coefficient_lr: of the coefficients.
+        lora_lr: of the LoRA part; None is ``lr``.
         kwargs: for the optimiser (``weight_decay``, ``betas``, ...).
 
     Raises:
         RecastConfigError: if the model has no coefficients that are trained.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    coefficients = [parameter for name, parameter in trained if "recast_coefficients" in name.split(".")]
-    others = [parameter for name, parameter in trained if "recast_coefficients" not in name.split(".")]
-    if not coefficients:
+    lora = {
+        key for module in model.modules() if isinstance(module, PartLayer) for key in map(id, module.own_parameters().values())
+    }
+    groups: dict[str, list[nn.Parameter]] = {"coefficients": [], "lora": [], "others": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "lora" if id(parameter) in lora else "others"
+            groups["coefficients" if "recast_coefficients" in name.split(".") else kind].append(parameter)
+    if not groups["coefficients"]:
         raise RecastConfigError(
-            f"{type(model).__name__} trains no RECAST coefficients ({len(trained)} trainable parameters): "
+            f"{type(model).__name__} trains no RECAST coefficients ({sum(map(len, groups.values()))} trainable parameters): "
             "convert it with get_recast_model, and activate a task that is not in inference mode"
         )
-    groups: list[dict[str, Any]] = [{"params": coefficients, "lr": coefficient_lr, "weight_decay": 0.0}]
-    if others:
-        groups.append({"params": others, "lr": lr})
-    return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+    options: dict[str, dict[str, Any]] = {
+        "coefficients": {"lr": coefficient_lr, "weight_decay": 0.0},
+        "lora": {"lr": lr if lora_lr is None else lora_lr},
+        "others": {"lr": lr},
+    }
+    chosen = [{"params": parameters, **options[name]} for name, parameters in groups.items() if parameters]
+    return optimizer_cls(chosen, lr=lr, **kwargs)  # type: ignore[call-arg]

@@ -18,6 +18,7 @@ from torch import nn
 from .bank_files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
 from .config import RecastConfig
 from .errors import RecastBankError, RecastConfigError, RecastTargetError
+from .lora_plan import LoraPlan, plan_lora_part
 from .targets import Candidate, check_materialised, find_targets, total_bytes
 
 
@@ -89,6 +90,7 @@ class RecastPlan:
         coefficient_sharing: which layers share their offsets: None, ``"roles"``, ``"blocks"`` or ``"all"``.
         reason: what was chosen to keep the budget, and why; empty without ``max_coefficients``.
         bank: the stored bank that the task is on, if it is not in the model yet.
+        lora: what the task's LoRA part would be; None for a task without one.
         candidates: the target modules.
     """
 
@@ -99,6 +101,7 @@ class RecastPlan:
     coefficient_sharing: str | None = None
     reason: str = ""
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
+    lora: LoraPlan | None = None
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -108,8 +111,13 @@ class RecastPlan:
 
     @property
     def num_coefficients(self) -> int:
-        """Numbers that one task trains, heads and biases aside."""
+        """Coefficients that one task trains; heads, biases and a LoRA part are not counted."""
         return count_coefficients(self.groups, self.coefficient_sharing)
+
+    @property
+    def num_lora_numbers(self) -> int:
+        """Numbers of the task's LoRA part."""
+        return 0 if self.lora is None else self.lora.num_numbers
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -155,6 +163,11 @@ class RecastPlan:
             f"{len(self.groups)} banks, {len(self.targets)} target modules, {self.num_coefficients} numbers per task; "
             f"model {self.model_bytes:,} bytes before, {self.model_bytes_after:,} after"
         )
+        if self.lora is not None:
+            lines.append(
+                f"LoRA part: {self.num_lora_numbers} numbers per task on {len(self.lora.targets)} target modules, "
+                f"{self.num_coefficients + self.num_lora_numbers} with the coefficients"
+            )
         if self.coefficient_sharing is not None:
             lines.append(f"offsets are shared between {SHARING[self.coefficient_sharing]}")
         if self.reason:
@@ -208,6 +221,7 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
         config.coefficient_sharing,
         reason,
         bank,
+        plan_lora_part(model, config, [target.name for target in targets]),
         tuple(targets),
     )
     if config.max_coefficients is not None and plan.num_coefficients > config.max_coefficients:

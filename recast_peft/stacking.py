@@ -8,6 +8,7 @@ apart, and comes back, bit for bit, when the other layer is unmerged.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -65,7 +66,32 @@ def method_of(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-class _Stacked:
+class Mixed:
+    """What a layer of another method does differently here; its class becomes a subclass of itself with such mixins."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _new_mixed, (type(self)._plain_class, type(self)._mixins), self.__dict__  # type: ignore[attr-defined]
+
+
+@cache
+def _mixed_class(plain: type, mixins: tuple[type[Mixed], ...]) -> type:
+    return type(plain.__name__, (*mixins, plain), {"_plain_class": plain, "_mixins": mixins, "__module__": plain.__module__})
+
+
+def _new_mixed(plain: type, mixins: tuple[type[Mixed], ...]) -> Any:
+    cls = _mixed_class(plain, mixins)
+    return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+def mix_in(layer: nn.Module, mixin: type[Mixed], outermost: bool = False) -> None:
+    """Exchange a layer's class for a subclass of itself with one more mixin."""
+    cls: Any = type(layer)
+    plain, mixins = getattr(cls, "_plain_class", cls), getattr(cls, "_mixins", ())
+    if mixin not in mixins:
+        layer.__class__ = _mixed_class(plain, (mixin, *mixins) if outermost else (*mixins, mixin))  # type: ignore[assignment]
+
+
+class Stacked(Mixed):
     """What a layer of another method does differently while it shares a weight with a RecastLayer."""
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
@@ -99,21 +125,14 @@ class _Stacked:
         if self.merged:  # type: ignore[attr-defined]
             self.unmerge()
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_stacked, (type(self)._plain_class,), self.__dict__  # type: ignore[attr-defined]
 
-
-@cache
-def _stacked_class(plain: type) -> type:
-    return type(plain.__name__, (_Stacked, plain), {"_plain_class": plain, "__module__": plain.__module__})
-
-
-def _new_stacked(plain: type) -> Any:
-    cls = _stacked_class(plain)
-    return cls.__new__(cls)  # type: ignore[call-overload]
+# Set while the LoRA part of a task is put in: its layers know how to deal with what other LoRAs must not do.
+making_part: ContextVar[bool] = ContextVar("recast_making_part", default=False)
 
 
 def _refuse_variants(other: Any, layer: RecastLayer) -> None:
+    if making_part.get():
+        return
     variants = getattr(other, "lora_variant", None)
     if variants:
         raise RecastTargetError(
@@ -132,7 +151,7 @@ def _notice(parent: nn.Module, name: str, child: nn.Module) -> None:
     if not recast:
         return
     for layer in chain:
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, (RecastLayer, _Stacked)):
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, (RecastLayer, Stacked)):
             _stack(layer, recast[-1], "around" if chain.index(layer) < chain.index(recast[-1]) else "inside")
 
 
@@ -154,7 +173,7 @@ def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
         )
     _refuse_variants(other, layer)
     other.__dict__["_recast_layer"] = layer
-    other.__class__ = _stacked_class(type(other))  # type: ignore[arg-type]
+    mix_in(other, Stacked)
     layer.other_layers.append(other)
 
 

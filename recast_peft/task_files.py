@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,19 +97,20 @@ def _shared_parts(model: nn.Module, config: RecastConfig) -> re.Pattern[str]:
     return re.compile("|".join(patterns) or r"(?!)")
 
 
-def check_state_dict(model: nn.Module, adapter_name: str, entries: dict[str, Tensor]) -> None:
+def check_state_dict(model: nn.Module, adapter_name: str, entries: dict[str, Tensor], others: Sequence[str] = ()) -> None:
     """Check what is about to be put into a model that has the task's layers already.
 
     Args:
         model: the model, with or without PEFT's wrapper around it.
         adapter_name: the task.
         entries: tensors by the model's own keys.
+        others: keys that the task needs beside its coefficients.
 
     Raises:
         RecastLoadError: if entries are missing, unexpected, wrongly shaped or not finite.
     """
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wanted = [key for key in own if key.endswith(f".{COEFFICIENTS}.{adapter_name}")]
+    wanted = [*(key for key in own if key.endswith(f".{COEFFICIENTS}.{adapter_name}")), *others]
     given = {key if key in own else key.removeprefix(MODEL_PREFIX): value for key, value in entries.items()}
     # a module that is reached by several names (timm's CoaT shares MLPs) is stored by one of them
     identity = {key: id(parameter) for key, parameter in model.named_parameters(remove_duplicate=False)}

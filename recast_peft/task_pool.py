@@ -554,6 +554,9 @@ class TaskPool:
     def _read(self, name: str, source: Any, hub_kwargs: dict[str, Any]) -> tuple[Tensor, PreparedHead | None]:
         """The row ``(numbers per task,)`` and the head of a task."""
         backbone = self._backbone
+        given = self._tuner.peft_config.get(source) if isinstance(source, str) else source
+        if isinstance(given, RecastConfig):
+            _refuse_lora_part(name, given)
         if source is None or isinstance(source, RecastConfig):
             return torch.zeros(self.numbers_per_task), None if source is None else prepare_head(backbone, source)
         if isinstance(source, Mapping):
@@ -562,6 +565,7 @@ class TaskPool:
             return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
         config = RecastConfig.from_pretrained(str(source), **hub_kwargs)
         config.__dict__.pop("_origin", None)
+        _refuse_lora_part(name, config)
         self._check_config(str(source), config)
         try:
             entries = load_peft_weights(str(source), device="cpu", **hub_kwargs)
@@ -742,3 +746,11 @@ def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastB
         f"  pool: {len(own.groups or {})} banks, {len(ours)} modules ({', '.join(ours[:2])}, ...)\n"
         "Make a pool for it: TaskPool(model, like=<a task with its layout>)."
     )
+
+
+def _refuse_lora_part(name: str, config: RecastConfig) -> None:
+    if config.lora_config is not None:
+        raise RecastConfigError(
+            f"task {name!r} has a LoRA part, and a pool holds coefficients and heads alone: load it as an ordinary adapter "
+            "(model.load_adapter), or train it without lora_config"
+        )

@@ -1,0 +1,105 @@
+"""The config of a task's LoRA part: which of PEFT's ``LoraConfig`` fields make sense in it, and how it is stored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftType
+
+# what the RecastConfig around it says for the whole task
+OWNED_BY_TASK = ("bias", "modules_to_save", "inference_mode")
+# what is stored once, with the task
+_NOT_STORED = ("inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type")
+
+_WRITES = "it writes into the pretrained weights, which are the templates of all tasks"
+REFUSED_INITS = {
+    "pissa": _WRITES,
+    "olora": _WRITES,
+    "corda": _WRITES,
+    "loftq": _WRITES,
+    "lora_ga": _WRITES,
+    "eva": "PEFT fills it in from data for a LoRA of its own only; it would stay at an ordinary start",
+}
+REFUSED_FIELDS = {
+    "kasa_config": _WRITES,
+    "layer_replication": "it changes the layers of the model, which all tasks share",
+    "target_parameters": "it parametrises weights that no module calls; name modules with target_modules",
+    "trainable_token_indices": "token embeddings are trained with modules_to_save of the RecastConfig",
+    "ensure_weight_tying": "tied modules belong to no one layer; untie them, or leave them out",
+    "alora_invocation_tokens": "PEFT finds the tokens that switch it on for a LoRA of its own only",
+    "arrow_config": "it chooses among several LoRAs, and a task has one",
+    "monteclora_config": "its weights are drawn anew in each call, and its loss term is PEFT's own LoRA's",
+    "use_bdlora": "it is for layers that are spread over devices",
+    "use_qalora": "it is for quantized layers",
+    "megatron_config": "it is for layers of Megatron",
+}
+
+
+def checked_lora_config(value: Any, task_type: Any) -> LoraConfig:
+    """A copy of the config of a LoRA part, from an object or from what a file holds.
+
+    Args:
+        value: a ``LoraConfig``, or a dictionary of its fields.
+        task_type: of the task.
+
+    Raises:
+        ValueError: saying what was expected instead; the caller names the field.
+    """
+    if isinstance(value, Mapping):
+        kind = value.get("peft_type", PeftType.LORA)
+        if str(getattr(kind, "value", kind)) != PeftType.LORA.value:
+            raise ValueError(f"a LoraConfig, and this is a config of {kind}")
+        try:
+            config = LoraConfig.from_peft_type(**{**copy.deepcopy(dict(value)), "peft_type": PeftType.LORA})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the fields of a LoraConfig: {error}") from error
+    elif type(value) is LoraConfig:
+        config = copy.deepcopy(value)
+    else:
+        raise ValueError(f"a LoraConfig, a dictionary of its fields, or None, not a {type(value).__name__}")
+    _check_fields(config, task_type)
+    config.inference_mode = False
+    config.base_model_name_or_path = config.revision = config.auto_mapping = None
+    return config
+
+
+def _check_fields(config: LoraConfig, task_type: Any) -> None:
+    for name in OWNED_BY_TASK:
+        if getattr(config, name) not in (None, False, "none", [], ()):
+            raise ValueError(
+                f"no {name} in it: {name}={getattr(config, name)!r} is given to the RecastConfig, for the whole task"
+            )
+    if config.task_type not in (None, task_type):
+        raise ValueError(
+            f"no other task_type in it\n  of the RecastConfig: {task_type}\n  of the LoraConfig:   {config.task_type}"
+        )
+    init = config.init_lora_weights
+    for prefix, reason in REFUSED_INITS.items():
+        if isinstance(init, str) and init.lower().startswith(prefix):
+            raise ValueError(
+                f"another init_lora_weights than {init!r}: {reason}. True, 'gaussian', 'orthogonal' and 'mica' work"
+            )
+    for name, reason in REFUSED_FIELDS.items():
+        if getattr(config, name, None):
+            raise ValueError(f"no {name} in it: {reason}")
+    if config._custom_modules:
+        raise ValueError("no custom modules in it: they cannot be stored with the task")
+    if not isinstance(config.r, int) or isinstance(config.r, bool) or config.r < 1:
+        raise ValueError(f"a rank of at least 1 in it, not r={config.r!r}")
+
+
+def stored_lora_config(config: LoraConfig) -> dict[str, Any]:
+    """The config as ``adapter_config.json`` holds it: plain values, without what is unset or stored with the task.
+
+    ``LoraConfig(**stored)`` (or PEFT, reading it from a file) gives an equal config back.
+    """
+    fields = {name: _plain(value) for name, value in config.to_dict().items() if name not in _NOT_STORED}
+    return {name: value for name, value in fields.items() if value not in (None, {}, [])}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, PeftType) else value
