@@ -246,9 +246,11 @@ def _configs_of(tasks: Sequence[str] | Mapping[str, int | RecastConfig | None], 
         if not isinstance(given, RecastConfig):
             configs[name] = RecastConfig(num_classes=given, seed=seed)
             continue
-        if given.train_norms or given.modules_to_save or given.bias != "none" or given.head_type != "linear":
+        further = {"train_norms": False, "modules_to_save": None, "bias": "none", "head_type": "linear", "lora_config": None}
+        given_too = [field for field, default in further.items() if getattr(given, field) != default]
+        if given_too:
             raise RecastConfigError(
-                f"the task {name!r} has train_norms, modules_to_save, bias or head_type: tasks that learn a bank together have "
+                f"the task {name!r} has {given_too[0]}={getattr(given, given_too[0])!r}: tasks that learn a bank together have "
                 "coefficients and trained classifiers of their own, nothing else"
             )
         configs[name] = RecastConfig(**{field: getattr(given, field) for field in HEAD_FIELDS})

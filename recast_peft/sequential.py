@@ -303,11 +303,13 @@ class Growth:
     """How the bank of a sequence grows: from what the tasks learned so far do to the pretrained weights.
 
     A task that is learned with coefficients alone moves the weights within the span of the bank, so there is nothing in it to
-    grow from. ``source`` learns the task a second time by freer means.
+    grow from. So a source is a task with a LoRA part (``RecastConfig(lora_config=...)``), or ``source`` learns the task a
+    second time by freer means.
 
     Attributes:
         source: is called with a plain copy of the backbone and the task, and returns what moved the weights (an adapter such
-            as a LoRA, a fine-tuned copy: a source of ``grow_bank``), or None if the task is to add nothing.
+            as a LoRA, a fine-tuned copy: a source of ``grow_bank``), or None if the task is to add nothing. Without it the
+            tasks of the sequence that have a LoRA part are the sources, coefficients and LoRA together.
         config: targets and groups of the bank, as for ``grow_bank``.
         num_templates: templates of a group that are added each time, at most; None adds all principal components.
         rank: stores each template as a low-rank pair.
@@ -315,7 +317,7 @@ class Growth:
         bank: where to start, and afterwards the bank as it stands; None before anything was grown.
     """
 
-    source: Callable[[nn.Module, Any], Source | None]
+    source: Callable[[nn.Module, Any], Source | None] | None = None
     config: RecastConfig | None = None
     num_templates: int | None = None
     rank: int | None = None
@@ -323,9 +325,12 @@ class Growth:
     bank: StoredBank | None = None
     _sources: list[Source] = field(default_factory=list, init=False, repr=False)
 
-    def learn(self, plain: nn.Module, task: Any) -> None:
-        """Get the source of a task."""
-        found = self.source(copy.deepcopy(plain), task)
+    def learn(self, plain: nn.Module, task: Any, model: PeftModel, name: str) -> None:
+        """Get the source of a task that the model has learned under a name."""
+        if self.source is not None:
+            found = self.source(copy.deepcopy(plain), task)
+        else:
+            found = (model, name) if getattr(model.peft_config[name], "lora_config", None) is not None else None
         if found is not None:
             self._sources.append(found)
 
@@ -390,7 +395,7 @@ def learn_in_sequence(
     """
     matrix = AccuracyMatrix(list(tasks))
     _check_names(model, tasks, config)
-    plain = None if grow is None else _checked_plain(model, tasks, config, grow_every)
+    plain = None if grow is None else _checked_plain(model, tasks, config, grow, grow_every)
     if evaluate_unseen:
         with _plain(model) as backbone:
             for name, task in tasks.items():
@@ -409,19 +414,24 @@ def learn_in_sequence(
             matrix.record(name, other, _measure(model, evaluate, tasks[other]))
         model.set_adapter(name)
         if grow is not None and plain is not None:
-            grow.learn(plain, task)
+            grow.learn(plain, task, model, name)
             if place % grow_every == 0:
                 grow.grow(plain)
     assert isinstance(model, PeftModel)
     return model, matrix
 
 
-def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow_every: int) -> nn.Module:
+def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow: Growth, grow_every: int) -> nn.Module:
     """A plain copy of the backbone, to grow a bank for."""
     if not isinstance(grow_every, int) or isinstance(grow_every, bool) or grow_every < 1:
         raise RecastConfigError(f"grow_every={grow_every!r}: expected a whole number of at least 1")
-    for name in tasks:
-        own = config[name] if isinstance(config, Mapping) else config
+    configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
+    if grow.source is None and not any(own is not None and own.lora_config is not None for own in configs.values()):
+        raise RecastConfigError(
+            "there is nothing that a bank could grow from: none of the tasks has a LoRA part. Give Growth(source=...), or some "
+            "of the tasks RecastConfig(lora_config=...)"
+        )
+    for name, own in configs.items():
         if own is not None and own.bank is not None:
             raise RecastConfigError(
                 f"the config of task {name!r} names the bank {own.bank}, and grow= is given too: start from it with "

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import KINDS, layers_of, outputs, seeded, tiny_vit
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -387,7 +387,8 @@ class TestRefusals:
             learn_bank(tiny_vit(), tasks, one_by_one(), start(), progress=False)
 
     def test_tasks_that_own_more(self) -> None:
-        for fields in ({"train_norms": True}, {"bias": "all"}, {"modules_to_save": ["head"]}):
+        lora = LoraConfig(target_modules=["qkv"])
+        for fields in ({"train_norms": True}, {"bias": "all"}, {"modules_to_save": ["head"]}, {"lora_config": lora}):
             with pytest.raises(RecastConfigError, match="nothing else"):
                 learn_bank(tiny_vit(), {"red": RecastConfig(**fields)}, one_by_one(), start(), progress=False)
 

@@ -142,6 +142,29 @@ class TestGrowing:
             wanted = layers_of(task)[target].get_delta_weight("default")
         assert torch.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0).abs() > 0.9999
 
+    def test_a_recast_task_with_a_lora_part_is_a_source(self, tmp_path: Path) -> None:
+        """Both parts count: the task vector is the sum of what coefficients and LoRA add, worked out by hand."""
+        part = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+        task = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], lora_config=part), "task").eval()
+        randomise(task, "task")
+        task.save_pretrained(tmp_path)
+        state = {name: value.detach() for name, value in task.named_parameters()}
+        targets = {t.name: t for t in plan_recast(tiny_vit(), config()).candidates}
+        for source in ((task, "task"), tmp_path / "task"):
+            vectors = task_vectors(tiny_vit(), source, targets)
+            for name in targets:
+                keys = {k: v for k, v in state.items() if f".{name}." in k and ".task" in k}
+                a, b = (next(v for k, v in keys.items() if f"lora_{part}" in k) for part in "AB")
+                wanted = 4 * b @ a  # lora_alpha 8, rank 2
+                if name.endswith("qkv"):
+                    members = next(m for m in task.peft_config["task"].groups.values() if name in m)
+                    offsets = next(v for k, v in keys.items() if "recast_coefficients" in k)[0]
+                    assert offsets.abs().min() > 0
+                    wanted = wanted + sum(o * targets[m].weight for o, m in zip(offsets, members, strict=True))
+                assert torch.allclose(vectors[name], wanted, atol=1e-5)
+        both = [grow_bank(tiny_vit(), [source], config()).fingerprint for source in ((task, "task"), tmp_path / "task")]
+        assert both[0] == both[1]
+
     def test_a_head_of_the_source_does_not_matter(self, tmp_path: Path) -> None:
         def headed(classes: int) -> nn.Module:
             model = tiny_vit()

@@ -410,6 +410,25 @@ class TestGrowingInSequence:
         assert layers_of(model)[0].recast_bank["six"].fingerprint == before.fingerprint
         assert layers_of(model)[0].recast_bank["eight"].fingerprint == again.bank.fingerprint
 
+    def test_tasks_with_a_lora_part_are_sources_themselves(self) -> None:
+        own_lora = LoraConfig(r=1, target_modules=["0", "1"])
+        freer = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"], lora_config=own_lora)
+        tasks = make_tasks("one", "two", "three", "four")
+        configs = {"one": freer, "two": CONFIG, "three": CONFIG, "four": CONFIG}
+        growth = Growth(config=RecastConfig(target_modules=["0", "1"], group_size=1))
+        model, matrix = learn_in_sequence(
+            TinyModel(), tasks, train, evaluate, config=configs, grow=growth, grow_every=2, progress=False
+        )
+        assert growth.bank is not None
+        assert growth.bank.mimicry["sources"] == ["adapter 'one'"]  # the others move within the span of the banks
+        assert matrix.summary()["forgetting"] == 0.0
+        for layer in layers_of(model):
+            merged = copy.deepcopy(model).merge_and_unload(adapter_names=["one"])
+            moved = merged.get_submodule(layer.module_name).weight - layer.pretrained_weight
+            template = growth.bank.groups[layer.module_name].grown.dense()[0]
+            assert torch.cosine_similarity(template.flatten(), moved.flatten(), dim=0).abs() > 0.9999
+            assert layer.recast_coefficients["three"].shape == (1, 2)
+
     def test_a_task_may_add_nothing(self) -> None:
         growth = Growth(lambda model, task: None)
         tasks = make_tasks("one", "two")
@@ -437,6 +456,8 @@ class TestGrowingInSequence:
         for every in (0, True):
             with pytest.raises(RecastConfigError, match="grow_every"):
                 learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, grow=growth, grow_every=every)
+        with pytest.raises(RecastConfigError, match="none of the tasks has a LoRA part"):
+            learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=CONFIG, grow=Growth())
         config = RecastConfig(bank="somewhere")
         with pytest.raises(RecastConfigError, match="names the bank"):
             learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=config, grow=growth)
