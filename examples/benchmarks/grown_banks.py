@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from glyph_backbone import load_backbone
 from glyphs import Task, load_task
 from peft import TinyLoraConfig
 from safetensors.torch import load_file, save_file
-from study import Method, Study, part_of_backbone, peft_method, recast_method
+from study import TUNING_TASKS, Method, NotRun, Study, part_of_backbone, peft_method, recast_method
 from study_tables import Row, row_of, table
 from torch import Tensor, nn
 from training import Schedule, train_lora
@@ -171,44 +172,53 @@ def plain_method(group_size: int) -> Method:
     return recast_method(f"plain bank, groups of {group_size}", {"target_modules": TARGETS, "group_size": group_size}, START_LR)
 
 
-def rows_of(study: Study, banks: Banks, tune: Callable[[Method], Method]) -> dict[str, list[Method]]:
-    """The rows by family, with the learning rates that the search finds; banks of fewer sources take that of the whole one."""
+def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict[str, Callable[[], list[Method]]]:
+    """The rows by family, each when it is asked for, with the learning rates that the search finds.
+
+    Banks of fewer sources take the rate of the whole one.
+    """
+
+    def grown() -> list[Method]:
+        whole = tune(grown_method("grown, all sources", banks, START_LR))
+        counts = [count for count in (1, 3) if count < len(banks.tasks) - 1]
+        few = [
+            grown_method(f"grown, {count} source{'s' * (count > 1)}", banks, whole.lrs["recast_"], count) for count in counts
+        ]
+        return [*few, whole, tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))]
+
+    def learned() -> list[Method]:
+        for name in banks.tasks if not banks.study.only_known else ():
+            banks.learned(name, seed)  # apart from the runs, so that their times are those of a task
+        return [tune(learned_method("learned, and the module's own weight", banks, START_LR))]
+
     tiny = {"target_modules": TARGETS, "u": 6}
-    whole = tune(grown_method("grown, all sources", banks, START_LR))
-    few = [
-        grown_method(f"grown, {count} source{'s' * (count > 1)}", banks, whole.lrs["recast_"], count)
-        for count in (1, 3)
-        if count < len(banks.tasks) - 1
-    ]
     return {
-        "linear probe": [tune(PROBE)],
-        "learned bank": [tune(learned_method("learned, and the module's own weight", banks, START_LR))],
-        "grown bank": [*few, whole, tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))],
-        "plain bank": [tune(plain_method(6))],
-        "TinyLoRA": [tune(peft_method("TinyLoRA, 48, qkv", TinyLoraConfig, tiny, 0.05))],
-        "LoRA": [tune(lora(1)), tune(lora(8))],
-        "full fine-tuning": [tune(part_of_backbone("full fine-tuning", "", 1e-3))],
+        "linear probe": lambda: [tune(PROBE)],
+        "grown bank": grown,
+        "plain bank": lambda: [tune(plain_method(6))],
+        "learned bank": learned,
+        "LoRA": lambda: [tune(lora(1)), tune(lora(8))],
+        "TinyLoRA": lambda: [tune(peft_method("TinyLoRA, 48, qkv", TinyLoraConfig, tiny, 0.05))],
+        "full fine-tuning": lambda: [tune(part_of_backbone("full fine-tuning", "", 1e-3))],
     }
 
 
 def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """What a task costs to keep and to learn, and a bank once: as Markdown."""
-    task = banks.tasks[0]
-    source = banks.seconds("") if not banks.tasks else statistics.fmean(banks.seconds(f"{name}-") for name in banks.tasks)
-    bytes_of = {"grown bank": banks.grown(task, seeds[0], None, None, 1, True).nbytes}
-    bytes_of["learned bank"] = bytes_of["grown bank"]
-    once = {"grown bank": source * (len(banks.tasks) - 1)}
-    once["learned bank"] = once["grown bank"] + banks.seconds("without-")
-    lines = [
-        "| method | bytes of a task | bytes of the bank | seconds to learn a task | seconds for the bank, once |",
-        "|---" * 5 + "|",
-    ]
+    lines = ["| method | bytes of a task | bytes of the bank | seconds to learn a task | seconds for the bank, once |"]
+    lines.append("|---" * 5 + "|")
     methods = {method.name: method for members in families.values() for method in members}
+    source = statistics.fmean(banks.seconds(f"{name}-") for name in banks.tasks)
     for row in rows:
+        settings = methods[row.name].settings
         runs = [study.run(methods[row.name], name, seed) for name in row.gains for seed in seeds[: len(row.by_seed)]]
         taken = statistics.fmean(run.seconds for run in runs)
-        bank, made = bytes_of.get(row.family, 0), once.get(row.family, 0.0)
-        lines.append(f"| {row.name} | {4 * row.numbers:,} | {bank:,} | {taken:.1f} | {made:.0f} |")
+        size, once = 0, 0.0
+        if "bank" in settings:
+            count = settings.get("count") or len(banks.tasks) - 1
+            size = banks.grown(banks.tasks[0], seeds[0], count, None, 1, True).nbytes
+            once = count * source + (banks.seconds("without-") if settings["bank"] == "learned" else 0.0)
+        lines.append(f"| {row.name} | {4 * row.numbers:,} | {size:,} | {taken:.1f} | {once:.0f} |")
     return "\n".join(lines)
 
 
@@ -217,7 +227,7 @@ def unrelated(study: Study, banks: Banks, tune: Callable[[Method], Method], opti
     tasks = [name for name in UNRELATED if name not in banks.tasks]
     methods = [PROBE, plain_method(2), shared_method("the same and four grown templates", banks, START_LR, 4)]
     methods = [tune(method) for method in methods]
-    for seed in options.seeds if not options.table else ():
+    for seed in options.seeds:
         for method in methods:
             for name in tasks:
                 study.run(method, name, seed)
@@ -235,20 +245,28 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         options.tasks, options.steps = ["arrows", "greek", "hebrew"], 4
     banks = Banks(options.output / "banks", study, options.tasks, options.steps)
     rows: list[Row] = []
+    tuning = tuple(options.tasks[:2]) if options.quick else TUNING_TASKS
+
+    def tune(method: Method) -> Method:
+        return study.tune(method, tuning)
+
     for seed in options.seeds:
-        for name in options.tasks if not options.table else ():
+        so_far = options_up_to(options, seed)
+        for name in options.tasks:
             banks.source(name, seed)
-        for name in options.tasks if not options.table else ():
-            banks.learned(name, seed)
-        tuning = tuple(options.tasks[:2]) if options.quick else ("greek", "operators")
-        families = rows_of(study, banks, lambda method: study.tune(method, tuning))  # noqa: B023 (called at once)
-        rows = collect(study, families, options_up_to(options, seed))
+        families: dict[str, list[Method]] = {}
+        for family, make in families_of(banks, tune, seed).items():
+            with suppress(NotRun):
+                families[family] = make()
+                first = next(iter(families))
+                collect(study, {first: families[first], family: families[family]}, so_far)
+        rows = collect(study, families, so_far)
         show(rows, options, "A task left out, a bank from the others: mean of the demo's tasks")
-        text = costs(study, banks, families, rows, options.seeds)
-        other = unrelated(study, banks, lambda method: study.tune(method, tuning), options_up_to(options, seed))  # noqa: B023
-        print(f"\n{text}\n\n{other}", flush=True)
-        (options.output / "costs.md").write_text(text + "\n")
-        (options.output / "unrelated.md").write_text(other + "\n")
+        with suppress(NotRun):
+            text, other = costs(study, banks, families, rows, so_far.seeds), unrelated(study, banks, tune, so_far)
+            print(f"\n{text}\n\n{other}", flush=True)
+            (options.output / "costs.md").write_text(text + "\n")
+            (options.output / "unrelated.md").write_text(other + "\n")
     return rows
 
 
