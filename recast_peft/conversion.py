@@ -32,6 +32,14 @@ from .targets import Candidate
 BANKS = "recast_banks"  # the module of the backbone that owns the compressed banks
 
 
+class BankContainer(nn.ModuleDict):
+    """Owns the banks of a model. A model that is an ``nn.Sequential`` calls all its children: this one changes nothing."""
+
+    def forward(self, x: Any) -> Any:
+        """The input, as it is."""
+        return x
+
+
 @dataclass
 class PreparedLayer:
     """A layer that is ready to be put in its place.
@@ -485,7 +493,7 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
     if not banks:
         return
     if not hasattr(model, BANKS):
-        setattr(model, BANKS, nn.ModuleDict())
+        setattr(model, BANKS, BankContainer())
     container = getattr(model, BANKS)
     for bank in banks:
         if not bank.is_anchored:

@@ -564,6 +564,16 @@ class TestMixedBatches:
 
 
 class TestWithTheRest:
+    def test_a_model_that_calls_all_its_children(self) -> None:
+        plain = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+        source = {name: value + 0.1 for name, value in plain.state_dict().items()}
+        targets = RecastConfig(target_modules=["0", "2"], group_size=1)
+        model = on(grow_bank(plain, [source], targets), model=copy.deepcopy(plain))
+        weights = {name: layer.compose(["default"]) for name, layer in layers_of(model).items()}
+        hidden = torch.tanh(nn.functional.linear(X, weights["0"], plain[0].bias))
+        assert torch.allclose(outputs(model, X), nn.functional.linear(hidden, weights["2"], plain[2].bias), atol=1e-6)
+        assert not torch.allclose(outputs(model, X), outputs(plain, X), atol=1e-2)
+
     def test_a_budget_that_the_bank_exceeds_is_refused(self) -> None:
         bank = grown()
         numbers = growth_report(bank).num_coefficients

@@ -467,7 +467,7 @@ def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     text = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
