@@ -21,6 +21,8 @@ class Row:
         lrs: learning rates.
         accuracies: by task, one for each seed.
         gains: by task, points above the probe on the same images, one for each seed.
+        refitted: accuracies with a classifier that is fitted in closed form to the trained model's features.
+        refitted_gains: points above the probe with such a classifier.
     """
 
     family: str
@@ -29,21 +31,29 @@ class Row:
     lrs: dict[str, float]
     accuracies: dict[str, list[float]]
     gains: dict[str, list[float]]
-
-    @property
-    def by_seed(self) -> list[float]:
-        """Gain of every seed, mean over tasks, in points."""
-        return [statistics.fmean(each) for each in zip(*self.gains.values(), strict=True)]
+    refitted: dict[str, list[float]]
+    refitted_gains: dict[str, list[float]]
 
     @property
     def gain(self) -> float:
         """Mean gain over tasks and seeds, in points."""
-        return statistics.fmean(self.by_seed)
+        return statistics.fmean(by_seed(self.gains))
 
     @property
-    def spread(self) -> float:
-        """Standard deviation of the gain over seeds, in points; 0 for one seed."""
-        return statistics.stdev(self.by_seed) if len(self.by_seed) > 1 else 0.0
+    def refitted_gain(self) -> float:
+        """The same with classifiers that are fitted in closed form."""
+        return statistics.fmean(by_seed(self.refitted_gains))
+
+
+def by_seed(values: dict[str, list[float]]) -> list[float]:
+    """For every seed the mean over tasks."""
+    return [statistics.fmean(each) for each in zip(*values.values(), strict=True)]
+
+
+def spread(values: dict[str, list[float]]) -> float:
+    """Standard deviation over seeds of the mean over tasks; 0 for one seed."""
+    means = by_seed(values)
+    return statistics.stdev(means) if len(means) > 1 else 0.0
 
 
 def row_of(study: Study, family: str, method: Method, probe: Method, tasks: Sequence[str], seeds: Sequence[int]) -> Row | None:
@@ -52,14 +62,23 @@ def row_of(study: Study, family: str, method: Method, probe: Method, tasks: Sequ
     if not whole:
         return None
     found = {task: [study.run(method, task, s) for s in whole] for task in tasks}
-    base = {task: [study.run(probe, task, s).accuracy for s in whole] for task in tasks}
+    base = {task: [study.run(probe, task, s) for s in whole] for task in tasks}
+
+    def points(what: str) -> dict[str, list[float]]:
+        pairs = {task: zip(found[task], base[task], strict=True) for task in tasks}
+        return {
+            task: [100 * (getattr(run, what) - getattr(plain, what)) for run, plain in each] for task, each in pairs.items()
+        }
+
     return Row(
         family=family,
         name=method.name,
         numbers=found[tasks[0]][0].numbers,
         lrs=method.lrs or {"head": method.head_lr or study.schedule.head_lr},
         accuracies={task: [run.accuracy for run in runs] for task, runs in found.items()},
-        gains={t: [100 * (run.accuracy - b) for run, b in zip(found[t], base[t], strict=True)] for t in tasks},
+        gains=points("accuracy"),
+        refitted={task: [run.refitted for run in runs] for task, runs in found.items()},
+        refitted_gains=points("refitted"),
     )
 
 
@@ -70,20 +89,26 @@ def table(rows: Sequence[Row], reference: str) -> str:
         rows: the probe first.
         reference: the name of the row whose gain is 100 percent.
     """
-    whole = next((row.gain for row in rows if row.name == reference), None)
-    tasks = list(rows[0].gains)
+    whole = next((row for row in rows if row.name == reference), None)
     lines = [
-        f"| method | numbers | learning rate | accuracy | gain | spread | share of {reference} | {' | '.join(tasks)} | seeds |",
-        "|---" * (8 + len(tasks)) + "|",
+        f"| method | numbers | learning rate | accuracy | gain | share of {reference} "
+        "| refitted: accuracy | gain | share | seeds |",
+        "|---" * 10 + "|",
     ]
     for row in rows:
-        found = 100 * statistics.fmean(statistics.fmean(each) for each in row.accuracies.values())
         rate = " + ".join(f"{lr:g}" for lr in row.lrs.values())
-        share = f"{100 * row.gain / whole:.0f} %" if whole and whole > 0 and any(row.by_seed) else "-"
-        by_task = " | ".join(f"{statistics.fmean(each):+.1f}" for each in row.gains.values())
-        cells = [row.name, f"{row.numbers:,}", rate, f"{found:.1f}", f"{row.gain:+.2f}", f"{row.spread:.2f}", share, by_task]
-        lines.append(f"| {' | '.join(cells)} | {len(row.by_seed)} |")
+        trained = _cells(row.accuracies, row.gains, whole and whole.gain)
+        refitted = _cells(row.refitted, row.refitted_gains, whole and whole.refitted_gain)
+        cells = [row.name, f"{row.numbers:,}", rate, *trained, *refitted, str(len(by_seed(row.gains)))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cells(accuracies: dict[str, list[float]], gains: dict[str, list[float]], whole: float | None) -> list[str]:
+    """Mean accuracy in percent, the gain with its spread, and its share of the reference's."""
+    gain = statistics.fmean(by_seed(gains))
+    share = f"{100 * gain / whole:.0f} %" if whole and whole > 0 and any(by_seed(gains)) else "-"
+    return [f"{100 * statistics.fmean(by_seed(accuracies)):.1f}", f"{gain:+.2f} ± {spread(gains):.2f}", share]
 
 
 def precision(rows: Sequence[Row]) -> float | None:
@@ -94,33 +119,36 @@ def precision(rows: Sequence[Row]) -> float | None:
     Returns:
         None if no row has two seeds.
     """
-    spreads = [(row.spread**2, len(row.by_seed)) for row in rows if len(row.by_seed) > 1 and any(row.by_seed)]
-    if not spreads:
-        return None
-    return statistics.fmean(variance / seeds for variance, seeds in spreads) ** 0.5
+    errors = [spread(row.gains) ** 2 / seeds for row in rows if (seeds := len(by_seed(row.gains))) > 1 and row.numbers]
+    return statistics.fmean(errors) ** 0.5 if errors else None
 
 
 def draw(rows: Sequence[Row], path: Path, title: str, base: str = "linear probe") -> None:
-    """Gain over the probe against numbers, on a logarithmic axis; bars are the spread over seeds."""
+    """Gain over the probe against numbers, on a logarithmic axis; bars are the spread over seeds.
+
+    On the left with the classifier that was trained, on the right with one that is fitted afterwards.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-    axes = figure.subplots()
-    markers = iter("osD^vP*Xp<>h")
-    for family in dict.fromkeys(row.family for row in rows if row.numbers):
-        members = sorted((row for row in rows if row.family == family), key=lambda row: row.numbers)
-        axes.errorbar(
-            [row.numbers for row in members],
-            [row.gain for row in members],
-            [row.spread for row in members],
-            marker=next(markers),
-            linewidth=1.2 if len(members) > 1 else 0,
-            elinewidth=0.8,
-            capsize=2,
-            label=family,
-        )
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="numbers trained beside the classifier", ylabel=f"points above the {base}", title=title)
-    axes.grid(alpha=0.25)
+    figure = Figure(figsize=(12.0, 5.2), layout="constrained")
+    panels = {"gains": f"points above the {base}", "refitted_gains": "the same, classifiers refitted in closed form"}
+    for axes, (what, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        markers = iter("osD^vP*Xp<>hd8H")
+        for family in dict.fromkeys(row.family for row in rows if row.numbers):
+            members = sorted((row for row in rows if row.family == family), key=lambda row: row.numbers)
+            axes.errorbar(
+                [row.numbers for row in members],
+                [statistics.fmean(by_seed(getattr(row, what))) for row in members],
+                [spread(getattr(row, what)) for row in members],
+                marker=next(markers),
+                linewidth=1.2 if len(members) > 1 else 0,
+                elinewidth=0.8,
+                capsize=2,
+                label=family,
+            )
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="numbers trained beside the classifier", title=label)
+        axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)

@@ -27,6 +27,7 @@ from study import (  # noqa: E402
     parameter_groups,
     peft_method,
     recast_method,
+    refitted_accuracy,
     train_method,
     validation_split,
 )
@@ -135,7 +136,7 @@ class TestStudy:
         def run(self, method, task, seed, split="test"):
             assert split == "validation"
             tried.add(method.lrs[""])
-            return Run(1 - abs(math.log10(method.lrs[""])) / 10, 1, 0.0)
+            return Run(1 - abs(math.log10(method.lrs[""])) / 10, 0.0, 1, 0.0)
 
         monkeypatch.setattr(Study, "run", run)
         found = study.tune(peft_method("a", LoraConfig, {}, start))
@@ -148,22 +149,40 @@ class TestStudy:
         with pytest.raises(ValueError, match="lora_A.* is trained, but has no learning rate"):
             train_method(method, task, Schedule(epochs=1))
 
+    def test_the_refitted_classifier_is_that_of_linear_discriminant_analysis(self):
+        generator = torch.Generator().manual_seed(0)
+        means = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+        labels = torch.arange(3).repeat(400)
+        features = means[labels] + torch.randn(1200, 2, generator=generator)
+        train, test = slice(0, 600), slice(600, 1200)
+        task = glyphs.Task("a", ("a", "b", "c"), features[train], labels[train], features[test], labels[test])
+        nearest = torch.cdist(features[test], means).argmin(1)  # the best there is for such features
+        assert refitted_accuracy(task) == pytest.approx(float((nearest == labels[test]).float().mean()), abs=0.015)
+
     def test_gain_spread_and_share_are_those_worked_out_by_hand(self):
-        def row(name, numbers, gains):
+        def row(name, numbers, gains, refitted):
             accuracies = {task: [0.5 + g / 100 for g in each] for task, each in gains.items()}
-            return Row(name, name, numbers, {"": 0.1}, accuracies, gains)
+            return Row(name, name, numbers, {"": 0.1}, accuracies, gains, accuracies, refitted)
 
         rows = [
-            row("linear probe", 0, {"a": [0.0, 0.0], "b": [0.0, 0.0]}),
-            row("small", 48, {"a": [1.0, 3.0], "b": [2.0, 6.0]}),  # by seed 1.5 and 4.5
-            row("large", 9000, {"a": [4.0, 4.0], "b": [2.0, 6.0]}),  # by seed 3 and 5
+            row("linear probe", 0, {"a": [0.0, 0.0], "b": [0.0, 0.0]}, {"a": [0.0, 0.0], "b": [0.0, 0.0]}),
+            # by seed 1.5 and 4.5
+            row("small", 48, {"a": [1.0, 3.0], "b": [2.0, 6.0]}, {"a": [1.0, 1.0], "b": [2.0, 2.0]}),
+            # by seed 3 and 5
+            row("large", 9000, {"a": [4.0, 4.0], "b": [2.0, 6.0]}, {"a": [4.0, 4.0], "b": [2.0, 2.0]}),
         ]
-        assert (rows[1].gain, rows[1].spread) == (3.0, pytest.approx(4.5**0.5))
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows, "large").splitlines()[2:]]
-        assert cells[1] == ["small", "48", "0.1", "53.0", "+3.00", "2.12", "75 %", "+2.0", "+4.0", "2"]
-        assert cells[2][:7] == ["large", "9,000", "0.1", "54.0", "+4.00", "1.41", "100 %"]
+        assert cells[0] == ["linear probe", "0", "0.1", "50.0", "+0.00 ± 0.00", "-", "50.0", "+0.00 ± 0.00", "-", "2"]
+        assert cells[1] == ["small", "48", "0.1", "53.0", "+3.00 ± 2.12", "75 %", "53.0", "+1.50 ± 0.00", "50 %", "2"]
+        assert cells[2][:6] == ["large", "9,000", "0.1", "54.0", "+4.00 ± 1.41", "100 %"]
         assert precision(rows) == pytest.approx(((4.5 / 2 + 2 / 2) / 2) ** 0.5)
         assert precision(rows[:1]) is None
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of runs that two studies share."""
+    return str(tmp_path_factory.mktemp("study") / "runs.jsonl")
 
 
 class TestAccuracy:
@@ -171,15 +190,16 @@ class TestAccuracy:
     def benchmarks(self, monkeypatch):
         monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
 
-    @pytest.fixture(scope="class")
-    def runs(self, tmp_path_factory):
-        return str(tmp_path_factory.mktemp("study") / "runs.jsonl")
-
     def test_methods_have_the_numbers_that_their_names_say(self):
         import accuracy
 
         task = glyphs.load_task("damage", train_per_class=1, test_per_class=1)
-        for numbers, method in [(n, f(n)) for n in accuracy.RECAST_SIZES for f in (accuracy.recast, accuracy.tinylora)]:
+        expected = [(n, make(n)) for n in accuracy.RECAST_SIZES for make in (accuracy.recast, accuracy.tinylora)]
+        expected += [
+            (32, accuracy.recast_all_four(1)),
+            (64, accuracy.recast_all_four(2)),
+        ]  # not the patch embedding's projection
+        for numbers, method in expected:
             groups = parameter_groups(method.build(load_backbone(), task, 0), method, 0.1)
             assert sum(p.numel() for p in groups[0]["params"]) == 97 * 10
             assert sum(p.numel() for group in groups[1:] for p in group["params"]) == numbers
@@ -202,6 +222,24 @@ class TestAccuracy:
         shown = capsys.readouterr().out
         assert "validation" not in shown
         assert shown == (tmp_path / "table.md").read_text()
+
+    def test_a_task_of_two_parts_beside_each_alone(self, tmp_path, runs):
+        import mixing
+
+        rows = mixing.main(["--quick", "--runs", runs, "--output", str(tmp_path)])
+        assert {row.name: row.numbers for row in rows} == {
+            "linear probe": 0,
+            "RECAST, all four, groups of 1": 32,
+            "LoRA r=1": 3072,
+            "LoRA r=8": 24_576,
+            "RECAST + LoRA r=1": 3104,
+            "RECAST + LoRA r=8": 24_608,
+        }
+        by_name = {row.name: row for row in rows}
+        assert by_name["RECAST + LoRA r=8"].lrs == {
+            "recast_": by_name["RECAST, all four, groups of 1"].lrs["recast_"],
+            "lora_": by_name["LoRA r=8"].lrs[""],
+        }
 
 
 class TestOrders:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from study_tables import Row, draw, precision, row_of, table
 from training import Schedule
 
 TARGETS = ["qkv", "fc1", "fc2"]
+ALL_FOUR = ["qkv", "attn.proj", "fc1", "fc2"]
 REFERENCE = "LoRA r=8"
 PROBE = linear_probe()
 
@@ -50,14 +52,21 @@ TINYLORA_SIZES: dict[int, dict[str, Any]] = {
 }
 
 
-def lora(rank: int) -> Method:
-    """PEFT's LoRA on the fused projections."""
-    return peft_method(f"LoRA r={rank}", LoraConfig, {"r": rank, "lora_alpha": 2 * rank, "target_modules": ["qkv"]}, 3e-3)
+def lora(rank: int, targets: Sequence[str] = ("qkv",)) -> Method:
+    """PEFT's LoRA, on the fused projections or on other layers."""
+    name = f"LoRA r={rank}" + ("" if list(targets) == ["qkv"] else ", all four")
+    return peft_method(name, LoraConfig, {"r": rank, "lora_alpha": 2 * rank, "target_modules": list(targets)}, 3e-3)
 
 
 def recast(numbers: int) -> Method:
     """RECAST with so many numbers."""
     return recast_method(f"RECAST, {numbers}", {"target_modules": TARGETS, **RECAST_SIZES[numbers]}, 0.05)
+
+
+def recast_all_four(group_size: int) -> Method:
+    """RECAST on every linear layer of a block."""
+    fields = {"target_modules": ALL_FOUR, "group_size": group_size}
+    return recast_method(f"RECAST, all four, groups of {group_size}", fields, 0.05)
 
 
 def tinylora(numbers: int) -> Method:
@@ -66,10 +75,14 @@ def tinylora(numbers: int) -> Method:
 
 
 ROWS: dict[str, list[Method]] = {
-    "RECAST": [recast(numbers) for numbers in RECAST_SIZES],
-    "RECAST, default targets": [recast_method("RECAST, default", {}, 0.05)],
-    "TinyLoRA": [tinylora(numbers) for numbers in TINYLORA_SIZES],
-    "LoRA": [lora(1), lora(8)],
+    "RECAST, qkv + fc1 + fc2": [recast(numbers) for numbers in RECAST_SIZES],
+    "RECAST, all four": [recast_all_four(1), recast_all_four(2)],
+    "RECAST, attention": [recast_method("RECAST, attention", {"target_modules": ["qkv", "attn.proj"]}, 0.05)],
+    "RECAST, MLP": [recast_method("RECAST, MLP", {"target_modules": ["fc1", "fc2"]}, 0.05)],
+    "TinyLoRA, qkv + fc1 + fc2": [tinylora(numbers) for numbers in TINYLORA_SIZES],
+    "TinyLoRA, all four": [peft_method("TinyLoRA, all four", TinyLoraConfig, {"target_modules": ALL_FOUR, "u": 1}, 0.05)],
+    "LoRA, qkv": [lora(1), lora(8)],
+    "LoRA, all four": [lora(1, ALL_FOUR), lora(8, ALL_FOUR)],
     "LN tuning": [peft_method("LN tuning", LNTuningConfig, {"target_modules": r".*\.norm[12]|norm"}, 1e-2)],
     "VeRA": [peft_method("VeRA r=256", VeraConfig, {"target_modules": ["qkv"], "r": 256}, 1e-2)],
     "IA3": [peft_method("IA3", IA3Config, {"target_modules": ["qkv", "fc2"], "feedforward_modules": ["fc2"]}, 1e-2)],
@@ -113,7 +126,7 @@ def tuned(study: Study, families: dict[str, list[Method]], options: argparse.Nam
     for family, methods in families.items():
         for method in methods:
             with suppress(NotRun):
-                found.setdefault(family, []).append(study.tune(method, options.tasks if options.quick else TUNING_TASKS))
+                found.setdefault(family, []).append(study.tune(method, options.tasks[:1] if options.quick else TUNING_TASKS))
     return found
 
 

@@ -1,0 +1,41 @@
+"""Does RECAST add to LoRA? LoRA alone, RECAST alone, and both as one task, at the same ranks.
+
+    python examples/benchmarks/mixing.py --output mixing_output
+
+The learning rates are those that the search of ``accuracy.py`` finds for each part alone; a task of two parts uses both. With
+``--runs accuracy_output/runs.jsonl`` runs that ``accuracy.py`` has made are not made again.
+"""
+
+from __future__ import annotations
+
+from accuracy import PROBE, collect, lora, make_study, parser, recast_all_four, show, tuned
+from study import Method, recast_method
+from study_tables import Row
+
+RANKS = (1, 2, 4, 8)
+
+
+def both(coefficients: Method, matrices: Method) -> Method:
+    """One task of two parts that were tuned apart."""
+    fields = {key: value for key, value in coefficients.settings.items() if key != "config"}
+    lora_fields = {key: value for key, value in matrices.settings.items() if key != "config"}
+    name = f"RECAST + {matrices.name}"
+    return recast_method(name, fields, coefficients.lrs["recast_"], lora_fields, matrices.lrs[""])
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run the study; returns the rows."""
+    options = parser(__doc__, "mixing_output").parse_args(arguments)
+    study = make_study(options)
+    ranks = (1, 8) if options.quick else RANKS
+    alone = {PROBE.name: [PROBE], "RECAST": [recast_all_four(1)], "LoRA": [lora(rank) for rank in ranks]}
+    families = tuned(study, alone, options)
+    if "RECAST" in families:
+        families["RECAST + LoRA"] = [both(families["RECAST"][0], matrices) for matrices in families.get("LoRA", [])]
+    rows = collect(study, families, options)
+    show(rows, options, "LoRA with and without RECAST's coefficients, mean of six tasks")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
