@@ -211,7 +211,7 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
     source = statistics.fmean(banks.seconds(f"{name}-") for name in banks.tasks)
     for row in rows:
         settings = methods[row.name].settings
-        runs = [study.run(methods[row.name], name, seed) for name in row.gains for seed in seeds[: len(row.by_seed)]]
+        runs = [study.run(methods[row.name], name, seed) for name in row.gains for seed in seeds[: len(row.gains[name])]]
         taken = statistics.fmean(run.seconds for run in runs)
         size, once = 0, 0.0
         if "bank" in settings:
