@@ -2,6 +2,7 @@
 #   make demo         install, then the main job: learn tasks on the embedded backbone, compare, print, draw
 #   make test         install, then all tests
 #   make quality      linter and type checker
+#   make benchmarks   time, memory and files beside PEFT's methods, about ten minutes
 #   make conformance  PEFT's own tests of custom models, with RECAST as the method
 #   make style        format the code
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quality conformance style clean
+.PHONY: demo test quality benchmarks conformance style clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +28,9 @@ quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmarks: $(STAMP)
+	$(BIN)/python examples/benchmarks/run_all.py --output benchmark_output
 
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance/peft_custom_models.py

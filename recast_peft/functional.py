@@ -83,14 +83,17 @@ def compose_into(out: Tensor, anchor: Tensor | None, templates: Sequence[Tensor]
     work = composition_dtype(coefficients.dtype, *(t.dtype for t in templates))
     if out.dtype != work:
         return out.copy_(compose_weight(anchor, templates, coefficients, out.dtype))
-    scale = coefficients.to(work)
-    if anchor is None:
-        torch.mul(templates[0].to(work), scale[0], out=out)
-    else:
-        torch.addcmul(anchor.to(work), templates[0].to(work), scale[0], out=out)
+    return _weighted_sum(anchor, templates, coefficients.to(work), out)
+
+
+def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """``anchor + sum_i scale[i] * templates[i]`` in the dtype of ``scale``: one pass over the memory for each template."""
+    work = scale.dtype
+    first = templates[0].to(work)
+    total = torch.mul(first, scale[0], out=out) if anchor is None else torch.addcmul(anchor.to(work), first, scale[0], out=out)
     for i, template in enumerate(templates[1:], start=1):
-        out.addcmul_(template.to(work), scale[i])
-    return out
+        total.addcmul_(template.to(work), scale[i])
+    return total
 
 
 class _Compose(torch.autograd.Function):
@@ -105,15 +108,10 @@ class _Compose(torch.autograd.Function):
         tensors = [distinct[place] for place in places]
         work = composition_dtype(coefficients.dtype, *(t.dtype for t in tensors))
         scale = coefficients.to(work)
-        if anchored:
-            weight = tensors[0].to(work, copy=True)
-            rest = enumerate(tensors[1:])
-        else:
-            weight = tensors[0].to(work) * scale[0]
-            rest = enumerate(tensors[1:], start=1)
-        for i, template in rest:
-            weight.addcmul_(template.to(work), scale[i])
-        return weight.to(dtype)
+        anchor, templates = (tensors[0], tensors[1:]) if anchored else (None, tensors)
+        if not templates:
+            return tensors[0].to(dtype, copy=True)
+        return _weighted_sum(anchor, templates, scale).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .bank import TemplateBank, follow_device
+from .cached_weights import keeps_weight, kept_weight
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
@@ -30,7 +31,7 @@ from .recomposed import call_recomposed, can_recompose
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 # Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
-# examples/benchmarks/pool.py.
+# examples/benchmarks/mixed_batch.py.
 PRODUCT_LIMIT = 64
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
@@ -197,7 +198,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             self._check_held()
         if self._held is not None or (self.merged and not self.disable_adapters):
             return self._weight_parameter  # type: ignore[return-value]
-        return self._as_pretrained(self.compose([] if self.disable_adapters else self.active_adapters))
+        return self._as_pretrained(self._weight_for([] if self.disable_adapters else self.active_adapters))
 
     def _as_pretrained(self, weight: Tensor) -> Tensor:
         """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are.
@@ -227,13 +228,23 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def _terms(self, adapters: Sequence[str]) -> tuple[Tensor | None, list[Tensor], Tensor] | None:
         """Anchor, templates and coefficients of the weight for tasks that are present; None for the pretrained weight."""
+        parts = self._parts(adapters)
+        if parts is None:
+            return None
+        banks, anchored, coefficients = parts
+        device = self.weight_device
+        templates = [template for bank in banks for template in bank.get_templates(device)]
+        return self.pretrained_weight if anchored else None, templates, coefficients
+
+    def _parts(self, adapters: Sequence[str]) -> tuple[list[TemplateBank], bool, Tensor] | None:
+        """Banks, whether the pretrained weight is added, and coefficients; None for the pretrained weight alone."""
         device = self.weight_device
         if self.compressed_bank and (adapters or self.is_released):
             bank = self.compressed_bank[0]
             coefficients = bank.base_of(self.module_name)
             for name in adapters:
                 coefficients = coefficients + average_sets(self.recast_coefficients[name])
-            return None, bank.get_templates(device), coefficients.to(device)
+            return [bank], False, coefficients.to(device)
         if not adapters:
             return None
         offsets: dict[int, Tensor] = {}
@@ -242,9 +253,21 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             bank, offset = self.recast_bank[name], average_sets(self.recast_coefficients[name])
             banks[id(bank)] = bank
             offsets[id(bank)] = offsets[id(bank)] + offset if id(bank) in offsets else offset
-        templates = [template for bank in banks.values() for template in bank.get_templates(device)]
         coefficients = torch.cat([offsets[key] for key in banks]) if len(banks) > 1 else offsets[id(bank)]
-        return self.pretrained_weight, templates, coefficients.to(device)
+        return list(banks.values()), True, coefficients.to(device)
+
+    def _weight_for(self, adapters: Sequence[str]) -> Tensor:
+        """``compose``, or the weight that was composed before where it is kept and still holds."""
+        if not keeps_weight(self):
+            return self.compose(adapters)
+        parts = self._parts([name for name in adapters if name in self.recast_coefficients])
+        if parts is None:
+            return self.pretrained_weight
+        banks, anchored, coefficients = parts
+        sources = [source for bank in banks for source in bank.sources()]
+        if anchored:
+            sources.append(self.pretrained_weight)
+        return kept_weight(self, sources, coefficients, lambda: self.compose(adapters))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""
@@ -470,7 +493,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             terms = self._terms([name for name in adapters if name in self.recast_coefficients])
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
                 return call_recomposed(self.base_layer, direct, args[0], *terms)
-        return self._call_with(self.compose(adapters), args, kwargs)
+        return self._call_with(self._weight_for(adapters), args, kwargs)
 
     def _direct_call(self, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
         """The plain function that stands for a call of the wrapped module, if there is one."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .arithmetic import check_combinable, check_combination, combine_heads, combine_rows, head_of_adapter, task_row, write_row
 from .backbone import describe_backbone
 from .bank_files import StoredBank
+from .cached_weights import cached_weights
 from .config import RecastConfig
 from .conversion import (
     BANKS,
@@ -198,6 +199,18 @@ class RecastModel(BaseTuner):
         if mode:
             freeze_running_statistics(self.model)
         return self
+
+    @contextmanager
+    def cached_weights(self) -> Iterator[None]:
+        """A block in which every target composes its weight once, not once a call, where no gradient is recorded.
+
+        Costs the memory of one weight for each target until the block ends. A weight is composed again as soon as coefficients,
+        templates or the tasks in force are others. On an accelerator every call waits for the comparison of coefficients:
+        merge there. A pretrained weight that is written through ``.data`` inside the block goes unnoticed, since torch does not
+        count such writes; coefficients may be written in any way.
+        """
+        with cached_weights(list(recast_layers(self.model).values())):
+            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
         super()._apply(fn, recurse)

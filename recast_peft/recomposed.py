@@ -2,21 +2,24 @@
 
 An ordinary call keeps the composed weight for the gradient of its input: one tensor of the weight's size for every layer until
 the backward pass reaches it. Here the input, the few coefficients and references to the templates are kept. Two tensors of the
-weight's size live for a moment in the backward pass, one layer at a time.
+weight's size, or as many of the input's, live for a moment in the backward pass, one layer at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .functional import compose_weight, template_inner_products
+from .functional import compose_weight, composition_dtype, template_inner_products
 
 _PLAIN = (Tensor, nn.Parameter)
+
+SMALL_INPUT = 1.5  # times the weight's numbers; up to there two products by template are the cheaper way, measured on a CPU
 
 
 class _LinearGradients:
@@ -148,19 +151,103 @@ class _Recomposed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, coefficients, anchor, *weights = ctx.saved_tensors
         templates = _templates(anchor, weights, ctx.places)
-        gradients = _GRADIENTS[type(ctx.module).forward]
-        grad_x = grad_bias = grad_coefficients = None
-        if ctx.needs_input_grad[3]:
-            weight = compose_weight(anchor, templates, coefficients).to(grad.dtype)
-            grad_x = gradients.of_input(ctx.module, grad, weight, ctx.x_shape)
-            del weight
-        if ctx.needs_input_grad[4]:
-            channel = 1 if gradients is _ConvGradients else grad.ndim - 1
+        needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[3:6]
+        grad_bias = None
+        if needs_bias:
+            channel = 1 if _GRADIENTS[type(ctx.module).forward] is _ConvGradients else grad.ndim - 1
             grad_bias = grad.sum([d for d in range(grad.ndim) if d != channel]).to(ctx.module.bias.dtype)
-        if ctx.needs_input_grad[5]:
-            grad_weight = gradients.of_weight(ctx.module, grad, x, templates[0].shape)
-            grad_coefficients = template_inner_products(grad_weight, templates).to(coefficients.dtype)
+        layer = _Layer(ctx.module, templates, coefficients, anchor, ctx.places)
+        rows = _rows_with_gradient(ctx.module, grad)
+        if rows is None:
+            grad_x, grad_coefficients = layer.gradients(grad, x, ctx.x_shape, needs_x, needs_coefficients)
+        else:
+            few = None if x is None else x.reshape(-1, ctx.x_shape[-1])[rows]
+            shape = torch.Size((len(rows), ctx.x_shape[-1]))
+            part = grad.reshape(-1, grad.shape[-1])[rows]
+            grad_x, grad_coefficients = layer.gradients(part, few, shape, needs_x, needs_coefficients)
+            if grad_x is not None:
+                grad_x = grad_x.new_zeros(ctx.x_shape.numel() // shape[1], shape[1]).index_copy_(0, rows, grad_x)
+                grad_x = grad_x.view(ctx.x_shape)
+        if grad_coefficients is not None:
+            grad_coefficients = grad_coefficients.to(coefficients.dtype)
         return None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
+
+
+@dataclass
+class _Layer:
+    """A layer in its backward pass: y is linear in the weight, and the weight is ``anchor + sum_i coefficients[i] T_i``."""
+
+    module: nn.Module
+    templates: list[Tensor]
+    coefficients: Tensor
+    anchor: Tensor | None
+    places: tuple[int, ...]  # of the anchor among the templates
+
+    def gradients(
+        self, grad: Tensor, x: Tensor | None, x_shape: torch.Size, needs_x: bool, needs_coefficients: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the input and of the coefficients, where they are needed."""
+        if needs_x and needs_coefficients and x is not None and self._product_by_template(grad, x):
+            return self._by_template(grad, x)
+        rules = _GRADIENTS[type(self.module).forward]
+        grad_x = grad_coefficients = None
+        if needs_x:
+            weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
+            grad_x = rules.of_input(self.module, grad, weight, x_shape)
+            del weight
+        if needs_coefficients:
+            grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
+            grad_coefficients = template_inner_products(grad_weight, self.templates)
+        return grad_x, grad_coefficients
+
+    def _product_by_template(self, grad: Tensor, x: Tensor) -> bool:
+        """Whether the weight is a sum of so few templates that a product with each gives both gradients at less cost.
+
+        With u_i the gradient of the input as template i alone gives it, that of the input is the sum of c_i u_i and that of
+        c_i is <u_i, x>. One template needs one product instead of two. Two need two, but neither a composed weight nor a
+        gradient of the weight's size; that pays in linear layers with inputs no larger than the weight, and sums in less
+        than 32 bits are left to the composition.
+        """
+        if self.anchor is not None and not self.places:
+            return False
+        if len(self.templates) == 1:
+            return True
+        small = x.numel() <= SMALL_INPUT * self.templates[0].numel()
+        linear = not isinstance(self.module, nn.modules.conv._ConvNd)
+        return len(self.templates) == 2 and small and linear and grad.dtype.itemsize >= 4
+
+    def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        rules = _GRADIENTS[type(self.module).forward]
+        scale = self.coefficients.to(composition_dtype(self.coefficients.dtype, *(t.dtype for t in self.templates)))
+        if self.places:
+            own = torch.zeros_like(scale)
+            own[list(self.places)] = 1
+            scale = scale + own
+        total, inner = None, []
+        for i, template in enumerate(self.templates):
+            part = rules.of_input(self.module, grad, template.to(grad.dtype), x.shape)
+            inner.append(template_inner_products(part, [x]))
+            total = part * scale[i] if total is None else total.addcmul_(part, scale[i])
+            del part
+        assert total is not None
+        return total, torch.cat(inner)
+
+
+def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:
+    """Which rows of a linear layer's input have a gradient, if it is so few that it pays to leave the others out.
+
+    A class token that alone reaches the head leaves all other tokens of the last block without one, and so do padded
+    sequences. A glance at one column tells at next to no cost that there is nothing to gain. On an accelerator the host
+    would have to wait for the answer; and a gradient that is differentiated again needs every row.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) or grad.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    flat = grad.reshape(-1, grad.shape[-1])
+    limit = len(flat) // 2
+    if int(flat[:, 0].count_nonzero()) > limit:
+        return None
+    rows = flat.any(dim=1).nonzero().squeeze(1)
+    return rows if len(rows) <= limit else None
 
 
 def _templates(anchor: Tensor | None, weights: Sequence[Tensor], places: tuple[int, ...]) -> list[Tensor]:

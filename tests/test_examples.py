@@ -69,16 +69,17 @@ class TestTrainingStep:
         monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
         import training_step
 
-        arguments = ["--model", "test_vit", "--size", "160", "--batch", "2", "--rounds", "1", "--targets", "qkv"]
-        more = ["--methods", "RECAST", "LoRA r=8", "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]
-        rows = training_step.main([*arguments, *more])["qkv"]
+        arguments = ["--quick", "--targets", "qkv", "--methods", "RECAST", "LoRA r=8", "--output", str(tmp_path)]
+        (rows,) = training_step.main(arguments).values()
         assert [row["method"] for row in rows] == ["RECAST", "LoRA r=8"]
         assert rows[0]["numbers"] < 20 < rows[1]["numbers"]
         assert rows[1]["time ratio"] == rows[1]["memory ratio"] == 1
         assert 0 < rows[0]["memory ratio"] < 1.05  # no composed weight is kept
         assert "memory ratio" in capsys.readouterr().out
-        assert json.loads((tmp_path / "a.json").read_text())["qkv"] == rows
-        assert (tmp_path / "a.png").stat().st_size > 1000
+        written = json.loads((tmp_path / "training_step.json").read_text())
+        assert written["quick"]
+        assert list(written["tables"].values()) == [rows]
+        assert (tmp_path / "training_step.png").stat().st_size > 1000
 
     def test_peak_memory_counts_what_lives_at_one_moment(self, monkeypatch):
         monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
@@ -240,6 +241,84 @@ class TestAccuracy:
             "recast_": by_name["RECAST, all four, groups of 1"].lrs["recast_"],
             "lora_": by_name["LoRA r=8"].lrs[""],
         }
+
+
+class TestBenchmarks:
+    @pytest.fixture(autouse=True)
+    def _folder(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+
+    def test_inference_has_every_variant_beside_the_plain_model(self, tmp_path):
+        import inference
+
+        tables = inference.main(["--quick", "--batches", "1", "--output", str(tmp_path)])
+        assert len(tables) == 2
+        for rows in tables.values():
+            names = [row["forward pass"] for row in rows]
+            assert names[0] == "plain"
+            assert {"RECAST, live", "RECAST, cached", "RECAST, merged", "LoRA r=8, live"} <= set(names)
+            assert rows[0]["ratio to plain"] == 1
+            assert all(row["ms"] > 0 for row in rows)
+
+    def test_variants_of_inference_agree(self):
+        import inference
+        from rivals import backbone, images
+
+        calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), "test_vit")
+        with torch.no_grad():
+            plain, live, kept, merged = (calls[n]() for n in ("plain", "RECAST, live", "RECAST, cached", "RECAST, merged"))
+        assert not torch.equal(live, plain)  # each variant draws its own task
+        assert not torch.equal(kept, plain)
+        assert not torch.equal(merged, plain)
+
+    def test_swaps_compile_once(self, tmp_path):
+        import swaps
+
+        *_, compiled = swaps.main(["--quick", "--output", str(tmp_path)]).values()
+        assert compiled == [{"compiled model": "TaskPool.activate", "swaps": 100, "compilations": 1}]
+
+    def test_mixed_batches_of_one_and_of_four_tasks(self, tmp_path):
+        import mixed_batch
+
+        tables = mixed_batch.main(["--quick", "--output", str(tmp_path)])
+        assert [len(rows) for rows in tables.values()] == [4, 4]
+
+    def test_files_grow_with_the_numbers_that_a_method_trains(self, tmp_path):
+        import files
+
+        saved, pool = files.main(["--quick", "--output", str(tmp_path)]).values()
+        size = {row["method"]: row["bytes"] for row in saved}
+        numbers = {row["method"]: row["numbers"] for row in saved}
+        assert size["RECAST"] < size["IA3"] < size["LoRA r=1"] < size["LoRA r=8"]
+        # a number takes four bytes, its name and shape some hundred beside; PEFT's TinyLoRA stores more than it trains
+        assert all(4 * numbers[name] < size[name] < 4 * numbers[name] + 3000 for name in set(size) - {"TinyLoRA u=2"})
+        assert pool[0]["bytes a task, in the file"] < size["RECAST"]
+
+    def test_conversions_say_what_they_cost(self, tmp_path):
+        import conversion
+
+        for rows in conversion.main(["--quick", "--output", str(tmp_path)]).values():
+            exact, compressed, lora = rows
+            assert exact["after GiB"] < exact["model GiB"] * 1.01
+            assert compressed["after GiB"] < exact["after GiB"] < lora["after GiB"]
+
+    def test_methods_of_mimicry(self, tmp_path):
+        import mimicry
+
+        (rows,) = mimicry.main(["--quick", "--output", str(tmp_path)]).values()
+        assert {row["method"] for row in rows} == {"closed_form", "gradient", "autoencoder"}
+        assert next(row for row in rows if row["method"] == "closed_form" and row["templates"] == 2)["exact"]
+
+    def test_one_command_runs_what_is_asked_for_and_prints_markdown(self, tmp_path, capfd):
+        import run_all
+
+        run_all.main(["--quick", "--only", "files", "--output", str(tmp_path)])
+        shown = capfd.readouterr().out
+        assert "quick: no measurement" in shown
+        assert "| RECAST |" in shown
+        (tmp_path / "files.json").write_text((tmp_path / "files.json").read_text().replace('"LoRA r=8"', '"renamed"'))
+        run_all.main(["--tables", "--output", str(tmp_path)])
+        assert "| renamed |" in capfd.readouterr().out
 
 
 class TestOrders:

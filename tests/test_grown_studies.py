@@ -91,15 +91,15 @@ def test_the_cost_of_a_mixed_batch_is_compared(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     import grown_banks_cost
 
-    rows = grown_banks_cost.main(["--model", "test_vit", "--rounds", "1", "--json", str(tmp_path / "cost.json")])
-    numbers = {row["batch of 16 tasks"]: row["numbers of a task"] for row in rows}
+    (rows,) = grown_banks_cost.main(["--quick", "--output", str(tmp_path)]).values()
+    numbers = {row["batch"]: row["numbers of a task"] for row in rows}
     depth, width = 6, 64
-    assert numbers["4 templates of rank 4"] == 4 * depth
-    assert numbers["4 templates of rank 4 and the weight"] == 5 * depth
-    assert numbers["PEFT LoRA r=4"] == 4 * (width + 3 * width) * depth
-    assert rows[0]["ratio"] == 1
-    assert "PEFT LoRA r=4" in capsys.readouterr().out
-    assert (tmp_path / "cost.json").is_file()
+    assert numbers["RECAST, 4 templates of rank 4"] == 4 * depth
+    assert numbers["RECAST, 4 of rank 4 and the weight"] == 5 * depth
+    assert numbers["LoRA r=4, adapter_names"] == 4 * (width + 3 * width) * depth
+    assert rows[0]["ratio to plain"] == 1
+    assert "RECAST, 8 templates of rank 8" in capsys.readouterr().out
+    assert (tmp_path / "grown_banks_cost.json").is_file()
 
 
 def test_tasks_of_a_bank_in_one_batch_are_those_alone() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import Chain, converted, layers_of, randomise, seeded, vit_input
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from recast_peft import RecastConfig, get_recast_model
@@ -18,6 +19,7 @@ from recast_peft.recomposed import _GRADIENTS, call_recomposed, can_recompose
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 5), (2, 4, 3)),
     "linear, one row": (lambda: nn.Linear(3, 5, bias=False), (3,)),
+    "linear, many rows": (lambda: nn.Linear(3, 5), (4, 5, 3)),
     "transposed": (lambda: Conv1D(5, 3), (2, 4, 3)),
     "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2), (2, 2, 7)),
     "conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1, dilation=2, groups=2), (2, 2, 6, 6)),
@@ -26,8 +28,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 cases = pytest.mark.parametrize("case", CASES)
 
 
-def build(case: str, anchored: bool = True) -> tuple[nn.Module, Tensor, Tensor | None, list[Tensor], Tensor]:
-    """A module in float64, its input, and two templates with their coefficients, the first of them the anchor itself."""
+def build(
+    case: str, anchor: str | None = "template", num_templates: int = 2
+) -> tuple[nn.Module, Tensor, Tensor | None, list[Tensor], Tensor]:
+    """A module in float64, its input, the anchor (one of the templates, another tensor or none), templates, coefficients."""
     make, shape = CASES[case]
     module = seeded(make).double().requires_grad_(False)
     if getattr(module, "bias", None) is not None:
@@ -35,8 +39,9 @@ def build(case: str, anchored: bool = True) -> tuple[nn.Module, Tensor, Tensor |
     generator = torch.Generator().manual_seed(1)
     draw = lambda size: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
     weight = module.weight.data
-    other = draw(weight.shape)
-    return module, draw(shape).requires_grad_(), weight if anchored else None, [weight, other], draw(2).requires_grad_()
+    templates = [*(draw(weight.shape) for _ in range(num_templates - 1)), weight]
+    anchors = {"template": weight, "other": draw(weight.shape), None: None}
+    return module, draw(shape).requires_grad_(), anchors[anchor], templates, draw(num_templates).requires_grad_()
 
 
 def recomposed(module: nn.Module, x: Tensor, *terms: Any) -> Tensor:
@@ -44,14 +49,19 @@ def recomposed(module: nn.Module, x: Tensor, *terms: Any) -> Tensor:
     return call_recomposed(module, DIRECT_CALLS[type(module).forward], x, *terms)
 
 
+def plain_call(module: nn.Module, x: Tensor, anchor: Tensor | None, templates: list[Tensor], coefficients: Tensor) -> Tensor:
+    weight = sum(c * t for c, t in zip(coefficients, templates, strict=True)) + (0 if anchor is None else anchor)
+    return torch.func.functional_call(module, {"weight": weight}, (x,))
+
+
 @cases
-@pytest.mark.parametrize("anchored", [True, False])
-def test_gradients_are_those_of_plain_autograd(case: str, anchored: bool) -> None:
-    module, x, anchor, templates, coefficients = build(case, anchored)
+@pytest.mark.parametrize("anchor", ["template", "other", None])
+@pytest.mark.parametrize("num_templates", [1, 2, 3])
+def test_gradients_are_those_of_plain_autograd(case: str, anchor: str | None, num_templates: int) -> None:
+    module, x, anchor, templates, coefficients = build(case, anchor, num_templates)
     trained = [x, coefficients, *module.parameters()]
     trained = [p for p in trained if p.requires_grad]
-    weight = sum(c * t for c, t in zip(coefficients, templates, strict=True)) + (0 if anchor is None else anchor)
-    expected = torch.func.functional_call(module, {"weight": weight}, (x,))
+    expected = plain_call(module, x, anchor, templates, coefficients)
     actual = recomposed(module, x, anchor, templates, coefficients)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     probe = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -61,11 +71,58 @@ def test_gradients_are_those_of_plain_autograd(case: str, anchored: bool) -> Non
 
 
 @cases
-def test_gradients_hold_to_first_and_second_order(case: str) -> None:
-    module, x, anchor, templates, coefficients = build(case)
+@pytest.mark.parametrize("num_templates", [1, 2])
+def test_gradients_hold_to_first_and_second_order(case: str, num_templates: int) -> None:
+    module, x, anchor, templates, coefficients = build(case, num_templates=num_templates)
     function = lambda x, c: recomposed(module, x, anchor, templates, c)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, coefficients))
     assert torch.autograd.gradgradcheck(function, (x, coefficients))
+
+
+@pytest.mark.parametrize("case", ["linear, many rows", "transposed"])
+@pytest.mark.parametrize("used", [0, 1, 3, 7])
+def test_rows_without_a_gradient_change_nothing(case: str, used: int) -> None:
+    module, x, *terms = build(case)
+    rows = CASES[case][1][:-1]
+    # the first column of the gradient is zero everywhere: it alone does not say which rows have one
+    probe = torch.zeros(*rows, 5, dtype=torch.float64)
+    probe.view(-1, 5)[:used, 1:] = torch.randn(used, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    trained = [x, terms[-1], module.bias]
+    gradients = torch.autograd.grad((recomposed(module, x, *terms) * probe).sum(), trained)
+    for own, plain in zip(gradients, torch.autograd.grad((plain_call(module, x, *terms) * probe).sum(), trained), strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-11, atol=1e-11)
+
+
+def test_rows_without_a_gradient_count_when_it_is_differentiated_again() -> None:
+    module, x, *terms = build("linear, many rows")
+    probe = torch.zeros(4, 5, 5, dtype=torch.float64)
+    probe[0, 0] = 1
+    probe.requires_grad_()
+    second = []
+    for call in (recomposed, plain_call):
+        (first,) = torch.autograd.grad((call(module, x, *terms) * probe).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum() + first.sum(), [probe, terms[-1]]))
+    for own, plain in zip(*second, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-11, atol=1e-11)
+
+
+def backward_flops(num_templates: int, used_rows: int = 32) -> int:
+    """Floating-point operations of the products in the backward pass of a linear layer 8 -> 64 on 32 rows."""
+    weight, *others = (torch.randn(64, 8) for _ in range(num_templates))
+    module = nn.Linear(8, 64).requires_grad_(False)
+    coefficients = torch.randn(num_templates, requires_grad=True)
+    y = recomposed(module, torch.randn(32, 8, requires_grad=True), None, [weight, *others], coefficients)
+    with FlopCounterMode(display=False) as counter:
+        y[:used_rows].sum().backward()
+    return counter.get_total_flops()
+
+
+def test_products_of_the_backward_pass() -> None:
+    product = 2 * 32 * 8 * 64
+    assert backward_flops(1) == product  # the gradient of the input, and that of the coefficient follows from it
+    assert backward_flops(2) == 2 * product
+    assert backward_flops(3) == 2 * product
+    assert backward_flops(2, used_rows=8) == 2 * product // 4
 
 
 def test_every_gradient_belongs_to_a_direct_call() -> None:

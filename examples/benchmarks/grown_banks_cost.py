@@ -1,48 +1,39 @@
-"""What a batch of 16 tasks costs on low-rank templates: the forward pass beside the plain model's, in one run.
+"""What a batch of 16 tasks costs on low-rank templates: the forward pass beside the plain model's.
 
-    python examples/benchmarks/grown_banks_cost.py                      # ViT-Small at 224, qkv, 16 samples of 16 tasks
-    python examples/benchmarks/grown_banks_cost.py --rounds 15 --json cost.json
+    python examples/benchmarks/grown_banks_cost.py                    # ViT-Small, qkv, 16 samples of 16 tasks
 
 Beside banks of low-rank templates, alone and with the module's pretrained weight as one more template, stand the plain bank in
-groups of two, dense templates, and PEFT's LoRA with 16 adapters in one batch. All take turns in every round, and medians are
-compared. Nothing that is measured depends on the values of weights and templates: both are random.
+groups of two, dense templates, and PEFT's LoRA with 16 adapters in one batch. Nothing that is measured depends on the values of
+weights and templates: both are random.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from peft import LoraConfig, get_peft_model
-from timing import machine, paired, table, write
-from torch import nn
+from rivals import MODEL, QUICK, backbone, images
+from timing import Row, Tables, arguments, compare, finish, start
+from torch import Tensor
 
-from recast_peft import RecastConfig, StoredBank, TaskPool, get_recast_model, random_bank
+from recast_peft import RecastConfig, TaskPool, get_recast_model, random_bank
 
-MODEL = "vit_small_patch16_224"
 TARGETS = ["qkv"]
 SAMPLES = 16
 
 
-def backbone(name: str) -> nn.Module:
-    """The plain model with random weights."""
-    torch.manual_seed(0)
-    return timm.create_model(name, pretrained=False, num_classes=0).eval()
-
-
-def bank(model: nn.Module, templates: int, rank: int | None, plain: bool = False) -> StoredBank:
-    """Templates of every module for itself."""
+def on_templates(name: str, templates: int, rank: int | None, plain: bool = False) -> RecastConfig:
+    """A task on templates that every module has for itself."""
     config = RecastConfig(target_modules=TARGETS, group_size=1)
-    return random_bank(model, config, num_templates=templates, rank=rank, plain_templates=plain)
+    bank = random_bank(backbone(name), config, num_templates=templates, rank=rank, plain_templates=plain)
+    return RecastConfig(bank=bank)
 
 
-def recast_step(model: nn.Module, config: RecastConfig, x: torch.Tensor) -> tuple[Callable[[], Any], int]:
+def recast_step(name: str, config: RecastConfig, x: Tensor) -> tuple[Callable[[], Any], int]:
     """The forward pass of a batch in which every sample has its own task, and the numbers of a task."""
-    pool = TaskPool(get_recast_model(model, config, "first").eval())
+    pool = TaskPool(get_recast_model(backbone(name), config, "first").eval())
     for i in range(SAMPLES):
         pool.add(f"task-{i}")
     with torch.no_grad():
@@ -51,10 +42,10 @@ def recast_step(model: nn.Module, config: RecastConfig, x: torch.Tensor) -> tupl
     return lambda: pool.model(x, task_ids=ids), pool.numbers_per_task
 
 
-def lora_step(plain: nn.Module, rank: int, x: torch.Tensor) -> tuple[Callable[[], Any], int]:
+def lora_step(name: str, rank: int, x: Tensor) -> tuple[Callable[[], Any], int]:
     """The same with adapters of PEFT's LoRA."""
     config = LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False)
-    model = get_peft_model(plain, config, "task-0")
+    model = get_peft_model(backbone(name), config, "task-0")
     for i in range(1, SAMPLES):
         model.add_adapter(f"task-{i}", config)
     names = [f"task-{i}" for i in range(SAMPLES)]
@@ -63,37 +54,33 @@ def lora_step(plain: nn.Module, rank: int, x: torch.Tensor) -> tuple[Callable[[]
     return lambda: model(x, adapter_names=names), numbers
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+def main(given: list[str] | None = None) -> Tables:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    plain = backbone(options.model)
-    x = torch.randn(SAMPLES, *timm.data.resolve_model_data_config(plain)["input_size"])
+    options = start(parser, given)
+    name = QUICK if options.quick else MODEL
+    plain = backbone(name).eval()
+    x = images(plain, SAMPLES, "cpu")
     configs = {
-        "4 templates of rank 4": RecastConfig(bank=bank(plain, 4, 4)),
-        "4 templates of rank 4 and the weight": RecastConfig(bank=bank(plain, 4, 4, plain=True)),
-        "8 templates of rank 8": RecastConfig(bank=bank(plain, 8, 8)),
-        "4 dense templates": RecastConfig(bank=bank(plain, 4, None)),
-        "plain bank, groups of 2": RecastConfig(target_modules=TARGETS),
+        "RECAST, 4 templates of rank 4": on_templates(name, 4, 4),
+        "RECAST, 4 of rank 4 and the weight": on_templates(name, 4, 4, plain=True),
+        "RECAST, 8 templates of rank 8": on_templates(name, 8, 8),
+        "RECAST, 4 dense templates": on_templates(name, 4, None),
+        "RECAST, plain bank, groups of 2": RecastConfig(target_modules=TARGETS),
     }
     steps: dict[str, tuple[Callable[[], Any], int]] = {"plain model, no tasks": (lambda: plain(x), 0)}
-    steps.update({name: recast_step(backbone(options.model), config, x) for name, config in configs.items()})
-    steps["PEFT LoRA r=4"] = lora_step(backbone(options.model), 4, x)
+    steps.update({what: recast_step(name, config, x) for what, config in configs.items()})
+    steps["LoRA r=4, adapter_names"] = lora_step(name, 4, x)
     with torch.no_grad():
-        times = paired(options.rounds, *(step for step, _ in steps.values()))
-    rows = [
-        {"batch of 16 tasks": name, "numbers of a task": numbers, "ms": 1e3 * time, "ratio": time / times[0]}
-        for time, (name, (_, numbers)) in zip(times, steps.items(), strict=True)
+        times = compare(1 if options.quick else options.rounds, {what: step for what, (step, _) in steps.items()})
+    rows: list[Row] = [
+        {"batch": what, "numbers of a task": steps[what][1], "ms": t.seconds * 1e3, "ratio to plain": t.ratio}
+        for what, t in times.items()
     ]
-    print(machine())
-    print(table(rows))
-    write(options.json, {"rows": rows})
-    return rows
+    return finish(
+        "grown_banks_cost", options, {f"{SAMPLES} samples of {SAMPLES} tasks, {name}, targets qkv": rows}, "ratio to plain"
+    )
 
 
 if __name__ == "__main__":

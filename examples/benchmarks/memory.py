@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Most bytes that were allocated at one moment of a call, above what was there before it."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()

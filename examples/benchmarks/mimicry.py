@@ -10,9 +10,7 @@ images of tasks whose characters pretraining never showed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timing import Tables, arguments, finish, start
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, fit_bank, get_recast_model, mimicry_report
 from recast_peft.mimicry import AutoEncoder, DataAware, Gradient, MimicryMethod, resolve_method
-from recast_peft.report import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -131,10 +129,10 @@ def trained_setting(tasks: tuple[str, ...], seed: int) -> tuple[nn.Module, list[
     return model, fit, torch.cat([t.test_images for t in loaded])[::3], accuracy
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", choices=["random", "trained"])
+def main(given: list[str] | None = None) -> Tables:
+    """Measure, print, write."""
+    parser = arguments(__doc__)
+    parser.add_argument("weights", nargs="?", choices=["random", "trained"], default="random")
     parser.add_argument("--depth", type=int, default=12, help="blocks of the random model (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=METHOD_NAMES)
     parser.add_argument("--steps", type=int, help="steps of gradient and autoencoder instead of the paper's")
@@ -143,42 +141,38 @@ def main() -> None:
     parser.add_argument("--templates", type=int, nargs="+", help="n (default: 2 and 1 for random, 1 for trained)")
     parser.add_argument("--tasks", nargs="+", default=["greek", "cyrillic", "hebrew"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    steps = {} if arguments.steps is None else {"steps": arguments.steps}
+    options = start(parser, given)
+    if options.quick:
+        options.weights, options.depth, options.steps = "random", 2, 2
+        options.methods = ["closed_form", "gradient", "autoencoder"]
+    steps = {} if options.steps is None else {"steps": options.steps}
     methods: dict[str, MimicryMethod] = {
         "closed_form": resolve_method("closed_form"),
-        "gradient": Gradient(seed=arguments.seed, **steps),
-        "gradient from closed form": Gradient(seed=arguments.seed, start="closed_form", learning_rate=1e-3, **steps),
-        "autoencoder": AutoEncoder(seed=arguments.seed, **steps),
-        "data_aware": DataAware(distill_steps=arguments.distill_steps),
+        "gradient": Gradient(seed=options.seed, **steps),
+        "gradient from closed form": Gradient(seed=options.seed, start="closed_form", learning_rate=1e-3, **steps),
+        "autoencoder": AutoEncoder(seed=options.seed, **steps),
+        "data_aware": DataAware(distill_steps=options.distill_steps),
         "data_aware, no distillation": DataAware(distill_steps=0),
     }
-    if arguments.weights == "random":
-        setting = random_setting(arguments.depth, arguments.seed)
+    if options.weights == "random":
+        setting = random_setting(options.depth, options.seed)
     else:
-        setting = trained_setting(tuple(arguments.tasks), arguments.seed)
+        setting = trained_setting(tuple(options.tasks), options.seed)
     model, fit, test, accuracy = setting
-    if arguments.weights == "trained":
+    if options.weights == "trained":
         print(f"accuracy of the pretrained model: {accuracy(model):.3f}")
     # what the first conversion of a process loads is not the method's time
     get_recast_model(MlpBlocks(2, 16), RecastConfig(target_modules=["fc1"], num_templates=1))
     found = []
-    for templates in arguments.templates or ([2, 1] if arguments.weights == "random" else [1]):
-        for name in arguments.methods:
-            targets = arguments.targets or ["fc1", "fc2"]
+    for templates in options.templates or ([2, 1] if options.weights == "random" else [1]):
+        for name in options.methods:
+            targets = options.targets or ["fc1", "fc2"]
             config = RecastConfig(target_modules=targets, group_size=2, num_templates=templates, mimicry=methods[name])
             if config.method.needs_data and templates == 2:
                 continue  # exact already
             found.append({"method": name, "templates": templates, **measure(model, config, fit, test, accuracy)})
             print(f"  {name}, n = {templates}: {found[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-    names = ("seconds", "relative_error", "cosine", "worst_cosine", "output_error", "output_cosine", "accuracy")
-    rows = [(r["method"], str(r["templates"]), *(f"{r[name]:.4f}" for name in names)) for r in found]
-    print(table(("method", "n", *(name.replace("_", " ") for name in names)), rows))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    return finish("mimicry", options, {f"methods of mimicry, {options.weights} weights": found}, "seconds")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,18 @@ TARGET_SETS = {"qkv": ["qkv"], "mlp": ["fc1", "fc2"], "all": ["qkv", "proj", "fc
 CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "RECAST": lambda targets: RecastConfig(target_modules=targets),
     "RECAST n=1": lambda targets: RecastConfig(target_modules=targets, num_templates=1),
+    "LoRA r=1": lambda targets: LoraConfig(target_modules=targets, r=1),
     "LoRA r=8": lambda targets: LoraConfig(target_modules=targets, r=8),
     "DoRA r=8": lambda targets: LoraConfig(target_modules=targets, r=8, use_dora=True),
-    "VeRA r=256": lambda targets: VeraConfig(target_modules=targets, r=256),
-    "TinyLoRA u=2": lambda targets: TinyLoraConfig(target_modules=targets, u=2),
+    "VeRA r=256": lambda targets: VeraConfig(target_modules=targets, r=256, save_projection=False),
+    "TinyLoRA u=2": lambda targets: TinyLoraConfig(target_modules=targets, u=2, save_projection=False),
     "IA3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=[t for t in targets if t == "fc2"]),
     "LN tuning": lambda targets: LNTuningConfig(target_modules=r".*\.norm[12]|norm"),
 }
 FULL = "full fine-tuning"
+
+
+QUICK = "test_vit"  # of timm: two blocks of width 64
 
 
 def backbone(name: str = MODEL) -> nn.Module:
@@ -35,6 +39,20 @@ def backbone(name: str = MODEL) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=0)
 
 
+def images(model: nn.Module, batch: int, device: str = "cpu") -> torch.Tensor:
+    """Random images of the size that a timm model takes."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, *model.pretrained_cfg["input_size"], generator=generator).to(device)  # type: ignore[index, misc]
+
+
 def adapted(method: str, targets: list[str], name: str = MODEL) -> nn.Module:
     """A fresh model with a method on it."""
     return backbone(name) if method == FULL else get_peft_model(backbone(name), CONFIGS[method](targets))
+
+
+def randomise(model: nn.Module, adapter: str | None = None) -> None:
+    """Give the parameters that a method trains other values than those it starts from, so that it changes what is computed."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (adapter is None or adapter in name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)

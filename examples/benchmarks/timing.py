@@ -1,51 +1,105 @@
-"""Timing for the benchmarks: two things are timed in turns, so that a busy machine slows both, and medians are compared."""
+"""What the benchmarks share: timing in turns, the command line, tables, and results as JSON with a picture."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]  # title -> rows with the same keys
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a call, and the median of its ratios to the reference that was timed in the same round."""
+
+    seconds: float
+    ratio: float
 
 
 def seconds(function: Callable[[], Any]) -> float:
     """Wall-clock time of one call."""
     start = time.perf_counter()
     function()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def paired(rounds: int, *functions: Callable[[], Any], repeat: int = 1) -> list[float]:
-    """Median seconds of each function, called in turns ``rounds`` times after one round of warm-up.
+def compare(
+    rounds: int, functions: dict[str, Callable[[], Any]], reference: str | None = None, repeat: int = 1
+) -> dict[str, Timing]:
+    """Time functions in turns, so that a busy machine slows all of them.
 
     Args:
-        rounds: how often each is timed.
-        functions: what is compared.
+        rounds: how often each is timed, after one round of warm-up.
+        functions: what is compared, by name.
+        reference: the name that ratios refer to; None means the first.
         repeat: calls within one timing, for what is too short to be timed alone.
     """
-    times: list[list[float]] = [[] for _ in functions]
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for step in range(rounds + 1):
-        for own, function in zip(times, functions, strict=True):
+        for name, function in functions.items():
             taken = seconds(lambda f=function: [f() for _ in range(repeat)]) / repeat  # type: ignore[misc]
             if step:
-                own.append(taken)
-    return [statistics.median(own) for own in times]
+                times[name].append(taken)
+    base = times[reference or next(iter(functions))]
+    ratios = {name: statistics.median(own / other for own, other in zip(t, base, strict=True)) for name, t in times.items()}
+    return {name: Timing(statistics.median(own), ratios[name]) for name, own in times.items()}
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for the results as JSON and a picture")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model and few rounds: shows that it runs, measures nothing"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option of those that run on an accelerator as well."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+
+
+def start(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
+    """Read the command line, set threads and seed, and say what machine this is."""
+    options = parser.parse_args(given)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(machine())
+    return options
 
 
 def machine() -> str:
     """The machine in one line."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU thread(s)"
-    return f"{platform.machine()}, {device}, torch {torch.__version__}"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} CPU thread(s)"
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_initialized() else ""
+    return f"{platform.machine()} ({processor()}), {cores}{device}, torch {torch.__version__}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def processor() -> str:
+    """The processor's name, as Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(rows: list[Row]) -> str:
     """Rows with the same keys as text, numbers to the right."""
     cells = [[_cell(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), *cells]
@@ -56,14 +110,56 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def markdown(rows: list[Row]) -> str:
+    """Rows with the same keys as a table for a documentation page."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def write(path: Path | None, content: dict[str, Any]) -> None:
-    """Write results as JSON with the machine, if a path is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
+def finish(name: str, options: argparse.Namespace, tables: Tables, column: str | None = None) -> Tables:
+    """Print the tables; with an output folder write them as JSON, and one column of them as a picture.
+
+    Args:
+        name: of the benchmark and its files.
+        options: of the command line.
+        tables: the results.
+        column: to be drawn; None draws nothing.
+
+    Returns:
+        the tables.
+    """
+    for title, rows in tables.items():
+        print(f"\n{title}\n{table(rows)}")
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine(), "quick": options.quick, "tables": tables}
+        (options.output / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        if column is not None:
+            bars(column, tables, options.output / f"{name}.png")
+    return tables
+
+
+def bars(column: str, tables: Tables, path: Path) -> None:
+    """One column of the tables that have it as horizontal bars, with a line at the reference."""
+    from matplotlib.figure import Figure
+
+    tables = {title: rows for title, rows in tables.items() if column in rows[0]}
+    figure = Figure(figsize=(5.5 * len(tables), 3.6), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        names = [str(next(iter(row.values()))) for row in rows]
+        axes.barh(names, [row[column] for row in rows], color=["tab:red" if "RECAST" in n else "tab:gray" for n in names])
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel(column)
+        axes.tick_params(labelsize=8)
+        if "ratio" in column:
+            axes.axvline(1, lw=0.8, color="black")
+        elif max(row[column] for row in rows) > 100 * max(1e-9, min(row[column] for row in rows)):
+            axes.set_xscale("log")
+    figure.savefig(path, dpi=100)
