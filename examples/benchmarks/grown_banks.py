@@ -178,13 +178,13 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
     Banks of fewer sources take the rate of the whole one.
     """
 
-    def grown() -> list[Method]:
-        whole = tune(grown_method("grown, all sources", banks, START_LR))
+    def whole() -> Method:
+        return tune(grown_method("grown, all sources", banks, START_LR))
+
+    def fewer() -> list[Method]:
         counts = [count for count in (1, 3) if count < len(banks.tasks) - 1]
-        few = [
-            grown_method(f"grown, {count} source{'s' * (count > 1)}", banks, whole.lrs["recast_"], count) for count in counts
-        ]
-        return [*few, whole, tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))]
+        rate = whole().lrs["recast_"]
+        return [grown_method(f"grown, {count} source{'s' * (count > 1)}", banks, rate, count) for count in counts]
 
     def learned() -> list[Method]:
         for name in banks.tasks if not banks.study.only_known else ():
@@ -194,9 +194,13 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
     tiny = {"target_modules": TARGETS, "u": 6}
     return {
         "linear probe": lambda: [tune(PROBE)],
-        "grown bank": grown,
-        "plain bank": lambda: [tune(plain_method(6))],
+        "grown bank": lambda: [whole()],
         "learned bank": learned,
+        "plain bank": lambda: [tune(plain_method(6))],
+        "grown bank, fewer sources": fewer,
+        "grown bank and weight": lambda: [
+            tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))
+        ],
         "LoRA": lambda: [tune(lora(1)), tune(lora(8))],
         "TinyLoRA": lambda: [tune(peft_method("TinyLoRA, 48, qkv", TinyLoraConfig, tiny, 0.05))],
         "full fine-tuning": lambda: [tune(part_of_backbone("full fine-tuning", "", 1e-3))],
