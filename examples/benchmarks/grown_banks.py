@@ -195,12 +195,12 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
     return {
         "linear probe": lambda: [tune(PROBE)],
         "grown bank": lambda: [whole()],
-        "learned bank": learned,
         "plain bank": lambda: [tune(plain_method(6))],
-        "grown bank, fewer sources": fewer,
         "grown bank and weight": lambda: [
             tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))
         ],
+        "grown bank, fewer sources": fewer,
+        "learned bank": learned,
         "LoRA": lambda: [tune(lora(1)), tune(lora(8))],
         "TinyLoRA": lambda: [tune(peft_method("TinyLoRA, 48, qkv", TinyLoraConfig, tiny, 0.05))],
         "full fine-tuning": lambda: [tune(part_of_backbone("full fine-tuning", "", 1e-3))],
