@@ -25,6 +25,7 @@ from .bank import TemplateBank, follow_device
 from .cached_weights import keeps_weight, kept_weight
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
+from .lazy_weight import LazyWeight, is_read_lazily
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 from .recomposed import call_recomposed, can_recompose
 
@@ -69,6 +70,10 @@ DIRECT_CALLS: dict[Callable, Callable[..., Tensor]] = {
     nn.Conv3d.forward: _conv,
     Conv1D.forward: _transposed_linear,
 }
+
+
+# Modules whose readers may get a weight that is composed at its first use; torch's own fast paths refuse such tensors.
+PLAIN_LAYERS = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D})
 
 
 class RecastLayer(nn.Module, BaseTunerLayer):
@@ -181,7 +186,29 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         """The weight that a call would use now: composed, differentiable."""
         if self.weight_name != "weight":
             raise AttributeError(f"{type(self.base_layer).__name__} has no attribute 'weight'")
-        return self.effective_weight()
+        lazy = self._lazy_weight()
+        return self.effective_weight() if lazy is None else lazy
+
+    def _lazy_weight(self) -> Tensor | None:
+        """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
+        if not is_read_lazily() or type(self.base_layer) not in PLAIN_LAYERS:
+            return None
+        if current_batch() is not None or self._held is not None or self.merged or keeps_weight(self):
+            return None
+        parts = self._parts(self._tasks_in_force())
+        if parts is None:
+            return None
+        banks, anchored, coefficients = parts
+        coefficients = coefficients.clone()  # as they are now
+        device = self.weight_device
+
+        def compose() -> Tensor:
+            with torch.no_grad():
+                templates = [template for bank in banks for template in bank.get_templates(device)]
+                weight = compose_weight(self.pretrained_weight if anchored else None, templates, coefficients)
+                return weight.requires_grad_()
+
+        return LazyWeight(compose, self.weight_shape, self.weight_dtype, device)
 
     def effective_weight(self) -> Tensor:
         """The weight that a call would use now.

@@ -43,6 +43,7 @@ from .conversion import (
 from .errors import RecastBankError, RecastConfigError
 from .heads import PreparedHead, TaskHead, install_head, prepare_head, task_head
 from .layer import RecastLayer
+from .lazy_weight import model_reads
 from .lora_part import check_lora_part, install_lora_part, merged_tasks, part_keys, part_layers, switched_off
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
@@ -385,7 +386,8 @@ class RecastModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
         if adapter_names is None and task_ids is None:
-            yield
+            with model_reads():
+                yield
             return
         with self.samples_with_tasks(self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))):
             yield

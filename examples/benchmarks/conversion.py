@@ -5,7 +5,7 @@
 
 All linear layers in groups of 2: exact banks (n = 2), compressed banks (n = 1, closed form), and PEFT's LoRA r=8 on the same
 layers. Memory is the peak of the process's resident set during the conversion above what it was just before. The vision
-transformers are timm's in float32, the largest model is of LLaMA's shape in bfloat16; weights are random.
+transformers are timm's in float32, the largest model has LLaMA's shape and is in bfloat16; weights are random.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A forward pass with a task in force beside the plain model and PEFT's methods: live, kept and merged.
 
     python examples/benchmarks/inference.py                      # ViT-Small at 224, batch 1 and 8, qkv, then fc1 + fc2
-    python examples/benchmarks/inference.py --targets qkv --batches 1 --rounds 50
+    python examples/benchmarks/inference.py --targets qkv --batches 1 --rounds 40
 
 live    weights are composed in every call (of the others: whatever the method computes beside the layer)
 cached  RECAST inside ``with model.cached_weights():``
@@ -58,7 +58,7 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument("--targets", nargs="+", choices=list(TARGET_SETS), default=["qkv", "mlp"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     options = start(parser, given)
     if options.quick:
         options.model, options.rounds = QUICK, 1

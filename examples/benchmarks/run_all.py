@@ -26,7 +26,8 @@ ON_REQUEST = ["mimicry"]
 
 def run(name: str, options: argparse.Namespace) -> None:
     """Run one benchmark; its results are in the output folder afterwards."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), "--output", str(options.output), "--threads", str(options.threads)]
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--output", str(options.output), "--clock", options.clock]
+    command += ["--threads", str(options.threads)]
     if options.quick:
         command.append("--quick")
     if name in ON_DEVICE:
@@ -45,7 +46,8 @@ def tables(output: Path) -> str:
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        parts.append(f"## {name}\n\n{found['machine']}" + (" (quick: no measurement)" if found["quick"] else ""))
+        how = f"{found['clock']} time" + (", quick: no measurement" if found["quick"] else "")
+        parts.append(f"## {name}\n\n{found['machine']} ({how})")
         parts += [f"{title}:\n\n{markdown(rows)}" for title, rows in found["tables"].items()]
     return "\n\n".join(parts)
 
@@ -58,6 +60,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="run nothing: print the tables that are there")
     parser.add_argument("--quick", action="store_true", help="tiny models: shows that everything runs, measures nothing")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="see the benchmarks (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, where a benchmark can run on it (default: %(default)s)")
     options = parser.parse_args(given)
     for name in [] if options.tables else options.only:
