@@ -45,9 +45,9 @@ class TestTheStudy:
         asked: list[str] = []
         original = banks.source
 
-        def note(name: str, seed: int) -> Any:
+        def note(name: str, seed: int, *targets: Any) -> Any:
             asked.append(name)
-            return original(name, seed)
+            return original(name, seed, *targets)
 
         monkeypatch.setattr(banks, "source", note)
         learned = banks.learned("hebrew", 0)
@@ -65,9 +65,10 @@ class TestTheStudy:
             (script.grown_method("one", banks, 0.1, count=1), 8),
             (script.grown_method("and the weight", banks, 0.1, plain=True), 8 * 3),
             (script.shared_method("beside plain", banks, 0.1, 2), 8 * 4),
+            (script.wide_method("more modules", banks, 0.1, 2), 24 * 2),
             (script.plain_method(6), 6 * 6 + 2 * 2),
         ]
-        assert len({str(method.settings) for method, _ in wanted}) == 5
+        assert len({str(method.settings) for method, _ in wanted}) == 6
         task = banks.images("hebrew", 0)
         for method, numbers in wanted:
             model = method.build(load_backbone(), task, 0)

@@ -32,16 +32,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' folder
 from accuracy import PROBE, collect, lora, make_study, parser, show
 from glyph_backbone import load_backbone
 from glyphs import Task, load_task
-from peft import TinyLoraConfig
+from peft import LoraConfig, TinyLoraConfig
 from safetensors.torch import load_file, save_file
-from study import TUNING_TASKS, Method, NotRun, Study, part_of_backbone, peft_method, recast_method
+from study import TUNING_TASKS, Method, NotRun, Study, parameter_groups, part_of_backbone, peft_method, recast_method
 from study_tables import Row, row_of, table
 from torch import Tensor, nn
-from training import Schedule, train_lora
+from training import Schedule, train_groups
 
 from recast_peft import RecastConfig, StoredBank, get_recast_model, grow_bank, learn_bank, load_bank
 
 TARGETS = ["qkv"]
+WIDE = ("qkv", "fc1", "fc2")
 SOURCE_RANK = 8
 UNRELATED = ("damage", "lettering")
 START_LR = 0.15
@@ -72,26 +73,38 @@ class Banks:
         """A task's images."""
         return load_task(name, seed, *self.study.sizes)
 
-    def source(self, name: str, seed: int) -> dict[str, Tensor]:
+    def source(self, name: str, seed: int, targets: Sequence[str] = TARGETS) -> dict[str, Tensor]:
         """The weights that a LoRA of a task makes of the backbone."""
-        path = self.folder / f"{name}-{seed}.safetensors"
+        path = self.folder / f"{name}-{seed}{'' if list(targets) == TARGETS else '-' + '-'.join(targets)}.safetensors"
         if not path.is_file():
             start = time.process_time()
-            model, _, _ = train_lora(load_backbone, self.images(name, seed), self.schedule(seed), SOURCE_RANK)
+            fields = {"r": SOURCE_RANK, "lora_alpha": 2 * SOURCE_RANK, "target_modules": list(targets)}
+            method = peft_method("source", LoraConfig, fields, Schedule.lora_lr)
+            task, schedule = self.images(name, seed), replace(self.study.schedule, seed=seed)
+            torch.manual_seed(seed)
+            model = method.build(load_backbone(), task, seed)
+            groups = [
+                {"params": group["params"], "lr": group["lr"]} for group in parameter_groups(model, method, schedule.head_lr)
+            ]
+            train_groups(model, groups, task.train_images, task.train_labels, schedule, schedule.epochs)
             moved = model.merge_and_unload().state_dict()  # type: ignore[operator]
-            save_file({key: value.contiguous() for key, value in moved.items() if "qkv.weight" in key}, path)
+            endings = tuple(f".{target}.weight" for target in targets)
+            save_file({key: value.contiguous() for key, value in moved.items() if key.endswith(endings)}, path)
             self.note(path.name, time.process_time() - start)
         return load_file(path)
 
-    def schedule(self, seed: int) -> Schedule:
-        """Of a source."""
-        return replace(self.study.schedule, seed=seed)
-
     def _grown(
-        self, held_out: str, seed: int, count: int | None, templates: int | None, group_size: int, plain: bool
+        self,
+        held_out: str,
+        seed: int,
+        count: int | None,
+        templates: int | None,
+        group_size: int,
+        plain: bool,
+        targets: Sequence[str] = tuple(TARGETS),
     ) -> StoredBank:
-        sources = [self.source(name, seed) for name in self.others(held_out, count)]
-        config = RecastConfig(target_modules=TARGETS, group_size=group_size)
+        sources = [self.source(name, seed, targets) for name in self.others(held_out, count)]
+        config = RecastConfig(target_modules=list(targets), group_size=group_size)
         return grow_bank(load_backbone(), sources, config, num_templates=templates, plain_templates=plain)
 
     def learned(self, held_out: str, seed: int) -> StoredBank:
@@ -120,11 +133,17 @@ class Banks:
         known = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**known, name: seconds}, indent=2) + "\n")
 
-    def seconds(self, start: str) -> float:
-        """Mean processor time of what has a name that starts so."""
+    def seconds(self, start: str, targets: Sequence[str] = TARGETS) -> float:
+        """Mean processor time of what has a name that starts so; sources of more modules say so in their names."""
         path = self.folder / "seconds.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
-        return statistics.fmean([value for name, value in known.items() if name.startswith(start)] or [0.0])
+        suffix = "" if list(targets) == TARGETS else "-".join(targets)
+        fitting = [
+            value
+            for name, value in known.items()
+            if name.startswith(start) and (suffix in name if suffix else "qkv" not in name)
+        ]
+        return statistics.fmean(fitting or [0.0])
 
 
 def mixed_batches(tasks: Sequence[Task], steps: int, size: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -156,6 +175,12 @@ def grown_method(name: str, banks: Banks, lr: float, count: int | None = None, p
     return on_bank(name, settings, lambda task, seed: banks.grown(task, seed, count, None, 1, plain), banks, lr)
 
 
+def wide_method(name: str, banks: Banks, lr: float, templates: int) -> Method:
+    """RECAST on a bank grown for every module by itself, of the attention and the MLP."""
+    settings = {"bank": "grown", "templates": templates, "plain": False, "targets": list(WIDE)}
+    return on_bank(name, settings, lambda task, seed: banks.grown(task, seed, None, templates, 1, False, WIDE), banks, lr)
+
+
 def shared_method(name: str, banks: Banks, lr: float, templates: int) -> Method:
     """RECAST on plain banks of two blocks with grown templates beside the pretrained weights."""
     settings = {"bank": "grown", "templates": templates, "group_size": 2, "plain": True}
@@ -175,7 +200,7 @@ def plain_method(group_size: int) -> Method:
 def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict[str, Callable[[], list[Method]]]:
     """The rows by family, each when it is asked for, with the learning rates that the search finds.
 
-    Banks of fewer sources take the rate of the whole one.
+    Banks of fewer sources or more modules take the rate of the whole one.
     """
 
     def whole() -> Method:
@@ -196,6 +221,9 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
         "linear probe": lambda: [tune(PROBE)],
         "grown bank": lambda: [whole()],
         "plain bank": lambda: [tune(plain_method(6))],
+        "grown bank, attention and MLP": lambda: [
+            wide_method("grown, two components, qkv + fc1 + fc2", banks, whole().lrs["recast_"], 2)
+        ],
         "grown bank and weight": lambda: [
             tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))
         ],
@@ -212,7 +240,6 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
     lines = ["| method | bytes of a task | bytes of the bank | seconds to learn a task | seconds for the bank, once |"]
     lines.append("|---" * 5 + "|")
     methods = {method.name: method for members in families.values() for method in members}
-    source = statistics.fmean(banks.seconds(f"{name}-") for name in banks.tasks)
     for row in rows:
         settings = methods[row.name].settings
         runs = [study.run(methods[row.name], name, seed) for name in row.gains for seed in seeds[: len(row.gains[name])]]
@@ -220,7 +247,9 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
         size, once = 0, 0.0
         if "bank" in settings:
             count = settings.get("count") or len(banks.tasks) - 1
-            size = banks.grown(banks.tasks[0], seeds[0], count, None, 1, True).nbytes
+            targets = tuple(settings.get("targets", TARGETS))
+            size = banks.grown(banks.tasks[0], seeds[0], count, settings.get("templates"), 1, True, targets).nbytes
+            source = statistics.fmean(banks.seconds(f"{name}-", targets) for name in banks.tasks)
             once = count * source + (banks.seconds("without-") if settings["bank"] == "learned" else 0.0)
         lines.append(f"| {row.name} | {4 * row.numbers:,} | {size:,} | {taken:.1f} | {once:.0f} |")
     return "\n".join(lines)
