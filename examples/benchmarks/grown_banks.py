@@ -81,8 +81,9 @@ class Banks:
             fields = {"r": SOURCE_RANK, "lora_alpha": 2 * SOURCE_RANK, "target_modules": list(targets)}
             method = peft_method("source", LoraConfig, fields, Schedule.lora_lr)
             task, schedule = self.images(name, seed), replace(self.study.schedule, seed=seed)
+            backbone = load_backbone()
             torch.manual_seed(seed)
-            model = method.build(load_backbone(), task, seed)
+            model = method.build(backbone, task, seed)
             groups = [
                 {"params": group["params"], "lr": group["lr"]} for group in parameter_groups(model, method, schedule.head_lr)
             ]
