@@ -212,9 +212,14 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
         rate = whole().lrs["recast_"]
         return [grown_method(f"grown, {count} source{'s' * (count > 1)}", banks, rate, count) for count in counts]
 
+    def wide() -> list[Method]:
+        for name in banks.tasks if not banks.study.only_known else ():
+            banks.source(name, seed, WIDE)  # apart from the runs, so that their times are those of a task
+        return [wide_method("grown, two components, qkv + fc1 + fc2", banks, whole().lrs["recast_"], 2)]
+
     def learned() -> list[Method]:
         for name in banks.tasks if not banks.study.only_known else ():
-            banks.learned(name, seed)  # apart from the runs, so that their times are those of a task
+            banks.learned(name, seed)
         return [tune(learned_method("learned, and the module's own weight", banks, START_LR))]
 
     tiny = {"target_modules": TARGETS, "u": 6}
@@ -222,9 +227,7 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
         "linear probe": lambda: [tune(PROBE)],
         "grown bank": lambda: [whole()],
         "plain bank": lambda: [tune(plain_method(6))],
-        "grown bank, attention and MLP": lambda: [
-            wide_method("grown, two components, qkv + fc1 + fc2", banks, whole().lrs["recast_"], 2)
-        ],
+        "grown bank, attention and MLP": wide,
         "grown bank and weight": lambda: [
             tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))
         ],
