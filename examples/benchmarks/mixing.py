@@ -12,8 +12,6 @@ from accuracy import PROBE, collect, lora, make_study, parser, recast_all_four, 
 from study import Method, recast_method
 from study_tables import Row
 
-RANKS = (1, 2, 4, 8)
-
 
 def both(coefficients: Method, matrices: Method) -> Method:
     """One task of two parts that were tuned apart."""
@@ -25,9 +23,11 @@ def both(coefficients: Method, matrices: Method) -> Method:
 
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Run the study; returns the rows."""
-    options = parser(__doc__, "mixing_output").parse_args(arguments)
+    made = parser(__doc__, "mixing_output")
+    made.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8], help="of LoRA")
+    options = made.parse_args(arguments)
     study = make_study(options)
-    ranks = (1, 8) if options.quick else RANKS
+    ranks = (1, 8) if options.quick else options.ranks
     alone = {PROBE.name: [PROBE], "RECAST": [recast_all_four(1)], "LoRA": [lora(rank) for rank in ranks]}
     families = tuned(study, alone, options)
     if "RECAST" in families:
