@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # hub.md and sequences.md need a server and data, and are run by test_auto.py and test_sequential.py
-PAGES = ["README.md", "docs/tasks.md", "docs/mixing.md", "docs/architecture.md", "docs/mimicry.md", "docs/grown_banks.md"]
+PAGES = [
+    "README.md",
+    "docs/tasks.md",
+    "docs/mixing.md",
+    "docs/architecture.md",
+    "docs/mimicry.md",
+    "docs/grown_banks.md",
+    "docs/benchmarks.md",
+]
 
 
 def blocks(page: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,16 +261,25 @@ class TestBenchmarks:
             assert rows[0]["ratio to plain"] == 1
             assert all(row["ms"] > 0 for row in rows)
 
-    def test_variants_of_inference_agree(self):
+    def test_variants_of_inference_are_what_they_are_called(self, monkeypatch):
         import inference
         from rivals import backbone, images
 
-        calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), "test_vit")
-        with torch.no_grad():
-            plain, live, kept, merged = (calls[n]() for n in ("plain", "RECAST, live", "RECAST, cached", "RECAST, merged"))
-        assert not torch.equal(live, plain)  # each variant draws its own task
-        assert not torch.equal(kept, plain)
-        assert not torch.equal(merged, plain)
+        from recast_peft import layer
+
+        made = []
+        compose = layer.compose_weight
+        monkeypatch.setattr(layer, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
+        composed = {}
+        with torch.no_grad(), ExitStack() as blocks:
+            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), "test_vit", blocks)
+            plain = calls["plain"]()
+            for name in ("RECAST, live", "RECAST, cached", "RECAST, merged"):
+                assert not torch.equal(calls[name](), plain)  # each draws a task of its own
+                made.clear()
+                calls[name]()
+                composed[name] = len(made)
+        assert composed == {"RECAST, live": 6, "RECAST, cached": 0, "RECAST, merged": 0}
 
     def test_swaps_compile_once(self, tmp_path):
         import swaps

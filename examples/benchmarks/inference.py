@@ -11,6 +11,7 @@ merged  after ``merge_adapter()``
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ LIVE = ["RECAST", "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
 MERGED = ["RECAST", "LoRA r=8"]
 
 
-def variants(targets: list[str], x: torch.Tensor, name: str) -> dict[str, Callable[[], Any]]:
-    """Every forward pass by its name, the plain one first."""
+def variants(targets: list[str], x: torch.Tensor, name: str, blocks: ExitStack) -> dict[str, Callable[[], Any]]:
+    """Every forward pass by its name, the plain one first; ``blocks`` holds the block in which weights are cached."""
 
     def ready(model: nn.Module) -> nn.Module:
         randomise(model)
@@ -35,7 +36,7 @@ def variants(targets: list[str], x: torch.Tensor, name: str) -> dict[str, Callab
         model = ready(adapted(method, targets, name))
         calls[f"{method}, live"] = lambda model=model: model(x)  # type: ignore[misc]
     kept = ready(adapted("RECAST", targets, name))
-    kept.cached_weights().__enter__()  # type: ignore[operator]
+    blocks.enter_context(kept.cached_weights())  # type: ignore[operator]
     calls["RECAST, cached"] = lambda: kept(x)
     for method in MERGED:
         model = ready(adapted(method, targets, name))
@@ -47,7 +48,8 @@ def variants(targets: list[str], x: torch.Tensor, name: str) -> dict[str, Callab
 @torch.no_grad()
 def measure(targets: list[str], x: torch.Tensor, rounds: int, name: str) -> list[Row]:
     """One row a variant: milliseconds, and the ratio to the plain model."""
-    timed = compare(rounds, variants(targets, x, name))
+    with ExitStack() as blocks:
+        timed = compare(rounds, variants(targets, x, name, blocks))
     return [{"forward pass": key, "ms": t.seconds * 1e3, "ratio to plain": t.ratio} for key, t in timed.items()]
 
 
