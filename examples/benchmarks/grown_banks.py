@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' folder
 
-from accuracy import PROBE, collect, lora, make_study, parser, recast, show
+from accuracy import PROBE, collect, lora, make_study, parser, recast, show, tinylora
 from glyph_backbone import load_backbone
 from glyphs import Task, load_task
 from peft import LoraConfig, TinyLoraConfig
@@ -226,7 +226,9 @@ def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> di
     return {
         "linear probe": lambda: [tune(PROBE)],
         "grown bank": lambda: [whole()],
-        "plain bank": lambda: [tune(plain_method(6)), tune(recast(48))],
+        "plain bank": lambda: [tune(plain_method(6))],
+        "plain bank, attention and MLP": lambda: [tune(recast(48))],
+        "TinyLoRA, attention and MLP": lambda: [tune(tinylora(48))],
         "grown bank, attention and MLP": wide,
         "grown bank and weight": lambda: [
             tune(grown_method("grown, and the module's own weight", banks, START_LR, plain=True))
