@@ -4,6 +4,7 @@ from ._version import __version__
 from .auto import AutoRecastModel, get_recast_model
 from .bank import TemplateBank
 from .bank_files import StoredBank, load_bank
+from .bank_learning import LearnedBank, learn_bank, random_bank
 from .compressed import load_compressed_model, save_compressed_model
 from .config import RecastConfig
 from .conversion import collapse_coefficient_sets
@@ -46,6 +47,7 @@ __all__ = [
     "AutoRecastModel",
     "CLRConfig",
     "GrowthReport",
+    "LearnedBank",
     "LoraConversionReport",
     "MimicryReport",
     "PartnerConfig",
@@ -78,6 +80,7 @@ __all__ = [
     "get_recast_model",
     "grow_bank",
     "growth_report",
+    "learn_bank",
     "load_bank",
     "load_compressed_model",
     "mimicry_report",
@@ -85,6 +88,7 @@ __all__ = [
     "push_bank_to_hub",
     "push_task_to_hub",
     "push_tasks_to_hub",
+    "random_bank",
     "save_as_lora",
     "save_compressed_model",
     "scaling_table",

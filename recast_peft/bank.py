@@ -9,7 +9,7 @@ fitted freely, in which case they are stored in a bank file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .functional import composition_dtype
 from .mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 
 if TYPE_CHECKING:
+    from .grown_templates import LowRankSum
     from .layer import RecastLayer
 
 
@@ -142,7 +143,9 @@ class TemplateBank(nn.Module):
         """The tensors that hold the templates: as long as none of them changes, no template does."""
         return [layer.pretrained_weight for layer in self.layers] if self.templates is None else [self.templates]
 
-    def product_terms(self, member: str, offsets: Tensor, device: torch.device) -> tuple[list[Any], Tensor]:
+    def product_terms(
+        self, member: str, offsets: Tensor, device: torch.device
+    ) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:
         """What a member's weight is the sum of, and with which coefficients.
 
         Args:
@@ -151,9 +154,10 @@ class TemplateBank(nn.Module):
             device: of the terms.
 
         Returns:
-            n terms, tensors shaped like the weight or low-rank pairs, and coefficients ``(samples, n)``.
+            n tensors shaped like the weight, their coefficients ``(samples, n)`` (None: one tensor, as it is), and the
+            sum of the low-rank pairs that come to it.
         """
-        return list(self.get_templates(device)), self.base_row(member, offsets) + offsets
+        return self.get_templates(device), self.base_row(member, offsets) + offsets, None
 
     def same_recipe(self, recipe: Recipe) -> bool:
         """Whether a recipe would build this very bank."""

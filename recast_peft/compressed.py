@@ -23,6 +23,7 @@ from .bank_files import StoredBank, load_bank
 from .config import RecastConfig
 from .conversion import BANKS, recast_layers, stored_bank_of
 from .errors import RecastBankError, RecastLoadError
+from .grown_bank import GrownBank
 from .registration import PREFIX
 from .task_files import plain_name
 
@@ -41,12 +42,18 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
         the stored bank, under the folder's name.
 
     Raises:
-        RecastBankError: if no bank is compressed, or a task is merged.
+        RecastBankError: if no bank is compressed, a bank was grown, or a task is merged.
     """
     layers = recast_layers(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RecastBankError(f"a task is merged into {merged[0]}: call model.unmerge_adapter() before the model is saved")
+    grown = [name for name, layer in layers.items() if any(isinstance(b, GrownBank) for b in layer.recast_bank.values())]
+    if grown:
+        raise RecastBankError(
+            f"the bank of {grown[0]} adds to the pretrained weights, so the model has no compressed form: save the bank "
+            "with model.save_bank(folder) and the tasks with model.save_pretrained(folder)"
+        )
     bank = stored_bank_of(model, adapter_name or model.active_adapter).save(path)
     replaced = {
         f"{layer.module_name}.{layer.weight_name}" for layer in layers.values() if layer.is_compressed and not layer.is_released

@@ -32,6 +32,14 @@ from .targets import BANK_CONTAINER, Candidate, composed_layer
 BANKS = BANK_CONTAINER  # the module of the backbone that owns the compressed banks
 
 
+class BankContainer(nn.ModuleDict):
+    """Owns the banks of a model. A model that is an ``nn.Sequential`` calls all its children: this one changes nothing."""
+
+    def forward(self, x: Any) -> Any:
+        """The input, as it is."""
+        return x
+
+
 @dataclass
 class PreparedLayer:
     """A layer that is ready to be put in its place.
@@ -235,7 +243,7 @@ def _prepare_grown(
         # one dictionary for all banks of a file, so that they learn its name together
         references = (b.stored for b in new if b.stored is not None)
         reference = next(references, None) or stored.reference
-        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history)
+        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history, stored.mimicry)
         new.append(bank)
     for name in group.members:
         prepared[name].bank = bank
@@ -449,11 +457,12 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     layers = recast_layers(model)
     version = 1
     history: tuple[Mapping[str, Any], ...] = ()
+    made: str | Mapping[str, Any] = method
     groups = {}
     for name, bank in banks.items():
         if isinstance(bank, GrownBank):
             groups[name] = StoredGroup(bank.members, grown=bank.grown)
-            version, history, method = bank.version, bank.history, "grown"
+            version, history, made = bank.version, bank.history, bank.made
         elif bank.templates is None or bank.base_coefficients is None:
             groups[name] = StoredGroup(bank.members)
         else:
@@ -461,13 +470,14 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
     fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
     fingerprint = reference["fingerprint"] or ""
-    return StoredBank(groups, fingerprints, method, reference["name"], version, fingerprint, history)
+    return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)
 
 
 def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
-    """Note in the model where a bank was stored, for the tasks that are saved from now on."""
+    """Note in the model where a bank was stored, with the earlier versions in it, for the tasks that are saved from now on."""
+    fingerprints = {bank.fingerprint, *(entry["fingerprint"] for entry in bank.history)}
     for held in recast_banks(model).values():
-        if held.stored is not None and held.stored["fingerprint"] == bank.fingerprint:
+        if held.stored is not None and held.stored["fingerprint"] in fingerprints:
             held.stored["name"] = bank.name
 
 
@@ -480,7 +490,7 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
     if not banks:
         return
     if not hasattr(model, BANKS):
-        setattr(model, BANKS, nn.ModuleDict())
+        setattr(model, BANKS, BankContainer())
     container = getattr(model, BANKS)
     for bank in banks:
         if not bank.is_anchored:

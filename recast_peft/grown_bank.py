@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank import TemplateBank
-from .grown_templates import PARTS, GrownTemplates, has_low_rank_product
+from .grown_templates import PARTS, GrownTemplates, LowRankSum, has_low_rank_product, low_rank_sum
 
 if TYPE_CHECKING:
     from .layer import RecastLayer
@@ -26,6 +26,7 @@ class GrownBank(TemplateBank):
         stored: ``{"name": ..., "fingerprint": ...}`` of the bank file; one dictionary for all of its banks.
         version: of the bank file.
         history: its earlier versions.
+        made: how it was made, for its card.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class GrownBank(TemplateBank):
         stored: dict[str, str | None],
         version: int = 1,
         history: tuple[Mapping[str, Any], ...] = (),
+        made: str | Mapping[str, Any] = "grown",
     ) -> None:
         super().__init__(name, members, layers, stored=stored)
         self.plain, self.energy, self.shape = grown.plain, grown.energy, grown.weight_shape
-        self.version, self.history = version, history
+        self.version, self.history, self.made = version, history, made
         self.parts = PARTS[len(grown.tensors)]
         like = layers[0]
         for part, tensor in zip(self.parts, grown.tensors, strict=True):
@@ -74,6 +76,17 @@ class GrownBank(TemplateBank):
         tensors = tuple(self._parameters[part] for part in self.parts)
         return GrownTemplates(tensors, self.shape, self.plain, self.energy)  # type: ignore[arg-type]
 
+    def make_trainable(self) -> list[nn.Parameter]:
+        """Put trainable copies in place of the grown templates' tensors, which a bank file may hold too.
+
+        The pretrained weights among the templates stay as they are.
+        """
+        for part in self.parts:
+            held = self._parameters[part]
+            assert held is not None
+            self._parameters[part] = nn.Parameter(held.detach().clone())
+        return list(self.grown.tensors)  # type: ignore[arg-type]
+
     @property
     def num_templates(self) -> int:
         """Templates in the bank."""
@@ -88,18 +101,22 @@ class GrownBank(TemplateBank):
         """The tensors that hold the templates."""
         return [*(super().sources() if self.plain else []), *self.grown.tensors]
 
-    def product_terms(self, member: str, offsets: Tensor, device: torch.device) -> tuple[list[Any], Tensor]:
+    def product_terms(
+        self, member: str, offsets: Tensor, device: torch.device
+    ) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:
         """What a member's weight is the sum of, and with which coefficients; low-rank pairs are not multiplied out."""
         own = self.layers[self.index(member)]
-        grown = self.grown
-        if len(grown.tensors) == 2 and has_low_rank_product(own.base_layer):
-            terms: list[Any] = [(left.to(device), right.to(device)) for left, right in zip(*grown.tensors, strict=True)]
-        else:
-            terms = [t.to(device) for t in grown.dense()]
+        plain = super().get_templates(device) if self.plain else [own.pretrained_weight.to(device)]
+        scale: Tensor | None = None
         if self.plain:
-            return [*super().get_templates(device), *terms], self.base_row(member, offsets) + offsets
-        one = torch.ones_like(offsets[:, :1])
-        return [own.pretrained_weight.to(device), *terms], torch.cat([one, offsets], dim=1)
+            offsets = self.base_row(member, offsets) + offsets
+            scale, offsets = offsets[:, : len(plain)], offsets[:, len(plain) :]
+        tensors = tuple(t.to(device) for t in self.grown.tensors)
+        if len(tensors) == 2 and has_low_rank_product(own.base_layer):
+            pairs = low_rank_sum(own.base_layer, (tensors[0], tensors[1]), offsets) if len(self.grown) else None
+            return plain, scale, pairs
+        scale = torch.ones_like(offsets[:, :1]) if scale is None else scale
+        return [*plain, *(t.to(device) for t in self.grown.dense())], torch.cat([scale, offsets], dim=1), None
 
     def extra_repr(self) -> str:
         return f"{self.name}, members={len(self.members)}, templates={self.num_templates} ({len(self.grown)} grown)"

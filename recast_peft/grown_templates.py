@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,26 +55,63 @@ class GrownTemplates:
         return {f"{bank}.{only}{part}": t for part, t in zip(PARTS[len(self.tensors)], self.tensors, strict=True)}
 
 
+def orthonormal_basis(templates: Sequence[Tensor]) -> Tensor:
+    """A basis ``(numbers, templates)`` in float64 whose first columns span the first templates."""
+    flat = torch.stack([t.detach().reshape(-1).double().cpu() for t in templates], dim=1)
+    return torch.linalg.qr(flat).Q
+
+
+def energy_kept(moves: Sequence[Tensor], grown: GrownTemplates) -> tuple[float, ...]:
+    """Share of the squared norm of changes of weights in the span of the first 1, 2, ... templates."""
+    if not moves or not len(grown):
+        return ()
+    flat = torch.stack([move.detach().reshape(-1).double().cpu() for move in moves])
+    shares = (flat @ orthonormal_basis(grown.dense())).square().sum(0) / flat.square().sum().clamp_min(1e-300)
+    return tuple(float(share) for share in shares.cumsum(0))
+
+
 def has_low_rank_product(module: nn.Module) -> bool:
     """Whether a module's product with a low-rank pair is two small products."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
-def product(direct: Callable[..., Tensor], module: nn.Module, template: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-    """What a module computes with a template as its weight, without its bias.
+@dataclass(frozen=True, eq=False)
+class LowRankSum:
+    """What all low-rank pairs together add to a linear layer's output: one pair of products, however many pairs there are.
+
+    Attributes:
+        first: ``(inputs, numbers)``, the first factors side by side; each pair has rank numbers.
+        second: ``(numbers, outputs)``.
+        scale: ``(samples, numbers)``, each sample's coefficients, every one rank times.
+    """
+
+    first: Tensor
+    second: Tensor
+    scale: Tensor
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output ``(samples, ..., outputs)`` for the input ``(samples, ..., inputs)``; ``y`` is written to."""
+        scale = self.scale.view(len(x), *[1] * (x.ndim - 2), -1)
+        narrow = ((x @ self.first.to(x.dtype)) * scale.to(x.dtype)).to(y.dtype)
+        flat = y.view(-1, y.shape[-1])
+        # one pass over the output, which is the wide one
+        return flat.addmm_(narrow.reshape(-1, narrow.shape[-1]), self.second.to(y.dtype)).view(y.shape)
+
+
+def low_rank_sum(module: nn.Module, pairs: tuple[Tensor, Tensor], coefficients: Tensor) -> LowRankSum:
+    """Stack low-rank pairs.
 
     Args:
-        direct: the module's computation with a given weight.
-        module: the module.
-        template: shaped like the weight, or a low-rank pair ``(rows, rank)``, ``(rank, columns)``.
-        x: the input.
+        module: a linear layer for which ``has_low_rank_product`` holds.
+        pairs: ``(templates, rows, rank)`` and ``(templates, rank, columns)`` of its weight.
+        coefficients: ``(samples, templates)``.
     """
-    if isinstance(template, Tensor):
-        return direct(module, template, x, False)
-    left, right = template
+    left, right = pairs
+    scale = coefficients.repeat_interleave(left.shape[2], dim=1)
+    rows, columns = left.transpose(0, 1).flatten(1), right.flatten(0, 1)  # (rows, numbers), (numbers, columns)
     if isinstance(module, Conv1D):
-        return x @ left.to(x.dtype) @ right.to(x.dtype)
-    return x @ right.to(x.dtype).T @ left.to(x.dtype).T
+        return LowRankSum(rows, columns, scale)
+    return LowRankSum(columns.T, rows.T, scale)
 
 
 def factorise(templates: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .bank_files import StoredBank, StoredGroup
 from .config import RecastConfig
 from .errors import RecastBankError, RecastConfigError, RecastError
 from .fingerprint import same_weight, weight_fingerprint
-from .grown_templates import GrownTemplates, factorise
+from .grown_templates import GrownTemplates, energy_kept, factorise, orthonormal_basis
 from .layer import RecastLayer
 from .mimicry import gram_matrix
 from .plan import plan_recast
@@ -89,7 +89,8 @@ def grow_bank(
         )
     members = {member for group in groups.values() for member in group.members}
     fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items() if name in members}
-    return StoredBank(groups, fingerprints, "grown")
+    made = {"method": "grown", "sources": [_origin_of(source) for source in sources], "rank": rank}
+    return StoredBank(groups, fingerprints, made)
 
 
 def extend_bank(
@@ -128,7 +129,8 @@ def extend_bank(
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
     groups = {name: _extended(group, _moves_of(group.members, vectors), num_templates) for name, group in bank.groups.items()}
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}
-    return StoredBank(groups, bank.base_fingerprint, "grown", None, bank.version + 1, history=(*bank.history, earlier))
+    made = _made_from_more(bank.mimicry, [_origin_of(source) for source in sources])
+    return StoredBank(groups, bank.base_fingerprint, made, None, bank.version + 1, history=(*bank.history, earlier))
 
 
 def _check_sizes(sources: Sequence[Source], num_templates: int | None, rank: int | None) -> None:
@@ -167,27 +169,12 @@ def _components(
     templates = ((mix[:, :kept] * scale).T @ flat.cpu()).float().reshape(kept, *shape)
     tensors = _tensors_of(templates, rank, dtype)
     grown = GrownTemplates(tensors, tuple(shape), plain)
-    return replace(grown, energy=_energy(moves, grown))
+    return replace(grown, energy=energy_kept(moves, grown))
 
 
 def _tensors_of(templates: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     tensors = (templates,) if rank is None else factorise(templates, rank)
     return tuple(t.to(dtype) for t in tensors)
-
-
-def _basis(templates: Sequence[Tensor]) -> Tensor:
-    """An orthonormal basis ``(numbers, templates)`` whose first columns span the first templates, in float64."""
-    flat = torch.stack([t.reshape(-1).double().cpu() for t in templates], dim=1)
-    return torch.linalg.qr(flat).Q
-
-
-def _energy(moves: list[Tensor], grown: GrownTemplates) -> tuple[float, ...]:
-    """Share of the task vectors' squared norm in the span of the first 1, 2, ... templates."""
-    if not moves or not len(grown):
-        return ()
-    flat = torch.stack([move.reshape(-1).double().cpu() for move in moves])
-    shares = (flat @ _basis(grown.dense())).square().sum(0) / flat.square().sum()
-    return tuple(float(share) for share in shares.cumsum(0))
 
 
 def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> StoredGroup:
@@ -197,7 +184,7 @@ def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> Sto
         return group
     rest, old = moves, grown.dense()
     if old:
-        basis = _basis(old)
+        basis = orthonormal_basis(old)
         flat = torch.stack([move.reshape(-1).double().cpu() for move in moves])
         rest_of = flat - (flat @ basis) @ basis.T
         if float(rest_of.square().sum()) <= NEGLIGIBLE * float(flat.square().sum()):
@@ -207,7 +194,7 @@ def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> Sto
     new = _components(rest, grown.weight_shape, grown.tensors[0].dtype, count, rank, grown.plain)
     tensors = tuple(torch.cat([a.cpu(), b]) for a, b in zip(grown.tensors, new.tensors, strict=True))
     whole = replace(grown, tensors=tensors)
-    return replace(group, grown=replace(whole, energy=(*grown.energy, *_energy(moves, whole)[len(grown) :])))
+    return replace(group, grown=replace(whole, energy=(*grown.energy, *energy_kept(moves, whole)[len(grown) :])))
 
 
 # ---------------------------------------------------------------- sources
@@ -288,6 +275,22 @@ def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
         raise RecastBankError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(model.peft_config)}")
     with torch.no_grad():
         return copy.deepcopy(model).merge_and_unload(adapter_names=names).state_dict()
+
+
+def _origin_of(source: Source) -> str:
+    """A source in a few words, for the bank's card; of a path on this machine the last part alone."""
+    if isinstance(source, (str, Path)):
+        return Path(source).name if Path(source).exists() else str(source)
+    if isinstance(source, tuple):
+        return f"adapter {source[1]!r}"
+    if isinstance(source, PeftModel):
+        return f"adapter {', '.join(map(repr, source.active_adapters))}"
+    return f"weights of {type(source).__name__}" if isinstance(source, nn.Module) else "a state dict"
+
+
+def _made_from_more(mimicry: str | Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
+    made = {"method": mimicry} if isinstance(mimicry, str) else dict(mimicry)
+    return {**made, "sources": [*made.get("sources", ()), *sources]}
 
 
 def _shown(source: Source) -> str:

@@ -26,14 +26,13 @@ from .bank import TemplateBank, follow_device
 from .cached_weights import keeps_weight, kept_weight
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
-from .grown_templates import product
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
 from .recomposed import call_recomposed, can_recompose
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
-# Positions of a sample below which n products are cheaper than composing a weight for each task; measured on a CPU by
+# Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
 # examples/benchmarks/mixed_batch.py.
 PRODUCT_LIMIT = 64
 
@@ -607,11 +606,10 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         direct = self._direct_call(args, kwargs)
         keeps_base = self.is_compressed and not self.is_released  # the pretrained weight is no mix of the templates then
         if direct is not None and not keeps_base:
-            terms, scale = bank.product_terms(self.module_name, offsets, self.weight_device)
-            # a low-rank pair costs next to nothing
-            if self._products_are_cheaper(x, sum(isinstance(term, Tensor) for term in terms)):
-                mixed = mix_by_sample(lambda term: product(direct, self.base_layer, term, x), terms, scale)
-                return _add_bias(mixed, self.base_layer)
+            terms, scale, pairs = bank.product_terms(self.module_name, offsets, self.weight_device)
+            if self._products_are_cheaper(x, len(terms), batch):  # low-rank pairs cost next to nothing
+                mixed = self._mixed_products(direct, x, terms, scale)
+                return mixed if pairs is None else pairs.add_to(mixed, x)
         templates = bank.get_templates(self.weight_device)
         anchor = None if self.compressed_bank else self.pretrained_weight
         base = bank.base_row(self.module_name, offsets) if anchor is None else offsets.new_zeros(())
@@ -624,16 +622,28 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
         return self._call_by_rows(weights, args, kwargs)
 
-    def _products_are_cheaper(self, x: Tensor, templates: int) -> bool:
+    def _mixed_products(
+        self, direct: Callable[..., Tensor], x: Tensor, terms: Sequence[Tensor], scale: Tensor | None
+    ) -> Tensor:
+        """The output with each sample's own mix of weights; a single weight is scaled by way of the input."""
+        if len(terms) > 1:
+            assert scale is not None
+            mixed = mix_by_sample(lambda term: direct(self.base_layer, term, x, False), terms, scale)
+            return _add_bias(mixed, self.base_layer)
+        if scale is not None:
+            x = x * scale.view(len(x), *[1] * (x.ndim - 1)).to(x.dtype)
+        return direct(self.base_layer, terms[0], x)
+
+    def _products_are_cheaper(self, x: Tensor, templates: int, batch: MixedBatch) -> bool:
         """Whether n products for the whole batch cost less than composing a weight for each task.
 
-        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of a sample. A
+        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of its samples. A
         compiled region takes the products always: which samples share a task is not known when it is compiled.
         """
         if torch.compiler.is_compiling():
             return True
         channels = x.shape[1] if isinstance(self.base_layer, nn.modules.conv._ConvNd) else x.shape[-1]
-        positions = x[0].numel() // max(1, channels)
+        positions = x.numel() // max(1, channels) / max(1, len(batch.rows(len(x))))  # of a task
         return positions * (templates - 1) < PRODUCT_LIMIT * templates
 
     def _call_by_rows(self, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -394,6 +394,21 @@ def _merge_card(path: Path, data: Mapping[str, Any], part: str) -> str:
     return str(path)
 
 
+def _made_by(mimicry: Any) -> str:
+    """How a bank was made, in words where its templates were grown or learned."""
+    method = mimicry.get("method") if isinstance(mimicry, Mapping) else mimicry
+    if method == "grown" and isinstance(mimicry, Mapping):
+        sources = list(mimicry["sources"])
+        return f"grown from {len(sources)} source{'s' * (len(sources) > 1)}: {', '.join(sources)}"
+    if method == "learned" and isinstance(mimicry, Mapping):
+        tasks = ", ".join(mimicry["tasks"])
+        start = _made_by(mimicry["start"])
+        return f"learned together with the tasks {tasks} in {mimicry['steps']} steps; started from a bank {start}"
+    if method == "random":
+        return "of random templates"
+    return str(mimicry)
+
+
 def _own_part(path: Path) -> str:
     return ModelCard(path.read_text(encoding="utf-8")).text.partition(BEGIN)[2].partition(END)[0].strip()
 
@@ -426,9 +441,11 @@ def write_bank_card(
         ("Base model", _base_link(config)),
         ("Targets", f"{len(members)} modules: {', '.join(f'`{role}`' for role in dict.fromkeys(map(role_of, members)))}"),
         ("Banks", f"{len(groups)}, with {sum(group['templates'] for group in groups.values())} templates"),
-        ("Made by", header.get("mimicry")),
+        ("Made by", _made_by(header.get("mimicry"))),
         ("Size", f"{size:,} bytes"),
+        ("Version", header.get("version")),
         ("Fingerprint", header.get("fingerprint")),
+        *(("Holds version", f"{entry['version']}, fingerprint {entry['fingerprint']}") for entry in header.get("history", ())),
     ]
     lines = [
         f"# {name.rpartition('/')[2]}",

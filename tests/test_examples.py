@@ -94,93 +94,6 @@ class TestTrainingStep:
         assert 4000 <= peak_bytes(work) < 8000
 
 
-class TestBenchmarks:
-    @pytest.fixture(autouse=True)
-    def _folder(self, monkeypatch):
-        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
-
-    def test_inference_has_every_variant_beside_the_plain_model(self, tmp_path):
-        import inference
-
-        tables = inference.main(["--quick", "--batches", "1", "--output", str(tmp_path)])
-        assert len(tables) == 2
-        for rows in tables.values():
-            names = [row["forward pass"] for row in rows]
-            assert names[0] == "plain"
-            assert {"RECAST, live", "RECAST, cached", "RECAST, merged", "LoRA r=8, live"} <= set(names)
-            assert rows[0]["ratio to plain"] == 1
-            assert all(row["ms"] > 0 for row in rows)
-
-    def test_variants_of_inference_are_what_they_are_called(self, monkeypatch):
-        import inference
-        from rivals import backbone, images
-
-        from recast_peft import layer
-
-        made = []
-        compose = layer.compose_weight
-        monkeypatch.setattr(layer, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
-        composed = {}
-        with torch.no_grad(), ExitStack() as blocks:
-            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), "test_vit", blocks)
-            plain = calls["plain"]()
-            for name in ("RECAST, live", "RECAST, cached", "RECAST, merged"):
-                assert not torch.equal(calls[name](), plain)  # each draws a task of its own
-                made.clear()
-                calls[name]()
-                composed[name] = len(made)
-        assert composed == {"RECAST, live": 6, "RECAST, cached": 0, "RECAST, merged": 0}
-
-    def test_swaps_compile_once(self, tmp_path):
-        import swaps
-
-        *_, compiled = swaps.main(["--quick", "--output", str(tmp_path)]).values()
-        assert compiled == [{"compiled model": "TaskPool.activate", "swaps": 100, "compilations": 1}]
-
-    def test_mixed_batches_of_one_and_of_four_tasks(self, tmp_path):
-        import mixed_batch
-
-        tables = mixed_batch.main(["--quick", "--output", str(tmp_path)])
-        assert [len(rows) for rows in tables.values()] == [4, 4]
-
-    def test_files_grow_with_the_numbers_that_a_method_trains(self, tmp_path):
-        import files
-
-        saved, pool = files.main(["--quick", "--output", str(tmp_path)]).values()
-        size = {row["method"]: row["bytes"] for row in saved}
-        numbers = {row["method"]: row["numbers"] for row in saved}
-        assert size["RECAST"] < size["IA3"] < size["LoRA r=1"] < size["LoRA r=8"]
-        # a number takes four bytes, its name and shape some hundred beside; PEFT's TinyLoRA stores more than it trains
-        assert all(4 * numbers[name] < size[name] < 4 * numbers[name] + 3000 for name in set(size) - {"TinyLoRA u=2"})
-        assert pool[0]["bytes a task, in the file"] < size["RECAST"]
-
-    def test_conversions_say_what_they_cost(self, tmp_path):
-        import conversion
-
-        for rows in conversion.main(["--quick", "--output", str(tmp_path)]).values():
-            exact, compressed, lora = rows
-            assert exact["after GiB"] < exact["model GiB"] * 1.01
-            assert compressed["after GiB"] < exact["after GiB"] < lora["after GiB"]
-
-    def test_methods_of_mimicry(self, tmp_path):
-        import mimicry
-
-        (rows,) = mimicry.main(["--quick", "--output", str(tmp_path)]).values()
-        assert {row["method"] for row in rows} == {"closed_form", "gradient", "autoencoder"}
-        assert next(row for row in rows if row["method"] == "closed_form" and row["templates"] == 2)["exact"]
-
-    def test_one_command_runs_what_is_asked_for_and_prints_markdown(self, tmp_path, capfd):
-        import run_all
-
-        run_all.main(["--quick", "--only", "files", "--output", str(tmp_path)])
-        shown = capfd.readouterr().out
-        assert "quick: no measurement" in shown
-        assert "| RECAST |" in shown
-        (tmp_path / "files.json").write_text((tmp_path / "files.json").read_text().replace('"LoRA r=8"', '"renamed"'))
-        run_all.main(["--tables", "--output", str(tmp_path)])
-        assert "| renamed |" in capfd.readouterr().out
-
-
 class TestStudy:
     """The harness of the accuracy studies."""
 
@@ -329,6 +242,93 @@ class TestAccuracy:
             "recast_": by_name["RECAST, all four, groups of 1"].lrs["recast_"],
             "lora_": by_name["LoRA r=8"].lrs[""],
         }
+
+
+class TestBenchmarks:
+    @pytest.fixture(autouse=True)
+    def _folder(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+
+    def test_inference_has_every_variant_beside_the_plain_model(self, tmp_path):
+        import inference
+
+        tables = inference.main(["--quick", "--batches", "1", "--output", str(tmp_path)])
+        assert len(tables) == 2
+        for rows in tables.values():
+            names = [row["forward pass"] for row in rows]
+            assert names[0] == "plain"
+            assert {"RECAST, live", "RECAST, cached", "RECAST, merged", "LoRA r=8, live"} <= set(names)
+            assert rows[0]["ratio to plain"] == 1
+            assert all(row["ms"] > 0 for row in rows)
+
+    def test_variants_of_inference_are_what_they_are_called(self, monkeypatch):
+        import inference
+        from rivals import backbone, images
+
+        from recast_peft import layer
+
+        made = []
+        compose = layer.compose_weight
+        monkeypatch.setattr(layer, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
+        composed = {}
+        with torch.no_grad(), ExitStack() as blocks:
+            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), "test_vit", blocks)
+            plain = calls["plain"]()
+            for name in ("RECAST, live", "RECAST, cached", "RECAST, merged"):
+                assert not torch.equal(calls[name](), plain)  # each draws a task of its own
+                made.clear()
+                calls[name]()
+                composed[name] = len(made)
+        assert composed == {"RECAST, live": 6, "RECAST, cached": 0, "RECAST, merged": 0}
+
+    def test_swaps_compile_once(self, tmp_path):
+        import swaps
+
+        *_, compiled = swaps.main(["--quick", "--output", str(tmp_path)]).values()
+        assert compiled == [{"compiled model": "TaskPool.activate", "swaps": 100, "compilations": 1}]
+
+    def test_mixed_batches_of_one_and_of_four_tasks(self, tmp_path):
+        import mixed_batch
+
+        tables = mixed_batch.main(["--quick", "--output", str(tmp_path)])
+        assert [len(rows) for rows in tables.values()] == [4, 4]
+
+    def test_files_grow_with_the_numbers_that_a_method_trains(self, tmp_path):
+        import files
+
+        saved, pool = files.main(["--quick", "--output", str(tmp_path)]).values()
+        size = {row["method"]: row["bytes"] for row in saved}
+        numbers = {row["method"]: row["numbers"] for row in saved}
+        assert size["RECAST"] < size["IA3"] < size["LoRA r=1"] < size["LoRA r=8"]
+        # a number takes four bytes, its name and shape some hundred beside; PEFT's TinyLoRA stores more than it trains
+        assert all(4 * numbers[name] < size[name] < 4 * numbers[name] + 3000 for name in set(size) - {"TinyLoRA u=2"})
+        assert pool[0]["bytes a task, in the file"] < size["RECAST"]
+
+    def test_conversions_say_what_they_cost(self, tmp_path):
+        import conversion
+
+        for rows in conversion.main(["--quick", "--output", str(tmp_path)]).values():
+            exact, compressed, lora = rows
+            assert exact["after GiB"] < exact["model GiB"] * 1.01
+            assert compressed["after GiB"] < exact["after GiB"] < lora["after GiB"]
+
+    def test_methods_of_mimicry(self, tmp_path):
+        import mimicry
+
+        (rows,) = mimicry.main(["--quick", "--output", str(tmp_path)]).values()
+        assert {row["method"] for row in rows} == {"closed_form", "gradient", "autoencoder"}
+        assert next(row for row in rows if row["method"] == "closed_form" and row["templates"] == 2)["exact"]
+
+    def test_one_command_runs_what_is_asked_for_and_prints_markdown(self, tmp_path, capfd):
+        import run_all
+
+        run_all.main(["--quick", "--only", "files", "--output", str(tmp_path)])
+        shown = capfd.readouterr().out
+        assert "quick: no measurement" in shown
+        assert "| RECAST |" in shown
+        (tmp_path / "files.json").write_text((tmp_path / "files.json").read_text().replace('"LoRA r=8"', '"renamed"'))
+        run_all.main(["--tables", "--output", str(tmp_path)])
+        assert "| renamed |" in capfd.readouterr().out
 
 
 class TestOrders:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from models import layers_of, outputs, randomise, seeded, tiny_vit, vit_input
+from hub_server import HubServer, connect
+from models import KINDS, layers_of, outputs, randomise, seeded, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from recast_peft import (
     RecastBankError,
@@ -20,13 +23,18 @@ from recast_peft import (
     RecastLoadError,
     StoredBank,
     TaskPool,
+    convert_to_lora,
     extend_bank,
     get_recast_model,
     grow_bank,
     growth_report,
     load_bank,
+    load_compressed_model,
     mimicry_report,
     plan_recast,
+    push_bank_to_hub,
+    push_task_to_hub,
+    save_compressed_model,
 )
 from recast_peft.bank_files import BANK_CONFIG
 from recast_peft.grown_templates import factorise
@@ -133,6 +141,29 @@ class TestGrowing:
             moved = layers_of(again)[target].weight - tiny_vit().get_parameter(f"{target}.weight")
             wanted = layers_of(task)[target].get_delta_weight("default")
         assert torch.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0).abs() > 0.9999
+
+    def test_a_recast_task_with_a_lora_part_is_a_source(self, tmp_path: Path) -> None:
+        """Both parts count: the task vector is the sum of what coefficients and LoRA add, worked out by hand."""
+        part = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+        task = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], lora_config=part), "task").eval()
+        randomise(task, "task")
+        task.save_pretrained(tmp_path)
+        state = {name: value.detach() for name, value in task.named_parameters()}
+        targets = {t.name: t for t in plan_recast(tiny_vit(), config()).candidates}
+        for source in ((task, "task"), tmp_path / "task"):
+            vectors = task_vectors(tiny_vit(), source, targets)
+            for name in targets:
+                keys = {k: v for k, v in state.items() if f".{name}." in k and ".task" in k}
+                a, b = (next(v for k, v in keys.items() if f"lora_{part}" in k) for part in "AB")
+                wanted = 4 * b @ a  # lora_alpha 8, rank 2
+                if name.endswith("qkv"):
+                    members = next(m for m in task.peft_config["task"].groups.values() if name in m)
+                    offsets = next(v for k, v in keys.items() if "recast_coefficients" in k)[0]
+                    assert offsets.abs().min() > 0
+                    wanted = wanted + sum(o * targets[m].weight for o, m in zip(offsets, members, strict=True))
+                assert torch.allclose(vectors[name], wanted, atol=1e-5)
+        both = [grow_bank(tiny_vit(), [source], config()).fingerprint for source in ((task, "task"), tmp_path / "task")]
+        assert both[0] == both[1]
 
     def test_a_head_of_the_source_does_not_matter(self, tmp_path: Path) -> None:
         def headed(classes: int) -> nn.Module:
@@ -432,3 +463,219 @@ class TestExtending:
             extend_bank(grown(), tiny_vit(seed=5), [lora(0)])
         with pytest.raises(RecastConfigError, match="at least one source"):
             extend_bank(grown(), tiny_vit(), [])
+
+
+EVERY_FORM = pytest.mark.parametrize(
+    "fields", [{}, {"rank": 2}, {"plain_templates": False}, {"rank": 2, "plain_templates": False}]
+)
+
+
+@EVERY_FORM
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def _fresh_compiler(self) -> Iterator[None]:
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def test_a_task_is_one_graph(self, fields: dict) -> None:
+        model = on(grown(**fields))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(outputs(compiled, X), outputs(model, X), atol=1e-5)
+        compiled(X).square().sum().backward()
+        found = [layer.recast_coefficients["default"].grad.clone() for layer in layers_of(model).values()]
+        model.zero_grad()
+        model(X).square().sum().backward()
+        for layer, gradient in zip(layers_of(model).values(), found, strict=True):
+            assert torch.allclose(layer.recast_coefficients["default"].grad, gradient, rtol=1e-4, atol=1e-5)
+
+    def test_a_mixed_batch_is_one_graph_for_any_tasks(self, fields: dict) -> None:
+        model = on(grown(**fields))
+        pool = TaskPool(model)
+        for seed in range(3):
+            randomise(model, seed=seed)
+            pool.add(f"task-{seed}", "default")
+        counter = CompileCounter()
+        compiled = torch.compile(model.get_base_model(), backend=counter, fullgraph=True)
+        for ids in ([0, 1, 2, 0], [2, 2, 1, -1]):
+            rows = torch.tensor(ids)
+            with pool.batch(rows):
+                found = outputs(compiled, X)
+            assert torch.allclose(found, outputs(model, X, task_ids=rows), atol=1e-5)
+        assert counter.frame_count == 1
+
+
+class TestMixedBatches:
+    @pytest.mark.parametrize("kind", ["linear", "transformers Conv1D", "conv2d", "conv2d with dilation and groups", "conv1d"])
+    @EVERY_FORM
+    def test_other_kinds_of_modules(self, kind: str, fields: dict) -> None:
+        entry = KINDS[kind]
+        plain, x = seeded(entry.build), entry.inputs()
+        sources = []
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            moved = {n: w + 0.2 * torch.randn(w.shape, generator=generator) for n, w in plain.state_dict().items()}
+            sources.append(moved)
+        bank = grow_bank(plain, sources, RecastConfig(target_modules=entry.targets, group_size=1), **fields)
+        model = on(bank, "one", seeded(entry.build))
+        model.add_adapter("two", RecastConfig(bank=bank))
+        randomise(model, "two", seed=5)
+        pool = TaskPool(model)
+        wanted = {None: outputs(plain, x)}
+        for name in ("one", "two"):
+            pool.add(name, name)
+            model.set_adapter(name)
+            wanted[name] = outputs(model, x)
+            model.merge_adapter()
+            assert torch.allclose(outputs(model, x), wanted[name], atol=1e-5)
+            model.unmerge_adapter()
+        assert not torch.allclose(wanted["one"], wanted["two"], atol=1e-2)
+        for tasks in (("two", "one"), ("one", None), ("two", "two")):
+            mixed = outputs(model, x, task_ids=pool.ids(tasks))
+            assert torch.allclose(mixed, torch.stack([wanted[t][i] for i, t in enumerate(tasks)]), atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_dtypes(self, dtype: torch.dtype) -> None:
+        model = on(grown(rank=2)).to(dtype)
+        pool = TaskPool(model)
+        pool.add("one", "default")
+        wanted = outputs(model, X.to(dtype))
+        found = outputs(model, X.to(dtype), task_ids=pool.ids(["one", "one", "one", None]))
+        assert found.dtype == dtype
+        tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6
+        assert torch.allclose(found[:3], wanted[:3], atol=tolerance, rtol=tolerance)
+        assert not torch.allclose(found[3], wanted[3], atol=tolerance, rtol=tolerance)
+
+    def test_gradients_reach_coefficients_and_input(self) -> None:
+        model = on(grown(rank=2))
+        pool = TaskPool(model)
+        pool.add("one", "default")
+        pool.requires_grad_()
+        x = X.clone().requires_grad_()
+        model(x, task_ids=pool.ids(["one"] * 4)).square().sum().backward()
+        alone = X.clone().requires_grad_()
+        model.set_adapter("default")
+        model(alone).square().sum().backward()
+        assert torch.allclose(x.grad, alone.grad, rtol=1e-4, atol=1e-5)
+        for name, layer in layers_of(model).items():
+            own = layer.recast_coefficients["default"].grad[0]
+            assert own.ne(0).all()
+            assert torch.allclose(pool.table.grad[0, pool.part_of(name)], own, rtol=1e-4, atol=1e-5)
+
+
+class TestWithTheRest:
+    def test_a_model_that_calls_all_its_children(self) -> None:
+        plain = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+        source = {name: value + 0.1 for name, value in plain.state_dict().items()}
+        targets = RecastConfig(target_modules=["0", "2"], group_size=1)
+        model = on(grow_bank(plain, [source], targets), model=copy.deepcopy(plain))
+        weights = {name: layer.compose(["default"]) for name, layer in layers_of(model).items()}
+        hidden = torch.tanh(nn.functional.linear(X, weights["0"], plain[0].bias))
+        assert torch.allclose(outputs(model, X), nn.functional.linear(hidden, weights["2"], plain[2].bias), atol=1e-6)
+        assert not torch.allclose(outputs(model, X), outputs(plain, X), atol=1e-2)
+
+    def test_a_budget_that_the_bank_exceeds_is_refused(self) -> None:
+        bank = grown()
+        numbers = growth_report(bank).num_coefficients
+        assert plan_recast(tiny_vit(), RecastConfig(bank=bank, max_coefficients=numbers)).num_coefficients == numbers == 32
+        with pytest.raises(RecastConfigError, match="needed:  32\n  allowed: 31"):
+            get_recast_model(tiny_vit(), RecastConfig(bank=bank, max_coefficients=31))
+
+    @pytest.mark.parametrize(("sharing", "numbers"), [("roles", 16), ("blocks", 16), ("all", 8)])
+    def test_coefficients_may_be_shared(self, sharing: str, numbers: int, tmp_path: Path) -> None:
+        bank = grow_bank(tiny_vit(), [lora(0), lora(1)], config(group_size=2), num_templates=2).save(tmp_path / "bank")
+        model = get_recast_model(tiny_vit(), RecastConfig(bank=bank, coefficient_sharing=sharing)).eval()
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
+        randomise(model)
+        assert torch.allclose(outputs(model, X), outputs(composed_by_hand(bank, model), X), atol=1e-5)
+        model.save_pretrained(tmp_path / "task")
+        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "task").eval()
+        assert torch.equal(outputs(loaded, X), outputs(model, X))
+        assert (
+            sum(p.numel() for p in {id(p): p for p in loaded.parameters()}.values() if p.ndim == 2 and len(p) == 1) == numbers
+        )
+
+    def test_a_compressed_model_is_no_form_of_it(self, tmp_path: Path) -> None:
+        with pytest.raises(RecastBankError, match="adds to the pretrained weights"):
+            save_compressed_model(on(grown()), tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        grown().save(tmp_path / "bank")
+        with pytest.raises(RecastLoadError):
+            load_compressed_model(tiny_vit(), tmp_path / "bank")
+
+    @EVERY_FORM
+    def test_a_lora_beside_it(self, fields: dict) -> None:
+        task = on(grown(**fields), "task")
+        both = get_peft_model(task.base_model.model, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)).eval()
+        plain = tiny_vit()
+        with torch.no_grad():
+            for name, layer in layers_of(task).items():
+                delta = layer.get_delta_weight("task")
+                added = both.base_model.model.get_submodule(name).get_delta_weight("default")
+                assert added.abs().max() > 1e-3
+                plain.get_parameter(f"{name}.weight").add_(delta + added)
+        wanted = outputs(plain, X)
+        assert torch.allclose(outputs(both, X), wanted, atol=1e-5)
+        both.merge_adapter()
+        assert torch.allclose(outputs(both, X), wanted, atol=1e-5)
+        both.unmerge_adapter()
+        for name, layer in layers_of(task).items():
+            assert torch.equal(layer.pretrained_weight, tiny_vit().get_parameter(f"{name}.weight"))
+
+    def test_low_rank_templates_make_a_lora_without_error(self) -> None:
+        """Two templates of rank 1 and no pretrained weight among them: what a task adds has rank 2."""
+        model = on(grown(num_templates=2, rank=1, plain_templates=False))
+        _, state, report = convert_to_lora(model, 2)
+        assert report.worst_relative_error < 1e-5
+        lora_model = get_peft_model(tiny_vit(), LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS)).eval()
+        lora_model.load_state_dict({k.replace(".weight", ".default.weight"): v for k, v in state.items()}, strict=False)
+        assert torch.allclose(outputs(lora_model, X), outputs(model, X), atol=1e-5)
+        _, _, report = convert_to_lora(on(grown(num_templates=2, rank=1)), 2)  # the pretrained weight has full rank
+        assert report.worst_relative_error > 0.1
+
+
+class TestOnTheHub:
+    @pytest.fixture
+    def hub(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+        with HubServer().running() as server:
+            connect(server, monkeypatch, tmp_path / "cache")
+            yield server
+
+    def card(self, hub: HubServer, name: str) -> str:
+        return hub.repositories[name].find("main").files["README.md"].decode()
+
+    def test_bank_and_task_are_pushed_and_found(self, hub: HubServer, tmp_path: Path) -> None:
+        lora(0).save_pretrained(tmp_path / "private" / "flowers")
+        bank = grow_bank(tiny_vit(), [tmp_path / "private" / "flowers", (lora(1), "default"), tiny_vit(3)], config(), rank=2)
+        push_bank_to_hub(bank, "ada/bank", base_model="ada/vit")
+        card = self.card(hub, "ada/bank")
+        assert "| Made by | grown from 3 sources: flowers, adapter 'default', weights of TinyVit |" in card
+        assert str(tmp_path) not in card
+        assert f"| Fingerprint | {bank.fingerprint} |" in card
+        model = on(load_bank("ada/bank"))
+        push_task_to_hub(model, "ada/birds")
+        assert "stored bank `ada/bank`" in self.card(hub, "ada/birds")
+        assert torch.equal(outputs(PeftModel.from_pretrained(tiny_vit(), "ada/birds").eval(), X), outputs(model, X))
+
+    def test_an_older_task_finds_its_version_in_a_newer_bank(self, hub: HubServer) -> None:
+        first = grown(seeds=(0, 1), rank=2)
+        push_bank_to_hub(first, "ada/bank")
+        old = on(load_bank("ada/bank"))
+        push_task_to_hub(old, "ada/old")
+        second = extend_bank(load_bank("ada/bank"), tiny_vit(), [lora(2)])
+        push_bank_to_hub(second, "ada/bank")
+        card = self.card(hub, "ada/bank")
+        assert "| Version | 2 |" in card
+        assert f"| Holds version | 1, fingerprint {first.fingerprint} |" in card
+        assert "grown from 3 sources" in card
+        assert load_bank("ada/bank").fingerprint == second.fingerprint != first.fingerprint
+        again = PeftModel.from_pretrained(tiny_vit(), "ada/old").eval()
+        assert torch.equal(outputs(again, X), outputs(old, X))
+        again.add_adapter("new", RecastConfig(bank=load_bank("ada/bank")))
+        assert {layer.recast_bank["new"].version for layer in layers_of(again).values()} == {2}
+
+    def test_by_the_models_own_verb(self, hub: HubServer) -> None:
+        model = on(grown(rank=2))
+        stored = model.base_model.push_bank_to_hub("ada/bank")
+        assert load_bank("ada/bank").mimicry == stored.mimicry == grown(rank=2).mimicry
+        assert model.peft_config["default"].bank["fingerprint"] == stored.fingerprint

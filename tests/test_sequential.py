@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
+from models import layers_of as named_layers
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, RecastConfigError, RecastLayer, RecastSequenceError, get_recast_model
 from recast_peft.sequential import (
     AccuracyMatrix,
+    Growth,
     average_accuracy,
     backward_transfer,
     forgetting,
@@ -331,11 +334,140 @@ class TestLearningInSequence:
             assert ("tasks" in capsys.readouterr().err) is progress
 
 
+@torch.no_grad()
+def logits(model: nn.Module, task: tuple[Tensor, Tensor]) -> Tensor:
+    return model(task[0])
+
+
+def plain_lora(model: nn.Module, task: tuple[Tensor, Tensor]) -> PeftModel:
+    """The task learned with a LoRA on the plain model."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["head"]))
+    train(adapted, task)
+    return adapted
+
+
+def layers_of(model: nn.Module) -> list[RecastLayer]:
+    return list(named_layers(model).values())
+
+
+class TestGrowingInSequence:
+    NAMES = ("one", "two", "three", "four", "five")
+
+    def grown(self, model: nn.Module | None = None, names: tuple[str, ...] = NAMES, **fields: Any) -> tuple[Any, ...]:
+        """Five tasks with growth after every second one; logits of each task right after it was learned."""
+        tasks = make_tasks(*names)
+        first: dict[str, Tensor] = {}
+
+        def note(model: nn.Module, task: Any) -> float:
+            name = next(name for name in tasks if tasks[name] is task)
+            first.setdefault(name, logits(model, task))
+            assert torch.equal(logits(model, task), first[name])  # each time it is evaluated again
+            return evaluate(model, task)
+
+        growth = Growth(plain_lora, RecastConfig(target_modules=["0", "1"], group_size=1), **fields)
+        options = {"config": CONFIG, "grow": growth, "grow_every": 2, "progress": False}
+        learned, matrix = learn_in_sequence(model or TinyModel(), tasks, train, note, **options)
+        return learned, matrix, growth, tasks, first
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_old_tasks_stay_to_the_last_bit(self, rank: int | None) -> None:
+        torch.manual_seed(0)
+        model, matrix, growth, tasks, first = self.grown(num_templates=2, rank=rank)
+        counts = {name: len(layers_of(model)[0].recast_coefficients[name][0]) for name in tasks}
+        assert counts == {"one": 2, "two": 2, "three": 3, "four": 3, "five": 5}
+        assert growth.bank.version == 2
+        for j, name in enumerate(tasks):
+            assert len(set(matrix.values[j:, j])) == 1
+            model.set_adapter(name)
+            assert torch.equal(logits(model, tasks[name]), first[name])
+        assert matrix.summary()["forgetting"] == 0.0
+        assert not torch.equal(first["one"], first["two"])
+
+    def test_tasks_after_the_growth_use_the_new_templates(self) -> None:
+        model, *_ = self.grown(num_templates=1)
+        for name in ("three", "five"):
+            assert all(layer.recast_coefficients[name][0, -1] != 0 for layer in layers_of(model))
+
+    def test_one_stored_bank_serves_all_versions(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        backbone = TinyModel()
+        model, _, growth, tasks, first = self.grown(copy.deepcopy(backbone), num_templates=2, rank=2)
+        stored = model.base_model.save_bank(tmp_path / "bank", "five")
+        assert stored.fingerprint == growth.bank.fingerprint
+        assert growth.bank.mimicry["sources"] == ["adapter 'default'"] * 4
+        model.save_pretrained(tmp_path)
+        for name in tasks:
+            loaded = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path / name).eval()
+            assert torch.equal(logits(loaded, tasks[name]), first[name])
+
+    def test_goes_on_from_a_bank_and_a_model_with_tasks(self) -> None:
+        model, _, growth, *_ = self.grown(num_templates=1)
+        before = growth.bank
+        assert before is not None
+        same, _, again, *_ = self.grown(model, ("six", "seven", "eight"), bank=before, num_templates=1)
+        assert same is model
+        assert again.bank.version == before.version + 1
+        assert layers_of(model)[0].recast_bank["six"].fingerprint == before.fingerprint
+        assert layers_of(model)[0].recast_bank["eight"].fingerprint == again.bank.fingerprint
+
+    def test_tasks_with_a_lora_part_are_sources_themselves(self) -> None:
+        own_lora = LoraConfig(r=1, target_modules=["0", "1"])
+        freer = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"], lora_config=own_lora)
+        tasks = make_tasks("one", "two", "three", "four")
+        configs = {"one": freer, "two": CONFIG, "three": CONFIG, "four": CONFIG}
+        growth = Growth(config=RecastConfig(target_modules=["0", "1"], group_size=1))
+        model, matrix = learn_in_sequence(
+            TinyModel(), tasks, train, evaluate, config=configs, grow=growth, grow_every=2, progress=False
+        )
+        assert growth.bank is not None
+        assert growth.bank.mimicry["sources"] == ["adapter 'one'"]  # the others move within the span of the banks
+        assert matrix.summary()["forgetting"] == 0.0
+        for layer in layers_of(model):
+            merged = copy.deepcopy(model).merge_and_unload(adapter_names=["one"])
+            moved = merged.get_submodule(layer.module_name).weight - layer.pretrained_weight
+            template = growth.bank.groups[layer.module_name].grown.dense()[0]
+            assert torch.cosine_similarity(template.flatten(), moved.flatten(), dim=0).abs() > 0.9999
+            assert layer.recast_coefficients["three"].shape == (1, 2)
+
+    def test_a_task_may_add_nothing(self) -> None:
+        growth = Growth(lambda model, task: None)
+        tasks = make_tasks("one", "two")
+        model, _ = learn_in_sequence(TinyModel(), tasks, train, evaluate, config=CONFIG, grow=growth, progress=False)
+        assert growth.bank is None
+        assert model.peft_config["two"].bank is None
+
+    def test_the_source_is_learned_on_a_plain_copy(self) -> None:
+        backbone = TinyModel()
+        weights = {name: value.clone() for name, value in backbone.state_dict().items()}
+        seen = []
+
+        def source(model: nn.Module, task: Any) -> None:
+            assert not isinstance(model, PeftModel)
+            seen.append(all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()))
+            with torch.no_grad():
+                model.layers[0].weight.zero_()
+
+        tasks = make_tasks("one", "two")
+        learn_in_sequence(backbone, tasks, train, evaluate, config=CONFIG, grow=Growth(source), progress=False)
+        assert seen == [True, True]
+
+    def test_wrong_arguments_are_refused_before_anything_is_trained(self) -> None:
+        tasks, growth = make_tasks("one"), Growth(plain_lora)
+        for every in (0, True):
+            with pytest.raises(RecastConfigError, match="grow_every"):
+                learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, grow=growth, grow_every=every)
+        with pytest.raises(RecastConfigError, match="none of the tasks has a LoRA part"):
+            learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=CONFIG, grow=Growth())
+        config = RecastConfig(bank="somewhere")
+        with pytest.raises(RecastConfigError, match="names the bank"):
+            learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=config, grow=growth)
+
+
 def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     text = (Path(__file__).parents[1] / "docs" / "sequences.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
