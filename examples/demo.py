@@ -27,7 +27,7 @@ from glyph_backbone import load_backbone
 from glyphs import TASKS, Task, load_task
 from peft import PeftModel
 from torch import nn
-from training import Schedule, recast_groups, recast_targets, test_accuracy, train_groups, train_lora, train_probe
+from training import Schedule, recast_groups, test_accuracy, train_groups, train_lora, train_probe
 
 from recast_peft import RecastConfig, TaskPool, mimicry_report, plan_recast
 from recast_peft.sequential import AccuracyMatrix, learn_in_sequence
@@ -89,10 +89,8 @@ def learn(
         groups = recast_groups(model, schedule)
         train_groups(model, groups, task.train_images, task.train_labels, schedule, schedule.epochs, f"RECAST {task.name}")
 
-    backbone = make_backbone()
-    shared = {"target_modules": recast_targets(backbone), "seed": schedule.seed}
-    configs = {name: RecastConfig(num_classes=task.num_classes, **shared) for name, task in tasks.items()}
-    return learn_in_sequence(backbone, tasks, train, test_accuracy, config=configs)
+    configs = {name: RecastConfig(num_classes=task.num_classes, seed=schedule.seed) for name, task in tasks.items()}
+    return learn_in_sequence(make_backbone(), tasks, train, test_accuracy, config=configs)
 
 
 def reload(make_backbone: Callable[[], nn.Module], folder: Path, tasks: dict[str, Task]) -> PeftModel:
@@ -177,7 +175,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
 
     say("The plan (nothing is touched yet):")
     plain = make_backbone()
-    say(plan_recast(plain, RecastConfig(target_modules=recast_targets(plain))))
+    say(plan_recast(plain, RecastConfig()))
     model, matrix = learn(make_backbone, tasks, schedule)
     say(f"\nFidelity of the converted backbone:\n{mimicry_report(model)}")
     model.save_pretrained(options.output / "tasks", selected_adapters=list(tasks))

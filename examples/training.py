@@ -17,8 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from recast_peft import RecastConfig, get_recast_model, plan_recast
-from recast_peft.errors import RecastTargetError
+from recast_peft import RecastConfig, get_recast_model
 from recast_peft.heads import build_head, find_head
 
 
@@ -166,18 +165,6 @@ def train_lora(
     model, groups, numbers = make_lora(make_backbone(), task.num_classes, rank, schedule)
     train_groups(model, groups, task.train_images, task.train_labels, schedule, schedule.epochs, progress)
     return model, test_accuracy(model, task), numbers
-
-
-def recast_targets(backbone: nn.Module) -> str | None:
-    """The layers that RECAST composes: those of the MLPs, which earn most on the embedded tasks (docs/what_was_tried.md).
-
-    Where there are none, None: what ``RecastConfig`` chooses by itself.
-    """
-    try:
-        plan_recast(backbone, RecastConfig(target_modules="all-mlp"))
-    except RecastTargetError:
-        return None
-    return "all-mlp"
 
 
 def recast_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, object]]:

@@ -197,7 +197,7 @@ def recast(name: str, **fields: object) -> Method:
     return recast_method(name, fields, COEFFICIENT_LR)
 
 
-ATTENTION = recast("attention, groups of 2 (default)")
+ATTENTION = recast("attention, groups of 2", target_modules="all-attention")
 MLP_PAIRS = recast("MLP, groups of 2", target_modules=MLP)
 OWN = recast("all four, own weight", target_modules=ALL_FOUR, group_size=1)
 APART = pieces("q, k, v apart, proj, fc1, fc2", qkv=(rows_of, 3), proj=(rows_of, 1), fc1=(rows_of, 1), fc2=(rows_of, 1))
