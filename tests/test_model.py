@@ -326,16 +326,16 @@ class TestBesideAnotherTuner:
         model = converted()
         randomise(model)
         live = outputs(model, vit_input())
-        both = get_peft_model(model.get_base_model(), LoraConfig(target_modules=["qkv"], r=2)).eval()
+        both = get_peft_model(model.get_base_model(), LoraConfig(target_modules=["qkv"], r=2), "lora").eval()
         assert torch.equal(outputs(both, vit_input()), live)  # LoRA starts at nothing
         composed = {name: layer.weight.detach().clone() for name, layer in layers_of(model).items()}
         expected = tiny_vit()
         for name, wrapped in [
             (n.removeprefix("base_model.model."), m) for n, m in both.named_modules() if hasattr(m, "lora_B")
         ]:
-            down, up = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight
+            down, up = wrapped.lora_A["lora"].weight, wrapped.lora_B["lora"].weight
             nn.init.normal_(up)
-            weight = composed[name] + wrapped.scaling["default"] * up @ down
+            weight = composed[name] + wrapped.scaling["lora"] * up @ down
             expected.get_submodule(name).weight.data = weight.detach()
         torch.testing.assert_close(outputs(both, vit_input()), outputs(expected, vit_input()), rtol=1e-5, atol=1e-5)
 
