@@ -112,6 +112,17 @@ def _cells(accuracies: dict[str, list[float]], gains: dict[str, list[float]], wh
     return [f"{100 * statistics.fmean(by_seed(accuracies)):.1f}", f"{gain:+.2f}{around}", share]
 
 
+def paired(values: dict[str, list[float]], others: dict[str, list[float]]) -> tuple[float, float]:
+    """Mean difference of two rows over the same tasks and seeds, and its standard error, in points.
+
+    Args:
+        values: accuracies by task, one for each seed.
+        others: those that are taken off, of the same tasks and seeds.
+    """
+    differences = [100 * (a - b) for task in values for a, b in zip(values[task], others[task], strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+
+
 def precision(rows: Sequence[Row]) -> float | None:
     """Standard error of a row's gain in points, by the spread over seeds that the rows have in common (pooled).
 

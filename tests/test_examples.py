@@ -94,6 +94,14 @@ class TestTrainingStep:
         assert 4000 <= peak_bytes(work) < 8000
 
 
+def test_paired_differences_by_hand():
+    from study_tables import paired
+
+    # differences 2, 4, 6 and 8 points: mean 5, standard deviation sqrt(20 / 3), standard error sqrt(20 / 3 / 4)
+    mean, error = paired({"a": [0.52, 0.54], "b": [0.66, 0.68]}, {"a": [0.5, 0.5], "b": [0.6, 0.6]})
+    assert (mean, error) == (pytest.approx(5), pytest.approx(math.sqrt(5 / 3)))
+
+
 class TestStudy:
     """The harness of the accuracy studies."""
 
@@ -225,7 +233,7 @@ class TestAccuracy:
         assert "validation" not in shown
         assert shown == (tmp_path / "table.md").read_text()
 
-    def test_a_task_of_two_parts_beside_each_alone(self, tmp_path, runs):
+    def test_a_task_of_two_parts_beside_each_alone(self, tmp_path, runs, capsys):
         import mixing
 
         rows = mixing.main(["--quick", "--runs", runs, "--output", str(tmp_path)])
@@ -238,6 +246,11 @@ class TestAccuracy:
             "RECAST + LoRA r=8": 24_608,
         }
         by_name = {row.name: row for row in rows}
+        mean = 50 * sum(
+            by_name["RECAST + LoRA r=1"].accuracies[task][0] - by_name["LoRA r=1"].accuracies[task][0]
+            for task in ("arrows", "damage")
+        )
+        assert f"| LoRA r=1 | {mean:+.2f} |" in capsys.readouterr().out
         assert by_name["RECAST + LoRA r=8"].lrs == {
             "recast_": by_name["RECAST, all four, groups of 1"].lrs["recast_"],
             "lora_": by_name["LoRA r=8"].lrs[""],

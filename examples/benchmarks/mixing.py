@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from accuracy import PROBE, collect, lora, make_study, parser, recast_all_four, show, tuned
 from study import Method, recast_method
-from study_tables import Row
+from study_tables import Row, paired
 
 
 def both(coefficients: Method, matrices: Method) -> Method:
@@ -19,6 +19,20 @@ def both(coefficients: Method, matrices: Method) -> Method:
     lora_fields = {key: value for key, value in matrices.settings.items() if key != "config"}
     name = f"RECAST + {matrices.name}"
     return recast_method(name, fields, coefficients.lrs["recast_"], lora_fields, matrices.lrs[""])
+
+
+def added(rows: list[Row]) -> str:
+    """What RECAST adds to each LoRA, pair by pair on the same images and seeds: as Markdown."""
+    lines = ["| RECAST added to | gain | standard error | refitted: gain | standard error |", "|---" * 5 + "|"]
+    by_name = {row.name: row for row in rows}
+    for row in rows:
+        together = by_name.get(f"RECAST + {row.name}")
+        if together is not None:
+            cells = [*paired(together.accuracies, row.accuracies), *paired(together.refitted, row.refitted)]
+            lines.append(
+                f"| {row.name} | " + " | ".join(f"{c:{'.2f' if i % 2 else '+.2f'}}" for i, c in enumerate(cells)) + " |"
+            )
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -34,6 +48,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         families["RECAST + LoRA"] = [both(families["RECAST"][0], matrices) for matrices in families.get("LoRA", [])]
     rows = collect(study, families, options)
     show(rows, options, f"LoRA with and without RECAST's coefficients, mean of {len(options.tasks)} tasks")
+    print(f"\n{added(rows)}")
     return rows
 
 
