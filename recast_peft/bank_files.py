@@ -70,11 +70,6 @@ class StoredGroup:
             return len(self.grown) + (len(self.members) if self.grown.plain else 0)
         return len(self.members) if self.templates is None else len(self.templates)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether there are as many templates as members."""
-        return self.num_templates == len(self.members)
-
 
 @dataclass(frozen=True, eq=False)
 class StoredBank:
