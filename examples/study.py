@@ -37,7 +37,7 @@ TUNING_TASKS = ("greek", "operators")
 TUNING_STEP = 10**0.5
 TUNING_STEPS = 3  # further candidates at most, after the first three
 VALIDATION_SHARE = 3  # of every class's training images, one in three
-VERSION = 2  # raised when training or evaluation changes, so that earlier runs do not count
+VERSION = 3  # raised when training or evaluation changes, so that earlier runs do not count
 
 
 def train_by_schedule(model: nn.Module, groups: list[dict[str, object]], task: Task, schedule: Schedule) -> None:
@@ -56,6 +56,7 @@ class Method:
             classifier among them) requiring gradients.
         lrs: learning rates of what is trained beside the classifier: the first key that is part of a parameter's name counts.
         head_lr: of the classifier, where it is not the schedule's.
+        head_decay: weight decay of the classifier (AdamW's, which is multiplied by the learning rate).
         epochs: where they are not the schedule's.
         frozen_backbone: whether only the classifier is trained, so that features can be computed once.
         train: another way of training; it must be named in ``settings``.
@@ -66,6 +67,7 @@ class Method:
     build: Build = field(compare=False)
     lrs: dict[str, float]
     head_lr: float | None = None
+    head_decay: float = 0.01
     epochs: int | None = None
     frozen_backbone: bool = False
     train: Train = field(default=train_by_schedule, compare=False)
@@ -212,7 +214,7 @@ def parameter_groups(model: nn.Module, method: Method, head_lr: float) -> list[d
         if part is None:
             raise ValueError(f"{method.name}: {name} is trained, but has no learning rate; there are {method.lrs}")
         parts[part].append(parameter)
-    groups: list[dict[str, object]] = [{"params": head, "lr": method.head_lr or head_lr}]
+    groups: list[dict[str, object]] = [{"params": head, "lr": method.head_lr or head_lr, "weight_decay": method.head_decay}]
     return groups + [{"params": parts[part], "lr": lr, "weight_decay": 0.0} for part, lr in method.lrs.items() if parts[part]]
 
 
@@ -290,6 +292,7 @@ class Study:
             "method": method.settings,
             "lrs": method.lrs,
             "head_lr": method.head_lr or self.schedule.head_lr,
+            "head_decay": method.head_decay,
             "epochs": method.epochs or self.schedule.epochs,
             "batch_size": self.schedule.batch_size,
             "task": task,
@@ -346,31 +349,51 @@ class Study:
                 continue
             self._runs[_line(line["key"])] = Run(line["accuracy"], line["refitted"], line["numbers"], line["seconds"])
 
-    def tune(self, method: Method, tasks: Sequence[str] = TUNING_TASKS, seed: int = 0) -> Method:
-        """The method with its best learning rate by the validation split, found in the same way for every method.
+    def tune(
+        self,
+        method: Method,
+        tasks: Sequence[str] = TUNING_TASKS,
+        seed: int = 0,
+        split: str = "validation",
+        heads: Sequence[tuple[float, float]] = (),
+    ) -> Method:
+        """The method with its best learning rate, found in the same way for every method.
 
         Three candidates, a factor of the square root of ten apart, around the rate that the method has; while the best one is
-        at an edge, the next one beyond it, at most three times. Several rates of one method are moved together.
+        at an edge, the next one beyond it, at most three times. Several rates of one method are moved together. Where there is
+        a choice of ways to train the classifier, the best of them is taken next, and the rate is searched once more with it.
 
         Args:
             method: with rates to start from.
             tasks: whose mean accuracy decides.
             seed: of the runs.
+            split: of the runs that decide; ``"test"`` with a seed whose images judge nothing else.
+            heads: learning rates and weight decays of the classifier to choose from.
         """
-        means: dict[int, float] = {}
+        means: dict[str, float] = {}
 
-        def mean(step: int) -> float:
-            if step not in means:
-                candidate = method.scaled(TUNING_STEP**step)
-                means[step] = sum(self.run(candidate, task, seed, "validation").accuracy for task in tasks) / len(tasks)
-            return means[step]
+        def mean(candidate: Method) -> float:
+            key = _line(self.key(candidate, tasks[0], seed, split))
+            if key not in means:
+                means[key] = sum(self.run(candidate, task, seed, split).accuracy for task in tasks) / len(tasks)
+            return means[key]
 
-        best = max((0, -1, 1), key=mean)
-        for _ in range(TUNING_STEPS):
-            if min(means) < best < max(means):
-                break
-            best = max((best, best - 1, best + 1), key=mean)
-        return method.scaled(TUNING_STEP**best)
+        def with_best_rate(method: Method) -> Method:
+            steps = {step: method.scaled(TUNING_STEP**step) for step in range(-1 - TUNING_STEPS, 2 + TUNING_STEPS)}
+            seen = {0, -1, 1}
+            best = max((0, -1, 1), key=lambda step: mean(steps[step]))
+            for _ in range(TUNING_STEPS):
+                if min(seen) < best < max(seen):
+                    break
+                seen |= {best - 1, best + 1}
+                best = max((best, best - 1, best + 1), key=lambda step: mean(steps[step]))
+            return steps[best]
+
+        best = with_best_rate(method)
+        if heads:
+            best = max((best, *(replace(best, head_lr=lr, head_decay=decay) for lr, decay in heads)), key=mean)
+            best = with_best_rate(best)
+        return best
 
 
 def _line(key: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from .lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 from .model import RecastModel
 from .model_card import write_model_card
 from .optim import create_recast_optimizer
-from .partners import PARTNERS, AdaptFormerConfig, CLRConfig, PartnerConfig, PiggybackConfig
+from .partners import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
 from .plan import RecastPlan, plan_recast
 from .registration import register
 from .report import MimicryReport, mimicry_report
@@ -45,6 +45,7 @@ __all__ = [
     "STACKABLE",
     "AdaptFormerConfig",
     "AutoRecastModel",
+    "BiasConfig",
     "CLRConfig",
     "GrowthReport",
     "LearnedBank",

@@ -51,11 +51,13 @@ from .norms import find_norms, freeze_running_statistics, install_norms, own_sha
 from .partner_places import (
     check_mergeable,
     install_partners,
+    merge_partners,
     pack_masks,
     partner_shapes,
     prepare_partners,
     put_back_partners,
     take_out_partners,
+    unmerge_partners,
     unpack_masks,
 )
 from .plan import RecastPlan, coefficient_owners, plan_recast
@@ -267,6 +269,10 @@ class RecastModel(BaseTuner):
             RecastBankError: if a task has a partner that no weight can hold; nothing is changed then.
         """
         check_mergeable(self.model, adapter_names or (), self.active_adapters)
+        self._merge_layers(adapter_names, safe_merge)
+        merge_partners(self.model, adapter_names)
+
+    def _merge_layers(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         parts = part_layers(self.model)
         if not parts:
             super().merge_adapter(adapter_names, safe_merge)
@@ -293,6 +299,7 @@ class RecastModel(BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Put the pretrained weights back, to the last bit."""
+        unmerge_partners(self.model)
         parts = part_layers(self.model)
         if not parts:
             super().unmerge_adapter()
@@ -345,6 +352,10 @@ class RecastModel(BaseTuner):
         except BaseException:
             put_back_partners(self.model, partners)
             raise
+        if partners is not None and merge:
+            merge_partners(partners, adapter_names)
+        elif partners is not None:
+            unmerge_partners(partners)
         if hasattr(self.model, BANKS):
             delattr(self.model, BANKS)
         return model  # type: ignore[return-value]

@@ -1,9 +1,9 @@
 """Where a task's partners stand, and how they are put in, found and taken out.
 
-What acts on an output hangs on the module by a forward hook; its parameters lie in one container beside the modules of the
-model, in PEFT's container for modules that are saved whole, so that saving, loading, activating, disabling and deleting a task
-treat them as PEFT treats any such module, and no module of the model gets another name. What acts on a weight belongs to the
-``RecastLayer`` of the module.
+What acts on an output or a bias hangs on the module by a forward hook; its parameters lie in one container beside the
+modules of the model, in PEFT's container for modules that are saved whole, so that saving, loading, activating, disabling and
+deleting a task treat them as PEFT treats any such module, and no module of the model gets another name. What acts on a weight
+belongs to the ``RecastLayer`` of the module.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .fingerprint import weight_fingerprint
 from .layer import RecastLayer
 from .mixed_batch import current_batch
 from .partners import PartnerConfig, PiggybackConfig
+from .partners.bias import BiasCoefficient
 from .partners.piggyback import WeightMask
 from .stacking import inner_layers
 from .targets import PARTNER_CONTAINER, SHORTHANDS, Candidate, find_candidates, head_names
@@ -92,6 +93,8 @@ class TaskPartners(ModulesToSaveWrapper):
         else:
             module.requires_grad_(False)
 
+    is_mergeable = False  # whether what it does can be written into a parameter of the place
+
     def adapt(self, x: Any, y: Any) -> Any:
         """The output of the place with the partner of the task in force, or of each sample's own task.
 
@@ -109,12 +112,66 @@ class TaskPartners(ModulesToSaveWrapper):
                 "are tensors: name other modules with its target_modules"
             )
         if batch is None:
-            return self.modules_to_save[active[0]](x, y)
+            return self._adapted(active[0], x, y)
         for key, indices in batch.rows(len(x)).items():
             if isinstance(key, str) and key in self.modules_to_save:
                 rows = torch.tensor(indices, device=y.device)
-                y = y.index_copy(0, rows, self.modules_to_save[key](x[rows], y[rows]))
+                y = y.index_copy(0, rows, self._adapted(key, x[rows], y[rows]))
         return y
+
+    def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
+        return self.modules_to_save[adapter_name](x, y)
+
+
+class TaskBiases(TaskPartners):
+    """The same for partners that act on the bias of the place; they can be merged into it.
+
+    While they are merged the pretrained bias is kept beside it, and comes back as the very tensor that it was.
+    """
+
+    is_mergeable = True
+    pretrained_bias: Tensor | None
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.register_buffer("pretrained_bias", None, persistent=False)
+        self.merged_adapters = []
+        self.hosts: tuple[nn.Module, ...] = ()  # the module whose bias it is; in a tuple, since it is no child
+
+    @property
+    def _bias(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.hosts[0].bias)
+
+    def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.merged_adapters:
+            return y
+        return self.modules_to_save[adapter_name](y, self._bias)
+
+    def merge(self, adapter_names: Sequence[str]) -> None:
+        """Write the tasks' biases into the module, beside those that are merged already."""
+        new = [n for n in adapter_names if n in self.modules_to_save and n not in self.merged_adapters]
+        if not new:
+            return
+        merged = [*self.merged_adapters, *new]
+        parameter = self._bias
+        pretrained = parameter.data if self.pretrained_bias is None else self.pretrained_bias
+        with torch.no_grad():
+            changes = torch.stack([cast(BiasCoefficient, self.modules_to_save[name]).change(pretrained) for name in merged])
+            composed = (pretrained + changes.sum(0)).to(pretrained.dtype)
+        self.pretrained_bias, parameter.data = pretrained, composed
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Put the pretrained bias back: the very tensor that was there before."""
+        if self.pretrained_bias is not None:
+            self._bias.data, self.pretrained_bias = self.pretrained_bias, None
+        self.merged_adapters = []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the tasks on or off; what is merged comes out of the bias when they are switched off."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
 
 class PartnerHook:
@@ -295,7 +352,8 @@ def _holder(model: nn.Module, partner: PreparedPartner) -> TaskPartners:
     if key not in container:
         container[key] = nn.ModuleDict()
     if partner.config.method not in container[key]:
-        container[key][partner.config.method] = TaskPartners(partner.candidate.name)
+        kind = TaskBiases if partner.config.acts_on == "bias" else TaskPartners
+        container[key][partner.config.method] = kind(partner.candidate.name)
     return container[key][partner.config.method]
 
 
@@ -312,9 +370,12 @@ def _attach(model: nn.Module) -> None:
     if PARTNER_CONTAINER not in model._modules:
         return
     _detach(model)
-    hosts = {c.name: _recast_layer(c) or c.module for c in find_candidates(model)}
+    places = {c.name: c for c in find_candidates(model)}
     for holder in partner_holders(model):
-        hosts[holder.place].register_forward_hook(PartnerHook(holder), with_kwargs=True)
+        place = places[holder.place]
+        if isinstance(holder, TaskBiases):
+            holder.hosts = (place.module,)
+        (_recast_layer(place) or place.module).register_forward_hook(PartnerHook(holder), with_kwargs=True)
 
 
 def _detach(model: nn.Module) -> None:
@@ -324,8 +385,22 @@ def _detach(model: nn.Module) -> None:
             module._forward_hooks_with_kwargs.pop(key, None)
 
 
+def merge_partners(model: nn.Module, adapter_names: Collection[str] | None) -> None:
+    """Merge those partners that can be merged, after the coefficients of the same tasks; None means the tasks in force."""
+    for holder in partner_holders(model):
+        if isinstance(holder, TaskBiases) and not holder.disable_adapters:
+            holder.merge(list(holder.active_adapters if adapter_names is None else adapter_names))
+
+
+def unmerge_partners(model: nn.Module) -> None:
+    """Undo ``merge_partners``, to the last bit."""
+    for holder in partner_holders(model):
+        if isinstance(holder, TaskBiases):
+            holder.unmerge()
+
+
 def take_out_partners(model: nn.Module) -> PartnerContainer | None:
-    """Take all partners that act on outputs out of a model.
+    """Take all partners that do not act on weights out of a model.
 
     Returns:
         what ``put_back_partners`` puts back; None if there were none.
@@ -365,11 +440,13 @@ def check_mergeable(model: nn.Module, adapters: Collection[str], active: Collect
 
 
 def _owners_by_method(model: nn.Module) -> dict[str, set[str]]:
+    """Tasks that have a partner which cannot be merged, by its name."""
     container: Any = model._modules.get(PARTNER_CONTAINER) or {}
     owners: dict[str, set[str]] = {}
     for holders in container.values():
         for method, holder in holders.items():
-            owners.setdefault(method, set()).update(holder.modules_to_save.keys())
+            if not holder.is_mergeable:
+                owners.setdefault(method, set()).update(holder.modules_to_save.keys())
     return owners
 
 

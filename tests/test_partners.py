@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 from recast_peft import (
     PARTNERS,
     AdaptFormerConfig,
+    BiasConfig,
     CLRConfig,
     PartnerConfig,
     PiggybackConfig,
@@ -74,6 +75,20 @@ def image(batch: int = 3) -> Tensor:
     return torch.randn(batch, 3, 9, 8, generator=torch.Generator().manual_seed(5))
 
 
+def with_biases(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The same model with biases that are not small: those of fresh norms are zero."""
+
+    def built() -> nn.Module:
+        model = build()
+        generator = torch.Generator().manual_seed(6)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
+        return model
+
+    return built
+
+
 @dataclass(frozen=True)
 class Case:
     """A partner with options on a model: the options, the numbers that it trains, worked out by hand."""
@@ -94,6 +109,16 @@ CASES: dict[str, Case] = {
     # 4 blocks of (8 + 1) * 5 down and (5 + 1) * 8 up
     "adaptformer": Case(AdaptFormerConfig(bottleneck=5, dropout=0.0), 4 * (45 + 48)),
     "adaptformer with a norm": Case(AdaptFormerConfig(bottleneck=2, dropout=0.0, layer_norm=True), 4 * (18 + 24 + 16)),
+    # qkv, proj, fc1 and fc2 of 4 blocks
+    "bias": Case(BiasConfig(), 4 * 4, build=with_biases(tiny_vit)),
+    "bias of named layers": Case(BiasConfig(target_modules=["fc1", "qkv"]), 4 * 2, build=with_biases(tiny_vit)),
+    "bias of convolutions": Case(
+        BiasConfig(target_modules=["stem", "point", "norm"]),
+        3,
+        build=with_biases(tiny_cnn),
+        inputs=image,
+        targets=["conv1", "conv2"],
+    ),
     # 4, 4, 4 and 6 channels of 3x3
     "clr": Case(CLRConfig(), 18 * 9, **CNN),
     "clr with factors after 1x1": Case(CLRConfig(pointwise_kernel_size=1), 12 * 9 + 6, **CNN),
@@ -102,7 +127,8 @@ CASES: dict[str, Case] = {
     "piggyback beside the targets": Case(PiggybackConfig(target_modules=["qkv", "fc1"]), 4 * (8 * 24 + 8 * 16)),
     "piggyback on convolutions": Case(PiggybackConfig(target_modules="all-conv"), 108 + 144 + 144 + 24, **CNN),
 }
-ON_OUTPUTS = [name for name in CASES if not name.startswith("piggyback")]
+ON_BIASES = [name for name in CASES if name.startswith("bias")]
+ON_OUTPUTS = [name for name in CASES if not name.startswith(("piggyback", "bias"))]
 ON_WEIGHTS = [name for name in CASES if name.startswith("piggyback")]
 
 
@@ -158,6 +184,8 @@ def expected_model(name: str, model: PeftModel) -> nn.Module:
             identity[:, 0, size // 2, size // 2] = 1
             follower.weight.data = identity + own["offset"]
             setattr(parent, place.rpartition(".")[2], nn.Sequential(module, follower))
+        elif isinstance(case.partner, BiasConfig):
+            module.bias.data = module.bias.data * (1 + own["offset"])
         else:
             module.weight.data = module.weight.data * (own["scores"] > 0.005)
     return plain.eval()
@@ -333,7 +361,7 @@ class TestEveryPartner:
             for values in layer.recast_coefficients.values():
                 values.data.zero_()
         model.save_pretrained(tmp_path)
-        other = seeded(TinyVit if case.build is tiny_vit else TinyCnn, seed=3)
+        other = seeded(TinyVit if case.inputs is vit_input else TinyCnn, seed=3)
         with pytest.raises(RecastBaseMismatchError):
             PeftModel.from_pretrained(other, tmp_path)
 
@@ -385,6 +413,128 @@ class TestMergingMasks:
         plain = model.merge_and_unload()
         assert list(plain.state_dict()) == list(CASES[name].build().state_dict())
         torch.testing.assert_close(outputs(plain, CASES[name].inputs()), live, rtol=1e-5, atol=1e-6)
+
+
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p for n, p in model.named_parameters() if n.endswith("bias") and not is_partners(n)}
+
+
+@pytest.mark.parametrize("name", ON_BIASES)
+class TestMergingBiases:
+    def test_gives_the_live_output_and_goes_back_to_the_same_tensors(self, name):
+        model = learned(name)
+        inputs = CASES[name].inputs()
+        before = {n: (p.data_ptr(), p.detach().clone()) for n, p in biases(model).items()}
+        live = outputs(model, inputs)
+        for _ in range(3):
+            model.merge_adapter(safe_merge=True)
+            torch.testing.assert_close(outputs(model, inputs), live, rtol=1e-5, atol=1e-6)
+            moved = [n for n, p in biases(model).items() if not torch.equal(p, before[n][1])]
+            assert len(moved) == CASES[name].numbers
+            model.merge_adapter()  # what is merged is not merged twice
+            torch.testing.assert_close(outputs(model, inputs), live, rtol=1e-5, atol=1e-6)
+            model.unmerge_adapter()
+            assert all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in biases(model).items())
+            assert torch.equal(outputs(model, inputs), live)
+
+    def test_into_a_plain_model_keeps_the_output(self, name):
+        model = learned(name)
+        live = outputs(model, CASES[name].inputs())
+        plain = model.merge_and_unload()
+        assert list(plain.state_dict()) == list(CASES[name].build().state_dict())
+        torch.testing.assert_close(outputs(plain, CASES[name].inputs()), live, rtol=1e-5, atol=1e-6)
+
+    def test_unloading_a_merged_model_gives_the_pretrained_one(self, name):
+        model = learned(name)
+        model.merge_adapter()
+        plain = model.unload()
+        assert torch.equal(outputs(plain, CASES[name].inputs()), outputs(CASES[name].build(), CASES[name].inputs()))
+
+    def test_of_two_tasks_adds_what_both_change(self, name):
+        model = learned(name, "first")
+        model.add_adapter("second", CASES[name].config)
+        learn(model, "second", seed=2)
+        parts = [partner_tensors(model, task) for task in ("first", "second")]
+        pretrained = {n: p.detach().clone() for n, p in biases(model).items()}
+        model.merge_adapter(["first"])
+        model.merge_adapter(["second"])
+        for key in parts[0]:
+            place = key.partition(":")[0]
+            (own,) = [n for n in pretrained if f"{place}.b" in n]
+            expected = pretrained[own] * (1 + parts[0][key] + parts[1][key])
+            torch.testing.assert_close(biases(model)[own].detach(), expected)
+
+    def test_is_undone_where_tasks_are_switched_off(self, name):
+        model = learned(name)
+        inputs = CASES[name].inputs()
+        live = outputs(model, inputs)
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, inputs), outputs(CASES[name].build(), inputs))
+        assert torch.equal(outputs(model, inputs), live)
+
+    def test_that_fails_leaves_no_bias_merged(self, name):
+        model = learned(name)
+        before = {n: p.detach().clone() for n, p in biases(model).items()}
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["default"].data.fill_(float("nan"))
+        with pytest.raises(ValueError, match="NaN"):
+            model.merge_adapter(safe_merge=True)
+        assert all(torch.equal(p, before[n]) for n, p in biases(model).items())
+
+    def test_moves_with_the_model(self, name):
+        model = learned(name)
+        model.merge_adapter()
+        model.to(torch.float64)
+        inputs = CASES[name].inputs().double()
+        model.unmerge_adapter()
+        expected = learned(name).to(torch.float64)
+        torch.testing.assert_close(outputs(model, inputs), outputs(expected, inputs))
+
+
+class TestBiases:
+    def test_of_norms_over_channels_are_told_from_those_over_features(self):
+        plain = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
+        for parameter in plain.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        config = RecastConfig(target_modules=["3"], partners=[BiasConfig(target_modules=["0", "1", "2"])])
+        model = get_recast_model(copy.deepcopy(plain), config).eval()
+        learn(model)
+        for place, own in partner_tensors(model).items():
+            plain[int(place[0])].bias.data *= 1 + own
+        plain[3].weight.data = layers_of(model)["3"].weight.detach()
+        x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(outputs(model, x), outputs(plain.eval(), x))
+
+    def test_of_layer_norms_lie_along_the_last_dimension(self):
+        plain = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)))
+        nn.init.uniform_(plain[1].bias, 0.5, 1.5)
+        config = RecastConfig(target_modules=["0"], partners=[BiasConfig(target_modules=["1"])])
+        model = get_recast_model(copy.deepcopy(plain), config).eval()
+        with torch.no_grad():
+            dict(model.named_parameters())["base_model.model.recast_partners.1.bias.modules_to_save.default.offset"].fill_(0.5)
+        plain[1].bias.data *= 1.5
+        x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(3))  # as many tokens as features
+        torch.testing.assert_close(outputs(model, x), outputs(plain.eval(), x))
+
+    def test_stand_by_themselves_neither_at_the_head_nor_at_the_patches(self):
+        backbone = timm.create_model("test_vit", num_classes=5)
+        places = plan_recast(backbone, RecastConfig(num_classes=3, partners=["bias"])).partners["bias"]
+        names = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        assert places == {f"blocks.{block}.{name}": 1 for block in range(len(backbone.blocks)) for name in names}
+
+    @pytest.mark.parametrize(
+        ("build", "message"),
+        [
+            (lambda: nn.Linear(4, 4, bias=False), "Linear has no bias"),
+            (lambda: nn.Bilinear(4, 4, 4), "not known where the bias of Bilinear lies"),
+        ],
+    )
+    def test_that_are_none_are_refused(self, build, message):
+        plain = nn.ModuleDict({"target": nn.Linear(4, 4), "other": build()})
+        config = RecastConfig(target_modules=["target"], partners=[BiasConfig(target_modules=["other"])])
+        with pytest.raises(RecastTargetError, match=message):
+            get_recast_model(plain, config)
 
 
 @pytest.mark.parametrize("name", ON_OUTPUTS)

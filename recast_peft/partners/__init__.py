@@ -12,11 +12,13 @@ from typing import Any
 from ..errors import RecastConfigError
 from .adaptformer import AdaptFormerConfig
 from .base import PartnerConfig
+from .bias import BiasConfig
 from .clr import CLRConfig
 from .piggyback import PiggybackConfig
 
 PARTNERS: dict[str, type[PartnerConfig]] = {
     "adaptformer": AdaptFormerConfig,
+    "bias": BiasConfig,
     "clr": CLRConfig,
     "piggyback": PiggybackConfig,
 }
@@ -64,4 +66,4 @@ def _resolve(partner: Any) -> PartnerConfig:
     return PARTNERS[name](**{key: value for key, value in options.items() if key != "method"})
 
 
-__all__ = ["PARTNERS", "AdaptFormerConfig", "CLRConfig", "PartnerConfig", "PiggybackConfig", "resolve_partners"]
+__all__ = ["PARTNERS", "AdaptFormerConfig", "BiasConfig", "CLRConfig", "PartnerConfig", "PiggybackConfig", "resolve_partners"]

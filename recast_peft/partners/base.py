@@ -31,7 +31,9 @@ class PartnerConfig:
 
     Class attributes:
         acts_on: ``"output"``: the task's module is called with the input and the output of the place and returns what goes
-            on; ``"weight"``: it is called with the weight that the place computes with and returns the one to use.
+            on; ``"weight"``: it is called with the weight that the place computes with and returns the one to use;
+            ``"bias"``: it is called with the output and the bias of the place and returns the output with the bias to use,
+            whose difference to the place's own its ``change(bias)`` gives, so that it can be merged.
     """
 
     acts_on: ClassVar[str] = "output"
