@@ -63,7 +63,19 @@ def compose_weight(
     if dtype is None:
         dtype = templates[0].dtype if anchor is None else anchor.dtype
     distinct, places = _distinct(templates if anchor is None else [anchor, *templates])
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (coefficients, *distinct)):
+        # the plain sum: torch.compile of torch 2.14 drops the context of a function that nothing is recorded for
+        return _composed(coefficients, dtype, anchor is not None, [distinct[place] for place in places])
     return _Compose.apply(coefficients, dtype, anchor is not None, places, *distinct)
+
+
+def _composed(coefficients: Tensor, dtype: torch.dtype, anchored: bool, tensors: Sequence[Tensor]) -> Tensor:
+    """The weight in ``dtype``; of the tensors the first is the anchor if there is one, the others are templates."""
+    scale = coefficients.to(composition_dtype(coefficients.dtype, *(t.dtype for t in tensors)))
+    anchor, templates = (tensors[0], tensors[1:]) if anchored else (None, tensors)
+    if not templates:
+        return tensors[0].to(dtype, copy=True)
+    return _weighted_sum(anchor, templates, scale).to(dtype)
 
 
 def _distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -105,13 +117,7 @@ class _Compose(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(coefficients, *distinct)
         ctx.anchored, ctx.places = anchored, places
-        tensors = [distinct[place] for place in places]
-        work = composition_dtype(coefficients.dtype, *(t.dtype for t in tensors))
-        scale = coefficients.to(work)
-        anchor, templates = (tensors[0], tensors[1:]) if anchored else (None, tensors)
-        if not templates:
-            return tensors[0].to(dtype, copy=True)
-        return _weighted_sum(anchor, templates, scale).to(dtype)
+        return _composed(coefficients, dtype, anchored, [distinct[place] for place in places])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
