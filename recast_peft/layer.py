@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bank import TemplateBank, follow_device
 from .cached_weights import keeps_weight, kept_weight
+from .coefficient_gradients import EXACT, Estimate, estimate_of
 from .errors import RecastBankError
 from .functional import average_sets, compose_into, compose_weight, mix_by_sample
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
@@ -92,7 +93,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("recast_coefficients", "recast_masks")
-    other_param_names = ("recast_bank", "recast_partners")
+    other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients")
 
     recast_pretrained: Tensor | None
 
@@ -108,6 +109,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.recast_coefficients = nn.ParameterDict()  # task -> (sets, templates)
         self.recast_masks = nn.ModuleDict()  # task -> what changes its composed weight; see partners/piggyback.py
         self.recast_bank: dict[str, TemplateBank] = {}  # task -> bank; a plain dict: the bank belongs to the group
+        self.coefficient_gradients: dict[str, str | float] = {}  # task -> how gradients of its coefficients are formed
+        self._estimated_calls = 0
         self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
         self.compressed_bank: tuple[TemplateBank, ...] = ()  # empty, or the one bank that stands for the weight
         self.register_buffer("recast_pretrained", None, persistent=False)  # the pretrained weight while merged
@@ -343,6 +346,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         seed: int = 0,
         inference_mode: bool = False,
         train_coefficients: bool = True,
+        coefficient_gradient: str | float = EXACT,
     ) -> None:
         """Give a task its coefficients ``(sets, templates)`` in this layer: zeros, or random for ``init_weights=False``."""
         if not train_coefficients:
@@ -355,6 +359,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             values = torch.empty(shape).uniform_(*INIT_RANGE, generator=generator)
             values *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
         self.recast_bank[adapter_name] = bank
+        self.coefficient_gradients[adapter_name] = coefficient_gradient
         self.recast_coefficients[adapter_name] = nn.Parameter(values.to(self.weight_device))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -550,8 +555,17 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         if direct is not None and not any(name in self.recast_masks for name in adapters):
             terms = self._terms(self._with_coefficients(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
-                return call_recomposed(self.base_layer, direct, args[0], *terms)
+                return call_recomposed(self.base_layer, direct, args[0], *terms, self._estimate(adapters))
         return self._call_with(self._weight_for(adapters), args, kwargs)
+
+    def _estimate(self, adapters: Sequence[str]) -> Estimate | None:
+        """How the coefficients' gradient of this call is formed: exactly, unless all active tasks ask for the same estimate."""
+        asked = {self.coefficient_gradients.get(name, EXACT) for name in self._with_coefficients(adapters)}
+        if len(asked) != 1 or asked == {EXACT}:
+            return None
+        self._estimated_calls += 1
+        offset = zlib.crc32(self.module_name.encode()) / 2**32
+        return estimate_of(asked.pop(), offset, self._estimated_calls)
 
     def _direct_call(self, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
         """The plain function that stands for a call of the wrapped module, if there is one."""

@@ -182,6 +182,7 @@ class RecastModel(BaseTuner):
                 seed=peft_config.seed,
                 inference_mode=peft_config.inference_mode,
                 train_coefficients=peft_config.train_coefficients,
+                coefficient_gradient=peft_config.coefficient_gradient,
             )
             setattr(prepared.parent, prepared.child_name, layer)
 

@@ -7,6 +7,7 @@ weight's size, or as many of the input's, live for a moment in the backward pass
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .coefficient_gradients import FEWEST_ROWS, Estimate, draw_rows, with_known_sum
 from .functional import compose_weight, composition_dtype, template_inner_products
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -100,6 +102,7 @@ def call_recomposed(
     anchor: Tensor | None,
     templates: Sequence[Tensor],
     coefficients: Tensor,
+    estimate: Estimate | None = None,
 ) -> Tensor:
     """What a module computes with the weight ``anchor + sum_i coefficients[i] * templates[i]``.
 
@@ -110,6 +113,7 @@ def call_recomposed(
         anchor: shaped like the weight, or None for zero.
         templates: n tensors shaped like the weight.
         coefficients: ``(n,)``.
+        estimate: how the gradient of the coefficients is estimated where that saves a product; None forms the exact one.
 
     Returns:
         the module's output, differentiable in the input, the coefficients and the module's bias.
@@ -122,7 +126,8 @@ def call_recomposed(
     weights = [weight.detach() for weight in templates if weight is not anchor]
     # which of the templates is the anchor itself: nothing is kept twice
     places = tuple(place for place, template in enumerate(templates) if template is anchor)
-    return _Recomposed.apply(module, call, places, x, bias, coefficients, None if anchor is None else anchor.detach(), *weights)
+    anchor = None if anchor is None else anchor.detach()
+    return _Recomposed.apply(module, call, places, estimate, x, bias, coefficients, anchor, *weights)
 
 
 class _Recomposed(torch.autograd.Function):
@@ -134,14 +139,15 @@ class _Recomposed(torch.autograd.Function):
         module: nn.Module,
         call: Callable[[nn.Module, Tensor, Tensor], Tensor],
         places: tuple[int, ...],
+        estimate: Estimate | None,
         x: Tensor,
         bias: Tensor | None,
         coefficients: Tensor,
         anchor: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.module, ctx.places, ctx.x_shape = module, places, x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[5] else None, coefficients, anchor, *weights)
+        ctx.module, ctx.places, ctx.estimate, ctx.x_shape = module, places, estimate, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, coefficients, anchor, *weights)
         weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
         if not torch.is_autocast_enabled(x.device.type):
             weight.requires_grad_()  # torch chooses among matrix products by this mark; autocast would keep a copy for it
@@ -151,12 +157,14 @@ class _Recomposed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, coefficients, anchor, *weights = ctx.saved_tensors
         templates = _templates(anchor, weights, ctx.places)
-        needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[3:6]
+        needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[4:7]
         grad_bias = None
         if needs_bias:
             channel = 1 if _GRADIENTS[type(ctx.module).forward] is _ConvGradients else grad.ndim - 1
             grad_bias = grad.sum([d for d in range(grad.ndim) if d != channel]).to(ctx.module.bias.dtype)
         layer = _Layer(ctx.module, templates, coefficients, anchor, ctx.places)
+        if not torch.is_grad_enabled():  # an estimate is not differentiated again
+            layer.estimate = ctx.estimate
         rows = _rows_with_gradient(ctx.module, grad)
         if rows is None:
             grad_x, grad_coefficients = layer.gradients(grad, x, ctx.x_shape, needs_x, needs_coefficients)
@@ -170,7 +178,7 @@ class _Recomposed(torch.autograd.Function):
                 grad_x = grad_x.view(ctx.x_shape)
         if grad_coefficients is not None:
             grad_coefficients = grad_coefficients.to(coefficients.dtype)
-        return None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
+        return None, None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
 
 
 @dataclass
@@ -182,13 +190,17 @@ class _Layer:
     coefficients: Tensor
     anchor: Tensor | None
     places: tuple[int, ...]  # of the anchor among the templates
+    estimate: Estimate | None = None
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, x_shape: torch.Size, needs_x: bool, needs_coefficients: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the input and of the coefficients, where they are needed."""
-        if needs_x and needs_coefficients and x is not None and self._product_by_template(grad, x):
-            return self._by_template(grad, x)
+        if needs_x and needs_coefficients and x is not None:
+            if self._can_estimate(grad, x):
+                return self._estimated(grad, x)
+            if self._product_by_template(grad, x):
+                return self._by_template(grad, x)
         rules = _GRADIENTS[type(self.module).forward]
         grad_x = grad_coefficients = None
         if needs_x:
@@ -199,6 +211,50 @@ class _Layer:
             grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
             grad_coefficients = template_inner_products(grad_weight, self.templates)
         return grad_x, grad_coefficients
+
+    def _can_estimate(self, grad: Tensor, x: Tensor) -> bool:
+        """Whether the estimate that is asked for saves anything: one template needs no product of its own."""
+        if self.estimate is None or (len(self.templates) == 1 and (self.anchor is None or bool(self.places))):
+            return False
+        if self.estimate.share is None:
+            return grad.dtype == x.dtype == torch.float32
+        return len(_rows(self.module, x)) >= FEWEST_ROWS
+
+    def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
+        rules = _GRADIENTS[type(self.module).forward]
+        weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
+        grad_x = rules.of_input(self.module, grad, weight, x.shape)
+        del weight
+        total = template_inner_products(grad_x, [x])[0]
+        terms, factors = list(self.templates), self._factors()
+        if self.anchor is not None and not self.places:
+            terms, factors = [*terms, self.anchor], torch.cat([factors, torch.ones_like(factors[:1])])
+        if self.estimate is not None and self.estimate.share is not None:
+            grad, x = self._drawn(grad, x, self.estimate)
+        else:
+            grad, x = grad.bfloat16(), x.bfloat16()
+        grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
+        found = with_known_sum(template_inner_products(grad_weight, terms), factors, total)
+        return grad_x, found[: len(self.templates)]
+
+    def _drawn(self, grad: Tensor, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
+        """The rows that stand for all of them; the gradient's are weighted."""
+        assert estimate.share is not None
+        grad, x = _rows(self.module, grad), _rows(self.module, x)
+        importance = _norms(grad) * _norms(x)
+        rows, weights = draw_rows(importance, math.ceil(estimate.share * len(x)), estimate.start)
+        drawn = grad[rows]
+        return drawn * weights.to(drawn.dtype).view(-1, *[1] * (drawn.ndim - 1)), x[rows]
+
+    def _factors(self) -> Tensor:
+        """What every template is multiplied by in the composed weight, ``(n,)``."""
+        scale = self.coefficients.to(composition_dtype(self.coefficients.dtype, *(t.dtype for t in self.templates)))
+        if not self.places:
+            return scale
+        own = torch.zeros_like(scale)
+        own[list(self.places)] = 1
+        return scale + own
 
     def _product_by_template(self, grad: Tensor, x: Tensor) -> bool:
         """Whether the weight is a sum of so few templates that a product with each gives both gradients at less cost.
@@ -218,11 +274,7 @@ class _Layer:
 
     def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rules = _GRADIENTS[type(self.module).forward]
-        scale = self.coefficients.to(composition_dtype(self.coefficients.dtype, *(t.dtype for t in self.templates)))
-        if self.places:
-            own = torch.zeros_like(scale)
-            own[list(self.places)] = 1
-            scale = scale + own
+        scale = self._factors()
         total, inner = None, []
         for i, template in enumerate(self.templates):
             part = rules.of_input(self.module, grad, template.to(grad.dtype), x.shape)
@@ -231,6 +283,15 @@ class _Layer:
             del part
         assert total is not None
         return total, torch.cat(inner)
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Samples of a convolution, rows ``(rows, features)`` of a linear layer."""
+    return x if isinstance(module, nn.modules.conv._ConvNd) else x.reshape(-1, x.shape[-1])
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=composition_dtype(rows.dtype))
 
 
 def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:

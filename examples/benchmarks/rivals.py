@@ -27,6 +27,12 @@ CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "IA3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=[t for t in targets if t == "fc2"]),
     "LN tuning": lambda targets: LNTuningConfig(target_modules=r".*\.norm[12]|norm"),
 }
+ESTIMATED: dict[str, Callable[[list[str]], Any]] = {
+    "RECAST, bfloat16 gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="bfloat16"),
+    "RECAST, 1/4 of the tokens": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient=0.25),
+}
+"""RECAST with gradients of its coefficients that cost less; it differs from "RECAST" in training alone."""
+
 FULL = "full fine-tuning"
 
 
@@ -47,7 +53,7 @@ def images(model: nn.Module, batch: int, device: str = "cpu") -> torch.Tensor:
 
 def adapted(method: str, targets: list[str], name: str = MODEL) -> nn.Module:
     """A fresh model with a method on it."""
-    return backbone(name) if method == FULL else get_peft_model(backbone(name), CONFIGS[method](targets))
+    return backbone(name) if method == FULL else get_peft_model(backbone(name), {**CONFIGS, **ESTIMATED}[method](targets))
 
 
 def randomise(model: nn.Module, adapter: str | None = None) -> None:
