@@ -23,6 +23,7 @@ class Row:
         gains: by task, points above the probe on the same images, one for each seed.
         refitted: accuracies with a classifier that is fitted in closed form to the trained model's features.
         refitted_gains: points above the probe with such a classifier.
+        head: learning rate and weight decay of the classifier, where they are known.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Row:
     gains: dict[str, list[float]]
     refitted: dict[str, list[float]]
     refitted_gains: dict[str, list[float]]
+    head: tuple[float, float] | None = None
 
     @property
     def gain(self) -> float:
@@ -74,7 +76,8 @@ def row_of(study: Study, family: str, method: Method, probe: Method, tasks: Sequ
         family=family,
         name=method.name,
         numbers=found[tasks[0]][0].numbers,
-        lrs=method.lrs or {"head": method.head_lr or study.schedule.head_lr},
+        lrs=method.lrs,
+        head=(method.head_lr or study.schedule.head_lr, method.head_decay),
         accuracies={task: [run.accuracy for run in runs] for task, runs in found.items()},
         gains=points("accuracy"),
         refitted={task: [run.refitted for run in runs] for task, runs in found.items()},
@@ -88,18 +91,21 @@ def table(rows: Sequence[Row], reference: str) -> str:
     Args:
         rows: the probe first.
         reference: the name of the row whose gain is 100 percent.
+
+    Under "classifier" stand its learning rate and weight decay.
     """
     whole = next((row for row in rows if row.name == reference), None)
     lines = [
-        f"| method | numbers | learning rate | accuracy | gain | share of {reference} "
+        f"| method | numbers | learning rate | classifier | accuracy | gain | share of {reference} "
         "| refitted: accuracy | gain | share | seeds |",
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
     for row in rows:
-        rate = " + ".join(f"{lr:g}" for lr in row.lrs.values())
+        rate = " + ".join(f"{lr:g}" for lr in row.lrs.values()) or "-"
+        head = ", ".join(f"{value:g}" for value in row.head or ()) or "-"
         trained = _cells(row.accuracies, row.gains, whole and whole.gain)
         refitted = _cells(row.refitted, row.refitted_gains, whole and whole.refitted_gain)
-        cells = [row.name, f"{row.numbers:,}", rate, *trained, *refitted, str(len(by_seed(row.gains)))]
+        cells = [row.name, f"{row.numbers:,}", rate, head, *trained, *refitted, str(len(by_seed(row.gains)))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -107,7 +113,7 @@ def table(rows: Sequence[Row], reference: str) -> str:
 def _cells(accuracies: dict[str, list[float]], gains: dict[str, list[float]], whole: float | None) -> list[str]:
     """Mean accuracy in percent, the gain with its spread over seeds, and its share of the reference's."""
     gain = statistics.fmean(by_seed(gains))
-    share = f"{100 * gain / whole:.0f} %" if whole and whole > 0 and any(by_seed(gains)) else "-"
+    share = f"{100 * gain / whole:.0f} %" if whole and whole > 0.05 and any(by_seed(gains)) else "-"
     around = f" ± {spread(gains):.2f}" if len(by_seed(gains)) > 1 else ""
     return [f"{100 * statistics.fmean(by_seed(accuracies)):.1f}", f"{gain:+.2f}{around}", share]
 

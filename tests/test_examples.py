@@ -153,6 +153,30 @@ class TestStudy:
         assert found.lrs[""] == pytest.approx(best, rel=0.02)
         assert len(tried) <= 6
 
+    def test_the_search_takes_the_best_classifier_and_the_best_rate_beside_it(self, tmp_path, monkeypatch):
+        study = Study(tmp_path / "runs.jsonl")
+        asked = set()
+
+        def run(self, method, task, seed, split="test"):
+            asked.add((task, seed, split))
+            best = 1.0 if method.head_decay == 10 else 0.1  # with less decay a smaller rate is best
+            loss = abs(math.log10(method.lrs[""] / best)) / 10
+            return Run(1 - loss - (method.head_lr != 0.003) / 2 - (method.head_decay != 10) / 2, 0.0, 1, 0.0)
+
+        monkeypatch.setattr(Study, "run", run)
+        heads = [(lr, decay) for lr in (0.003, 0.01) for decay in (0.01, 10.0, 30.0)]
+        found = study.tune(peft_method("a", LoraConfig, {}, 0.1), ["arrows"], 11, "test", heads)
+        assert (found.head_lr, found.head_decay) == (0.003, 10)
+        assert found.lrs[""] == pytest.approx(1.0, rel=0.02)
+        assert asked == {("arrows", 11, "test")}
+
+    def test_the_classifier_is_trained_as_its_method_says(self):
+        task = glyphs.load_task("damage", train_per_class=2, test_per_class=2)
+        method = replace(recast_method("RECAST", {"target_modules": ["fc1"]}, 0.05), head_lr=0.02, head_decay=7.0)
+        head, coefficients = parameter_groups(method.build(load_backbone(), task, 0), method, 0.1)
+        assert (head["lr"], head["weight_decay"]) == (0.02, 7.0)
+        assert (coefficients["lr"], coefficients["weight_decay"]) == (0.05, 0.0)
+
     def test_what_is_trained_needs_a_rate(self):
         task = glyphs.load_task("damage", train_per_class=2, test_per_class=2)
         method = replace(peft_method("LoRA", LoraConfig, {"target_modules": ["qkv"]}, 0.1), lrs={"recast_": 0.1})
@@ -172,7 +196,7 @@ class TestStudy:
     def test_gain_spread_and_share_are_those_worked_out_by_hand(self):
         def row(name, numbers, gains, refitted):
             accuracies = {task: [0.5 + g / 100 for g in each] for task, each in gains.items()}
-            return Row(name, name, numbers, {"": 0.1}, accuracies, gains, accuracies, refitted)
+            return Row(name, name, numbers, {"": 0.1}, accuracies, gains, accuracies, refitted, (0.01, 10.0))
 
         rows = [
             row("linear probe", 0, {"a": [0.0, 0.0], "b": [0.0, 0.0]}, {"a": [0.0, 0.0], "b": [0.0, 0.0]}),
@@ -182,9 +206,33 @@ class TestStudy:
             row("large", 9000, {"a": [4.0, 4.0], "b": [2.0, 6.0]}, {"a": [4.0, 4.0], "b": [2.0, 2.0]}),
         ]
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows, "large").splitlines()[2:]]
-        assert cells[0] == ["linear probe", "0", "0.1", "50.0", "+0.00 ± 0.00", "-", "50.0", "+0.00 ± 0.00", "-", "2"]
-        assert cells[1] == ["small", "48", "0.1", "53.0", "+3.00 ± 2.12", "75 %", "53.0", "+1.50 ± 0.00", "50 %", "2"]
-        assert cells[2][:6] == ["large", "9,000", "0.1", "54.0", "+4.00 ± 1.41", "100 %"]
+        assert cells[0] == [
+            "linear probe",
+            "0",
+            "0.1",
+            "0.01, 10",
+            "50.0",
+            "+0.00 ± 0.00",
+            "-",
+            "50.0",
+            "+0.00 ± 0.00",
+            "-",
+            "2",
+        ]
+        assert cells[1] == [
+            "small",
+            "48",
+            "0.1",
+            "0.01, 10",
+            "53.0",
+            "+3.00 ± 2.12",
+            "75 %",
+            "53.0",
+            "+1.50 ± 0.00",
+            "50 %",
+            "2",
+        ]
+        assert cells[2][:7] == ["large", "9,000", "0.1", "0.01, 10", "54.0", "+4.00 ± 1.41", "100 %"]
         assert precision(rows) == pytest.approx(((4.5 / 2 + 2 / 2) / 2) ** 0.5)
         assert precision(rows[:1]) is None
 
@@ -208,6 +256,8 @@ class TestAccuracy:
         expected += [
             (32, accuracy.recast_all_four(1)),
             (64, accuracy.recast_all_four(2)),
+            # 8 or 16 weights and the 32 biases of the blocks; 64 weights and they
+            *zip((40, 48, 96), accuracy.ROWS["RECAST with biases"], strict=True),
         ]  # not the patch embedding's projection
         for numbers, method in expected:
             groups = parameter_groups(method.build(load_backbone(), task, 0), method, 0.1)
@@ -224,13 +274,13 @@ class TestAccuracy:
         ]  # fmt: skip
         assert rows[0].gain == 0
         assert len({row.accuracies["arrows"][0] for row in rows}) > 2
-        assert "TinyLoRA, 48, arrows, seed 0, validation" in capsys.readouterr().out
+        assert "TinyLoRA, 48, arrows, seed 11, test" in capsys.readouterr().out
         assert [row["gains"] for row in json.loads((tmp_path / "results.json").read_text())] == [row.gains for row in rows]
         assert (tmp_path / "picture.png").stat().st_size > 1000
 
         assert accuracy.main([*arguments, "--table"]) == rows
         shown = capsys.readouterr().out
-        assert "validation" not in shown
+        assert "seed 11" not in shown
         assert shown == (tmp_path / "table.md").read_text()
 
     def test_a_task_of_two_parts_beside_each_alone(self, tmp_path, runs, capsys):
@@ -293,6 +343,14 @@ class TestBenchmarks:
                 calls[name]()
                 composed[name] = len(made)
         assert composed == {"RECAST, live": 6, "RECAST, cached": 0, "RECAST, merged": 0}
+
+    def test_estimated_gradients_are_nearer_the_more_they_read(self, tmp_path):
+        import gradient_noise
+
+        for rows in gradient_noise.main(["--quick", "--output", str(tmp_path)]).values():
+            error = {row["gradient"]: row["error"] for row in rows}
+            assert 0 < error["bfloat16"] < 0.05
+            assert 0 < error["1/2 of the tokens"] < error["1/4 of the tokens"] < error["1/8 of the tokens"]
 
     def test_swaps_compile_once(self, tmp_path):
         import swaps

@@ -2,11 +2,14 @@
 
     python examples/benchmarks/mixing.py --output mixing_output
 
-The learning rates are those that the search of ``accuracy.py`` finds for each part alone; a task of two parts uses both. With
+The learning rates are those that the search of ``accuracy.py`` finds for each part alone; a task of two parts uses both, and
+trains its classifier as LoRA alone does. With
 ``--runs accuracy_output/runs.jsonl`` runs that ``accuracy.py`` has made are not made again.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from accuracy import PROBE, collect, lora, make_study, parser, recast_all_four, show, tuned
 from study import Method, recast_method
@@ -18,7 +21,8 @@ def both(coefficients: Method, matrices: Method) -> Method:
     fields = {key: value for key, value in coefficients.settings.items() if key != "config"}
     lora_fields = {key: value for key, value in matrices.settings.items() if key != "config"}
     name = f"RECAST + {matrices.name}"
-    return recast_method(name, fields, coefficients.lrs["recast_"], lora_fields, matrices.lrs[""])
+    made = recast_method(name, fields, coefficients.lrs["recast_"], lora_fields, matrices.lrs[""])
+    return replace(made, head_lr=matrices.head_lr, head_decay=matrices.head_decay)
 
 
 def added(rows: list[Row]) -> str:
