@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,8 @@ def recast(name: str, **fields: object) -> Method:
 ATTENTION = recast("attention, groups of 2", target_modules="all-attention")
 MLP_PAIRS = recast("MLP, groups of 2", target_modules=MLP)
 OWN = recast("all four, own weight", target_modules=ALL_FOUR, group_size=1)
+BIASES = recast("MLP, own weight, and biases", target_modules=MLP, group_size=1, partners=[{"method": "bias"}])
+DECAYED: dict[str, Any] = {"head_lr": 0.003, "head_decay": 10.0}
 APART = pieces("q, k, v apart, proj, fc1, fc2", qkv=(rows_of, 3), proj=(rows_of, 1), fc1=(rows_of, 1), fc2=(rows_of, 1))
 
 VARIANTS: dict[str, list[Method]] = {
@@ -226,6 +229,16 @@ VARIANTS: dict[str, list[Method]] = {
         pieces("fc1 in 4 blocks, fc2, qkv", fc1=(rows_of, 4), fc2=(rows_of, 1), qkv=(rows_of, 1)),
         pieces("MLP, 3 singular components", fc1=(singular, 3), fc2=(singular, 3)),
         pieces("MLP, 3 random of rank 8", fc1=(random_low_rank, 3), fc2=(random_low_rank, 3)),
+    ],
+    "biases": [
+        recast("biases alone", target_modules=MLP, group_size=1, partners=[{"method": "bias"}], train_coefficients=False),
+        BIASES,
+        replace(BIASES, name="the same, learning rate 0.15", lrs={"recast_": 3 * COEFFICIENT_LR}),
+    ],
+    "decayed classifier": [
+        replace(MLP_PAIRS, name="MLP, groups of 2, decayed classifier", **DECAYED),
+        replace(BIASES, name="MLP and biases, decayed classifier", **DECAYED),
+        replace(lora(8), name="LoRA r=8, decayed classifier", **DECAYED),
     ],
     "second order": [second_order(ATTENTION), second_order(MLP_PAIRS)],
     "LoRA": [lora(8)],

@@ -14,7 +14,12 @@ from recast_peft import RecastConfig
 
 REFERENCE = "LoRA r=8"
 MODEL = "vit_small_patch16_224"
-TARGET_SETS = {"qkv": ["qkv"], "mlp": ["fc1", "fc2"], "all": ["qkv", "proj", "fc1", "fc2"]}
+TARGET_SETS = {
+    "qkv": ["qkv"],
+    "mlp": ["fc1", "fc2"],
+    "all": ["qkv", "proj", "fc1", "fc2"],
+    "conv": ["conv1", "conv2"],  # of a ResNet
+}
 
 CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "RECAST": lambda targets: RecastConfig(target_modules=targets),
