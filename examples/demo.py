@@ -33,6 +33,7 @@ from recast_peft import RecastConfig, TaskPool, mimicry_report, plan_recast
 from recast_peft.sequential import AccuracyMatrix, learn_in_sequence
 
 DEFAULT_TASKS = ("handwriting", "greek", "cyrillic", "hebrew", "operators", "arrows")
+HEAD_DECAY = 10.0  # of every classifier: with 60 images a class it overfits otherwise (docs/accuracy.md)
 TASK_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     options = parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1" if options.backbone is None else "0")
     started = time.perf_counter()
-    schedule = Schedule(epochs=options.epochs, seed=options.seed)
+    schedule = Schedule(epochs=options.epochs, seed=options.seed, head_decay=HEAD_DECAY)
     make_backbone, tasks = sources(options)
     options.output.mkdir(parents=True, exist_ok=True)
     text: list[str] = []

@@ -30,6 +30,7 @@ class Schedule:
         probe_epochs: for the linear probe.
         batch_size: images in a step.
         head_lr: learning rate of every classifier.
+        head_decay: weight decay of every classifier (AdamW's, which is multiplied by the learning rate).
         coefficient_lr: of RECAST's coefficients, in units of a template as large as the pretrained weight.
         lora_lr: of LoRA's matrices.
         seed: of the order of the images and of fresh weights.
@@ -39,6 +40,7 @@ class Schedule:
     probe_epochs: int = 60
     batch_size: int = 64
     head_lr: float = 1e-2
+    head_decay: float = 1e-2
     coefficient_lr: float = 0.05
     lora_lr: float = 3e-3
     seed: int = 0
@@ -126,7 +128,9 @@ def train_probe(backbone: nn.Module, task: Task, schedule: Schedule, progress: s
     for epochs in (schedule.epochs, schedule.probe_epochs):
         torch.manual_seed(schedule.seed)
         head = nn.Linear(train.shape[1], task.num_classes)
-        groups: list[dict[str, object]] = [{"params": list(head.parameters()), "lr": schedule.head_lr}]
+        groups: list[dict[str, object]] = [
+            {"params": list(head.parameters()), "lr": schedule.head_lr, "weight_decay": schedule.head_decay}
+        ]
         train_groups(head, groups, train, task.train_labels, schedule, epochs, progress)
         best = max(best, accuracy(head, test, task.test_labels))
     return best, 0
@@ -154,7 +158,10 @@ def make_lora(
     model = get_peft_model(backbone, config)
     lora = [p for n, p in model.named_parameters() if "lora_" in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    groups = [{"params": lora, "lr": schedule.lora_lr}, {"params": head, "lr": schedule.head_lr}]
+    groups = [
+        {"params": lora, "lr": schedule.lora_lr},
+        {"params": head, "lr": schedule.head_lr, "weight_decay": schedule.head_decay},
+    ]
     return model, groups, sum(p.numel() for p in lora)
 
 
@@ -173,7 +180,7 @@ def recast_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, object
     head = [p for n, p in model.named_parameters() if p.requires_grad and "recast_" not in n]
     return [
         {"params": coefficients, "lr": schedule.coefficient_lr, "weight_decay": 0.0},
-        {"params": head, "lr": schedule.head_lr},
+        {"params": head, "lr": schedule.head_lr, "weight_decay": schedule.head_decay},
     ]
 
 

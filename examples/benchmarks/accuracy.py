@@ -89,6 +89,10 @@ ROWS: dict[str, list[Method]] = {
         recast_method("RECAST, MLP, groups of 1", {"target_modules": ["fc1", "fc2"], "group_size": 1}, 0.05),
         recast_method("RECAST, MLP", {"target_modules": ["fc1", "fc2"]}, 0.05),
     ],
+    "RECAST, estimated gradients": [
+        recast_method("RECAST, 48, bfloat16 gradient", {"target_modules": TARGETS, "coefficient_gradient": "bfloat16"}, 0.05),
+        recast_method("RECAST, 48, 1/4 of the tokens", {"target_modules": TARGETS, "coefficient_gradient": 0.25}, 0.05),
+    ],
     "RECAST with biases": [
         recast_with_biases("fc1", target_modules=["fc1"], group_size=1),
         recast_with_biases("MLP, groups of 1", target_modules=["fc1", "fc2"], group_size=1),
