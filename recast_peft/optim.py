@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 from .errors import RecastConfigError
 from .lora_part import PartLayer
 from .partner_places import MASKS
+from .partners import BiasConfig
 from .targets import PARTNER_CONTAINER
 
 COEFFICIENT_LR = 0.05  # in units of a template as large as the pretrained weight; what the demo trains with
@@ -35,9 +36,9 @@ def create_recast_optimizer(
         model: with a RECAST task that is trained.
         optimizer_cls: of torch or made like one.
         lr: of everything else that is trained: classifier, norms, biases.
-        coefficient_lr: of the coefficients.
+        coefficient_lr: of the coefficients, those of biases (``BiasConfig``) among them.
         lora_lr: of the LoRA part; None is ``lr``.
-        partner_lr: of the task's partners; None is ``lr``.
+        partner_lr: of the task's partners; None is ``lr``, and for coefficients of biases ``coefficient_lr``.
         kwargs: for the optimiser (``weight_decay``, ``betas``, ...).
 
     Raises:
@@ -46,17 +47,18 @@ def create_recast_optimizer(
     lora = {
         key for module in model.modules() if isinstance(module, PartLayer) for key in map(id, module.own_parameters().values())
     }
-    parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "lora": [], "partners": [], "others": []}
+    parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts["lora" if id(parameter) in lora else _part_of(name)].append(parameter)
-    if not parts["coefficients"] and not parts["partners"]:
+    if not parts["coefficients"] and not parts["biases"] and not parts["partners"]:
         raise RecastConfigError(
             f"{type(model).__name__} trains no RECAST coefficients or partners ({sum(map(len, parts.values()))} trainable "
             "parameters): convert it with get_recast_model, and activate a task that is not in inference mode"
         )
     options: dict[str, dict[str, Any]] = {
         "coefficients": {"lr": coefficient_lr, "weight_decay": 0.0},
+        "biases": {"lr": coefficient_lr if partner_lr is None else partner_lr, "weight_decay": 0.0},
         "lora": {"lr": lr if lora_lr is None else lora_lr},
         "partners": {"lr": lr if partner_lr is None else partner_lr, "weight_decay": 0.0},
         "others": {"lr": lr},
@@ -70,4 +72,6 @@ def _part_of(name: str) -> str:
     words = name.split(".")
     if "recast_coefficients" in words:
         return "coefficients"
-    return "partners" if PARTNER_CONTAINER in words or MASKS in words else "others"
+    if PARTNER_CONTAINER in words:  # then place and method
+        return "biases" if words[words.index(PARTNER_CONTAINER) + 2] == BiasConfig().method else "partners"
+    return "partners" if MASKS in words else "others"

@@ -933,6 +933,17 @@ class TestTraining:
         assert {id(p) for p in groups[1]["params"]} == {id(p) for n, p in model.named_parameters() if is_partners(n)}
         assert create_recast_optimizer(model, lr=0.01).param_groups[1]["lr"] == 0.01
 
+    def test_coefficients_of_biases_are_trained_like_those_of_weights(self):
+        config = RecastConfig(target_modules=["qkv"], num_classes=3, partners=["bias", AdaptFormerConfig(bottleneck=2)])
+        model = get_recast_model(tiny_vit(), config)
+        names = {id(p): n for n, p in model.named_parameters()}
+        for partner_lr, expected in ((None, 0.07), (0.003, 0.003)):
+            optimizer = create_recast_optimizer(model, lr=0.01, coefficient_lr=0.07, partner_lr=partner_lr, weight_decay=0.1)
+            rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+            assert {rate for name, rate in rates.items() if name.endswith("offset")} == {(expected, 0)}
+            assert {rate for name, rate in rates.items() if "_projection" in name} == {(partner_lr or 0.01, 0)}
+            assert {rate for name, rate in rates.items() if "recast_coefficients" in name} == {(0.07, 0)}
+
     def test_gradient_checkpointing_gives_the_same_gradients(self):
         backbone = seeded(
             lambda: timm.models.vision_transformer.VisionTransformer(
