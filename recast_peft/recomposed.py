@@ -151,7 +151,9 @@ class _Recomposed(torch.autograd.Function):
         weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
         if not torch.is_autocast_enabled(x.device.type):
             weight.requires_grad_()  # torch chooses among matrix products by this mark; autocast would keep a copy for it
-        return call(module, weight, x)
+        y = call(module, weight, x)
+        # a product over several dimensions may come as a view of the one over two, which nobody could then change in place
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -71,6 +71,21 @@ def test_gradients_are_those_of_plain_autograd(case: str, anchor: str | None, nu
 
 
 @cases
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_changed_in_place(case: str, bias: bool) -> None:
+    module, x, *terms = build(case)
+    if not bias and getattr(module, "bias", None) is not None and not isinstance(module, Conv1D):
+        module.bias = None
+    y = recomposed(module, x, *terms)
+    assert not y._is_view()
+    y += 1
+    y.mul_(2).sum().backward()
+    plain = torch.autograd.grad((2 * (plain_call(module, x, *terms) + 1)).sum(), [x, terms[-1]])
+    for own, expected in zip((x.grad, terms[-1].grad), plain, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-11, atol=1e-11)
+
+
+@cases
 @pytest.mark.parametrize("num_templates", [1, 2])
 def test_gradients_hold_to_first_and_second_order(case: str, num_templates: int) -> None:
     module, x, anchor, templates, coefficients = build(case, num_templates=num_templates)
