@@ -2,7 +2,7 @@
 #   make demo         install, then the main job: learn tasks on the embedded backbone, compare, print, draw
 #   make test         install, then all tests
 #   make quality      linter and type checker
-#   make benchmarks   time, memory and files beside PEFT's methods, about ten minutes
+#   make benchmarks   time, memory and files beside PEFT's methods, about a quarter of an hour
 #   make conformance  PEFT's own tests of custom models, with RECAST as the method
 #   make style        format the code
 
