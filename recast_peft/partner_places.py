@@ -167,6 +167,11 @@ class TaskBiases(TaskPartners):
             self._bias.data, self.pretrained_bias = self.pretrained_bias, None
         self.merged_adapters = []
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Put a task in force; as PEFT does with layers, what is merged is unmerged first."""
+        self.unmerge()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the tasks on or off; what is merged comes out of the bias when they are switched off."""
         if not enabled:

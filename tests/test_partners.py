@@ -407,12 +407,14 @@ class TestMergingMasks:
         assert all(torch.equal(layer.get_base_layer().weight, weight) for layer, weight in zip(layers, kept, strict=True))
         assert torch.equal(outputs(model, inputs), live)
 
-    def test_into_a_plain_model_keeps_the_output(self, name):
-        model = learned(name)
-        live = outputs(model, CASES[name].inputs())
-        plain = model.merge_and_unload()
-        assert list(plain.state_dict()) == list(CASES[name].build().state_dict())
-        torch.testing.assert_close(outputs(plain, CASES[name].inputs()), live, rtol=1e-5, atol=1e-6)
+
+@pytest.mark.parametrize("name", ON_WEIGHTS + ON_BIASES)
+def test_merging_into_a_plain_model_keeps_the_output(name):
+    model = learned(name)
+    live = outputs(model, CASES[name].inputs())
+    plain = model.merge_and_unload()
+    assert list(plain.state_dict()) == list(CASES[name].build().state_dict())
+    torch.testing.assert_close(outputs(plain, CASES[name].inputs()), live, rtol=1e-5, atol=1e-6)
 
 
 def biases(model: nn.Module) -> dict[str, Tensor]:
@@ -437,13 +439,6 @@ class TestMergingBiases:
             assert all(p.data_ptr() == before[n][0] and torch.equal(p, before[n][1]) for n, p in biases(model).items())
             assert torch.equal(outputs(model, inputs), live)
 
-    def test_into_a_plain_model_keeps_the_output(self, name):
-        model = learned(name)
-        live = outputs(model, CASES[name].inputs())
-        plain = model.merge_and_unload()
-        assert list(plain.state_dict()) == list(CASES[name].build().state_dict())
-        torch.testing.assert_close(outputs(plain, CASES[name].inputs()), live, rtol=1e-5, atol=1e-6)
-
     def test_unloading_a_merged_model_gives_the_pretrained_one(self, name):
         model = learned(name)
         model.merge_adapter()
@@ -463,6 +458,28 @@ class TestMergingBiases:
             (own,) = [n for n in pretrained if f"{place}.b" in n]
             expected = pretrained[own] * (1 + parts[0][key] + parts[1][key])
             torch.testing.assert_close(biases(model)[own].detach(), expected)
+
+    def test_ends_where_another_task_is_put_in_force_or_added(self, name):
+        model = learned(name, "first")
+        model.add_adapter("second", CASES[name].config)
+        learn(model, "second", seed=2)
+        model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets)))
+        randomise(model, "bare", seed=4)
+        inputs, before, live = CASES[name].inputs(), {n: p.detach().clone() for n, p in biases(model).items()}, {}
+        for task in ("first", "second", "bare"):
+            model.set_adapter(task)
+            live[task] = outputs(model, inputs)
+        for task in ("second", "bare"):
+            model.set_adapter("first")
+            model.merge_adapter()
+            with pytest.warns(UserWarning, match="Unmerging the model first"):
+                model.set_adapter(task)
+            assert torch.equal(outputs(model, inputs), live[task])
+        model.set_adapter("first")
+        model.merge_adapter()
+        model.add_adapter("third", CASES[name].config)
+        assert torch.equal(outputs(model, inputs), live["first"])
+        assert all(torch.equal(p, before[n]) for n, p in biases(model).items())
 
     def test_is_undone_where_tasks_are_switched_off(self, name):
         model = learned(name)
@@ -527,6 +544,7 @@ class TestBiases:
         ("build", "message"),
         [
             (lambda: nn.Linear(4, 4, bias=False), "Linear has no bias"),
+            (lambda: nn.MultiheadAttention(4, 2).out_proj, "a multi-head attention reads it"),
             (lambda: nn.Bilinear(4, 4, 4), "not known where the bias of Bilinear lies"),
         ],
     )

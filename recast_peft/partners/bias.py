@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .base import PartnerConfig
@@ -42,7 +43,8 @@ class BiasConfig(PartnerConfig):
 
     Args:
         target_modules: the modules whose biases take part; None takes those of all linear layers and convolutions in the
-            model's numbered layers (a bias of a patch embedding or of a head is none of these). Norms can be named.
+            model's numbered layers, and those of the task's targets (a bias of a patch embedding or of a head is none of
+            these). Norms can be named.
     """
 
     acts_on = "bias"
@@ -58,6 +60,8 @@ class BiasConfig(PartnerConfig):
         module = candidate.module
         if not isinstance(module._parameters.get("bias"), Tensor):
             return f"{type(module).__name__} has no bias"
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "a multi-head attention reads it and never calls it"
         if type(module).forward not in CHANNELS:
             return f"it is not known where the bias of {type(module).__name__} lies in what it puts out"
         return None
