@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .mimicry import gram_matrix
+
 # Names of the tensors in a bank, by how many there are: one of dense templates, or two of low-rank pairs.
 PARTS = {1: ("grown",), 2: ("left", "right")}
+NEGLIGIBLE = 1e-10  # share of the energy below which a component is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,43 @@ def low_rank_sum(module: nn.Module, pairs: tuple[Tensor, Tensor], coefficients: 
     if isinstance(module, Conv1D):
         return LowRankSum(rows, columns, scale)
     return LowRankSum(columns.T, rows.T, scale)
+
+
+def principal_components(
+    moves: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype, count: int | None, rank: int | None, plain: bool
+) -> GrownTemplates:
+    """The principal components of task vectors (not centred: what they have in common counts too), largest first.
+
+    Args:
+        moves: task vectors, each ``(*shape)``.
+        shape: of a template.
+        dtype: of the templates.
+        count: components at most; None takes all.
+        rank: of low-rank pairs; None keeps templates dense.
+        plain: whether the members' own weights are templates too.
+    """
+    if not moves:
+        tensors = _tensors_of(torch.zeros((0, *shape)), rank, dtype)
+        return GrownTemplates(tensors, tuple(shape), plain)
+    gram = gram_matrix(moves)  # (vectors, vectors)
+    values, mix = torch.linalg.eigh(gram)
+    values, mix = values.flip(0), mix.flip(1)
+    kept = int((values > NEGLIGIBLE * values.sum()).sum())
+    kept = min(kept, count or kept)
+    size = (values.sum() / len(moves)).sqrt()  # the root mean square norm of the task vectors
+    # the sign of a component is free: its largest share is positive
+    signs = torch.gather(mix, 0, mix.abs().argmax(0, keepdim=True)).sign()[0]
+    scale = (signs * size / values.clamp_min(1e-300).sqrt())[:kept]
+    flat = torch.stack([move.reshape(-1) for move in moves]).double()
+    templates = ((mix[:, :kept] * scale).T @ flat.cpu()).float().reshape(kept, *shape)
+    tensors = _tensors_of(templates, rank, dtype)
+    grown = GrownTemplates(tensors, tuple(shape), plain)
+    return replace(grown, energy=energy_kept(moves, grown))
+
+
+def _tensors_of(templates: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    tensors = (templates,) if rank is None else factorise(templates, rank)
+    return tuple(t.to(dtype) for t in tensors)
 
 
 def factorise(templates: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -6,36 +6,25 @@ the principal components of the task vectors of a group become templates beside 
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .bank_files import StoredBank, StoredGroup
 from .config import RecastConfig
-from .errors import RecastBankError, RecastConfigError, RecastError
+from .errors import RecastBankError, RecastConfigError
 from .fingerprint import same_weight, weight_fingerprint
-from .grown_templates import GrownTemplates, energy_kept, factorise, orthonormal_basis
+from .grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
 from .layer import RecastLayer
-from .mimicry import gram_matrix
 from .plan import plan_recast
 from .report import table
-from .targets import Candidate
+from .sources import Source, check_sources, origin_of, task_vectors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
-CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
-NEGLIGIBLE = 1e-10  # share of the energy below which a component is rounding
 
 
 def grow_bank(
@@ -72,14 +61,14 @@ def grow_bank(
         raise RecastConfigError(
             "grow_bank needs the plain pretrained model; this one is converted already (see model.unload())"
         )
-    _check_sizes(sources, num_templates, rank)
+    check_sources(sources, num_templates=num_templates, rank=rank)
     plan = plan_recast(model, config or RecastConfig(group_size=1))
     targets = {target.name: target for target in plan.candidates}
     vectors = [task_vectors(model, source, targets) for source in sources]
     groups: dict[str, StoredGroup] = {}
     for planned in plan.groups:
         moves = _moves_of(planned.members, vectors)
-        grown = _components(moves, planned.shape, planned.dtype, num_templates, rank, plain_templates)
+        grown = principal_components(moves, planned.shape, planned.dtype, num_templates, rank, plain_templates)
         if len(grown) or plain_templates:
             groups[planned.name] = StoredGroup(planned.members, grown=grown)
     if not any(group.grown is not None and len(group.grown) for group in groups.values()):
@@ -89,7 +78,7 @@ def grow_bank(
         )
     members = {member for group in groups.values() for member in group.members}
     fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items() if name in members}
-    made = {"method": "grown", "sources": [_origin_of(source) for source in sources], "rank": rank}
+    made = {"method": "grown", "sources": [origin_of(source) for source in sources], "rank": rank}
     return StoredBank(groups, fingerprints, made)
 
 
@@ -113,7 +102,7 @@ def extend_bank(
         RecastConfigError: if a number is below 1, or there is no source.
         RecastBankError: if the bank was not grown, stands for other weights, or a source cannot be read.
     """
-    _check_sizes(sources, num_templates, None)
+    check_sources(sources, num_templates=num_templates)
     if not any(group.grown is not None for group in bank.groups.values()):
         raise RecastBankError("extend_bank needs a bank that grow_bank made; this one has no grown templates")
     config = RecastConfig(groups={name: list(group.members) for name, group in bank.groups.items()})
@@ -129,52 +118,13 @@ def extend_bank(
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
     groups = {name: _extended(group, _moves_of(group.members, vectors), num_templates) for name, group in bank.groups.items()}
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}
-    made = _made_from_more(bank.mimicry, [_origin_of(source) for source in sources])
+    made = _made_from_more(bank.mimicry, [origin_of(source) for source in sources])
     return StoredBank(groups, bank.base_fingerprint, made, None, bank.version + 1, history=(*bank.history, earlier))
-
-
-def _check_sizes(sources: Sequence[Source], num_templates: int | None, rank: int | None) -> None:
-    if isinstance(sources, (str, Path, Mapping, nn.Module)) or not len(sources):
-        raise RecastConfigError(
-            f"sources={sources if isinstance(sources, (str, Path)) else type(sources).__name__!r}: "
-            "expected a list with at least one source"
-        )
-    for name, value in (("num_templates", num_templates), ("rank", rank)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise RecastConfigError(f"{name}={value!r}: expected a whole number of at least 1, or None")
 
 
 def _moves_of(members: Sequence[str], vectors: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """The task vectors of a group that are not zero, source by source."""
     return [vector[member] for vector in vectors for member in members if member in vector and bool(vector[member].any())]
-
-
-def _components(
-    moves: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype, count: int | None, rank: int | None, plain: bool
-) -> GrownTemplates:
-    """The principal components of task vectors (not centred: what they have in common counts too), largest first."""
-    if not moves:
-        tensors = _tensors_of(torch.zeros((0, *shape)), rank, dtype)
-        return GrownTemplates(tensors, tuple(shape), plain)
-    gram = gram_matrix(moves)  # (vectors, vectors)
-    values, mix = torch.linalg.eigh(gram)
-    values, mix = values.flip(0), mix.flip(1)
-    kept = int((values > NEGLIGIBLE * values.sum()).sum())
-    kept = min(kept, count or kept)
-    size = (values.sum() / len(moves)).sqrt()  # the root mean square norm of the task vectors
-    # the sign of a component is free: its largest share is positive
-    signs = torch.gather(mix, 0, mix.abs().argmax(0, keepdim=True)).sign()[0]
-    scale = (signs * size / values.clamp_min(1e-300).sqrt())[:kept]
-    flat = torch.stack([move.reshape(-1) for move in moves]).double()
-    templates = ((mix[:, :kept] * scale).T @ flat.cpu()).float().reshape(kept, *shape)
-    tensors = _tensors_of(templates, rank, dtype)
-    grown = GrownTemplates(tensors, tuple(shape), plain)
-    return replace(grown, energy=energy_kept(moves, grown))
-
-
-def _tensors_of(templates: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    tensors = (templates,) if rank is None else factorise(templates, rank)
-    return tuple(t.to(dtype) for t in tensors)
 
 
 def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> StoredGroup:
@@ -191,110 +141,15 @@ def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> Sto
             return group
         rest = [row.reshape(grown.weight_shape).float() for row in rest_of]
     rank = grown.tensors[0].shape[2] if len(grown.tensors) == 2 else None
-    new = _components(rest, grown.weight_shape, grown.tensors[0].dtype, count, rank, grown.plain)
+    new = principal_components(rest, grown.weight_shape, grown.tensors[0].dtype, count, rank, grown.plain)
     tensors = tuple(torch.cat([a.cpu(), b]) for a, b in zip(grown.tensors, new.tensors, strict=True))
     whole = replace(grown, tensors=tensors)
     return replace(group, grown=replace(whole, energy=(*grown.energy, *energy_kept(moves, whole)[len(grown) :])))
 
 
-# ---------------------------------------------------------------- sources
-
-
-def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candidate]) -> dict[str, Tensor]:
-    """How far a source moved every target's weight, ``(*weight_shape)`` in float32 by module name.
-
-    Raises:
-        RecastBankError: if the source cannot be read or does not fit the model.
-    """
-    weights = _weights_of(model, source)
-    vectors = {}
-    for name, target in targets.items():
-        moved = weights.get(f"{name}.{target.weight_name}")
-        if moved is None:
-            continue
-        if moved.shape != target.weight.shape:
-            raise RecastBankError(
-                f"the source {_shown(source)} does not fit the model: {name} has another shape\n"
-                f"  source: {tuple(moved.shape)}\n  model:  {tuple(target.weight.shape)}"
-            )
-        vectors[name] = moved.detach().float().cpu() - target.weight.detach().float().cpu()
-    if not vectors:
-        raise RecastBankError(
-            f"the source {_shown(source)} has none of the target modules\n  targets: {', '.join(list(targets)[:4])}, ..."
-        )
-    return vectors
-
-
-def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
-    """A source's weights by the names of the plain model."""
-    if isinstance(source, Mapping):
-        return source
-    if isinstance(source, tuple):
-        return _merged(*source)
-    if isinstance(source, PeftModel):
-        return _merged(source, source.active_adapters)
-    if isinstance(source, nn.Module):
-        return source.state_dict()
-    path = Path(source)
-    files = [path] if path.is_file() else [path / name for name in CHECKPOINTS if (path / name).is_file()]
-    try:
-        if files:
-            return load_file(files[0])
-        loaded = _loaded(model, str(source))
-    except RecastError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RecastBankError(
-            f"the source {str(source)!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
-            f"safetensors file, or a folder with {CHECKPOINTS[0]}."
-        ) from error
-    return loaded.merge_and_unload().state_dict()
-
-
-def _loaded(model: nn.Module, name: str) -> PeftModel:
-    """A saved adapter on a copy of the model; a head of its own does not matter, and need not have this model's classes."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = PeftModel.from_pretrained(copy.deepcopy(model), name, ignore_mismatched_sizes=True)
-    for warning in caught:
-        lines = str(warning.message).splitlines()
-        misshaped = [line for line in lines if "found shape" in line]
-        # what is left out must be a head: an adapter without its matrices would seem to move nothing
-        wrong = [line for line in misshaped if ".modules_to_save." not in line]
-        if wrong:
-            raise RecastBankError(f"the source {name!r} does not fit the model: {wrong[0]}")
-        if not misshaped:
-            warnings.warn(warning.message, stacklevel=2)
-    return loaded
-
-
-def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
-    names = [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown:
-        raise RecastBankError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(model.peft_config)}")
-    with torch.no_grad():
-        return copy.deepcopy(model).merge_and_unload(adapter_names=names).state_dict()
-
-
-def _origin_of(source: Source) -> str:
-    """A source in a few words, for the bank's card; of a path on this machine the last part alone."""
-    if isinstance(source, (str, Path)):
-        return Path(source).name if Path(source).exists() else str(source)
-    if isinstance(source, tuple):
-        return f"adapter {source[1]!r}"
-    if isinstance(source, PeftModel):
-        return f"adapter {', '.join(map(repr, source.active_adapters))}"
-    return f"weights of {type(source).__name__}" if isinstance(source, nn.Module) else "a state dict"
-
-
 def _made_from_more(mimicry: str | Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
     made = {"method": mimicry} if isinstance(mimicry, str) else dict(mimicry)
     return {**made, "sources": [*made.get("sources", ()), *sources]}
-
-
-def _shown(source: Source) -> str:
-    return repr(str(source)) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"
 
 
 # ---------------------------------------------------------------- report

@@ -32,8 +32,9 @@ from .bank_files import StoredBank
 from .config import RecastConfig
 from .conversion import check_adapter_name
 from .errors import RecastConfigError, RecastSequenceError
-from .growth import Source, extend_bank, grow_bank
+from .growth import extend_bank, grow_bank
 from .layer import RecastLayer
+from .sources import Source
 
 # ---------------------------------------------------------------- pure functions
 

@@ -38,7 +38,7 @@ from recast_peft import (
 )
 from recast_peft.bank_files import BANK_CONFIG
 from recast_peft.grown_templates import factorise
-from recast_peft.growth import task_vectors
+from recast_peft.sources import task_vectors
 
 X = vit_input(4)
 TARGETS = ["qkv", "fc1"]
