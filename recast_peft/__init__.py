@@ -5,6 +5,7 @@ from .auto import AutoRecastModel, get_recast_model
 from .bank import TemplateBank
 from .bank_files import StoredBank, load_bank
 from .bank_learning import LearnedBank, learn_bank, random_bank
+from .bias_bank import grow_bias_bank
 from .compressed import load_compressed_model, save_compressed_model
 from .config import RecastConfig
 from .conversion import collapse_coefficient_sets
@@ -80,6 +81,7 @@ __all__ = [
     "fit_prototypes",
     "get_recast_model",
     "grow_bank",
+    "grow_bias_bank",
     "growth_report",
     "learn_bank",
     "load_bank",

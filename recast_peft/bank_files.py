@@ -27,7 +27,8 @@ from .mimicry import Recipe
 BANK_WEIGHTS = "recast_bank.safetensors"
 BANK_CONFIG = "recast_bank.json"
 FORMAT = 1
-KINDS = ("exact", "dense", "grown")  # how a group's templates are given; a further kind is a row here and in StoredGroup
+# how a group's templates are given; a further kind is a row here and in StoredGroup
+KINDS = ("exact", "dense", "grown", "bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,8 @@ class StoredGroup:
         recipe: how the templates were mixed from the pretrained weights, where they were: a task that names its recipe
             knows the bank by it.
         grown: templates beside or in place of the members' pretrained weights, to which offsets are added.
+        widths: for templates of biases the numbers in each member's bias; a template of ``grown`` holds those of all members
+            side by side. None for templates of weights.
     """
 
     members: tuple[str, ...]
@@ -48,12 +51,13 @@ class StoredGroup:
     base: Tensor | None = None
     recipe: Recipe | None = None
     grown: GrownTemplates | None = None
+    widths: tuple[int, ...] | None = None
 
     @property
     def kind(self) -> str:
-        """``"exact"``, ``"dense"`` or ``"grown"``."""
+        """``"exact"``, ``"dense"``, ``"grown"`` or ``"bias"``."""
         if self.grown is not None:
-            return "grown"
+            return "grown" if self.widths is None else "bias"
         return "exact" if self.templates is None else "dense"
 
     @property
@@ -69,6 +73,17 @@ class StoredGroup:
         if self.grown is not None:
             return len(self.grown) + (len(self.members) if self.grown.plain else 0)
         return len(self.members) if self.templates is None else len(self.templates)
+
+    @property
+    def num_coefficients(self) -> int:
+        """Numbers that a task trains for the group; one coefficient of a template of biases moves all members."""
+        return self.num_templates * (len(self.members) if self.widths is None else 1)
+
+    def biases(self) -> dict[str, Tensor]:
+        """The templates of biases by member, each ``(templates, width)``, in the same memory."""
+        assert self.grown is not None
+        assert self.widths is not None
+        return dict(zip(self.members, self.grown.tensors[0].split(list(self.widths), dim=1), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +120,11 @@ class StoredBank:
 
     def __deepcopy__(self, memo: dict) -> StoredBank:
         return self  # nothing in it is ever written to, and a config is copied often
+
+    @property
+    def is_of_biases(self) -> bool:
+        """Whether its templates are of biases, so that it belongs to a ``BiasConfig``."""
+        return any(group.kind == "bias" for group in self.groups.values())
 
     @property
     def reference(self) -> dict[str, str | None]:
@@ -167,6 +187,7 @@ class StoredBank:
                     "templates": group.num_templates,
                     "recipe": None if group.recipe is None else group.recipe.to_lists(),
                     **({} if group.grown is None else _described(group.grown)),
+                    **({} if group.widths is None else {"widths": list(group.widths)}),
                 }
                 for name, group in self.groups.items()
             },
@@ -245,7 +266,8 @@ def _assemble(name: str, header: Any, tensors: dict[str, Tensor]) -> StoredBank:
                 tensors[f"{bank}.templates"] if dense else None,
                 tensors[f"{bank}.base"] if dense else None,
                 None if entry.get("recipe") is None else Recipe.from_lists(entry["recipe"]),
-                _grown_of(bank, entry, tensors) if entry["kind"] == "grown" else None,
+                _grown_of(bank, entry, tensors) if entry["kind"] in ("grown", "bias") else None,
+                tuple(entry["widths"]) if entry["kind"] == "bias" else None,
             )
         return StoredBank(
             groups,
@@ -275,12 +297,15 @@ def _grown_of(bank: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return GrownTemplates(parts, tuple(entry["shape"]), entry["plain"], tuple(entry["energy"]))
 
 
-def find_bank(reference: Mapping[str, str | None], task_folder: str | None = None) -> StoredBank:
+def find_bank(
+    reference: Mapping[str, str | None], task_folder: str | None = None, how_to_load: str | None = None
+) -> StoredBank:
     """The bank that a task names.
 
     Args:
         reference: ``{"name": ..., "fingerprint": ...}``; without a fingerprint any bank of the name will do.
         task_folder: where the task was read from; the bank may lie there too, or at a path relative to it.
+        how_to_load: the end of the message if it is not found; None says how a bank of weights is handed over.
 
     Raises:
         RecastBankError: if it is not found, or is another one; the message says how to hand it over.
@@ -308,7 +333,7 @@ def find_bank(reference: Mapping[str, str | None], task_folder: str | None = Non
     raise RecastBankError(
         f"the task needs the template bank {name!r} with fingerprint {fingerprint}, which is not at hand\n"
         + "".join(f"  {line}\n" for line in tried)
-        + HOW_TO_LOAD
+        + (how_to_load or HOW_TO_LOAD)
     )
 
 

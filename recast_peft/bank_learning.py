@@ -228,6 +228,8 @@ def _check_plain(model: nn.Module, what: str) -> None:
 def _check_trainable(model: nn.Module, bank: StoredBank) -> None:
     if not isinstance(bank, StoredBank) or not any(g.grown is not None and len(g.grown) for g in bank.groups.values()):
         raise RecastBankError("learn_bank trains grown templates, and the bank has none: start from grow_bank or random_bank")
+    if bank.is_of_biases:
+        raise RecastBankError("learn_bank trains templates of weights, and the bank is of biases: give it to BiasConfig")
     half = [name for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     if half:
         raise RecastConfigError(

@@ -18,7 +18,7 @@ from .coefficient_gradients import BFLOAT16, EXACT, is_coefficient_gradient
 from .errors import RecastBankError, RecastConfigError
 from .lora_config import checked_lora_config, stored_lora_config
 from .mimicry import Fidelity, MimicryMethod, resolve_method
-from .partners import PartnerConfig, resolve_partners
+from .partners import BiasConfig, PartnerConfig, resolve_partners
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
@@ -187,7 +187,28 @@ class RecastConfig(PeftConfig):
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self._noted_bank(value) if name == "bank" else value)
+        if name == "bank":
+            value = self._noted_bank(value)
+        if name == "partners":
+            value = self._with_own_bias_bank(value)
+        super().__setattr__(name, value)
+
+    def _with_own_bias_bank(self, value: Any) -> Any:
+        """A stored task keeps the bank of biases that it was learned on; a later version of the bank holds that one."""
+        old = next((p.bank for p in self.__dict__.get("partners") or () if isinstance(p, BiasConfig)), None)
+        wanted = old["fingerprint"] if isinstance(old, dict) and self.__dict__.get("base_fingerprint") is not None else None
+        if wanted is None or not isinstance(value, list):
+            return value
+        partners: list[Any] = []
+        for partner in value:
+            bank = partner.bank_in_memory if isinstance(partner, BiasConfig) else None
+            if bank is not None and bank.at(wanted) is None:
+                raise RecastBankError(
+                    f"the task was made on another bank of biases\n  bank of the task: {wanted}\n"
+                    f"  bank given:       {bank.fingerprint} ({bank.name or 'in memory'})"
+                )
+            partners.append(partner if bank is None else BiasConfig(bank=bank.at(wanted)))
+        return partners
 
     def _noted_bank(self, value: Any) -> Any:
         """A bank in memory is kept beside the fields: they hold only what is stored with a task."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .bank_files import StoredBank, StoredGroup
+from .bias_bank import bias_moves
 from .config import RecastConfig
 from .errors import RecastBankError, RecastConfigError
 from .fingerprint import same_weight, weight_fingerprint
@@ -90,7 +91,7 @@ def extend_bank(
     Tasks on the earlier versions stay as they are to the last bit: the templates they know come first, and are not touched.
 
     Args:
-        bank: as ``grow_bank`` or this function made it; it is not changed.
+        bank: as ``grow_bank``, ``grow_bias_bank`` or this function made it; it is not changed.
         model: plain, with its pretrained weights; it is not changed.
         sources: as for ``grow_bank``.
         num_templates: new templates of a group at most; None takes all principal components.
@@ -103,6 +104,8 @@ def extend_bank(
         RecastBankError: if the bank was not grown, stands for other weights, or a source cannot be read.
     """
     check_sources(sources, num_templates=num_templates)
+    if bank.is_of_biases:
+        return _next_version(bank, bias_moves(bank.groups, model, sources, bank.base_fingerprint), sources, num_templates)
     if not any(group.grown is not None for group in bank.groups.values()):
         raise RecastBankError("extend_bank needs a bank that grow_bank made; this one has no grown templates")
     config = RecastConfig(groups={name: list(group.members) for name, group in bank.groups.items()})
@@ -115,8 +118,16 @@ def extend_bank(
                 f"  fingerprint of the model: {weight_fingerprint(targets[name].weight)}"
             )
     vectors = [task_vectors(model, source, targets) for source in sources]
+    moves = {name: _moves_of(group.members, vectors) for name, group in bank.groups.items()}
+    return _next_version(bank, moves, sources, num_templates)
+
+
+def _next_version(
+    bank: StoredBank, moves: Mapping[str, list[Tensor]], sources: Sequence[Source], num_templates: int | None
+) -> StoredBank:
+    """A bank with templates for the task vectors of further sources, by group."""
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
-    groups = {name: _extended(group, _moves_of(group.members, vectors), num_templates) for name, group in bank.groups.items()}
+    groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}
     made = _made_from_more(bank.mimicry, [origin_of(source) for source in sources])
     return StoredBank(groups, bank.base_fingerprint, made, None, bank.version + 1, history=(*bank.history, earlier))
@@ -166,6 +177,7 @@ class GrownGroup:
         num_grown: grown templates.
         energy: share of the sources' squared norm that the first 1, 2, ... grown templates keep.
         nbytes: bytes of the grown templates as they are stored.
+        num_coefficients: numbers that one task trains for the group.
     """
 
     bank: str
@@ -174,6 +186,7 @@ class GrownGroup:
     num_grown: int
     energy: tuple[float, ...]
     nbytes: int
+    num_coefficients: int
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,7 @@ class GrowthReport:
     @property
     def num_coefficients(self) -> int:
         """Numbers that one task trains on the bank, with one coefficient set and nothing shared."""
-        return sum(group.members * group.num_templates for group in self.groups)
+        return sum(group.num_coefficients for group in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
@@ -218,7 +231,7 @@ def growth_report(bank: StoredBank) -> GrowthReport:
         RecastBankError: if the bank was not grown.
     """
     groups = tuple(
-        GrownGroup(name, len(g.members), g.num_templates, len(g.grown), g.grown.energy, g.grown.nbytes)
+        GrownGroup(name, len(g.members), g.num_templates, len(g.grown), g.grown.energy, g.grown.nbytes, g.num_coefficients)
         for name, g in bank.groups.items()
         if g.grown is not None
     )

@@ -54,6 +54,7 @@ from .partner_places import (
     merge_partners,
     pack_masks,
     partner_shapes,
+    partners_as_prepared,
     prepare_partners,
     put_back_partners,
     take_out_partners,
@@ -119,6 +120,8 @@ class RecastModel(BaseTuner):
             check_lora_part(model, plan.lora, _owned_names(config, head), _compressed_members(self._prepared))
             check_other_tasks(model, new_banks, config)
             write_plan(config, plan, self._prepared, fingerprints)
+            if partners:
+                config.partners = partners_as_prepared(config, partners)  # type: ignore[assignment]
             config.write_backbone(describe_backbone(model, config.revision))
             super().inject_adapter(
                 model,

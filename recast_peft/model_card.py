@@ -399,7 +399,8 @@ def _made_by(mimicry: Any) -> str:
     method = mimicry.get("method") if isinstance(mimicry, Mapping) else mimicry
     if method == "grown" and isinstance(mimicry, Mapping):
         sources = list(mimicry["sources"])
-        return f"grown from {len(sources)} source{'s' * (len(sources) > 1)}: {', '.join(sources)}"
+        what = "grown from" if "of" not in mimicry else f"of {mimicry['of']}, grown from"
+        return f"{what} {len(sources)} source{'s' * (len(sources) > 1)}: {', '.join(sources)}"
     if method == "learned" and isinstance(mimicry, Mapping):
         tasks = ", ".join(mimicry["tasks"])
         start = _made_by(mimicry["start"])

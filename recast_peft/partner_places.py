@@ -11,27 +11,34 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, match_target_against_key
 from torch import Tensor, nn
 
+from .bank_files import StoredBank, find_bank
 from .config import RecastConfig
 from .conversion import recast_layers
 from .errors import RecastBankError, RecastConfigError, RecastLoadError, RecastTargetError
 from .fingerprint import weight_fingerprint
 from .layer import RecastLayer
 from .mixed_batch import current_batch
-from .partners import PartnerConfig, PiggybackConfig
-from .partners.bias import BiasCoefficient
+from .partners import BiasConfig, PartnerConfig, PiggybackConfig
+from .partners.bias import BiasCoefficient, BiasMix, BiasTemplates, bias_of, channels_of, check_bias
 from .partners.piggyback import WeightMask
 from .stacking import inner_layers
 from .targets import PARTNER_CONTAINER, SHORTHANDS, Candidate, find_candidates, head_names
 from .task_files import MODEL_PREFIX, plain_name
 
 MASKS = "recast_masks"
+HOW_TO_GIVE = (
+    "Hand the bank over with the task's config:\n"
+    "  config = RecastConfig.from_pretrained(task)\n"
+    "  config.partners = [BiasConfig(bank=load_bank(folder_or_repository))]\n"
+    "  model = PeftModel.from_pretrained(backbone, task, config=config)"
+)
 
 
 @dataclass
@@ -137,6 +144,27 @@ class TaskBiases(TaskPartners):
         self.register_buffer("pretrained_bias", None, persistent=False)
         self.merged_adapters = []
         self.hosts: tuple[nn.Module, ...] = ()  # the module whose bias it is; in a tuple, since it is no child
+        self.banks = nn.ModuleDict()  # fingerprint -> templates of this bias
+
+    def add(self, adapter_name: str, module: nn.Module, active: bool, inference_mode: bool) -> None:
+        """Give a task its coefficients; tasks on one bank share its templates."""
+        if isinstance(module, BiasMix):
+            fingerprint = module.shared[0].bank.fingerprint
+            if fingerprint not in self.banks:
+                self.banks[fingerprint] = module.shared[0]
+            module.shared = (cast(BiasTemplates, self.banks[fingerprint]),)
+        super().add(adapter_name, module, active, inference_mode)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Delete a task, and the templates that no other task uses."""
+        super().delete_adapter(adapter_name, new_active_adapters)
+        used = {id(m.shared[0]) for m in self.modules_to_save.values() if isinstance(m, BiasMix)}
+        for fingerprint in [key for key, templates in self.banks.items() if id(templates) not in used]:
+            del self.banks[fingerprint]
+
+    def pretrained(self) -> Tensor:
+        """The bias as it was before any task was merged."""
+        return self._bias if self.pretrained_bias is None else self.pretrained_bias
 
     @property
     def _bias(self) -> nn.Parameter:
@@ -205,6 +233,7 @@ def prepare_partners(
 
     Raises:
         RecastTargetError: if a partner finds no place, or cannot stand at one that was named.
+        RecastBankError: if a bank of biases is not found, or is of another model.
         RecastConfigError: if ``modules_to_save`` would copy a place.
     """
     prepared: list[PreparedPartner] = []
@@ -212,7 +241,11 @@ def prepare_partners(
     candidates = find_candidates(model) if partners else []
     heads = head_names(model) if partners else set()
     for partner in partners:
-        for candidate in _places_of(partner, candidates, heads, targets):
+        if isinstance(partner, BiasConfig) and partner.bank is not None:
+            folder = config.__dict__.get("_origin", (None,))[0]
+            prepared += _on_bank(model, partner, _bias_bank(model, partner, folder), candidates, device)
+            continue
+        for candidate in places_of(partner, candidates, heads, targets):
             layer = _recast_layer(candidate)
             weight = None if candidate.weight_name is None else candidate.module._parameters.get(candidate.weight_name)
             shape = layer.weight_shape if layer is not None else None if weight is None else tuple(weight.shape)
@@ -238,7 +271,60 @@ def partner_shapes(prepared: Iterable[PreparedPartner]) -> dict[str, tuple[int, 
     return {key: shape for partner in prepared for key, shape in partner.shapes().items()}
 
 
-def _places_of(
+def _bias_bank(model: nn.Module, partner: BiasConfig, folder: str | None) -> StoredBank:
+    """The bank that a partner names, from memory or from its file.
+
+    Raises:
+        RecastBankError: if it is not found, or is a bank of weights.
+    """
+    reference = cast(dict[str, Any], partner.bank)
+    held = [cast(BiasTemplates, t).bank for h in partner_holders(model) if isinstance(h, TaskBiases) for t in h.banks.values()]
+    same = [bank for bank in held if bank.fingerprint == reference["fingerprint"]]
+    bank = partner.bank_in_memory or next(iter(same), None) or find_bank(reference, folder, HOW_TO_GIVE)
+    if not bank.is_of_biases:
+        raise RecastBankError(
+            f"the bank {bank.name or 'in memory'} holds templates of weights: give it as RecastConfig(bank=...); "
+            "a bank of biases is made by grow_bias_bank"
+        )
+    return bank
+
+
+def _on_bank(
+    model: nn.Module, partner: BiasConfig, bank: StoredBank, candidates: list[Candidate], device: torch.device | None
+) -> list[PreparedPartner]:
+    """What a task trains on a bank of biases: the first bias of every group owns the group's coefficients."""
+    places = {candidate.name: candidate for candidate in candidates}
+    holders = {holder.place: holder for holder in partner_holders(model) if isinstance(holder, TaskBiases)}
+    partner = replace(partner, bank=bank)
+    prepared: list[PreparedPartner] = []
+    for group in bank.groups.values():
+        owner: BiasMix | None = None
+        for member, templates in group.biases().items():
+            bias = bias_of(places, member, templates.shape[1])
+            refusal = partner.refusal(places[member])
+            if refusal is not None:
+                raise RecastTargetError(f"partner bias cannot stand at {member}, which its bank names: {refusal}")
+            pretrained = holders[member].pretrained() if member in holders else bias
+            if device is None and not pretrained.is_meta:
+                check_bias(member, pretrained, bank.base_fingerprint[member])
+            like = _like(places[member], model)
+            like["device"] = device or like["device"]
+            shared = BiasTemplates(bank, templates, like["device"])
+            channels = channels_of(places[member].module)
+            assert channels is not None
+            module = BiasMix(channels, shared, owner, **like)
+            owner = owner or module
+            prepared.append(PreparedPartner(partner, places[member], module.train(places[member].module.training)))
+    return prepared
+
+
+def partners_as_prepared(config: RecastConfig, prepared: Iterable[PreparedPartner]) -> list[PartnerConfig] | None:
+    """A config's partners as they were found, each with the bank that it named, which is stored with the task."""
+    found = {partner.config.method: partner.config for partner in prepared}
+    return [found.get(partner.method, partner) for partner in cast(list[PartnerConfig], config.partners)] or None
+
+
+def places_of(
     partner: PartnerConfig, candidates: list[Candidate], heads: set[str], targets: Collection[str]
 ) -> list[Candidate]:
     wanted = partner.target_modules

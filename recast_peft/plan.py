@@ -219,6 +219,11 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     bank = _bank_of(model, config)
+    if bank is not None and bank.is_of_biases:
+        raise RecastBankError(
+            f"the bank {bank.name or 'in memory'} holds templates of biases: give it as "
+            "RecastConfig(partners=[BiasConfig(bank=...)])"
+        )
     if bank is not None and config.groups is None:
         config = with_fields(config, groups={name: list(group.members) for name, group in bank.groups.items()})
     targets, skipped = find_targets(model, config)
