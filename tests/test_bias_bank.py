@@ -496,7 +496,7 @@ class TestRefusals:
     def test_what_takes_coefficients_alone(self) -> None:
         model = on(grown(), "one")
         with pytest.raises(RecastConfigError, match="partners bias"):
-            convert_to_lora(model, adapter_name="one")
+            convert_to_lora(model, 4, "one")
         pool = TaskPool(get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"], group_size=1)))
         with pytest.raises(RecastConfigError, match="partners bias"):
             pool.add("two", config(grown()))
