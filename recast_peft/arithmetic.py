@@ -22,7 +22,7 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastConfigError
 from .functional import average_sets
 from .heads import PreparedHead, TaskHead
-from .partner_places import check_without_partners
+from .partner_places import TaskBiases, bias_bank_of, bias_coefficients, check_without_partners
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
@@ -169,7 +169,8 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
         RecastBankError: if they are on different banks.
         RecastConfigError: if a task owns modules that cannot be added.
     """
-    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and not isinstance(m, TaskHead)]
+    understood = (TaskHead, TaskBiases)
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and not isinstance(m, understood)]
     first = next(iter(configs))
     for name, config in configs.items():
         if config.lora_config is not None:
@@ -177,7 +178,14 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
                 f"task {name!r} has a LoRA part, and the sum of low-rank parts is none of the same rank: only tasks of "
                 "coefficients alone can be combined"
             )
-        check_without_partners(config, f"task {name!r} cannot be combined with others", "Combine tasks without partners.")
+        check_without_partners(
+            config, f"task {name!r} cannot be combined with others", "Combine tasks without partners.", allowed=("bias",)
+        )
+        if _bias_layout(model, name) != _bias_layout(model, first):
+            raise RecastBankError(
+                f"the tasks {first!r} and {name!r} cannot be combined: their coefficients of biases are not the same ones "
+                "(other modules, another bank, or none)"
+            )
         if config.bias != "none" or any(name in wrapper.modules_to_save for wrapper in wrappers):
             raise RecastConfigError(
                 f"task {name!r} owns more than coefficients and a classifier (bias={config.bias!r}, "
@@ -192,6 +200,11 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
                 )
 
 
+def _bias_layout(model: nn.Module, adapter: str) -> tuple[str | None, list[str]]:
+    bank = bias_bank_of(model, adapter)
+    return None if bank is None else bank.fingerprint, list(bias_coefficients(model, adapter))
+
+
 def _members(bank: TemplateBank | None) -> str:
     return "no bank" if bank is None else f"{bank.num_templates} templates of {', '.join(bank.members)}"
 
@@ -199,18 +212,19 @@ def _members(bank: TemplateBank | None) -> str:
 def task_row(model: nn.Module, adapter: str) -> Tensor:
     """A task's offsets over all its modules, the coefficient sets averaged: ``(numbers,)``."""
     layers = [layer for layer in recast_layers(model).values() if adapter in layer.recast_coefficients]
-    return torch.cat([average_sets(layer.recast_coefficients[adapter].detach()).float() for layer in layers])
+    weights = [average_sets(layer.recast_coefficients[adapter].detach()).float() for layer in layers]
+    return torch.cat([*weights, *(offset.detach().float() for offset in bias_coefficients(model, adapter).values())])
 
 
 def write_row(model: nn.Module, adapter: str, row: Tensor) -> None:
     """Write offsets, as ``task_row`` gives them, into a task with one coefficient set."""
+    layers = recast_layers(model).values()
+    written = [layer.recast_coefficients[adapter] for layer in layers if adapter in layer.recast_coefficients]
     start = 0
     with torch.no_grad():
-        for layer in recast_layers(model).values():
-            if adapter in layer.recast_coefficients:
-                values = layer.recast_coefficients[adapter]
-                values.copy_(row[start : start + values.numel()].view_as(values))
-                start += values.numel()
+        for values in (*written, *bias_coefficients(model, adapter).values()):
+            values.copy_(row[start : start + values.numel()].view_as(values))
+            start += values.numel()
 
 
 def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:

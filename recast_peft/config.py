@@ -302,9 +302,10 @@ class RecastConfig(PeftConfig):
         return {**fields, "lora_config": stored_lora_config(lora) if isinstance(lora, LoraConfig) else lora}
 
     def layout(self, **fields: Any) -> RecastConfig:
-        """A config with the same targets and banks, for a task without a head; ``fields`` are set in it."""
+        """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
         same = ("target_modules", "groups", "recipes", "bank", "keep_base_weights", "head_module", "base_fingerprint")
-        return RecastConfig(**{**{name: copy.deepcopy(getattr(self, name)) for name in same}, **fields})
+        biases = [copy.deepcopy(p) for p in self.partners or () if isinstance(p, BiasConfig)]
+        return RecastConfig(**{**{name: copy.deepcopy(getattr(self, name)) for name in same}, "partners": biases, **fields})
 
     @property
     def effective_group_size(self) -> int | None:

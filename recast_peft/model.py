@@ -49,6 +49,7 @@ from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
 from .partner_places import (
+    TaskBiases,
     check_mergeable,
     install_partners,
     merge_partners,
@@ -451,7 +452,7 @@ class RecastModel(BaseTuner):
         try:
             for module in self.modules():
                 # modules that PEFT saves whole are told by PEFT's own argument; our layers and heads ask current_batch
-                if not isinstance(module, AuxiliaryTrainingWrapper) or isinstance(module, TaskHead):
+                if not isinstance(module, AuxiliaryTrainingWrapper) or isinstance(module, (TaskHead, TaskBiases)):
                     continue
                 if batch.pool is None:
                     handles.append(module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True))

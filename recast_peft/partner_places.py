@@ -24,7 +24,7 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastConfigError, RecastLoadError, RecastTargetError
 from .fingerprint import weight_fingerprint
 from .layer import RecastLayer
-from .mixed_batch import current_batch
+from .mixed_batch import MixedBatch, current_batch
 from .partners import BiasConfig, PartnerConfig, PiggybackConfig
 from .partners.bias import BiasCoefficient, BiasMix, BiasTemplates, bias_of, channels_of, check_bias
 from .partners.piggyback import WeightMask
@@ -120,6 +120,8 @@ class TaskPartners(ModulesToSaveWrapper):
             )
         if batch is None:
             return self._adapted(active[0], x, y)
+        if batch.pool is not None:
+            return self._adapted_from_pool(batch, y)
         for key, indices in batch.rows(len(x)).items():
             if isinstance(key, str) and key in self.modules_to_save:
                 rows = torch.tensor(indices, device=y.device)
@@ -128,6 +130,9 @@ class TaskPartners(ModulesToSaveWrapper):
 
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.modules_to_save[adapter_name](x, y)
+
+    def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
+        return y  # a pool holds none of them
 
 
 class TaskBiases(TaskPartners):
@@ -175,6 +180,33 @@ class TaskBiases(TaskPartners):
             return y
         return self.modules_to_save[adapter_name](y, self._bias)
 
+    def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
+        """The output with every sample's own row of a pool's table; what is merged is no part of any sample's task."""
+        if self.pretrained_bias is not None:
+            back = self.pretrained_bias - self._bias
+            module = cast(BiasCoefficient, next(iter(self.modules_to_save.values())))
+            y = y + (back.view(-1, *[1] * (y.ndim - 2)) if module.channels > 0 else back).to(y.dtype)
+        slot = batch.pool.slot if batch.pool is not None else ""
+        if slot not in self.modules_to_save:
+            return y
+        offsets = batch.offsets(self.key_of(slot), len(y))
+        assert offsets is not None
+        return cast(BiasCoefficient, self.modules_to_save[slot]).by_sample(y, self.pretrained(), offsets)
+
+    def key_of(self, adapter_name: str) -> str:
+        """The name of a task's coefficients of this bias: that of the bias, or of the first one in its group."""
+        return f"{cast(BiasCoefficient, self.modules_to_save[adapter_name]).owner or self.place}.bias"
+
+    def merge_in_place(self, adapter_name: str) -> None:
+        """Merge a task in place of what is merged now, into the same storage."""
+        if self.pretrained_bias is None:
+            self.merge([adapter_name])
+        elif adapter_name in self.modules_to_save:
+            change = cast(BiasCoefficient, self.modules_to_save[adapter_name]).change(self.pretrained_bias)
+            with torch.no_grad():
+                self._bias.data.copy_(self.pretrained_bias + change)
+            self.merged_adapters = [adapter_name]
+
     def merge(self, adapter_names: Sequence[str]) -> None:
         """Write the tasks' biases into the module, beside those that are merged already."""
         new = [n for n in adapter_names if n in self.modules_to_save and n not in self.merged_adapters]
@@ -205,6 +237,33 @@ class TaskBiases(TaskPartners):
         if not enabled:
             self.unmerge()
         super().enable_adapters(enabled)
+
+
+def bias_holders(model: nn.Module, adapter_name: str) -> list[TaskBiases]:
+    """What holds a task's coefficients of biases, one for each bias."""
+    return [h for h in partner_holders(model) if isinstance(h, TaskBiases) and adapter_name in h.modules_to_save]
+
+
+def bias_owners(model: nn.Module, adapter_name: str) -> dict[str, BiasCoefficient]:
+    """What owns a task's coefficients of biases, each ``(templates,)``, by the name of its (first) bias."""
+    modules = [(h.key_of(adapter_name), h.modules_to_save[adapter_name]) for h in bias_holders(model, adapter_name)]
+    return {key: cast(BiasCoefficient, module) for key, module in modules if "offset" in module._parameters}
+
+
+def bias_coefficients(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """A task's coefficients of biases ``(templates,)``, by the name of the bias that owns them."""
+    return {key: module.offset for key, module in bias_owners(model, adapter_name).items()}
+
+
+def bias_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
+    """The bank of a task's coefficients of biases; None if each bias is its own template."""
+    modules = (holder.modules_to_save[adapter_name] for holder in bias_holders(model, adapter_name))
+    return next((module.shared[0].bank for module in modules if isinstance(module, BiasMix)), None)
+
+
+def bias_entry(key: str) -> str:
+    """The name that the coefficients of a bias, named as ``bias_coefficients`` names them, have in a task's file."""
+    return f"{MODEL_PREFIX}{PARTNER_CONTAINER}.{_key(key.removesuffix('.bias'))}.{BiasConfig().method}.offset"
 
 
 class PartnerHook:
@@ -312,7 +371,7 @@ def _on_bank(
             shared = BiasTemplates(bank, templates, like["device"])
             channels = channels_of(places[member].module)
             assert channels is not None
-            module = BiasMix(channels, shared, owner, **like)
+            module = BiasMix(channels, shared, member, owner, **like)
             owner = owner or module
             prepared.append(PreparedPartner(partner, places[member], module.train(places[member].module.training)))
     return prepared
@@ -541,19 +600,22 @@ def _owners_by_method(model: nn.Module) -> dict[str, set[str]]:
     return owners
 
 
-def check_without_partners(config: RecastConfig, what: str, instead: str) -> None:
+def check_without_partners(config: RecastConfig, what: str, instead: str, allowed: Collection[str] = ()) -> None:
     """Refuse a task with partners where its coefficients alone are understood.
 
     Args:
         config: of the task.
         what: is not possible, as the beginning of a sentence.
         instead: what to do.
+        allowed: partners that are understood too.
 
     Raises:
         RecastConfigError: naming the partners.
     """
-    if config.partners:
-        methods = ", ".join(partner.method for partner in cast(list[PartnerConfig], config.partners))
+    found = [partner.method for partner in cast(list[PartnerConfig], config.partners or [])]
+    found = [method for method in found if method not in allowed]
+    if found:
+        methods = ", ".join(found)
         raise RecastConfigError(f"{what}: it has the partners {methods} beside its coefficients. {instead}")
 
 

@@ -37,7 +37,16 @@ from .hub import fetch_task
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
-from .partner_places import check_without_partners
+from .partner_places import (
+    TaskBiases,
+    bias_bank_of,
+    bias_coefficients,
+    bias_entry,
+    bias_holders,
+    bias_owners,
+    check_without_partners,
+)
+from .partners import BiasConfig
 from .peft_models import TaskModel, with_task_verbs
 from .routing import TaskFeatures, nearest_task, summarise
 from .task_files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
@@ -92,6 +101,11 @@ class TaskPool:
             templates = layer.recast_bank[slot].num_templates
             self._slices[name] = slice(width, width + templates)
             width += templates
+        self._bias_owners = bias_owners(tuner.model, slot)
+        for name, owner in self._bias_owners.items():
+            self._slices[name] = slice(width, width + owner.offset.numel())
+            width += owner.offset.numel()
+        self._bias_holders = bias_holders(tuner.model, slot)
         device = next(iter(layers.values())).weight_device
         self.table = nn.Parameter(torch.zeros(FIRST_CAPACITY, width, device=device), requires_grad=False)
         self._names: list[str | None] = []
@@ -160,7 +174,7 @@ class TaskPool:
         return torch.tensor(rows, device=self.table.device)
 
     def coefficients(self, name: str) -> dict[str, Tensor]:
-        """A task's coefficients ``(templates,)`` by target module."""
+        """A task's coefficients ``(templates,)`` by target module; those of biases by the name of their (first) bias."""
         row = self.table[self.row(name)].detach()
         return {module: row[part].clone() for module, part in self._slices.items()}
 
@@ -295,6 +309,8 @@ class TaskPool:
         if merge:
             for layer in self._layers.values():
                 layer.merge_in_place([self.slot])
+            for holder in self._bias_holders:
+                holder.merge_in_place(self.slot)
         self._show_head(row)
         self._active = name
 
@@ -365,7 +381,7 @@ class TaskPool:
         return MixedBatch(task_ids=task_ids, pool=self, coefficients=gathered, beams=beams)
 
     def part_of(self, module_name: str) -> slice | None:
-        """The columns of a target module in the table."""
+        """The columns of a target module in the table, or of the coefficients of a bias by its name."""
         return self._slices.get(module_name)
 
     # ---------------------------------------------------------------- finding the task
@@ -467,6 +483,7 @@ class TaskPool:
             "recipes": json.dumps(self._config.recipes),
             "base_fingerprint": json.dumps(self._config.base_fingerprint),
             "bank": json.dumps(_bank_fingerprint(self._config)),
+            "biases": json.dumps(self._bias_layout()),
             "heads": json.dumps(heads),
             "remembered": json.dumps(remembered),
             "tasks": str(len(rows)),
@@ -529,12 +546,14 @@ class TaskPool:
     def _write(self, row: Tensor) -> None:
         with torch.no_grad():
             targets = [layer.recast_coefficients[self.slot] for layer in self._layers.values()]
-            sources = [row[part].unsqueeze(0) for part in self._slices.values()]
-            torch._foreach_copy_([t.data for t in targets], [s.detach() for s in sources])
+            targets += [owner.offset for owner in self._bias_owners.values()]
+            sources = [row[part].detach() for part in self._slices.values()]
+            torch._foreach_copy_([t.data for t in targets], [s.view_as(t) for s, t in zip(sources, targets, strict=True)])
 
     def _unmerge(self) -> None:
-        for layer in self._layers.values():
-            layer.unmerge()
+        parts: list[Any] = [*self._layers.values(), *self._bias_holders]
+        for part in parts:
+            part.unmerge()
 
     def _show_head(self, row: int) -> None:
         prepared = self._heads.get(row)
@@ -576,10 +595,13 @@ class TaskPool:
         given = self._tuner.peft_config.get(source) if isinstance(source, str) else source
         if isinstance(given, RecastConfig):
             _refuse_parts(name, given)
+            self._check_biases(f"task {name!r}", given)
         if source is None or isinstance(source, RecastConfig):
             return torch.zeros(self.numbers_per_task), None if source is None else prepare_head(backbone, source)
         if isinstance(source, Mapping):
-            return self._row_of(f"task {name!r}", dict(source), {}), None
+            entries = dict(source)
+            has_biases = any(bias_entry(key) in entries for key in self._bias_owners)
+            return self._row_of(f"task {name!r}", entries, {}, has_biases), None
         if isinstance(source, str) and source in self.model.peft_config:
             return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
         folder = str(fetch_task(source, **hub_kwargs))
@@ -589,15 +611,16 @@ class TaskPool:
         self._check_config(str(source), config)
         entries = load_peft_weights(folder, device="cpu")
         head = prepare_head(backbone, config)
-        values = self._row_of(f"the task at {str(source)!r}", entries, {} if head is None else head.shapes())
+        shapes = {} if head is None else head.shapes()
+        values = self._row_of(f"the task at {str(source)!r}", entries, shapes, _bias_config(config) is not None)
         if head is not None:
             prefix = f"{MODEL_PREFIX}{head.name}."
             head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})
             head.module.requires_grad_(False)
         return values, head
 
-    def _row_of(self, what: str, entries: dict[str, Tensor], own: dict[str, tuple[int, ...]]) -> Tensor:
-        keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": part for name, part in self._slices.items()}
+    def _row_of(self, what: str, entries: dict[str, Tensor], own: dict[str, tuple[int, ...]], has_biases: bool) -> Tensor:
+        keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": self._slices[name] for name in self._layers}
         # the number of sets may differ from task to task: what is stored is their mean
         shapes: dict[str, tuple[int, ...]] = {
             key: (entries[key].shape[0] if key in entries and entries[key].ndim == 2 else 1, part.stop - part.start)
@@ -606,11 +629,18 @@ class TaskPool:
         shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
         if self._versions:
             entries = {key: self._extended(value, keys[key]) if key in keys else value for key, value in entries.items()}
+        biases = {bias_entry(name): self._slices[name] for name in self._bias_owners} if has_biases else {}
+        for key, part in biases.items():
+            shapes[key] = (part.stop - part.start,)
+            if key in entries and entries[key].ndim == 1 and len(self._bias_versions) > 1:
+                entries[key] = F.pad(entries[key], (0, max(0, part.stop - part.start - len(entries[key]))))
         missing = [key for key in shapes if key not in entries]
         raise_if_damaged(what, missing, [key for key in entries if key not in shapes], entries, shapes)
         row = torch.zeros(self.numbers_per_task)
         for key, part in keys.items():
             row[part] = average_sets(entries[key].float())
+        for key, part in biases.items():
+            row[part] = entries[key].float()
         return row
 
     def _row_of_adapter(self, adapter: str) -> Tensor:
@@ -627,10 +657,34 @@ class TaskPool:
             )
         self._check_bank(f"task {adapter!r} of the model", config)
         row = torch.zeros(self.numbers_per_task)
-        for name, part in self._slices.items():
-            values = self._layers[name].recast_coefficients[adapter].detach().float().cpu()
-            row[part] = average_sets(self._extended(values, part))
+        for name, layer in self._layers.items():
+            values = layer.recast_coefficients[adapter].detach().float().cpu()
+            row[self._slices[name]] = average_sets(self._extended(values, self._slices[name]))
+        for name, values in bias_coefficients(self._backbone, adapter).items():
+            start = self._slices[name].start
+            row[start : start + len(values)] = values.detach().float().cpu()
         return row
+
+    @property
+    def _bias_versions(self) -> tuple[str | None, ...]:
+        """Fingerprints of the bank of biases that the pool's tasks are on, and of its earlier versions; (None,) without one."""
+        bank = bias_bank_of(self._backbone, self.slot)
+        return (None,) if bank is None else (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
+
+    def _check_biases(self, what: str, config: RecastConfig) -> None:
+        """Refuse coefficients of biases that the pool's are not; a task without any has zeros there."""
+        partner = _bias_config(config)
+        if partner is None:
+            return
+        own = _bias_config(self._config)
+        given = partner.bank["fingerprint"] if isinstance(partner.bank, dict) else None
+        if partner.bank_in_memory is not None:
+            given = partner.bank_in_memory.fingerprint
+        if own is None or given not in self._bias_versions or (given is None and partner.target_modules != own.target_modules):
+            raise RecastBankError(
+                f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(partner)}\n"
+                f"  pool: {_shown_biases(own)}\nMake a pool for it: TaskPool(model, like=<a task with its layout>)."
+            )
 
     @property
     def _versions(self) -> tuple[str, ...]:
@@ -652,6 +706,7 @@ class TaskPool:
         if config.groups != self._config.groups or config.recipes != self._config.recipes:
             raise _other_layout(f"the task at {what!r}", config, self._config)
         self._check_bank(f"the task at {what!r}", config)
+        self._check_biases(f"the task at {what!r}", config)
         self._check_fingerprint(what, config.base_fingerprint or {})
 
     def _check_bank(self, what: str, config: RecastConfig) -> None:
@@ -681,6 +736,7 @@ class TaskPool:
             count = int(metadata["tasks"])
             names = list(bytes(tensors["names"].numpy()).decode().split("\n")) if count else []
             layout: dict[str, Any] = {key: json.loads(metadata[key]) for key in LAYOUT}
+            biases = json.loads(metadata.get("biases", "{}"))  # files of earlier versions do not name them
             remembered = {
                 int(k): TaskFeatures(tensors[f"prototypes.{k}"], tensors[f"scatter.{k}"], samples)
                 for k, samples in layout["remembered"].items()
@@ -693,6 +749,11 @@ class TaskPool:
             raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
         if layout["bank"] != _bank_fingerprint(self._config):
             raise _other_bank(f"the tasks in {path}", layout["bank"], self._versions)
+        if biases != self._bias_layout():
+            raise RecastBankError(
+                f"the tasks in {path} have coefficients of biases that are not the pool's\n  file: {biases}\n"
+                f"  pool: {self._bias_layout()}"
+            )
         self._check_fingerprint(str(path), layout["base_fingerprint"])
         if tuple(table.shape) != (len(names), self.numbers_per_task) or not torch.isfinite(table).all():
             raise RecastLoadError(
@@ -701,6 +762,11 @@ class TaskPool:
             )
         heads = {int(k): self._head_from(int(k), v, tensors) for k, v in layout["heads"].items()}
         return table, names, heads, remembered
+
+    def _bias_layout(self) -> dict[str, Any]:
+        """Which coefficients of biases a row holds, and on which bank; empty without any."""
+        sizes = {name: owner.offset.numel() for name, owner in self._bias_owners.items()}
+        return {"bank": self._bias_versions[0], "coefficients": sizes} if sizes else {}
 
     def _head_from(self, place: int, saved: dict[str, Any], tensors: dict[str, Tensor]) -> PreparedHead:
         prefix = f"head.{place}."
@@ -729,7 +795,21 @@ def _bank_fingerprint(config: RecastConfig) -> str | None:
 
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
     """What tasks of one pool have in common."""
-    return config.groups, config.recipes, _bank_fingerprint(config)
+    partner = _bias_config(config)
+    biases = None if partner is None else (partner.target_modules, partner.bank and dict(partner.bank))  # type: ignore[arg-type]
+    return config.groups, config.recipes, _bank_fingerprint(config), biases
+
+
+def _bias_config(config: RecastConfig) -> BiasConfig | None:
+    return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
+
+
+def _shown_biases(partner: BiasConfig | None) -> str:
+    if partner is None:
+        return "none"
+    if isinstance(partner.bank, dict):
+        return f"those of the bank {partner.bank['name'] or 'in memory'}, fingerprint {partner.bank['fingerprint']}"
+    return f"one for each bias of {partner.target_modules or 'all layers'}"
 
 
 def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -749,7 +829,8 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 def _is_owned(module: nn.Module, adapter: str) -> bool:
     """Whether a task owns a module whole, other than as its head."""
-    return isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, TaskHead) and adapter in module._adapters
+    understood = (TaskHead, TaskBiases)
+    return isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, understood) and adapter in module._adapters
 
 
 def _other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:
@@ -772,7 +853,7 @@ def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastB
 
 
 def _refuse_parts(name: str, config: RecastConfig) -> None:
-    check_without_partners(config, f"a pool cannot hold task {name!r}", "Keep it as an adapter.")
+    check_without_partners(config, f"a pool cannot hold task {name!r}", "Keep it as an adapter.", allowed=("bias",))
     if config.lora_config is not None:
         raise RecastConfigError(
             f"task {name!r} has a LoRA part, and a pool holds coefficients and heads alone: load it as an ordinary adapter "

@@ -12,10 +12,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from hub_server import HubServer, connect
-from models import outputs, randomise, seeded, tiny_vit, vit_input
+from models import layers_of, outputs, randomise, seeded, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import BertConfig, BertModel
 
 from recast_peft import (
@@ -497,9 +498,216 @@ class TestRefusals:
         model = on(grown(), "one")
         with pytest.raises(RecastConfigError, match="partners bias"):
             convert_to_lora(model, 4, "one")
-        pool = TaskPool(get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"], group_size=1)))
-        with pytest.raises(RecastConfigError, match="partners bias"):
-            pool.add("two", config(grown()))
+
+
+def filled(bank: Any, *names: str) -> TaskPool:
+    """A pool of tasks with random numbers."""
+    pool = TaskPool(get_recast_model(tiny_vit(), config(bank)).eval())
+    for seed, name in enumerate(names):
+        row = pool.add(name)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            pool.table[row].copy_(0.3 * torch.randn(pool.numbers_per_task, generator=generator))
+    return pool
+
+
+def of_pool(pool: TaskPool, bank: StoredBank, name: str) -> nn.Module:
+    """A plain model of a pool's task, by plain arithmetic on the row."""
+    model = get_recast_model(tiny_vit(), config(bank))
+    values = pool.coefficients(name)
+    with torch.no_grad():
+        for place, parameter in offsets(model).items():
+            parameter.copy_(values[f"{place}.bias"])
+        for module, layer in layers_of(model).items():
+            layer.recast_coefficients["default"].copy_(values[module][None])
+    return by_hand(bank, model).eval()
+
+
+class TestPools:
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_one_task_after_the_other(self, merge: bool) -> None:
+        bank = grown()
+        pool = filled(bank, "one", "two")
+        assert pool.numbers_per_task == 16
+        bias = pool.model.get_base_model().blocks[0].mlp.fc1.bias
+        pretrained = bias.detach().clone()
+        storage = set()
+        for name in ("one", "two", "one"):
+            pool.activate(name, merge=merge)
+            torch.testing.assert_close(outputs(pool.model, X), outputs(of_pool(pool, bank, name), X), rtol=1e-5, atol=1e-5)
+            storage.add(bias.data_ptr())
+            assert torch.equal(bias, pretrained) == (not merge)
+        assert len(storage) == 1  # a task is merged in place of the one before
+        pool.deactivate()
+        assert torch.equal(bias, pretrained)
+        assert torch.equal(outputs(pool.model, X), outputs(tiny_vit().eval(), X))
+
+    @pytest.mark.parametrize("merged", [None, "slot", "ordinary"])
+    def test_a_task_for_each_sample(self, merged: str | None) -> None:
+        bank = grown()
+        pool = filled(bank, "one", "two")
+        model = pool.model
+        if merged == "slot":
+            pool.activate("two", merge=True)
+        elif merged == "ordinary":
+            learn(model, "default")
+            model.set_adapter("default")
+            model.merge_adapter(["default"])
+        wanted = [of_pool(pool, bank, "two"), tiny_vit().eval(), of_pool(pool, bank, "one"), of_pool(pool, bank, "two")]
+        with torch.no_grad():
+            found = model(X, task_ids=pool.ids(["two", None, "one", "two"]))
+        for row, plain in enumerate(wanted):
+            torch.testing.assert_close(found[row], outputs(plain, X)[row], rtol=1e-4, atol=1e-4)
+
+    def test_images_and_norms_of_convolutional_networks(self) -> None:
+        """Where the bias does not lie along the last dimension."""
+        plain = seeded(BatchNorms)
+        sources = [{n: p for n, p in source(i, lambda: seeded(BatchNorms)).items()} for i in range(2)]
+        bank = grow_bias_bank(plain, sources)
+        fields = {"target_modules": ["conv"], "group_size": 1, "partners": [BiasConfig(bank=bank)]}
+        pool = TaskPool(get_recast_model(seeded(BatchNorms), RecastConfig(**fields)).eval())
+        for seed, name in enumerate(("one", "two")):
+            row = pool.add(name)
+            pool.table.data[row] = torch.randn(pool.numbers_per_task, generator=torch.Generator().manual_seed(seed))
+        x = images()
+        with torch.no_grad():
+            both = pool.model(x, task_ids=pool.ids(["one", "two"]))
+            for row, name in enumerate(("one", "two")):
+                with pool.use(name):
+                    torch.testing.assert_close(pool.model(x)[row], both[row], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(both, outputs(plain.eval(), x), atol=1e-2)
+
+    def test_gradients_of_a_mixed_batch_are_those_of_the_tasks_alone(self) -> None:
+        bank = grown()
+        pool = filled(bank, "one", "two")
+        model = pool.model.double()
+        pool.requires_grad_()
+        x = X.double()
+        model(x, task_ids=pool.ids(["one", "one", "two", "two"])).square().sum().backward()
+        for name, rows in (("one", slice(0, 2)), ("two", slice(2, 4))):
+            alone = get_recast_model(tiny_vit(), config(bank)).double()
+            with torch.no_grad():
+                for place, parameter in offsets(alone).items():
+                    parameter.copy_(pool.coefficients(name)[f"{place}.bias"])
+                for module, layer in layers_of(alone).items():
+                    layer.recast_coefficients["default"].copy_(pool.coefficients(name)[module][None])
+            alone(x[rows]).square().sum().backward()
+            for place, parameter in offsets(alone).items():
+                found = pool.table.grad[pool.row(name), pool.part_of(f"{place}.bias")]
+                torch.testing.assert_close(found, parameter.grad, rtol=1e-6, atol=1e-8)
+
+    def test_tasks_are_put_in_from_everywhere(self, tmp_path: Path) -> None:
+        bank = grown().save(tmp_path / "bank")
+        model = on(bank, "first")
+        model.save_pretrained(tmp_path)
+        pool = TaskPool(get_recast_model(tiny_vit(), config(bank), "layout").eval())
+        pool.add("folder", tmp_path / "first")
+        pool.model.load_adapter(str(tmp_path / "first"), "adapter")
+        pool.add("adapter")
+        pool.remove("adapter")
+        pool.add("adapter", "adapter")
+        pool.add("entries", load_file(tmp_path / "first" / "adapter_model.safetensors"))
+        pool.add("fresh", config(bank))
+        plain = RecastConfig(target_modules=["fc1"], group_size=1)
+        without = get_recast_model(tiny_vit(), plain, "without")
+        randomise(without, "without")
+        without.save_pretrained(tmp_path)
+        pool.add("without", tmp_path / "without")  # no coefficients of biases: zeros
+        for name in ("folder", "adapter", "entries"):
+            with pool.use(name):
+                assert torch.equal(outputs(pool.model, X), outputs(model, X))
+        with pool.use("without"):
+            torch.testing.assert_close(outputs(pool.model, X), outputs(without.eval(), X), rtol=1e-5, atol=1e-5)
+        pool.save(tmp_path / "pool.safetensors")
+        again = TaskPool(get_recast_model(tiny_vit(), config(bank)).eval())
+        assert again.load(tmp_path / "pool.safetensors") == pool.names
+        assert torch.equal(again.table[:5], pool.table[:5])
+
+    def test_tasks_on_an_earlier_version(self, tmp_path: Path) -> None:
+        first = grown().save(tmp_path / "bank")
+        model = on(first, "old")
+        model.save_pretrained(tmp_path)
+        second = extend_bank(first, tiny_vit(), [source(8)]).save(tmp_path / "bank")
+        pool = TaskPool(get_recast_model(tiny_vit(), config(second)).eval())
+        pool.add("old", tmp_path / "old")
+        assert {len(v) for name, v in pool.coefficients("old").items() if name.endswith("bias")} == {4}
+        with pool.use("old"):
+            torch.testing.assert_close(outputs(pool.model, X), outputs(model, X), rtol=1e-5, atol=1e-5)
+
+    def test_other_biases_are_refused(self, tmp_path: Path) -> None:
+        bank = grown().save(tmp_path / "bank")
+        other = on(grown((5, 6)).save(tmp_path / "other"), "other")
+        other.save_pretrained(tmp_path)
+        pool = TaskPool(get_recast_model(tiny_vit(), config(bank)).eval())
+        for given in (tmp_path / "other", config(grown((5, 6))), config(bank, partners=["bias"])):
+            with pytest.raises(RecastBankError, match="coefficients of biases that are not the pool's"):
+                pool.add("other", given)
+        plain = TaskPool(get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"], group_size=1)).eval())
+        with pytest.raises(RecastBankError, match=r"are not the pool's\n  task: those of the bank .*\n  pool: none"):
+            plain.add("other", tmp_path / "other")
+        pool.save(tmp_path / "pool.safetensors")
+        with pytest.raises(RecastBankError, match="coefficients of biases that are not the pool's"):
+            plain.load(tmp_path / "pool.safetensors")
+        assert (len(pool), len(plain)) == (0, 0)
+
+    def test_a_coefficient_for_each_bias(self) -> None:
+        fields = {"target_modules": ["fc1"], "group_size": 1, "partners": ["bias"]}
+        model = get_recast_model(tiny_vit(), RecastConfig(**fields), "first").eval()
+        learn(model, "first")
+        pool = TaskPool(model)
+        assert pool.numbers_per_task == 4 + 16
+        pool.add("copy", "first")
+        wanted = outputs(model, X)
+        with pool.use("copy", merge=True):
+            torch.testing.assert_close(outputs(model, X), wanted, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            mixed = model(X, task_ids=pool.ids(["copy", None, "copy", None]))
+        torch.testing.assert_close(mixed[0::2], wanted[0::2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mixed[1::2], outputs(tiny_vit().eval(), X)[1::2], rtol=1e-5, atol=1e-5)
+
+    def test_compiled(self) -> None:
+        """Another task, or other tasks in a batch, compile nothing anew."""
+        pool = filled(grown(), "one", "two")
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(pool.model, backend=counter)
+        wanted = {}
+        for name in ("one", "two"):
+            pool.activate(name)
+            with torch.no_grad():
+                wanted[name] = compiled(X)
+                torch.testing.assert_close(wanted[name], pool.model(X), rtol=1e-5, atol=1e-5)
+        once = counter.frame_count
+        pool.activate("one")
+        with torch.no_grad():
+            assert torch.equal(compiled(X), wanted["one"])
+        assert counter.frame_count == once == 1
+
+
+class TestArithmetic:
+    def test_a_weighted_sum(self) -> None:
+        bank = grown()
+        model = on(bank, "one")
+        model.add_adapter("two", config(bank))
+        learn(model, "two", 2)
+        model.base_model.add_weighted_adapter(["one", "two"], [0.25, -1.5], "mix")
+        own = [offsets(model, name) for name in ("one", "two", "mix")]
+        for place, values in own[2].items():
+            torch.testing.assert_close(values, 0.25 * own[0][place] - 1.5 * own[1][place], rtol=1e-6, atol=1e-6)
+        model.set_adapter("mix")
+        torch.testing.assert_close(outputs(model, X), outputs(by_hand(bank, model, "mix").eval(), X), rtol=1e-5, atol=1e-5)
+        pool = filled(bank, "one", "two")
+        row = pool.add_weighted_adapter(["one", "two"], [0.25, -1.5], "mix")
+        torch.testing.assert_close(pool.table[row], 0.25 * pool.table[0] - 1.5 * pool.table[1])
+
+    def test_other_banks_are_refused(self) -> None:
+        model = on(grown(), "one")
+        model.add_adapter("two", config(grown((5, 6, 7))))
+        model.add_adapter("three", RecastConfig(target_modules=["fc1"], group_size=1))
+        for other in ("two", "three"):
+            with pytest.raises(RecastBankError, match="coefficients of biases are not the same"):
+                model.base_model.add_weighted_adapter(["one", other], [1, 1], "mix")
+            assert "mix" not in model.peft_config
 
 
 class TestExtending:

@@ -135,6 +135,12 @@ class BiasCoefficient(nn.Module):
         self.channels = channels
         self.offset = nn.Parameter(torch.zeros(1, **like))
 
+    owner: str | None = None  # the place whose coefficients these are; None is its own
+
+    def templates(self, bias: Tensor) -> Tensor:
+        """The templates ``(templates, channels)``; here the pretrained bias alone."""
+        return bias[None]
+
     def change(self, bias: Tensor) -> Tensor:
         """What comes to a bias, in the dtype of the offset."""
         return self.offset * bias.to(self.offset.dtype)
@@ -145,6 +151,13 @@ class BiasCoefficient(nn.Module):
         if self.channels > 0 and y.ndim > 2:
             change = change.view(-1, *[1] * (y.ndim - 2))
         return y + change.to(y.dtype)
+
+    def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+        """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
+        changes = offsets @ self.templates(bias).to(offsets)
+        ones = [1] * (y.ndim - 2)
+        shape = (len(y), -1, *ones) if self.channels > 0 else (len(y), *ones, changes.shape[1])
+        return y + changes.view(shape).to(y.dtype)
 
 
 class BiasTemplates(nn.Module):
@@ -169,13 +182,17 @@ class BiasMix(BiasCoefficient):
         ``offset`` ``(templates,)``, owned by the first bias of the group alone; bias ``(channels,)``.
     """
 
-    def __init__(self, channels: int, templates: BiasTemplates, owner: BiasMix | None, **like: Any) -> None:
+    def __init__(self, channels: int, templates: BiasTemplates, place: str, owner: BiasMix | None, **like: Any) -> None:
         nn.Module.__init__(self)
         self.channels = channels
         self.shared = (templates,)  # in tuples, since they are no children
         self.owners = () if owner is None else (owner,)
+        self.owner = place if owner is None else owner.owner
         if owner is None:
             self.offset = nn.Parameter(torch.zeros(len(templates.templates), **like))
+
+    def templates(self, bias: Tensor) -> Tensor:
+        return self.shared[0].templates
 
     def change(self, bias: Tensor) -> Tensor:
         offset = (self.owners[0] if self.owners else self).offset
