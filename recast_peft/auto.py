@@ -14,13 +14,14 @@ from peft import PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 
 from .backbone import build_backbone, commit_of
-from .bank_files import BANK_CONFIG, BANK_WEIGHTS, load_bank
+from .bank_files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
 from .config import RecastConfig
 from .conversion import check_adapter_name
 from .errors import RecastBaseMismatchError, RecastConfigError
 from .hub import fetch_file, fetch_task
 from .layer import RecastLayer
 from .model_card import task_entries
+from .partners import BiasConfig
 from .peft_models import with_task_verbs
 from .task_files import plain_name
 
@@ -116,7 +117,7 @@ class AutoRecastModel:
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
         folder = str(fetch_task(name, subfolder, revision=revision, **hub))
         config = RecastConfig.from_pretrained(folder)
-        _fetch_bank(config, folder, hub)
+        _fetch_banks(config, folder, hub)
         model, missing = build_backbone(config.backbone, backbone, **hub)
         uncovered = _uncovered(missing, folder)
         try:
@@ -140,14 +141,27 @@ def _own_keywords() -> list[str]:
     return [p.name for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY] + list(PEFT_KEYWORDS)
 
 
-def _fetch_bank(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None:
-    """Fetch the stored bank that a task names from the Hub, with the token and the cache that the task was fetched with."""
-    name = (config.bank or {}).get("name") if isinstance(config.bank, dict) else None
+def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None:
+    """Fetch the stored banks that a task names from the Hub, with the token and the cache that the task was fetched with."""
+    fetched = _fetched_bank(config.bank, folder, hub)
+    if fetched is not None:
+        config.bank = fetched  # type: ignore[assignment]
+    partners: list[Any] = list(config.partners or [])
+    for place, partner in enumerate(partners):
+        fetched = _fetched_bank(partner.bank, folder, hub) if isinstance(partner, BiasConfig) else None
+        if fetched is not None:
+            partners[place] = BiasConfig(bank=fetched)
+            config.partners = partners
+
+
+def _fetched_bank(reference: Any, folder: str, hub: dict[str, Any]) -> StoredBank | None:
+    """The bank of a reference, from the Hub; None if it names none, or one that lies on this machine."""
+    name = reference.get("name") if isinstance(reference, dict) else None
     if name is None or any(Path(place).exists() for place in (name, Path(folder, name), Path(folder, BANK_CONFIG))):
-        return  # it lies on this machine, where the conversion finds it
+        return None  # the conversion finds it
     config_file = fetch_file(name, BANK_CONFIG, None, hub)
     fetch_file(name, BANK_WEIGHTS, None, {**hub, "revision": commit_of(config_file)})
-    config.bank = load_bank(Path(config_file).parent).under(name)
+    return load_bank(Path(config_file).parent).under(name)
 
 
 def _uncovered(missing: list[str], folder: str) -> list[str]:

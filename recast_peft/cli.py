@@ -20,6 +20,7 @@ from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
 from .hub import fetch_task
 from .model_card import task_sizes
+from .partners import BiasConfig
 from .plan import plan_recast
 
 WEIGHTS_FILE = "model.safetensors"
@@ -105,6 +106,11 @@ def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key in ("subfolder", "revision") if (value := getattr(options, key)) is not None}
 
 
+def _bias_banks(config: RecastConfig) -> list[str]:
+    partners = [partner for partner in config.partners or () if isinstance(partner, BiasConfig)]
+    return [partner.bank["name"] or "in memory" for partner in partners if isinstance(partner.bank, dict)]
+
+
 def _inspect(options: argparse.Namespace) -> None:
     folder = fetch_task(options.task, **_hub_options(options))
     config = RecastConfig.from_pretrained(str(folder))
@@ -118,6 +124,7 @@ def _inspect(options: argparse.Namespace) -> None:
         ("coefficients", f"{sizes.coefficients:,}"),
         *([("LoRA part", f"{sizes.lora:,} numbers")] if sizes.lora else []),
         *([("partners", sizes.of_partners())] if sizes.partners else []),
+        *[("bank of biases", name) for name in _bias_banks(config)],
         ("further numbers", f"{sizes.others:,}"),
         ("classes", config.num_classes if config.num_classes is not None else "the model's own head"),
         ("size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),

@@ -282,10 +282,16 @@ def _facts(config: Mapping[str, Any], sizes: _Sizes) -> list[tuple[str, Any]]:
         ),
         ("LoRA part", _lora_facts(config.get("lora_config"))),
         ("Partners", sizes.of_partners() or None),
+        ("Bank of biases", _bias_bank(config)),
         ("Size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
         ("Fidelity of the base", _fidelity(config)),
     ]
     return [(key, value) for key, value in facts if value is not None]
+
+
+def _bias_bank(config: Mapping[str, Any]) -> str | None:
+    banks = [partner.get("bank") for partner in config.get("partners") or () if isinstance(partner, Mapping)]
+    return next((f"`{bank.get('name')}`, fingerprint {bank.get('fingerprint')}" for bank in banks if bank), None)
 
 
 def _lora_facts(lora: Mapping[str, Any] | None) -> str | None:

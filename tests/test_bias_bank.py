@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from recast_peft import (
+    AutoRecastModel,
     BiasConfig,
     RecastBankError,
     RecastConfig,
     RecastConfigError,
+    RecastHubError,
     RecastLoadError,
     RecastTargetError,
     StoredBank,
@@ -42,6 +45,7 @@ from recast_peft import (
     push_task_to_hub,
 )
 from recast_peft.bank_files import BANK_CONFIG
+from recast_peft.cli import main
 from recast_peft.partner_places import TaskBiases, partner_holders
 from recast_peft.partners.bias import CHANNELS_BY_NAME
 
@@ -763,7 +767,40 @@ class TestOnTheHub:
         push_task_to_hub(model, "ada/birds")
         card = hub.repositories["ada/birds"].find("main").files["README.md"].decode()
         assert "| Partners | bias 12 numbers |" in card
+        assert f"| Bank of biases | `ada/biases`, fingerprint {bank.fingerprint} |" in card
         assert torch.equal(outputs(PeftModel.from_pretrained(tiny_vit(), "ada/birds").eval(), X), outputs(model, X))
+
+    def test_a_private_bank_opens_with_the_tasks_token(self, hub: HubServer, tmp_path: Path, monkeypatch: Any) -> None:
+        config_of = ViTConfig(
+            hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+        )
+        torch.manual_seed(0)
+        backbone = ViTModel(config_of).eval()
+        backbone.save_pretrained(tmp_path / "vit")
+        bank = grow_bias_bank(backbone, [source(i, lambda: copy.deepcopy(backbone)) for i in range(2)])
+        push_bank_to_hub(bank, "ada/biases", private=True)
+        loaded = ViTModel.from_pretrained(tmp_path / "vit").eval()
+        model = get_recast_model(loaded, RecastConfig(partners=[BiasConfig(bank=load_bank("ada/biases"))])).eval()
+        learn(model)
+        model.save_pretrained(tmp_path / "task")
+        token = os.environ["HF_TOKEN"]
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RecastHubError, match="private or gated"):
+            AutoRecastModel.from_pretrained(tmp_path / "task", cache_dir=tmp_path / "fresh")
+        again = AutoRecastModel.from_pretrained(tmp_path / "task", token=token, cache_dir=tmp_path / "fresh")
+        x = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
+        assert again.peft_config["default"].partners[0].bank["name"] == "ada/biases"
+
+
+def test_inspect_names_the_bank(tmp_path: Path, capsys: Any) -> None:
+    bank = grown().save(tmp_path / "bank")
+    on(bank).save_pretrained(tmp_path / "task")
+    assert main(["inspect", str(tmp_path / "task")]) == 0
+    shown = capsys.readouterr().out
+    assert f"bank of biases   {tmp_path / 'bank'}\n" in shown
+    assert "partners         bias 12 numbers\n" in shown
 
 
 @pytest.mark.parametrize("name", CHANNELS_BY_NAME)
