@@ -15,12 +15,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from rivals import MODEL, QUICK, TARGET_SETS, adapted, backbone, images, randomise
+from rivals import MODEL, ON_BIASES, QUICK, TARGET_SETS, adapted, backbone, images, randomise
 from timing import Row, Tables, add_device, arguments, compare, finish, start
 from torch import nn
 
-LIVE = ["RECAST", "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
-MERGED = ["RECAST", "LoRA r=8"]
+LIVE = ["RECAST", ON_BIASES, "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
+MERGED = ["RECAST", ON_BIASES, "LoRA r=8"]
 
 
 def variants(targets: list[str], x: torch.Tensor, name: str, blocks: ExitStack) -> dict[str, Callable[[], Any]]:

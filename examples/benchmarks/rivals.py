@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import timm
@@ -10,7 +11,7 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
-from recast_peft import RecastConfig
+from recast_peft import BiasConfig, RecastConfig, StoredBank, grow_bias_bank
 
 REFERENCE = "LoRA r=8"
 MODEL = "vit_small_patch16_224"
@@ -39,6 +40,8 @@ ESTIMATED: dict[str, Callable[[list[str]], Any]] = {
 """RECAST with gradients of its coefficients that cost less; it differs from "RECAST" in training alone."""
 
 FULL = "full fine-tuning"
+ON_BIASES = "RECAST, own weights, bank of biases"
+"""A scale for each target and four templates of biases for each block: what gains most with few numbers."""
 
 
 QUICK = "test_vit"  # of timm: two blocks of width 64
@@ -56,9 +59,25 @@ def images(model: nn.Module, batch: int, device: str = "cpu") -> torch.Tensor:
     return torch.randn(batch, *model.pretrained_cfg["input_size"], generator=generator).to(device)  # type: ignore[index, misc]
 
 
+@cache
+def bias_bank(name: str, templates: int = 4) -> StoredBank:
+    """A bank of biases of a timm model, from sources that moved them at random."""
+    sources = []
+    for seed in range(templates):
+        generator = torch.Generator().manual_seed(seed)
+        plain = {key: p.detach() for key, p in backbone(name).named_parameters() if key.endswith("bias")}
+        sources.append({key: p + 0.01 * torch.randn(p.shape, generator=generator) for key, p in plain.items()})
+    return grow_bias_bank(backbone(name), sources)
+
+
 def adapted(method: str, targets: list[str], name: str = MODEL) -> nn.Module:
     """A fresh model with a method on it."""
-    return backbone(name) if method == FULL else get_peft_model(backbone(name), {**CONFIGS, **ESTIMATED}[method](targets))
+    if method == FULL:
+        return backbone(name)
+    if method == ON_BIASES:
+        partners = [BiasConfig(bank=bias_bank(name))]
+        return get_peft_model(backbone(name), RecastConfig(target_modules=targets, group_size=1, partners=partners))
+    return get_peft_model(backbone(name), {**CONFIGS, **ESTIMATED}[method](targets))
 
 
 def randomise(model: nn.Module, adapter: str | None = None) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from memory import peak_bytes
-from rivals import CONFIGS, ESTIMATED, FULL, MODEL, QUICK, REFERENCE, TARGET_SETS, adapted, backbone, images
+from rivals import CONFIGS, ESTIMATED, FULL, MODEL, ON_BIASES, QUICK, REFERENCE, TARGET_SETS, adapted, backbone, images
 from timing import Row, Tables, add_device, arguments, compare, finish, start
 
-METHODS = ["RECAST", *ESTIMATED, *(name for name in CONFIGS if name not in ("RECAST", "LoRA r=1"))]
+METHODS = ["RECAST", *ESTIMATED, ON_BIASES, *(name for name in CONFIGS if name not in ("RECAST", "LoRA r=1"))]
 
 
 def training_step(method: str, targets: list[str], x: torch.Tensor, name: str) -> tuple[Callable[[], Any], int]:
@@ -60,7 +60,7 @@ def main(given: list[str] | None = None) -> Tables:
     parser = arguments(__doc__)
     add_device(parser)
     parser.add_argument("--targets", nargs="+", choices=list(TARGET_SETS), default=["qkv", "mlp"])
-    parser.add_argument("--methods", nargs="+", choices=[*CONFIGS, *ESTIMATED, FULL], default=[*METHODS, FULL])
+    parser.add_argument("--methods", nargs="+", choices=[*CONFIGS, *ESTIMATED, ON_BIASES, FULL], default=[*METHODS, FULL])
     parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
