@@ -22,7 +22,8 @@ from .conversion import recast_layers
 from .errors import RecastBankError, RecastConfigError
 from .functional import average_sets
 from .heads import PreparedHead, TaskHead
-from .partner_places import TaskBiases, bias_bank_of, bias_coefficients, check_without_partners
+from .partner_holders import TaskBiases, bias_bank_of, bias_coefficients
+from .partner_places import check_without_partners
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")

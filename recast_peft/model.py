@@ -48,18 +48,16 @@ from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys,
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
+from .partner_holders import TaskBiases, merge_partners, unmerge_partners
 from .partner_places import (
-    TaskBiases,
     check_mergeable,
     install_partners,
-    merge_partners,
     pack_masks,
     partner_shapes,
     partners_as_prepared,
     prepare_partners,
     put_back_partners,
     take_out_partners,
-    unmerge_partners,
     unpack_masks,
 )
 from .plan import RecastPlan, coefficient_owners, plan_recast

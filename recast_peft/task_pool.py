@@ -37,15 +37,8 @@ from .hub import fetch_task
 from .layer import RecastLayer
 from .mixed_batch import NO_TASK, MixedBatch
 from .model import RecastModel
-from .partner_places import (
-    TaskBiases,
-    bias_bank_of,
-    bias_coefficients,
-    bias_entry,
-    bias_holders,
-    bias_owners,
-    check_without_partners,
-)
+from .partner_holders import TaskBiases, bias_bank_of, bias_coefficients, bias_entry, bias_holders, bias_owners
+from .partner_places import check_without_partners
 from .partners import BiasConfig
 from .peft_models import TaskModel, with_task_verbs
 from .routing import TaskFeatures, nearest_task, summarise

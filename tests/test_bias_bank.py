@@ -46,7 +46,7 @@ from recast_peft import (
 )
 from recast_peft.bank_files import BANK_CONFIG
 from recast_peft.cli import main
-from recast_peft.partner_places import TaskBiases, partner_holders
+from recast_peft.partner_holders import TaskBiases, partner_holders
 from recast_peft.partners.bias import CHANNELS_BY_NAME
 
 X = vit_input(4)

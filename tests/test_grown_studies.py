@@ -67,13 +67,30 @@ class TestTheStudy:
             (script.shared_method("beside plain", banks, 0.1, 2), 8 * 4),
             (script.wide_method("more modules", banks, 0.1, 2), 24 * 2),
             (script.plain_method(6), 6 * 6 + 2 * 2),
+            (script.bias_method("biases alone", banks, 0.1, None, ()), 8 * 2),
+            (script.bias_method("one template", banks, 0.1, 1, ["fc1"]), 8 + 8),
+            (script.bias_method("one source", banks, 0.1, None, ["fc1"], 1), 8 + 8),
+            (script.bias_method("and the MLP", banks, 0.1, 4, ["fc1", "fc2"]), 8 * 2 + 16),
         ]
-        assert len({str(method.settings) for method, _ in wanted}) == 6
+        assert len({str(method.settings) for method, _ in wanted}) == 10
         task = banks.images("hebrew", 0)
         for method, numbers in wanted:
             model = method.build(load_backbone(), task, 0)
             trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "head" not in n}
             assert sum(p.numel() for p in trained.values()) == numbers, method.name
+
+    def test_a_start_from_the_mean_has_seen_the_others_alone(self, script: Any, banks: Any) -> None:
+        method = script.from_mean("from the mean", banks, script.PROBE)
+        assert method.settings != script.PROBE.settings
+        model = method.build(load_backbone(), banks.images("hebrew", 0), 0)
+        plain = dict(load_backbone().named_parameters())
+        greek, arrows = (banks.bias_source(name, 0) for name in ("greek", "arrows"))
+        for name, parameter in model.named_parameters():
+            if name.startswith("head"):
+                continue
+            wanted = (greek[name] + arrows[name]) / 2 if name.endswith("bias") else plain[name]
+            torch.testing.assert_close(parameter, wanted)
+        assert not torch.equal(greek["blocks.0.mlp.fc1.bias"], arrows["blocks.0.mlp.fc1.bias"])
 
     def test_mixed_batches_hold_every_sample_with_its_task(self, script: Any, banks: Any) -> None:
         tasks = [banks.images(name, 0) for name in TASKS]

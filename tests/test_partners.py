@@ -43,7 +43,7 @@ from recast_peft import (
     plan_recast,
 )
 from recast_peft.cli import main
-from recast_peft.partner_places import PartnerHook, partner_holders
+from recast_peft.partner_holders import PartnerHook, partner_holders
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
