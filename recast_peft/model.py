@@ -48,7 +48,7 @@ from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys,
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
-from .partner_holders import TaskBiases, merge_partners, unmerge_partners
+from .partner_holders import TaskBiases, bias_bank_of, merge_partners, unmerge_partners
 from .partner_places import (
     check_mergeable,
     install_partners,
@@ -60,6 +60,7 @@ from .partner_places import (
     take_out_partners,
     unpack_masks,
 )
+from .partners import BiasConfig
 from .plan import RecastPlan, coefficient_owners, plan_recast
 from .registration import PREFIX
 from .task_files import COEFFICIENTS, check_state_dict, check_task_file, plain_name
@@ -498,31 +499,56 @@ class RecastModel(BaseTuner):
 
     # ---------------------------------------------------------------- files
 
-    def save_bank(self, path: str | Path, adapter_name: str | None = None) -> StoredBank:
+    def save_bank(self, path: str | Path, adapter_name: str | None = None, *, of: str = "weights") -> StoredBank:
         """Write the template banks of a task into a folder, once for all tasks on them; ``load_bank`` reads it.
 
         Args:
             path: the folder; tasks that are saved from now on name their bank by it.
             adapter_name: the task; None means the active one.
+            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
 
         Returns:
             the stored bank.
 
         Raises:
-            RecastBankError: if the banks follow from the pretrained weights and need no file.
+            RecastBankError: if the banks follow from the pretrained weights and need no file, or there is no bank of biases.
+            RecastConfigError: if ``of`` is something else.
         """
-        stored = self._stored_bank(adapter_name).save(path)
-        remember_bank_name(self.model, stored)
+        stored = self._stored_bank(adapter_name, of).save(path)
+        self._remember_bank(stored)
         return stored
 
-    def push_bank_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> StoredBank:
+    def push_bank_to_hub(
+        self, repo_id: str, adapter_name: str | None = None, *, of: str = "weights", **kwargs: Any
+    ) -> StoredBank:
         """Upload the template banks of a task to a repository on the Hub; see ``save_bank`` and ``StoredBank.push_to_hub``."""
-        stored = self._stored_bank(adapter_name).push_to_hub(repo_id, **kwargs)
-        remember_bank_name(self.model, stored)
+        stored = self._stored_bank(adapter_name, of).push_to_hub(repo_id, **kwargs)
+        self._remember_bank(stored)
         return stored
 
-    def _stored_bank(self, adapter_name: str | None) -> StoredBank:
+    def _remember_bank(self, stored: StoredBank) -> None:
+        """Note where a bank was stored, for the tasks that are saved from now on."""
+        if not stored.is_of_biases:
+            remember_bank_name(self.model, stored)
+            return
+        for config in self.peft_config.values():
+            partners: list[Any] = list(getattr(config, "partners", None) or [])
+            for place, partner in enumerate(partners):
+                reference = partner.bank if isinstance(partner, BiasConfig) else None
+                own = stored.at(reference["fingerprint"]) if isinstance(reference, dict) else None
+                if own is not None:
+                    partners[place] = BiasConfig(bank=own)
+                    config.partners = partners  # type: ignore[attr-defined]
+
+    def _stored_bank(self, adapter_name: str | None, of: str) -> StoredBank:
         name = adapter_name or self.active_adapters[0]
+        if of == "biases":
+            bank = bias_bank_of(self.model, name)
+            if bank is None:
+                raise RecastBankError(f"task {name!r} is on no bank of biases: there is nothing to store")
+            return bank
+        if of != "weights":
+            raise RecastConfigError(f"of={of!r}: expected 'weights' or 'biases'")
         return stored_bank_of(self.model, name, cast(RecastConfig, self.peft_config[name]).method.to_dict())
 
     @classmethod

@@ -29,11 +29,13 @@ from tqdm.auto import tqdm
 
 from .auto import get_recast_model
 from .bank_files import StoredBank
+from .bias_bank import grow_bias_bank
 from .config import RecastConfig
 from .conversion import check_adapter_name
 from .errors import RecastConfigError, RecastSequenceError
 from .growth import extend_bank, grow_bank
 from .layer import RecastLayer
+from .partners import BiasConfig
 from .sources import Source
 
 # ---------------------------------------------------------------- pure functions
@@ -311,9 +313,12 @@ class Growth:
         source: is called with a plain copy of the backbone and the task, and returns what moved the weights (an adapter such
             as a LoRA, a fine-tuned copy: a source of ``grow_bank``), or None if the task is to add nothing. Without it the
             tasks of the sequence that have a LoRA part are the sources, coefficients and LoRA together.
-        config: targets and groups of the bank, as for ``grow_bank``.
+        of: ``"weights"``, or ``"biases"`` for a bank of biases (``grow_bias_bank``): tasks are then learned with coefficients
+            for its templates beside those that their configs ask for. Then ``source`` is needed, since what trains biases whole
+            is no task of the sequence.
+        config: targets and groups of a bank of weights, as for ``grow_bank``.
         num_templates: templates of a group that are added each time, at most; None adds all principal components.
-        rank: stores each template as a low-rank pair.
+        rank: stores each template of weights as a low-rank pair.
         plain_templates: keep the pretrained weights as templates beside the grown ones.
         bank: where to start, and afterwards the bank as it stands; None before anything was grown.
     """
@@ -324,7 +329,19 @@ class Growth:
     rank: int | None = None
     plain_templates: bool = True
     bank: StoredBank | None = None
+    of: str = "weights"
     _sources: list[Source] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.of not in ("weights", "biases"):
+            raise RecastConfigError(f"Growth(of={self.of!r}): expected 'weights' or 'biases'")
+        if self.bank is not None and self.bank.is_of_biases != (self.of == "biases"):
+            raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {_kind_of(self.bank)}")
+        if self.of == "biases" and (self.source is None or self.config is not None or self.rank is not None):
+            raise RecastConfigError(
+                "Growth(of='biases') needs source=, a function that learns a task by training biases, and takes neither config="
+                " nor rank=, which are of weights"
+            )
 
     def learn(self, plain: nn.Module, task: Any, model: PeftModel, name: str) -> None:
         """Get the source of a task that the model has learned under a name."""
@@ -343,6 +360,9 @@ class Growth:
         if self.bank is not None:
             self.bank = extend_bank(self.bank, plain, sources, num_templates=self.num_templates)
             return
+        if self.of == "biases":
+            self.bank = grow_bias_bank(plain, sources, num_templates=self.num_templates)
+            return
         self.bank = grow_bank(
             plain,
             sources,
@@ -351,6 +371,10 @@ class Growth:
             rank=self.rank,
             plain_templates=self.plain_templates,
         )
+
+
+def _kind_of(bank: StoredBank) -> str:
+    return "biases" if bank.is_of_biases else "weights"
 
 
 # ---------------------------------------------------------------- the driver
@@ -433,9 +457,10 @@ def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow
             "of the tasks RecastConfig(lora_config=...)"
         )
     for name, own in configs.items():
-        if own is not None and own.bank is not None:
+        named = None if own is None else (_bias_bank_in(own) if grow.of == "biases" else own.bank)
+        if named is not None:
             raise RecastConfigError(
-                f"the config of task {name!r} names the bank {own.bank}, and grow= is given too: start from it with "
+                f"the config of task {name!r} names the bank {named}, and grow= is given too: start from it with "
                 "Growth(bank=...), or leave grow out"
             )
     plain = copy.deepcopy(model)
@@ -458,13 +483,20 @@ def _add_task(
     model: nn.Module, name: str, config: RecastConfig | Mapping[str, RecastConfig] | None, bank: StoredBank | None = None
 ) -> PeftModel:
     own = copy.deepcopy(config[name] if isinstance(config, Mapping) else config) or RecastConfig()
-    if bank is not None:
+    if bank is not None and bank.is_of_biases:
+        others = [partner for partner in own.partners or () if not isinstance(partner, BiasConfig)]
+        own.partners = [*others, BiasConfig(bank=bank)]
+    elif bank is not None:
         own.bank = bank  # type: ignore[assignment]
     if not isinstance(model, PeftModel):
         return get_recast_model(model, own, adapter_name=name)
     model.add_adapter(name, own)
     model.set_adapter(name)
     return model
+
+
+def _bias_bank_in(config: RecastConfig) -> Any:
+    return next((partner.bank for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
 
 
 @contextmanager

@@ -321,6 +321,26 @@ class TestTasks:
         cheap = PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "flowers"), "flowers", low_cpu_mem_usage=True).eval()
         assert torch.equal(outputs(cheap, X), outputs(model, X))
 
+    def test_a_bank_in_memory_is_stored_by_the_models_own_verb(self, tmp_path: Path) -> None:
+        first = grown()
+        model = on(first, "old")
+        model.add_adapter("new", config(extend_bank(first, tiny_vit(), [source(8)])))
+        learn(model, "new", 2)
+        stored = model.base_model.save_bank(tmp_path / "bank", "new", of="biases")
+        assert (stored.version, load_bank(tmp_path / "bank").fingerprint) == (2, stored.fingerprint)
+        model.save_pretrained(tmp_path)
+        for name in ("old", "new"):
+            model.set_adapter(name)
+            again = PeftModel.from_pretrained(tiny_vit(), str(tmp_path / name), name).eval()
+            assert torch.equal(outputs(again, X), outputs(model, X))
+            assert again.peft_config[name].partners[0].bank["name"] == str(tmp_path / "bank")
+        model.add_adapter("plain", RecastConfig(target_modules=["fc1"]))
+        with pytest.raises(RecastBankError, match="'plain' is on no bank of biases"):
+            model.base_model.save_bank(tmp_path / "none", "plain", of="biases")
+        with pytest.raises(RecastConfigError, match="expected 'weights' or 'biases'"):
+            model.base_model.save_bank(tmp_path / "none", of="norms")
+        assert not (tmp_path / "none").exists()
+
     def test_a_bank_given_by_name_is_stored_with_its_fingerprint(self, tmp_path: Path) -> None:
         bank = grown().save(tmp_path / "bank")
         given = config(str(tmp_path / "bank"))

@@ -17,7 +17,16 @@ from models import layers_of as named_layers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastConfigError, RecastLayer, RecastSequenceError, get_recast_model
+from recast_peft import (
+    BiasConfig,
+    RecastConfig,
+    RecastConfigError,
+    RecastLayer,
+    RecastSequenceError,
+    get_recast_model,
+    grow_bias_bank,
+)
+from recast_peft.partner_holders import bias_coefficients
 from recast_peft.sequential import (
     AccuracyMatrix,
     Growth,
@@ -450,6 +459,60 @@ class TestGrowingInSequence:
         tasks = make_tasks("one", "two")
         learn_in_sequence(backbone, tasks, train, evaluate, config=CONFIG, grow=Growth(source), progress=False)
         assert seen == [True, True]
+
+    def test_a_bank_of_biases_grows_likewise(self) -> None:
+        names = ("one", "two", "three", "four", "five")
+        tasks, first = make_tasks(*names), {}
+        backbone = TinyModel()
+        seen: list[dict[str, Tensor]] = []
+
+        def biases(model: nn.Module, task: Any) -> nn.Module:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("layers.") and name.endswith("bias"))
+            train(model, task)
+            seen.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+            return model
+
+        def note(model: nn.Module, task: Any) -> float:
+            name = next(name for name in tasks if tasks[name] is task)
+            first.setdefault(name, logits(model, task))
+            assert torch.equal(logits(model, task), first[name])
+            return evaluate(model, task)
+
+        growth = Growth(biases, of="biases")
+        options = {"config": CONFIG, "grow": growth, "grow_every": 2, "progress": False}
+        model, matrix = learn_in_sequence(copy.deepcopy(backbone), tasks, train, note, **options)
+        assert matrix.summary()["forgetting"] == 0.0
+        counts = [
+            {k: len(p) for k, p in bias_coefficients(model, name).items()} if name in model.peft_config else None
+            for name in names
+        ]
+        # sources: one and two after the second task; three and four after the fourth
+        assert counts == [{}, {}, *[{"layers.0.bias": 2, "layers.1.bias": 2}] * 2, {"layers.0.bias": 4, "layers.1.bias": 4}]
+        assert growth.bank is not None
+        assert (growth.bank.version, growth.bank.is_of_biases) == (2, True)
+        plain = dict(backbone.named_parameters())
+        for moved in seen[:4]:  # every source lies in what the templates span
+            for group in growth.bank.groups.values():
+                templates = group.grown.tensors[0]
+                move = torch.cat([moved[f"{m}.bias"] - plain[f"{m}.bias"].detach() for m in group.members])
+                solved = torch.linalg.lstsq(templates.T, move[:, None]).solution
+                torch.testing.assert_close((templates.T @ solved)[:, 0], move, rtol=1e-3, atol=1e-5)
+
+    def test_growth_of_biases_says_what_it_needs(self) -> None:
+        for fields in ({}, {"source": plain_lora, "rank": 2}, {"source": plain_lora, "config": CONFIG}):
+            with pytest.raises(RecastConfigError, match="needs source="):
+                Growth(of="biases", **fields)
+        with pytest.raises(RecastConfigError, match="expected 'weights' or 'biases'"):
+            Growth(of="norms")
+        moved = {name: value + 1 for name, value in TinyModel().state_dict().items()}
+        bank = grow_bias_bank(TinyModel(), [moved])
+        with pytest.raises(RecastConfigError, match="starts from a bank that is of biases"):
+            Growth(plain_lora, bank=bank)
+        config = RecastConfig(target_modules=["0"], partners=[BiasConfig(bank=bank)])
+        growth = Growth(plain_lora, of="biases")
+        with pytest.raises(RecastConfigError, match="names the bank"):
+            learn_in_sequence(TinyModel(), make_tasks("one"), rough_training, evaluate, config=config, grow=growth)
 
     def test_wrong_arguments_are_refused_before_anything_is_trained(self) -> None:
         tasks, growth = make_tasks("one"), Growth(plain_lora)
