@@ -71,8 +71,9 @@ class TestTheStudy:
             (script.bias_method("one template", banks, 0.1, 1, ["fc1"]), 8 + 8),
             (script.bias_method("one source", banks, 0.1, None, ["fc1"], 1), 8 + 8),
             (script.bias_method("and the MLP", banks, 0.1, 4, ["fc1", "fc2"]), 8 * 2 + 16),
+            (script.both_method("weights and biases", banks, 0.1, 1), 8 * 2 + 8),
         ]
-        assert len({str(method.settings) for method, _ in wanted}) == 10
+        assert len({str(method.settings) for method, _ in wanted}) == 11
         task = banks.images("hebrew", 0)
         for method, numbers in wanted:
             model = method.build(load_backbone(), task, 0)

@@ -220,6 +220,20 @@ def bias_method(
     return Method(name, made, build, {"recast_": lr})
 
 
+def both_method(name: str, banks: Banks, lr: float, templates: int) -> Method:
+    """RECAST on a bank of weights and a bank of biases."""
+
+    def build(backbone: nn.Module, task: Task, seed: int) -> nn.Module:
+        partner = BiasConfig(bank=banks.biases(task.name, seed, None, templates))
+        bank = banks.grown(task.name, seed, None, None, 1, False)
+        config = RecastConfig(num_classes=task.num_classes, seed=seed, bank=bank, partners=[partner])
+        return get_recast_model(backbone, config)
+
+    settings = {"bank": "grown", "biases": templates, "count": None, "plain": False, "source_rank": SOURCE_RANK}
+    made = {"config": "RecastConfig", "sources": list(banks.tasks), "trained": SOURCES, **settings}
+    return Method(name, made, build, {"recast_": lr})
+
+
 def from_mean(name: str, banks: Banks, method: Method) -> Method:
     """A method that starts from a backbone whose biases are the mean of the sources'."""
 
@@ -316,7 +330,8 @@ def bias_rows(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict
             bias_method("biases of one source, and fc1's own", banks, 0.05, None, ["fc1"], 1),
             bias_method("biases of three sources, and fc1's own", banks, 0.05, None, ["fc1"], 3),
         ]
-        return [most, *with_rates_of(most, others)]
+        both = both_method("grown, qkv, all sources, and one template of biases", banks, START_LR, 1)
+        return [most, *with_rates_of(most, others), tune(both)]
 
     def moved() -> list[Method]:
         probe = from_mean("linear probe, biases moved to the sources' mean", banks, PROBE)
@@ -363,6 +378,9 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
             size = banks.grown(banks.tasks[0], seeds[0], count, settings.get("templates"), 1, True, targets).nbytes
             source = statistics.fmean(banks.seconds(f"{name}-", targets) for name in banks.tasks)
             once = count * source + (banks.seconds("without-") if settings["bank"] == "learned" else 0.0)
+        if "biases" in settings:
+            size += banks.biases(banks.tasks[0], seeds[0], None, settings["biases"]).nbytes
+            once += (len(banks.tasks) - 1) * banks.seconds("", ["bias"])
         lines.append(f"| {row.name} | {4 * row.numbers:,} | {size:,} | {taken:.1f} | {once:.0f} |")
     return "\n".join(lines)
 
