@@ -153,7 +153,7 @@ def draw(rows: Sequence[Row], path: Path, title: str, base: str = "linear probe"
     for axes, (what, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         markers = iter("osD^vP*Xp<>hd8H")
         for family in dict.fromkeys(row.family for row in rows if row.numbers):
-            members = sorted((row for row in rows if row.family == family), key=lambda row: row.numbers)
+            members = sorted((row for row in rows if row.family == family and row.numbers), key=lambda row: row.numbers)
             axes.errorbar(
                 [row.numbers for row in members],
                 [statistics.fmean(by_seed(getattr(row, what))) for row in members],
