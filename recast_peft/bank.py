@@ -8,7 +8,7 @@ fitted freely, in which case they are stored in a bank file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -127,7 +127,7 @@ class TemplateBank(nn.Module):
         """Coefficients ``(templates,)`` that give the member's own weight, in the dtype and on the device of ``like``."""
         if self.templates is None:
             row = torch.zeros(self.num_templates, dtype=like.dtype, device=like.device)
-            row[self.index(member)] = 1
+            row[self.index(member)].fill_(1)  # an assignment would make an accelerator wait for the host
             return row
         return self.base_of(member).to(like)
 
@@ -203,3 +203,10 @@ def follow_device(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What ``fn`` (from ``nn.Module.to`` and its kin) makes of coefficients: moved, but never to less than float32."""
     probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
     return tensor.to(probe.device, composition_dtype(tensor.dtype, probe.dtype))
+
+
+def move_in_place(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Move parameters and buffers to a device; they stay the same objects, and those on the meta device stay there."""
+    for tensor in tensors:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)

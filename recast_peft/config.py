@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .bank_files import StoredBank, check_reference
-from .coefficient_gradients import BFLOAT16, EXACT, is_coefficient_gradient
+from .coefficient_gradients import AUTO, BFLOAT16, EXACT, is_coefficient_gradient
 from .errors import RecastBankError, RecastConfigError
 from .lora_config import checked_lora_config, stored_lora_config
 from .mimicry import Fidelity, MimicryMethod, resolve_method
@@ -88,8 +88,9 @@ class RecastConfig(PeftConfig):
             as an object, a name or a dictionary.
         train_coefficients: False leaves the coefficients at zero, so that the task trains its partners, head and norms alone.
         coefficient_gradient: how training forms the gradient of the coefficients: ``"exact"``; ``"bfloat16"``: the product that
-            only they need is formed in bfloat16, which is faster where the hardware has such products; or a share of the tokens
-            from which it is estimated without bias, such as 0.25. It concerns layers with two templates and more.
+            only they need is formed in bfloat16, which is faster where the hardware has such products; ``"auto"``: that for
+            layers in float32 on a processor where it is faster, else the exact one; or a share of the tokens from which it is
+            estimated without bias, such as 0.25. It concerns layers with two templates and more, and nothing but training.
         seed: seeds whatever is random about the task's start.
         groups: written when a task is created: the members of every bank by name. Given, they are used as they are.
         recipes: written when a task is created: for every compressed bank ``{"mix": (templates, layers), "base": (layers,
@@ -164,7 +165,7 @@ class RecastConfig(PeftConfig):
     )
     train_coefficients: bool = field(default=True, metadata={"help": "False leaves the coefficients at zero."})
     coefficient_gradient: str | float = field(
-        default=EXACT, metadata={"help": "'exact', 'bfloat16', or a share of the tokens that the gradient is estimated from."}
+        default=AUTO, metadata={"help": "'auto', 'exact', 'bfloat16', or a share of the tokens to estimate the gradient from."}
     )
     seed: int = field(default=0, metadata={"help": "Seeds whatever is random about the task's start."})
     groups: dict[str, list[str]] | None = field(
@@ -439,7 +440,7 @@ class RecastConfig(PeftConfig):
             if not isinstance(getattr(self, name), bool):
                 raise self._bad(name, "True or False")
         if not is_coefficient_gradient(self.coefficient_gradient):
-            raise self._bad("coefficient_gradient", f"{EXACT!r}, {BFLOAT16!r}, or a share above 0 and below 1")
+            raise self._bad("coefficient_gradient", f"{AUTO!r}, {EXACT!r}, {BFLOAT16!r}, or a share above 0 and below 1")
         if self.partners is not None:
             self.partners = resolve_partners(self.partners) or None  # type: ignore[assignment]
         method = resolve_method(self.mimicry)

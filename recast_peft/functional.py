@@ -16,10 +16,7 @@ from torch import Tensor
 
 def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which weights are composed: float32, or float64 as soon as one of ``dtypes`` is float64."""
-    result = torch.float32
-    for dtype in dtypes:
-        result = torch.promote_types(result, dtype)
-    return result
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def average_sets(coefficients: Tensor) -> Tensor:
@@ -31,7 +28,7 @@ def average_sets(coefficients: Tensor) -> Tensor:
     Returns:
         ``(templates,)``. The composition is linear, so this mean describes the same weight as all the sets do.
     """
-    return coefficients[0] if coefficients.shape[0] == 1 else coefficients.mean(dim=0)
+    return coefficients.squeeze(0) if coefficients.shape[0] == 1 else coefficients.mean(dim=0)
 
 
 def compose_weight(
@@ -62,10 +59,11 @@ def compose_weight(
         raise ValueError("nothing to compose: neither an anchor nor a template was given")
     if dtype is None:
         dtype = templates[0].dtype if anchor is None else anchor.dtype
-    distinct, places = _distinct(templates if anchor is None else [anchor, *templates])
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (coefficients, *distinct)):
+    tensors = templates if anchor is None else [anchor, *templates]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (coefficients, *tensors)):
         # the plain sum: torch.compile of torch 2.14 drops the context of a function that nothing is recorded for
-        return _composed(coefficients, dtype, anchor is not None, [distinct[place] for place in places])
+        return _composed(coefficients, dtype, anchor is not None, tensors)
+    distinct, places = _distinct(tensors)
     return _Compose.apply(coefficients, dtype, anchor is not None, places, *distinct)
 
 
@@ -99,12 +97,18 @@ def compose_into(out: Tensor, anchor: Tensor | None, templates: Sequence[Tensor]
 
 
 def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """``anchor + sum_i scale[i] * templates[i]`` in the dtype of ``scale``: one pass over the memory for each template."""
+    """``anchor + sum_i scale[i] * templates[i]`` in the dtype of ``scale``: one pass over the memory for each template.
+
+    A narrower template is widened as it is read: an accelerator needs no pass of its own for that.
+    """
     work = scale.dtype
-    first = templates[0].to(work)
-    total = torch.mul(first, scale[0], out=out) if anchor is None else torch.addcmul(anchor.to(work), first, scale[0], out=out)
-    for i, template in enumerate(templates[1:], start=1):
-        total.addcmul_(template.to(work), scale[i])
+    factors = scale.unbind()
+    if anchor is None:
+        total = torch.mul(templates[0].to(work), factors[0], out=out)
+    else:
+        total = torch.addcmul(anchor.to(work), templates[0], factors[0], out=out)
+    for template, factor in zip(templates[1:], factors[1:], strict=True):
+        total.addcmul_(template, factor)
     return total
 
 
@@ -173,6 +177,6 @@ def mix_by_sample(product: Callable[[Any], Tensor], templates: Sequence[Any], co
         part = product(template)
         work = composition_dtype(part.dtype, coefficients.dtype)
         scale = coefficients[:, i].to(work).view(-1, *[1] * (part.ndim - 1))
-        total = part.to(work) * scale if total is None else torch.addcmul(total, part.to(work), scale)
+        total = part * scale if total is None else torch.addcmul(total, part, scale)
     assert total is not None
     return total.to(part.dtype)

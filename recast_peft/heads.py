@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import RecastConfig
 from .errors import RecastConfigError, RecastTargetError
+from .features import device_of
 from .mixed_batch import BASE_ADAPTER, current_batch
 from .targets import head_names
 
@@ -551,11 +552,16 @@ def class_statistics(
 
 
 def _run(model: nn.Module, batch: Any) -> Tensor:
+    device = device_of(model)
+
+    def here(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     if isinstance(batch, dict):
-        model(**{key: value for key, value in batch.items() if key != "labels"})
+        model(**{key: here(value) for key, value in batch.items() if key != "labels"})
         return batch["labels"]
     inputs, labels = batch
-    model(inputs)
+    model(here(inputs))
     return labels
 
 

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .bank import TemplateBank, follow_device
+from .bank import TemplateBank, follow_device, move_in_place
 from .cached_weights import keeps_weight, kept_weight
 from .coefficient_gradients import EXACT, Estimate, estimate_of
 from .errors import RecastBankError
@@ -148,8 +148,9 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         Raises:
             RecastBankError: if it was released when the bank was compressed.
         """
-        if self.recast_pretrained is not None:
-            return self.recast_pretrained
+        kept = self._buffers["recast_pretrained"]
+        if kept is not None:
+            return kept
         weight = self._weight_parameter
         if weight is None or self.is_released:
             raise RecastBankError(
@@ -183,6 +184,11 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         templates = self.compressed_bank[0].templates
         assert templates is not None
         return templates
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost module. PEFT's own asks every module for an attribute that it lacks, which is slow at every call."""
+        base = self._modules["base_layer"]
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base  # type: ignore[return-value]
 
     @property
     def _weight_parameter(self) -> nn.Parameter | None:
@@ -245,7 +251,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only
         marked so does the composed weight give the unconverted model's output to the last bit.
         """
-        if not torch.is_grad_enabled() and weight is not self._weight_parameter and weight is not self.recast_pretrained:
+        own = weight is self._weight_parameter or weight is self.recast_pretrained
+        if not own and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler chooses by itself
             weight.requires_grad_()
         return weight
 
@@ -364,10 +371,13 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # unlike PEFT's: the device alone, since coefficients stay in float32 beside weights of any dtype
-        coefficients = self.recast_coefficients
-        if adapter_name in coefficients and not coefficients[adapter_name].is_meta:
-            coefficients[adapter_name] = coefficients[adapter_name].to(device or self.weight_device)
+        # unlike PEFT's: the device alone, since coefficients stay in float32 beside weights of any dtype, and in place, since
+        # a parameter may be frozen, and several layers' own
+        device = device or self.weight_device
+        if adapter_name in self.recast_coefficients:
+            move_in_place([self.recast_coefficients[adapter_name]], device)
+        if adapter_name in self.recast_masks:
+            move_in_place(self.recast_masks[adapter_name].parameters(), device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastLayer:
         kept = {name: parameter.data for name, parameter in self.recast_coefficients.items()}
@@ -551,7 +561,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         return self._call(self.active_adapters, args, kwargs)
 
     def _call(self, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> Any:
-        direct = self._direct_call(args, kwargs)
+        direct = self._direct_call(args, kwargs) if torch.is_grad_enabled() else None
         if direct is not None and not any(name in self.recast_masks for name in adapters):
             terms = self._terms(self._with_coefficients(adapters))
             if terms is not None and can_recompose(self.base_layer, args[0], *terms):
@@ -607,7 +617,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         for key, indices in batch.rows(len(args[0])).items():
             name = str(key)
             rows.setdefault(name if self.has_task(name) else BASE_ADAPTER, []).extend(indices)
-        return self._call_by_rows([(self.compose([name]), indices) for name, indices in rows.items()], args, kwargs)
+        return self._call_by_rows(batch, [(self.compose([name]), indices) for name, indices in rows.items()], args, kwargs)
 
     def _pool_forward(self, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Every sample with its own row of a pool's table."""
@@ -634,7 +644,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
                 weights.append((self.pretrained_weight, indices))
             else:
                 weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
-        return self._call_by_rows(weights, args, kwargs)
+        return self._call_by_rows(batch, weights, args, kwargs)
 
     def _mixed_products(
         self, direct: Callable[..., Tensor], x: Tensor, terms: Sequence[Tensor], scale: Tensor | None
@@ -651,29 +661,37 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def _products_are_cheaper(self, x: Tensor, templates: int, batch: MixedBatch) -> bool:
         """Whether n products for the whole batch cost less than composing a weight for each task.
 
-        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of its samples. A
-        compiled region takes the products always: which samples share a task is not known when it is compiled.
+        Composing touches n weights a task; n products do (n - 1) more multiplications with every position of its samples. On
+        an accelerator what counts is that a weight for each task means a handful of kernels for each. A compiled region takes
+        the products always: which samples share a task is not known when it is compiled.
         """
         if torch.compiler.is_compiling():
             return True
+        if x.device.type != "cpu":
+            return len(batch.rows(len(x))) > 1
         channels = x.shape[1] if isinstance(self.base_layer, nn.modules.conv._ConvNd) else x.shape[-1]
         positions = x.numel() // max(1, channels) / max(1, len(batch.rows(len(x))))  # of a task
         return positions * (templates - 1) < PRODUCT_LIMIT * templates
 
-    def _call_by_rows(self, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call_by_rows(
+        self, batch: MixedBatch, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         x, *rest = args
         if len(weights) == 1:
             return self._call_with(weights[0][0], args, kwargs)
         parts, order = [], []
         for weight, indices in weights:
-            index = torch.tensor(indices, device=x.device)
-            parts.append(self._call_with(weight, (x[index], *rest), kwargs))
+            parts.append(self._call_with(weight, (x[batch.index(indices, x.device)], *rest), kwargs))
             order += indices
         # back to the order of the samples
-        inverse = torch.tensor(order, device=x.device).argsort()
-        return torch.cat(parts)[inverse]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(parts)[batch.index(inverse, x.device)]
 
     def __getattr__(self, name: str) -> Any:
+        for kind in ("_modules", "_buffers"):  # what a call asks for most; torch's own look-up takes several times as long
+            held = self.__dict__.get(kind)
+            if held is not None and name in held:
+                return held[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

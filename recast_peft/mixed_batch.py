@@ -2,7 +2,8 @@
 
 A call with ``adapter_names=[...]`` or ``task_ids=tensor`` sets this for its own duration in its own thread, and the layers
 look it up. So two threads with different tasks on one model never see each other's. It is a context variable and not a
-``threading.local``, since the compiler follows the former and silently keeps the first value of the latter.
+``threading.local``, since the compiler follows the former and silently keeps the first value of the latter. The compiler of a
+torch before 2.14 follows neither: what is compiled there looks at a plain variable, which all threads share.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class MixedBatch:
     pool: TaskPool | None = None
     coefficients: Tensor | None = None
     beams: int = 1
+    _rows: dict[int, dict[str | int, list[int]]] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.names) if self.task_ids is None else len(self.task_ids)
@@ -59,13 +63,32 @@ class MixedBatch:
         )
 
     def rows(self, samples: int) -> dict[str | int, list[int]]:
-        """The samples of each task, in the order of their first appearance; a task of a pool by its row."""
+        """The samples of each task, in the order of their first appearance; a task of a pool by its row.
+
+        Numbers of tasks that lie on an accelerator are read once a call, not once a layer.
+        """
+        if torch.compiler.is_compiling():
+            return self._rows_of(samples)
+        if samples not in self._rows:
+            self._rows[samples] = self._rows_of(samples)
+        return self._rows[samples]
+
+    def _rows_of(self, samples: int) -> dict[str | int, list[int]]:
         repeats = self.repeats(samples)
         keys: Sequence[str | int] = self.names if self.task_ids is None else self.task_ids.tolist()
         rows: dict[str | int, list[int]] = {}
         for i, key in enumerate(key for key in keys for _ in range(repeats)):
             rows.setdefault(key, []).append(i)
         return rows
+
+    def index(self, samples: Sequence[int], device: torch.device) -> Tensor:
+        """Numbers of samples as a tensor on a device, which is brought there once a call, not once a layer."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(samples, device=device)
+        key = (device, *samples)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(samples, device=device)
+        return self._indices[key]
 
     def offsets(self, module_name: str, samples: int) -> Tensor | None:
         """The offsets ``(samples, templates)`` of a target module; None if the pool's tasks leave it alone."""
@@ -80,18 +103,30 @@ class MixedBatch:
 
 
 _BATCH: ContextVar[MixedBatch | None] = ContextVar("recast_mixed_batch", default=None)
+_shared: MixedBatch | None = None  # the latest batch of any thread
+
+FOLLOWS_CONTEXT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+"""Whether this torch's compiler follows context variables."""
+
+
+def _is_compiled_without_context() -> bool:
+    return not FOLLOWS_CONTEXT and torch.compiler.is_compiling()
 
 
 def current_batch() -> MixedBatch | None:
     """The mixed batch of the call that this thread is in, or None."""
-    return _BATCH.get()
+    return _shared if _is_compiled_without_context() else _BATCH.get()
 
 
 @contextmanager
 def mixed_batch(batch: MixedBatch) -> Iterator[None]:
     """Give every sample its own task until the block ends."""
-    token = _BATCH.set(batch)
+    global _shared
+    before, _shared = _shared, batch
+    token = None if _is_compiled_without_context() else _BATCH.set(batch)
     try:
         yield
     finally:
-        _BATCH.reset(token)
+        _shared = before
+        if token is not None:
+            _BATCH.reset(token)

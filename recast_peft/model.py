@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .arithmetic import check_combinable, check_combination, combine_heads, combine_rows, head_of_adapter, task_row, write_row
 from .backbone import describe_backbone
+from .bank import move_in_place
 from .bank_files import StoredBank
 from .cached_weights import cached_weights
 from .config import RecastConfig
@@ -48,7 +51,7 @@ from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys,
 from .lora_plan import file_key
 from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
-from .partner_holders import TaskBiases, bias_bank_of, merge_partners, unmerge_partners
+from .partner_holders import TaskBiases, TaskPartners, bias_bank_of, merge_partners, unmerge_partners
 from .partner_places import (
     check_mergeable,
     install_partners,
@@ -202,6 +205,17 @@ class RecastModel(BaseTuner):
                 layer.recast_coefficients[adapter_name].data = layer.recast_coefficients[adapter_name].data.to(
                     layer.weight_dtype
                 )
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT asks every module with this verb when a task was loaded by assignment, which puts it where the file was read
+        # to: the machine's accelerator, wherever the model is. Its own containers have no such verb.
+        for wrapper in (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)):
+            if adapter_name in wrapper.modules_to_save:
+                around = wrapper.hosts if isinstance(wrapper, TaskPartners) else (wrapper.original_module,)
+                there = device or next((p.device for m in around for p in m.parameters() if not p.is_meta), None)
+                if there is not None:
+                    own = wrapper.modules_to_save[adapter_name]
+                    move_in_place((*own.parameters(), *own.buffers()), there)
 
     def _roll_back(self, adapter_name: str) -> None:
         if not hasattr(self, "_prepared"):

@@ -36,6 +36,7 @@ class TaskPartners(ModulesToSaveWrapper):
     def __init__(self, place: str) -> None:
         nn.Module.__init__(self)
         self.place = place
+        self.hosts: tuple[nn.Module, ...] = ()  # the module at the place; in a tuple, since it is no child
         self.original_module = nn.Identity()
         self.modules_to_save = nn.ModuleDict()
         self._adapters: set[str] = set()
@@ -60,8 +61,11 @@ class TaskPartners(ModulesToSaveWrapper):
             x: the input of the place.
             y: its output.
         """
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.modules_to_save]
-        batch = None if self.disable_adapters else current_batch()
+        if self.disable_adapters:
+            return y
+        tasks = self._by_task
+        active = [name for name in self.active_adapters if name in tasks]
+        batch = current_batch()
         if not active and batch is None:
             return y
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -74,13 +78,18 @@ class TaskPartners(ModulesToSaveWrapper):
         if batch.pool is not None:
             return self._adapted_from_pool(batch, y)
         for key, indices in batch.rows(len(x)).items():
-            if isinstance(key, str) and key in self.modules_to_save:
-                rows = torch.tensor(indices, device=y.device)
+            if isinstance(key, str) and key in tasks:
+                rows = batch.index(indices, y.device)
                 y = y.index_copy(0, rows, self._adapted(key, x[rows], y[rows]))
         return y
 
+    @property
+    def _by_task(self) -> nn.ModuleDict:
+        """``modules_to_save`` without PEFT's look-up, which takes longer than all else that a call does here."""
+        return cast(nn.ModuleDict, self._modules["modules_to_save"])
+
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
-        return self.modules_to_save[adapter_name](x, y)
+        return self._by_task[adapter_name](x, y)
 
     def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
         return y  # a pool holds none of them
@@ -99,7 +108,6 @@ class TaskBiases(TaskPartners):
         super().__init__(place)
         self.register_buffer("pretrained_bias", None, persistent=False)
         self.merged_adapters = []
-        self.hosts: tuple[nn.Module, ...] = ()  # the module whose bias it is; in a tuple, since it is no child
         self.banks = nn.ModuleDict()  # fingerprint -> templates of this bias
 
     def add(self, adapter_name: str, module: nn.Module, active: bool, inference_mode: bool) -> None:
@@ -126,10 +134,16 @@ class TaskBiases(TaskPartners):
     def _bias(self) -> nn.Parameter:
         return cast(nn.Parameter, self.hosts[0].bias)
 
+    def adapt(self, x: Any, y: Any) -> Any:
+        """The output with the bias of the task in force; it has it already where that is merged."""
+        if self.merged_adapters and current_batch() is None:
+            return y
+        return super().adapt(x, y)
+
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         if self.merged_adapters:
             return y
-        return self.modules_to_save[adapter_name](y, self._bias)
+        return self._by_task[adapter_name](y, self._bias)
 
     def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
         """The output with every sample's own row of a pool's table; what is merged is no part of any sample's task."""

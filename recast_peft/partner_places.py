@@ -309,8 +309,7 @@ def _attach(model: nn.Module) -> None:
     places = {c.name: c for c in find_candidates(model)}
     for holder in partner_holders(model):
         place = places[holder.place]
-        if isinstance(holder, TaskBiases):
-            holder.hosts = (place.module,)
+        holder.hosts = (place.module,)
         (_recast_layer(place) or place.module).register_forward_hook(PartnerHook(holder), with_kwargs=True)
 
 

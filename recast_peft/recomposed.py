@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .coefficient_gradients import FEWEST_ROWS, Estimate, draw_rows, with_known_sum
+from .coefficient_gradients import FEWEST_ROWS, Estimate, draw_rows, is_faster_in_bfloat16, with_known_sum
 from .functional import compose_weight, composition_dtype, template_inner_products
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -219,8 +219,17 @@ class _Layer:
         if self.estimate is None or (len(self.templates) == 1 and (self.anchor is None or bool(self.places))):
             return False
         if self.estimate.share is None:
-            return grad.dtype == x.dtype == torch.float32
+            return grad.dtype == x.dtype == torch.float32 and (not self.estimate.if_faster or self._is_faster(grad))
         return len(_rows(self.module, x)) >= FEWEST_ROWS
+
+    def _is_faster(self, grad: Tensor) -> bool:
+        weight = self.templates[0]
+        is_conv = isinstance(self.module, nn.modules.conv._ConvNd)
+        channels = grad.shape[1 if is_conv else -1]
+        if is_conv and self.module.groups != 1:  # type: ignore[attr-defined]
+            return False
+        rows = grad.numel() // channels
+        return is_faster_in_bfloat16(grad.device, rows, rows * weight.numel())
 
     def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
@@ -254,17 +263,18 @@ class _Layer:
         scale = self.coefficients.to(composition_dtype(self.coefficients.dtype, *(t.dtype for t in self.templates)))
         if not self.places:
             return scale
-        own = torch.zeros_like(scale)
-        own[list(self.places)] = 1
-        return scale + own
+        scale = scale.clone()
+        for place in self.places:  # one by one: a list of places would be a tensor that an accelerator has to wait for
+            scale[place].add_(1)
+        return scale
 
     def _product_by_template(self, grad: Tensor, x: Tensor) -> bool:
         """Whether the weight is a sum of so few templates that a product with each gives both gradients at less cost.
 
         With u_i the gradient of the input as template i alone gives it, that of the input is the sum of c_i u_i and that of
         c_i is <u_i, x>. One template needs one product instead of two. Two need two, but neither a composed weight nor a
-        gradient of the weight's size; that pays in linear layers with inputs no larger than the weight, and sums in less
-        than 32 bits are left to the composition.
+        gradient of the weight's size; that pays on a CPU, in linear layers with inputs no larger than the weight, and sums in
+        less than 32 bits are left to the composition.
         """
         if self.anchor is not None and not self.places:
             return False
@@ -272,7 +282,7 @@ class _Layer:
             return True
         small = x.numel() <= SMALL_INPUT * self.templates[0].numel()
         linear = not isinstance(self.module, nn.modules.conv._ConvNd)
-        return len(self.templates) == 2 and small and linear and grad.dtype.itemsize >= 4
+        return len(self.templates) == 2 and small and linear and grad.dtype.itemsize >= 4 and grad.device.type == "cpu"
 
     def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rules = _GRADIENTS[type(self.module).forward]

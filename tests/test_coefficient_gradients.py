@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from recast_peft import RecastConfig, RecastConfigError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, coefficient_gradients, get_recast_model
 from recast_peft.coefficient_gradients import GOLDEN, Estimate, draw_rows, estimate_of, with_known_sum
 from recast_peft.layer import DIRECT_CALLS
 from recast_peft.recomposed import call_recomposed
@@ -274,10 +274,87 @@ def test_it_is_stored_with_the_task_and_gone_with_it(tmp_path: Any) -> None:
     assert loaded.coefficient_gradient == 0.25
     model.add_adapter("second", RecastConfig(target_modules=["0", "1", "2", "3"]))
     model.delete_adapter("first")
-    assert all(layer.coefficient_gradients == {"second": "exact"} for layer in layers_of(model).values())
+    assert all(layer.coefficient_gradients == {"second": "auto"} for layer in layers_of(model).values())
+
+
+class TestAuto:
+    """The default: products in bfloat16 for large layers in float32 on a processor that has them, else exact ones."""
+
+    @pytest.mark.parametrize(
+        ("device", "has_products", "rows", "multiplications", "expected"),
+        [
+            ("cpu", True, 128, 16_000_000, True),
+            ("cpu", True, 127, 16_000_000, False),
+            ("cpu", True, 128, 15_999_999, False),
+            ("cpu", False, 4096, 10**9, False),
+            ("cuda", True, 4096, 10**9, False),
+        ],
+    )
+    def test_where_it_is_faster(
+        self, device: str, has_products: bool, rows: int, multiplications: int, expected: bool, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr(coefficient_gradients, "processor_multiplies_bfloat16", lambda: has_products)
+        assert coefficient_gradients.is_faster_in_bfloat16(torch.device(device), rows, multiplications) is expected
+
+    def test_it_is_the_default_and_small_layers_are_exact(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(coefficient_gradients, "processor_multiplies_bfloat16", lambda: True)
+        assert RecastConfig().coefficient_gradient == "auto"
+        assert torch.equal(trained(chain("auto")), trained(chain("exact")))
+
+    @pytest.mark.parametrize(
+        ("module", "shape", "multiplications"),
+        [
+            (lambda: nn.Linear(6, 5), (4, 8, 6), 4 * 8 * 6 * 5),
+            (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 8), 2 * 4 * 4 * 6 * 4 * 9),
+        ],
+    )
+    def test_it_counts_what_the_product_multiplies(
+        self, module: Any, shape: tuple[int, ...], multiplications: int, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr(coefficient_gradients, "processor_multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(coefficient_gradients, "FASTER_ROWS", 1)
+        found = {}
+        for name, way, limit in (
+            ("exact", "exact", 1),
+            ("bfloat16", "bfloat16", 1),
+            ("from here on", "auto", multiplications),
+            ("below", "auto", multiplications + 1),
+        ):
+            monkeypatch.setattr(coefficient_gradients, "FASTER_MULTIPLICATIONS", limit)
+            plain = seeded(lambda: Chain([module(), module()]))
+            model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], coefficient_gradient=way))
+            randomise(model)
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(3), requires_grad=True)
+            layer = next(iter(layers_of(model).values()))
+            layer(x).square().sum().backward()
+            found[name] = layer.recast_coefficients["default"].grad
+        assert not torch.equal(found["exact"], found["bfloat16"])
+        assert torch.equal(found["from here on"], found["bfloat16"])
+        assert torch.equal(found["below"], found["exact"])
+
+    def test_grouped_convolutions_and_float64_are_exact(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr(coefficient_gradients, "processor_multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(coefficient_gradients, "FASTER_ROWS", 1)
+        monkeypatch.setattr(coefficient_gradients, "FASTER_MULTIPLICATIONS", 1)
+        for module, shape, dtype in (
+            (lambda: nn.Conv2d(4, 4, 3, groups=4), (2, 4, 6, 6), torch.float32),
+            (lambda: nn.Linear(6, 5), (32, 6), torch.float64),
+        ):
+            gradients_by_way = []
+            for way in ("exact", "auto"):
+                plain = seeded(lambda module=module: Chain([module(), module()])).to(dtype)
+                model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], coefficient_gradient=way))
+                randomise(model)
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype, requires_grad=True)
+                layer = next(iter(layers_of(model).values()))
+                layer(x).square().sum().backward()
+                gradients_by_way.append(layer.recast_coefficients["default"].grad)
+            assert torch.equal(*gradients_by_way)
 
 
 @pytest.mark.parametrize("value", ["half", 0.0, 1.0, 1, -0.5, float("nan"), True, None])
 def test_what_is_no_way_to_form_a_gradient_is_refused(value: Any) -> None:
-    with pytest.raises(RecastConfigError, match=r"coefficient_gradient=.*'exact', 'bfloat16', or a share above 0 and below 1"):
+    with pytest.raises(
+        RecastConfigError, match=r"coefficient_gradient=.*'auto', 'exact', 'bfloat16', or a share above 0 and below 1"
+    ):
         RecastConfig(coefficient_gradient=value)

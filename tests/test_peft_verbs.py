@@ -23,8 +23,12 @@ from models import (
 )
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, get_recast_model
+import recast_peft.layer
+import recast_peft.model
+from recast_peft import PiggybackConfig, RecastBankError, RecastConfig, get_recast_model
+from recast_peft.bank import move_in_place
 
 NAMES = ["cars", "birds", "flowers"]
 
@@ -364,6 +368,31 @@ class TestFurtherOptions:
         model = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), low_cpu_mem_usage=True)
         assert {p.device.type for n, p in model.named_parameters() if "recast_coefficients" in n} == {"meta"}
         assert not any(p.is_meta for n, p in model.named_parameters() if "recast_coefficients" not in n)
+
+    def test_every_part_of_a_task_is_moved_to_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # PEFT reads a file to the machine's accelerator, wherever the model is, and asks every module to move the task back
+        partners = ["bias", "adaptformer", PiggybackConfig(target_modules=["fc1"])]
+        model = converted(target_modules=["qkv"], coefficient_sharing="all", num_classes=3, train_norms=True, partners=partners)
+        moved: dict[int, torch.device] = {}
+        for place in (recast_peft.layer, recast_peft.model):
+            monkeypatch.setattr(place, "move_in_place", lambda tensors, device: moved.update({id(t): device for t in tensors}))
+        for module in list(model.modules()):
+            if hasattr(type(module), "_move_adapter_to_device_of_base_layer"):
+                module._move_adapter_to_device_of_base_layer("default")
+        named = {name: p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in moved}
+        assert set(named) == {name for name, _ in model.named_parameters(remove_duplicate=False) if ".default" in name}
+        parts = {part for name in named for part in name.split(".")}
+        assert {"recast_coefficients", "head", "norm", "offset", "adaptformer", "scores"} <= parts
+        assert set(moved.values()) == {torch.device("cpu")}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_what_is_moved_stays_what_it_was(self, dtype: torch.dtype) -> None:
+        parameters = [nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=grad) for grad in (True, False)]
+        move_in_place(parameters, torch.device("cpu"))
+        assert [(p.dtype, p.requires_grad) for p in parameters] == [(dtype, True), (dtype, False)]
+        absent = nn.Parameter(torch.empty(2, device="meta"))
+        move_in_place([absent], torch.device("cpu"))
+        assert absent.is_meta
 
     @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     @pytest.mark.parametrize("templates", [None, 1])

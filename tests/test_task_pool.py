@@ -37,8 +37,10 @@ from recast_peft import (
     TaskPool,
     get_recast_model,
     mimicry_report,
+    mixed_batch,
 )
 from recast_peft.heads import fit_prototypes, split_logits
+from recast_peft.mixed_batch import FOLLOWS_CONTEXT
 from recast_peft.routing import nearest_task, summarise
 
 TARGETS = ["qkv", "fc1"]
@@ -365,7 +367,10 @@ class TestMixedBatch:
             counts.append(len(compiled))
         assert counts[1:] == counts[1:2] * 5
 
-    def test_a_compiled_model_takes_any_mixture(self, images):
+    @pytest.mark.parametrize("follows_context", sorted({FOLLOWS_CONTEXT, False}))
+    def test_a_compiled_model_takes_any_mixture(self, follows_context, images, monkeypatch):
+        monkeypatch.setattr(mixed_batch, "FOLLOWS_CONTEXT", follows_context)  # False: as with an older torch
+        torch._dynamo.reset()
         compiled: list[int] = []
 
         def count(graph, inputs):
