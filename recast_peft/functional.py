@@ -60,11 +60,10 @@ def compose_weight(
     if dtype is None:
         dtype = templates[0].dtype if anchor is None else anchor.dtype
     tensors = templates if anchor is None else [anchor, *templates]
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (coefficients, *tensors)):
-        # the plain sum: torch.compile of torch 2.14 drops the context of a function that nothing is recorded for
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (coefficients, *tensors))
+    if not recorded or torch.compiler.is_compiling():  # a compiler forms the inner products by itself
         return _composed(coefficients, dtype, anchor is not None, tensors)
-    distinct, places = _distinct(tensors)
-    return _Compose.apply(coefficients, dtype, anchor is not None, places, *distinct)
+    return _Compose.apply(coefficients, dtype, anchor is not None, *tensors)
 
 
 def _composed(coefficients: Tensor, dtype: torch.dtype, anchored: bool, tensors: Sequence[Tensor]) -> Tensor:
@@ -74,18 +73,6 @@ def _composed(coefficients: Tensor, dtype: torch.dtype, anchored: bool, tensors:
     if not templates:
         return tensors[0].to(dtype, copy=True)
     return _weighted_sum(anchor, templates, scale).to(dtype)
-
-
-def _distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Every tensor once, and where each argument is among them: torch.compile refuses a function given one tensor twice."""
-    distinct: list[Tensor] = []
-    places = []
-    for tensor in tensors:
-        same = [place for place, other in enumerate(distinct) if other is tensor]
-        if not same:
-            distinct.append(tensor)
-        places.append(same[0] if same else len(distinct) - 1)
-    return distinct, tuple(places)
 
 
 def compose_into(out: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -116,32 +103,25 @@ class _Compose(torch.autograd.Function):
     """The composition with a backward pass that forms inner products instead of weight-sized gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, dtype: torch.dtype, anchored: bool, places: tuple[int, ...], *distinct: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(coefficients, *distinct)
-        ctx.anchored, ctx.places = anchored, places
-        return _composed(coefficients, dtype, anchored, [distinct[place] for place in places])
+    def forward(ctx: Any, coefficients: Tensor, dtype: torch.dtype, anchored: bool, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, *tensors)
+        ctx.anchored = anchored
+        return _composed(coefficients, dtype, anchored, tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, *distinct = ctx.saved_tensors
-        need_coefficients, _, _, _, *need_distinct = ctx.needs_input_grad
-        places = ctx.places[1:] if ctx.anchored else ctx.places
+        coefficients, *tensors = ctx.saved_tensors
+        need_coefficients, _, _, *needed = ctx.needs_input_grad
+        templates = tensors[1:] if ctx.anchored else tensors
         grad_coefficients = None
         if need_coefficients:
-            templates = [distinct[place] for place in places]
             grad_coefficients = template_inner_products(grad, templates).to(coefficients.dtype)
-        grad_distinct: list[Tensor | None] = []
-        for number, (tensor, needed) in enumerate(zip(distinct, need_distinct, strict=True)):
-            total = None
-            if needed:
-                factors = [coefficients[i] for i, place in enumerate(places) if place == number]
-                if ctx.anchored and ctx.places[0] == number:
-                    factors.append(torch.ones_like(coefficients[0]))
-                total = (grad * torch.stack(factors).sum()).to(tensor.dtype)
-            grad_distinct.append(total)
-        return grad_coefficients, None, None, None, *grad_distinct
+        factors: list[Tensor | None] = [*([None] if ctx.anchored else []), *coefficients.unbind()]
+        grads = [
+            None if not need else (grad if factor is None else grad * factor).to(tensor.dtype)
+            for tensor, factor, need in zip(tensors, factors, needed, strict=True)
+        ]
+        return grad_coefficients, None, None, *grads
 
 
 def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Tensor:

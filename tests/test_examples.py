@@ -335,7 +335,8 @@ class TestBenchmarks:
         monkeypatch.setattr(layer, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
         composed = {}
         with torch.no_grad(), ExitStack() as blocks:
-            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), "test_vit", blocks)
+            options = inference.parser().parse_args(["--model", "test_vit"])
+            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), options, blocks)
             plain = calls["plain"]()
             for name in ("RECAST, live", "RECAST, cached", "RECAST, merged"):
                 assert not torch.equal(calls[name](), plain)  # each draws a task of its own

@@ -10,58 +10,70 @@ merged  after ``merge_adapter()``
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from rivals import MODEL, ON_BIASES, QUICK, TARGET_SETS, adapted, backbone, images, randomise
-from timing import Row, Tables, add_device, arguments, compare, finish, start
+from timing import Row, Tables, add_device, arguments, captured, compare, finish, in_precision, start, where
 from torch import nn
 
 LIVE = ["RECAST", ON_BIASES, "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
 MERGED = ["RECAST", ON_BIASES, "LoRA r=8"]
 
 
-def variants(targets: list[str], x: torch.Tensor, name: str, blocks: ExitStack) -> dict[str, Callable[[], Any]]:
+def variants(targets: list[str], x: torch.Tensor, options: Namespace, blocks: ExitStack) -> dict[str, Callable[[], Any]]:
     """Every forward pass by its name, the plain one first; ``blocks`` holds the block in which weights are cached."""
 
-    def ready(model: nn.Module) -> nn.Module:
+    def ready(model: nn.Module) -> Callable[[], Any]:
         randomise(model)
-        return model.to(x.device).eval()
+        call = in_precision(model.eval(), options)
+        return lambda: call(x)
 
-    plain = ready(backbone(name))
-    calls: dict[str, Callable[[], Any]] = {"plain": lambda: plain(x)}
-    for method in LIVE:
-        model = ready(adapted(method, targets, name))
-        calls[f"{method}, live"] = lambda model=model: model(x)  # type: ignore[misc]
-    kept = ready(adapted("RECAST", targets, name))
-    blocks.enter_context(kept.cached_weights())  # type: ignore[operator]
-    calls["RECAST, cached"] = lambda: kept(x)
-    for method in MERGED:
-        model = ready(adapted(method, targets, name))
+    def chosen(names: list[str]) -> list[str]:
+        return [name for name in names if options.methods is None or name in options.methods]
+
+    name = options.model
+    calls: dict[str, Callable[[], Any]] = {"plain": ready(backbone(name))}
+    for method in chosen(LIVE):
+        calls[f"{method}, live"] = ready(adapted(method, targets, name))
+    if not options.graphs and chosen(["RECAST"]):  # what is kept is compared by the host
+        kept = adapted("RECAST", targets, name)
+        calls["RECAST, cached"] = ready(kept)
+        blocks.enter_context(kept.cached_weights())  # type: ignore[operator]
+    for method in chosen(MERGED):
+        model = adapted(method, targets, name)
+        calls[f"{method}, merged"] = ready(model)
         model.merge_adapter()  # type: ignore[operator]
-        calls[f"{method}, merged"] = lambda model=model: model(x)  # type: ignore[misc]
-    return calls
+    return {key: captured(call) for key, call in calls.items()} if options.graphs else calls
 
 
 @torch.no_grad()
-def measure(targets: list[str], x: torch.Tensor, rounds: int, name: str) -> list[Row]:
+def measure(targets: list[str], x: torch.Tensor, options: Namespace) -> list[Row]:
     """One row a variant: milliseconds, and the ratio to the plain model."""
     with ExitStack() as blocks:
-        timed = compare(rounds, variants(targets, x, name, blocks))
+        timed = compare(options.rounds, variants(targets, x, options, blocks), repeat=options.repeat)
     return [{"forward pass": key, "ms": t.seconds * 1e3, "ratio to plain": t.ratio} for key, t in timed.items()]
 
 
-def main(given: list[str] | None = None) -> Tables:
-    """Measure, print, write."""
+def parser() -> ArgumentParser:
+    """The command line."""
     parser = arguments(__doc__)
     add_device(parser)
     parser.add_argument("--targets", nargs="+", choices=list(TARGET_SETS), default=["qkv", "mlp"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9)
-    options = start(parser, given)
+    parser.add_argument("--methods", nargs="+", choices=LIVE, help="of the table, beside the plain model (default: all)")
+    parser.add_argument("--graphs", action="store_true", help="every pass as a CUDA graph that is replayed")
+    return parser
+
+
+def main(given: list[str] | None = None) -> Tables:
+    """Measure, print, write."""
+    options = start(parser(), given)
     if options.quick:
         options.model, options.rounds = QUICK, 1
     plain = backbone(options.model)
@@ -69,8 +81,10 @@ def main(given: list[str] | None = None) -> Tables:
     for name in options.targets:
         for batch in options.batches:
             title = f"forward pass, {options.model}, batch {batch}, targets {' + '.join(TARGET_SETS[name])}"
+            title += where(options) + (", CUDA graphs" if options.graphs else "")
             x = images(plain, batch, options.device)
-            tables[title] = measure(TARGET_SETS[name], x, options.rounds, options.model)
+            x = x.bfloat16() if options.precision == "bfloat16" else x
+            tables[title] = measure(TARGET_SETS[name], x, options)
     return finish("inference", options, tables, "ratio to plain")
 
 

@@ -13,9 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most bytes that were allocated at one moment of a call, above what was there before it."""
-    if torch.cuda.is_initialized():
+def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
+    """Most bytes that were allocated on a device at one moment of a call, above what was there before it."""
+    if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()

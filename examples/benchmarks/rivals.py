@@ -34,6 +34,7 @@ CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "LN tuning": lambda targets: LNTuningConfig(target_modules=r".*\.norm[12]|norm"),
 }
 ESTIMATED: dict[str, Callable[[list[str]], Any]] = {
+    "RECAST, exact gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="exact"),
     "RECAST, bfloat16 gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="bfloat16"),
     "RECAST, 1/4 of the tokens": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient=0.25),
 }

@@ -20,7 +20,7 @@ from timing import markdown
 
 FOLDER = Path(__file__).resolve().parent
 BENCHMARKS = ["training_step", "gradient_noise", "inference", "swaps", "mixed_batch", "grown_banks_cost", "files", "conversion"]
-ON_DEVICE = ["training_step", "inference", "mixed_batch"]
+ON_DEVICE = ["training_step", "inference", "swaps", "mixed_batch"]
 ON_REQUEST = ["mimicry"]
 
 

@@ -41,11 +41,12 @@ def next_of(held: int, activate: Callable[[int], Any]) -> Callable[[], Any]:
     return lambda: activate(next(turn) % held)
 
 
-def live(name: str, quick: bool) -> list[Row]:
+def live(name: str, quick: bool, device: str) -> list[Row]:
     """Microseconds of a swap by what is held."""
     rows = []
     for held in HELD[:2] if quick else HELD:
         pool = pool_with(held, name)
+        pool.model.to(device)
         swap = next_of(held, lambda i, p=pool: p.activate(f"task-{i}"))  # type: ignore[misc]
         rows.append(("TaskPool.activate", held, compare(2 if quick else 20, {"": swap}, repeat=20)[""].seconds))
     for method in ("RECAST", "LoRA r=8", "IA3"):
@@ -53,14 +54,16 @@ def live(name: str, quick: bool) -> list[Row]:
             model = get_peft_model(backbone(name), CONFIGS[method](TARGETS), "adapter_0")
             for i in range(1, held):
                 model.add_adapter(f"adapter_{i}", CONFIGS[method](TARGETS))
+            model.to(device)
             swap = next_of(held, lambda i, m=model: m.set_adapter(f"adapter_{i}"))  # type: ignore[misc]
             rows.append((f"set_adapter, {method}", held, compare(2 if quick else 10, {"": swap}, repeat=4)[""].seconds))
     return [{"swap": what, "tasks held": held, "microseconds": taken * 1e6} for what, held, taken in rows]
 
 
-def merged(name: str, quick: bool) -> list[Row]:
+def merged(name: str, quick: bool, device: str) -> list[Row]:
     """A merged swap against copying the targeted weights n + 1 times, and LoRA's way of doing the same."""
     pool = pool_with(2, name)
+    pool.model.to(device)
     layers = [module for module in pool.model.modules() if isinstance(module, RecastLayer)]
     weights = [layer.pretrained_weight.detach() for layer in layers]
     targets = [torch.empty_like(w) for w in weights]
@@ -72,6 +75,7 @@ def merged(name: str, quick: bool) -> list[Row]:
 
     lora = get_peft_model(backbone(name), CONFIGS["LoRA r=8"](TARGETS), "adapter_0").eval()
     lora.add_adapter("adapter_1", CONFIGS["LoRA r=8"](TARGETS))
+    lora.to(device)
 
     def lora_swap(i: int) -> None:
         lora.unmerge_adapter()
@@ -89,7 +93,7 @@ def merged(name: str, quick: bool) -> list[Row]:
     return [{"merged swap": what, "ms": t.seconds * 1e3, "ratio": t.ratio} for what, t in timed.items()]
 
 
-def compiled(name: str) -> list[Row]:
+def compiled(name: str, device: str) -> list[Row]:
     """Compilations in 100 swaps of a compiled model."""
     count: list[int] = []
 
@@ -98,8 +102,9 @@ def compiled(name: str) -> list[Row]:
         return graph.forward
 
     pool = copy.deepcopy(pool_with(10, name))
+    pool.model.to(device)
     fast = torch.compile(pool.model.get_base_model(), backend=backend, fullgraph=True)
-    x = images(pool.model.get_base_model(), 1)
+    x = images(pool.model.get_base_model(), 1, device)
     with torch.no_grad():
         for i in range(100):
             pool.activate(f"task-{i % 10}")
@@ -109,12 +114,16 @@ def compiled(name: str) -> list[Row]:
 
 def main(given: list[str] | None = None) -> Tables:
     """Measure, print, write."""
-    options = start(arguments(__doc__), given)
-    name = QUICK if options.quick else MODEL
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    options = start(parser, given)
+    name, quick, device = QUICK if options.quick else options.model, options.quick, options.device
+    place = "" if device == "cpu" else f", {device}"
     tables = {
-        f"swaps, {name}, targets qkv": live(name, options.quick),
-        f"merged swaps, {name}, targets qkv": merged(name, options.quick),
-        "compilations": compiled(name),
+        f"swaps, {name}, targets qkv{place}": live(name, quick, device),
+        f"merged swaps, {name}, targets qkv{place}": merged(name, quick, device),
+        f"compilations{place}": compiled(name, device),
     }
     return finish("swaps", options, tables, "microseconds")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]  # title -> rows with the same keys
@@ -47,16 +48,17 @@ def compare(
     """Time functions in turns, so that a busy machine slows all of them.
 
     Args:
-        rounds: how often each is timed, after one round of warm-up.
+        rounds: how often each is timed, after one round of warm-up (three on an accelerator).
         functions: what is compared, by name.
         reference: the name that ratios refer to; None means the first.
         repeat: calls within one timing, for what is too short to be timed alone.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for step in range(rounds + 1):
+    warm_up = 3 if torch.cuda.is_initialized() else 1  # an accelerator's libraries choose their kernels first
+    for step in range(rounds + warm_up):
         for name, function in functions.items():
             taken = seconds(lambda f=function: [f() for _ in range(repeat)]) / repeat  # type: ignore[misc]
-            if step:
+            if step >= warm_up:
                 times[name].append(taken)
     base = times[reference or next(iter(functions))]
     ratios = {name: statistics.median(own / other for own, other in zip(t, base, strict=True)) for name, t in times.items()}
@@ -76,9 +78,51 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+PRECISIONS = ("float32", "autocast", "bfloat16")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option of those that run on an accelerator as well."""
+    """The options of those that run on an accelerator as well."""
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    about = "float32; autocast: weights in float32, products in bfloat16; bfloat16: weights too (default: %(default)s)"
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=about)
+    about = "calls within one timing, for what is too short to be timed alone (default: %(default)s)"
+    parser.add_argument("--repeat", type=int, default=1, help=about)
+
+
+def in_precision(model: nn.Module, options: argparse.Namespace) -> Callable[..., Any]:
+    """What calls a model on the device and in the precision that the command line names; the model is put there."""
+    model.to(options.device)
+    if options.precision == "bfloat16":
+        model.bfloat16()
+    if options.precision != "autocast":
+        return model
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(torch.device(options.device).type, torch.bfloat16):
+            return model(*args, **kwargs)
+
+    return call
+
+
+def where(options: argparse.Namespace) -> str:
+    """What a table's title says of device and precision; nothing for float32 on a CPU."""
+    device = "" if options.device == "cpu" else f", {options.device}"
+    return device + ("" if options.precision == "float32" else f", {options.precision}")
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A call as a CUDA graph that is replayed: what the device does, without the host's time to ask for it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def start(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
