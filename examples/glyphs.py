@@ -464,9 +464,12 @@ def load_task(name: str, seed: int = 0, train_per_class: int = 40, test_per_clas
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+    return _draw_task(name, TASKS[name], seed, train_per_class, test_per_class)
+
+
+def _draw_task(name: str, description: TaskDescription, seed: int, train_per_class: int, test_per_class: int) -> Task:
     if min(train_per_class, test_per_class) < 1:
         raise ValueError(f"counts must be at least 1, got train_per_class={train_per_class}, {test_per_class=}")
-    description = TASKS[name]
     generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) << 16) + seed)
     train_images, test_images = [], []
     for label, distortion in enumerate(description.distortions):
@@ -576,3 +579,39 @@ def pretraining_batches(
     for _ in range(batches):
         chosen = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         yield distort(bitmaps[chosen], distortion, generator), labels[chosen]
+
+
+# ---- practice ----
+
+PRACTICE_CLASSES = 18
+_ROUGH = Distortion(
+    rotation=(-20.0, 20.0),
+    scale=(0.65, 1.05),
+    stretch=0.24,
+    shear=0.24,
+    shift=0.2,
+    thickness=(-1.0, 1.45),
+    blur=(0.0, 1.0),
+    noise=(0.0, 0.24),
+    contrast=(0.4, 1.0),
+    occlusion=0.5,
+)
+"""The ranges of pretraining, about twice as wide."""
+
+
+def practice_task(index: int, seed: int = 0, train_per_class: int = 40, test_per_class: int = 40) -> Task:
+    """Draw the images of a practice task: characters of pretraining, worn more than pretraining shows them.
+
+    Whoever has pretrained a backbone has the data for such tasks, before there is any other.
+
+    Args:
+        index: which characters, and how many stray strokes cross them: none, one or two in turn.
+        seed: the same seed gives the same images.
+        train_per_class: training images of each class.
+        test_per_class: test images of each class.
+    """
+    characters = pretraining_characters()
+    order = torch.randperm(len(characters), generator=torch.Generator().manual_seed(index))[:PRACTICE_CLASSES]
+    chosen = "".join(characters[i] for i in order.tolist())
+    description = _glyph_task("characters of pretraining, worn", chosen, replace(_ROUGH, strokes=index % 3))
+    return _draw_task(f"practice-{index}", description, seed, train_per_class, test_per_class)

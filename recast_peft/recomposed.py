@@ -272,17 +272,19 @@ class _Layer:
         """Whether the weight is a sum of so few templates that a product with each gives both gradients at less cost.
 
         With u_i the gradient of the input as template i alone gives it, that of the input is the sum of c_i u_i and that of
-        c_i is <u_i, x>. One template needs one product instead of two. Two need two, but neither a composed weight nor a
-        gradient of the weight's size; that pays on a CPU, in linear layers with inputs no larger than the weight, and sums in
-        less than 32 bits are left to the composition.
+        c_i is <u_i, x>. One template needs one product instead of two; where an accelerator multiplies in less than 32 bits,
+        that product costs less than reading a large input once more in 32 bits. Two need two, but neither a composed weight
+        nor a gradient of the weight's size; that pays on a CPU, in linear layers with inputs no larger than the weight, and
+        sums in less than 32 bits are left to the composition.
         """
         if self.anchor is not None and not self.places:
             return False
-        if len(self.templates) == 1:
-            return True
         small = x.numel() <= SMALL_INPUT * self.templates[0].numel()
+        on_cpu, is_wide = grad.device.type == "cpu", grad.dtype.itemsize >= 4
+        if len(self.templates) == 1:
+            return on_cpu or is_wide or small
         linear = not isinstance(self.module, nn.modules.conv._ConvNd)
-        return len(self.templates) == 2 and small and linear and grad.dtype.itemsize >= 4 and grad.device.type == "cpu"
+        return len(self.templates) == 2 and small and linear and is_wide and on_cpu
 
     def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         rules = _GRADIENTS[type(self.module).forward]

@@ -391,6 +391,25 @@ class TestBenchmarks:
         assert {row["method"] for row in rows} == {"closed_form", "gradient", "autoencoder"}
         assert next(row for row in rows if row["method"] == "closed_form" and row["templates"] == 2)["exact"]
 
+    @pytest.mark.parametrize(
+        ("precision", "stored", "computed"),
+        [
+            ("float32", torch.float32, torch.float32),
+            ("autocast", torch.float32, torch.bfloat16),
+            ("bfloat16", torch.bfloat16, torch.bfloat16),
+        ],
+    )
+    def test_precisions_are_what_they_are_called(self, precision, stored, computed):
+        import inference
+        from timing import in_precision, where
+
+        options = inference.parser().parse_args(["--precision", precision])
+        model = torch.nn.Linear(3, 2)
+        call = in_precision(model, options)
+        assert model.weight.dtype == stored
+        assert call(torch.ones(1, 3, dtype=stored)).dtype == computed
+        assert where(options) == ("" if precision == "float32" else f", {precision}")
+
     def test_one_command_runs_what_is_asked_for_and_prints_markdown(self, tmp_path, capfd):
         import run_all
 
@@ -478,6 +497,14 @@ class TestGlyphs:
     def test_pretraining_shows_no_character_of_a_task(self):
         reserved = {character for characters in glyphs._RESERVED.values() for character in characters}
         assert not reserved & set(glyphs.pretraining_characters())
+
+    def test_practice_tasks_show_pretraining_characters_alone_and_differ(self):
+        first, same, second = (glyphs.practice_task(i, train_per_class=2, test_per_class=1) for i in (0, 0, 1))
+        assert torch.equal(first.train_images, same.train_images)
+        assert len(set(first.class_names)) == glyphs.PRACTICE_CLASSES
+        assert set(first.class_names) | set(second.class_names) <= set(glyphs.pretraining_characters())
+        assert set(first.class_names) != set(second.class_names)
+        assert first.train_images.shape == (2 * glyphs.PRACTICE_CLASSES, 1, 28, 28)
 
     def test_no_image_of_handwriting_is_both_trained_and_tested(self):
         first, second = glyphs._split_bitmaps(glyphs.TASKS["handwriting"], 3, 40, 40, torch.Generator().manual_seed(0))

@@ -93,6 +93,20 @@ class TestTheStudy:
             torch.testing.assert_close(parameter, wanted)
         assert not torch.equal(greek["blocks.0.mlp.fc1.bias"], arrows["blocks.0.mlp.fc1.bias"])
 
+    def test_rows_of_practice_tasks_have_seen_no_other(self, script: Any, banks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[str] = []
+        original = banks.bias_source
+        monkeypatch.setattr(banks, "bias_source", lambda name, seed: asked.append(name) or original(name, seed))
+        method = script.bias_method("practised", banks, 0.1, 2, ["fc1"], None, True)
+        assert method.settings["sources"] == list(script.PRACTICE)
+        models = {name: method.build(load_backbone(), banks.images(name, 0), 0) for name in ("hebrew", "arrows")}
+        script.from_mean("moved", banks, script.PROBE, True).build(load_backbone(), banks.images("hebrew", 0), 0)
+        assert set(asked) == set(script.PRACTICE)
+        banks_of = [config.partners[0].bank["fingerprint"] for config in (m.peft_config["default"] for m in models.values())]
+        assert banks_of[0] == banks_of[1]  # one bank, whatever comes
+        numbers = [p for n, p in models["hebrew"].named_parameters() if p.requires_grad and "head" not in n]
+        assert sum(p.numel() for p in numbers) == 8 * 2 + 8
+
     def test_mixed_batches_hold_every_sample_with_its_task(self, script: Any, banks: Any) -> None:
         tasks = [banks.images(name, 0) for name in TASKS]
         total = sum(len(task.train_labels) for task in tasks)

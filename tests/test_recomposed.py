@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recast_peft import RecastConfig, get_recast_model
 from recast_peft.layer import DIRECT_CALLS
-from recast_peft.recomposed import _GRADIENTS, call_recomposed, can_recompose
+from recast_peft.recomposed import _GRADIENTS, _Layer, call_recomposed, can_recompose
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 5), (2, 4, 3)),
@@ -68,6 +68,18 @@ def test_gradients_are_those_of_plain_autograd(case: str, anchor: str | None, nu
     gradients = torch.autograd.grad((actual * probe).sum(), trained)
     for own, plain in zip(gradients, torch.autograd.grad((expected * probe).sum(), trained), strict=True):
         torch.testing.assert_close(own, plain, rtol=1e-11, atol=1e-11)
+
+
+@cases
+@pytest.mark.parametrize("num_templates", [1, 2])
+def test_an_accelerators_way_gives_the_same_gradients(case: str, num_templates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # where products are cheap the gradient of the weight is formed, also for one template
+    monkeypatch.setattr(_Layer, "_product_by_template", lambda *args: False)
+    module, x, *terms = build(case, "template", num_templates)
+    leaves = [x, terms[2]]
+    expected = torch.autograd.grad(plain_call(module, x, *terms).pow(3).sum(), leaves)
+    for own, wanted in zip(torch.autograd.grad(recomposed(module, x, *terms).pow(3).sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(own, wanted)
 
 
 @cases

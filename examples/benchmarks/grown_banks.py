@@ -7,8 +7,9 @@ Leave one out: each of the demo's tasks is held out in turn. A bank is grown fro
 weights, biases that were trained whole for biases), or learned together with them, and the task that was held out is learned
 with its coefficients alone. Beside it stand the probe, RECAST on a plain bank, TinyLoRA, LoRA, BitFit and full fine-tuning;
 learning rates are found by the search of accuracy.py. Two rows, the probe and LoRA on a backbone whose biases are moved to
-the mean of the sources', tell what a bank brings from what any method gains by starting there. A second table holds tasks of
-another kind than the sources: what is wrong with a letter, and which font it is of. Runs, sources and learned banks are kept
+the mean of the sources', tell what a bank brings from what any method gains by starting there. Further rows do without earlier
+tasks: their sources are practice tasks, made of the characters of the pretraining. A second table holds tasks of another
+kind than the sources: what is wrong with a letter, and which font it is of. Runs, sources and learned banks are kept
 in the output folder: a study that is broken off goes on where it stood.
 """
 
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' folder
 
 from accuracy import BIASES, PROBE, REFERENCE, ROWS, collect, lora, make_study, parser, recast, show, tinylora, tuned
 from glyph_backbone import load_backbone
-from glyphs import Task, load_task
+from glyphs import Task, load_task, practice_task
 from peft import LoraConfig, TinyLoraConfig
 from safetensors.torch import load_file, save_file
 from study import Method, NotRun, Study, parameter_groups, part_of_backbone, peft_method, recast_method
@@ -59,6 +60,8 @@ SOURCE_RANK = 8
 SOURCES = {"head_lr": 0.01, "head_decay": 10.0, "lora_lr": 3e-3, "bias_lr": 0.0316}
 """How sources are trained: as the search of accuracy.py found for LoRA r=8 and BitFit."""
 UNRELATED = ("damage", "lettering")
+PRACTICE = tuple(f"practice-{i}" for i in range(5))
+"""Sources for whoever has no earlier task: characters of the pretraining, worn more than it shows them."""
 START_LR = 0.15
 
 
@@ -86,6 +89,8 @@ class Banks:
 
     def images(self, name: str, seed: int) -> Task:
         """A task's images."""
+        if name in PRACTICE:
+            return practice_task(PRACTICE.index(name), seed, *self.study.sizes)
         return load_task(name, seed, *self.study.sizes)
 
     def source(self, name: str, seed: int, targets: Sequence[str] = TARGETS) -> dict[str, Tensor]:
@@ -120,13 +125,13 @@ class Banks:
             self.note(path.name, time.process_time() - start)
         return load_file(path)
 
-    def _biases(self, held_out: str, seed: int, count: int | None, templates: int | None) -> StoredBank:
-        sources = [self.bias_source(name, seed) for name in self.others(held_out, count)]
-        return grow_bias_bank(load_backbone(), sources, num_templates=templates)
+    def _biases(self, held_out: str, seed: int, count: int | None, templates: int | None, practice: bool) -> StoredBank:
+        names = PRACTICE[:count] if practice else self.others(held_out, count)
+        return grow_bias_bank(load_backbone(), [self.bias_source(name, seed) for name in names], num_templates=templates)
 
-    def mean_biases(self, held_out: str, seed: int) -> dict[str, Tensor]:
-        """The mean of the others' biases."""
-        sources = [self.bias_source(name, seed) for name in self.others(held_out)]
+    def mean_biases(self, held_out: str, seed: int, practice: bool = False) -> dict[str, Tensor]:
+        """The mean of the sources' biases."""
+        sources = [self.bias_source(name, seed) for name in (PRACTICE if practice else self.others(held_out))]
         return {key: torch.stack([source[key] for source in sources]).mean(0) for key in sources[0]}
 
     def _grown(
@@ -206,17 +211,23 @@ def on_bank(name: str, settings: dict[str, Any], bank: Callable[[str, int], Stor
 
 
 def bias_method(
-    name: str, banks: Banks, lr: float, templates: int | None, targets: Sequence[str], count: int | None = None
+    name: str,
+    banks: Banks,
+    lr: float,
+    templates: int | None,
+    targets: Sequence[str],
+    count: int | None = None,
+    practice: bool = False,
 ) -> Method:
     """RECAST on a bank of biases; without targets the coefficients of biases are alone."""
 
     def build(backbone: nn.Module, task: Task, seed: int) -> nn.Module:
-        partner = BiasConfig(bank=banks.biases(task.name, seed, count, templates))
+        partner = BiasConfig(bank=banks.biases("" if practice else task.name, seed, count, templates, practice))
         fields = {"target_modules": list(targets or MLP), "group_size": 1, "train_coefficients": bool(targets)}
         return get_recast_model(backbone, RecastConfig(num_classes=task.num_classes, seed=seed, partners=[partner], **fields))
 
     settings = {"bank": "biases", "count": count, "templates": templates, "targets": list(targets)}
-    made = {"config": "RecastConfig", "sources": list(banks.tasks), "trained": SOURCES, **settings}
+    made = {"config": "RecastConfig", "sources": list(PRACTICE if practice else banks.tasks), "trained": SOURCES, **settings}
     return Method(name, made, build, {"recast_": lr})
 
 
@@ -224,7 +235,7 @@ def both_method(name: str, banks: Banks, lr: float, templates: int) -> Method:
     """RECAST on a bank of weights and a bank of biases."""
 
     def build(backbone: nn.Module, task: Task, seed: int) -> nn.Module:
-        partner = BiasConfig(bank=banks.biases(task.name, seed, None, templates))
+        partner = BiasConfig(bank=banks.biases(task.name, seed, None, templates, False))
         bank = banks.grown(task.name, seed, None, None, 1, False)
         config = RecastConfig(num_classes=task.num_classes, seed=seed, bank=bank, partners=[partner])
         return get_recast_model(backbone, config)
@@ -234,14 +245,15 @@ def both_method(name: str, banks: Banks, lr: float, templates: int) -> Method:
     return Method(name, made, build, {"recast_": lr})
 
 
-def from_mean(name: str, banks: Banks, method: Method) -> Method:
+def from_mean(name: str, banks: Banks, method: Method, practice: bool = False) -> Method:
     """A method that starts from a backbone whose biases are the mean of the sources'."""
 
     def build(backbone: nn.Module, task: Task, seed: int) -> nn.Module:
-        backbone.load_state_dict(banks.mean_biases(task.name, seed), strict=False)
+        backbone.load_state_dict(banks.mean_biases(task.name, seed, practice), strict=False)
         return method.build(backbone, task, seed)
 
-    settings = {**method.settings, "start": "mean of biases", "sources": list(banks.tasks), "sources trained": SOURCES}
+    sources = list(PRACTICE if practice else banks.tasks)
+    settings = {**method.settings, "start": "mean of biases", "sources": sources, "sources trained": SOURCES}
     return replace(method, name=name, settings=settings, build=build)
 
 
@@ -337,7 +349,21 @@ def bias_rows(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict
         probe = from_mean("linear probe, biases moved to the sources' mean", banks, PROBE)
         return [tune(probe), *with_rates_of(tune(lora(8)), [from_mean(f"{REFERENCE}, biases moved likewise", banks, lora(8))])]
 
-    return {"bank of biases": biases, "biases moved to the mean": moved}
+    def practised() -> list[Method]:
+        for name in PRACTICE if not banks.study.only_known else ():
+            banks.bias_source(name, seed)
+        most = tune(bias_method("biases, four templates, and the MLP's own weights", banks, 0.05, 4, MLP))
+        own = "fc1's own, practice tasks alone"
+        rows = [
+            bias_method("biases, four templates, and the MLP's own, practice tasks alone", banks, 0.05, 4, MLP, None, True),
+            bias_method(f"biases, 1 template, and {own}", banks, 0.05, 1, ["fc1"], None, True),
+            bias_method(f"biases, all templates, and {own}", banks, 0.05, None, ["fc1"], None, True),
+        ]
+        probe = from_mean("linear probe, biases moved to the practice tasks' mean", banks, PROBE, True)
+        beside = from_mean(f"{REFERENCE}, biases moved to the practice tasks' mean", banks, lora(8), True)
+        return [*with_rates_of(most, rows), *with_rates_of(tune(PROBE), [probe]), *with_rates_of(tune(lora(8)), [beside])]
+
+    return {"bank of biases": biases, "biases moved to the mean": moved, "bank of biases, practice": practised}
 
 
 def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict[str, Callable[[], list[Method]]]:
@@ -370,7 +396,8 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
         size, once = 0, 0.0
         if settings.get("bank") == "biases":
             count = settings["count"] or len(banks.tasks) - 1
-            size = banks.biases(banks.tasks[0], seeds[0], count, settings["templates"]).nbytes
+            practice = settings["sources"] == list(PRACTICE)
+            size = banks.biases(banks.tasks[0], seeds[0], count, settings["templates"], practice).nbytes
             once = count * banks.seconds("", ["bias"])
         elif "bank" in settings:
             count = settings.get("count") or len(banks.tasks) - 1
@@ -379,7 +406,7 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
             source = statistics.fmean(banks.seconds(f"{name}-", targets) for name in banks.tasks)
             once = count * source + (banks.seconds("without-") if settings["bank"] == "learned" else 0.0)
         if "biases" in settings:
-            size += banks.biases(banks.tasks[0], seeds[0], None, settings["biases"]).nbytes
+            size += banks.biases(banks.tasks[0], seeds[0], None, settings["biases"], False).nbytes
             once += (len(banks.tasks) - 1) * banks.seconds("", ["bias"])
         lines.append(f"| {row.name} | {4 * row.numbers:,} | {size:,} | {taken:.1f} | {once:.0f} |")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
     """Most bytes that were allocated on a device at one moment of a call, above what was there before it."""
     if torch.device(device).type == "cuda":
+        function()  # libraries allocate what they work in at their first use
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()

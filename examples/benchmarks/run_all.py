@@ -16,11 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from timing import markdown
+from timing import PRECISIONS, markdown
 
 FOLDER = Path(__file__).resolve().parent
 BENCHMARKS = ["training_step", "gradient_noise", "inference", "swaps", "mixed_batch", "grown_banks_cost", "files", "conversion"]
 ON_DEVICE = ["training_step", "inference", "swaps", "mixed_batch"]
+IN_PRECISION = ["training_step", "inference", "mixed_batch"]
 ON_REQUEST = ["mimicry"]
 
 
@@ -32,6 +33,8 @@ def run(name: str, options: argparse.Namespace) -> None:
         command.append("--quick")
     if name in ON_DEVICE:
         command += ["--device", options.device]
+    if name in IN_PRECISION:
+        command += ["--precision", options.precision]
     begin = time.perf_counter()
     print(f"\n== {name}", flush=True)
     subprocess.run(command, check=True)
@@ -62,6 +65,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="see the benchmarks (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, where a benchmark can run on it (default: %(default)s)")
+    about = "of those that can run on a device (default: %(default)s)"
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=about)
     options = parser.parse_args(given)
     for name in [] if options.tables else options.only:
         run(name, options)
