@@ -4,7 +4,8 @@
 
 It converts a pretrained backbone (plan and fidelity are printed), learns the tasks as RECAST tasks, saves each, reloads all
 of them into a fresh backbone, swaps between them, and shows the accuracy of every task after every task. Beside it the same
-tasks are learned with a linear probe and with PEFT's LoRA. What is shown is written as text, JSON and a picture.
+tasks are learned with a linear probe, with PEFT's LoRA, and with RECAST on a bank of biases that was grown from the
+pretraining's own characters. What is shown is written as text, JSON and a picture.
 
 By default everything is embedded: a small vision transformer pretrained on printed glyphs, and tasks of handwriting, other
 scripts and symbols. With a network, any other backbone and data do as well:
@@ -19,6 +20,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +28,17 @@ import torch
 from glyph_backbone import load_backbone
 from glyphs import TASKS, Task, load_task
 from peft import PeftModel
+from practice_bank import load_practice_bank
 from torch import nn
-from training import Schedule, recast_groups, test_accuracy, train_groups, train_lora, train_probe
+from training import Schedule, recast_groups, test_accuracy, train_groups, train_lora, train_probe, train_recast
 
-from recast_peft import RecastConfig, TaskPool, mimicry_report, plan_recast
+from recast_peft import BiasConfig, RecastConfig, TaskPool, mimicry_report, plan_recast
 from recast_peft.sequential import AccuracyMatrix, learn_in_sequence
 
 DEFAULT_TASKS = ("handwriting", "greek", "cyrillic", "hebrew", "operators", "arrows")
 HEAD_DECAY = 10.0  # of every classifier: with 60 images a class it overfits otherwise (docs/accuracy.md)
+ON_BANK = "RECAST, bank"
+BANK_LR = 0.158  # of coefficients on a bank of biases (docs/grown_banks.md)
 TASK_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -92,6 +97,16 @@ def learn(
 
     configs = {name: RecastConfig(num_classes=task.num_classes, seed=schedule.seed) for name, task in tasks.items()}
     return learn_in_sequence(make_backbone(), tasks, train, test_accuracy, config=configs)
+
+
+def on_bank(make_backbone: Callable[[], nn.Module], task: Task, schedule: Schedule) -> tuple[float, int]:
+    """RECAST with a scale for each ``fc1`` and the templates of the bank of biases: test accuracy, and the numbers trained."""
+    partner = BiasConfig(bank=load_practice_bank())
+    fields = {"target_modules": ["fc1"], "group_size": 1, "partners": [partner]}
+    config = RecastConfig(num_classes=task.num_classes, seed=schedule.seed, **fields)  # type: ignore[arg-type]
+    fast = replace(schedule, coefficient_lr=BANK_LR)
+    _, found, numbers = train_recast(make_backbone, task, fast, config, f"{ON_BANK} {task.name}")
+    return found, numbers
 
 
 def reload(make_backbone: Callable[[], nn.Module], folder: Path, tasks: dict[str, Task]) -> PeftModel:
@@ -197,13 +212,16 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     say(f"\nTime of a swap: {swaps['live']:.0f} microseconds live, {swaps['merged']:.0f} with the weights merged")
 
     recast_numbers = sum(p.numel() for n, p in model.named_parameters() if f"recast_coefficients.{next(iter(tasks))}" in n)
-    numbers = {"linear probe": 0, "RECAST": recast_numbers, f"LoRA r={options.rank}": 0}
+    lora_name = f"LoRA r={options.rank}"
+    has_bank = options.backbone is None  # the bank was made for the embedded backbone
+    numbers = {"linear probe": 0, "RECAST": recast_numbers, **({ON_BANK: 0} if has_bank else {}), lora_name: 0}
     results: dict[str, dict[str, float]] = {}
     for j, (name, task) in enumerate(tasks.items()):
         probe, _ = train_probe(make_backbone(), task, schedule, f"linear probe {name}")
-        _, lora, numbers[f"LoRA r={options.rank}"] = train_lora(make_backbone, task, schedule, options.rank, f"LoRA {name}")
-        row = (probe, float(matrix.values[-1][j]), lora)
-        results[name] = dict(zip(numbers, row, strict=True))
+        _, lora, numbers[lora_name] = train_lora(make_backbone, task, schedule, options.rank, f"LoRA {name}")
+        results[name] = {"linear probe": probe, "RECAST": float(matrix.values[-1][j]), lora_name: lora}
+        if has_bank:
+            results[name][ON_BANK], numbers[ON_BANK] = on_bank(make_backbone, task, schedule)
     classes = {name: task.num_classes for name, task in tasks.items()}
     say("\nTest accuracy in percent:\n" + compare_table(results, classes, numbers))
     seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from study import Method, Study
@@ -151,7 +152,7 @@ def draw(rows: Sequence[Row], path: Path, title: str, base: str = "linear probe"
     figure = Figure(figsize=(13.0, 5.0), layout="constrained")
     panels = {"gains": f"points above the {base}", "refitted_gains": "the same, classifiers refitted in closed form"}
     for axes, (what, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        markers = iter("osD^vP*Xp<>hd8H")
+        markers = cycle("osD^vP*Xp<>hd8H")
         for family in dict.fromkeys(row.family for row in rows if row.numbers):
             members = sorted((row for row in rows if row.family == family and row.numbers), key=lambda row: row.numbers)
             axes.errorbar(

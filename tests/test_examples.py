@@ -20,7 +20,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 import demo  # noqa: E402
 import glyphs  # noqa: E402
+import practice_bank  # noqa: E402
 from glyph_backbone import BACKBONE_PATH, load_backbone  # noqa: E402
+from practice_bank import load_practice_bank  # noqa: E402
 from study import (  # noqa: E402
     NotRun,
     Run,
@@ -35,6 +37,8 @@ from study import (  # noqa: E402
 from study_tables import Row, precision, table  # noqa: E402
 from training import Schedule, features_of, train_probe  # noqa: E402
 
+from recast_peft import BiasConfig, RecastConfig, get_recast_model  # noqa: E402
+
 
 def small(*more: str) -> list[str]:
     return ["--tasks", "arrows", "damage", "--train-per-class", "6", "--test-per-class", "5", "--epochs", "2", *more]
@@ -48,7 +52,7 @@ class TestDemo:
         assert "forgetting: +0.000" in shown
         matrix = summary["matrix"]["values"]
         assert matrix[0][0] == matrix[1][0]
-        assert summary["numbers"] == {"linear probe": 0, "RECAST": 32, "LoRA r=8": 24_576}
+        assert summary["numbers"] == {"linear probe": 0, "RECAST": 32, "RECAST, bank": 48, "LoRA r=8": 24_576}
         assert set(summary["results"]) == {"arrows", "damage"}
         for name in ("arrows", "damage"):
             folder = tmp_path / "tasks" / name
@@ -515,6 +519,29 @@ class TestGlyphs:
     def test_bad_requests(self, name, count):
         with pytest.raises(ValueError):
             glyphs.load_task(name, train_per_class=count)
+
+
+class TestPracticeBank:
+    def test_the_shipped_bank_fits_the_backbone_and_moves_its_biases(self):
+        bank = load_practice_bank()
+        assert bank.nbytes == 5 * 4 * sum(p.numel() for n, p in load_backbone().blocks.named_parameters() if "bias" in n)
+        config = RecastConfig(target_modules=["fc1"], partners=[BiasConfig(bank=bank)], train_coefficients=False)
+        model = get_recast_model(load_backbone(), config).eval()
+        images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        before = model(images)
+        assert torch.equal(before, load_backbone()(images))
+        for name, parameter in model.named_parameters():
+            if name.endswith("offset"):
+                parameter.data.add_(0.2)
+        assert not torch.allclose(model(images), before, atol=0.1)
+
+    def test_a_bank_has_a_template_for_each_task_that_was_practised(self, tmp_path, monkeypatch, capsys):
+        bank = practice_bank.practice_bank(tasks=2, train_per_class=1, epochs=1)
+        assert {group.num_templates for group in bank.groups.values()} == {2}
+        monkeypatch.setattr(practice_bank, "practice_bank", lambda: bank)
+        practice_bank.main(["--output", str(tmp_path / "bank")])
+        assert load_practice_bank(tmp_path / "bank").fingerprint == bank.fingerprint
+        assert f"{bank.nbytes:,} bytes" in capsys.readouterr().out
 
 
 class TestBackbone:

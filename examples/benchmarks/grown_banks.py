@@ -359,11 +359,19 @@ def bias_rows(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict
             bias_method(f"biases, 1 template, and {own}", banks, 0.05, 1, ["fc1"], None, True),
             bias_method(f"biases, all templates, and {own}", banks, 0.05, None, ["fc1"], None, True),
         ]
+        return with_rates_of(most, rows)
+
+    def moved_by_practice() -> list[Method]:
         probe = from_mean("linear probe, biases moved to the practice tasks' mean", banks, PROBE, True)
         beside = from_mean(f"{REFERENCE}, biases moved to the practice tasks' mean", banks, lora(8), True)
-        return [*with_rates_of(most, rows), *with_rates_of(tune(PROBE), [probe]), *with_rates_of(tune(lora(8)), [beside])]
+        return [*with_rates_of(tune(PROBE), [probe]), *with_rates_of(tune(lora(8)), [beside])]
 
-    return {"bank of biases": biases, "biases moved to the mean": moved, "bank of biases, practice": practised}
+    return {
+        "bank of biases": biases,
+        "biases moved to the mean": moved,
+        "bank of biases, practice": practised,
+        "biases moved to practice's mean": moved_by_practice,
+    }
 
 
 def families_of(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dict[str, Callable[[], list[Method]]]:
@@ -423,6 +431,8 @@ def unrelated(study: Study, banks: Banks, tune: Callable[[Method], Method], opti
         lora(8),
     ]
     methods = [tune(method) for method in methods]
+    practised = bias_method("the same, practice tasks alone", banks, 0.05, 4, MLP, None, True)
+    methods[-1:-1] = with_rates_of(methods[-2], [practised])
     for seed in options.seeds:
         for method in methods:
             for name in tasks:
