@@ -127,6 +127,8 @@ def mixed_batch(batch: MixedBatch) -> Iterator[None]:
     try:
         yield
     finally:
-        _shared = before
-        if token is not None:
+        if token is None:
+            _shared = before
+        else:
             _BATCH.reset(token)
+            _shared = _BATCH.get()  # this thread's; what another one had when this block began may be over

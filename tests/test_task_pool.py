@@ -387,6 +387,24 @@ class TestMixedBatch:
             assert torch.allclose(mixed, model(images, task_ids=ids), atol=1e-5)
         assert len(compiled) == 1
 
+    def test_nothing_is_left_of_batches_whose_threads_overlapped(self, images):
+        _, pool = model_with_pool(2)
+        inside, leave = threading.Event(), threading.Event()
+
+        def first():
+            with pool.batch(["task0"] * len(images)):
+                inside.set()
+                leave.wait(10)
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert inside.wait(10)
+        with pool.batch(["task1"] * len(images)):
+            leave.set()
+            thread.join(10)  # the other thread's batch is over before this one
+        assert mixed_batch._shared is None
+        assert mixed_batch.current_batch() is None
+
     @pytest.mark.parametrize("beams", [1, 2])
     def test_text_generation_with_an_encoder(self, beams):
         model = get_recast_model(text_model("SEQ_2_SEQ_LM"), RecastConfig(task_type="SEQ_2_SEQ_LM")).eval()
