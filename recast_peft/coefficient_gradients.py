@@ -31,8 +31,8 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # steps of this length fill the unit interval e
 MOST_ROUNDS = 8  # of sharing out what rows above probability one leave; each sets some of them to one
 FEWEST_ROWS = 16  # below this there is nothing to save
 
-# "auto" takes bfloat16 from here on: measured layer by layer on an EPYC with AVX-512 BF16, where such a layer's training step
-# then takes 0.74 to 0.95 times as long; below it takes up to 1.7 times as long.
+# "auto" takes bfloat16 from here on: measured on an EPYC with AVX-512 BF16 by examples/benchmarks/single_layer.py, where such a
+# layer's training step then takes 0.73 to 0.94 times as long; below it takes up to 1.6 times as long.
 FASTER_ROWS = 128
 FASTER_MULTIPLICATIONS = 16_000_000
 

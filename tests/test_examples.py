@@ -380,6 +380,14 @@ class TestBenchmarks:
         assert all(4 * numbers[name] < size[name] < 4 * numbers[name] + 3000 for name in set(size) - {"TinyLoRA u=2"})
         assert pool[0]["bytes a task, in the file"] < size["RECAST"]
 
+    def test_one_layer_alone(self, tmp_path):
+        import single_layer
+
+        host, products = single_layer.main(["--quick", "--output", str(tmp_path)]).values()
+        assert {row["layer"] for row in host} == set(single_layer.METHODS)
+        assert next(row for row in host if row["layer"] == "LoRA r=2")["ratio to LoRA"] == 1
+        assert [row["million multiplications"] for row in products] == [32 * 64 * 64 / 1e6]
+
     def test_conversions_say_what_they_cost(self, tmp_path):
         import conversion
 

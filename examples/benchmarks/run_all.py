@@ -19,7 +19,17 @@ from pathlib import Path
 from timing import PRECISIONS, markdown
 
 FOLDER = Path(__file__).resolve().parent
-BENCHMARKS = ["training_step", "gradient_noise", "inference", "swaps", "mixed_batch", "grown_banks_cost", "files", "conversion"]
+BENCHMARKS = [
+    "training_step",
+    "gradient_noise",
+    "inference",
+    "swaps",
+    "mixed_batch",
+    "single_layer",
+    "grown_banks_cost",
+    "files",
+    "conversion",
+]
 ON_DEVICE = ["training_step", "inference", "swaps", "mixed_batch"]
 IN_PRECISION = ["training_step", "inference", "mixed_batch"]
 ON_REQUEST = ["mimicry"]
