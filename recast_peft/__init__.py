@@ -1,15 +1,12 @@
 """RECAST (ICLR 2025) for Hugging Face PEFT: tasks of fewer than 50 numbers on shared, frozen weight templates."""
 
 from ._version import __version__
+from .analysis.report import MimicryReport, mimicry_report
+from .analysis.scaling import ScalingTable, scaling_table
 from .auto import AutoRecastModel, get_recast_model
-from .bank import TemplateBank
-from .bank_files import StoredBank, load_bank
-from .bank_learning import LearnedBank, learn_bank, random_bank
-from .bias_bank import grow_bias_bank
-from .compressed import load_compressed_model, save_compressed_model
+from .banks.files import StoredBank, load_bank
+from .banks.template_bank import TemplateBank
 from .config import RecastConfig
-from .conversion import collapse_coefficient_sets
-from .discriminant import fit_discriminant_head
 from .errors import (
     RecastBankError,
     RecastBaseMismatchError,
@@ -21,22 +18,25 @@ from .errors import (
     RecastSequenceError,
     RecastTargetError,
 )
-from .fitting import fit_bank
-from .growth import GrowthReport, extend_bank, grow_bank, growth_report
-from .heads import fit_prototypes, split_logits
-from .hub import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
+from .growth.bank_learning import LearnedBank, learn_bank, random_bank
+from .growth.biases import grow_bias_bank
+from .growth.fitting import fit_bank
+from .growth.weights import GrowthReport, extend_bank, grow_bank, growth_report
+from .hub.cards import write_model_card
+from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
+from .integrations.compressed import load_compressed_model, save_compressed_model
 from .layer import RecastLayer
-from .lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 from .model import RecastModel
-from .model_card import write_model_card
 from .optim import create_recast_optimizer
-from .partners import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
-from .plan import RecastPlan, plan_recast
+from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
+from .parts.discriminant import fit_discriminant_head
+from .parts.head import fit_prototypes, split_logits
+from .parts.stacking import STACKABLE
+from .planning.plan import RecastPlan, plan_recast
+from .pool.task_pool import TaskPool
 from .registration import register
-from .report import MimicryReport, mimicry_report
-from .scaling import ScalingTable, scaling_table
-from .stacking import STACKABLE
-from .task_pool import TaskPool
+from .tasks.conversion import collapse_coefficient_sets
+from .tasks.lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 
 register(RecastConfig, RecastModel)
 

@@ -13,17 +13,17 @@ from typing import Any
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 
-from .backbone import build_backbone, commit_of
-from .bank_files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
+from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
 from .config import RecastConfig
-from .conversion import check_adapter_name
 from .errors import RecastBaseMismatchError, RecastConfigError
-from .hub import fetch_file, fetch_task
+from .hub.backbone import build_backbone, commit_of
+from .hub.cards import task_entries
+from .hub.peft_models import with_task_verbs
+from .hub.transfer import fetch_file, fetch_task
 from .layer import RecastLayer
-from .model_card import task_entries
-from .partners import BiasConfig
-from .peft_models import with_task_verbs
-from .task_files import plain_name
+from .parts import BiasConfig
+from .tasks.conversion import check_adapter_name
+from .tasks.files import plain_name
 
 # keywords of PeftModel.from_pretrained that make sense when the backbone is built here
 PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")

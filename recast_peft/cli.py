@@ -18,10 +18,10 @@ from torch import nn
 from .auto import AutoRecastModel
 from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
-from .hub import fetch_task
-from .model_card import task_sizes
-from .partners import BiasConfig
-from .plan import plan_recast
+from .hub.cards import task_sizes
+from .hub.transfer import fetch_task
+from .parts import BiasConfig
+from .planning.plan import plan_recast
 
 WEIGHTS_FILE = "model.safetensors"
 

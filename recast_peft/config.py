@@ -13,12 +13,12 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .bank_files import StoredBank, check_reference
-from .coefficient_gradients import AUTO, BFLOAT16, EXACT, is_coefficient_gradient
+from .banks.files import StoredBank, check_reference
+from .composition.coefficient_gradients import AUTO, BFLOAT16, EXACT, is_coefficient_gradient
 from .errors import RecastBankError, RecastConfigError
-from .lora_config import checked_lora_config, stored_lora_config
 from .mimicry import Fidelity, MimicryMethod, resolve_method
-from .partners import BiasConfig, PartnerConfig, resolve_partners
+from .options.lora import checked_lora_config, stored_lora_config
+from .parts import BiasConfig, PartnerConfig, resolve_partners
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
@@ -353,7 +353,7 @@ class RecastConfig(PeftConfig):
 
         PEFT calls this last when it saves a model, so that every way of saving a task writes its card.
         """
-        from .model_card import has_task_numbers, hub_repository, write_model_card  # it stands above config
+        from .hub.cards import has_task_numbers, hub_repository, write_model_card  # it stands above config
 
         if self.base_model_name_or_path is None:
             self.base_model_name_or_path = hub_repository(self.backbone)

@@ -22,14 +22,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .bank import TemplateBank, follow_device, move_in_place
-from .cached_weights import keeps_weight, kept_weight
-from .coefficient_gradients import EXACT, Estimate, estimate_of
+from .banks.template_bank import TemplateBank, follow_device, move_in_place
+from .composition.cached_weights import keeps_weight, kept_weight
+from .composition.coefficient_gradients import EXACT, Estimate, estimate_of
+from .composition.compose import average_sets, compose_into, compose_weight, mix_by_sample
+from .composition.lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
+from .composition.mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
+from .composition.recomposed import call_recomposed, can_recompose
 from .errors import RecastBankError
-from .functional import average_sets, compose_into, compose_weight, mix_by_sample
-from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
-from .mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
-from .recomposed import call_recomposed, can_recompose
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 

@@ -18,13 +18,44 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .arithmetic import check_combinable, check_combination, combine_heads, combine_rows, head_of_adapter, task_row, write_row
-from .backbone import describe_backbone
-from .bank import move_in_place
-from .bank_files import StoredBank
-from .cached_weights import cached_weights
+from .banks.files import StoredBank
+from .banks.template_bank import move_in_place
+from .composition.cached_weights import cached_weights
+from .composition.lazy_weight import model_reads
+from .composition.mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
 from .config import RecastConfig
-from .conversion import (
+from .errors import RecastBankError, RecastConfigError
+from .hub.backbone import describe_backbone
+from .layer import RecastLayer
+from .parts import BiasConfig
+from .parts.head import PreparedHead, TaskHead, check_one_owner, install_head, prepare_head, task_head
+from .parts.holders import TaskBiases, TaskPartners, bias_bank_of, merge_partners, unmerge_partners
+from .parts.lora import PartLayer, check_lora_part, install_lora_part, part_keys, part_layers, switched_off
+from .parts.lora_plan import file_key
+from .parts.norms import find_norms, freeze_running_statistics, install_norms, own_shapes
+from .parts.places import (
+    check_mergeable,
+    install_partners,
+    pack_masks,
+    partner_shapes,
+    partners_as_prepared,
+    prepare_partners,
+    put_back_partners,
+    take_out_partners,
+    unpack_masks,
+)
+from .planning.plan import RecastPlan, coefficient_owners, plan_recast
+from .registration import PREFIX
+from .tasks.arithmetic import (
+    check_combinable,
+    check_combination,
+    combine_heads,
+    combine_rows,
+    head_of_adapter,
+    task_row,
+    write_row,
+)
+from .tasks.conversion import (
     BANKS,
     PreparedLayer,
     base_fingerprints,
@@ -43,30 +74,7 @@ from .conversion import (
     task_banks,
     write_plan,
 )
-from .errors import RecastBankError, RecastConfigError
-from .heads import PreparedHead, TaskHead, check_one_owner, install_head, prepare_head, task_head
-from .layer import RecastLayer
-from .lazy_weight import model_reads
-from .lora_part import PartLayer, check_lora_part, install_lora_part, part_keys, part_layers, switched_off
-from .lora_plan import file_key
-from .mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
-from .norms import find_norms, freeze_running_statistics, install_norms, own_shapes
-from .partner_holders import TaskBiases, TaskPartners, bias_bank_of, merge_partners, unmerge_partners
-from .partner_places import (
-    check_mergeable,
-    install_partners,
-    pack_masks,
-    partner_shapes,
-    partners_as_prepared,
-    prepare_partners,
-    put_back_partners,
-    take_out_partners,
-    unpack_masks,
-)
-from .partners import BiasConfig
-from .plan import RecastPlan, coefficient_owners, plan_recast
-from .registration import PREFIX
-from .task_files import COEFFICIENTS, check_state_dict, check_task_file, plain_name
+from .tasks.files import COEFFICIENTS, check_state_dict, check_task_file, plain_name
 
 
 class RecastModel(BaseTuner):

@@ -34,7 +34,7 @@ from recast_peft import (
     push_task_to_hub,
     push_tasks_to_hub,
 )
-from recast_peft.backbone import build_backbone, describe_backbone
+from recast_peft.hub.backbone import build_backbone, describe_backbone
 
 BASE = "ada/base"
 TASK = "ada/task"

@@ -1,0 +1,266 @@
+"""mimicry_report: how near a converted model is to the pretrained one, module by module and block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..composition.compose import compose_weight
+from ..errors import RecastBankError, RecastConfigError
+from ..layer import RecastLayer
+from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
+from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
+from ..planning.plan import block_of
+from ..tasks.conversion import recast_layers, task_banks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ModuleFidelity:
+    """How well the bank reproduces one pretrained weight.
+
+    Attributes:
+        module: name of the target module.
+        bank: name of its bank.
+        exact: whether the pretrained weight itself is in the bank, so that nothing is approximated.
+        cosine: of the angle between composed and pretrained weight; None if the pretrained weight is not known any more.
+        relative_error: Frobenius norm of the difference in units of the pretrained weight's.
+        energy_kept: 1 - relative_error squared.
+    """
+
+    module: str
+    bank: str
+    exact: bool
+    cosine: float | None
+    relative_error: float | None
+    energy_kept: float | None
+
+
+@dataclass(frozen=True)
+class FeatureFidelity:
+    """How near one output is to the pretrained model's on a batch.
+
+    Attributes:
+        name: of the block; ``"output"`` for the model's own output.
+        cosine: mean over the samples of the cosine of the flattened features.
+        relative_error: norm of the difference in units of the pretrained features' norm.
+    """
+
+    name: str
+    cosine: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class MimicryReport:
+    """What ``mimicry_report`` found; ``print(report)`` shows it as a table, ``report.plot()`` as a picture.
+
+    Attributes:
+        modules: one row for each target module.
+        features: one row for each block and one for the output; empty without a batch.
+    """
+
+    modules: tuple[ModuleFidelity, ...]
+    features: tuple[FeatureFidelity, ...] = field(default=())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every bank is exact."""
+        return all(module.exact for module in self.modules)
+
+    @property
+    def mean_cosine(self) -> float | None:
+        """Mean cosine of the modules' weights, as far as it is known."""
+        return _mean([m.cosine for m in self.modules])
+
+    @property
+    def mean_relative_error(self) -> float | None:
+        """Mean relative error of the modules' weights, as far as it is known."""
+        return _mean([m.relative_error for m in self.modules])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        return {"exact": self.is_exact, **asdict(self)}
+
+    def plot(self) -> Figure:
+        """The report as a picture (needs matplotlib)."""
+        from .plotting import plot_mimicry_report
+
+        return plot_mimicry_report(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (m.module, m.bank, "exact" if m.exact else "", *map(_shown, (m.cosine, m.relative_error, m.energy_kept)))
+            for m in self.modules
+        ]
+        text = table(("module", "bank", "", "cosine", "relative error", "energy kept"), rows)
+        if self.is_exact:
+            text += "\nevery bank is exact: the pretrained weights themselves are the templates, nothing is approximated"
+        else:
+            text += f"\nmean cosine {_shown(self.mean_cosine)}, mean relative error {_shown(self.mean_relative_error)}"
+        if self.features:
+            rows = [(f.name, _shown(f.cosine), _shown(f.relative_error)) for f in self.features]
+            text += "\n\n" + table(("features of", "cosine", "relative error"), rows)
+        return text
+
+
+def mimicry_report(
+    model: nn.Module, batch: Any = None, reference: nn.Module | None = None, adapter_name: str | None = None
+) -> MimicryReport:
+    """Compare what the banks compose without any task with the pretrained model.
+
+    Args:
+        model: a converted model, as ``get_recast_model`` returns it.
+        batch: an input (see :func:`recast_peft.features.call_arguments`): also compare what every block and the whole model
+            give for it.
+        reference: the plain pretrained model. It is needed for the features where the pretrained weights were released;
+            the figures of the weights were taken when the bank was built.
+        adapter_name: whose banks; None means the active task.
+
+    Returns:
+        the report.
+
+    Raises:
+        RecastConfigError: if the model is not converted.
+        RecastBankError: if a task is merged, or the features of released weights are asked for without ``reference``.
+    """
+    layers = recast_layers(model)
+    if not layers:
+        raise RecastConfigError("the model has no RECAST layers: convert it with get_recast_model first")
+    if adapter_name is None:
+        active = [name for layer in layers.values() for name in layer.active_adapters]
+        # a pool that shows the base of kept weights leaves no task active
+        adapter_name = next(iter(active or [name for layer in layers.values() for name in layer.recast_bank]), None)
+    names = {adapter_name} if adapter_name else set()
+    banks = {bank.name: bank for name in names for bank in task_banks(model, name).values()}
+    if not banks:
+        raise RecastConfigError(f"the model has no task {adapter_name!r}; give the adapter_name of one")
+    modules = []
+    for bank in banks.values():
+        weights = None if reference is None else [_plain_weight(reference, layers[member]) for member in bank.members]
+        if bank.is_anchored:
+            found: dict[str, Fidelity] = dict.fromkeys(bank.members, EXACT)
+        elif weights is not None and bank.templates is not None and bank.base_coefficients is not None:
+            found = dict(zip(bank.members, measure_fidelity(weights, bank.templates, bank.base_coefficients), strict=True))
+        else:
+            found = bank.fidelity
+        for member in bank.members:
+            one = found.get(member)
+            figures = (None, None, None) if one is None else (one.cosine, one.relative_error, one.energy_kept)
+            modules.append(ModuleFidelity(member, bank.name, bank.is_anchored, *figures))
+    features = () if batch is None else _compare_features(model, layers, batch, reference)
+    return MimicryReport(tuple(modules), features)
+
+
+def _plain_weight(reference: nn.Module, layer: RecastLayer) -> Tensor:
+    return getattr(reference.get_submodule(layer.module_name), layer.weight_name)
+
+
+def _compare_features(
+    model: nn.Module, layers: dict[str, RecastLayer], batch: Any, reference: nn.Module | None
+) -> tuple[FeatureFidelity, ...]:
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RecastBankError(
+            f"a task is merged into {merged[0]}: call model.unmerge_adapter() before the features are compared"
+        )
+    released = [name for name, layer in layers.items() if layer.is_released]
+    if released and reference is None:
+        raise RecastBankError(
+            f"the pretrained weight of {released[0]} was released: give the plain pretrained model as reference=, or convert "
+            "with keep_base_weights=True"
+        )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    blocks = [b for b in dict.fromkeys(map(block_of, layers)) if b not in layers]
+    with _without_task(model, layers):
+        with _composing(layers, mimicked=True):
+            mine = _run(base, blocks, batch)
+        if reference is None:
+            with _composing(layers, mimicked=False):
+                wanted = _run(base, blocks, batch)
+        else:
+            wanted = _run(reference, blocks, batch)
+    return tuple(_compare(name, mine[name], wanted[name]) for name in wanted if name in mine)
+
+
+def _run(model: nn.Module, blocks: list[str], batch: Any) -> dict[str, Tensor]:
+    args, kwargs = call_arguments(batch, device_of(model))
+    with evaluating(model), torch.no_grad(), captured_outputs(model, blocks) as outputs:
+        result = main_tensor(model(*args, **kwargs))
+    found = {name: outputs[name] for name in blocks if name in outputs}
+    return found if result is None else {**found, "output": result}
+
+
+@contextmanager
+def _without_task(model: nn.Module, layers: dict[str, RecastLayer]) -> Iterator[None]:
+    """Inside, no task is active anywhere, its heads and other modules included."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+        return
+    before = {name: layer._disable_adapters for name, layer in layers.items()}
+    for layer in layers.values():
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer._disable_adapters = before[name]
+
+
+@contextmanager
+def _composing(layers: dict[str, RecastLayer], mimicked: bool) -> Iterator[None]:
+    """Inside, every layer computes with what its bank reproduces, or with its pretrained weight."""
+    for layer in layers.values():
+        # a layer looks its ``compose`` up on itself first
+        layer.__dict__["compose"] = _mimicked(layer) if mimicked else (lambda adapters, layer=layer: layer.pretrained_weight)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            del layer.__dict__["compose"]
+
+
+def _mimicked(layer: RecastLayer) -> Any:
+    def compose(adapters: Any) -> Tensor:
+        if not layer.compressed_bank:
+            return layer.pretrained_weight
+        bank = layer.compressed_bank[0]
+        device = layer.weight_device
+        return compose_weight(None, bank.get_templates(device), bank.base_of(layer.module_name).to(device))
+
+    return compose
+
+
+def _compare(name: str, mine: Tensor, wanted: Tensor) -> FeatureFidelity:
+    a, b = mine.flatten(1).double(), wanted.to(mine.device).flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).mean()
+    return FeatureFidelity(name, float(cosine), float((a - b).norm() / b.norm().clamp_min(1e-300)))
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Cells as text: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join((first, *rest)).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,163 @@
+"""The parametric scaling strategy (paper, section 3.1): what group size, templates and sets cost and give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RecastConfig
+from ..errors import RecastConfigError
+from ..layer import RecastLayer
+from ..mimicry import gram_matrix
+from ..planning.plan import RecastPlan, plan_recast, with_fields
+from ..tasks.conversion import recast_layers
+from .report import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """One alternative.
+
+    Attributes:
+        targets: how the target modules were asked for.
+        group_size: layers of a group at most.
+        num_groups: G, banks in all.
+        num_templates: n, templates of a full group.
+        num_coefficient_sets: K.
+        num_coefficients: numbers per task.
+        model_bytes: of the model after the conversion.
+        relative_error: of all target weights together, in closed form; 0 for exact banks, None if it was not asked for.
+    """
+
+    targets: str
+    group_size: int
+    num_groups: int
+    num_templates: int
+    num_coefficient_sets: int
+    num_coefficients: int
+    model_bytes: int
+    relative_error: float | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the pretrained weights themselves are the templates."""
+        return self.num_templates == self.group_size
+
+
+@dataclass(frozen=True)
+class ScalingTable:
+    """The alternatives; ``print(table)`` shows them, ``table.plot()`` draws them."""
+
+    rows: tuple[ScalingRow, ...]
+
+    def within(self, max_coefficients: int) -> ScalingTable:
+        """Only the alternatives of at most so many numbers per task."""
+        return ScalingTable(tuple(row for row in self.rows if row.num_coefficients <= max_coefficients))
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The rows as plain values, ready for JSON."""
+        return [{**asdict(row), "exact": row.is_exact} for row in self.rows]
+
+    def plot(self) -> Figure:
+        """The table as a picture (needs matplotlib)."""
+        from .plotting import plot_scaling
+
+        return plot_scaling(self)
+
+    def __str__(self) -> str:
+        header = ("targets", "group size", "groups G", "templates n", "sets K", "numbers per task", "model bytes", "error")
+        return table(header, [_cells(row) for row in self.rows])
+
+
+def _cells(row: ScalingRow) -> tuple[str, ...]:
+    error = "" if row.relative_error is None else "exact" if row.is_exact else f"{row.relative_error:.4f}"
+    numbers = (row.group_size, row.num_groups, row.num_templates, row.num_coefficient_sets, row.num_coefficients)
+    return (row.targets, *map(str, numbers), f"{row.model_bytes:,}", error)
+
+
+def scaling_table(
+    model: nn.Module,
+    targets: Sequence[RecastConfig | str | list[str] | None] | RecastConfig | str | None = None,
+    group_sizes: Iterable[int] = (1, 2, 3, 4, 6, 12),
+    templates: Iterable[int] | None = None,
+    coefficient_sets: Iterable[int] = (1, 2),
+    fidelity: bool = True,
+) -> ScalingTable:
+    """List what conversions of a model would cost and give; the model is not changed.
+
+    Args:
+        model: plain, with its pretrained weights.
+        targets: what to target: a config (its targets are used), a value of ``target_modules``, or a list of such.
+        group_sizes: of the groups; one that is larger than every run of layers is left out.
+        templates: n; None means 1, half the group and the whole group. Those above the group's size are left out.
+        coefficient_sets: K.
+        fidelity: also compute the error of the closed form, from the inner products of the weights alone.
+
+    Returns:
+        the alternatives in the order of numbers per task.
+
+    Raises:
+        RecastError: if nothing can be targeted, or the model is converted already.
+    """
+    if recast_layers(model) or any(isinstance(m, RecastLayer) for m in model.modules()):
+        raise RecastConfigError("scaling_table needs the plain pretrained model; this one is converted already")
+    listed = list(targets) if isinstance(targets, (list, tuple)) and not _is_names(targets) else [targets]
+    rows: list[ScalingRow] = []
+    for target in listed:
+        config = target if isinstance(target, RecastConfig) else RecastConfig(target_modules=cast(Any, target))
+        inner = _Inner() if fidelity else None
+        for size in group_sizes:
+            for count in sorted({1, max(1, size // 2), size} if templates is None else {n for n in templates if n <= size}):
+                rows += _alternatives(model, config, size, count, coefficient_sets, inner)
+    if not rows:
+        raise RecastConfigError("no group size that was given fits the model: give smaller group_sizes")
+    return ScalingTable(tuple(sorted(rows, key=lambda row: (row.num_coefficients, row.model_bytes))))
+
+
+def _is_names(targets: Sequence[Any]) -> bool:
+    """Whether a list is one value of ``target_modules``: names of modules, none of them a shorthand or an expression."""
+    return bool(targets) and all(isinstance(t, str) and not t.startswith("all-") for t in targets)
+
+
+def _alternatives(
+    model: nn.Module, config: RecastConfig, size: int, count: int, sets: Iterable[int], inner: _Inner | None
+) -> list[ScalingRow]:
+    sizes = {"group_size": size, "num_groups": None, "num_templates": None, "num_coefficient_sets": 1}
+    unset = dict.fromkeys(("groups", "recipes", "bank", "max_coefficients", "coefficient_sharing"))
+    full = plan_recast(model, with_fields(config, **sizes, **unset, mimicry="closed_form"))
+    if max(len(group.members) for group in full.groups) < size:
+        return []
+    groups = tuple(replace(group, num_templates=min(count, len(group.members))) for group in full.groups)
+    plan = replace(full, groups=groups)
+    error = None if inner is None else inner.error(plan)
+    shown = config.target_modules if isinstance(config.target_modules, (str, type(None))) else ", ".join(config.target_modules)
+    one = ScalingRow(shown or "default", size, len(groups), count, 1, plan.num_coefficients, plan.model_bytes_after, error)
+    return [replace(one, num_coefficient_sets=k, num_coefficients=one.num_coefficients * k) for k in sorted(set(sets))]
+
+
+class _Inner:
+    """Inner products of the weights, each group's computed once."""
+
+    def __init__(self) -> None:
+        self.grams: dict[tuple[str, ...], Tensor] = {}
+
+    def error(self, plan: RecastPlan) -> float:
+        """Relative error of the closed form over all groups of a plan: what the smallest eigenvalues leave out."""
+        weights = {candidate.name: candidate.weight for candidate in plan.candidates}
+        lost = total = 0.0
+        for group in plan.groups:
+            if group.members not in self.grams:
+                self.grams[group.members] = gram_matrix([weights[name] for name in group.members])
+            gram = self.grams[group.members]
+            total += float(gram.diagonal().sum())
+            values = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
+            lost += float(values[: len(group.members) - group.num_templates].sum())
+        return math.sqrt(lost / total) if total > 0 else 0.0

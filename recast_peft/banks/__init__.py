@@ -1,0 +1,1 @@
+"""Template banks: in memory, in files, and grown."""

@@ -1,0 +1,134 @@
+"""Which task each sample of a batch belongs to, during one call and in one thread.
+
+A call with ``adapter_names=[...]`` or ``task_ids=tensor`` sets this for its own duration in its own thread, and the layers
+look it up. So two threads with different tasks on one model never see each other's. It is a context variable and not a
+``threading.local``, since the compiler follows the former and silently keeps the first value of the latter. The compiler of a
+torch before 2.14 follows neither: what is compiled there looks at a plain variable, which all threads share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..pool.task_pool import TaskPool
+
+NO_TASK = -1  # the row number that stands for the pretrained model
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """The tasks of one call.
+
+    Attributes:
+        names: a task for each sample; empty when tasks are given by number.
+        task_ids: ``(samples,)`` rows of a pool's table, or None.
+        pool: the pool that ``task_ids`` refers to.
+        coefficients: ``(samples, numbers per task)`` gathered from the pool's table.
+        beams: how often beam search repeats each sample in the decoder.
+    """
+
+    names: tuple[str, ...] = ()
+    task_ids: Tensor | None = None
+    pool: TaskPool | None = None
+    coefficients: Tensor | None = None
+    beams: int = 1
+    _rows: dict[int, dict[str | int, list[int]]] = field(default_factory=dict, repr=False, compare=False)
+    _indices: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.names) if self.task_ids is None else len(self.task_ids)
+
+    def repeats(self, samples: int) -> int:
+        """How often each entry stands for a sample in an input of ``samples`` rows: once, or once a beam.
+
+        Raises:
+            ValueError: if the input does not fit the batch.
+        """
+        if samples == len(self):
+            return 1
+        if self.beams > 1 and samples == len(self) * self.beams:
+            return self.beams
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self)} and {samples} respectively."
+        )
+
+    def rows(self, samples: int) -> dict[str | int, list[int]]:
+        """The samples of each task, in the order of their first appearance; a task of a pool by its row.
+
+        Numbers of tasks that lie on an accelerator are read once a call, not once a layer.
+        """
+        if torch.compiler.is_compiling():
+            return self._rows_of(samples)
+        if samples not in self._rows:
+            self._rows[samples] = self._rows_of(samples)
+        return self._rows[samples]
+
+    def _rows_of(self, samples: int) -> dict[str | int, list[int]]:
+        repeats = self.repeats(samples)
+        keys: Sequence[str | int] = self.names if self.task_ids is None else self.task_ids.tolist()
+        rows: dict[str | int, list[int]] = {}
+        for i, key in enumerate(key for key in keys for _ in range(repeats)):
+            rows.setdefault(key, []).append(i)
+        return rows
+
+    def index(self, samples: Sequence[int], device: torch.device) -> Tensor:
+        """Numbers of samples as a tensor on a device, which is brought there once a call, not once a layer."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(samples, device=device)
+        key = (device, *samples)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(samples, device=device)
+        return self._indices[key]
+
+    def offsets(self, module_name: str, samples: int) -> Tensor | None:
+        """The offsets ``(samples, templates)`` of a target module; None if the pool's tasks leave it alone."""
+        assert self.pool is not None
+        part = self.pool.part_of(module_name)
+        if part is None:
+            return None
+        assert self.coefficients is not None
+        repeats = self.repeats(samples)
+        gathered = self.coefficients if repeats == 1 else self.coefficients.repeat_interleave(repeats, dim=0)
+        return gathered[:, part]
+
+
+_BATCH: ContextVar[MixedBatch | None] = ContextVar("recast_mixed_batch", default=None)
+_shared: MixedBatch | None = None  # the latest batch of any thread
+
+FOLLOWS_CONTEXT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+"""Whether this torch's compiler follows context variables."""
+
+
+def _is_compiled_without_context() -> bool:
+    return not FOLLOWS_CONTEXT and torch.compiler.is_compiling()
+
+
+def current_batch() -> MixedBatch | None:
+    """The mixed batch of the call that this thread is in, or None."""
+    return _shared if _is_compiled_without_context() else _BATCH.get()
+
+
+@contextmanager
+def mixed_batch(batch: MixedBatch) -> Iterator[None]:
+    """Give every sample its own task until the block ends."""
+    global _shared
+    before, _shared = _shared, batch
+    token = None if _is_compiled_without_context() else _BATCH.set(batch)
+    try:
+        yield
+    finally:
+        if token is None:
+            _shared = before
+        else:
+            _BATCH.reset(token)
+            _shared = _BATCH.get()  # this thread's; what another one had when this block began may be over

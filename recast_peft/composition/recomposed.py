@@ -1,0 +1,340 @@
+"""Linear layers and convolutions whose weight is composed in the forward pass and again in the backward pass.
+
+An ordinary call keeps the composed weight for the gradient of its input: one tensor of the weight's size for every layer until
+the backward pass reaches it. Here the input, the few coefficients and references to the templates are kept. Two tensors of the
+weight's size, or as many of the input's, live for a moment in the backward pass, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .coefficient_gradients import FEWEST_ROWS, Estimate, draw_rows, is_faster_in_bfloat16, with_known_sum
+from .compose import compose_weight, composition_dtype, template_inner_products
+
+_PLAIN = (Tensor, nn.Parameter)
+
+SMALL_INPUT = 1.5  # times the weight's numbers; up to there two products by template are the cheaper way, measured on a CPU
+
+
+class _LinearGradients:
+    """Of ``y = x W^T``; x ``(..., in)``, W ``(out, in)``."""
+
+    @staticmethod
+    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ weight
+
+    @staticmethod
+    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+class _TransposedLinearGradients:
+    """Of ``y = x W``; x ``(..., in)``, W ``(in, out)``."""
+
+    @staticmethod
+    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return grad @ weight.T
+
+    @staticmethod
+    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
+
+
+class _ConvGradients:
+    """Of a convolution padded with zeros, of any number of dimensions."""
+
+    @staticmethod
+    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        x = grad.new_empty(1).expand(shape)  # only its shape counts
+        return _convolution_backward(module, grad, x, weight, (True, False, False))[0]
+
+    @staticmethod
+    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
+        weight = grad.new_empty(1).expand(weight_shape)  # only its shape counts
+        return _convolution_backward(module, grad, x, weight, (False, True, False))[1]
+
+
+def _convolution_backward(module: Any, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, module.stride, module.padding, module.dilation, False, module.output_padding, module.groups, mask
+    )
+
+
+_GRADIENTS: dict[Callable, Any] = {
+    nn.Linear.forward: _LinearGradients,
+    Conv1D.forward: _TransposedLinearGradients,
+    nn.Conv1d.forward: _ConvGradients,
+    nn.Conv2d.forward: _ConvGradients,
+    nn.Conv3d.forward: _ConvGradients,
+}
+
+
+def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> bool:
+    """Whether a call can compose its weight again in the backward pass, and has anything to gain from it.
+
+    A compiler decides by itself what it computes again. Templates that are trained themselves, tensors of other classes, and
+    convolutions that pad or unsqueeze before they convolve take the ordinary call.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(module).forward not in _GRADIENTS:
+        return False
+    weights = templates if anchor is None else [anchor, *templates]
+    if type(x) not in _PLAIN or any(type(weight) not in _PLAIN or weight.requires_grad for weight in weights):
+        return False
+    if isinstance(module, nn.modules.conv._ConvNd):
+        batched = x.ndim == len(module.kernel_size) + 2
+        if module.padding_mode != "zeros" or isinstance(module.padding, str) or not batched:
+            return False
+    return x.requires_grad or coefficients.requires_grad
+
+
+def call_recomposed(
+    module: nn.Module,
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    x: Tensor,
+    anchor: Tensor | None,
+    templates: Sequence[Tensor],
+    coefficients: Tensor,
+    estimate: Estimate | None = None,
+) -> Tensor:
+    """What a module computes with the weight ``anchor + sum_i coefficients[i] * templates[i]``.
+
+    Args:
+        module: a linear layer or convolution for which ``can_recompose`` holds.
+        call: what it computes with a given weight: ``call(module, weight, x)``.
+        x: its input.
+        anchor: shaped like the weight, or None for zero.
+        templates: n tensors shaped like the weight.
+        coefficients: ``(n,)``.
+        estimate: how the gradient of the coefficients is estimated where that saves a product; None forms the exact one.
+
+    Returns:
+        the module's output, differentiable in the input, the coefficients and the module's bias.
+    """
+    # as the product sees it: what is kept has half the size under autocast
+    x = _cast_for_autocast(x)
+    # a copy: another task may be written into the coefficients before the backward pass comes
+    coefficients = coefficients.clone()
+    bias = getattr(module, "bias", None)
+    weights = [weight.detach() for weight in templates if weight is not anchor]
+    # which of the templates is the anchor itself: nothing is kept twice
+    places = tuple(place for place, template in enumerate(templates) if template is anchor)
+    anchor = None if anchor is None else anchor.detach()
+    return _Recomposed.apply(module, call, places, estimate, x, bias, coefficients, anchor, *weights)
+
+
+class _Recomposed(torch.autograd.Function):
+    """The call and its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: nn.Module,
+        call: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        places: tuple[int, ...],
+        estimate: Estimate | None,
+        x: Tensor,
+        bias: Tensor | None,
+        coefficients: Tensor,
+        anchor: Tensor | None,
+        *weights: Tensor,
+    ) -> Tensor:
+        ctx.module, ctx.places, ctx.estimate, ctx.x_shape = module, places, estimate, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, coefficients, anchor, *weights)
+        weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
+        if not torch.is_autocast_enabled(x.device.type):
+            weight.requires_grad_()  # torch chooses among matrix products by this mark; autocast would keep a copy for it
+        y = call(module, weight, x)
+        # a product over several dimensions may come as a view of the one over two, which nobody could then change in place
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, coefficients, anchor, *weights = ctx.saved_tensors
+        templates = _templates(anchor, weights, ctx.places)
+        needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[4:7]
+        grad_bias = None
+        if needs_bias:
+            channel = 1 if _GRADIENTS[type(ctx.module).forward] is _ConvGradients else grad.ndim - 1
+            grad_bias = grad.sum([d for d in range(grad.ndim) if d != channel]).to(ctx.module.bias.dtype)
+        layer = _Layer(ctx.module, templates, coefficients, anchor, ctx.places)
+        if not torch.is_grad_enabled():  # an estimate is not differentiated again
+            layer.estimate = ctx.estimate
+        rows = _rows_with_gradient(ctx.module, grad)
+        if rows is None:
+            grad_x, grad_coefficients = layer.gradients(grad, x, ctx.x_shape, needs_x, needs_coefficients)
+        else:
+            few = None if x is None else x.reshape(-1, ctx.x_shape[-1])[rows]
+            shape = torch.Size((len(rows), ctx.x_shape[-1]))
+            part = grad.reshape(-1, grad.shape[-1])[rows]
+            grad_x, grad_coefficients = layer.gradients(part, few, shape, needs_x, needs_coefficients)
+            if grad_x is not None:
+                grad_x = grad_x.new_zeros(ctx.x_shape.numel() // shape[1], shape[1]).index_copy_(0, rows, grad_x)
+                grad_x = grad_x.view(ctx.x_shape)
+        if grad_coefficients is not None:
+            grad_coefficients = grad_coefficients.to(coefficients.dtype)
+        return None, None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
+
+
+@dataclass
+class _Layer:
+    """A layer in its backward pass: y is linear in the weight, and the weight is ``anchor + sum_i coefficients[i] T_i``."""
+
+    module: nn.Module
+    templates: list[Tensor]
+    coefficients: Tensor
+    anchor: Tensor | None
+    places: tuple[int, ...]  # of the anchor among the templates
+    estimate: Estimate | None = None
+
+    def gradients(
+        self, grad: Tensor, x: Tensor | None, x_shape: torch.Size, needs_x: bool, needs_coefficients: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the input and of the coefficients, where they are needed."""
+        if needs_x and needs_coefficients and x is not None:
+            if self._can_estimate(grad, x):
+                return self._estimated(grad, x)
+            if self._product_by_template(grad, x):
+                return self._by_template(grad, x)
+        rules = _GRADIENTS[type(self.module).forward]
+        grad_x = grad_coefficients = None
+        if needs_x:
+            weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
+            grad_x = rules.of_input(self.module, grad, weight, x_shape)
+            del weight
+        if needs_coefficients:
+            grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
+            grad_coefficients = template_inner_products(grad_weight, self.templates)
+        return grad_x, grad_coefficients
+
+    def _can_estimate(self, grad: Tensor, x: Tensor) -> bool:
+        """Whether the estimate that is asked for saves anything: one template needs no product of its own."""
+        if self.estimate is None or (len(self.templates) == 1 and (self.anchor is None or bool(self.places))):
+            return False
+        if self.estimate.share is None:
+            return grad.dtype == x.dtype == torch.float32 and (not self.estimate.if_faster or self._is_faster(grad))
+        return len(_rows(self.module, x)) >= FEWEST_ROWS
+
+    def _is_faster(self, grad: Tensor) -> bool:
+        weight = self.templates[0]
+        is_conv = isinstance(self.module, nn.modules.conv._ConvNd)
+        channels = grad.shape[1 if is_conv else -1]
+        if is_conv and self.module.groups != 1:  # type: ignore[attr-defined]
+            return False
+        rows = grad.numel() // channels
+        return is_faster_in_bfloat16(grad.device, rows, rows * weight.numel())
+
+    def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
+        rules = _GRADIENTS[type(self.module).forward]
+        weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
+        grad_x = rules.of_input(self.module, grad, weight, x.shape)
+        del weight
+        total = template_inner_products(grad_x, [x])[0]
+        terms, factors = list(self.templates), self._factors()
+        if self.anchor is not None and not self.places:
+            terms, factors = [*terms, self.anchor], torch.cat([factors, torch.ones_like(factors[:1])])
+        if self.estimate is not None and self.estimate.share is not None:
+            grad, x = self._drawn(grad, x, self.estimate)
+        else:
+            grad, x = grad.bfloat16(), x.bfloat16()
+        grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
+        found = with_known_sum(template_inner_products(grad_weight, terms), factors, total)
+        return grad_x, found[: len(self.templates)]
+
+    def _drawn(self, grad: Tensor, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
+        """The rows that stand for all of them; the gradient's are weighted."""
+        assert estimate.share is not None
+        grad, x = _rows(self.module, grad), _rows(self.module, x)
+        importance = _norms(grad) * _norms(x)
+        rows, weights = draw_rows(importance, math.ceil(estimate.share * len(x)), estimate.start)
+        drawn = grad[rows]
+        return drawn * weights.to(drawn.dtype).view(-1, *[1] * (drawn.ndim - 1)), x[rows]
+
+    def _factors(self) -> Tensor:
+        """What every template is multiplied by in the composed weight, ``(n,)``."""
+        scale = self.coefficients.to(composition_dtype(self.coefficients.dtype, *(t.dtype for t in self.templates)))
+        if not self.places:
+            return scale
+        scale = scale.clone()
+        for place in self.places:  # one by one: a list of places would be a tensor that an accelerator has to wait for
+            scale[place].add_(1)
+        return scale
+
+    def _product_by_template(self, grad: Tensor, x: Tensor) -> bool:
+        """Whether the weight is a sum of so few templates that a product with each gives both gradients at less cost.
+
+        With u_i the gradient of the input as template i alone gives it, that of the input is the sum of c_i u_i and that of
+        c_i is <u_i, x>. One template needs one product instead of two; where an accelerator multiplies in less than 32 bits,
+        that product costs less than reading a large input once more in 32 bits. Two need two, but neither a composed weight
+        nor a gradient of the weight's size; that pays on a CPU, in linear layers with inputs no larger than the weight, and
+        sums in less than 32 bits are left to the composition.
+        """
+        if self.anchor is not None and not self.places:
+            return False
+        small = x.numel() <= SMALL_INPUT * self.templates[0].numel()
+        on_cpu, is_wide = grad.device.type == "cpu", grad.dtype.itemsize >= 4
+        if len(self.templates) == 1:
+            return on_cpu or is_wide or small
+        linear = not isinstance(self.module, nn.modules.conv._ConvNd)
+        return len(self.templates) == 2 and small and linear and is_wide and on_cpu
+
+    def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        rules = _GRADIENTS[type(self.module).forward]
+        scale = self._factors()
+        total, inner = None, []
+        for i, template in enumerate(self.templates):
+            part = rules.of_input(self.module, grad, template.to(grad.dtype), x.shape)
+            inner.append(template_inner_products(part, [x]))
+            total = part * scale[i] if total is None else total.addcmul_(part, scale[i])
+            del part
+        assert total is not None
+        return total, torch.cat(inner)
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Samples of a convolution, rows ``(rows, features)`` of a linear layer."""
+    return x if isinstance(module, nn.modules.conv._ConvNd) else x.reshape(-1, x.shape[-1])
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=composition_dtype(rows.dtype))
+
+
+def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:
+    """Which rows of a linear layer's input have a gradient, if it is so few that it pays to leave the others out.
+
+    A class token that alone reaches the head leaves all other tokens of the last block without one, and so do padded
+    sequences. A glance at one column tells at next to no cost that there is nothing to gain. On an accelerator the host
+    would have to wait for the answer; and a gradient that is differentiated again needs every row.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) or grad.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    flat = grad.reshape(-1, grad.shape[-1])
+    limit = len(flat) // 2
+    if int(flat[:, 0].count_nonzero()) > limit:
+        return None
+    rows = flat.any(dim=1).nonzero().squeeze(1)
+    return rows if len(rows) <= limit else None
+
+
+def _templates(anchor: Tensor | None, weights: Sequence[Tensor], places: tuple[int, ...]) -> list[Tensor]:
+    templates = list(weights)
+    for place in places:
+        assert anchor is not None
+        templates.insert(place, anchor)
+    return templates
+
+
+def _cast_for_autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -1,0 +1,1 @@
+"""Template banks made from tasks, adapters and data."""

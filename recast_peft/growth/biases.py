@@ -1,0 +1,135 @@
+"""grow_bias_bank: templates of biases, from the ways in which earlier tasks moved them.
+
+Biases are a hundredth of a model's numbers, and training them all (BitFit) is about as good as a LoRA. What several tasks did
+to the biases of a block has a few principal components; each of them is a template that spans all biases of the block, so that
+a new task moves them together with one coefficient for each template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.grown_templates import principal_components
+from ..composition.fingerprint import weight_fingerprint
+from ..errors import RecastBankError, RecastConfigError
+from ..layer import RecastLayer
+from ..parts import BiasConfig
+from ..parts.bias import bias_of, check_bias
+from ..parts.places import places_of
+from ..planning.plan import bank_name, block_of, role_of
+from ..planning.targets import Candidate, find_candidates, head_names
+from .sources import Source, check_sources, moves_by_source, origin_of
+
+
+def grow_bias_bank(
+    model: nn.Module,
+    sources: Sequence[Source],
+    *,
+    num_templates: int | None = None,
+    group_size: int = 1,
+    target_modules: Sequence[str] | str | None = None,
+) -> StoredBank:
+    """Make a bank whose templates are the directions in which sources moved the biases of a model.
+
+    Args:
+        model: plain, with its pretrained weights; it is not changed.
+        sources: as for ``grow_bank``: adapters that trained biases (``bias="all"`` of any method of PEFT, ``BiasConfig``), or
+            fine-tuned forms of the model.
+        num_templates: of a group at most; None takes all principal components, as many as there are sources.
+        group_size: blocks whose biases share templates and coefficients: a task trains (blocks / group_size) x templates
+            numbers.
+        target_modules: the modules whose biases take part: names, or a regular expression for whole names. None takes those
+            of all layers and norms in the model's numbered blocks.
+
+    Returns:
+        the bank, version 1, to be given as ``BiasConfig(bank=...)``, saved and pushed. A template is as long as the root mean
+        square of its group's task vectors: a coefficient of 1 moves the biases about as far as a source did.
+
+    Raises:
+        RecastConfigError: if a number is below 1, there is no source, or the model is converted already.
+        RecastTargetError: if target modules have no bias, or name nothing.
+        RecastBankError: if a source cannot be read, or none of them moved a bias.
+    """
+    if any(isinstance(module, RecastLayer) for module in model.modules()):
+        raise RecastConfigError(
+            "grow_bias_bank needs the plain pretrained model; this one is converted already (see model.unload())"
+        )
+    check_sources(sources, num_templates=num_templates, group_size=group_size)
+    places = _places(model, target_modules)
+    biases = {place.name: cast(Tensor, place.module.bias) for place in places}
+    vectors = [moves_by_source(model, source, _named(biases)) for source in sources]
+    moved = {name for vector in vectors for name, move in vector.items() if bool(move.any())}
+    if not moved:
+        raise RecastBankError(
+            f"none of the {len(sources)} sources moved a bias of the model\n  looked at: {', '.join(list(biases)[:4])}, ...\n"
+            'Give adapters that trained biases (bias="all" in their configs, or the partner BiasConfig), or fine-tuned models.'
+        )
+    groups = {}
+    for name, members in _groups(places, moved, group_size or 1).items():
+        widths = tuple(biases[member].numel() for member in members)
+        moves = _joined(members, widths, vectors)
+        grown = principal_components(moves, (sum(widths),), torch.float32, num_templates, None, False)
+        groups[name] = StoredGroup(members, grown=grown, widths=widths)
+    fingerprints = {member: weight_fingerprint(biases[member]) for group in groups.values() for member in group.members}
+    made = {"method": "grown", "sources": [origin_of(source) for source in sources], "of": "biases"}
+    return StoredBank(groups, fingerprints, made)
+
+
+def bias_moves(
+    groups: Mapping[str, StoredGroup], model: nn.Module, sources: Sequence[Source], fingerprints: Mapping[str, str]
+) -> dict[str, list[Tensor]]:
+    """How far sources moved the biases of a bank's groups: by group the task vectors that are not zero.
+
+    Raises:
+        RecastBankError: if the bank stands for other biases, or a source cannot be read.
+    """
+    places = {candidate.name: candidate for candidate in find_candidates(model)}
+    biases = {}
+    for group in groups.values():
+        for member, width in zip(group.members, group.widths or (), strict=True):
+            bias = bias_of(places, member, width)
+            check_bias(member, bias, fingerprints[member])
+            biases[member] = bias
+    vectors = [moves_by_source(model, source, _named(biases)) for source in sources]
+    return {name: _joined(group.members, group.widths or (), vectors) for name, group in groups.items()}
+
+
+def _places(model: nn.Module, target_modules: Sequence[str] | str | None) -> list[Candidate]:
+    candidates, heads = find_candidates(model), head_names(model)
+    partner = BiasConfig(target_modules=target_modules)  # type: ignore[arg-type]
+    if target_modules is not None:
+        return places_of(partner, candidates, heads, ())
+    numbered = [c for c in candidates if any(part.isdecimal() for part in c.name.split("."))]
+    outside = [c for c in numbered if not any(c.name == head or c.name.startswith(f"{head}.") for head in heads)]
+    return [c for c in outside if partner.refusal(c) is None]
+
+
+def _named(biases: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    return {name: (f"{name}.bias", bias) for name, bias in biases.items()}
+
+
+def _groups(places: Sequence[Candidate], moved: set[str], size: int) -> dict[str, tuple[str, ...]]:
+    """Members of every group: the modules of consecutive blocks that differ in their number alone."""
+    blocks: dict[str, list[str]] = {}
+    for place in places:
+        if place.name in moved:
+            blocks.setdefault(block_of(place.name), []).append(place.name)
+    runs: dict[str, list[str]] = {}
+    for block in blocks:
+        runs.setdefault(role_of(block), []).append(block)
+    chunks = [run[i : i + size] for run in runs.values() for i in range(0, len(run), size)]
+    return {bank_name(chunk): tuple(name for block in chunk for name in blocks[block]) for chunk in chunks}
+
+
+def _joined(members: Sequence[str], widths: Sequence[int], vectors: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The task vectors of a group's biases side by side, ``(sum of widths,)``, source by source; zero ones are left out."""
+    joined = []
+    for vector in vectors:
+        parts = [vector.get(member, torch.zeros(width)) for member, width in zip(members, widths, strict=True)]
+        joined.append(torch.cat(parts))
+    return [move for move in joined if bool(move.any())]

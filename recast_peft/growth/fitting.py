@@ -1,0 +1,342 @@
+"""fit_bank: templates that are fitted before a conversion, with data where the method needs it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.template_bank import mix_templates
+from ..composition.fingerprint import weight_fingerprint
+from ..config import RecastConfig
+from ..errors import RecastConfigError
+from ..layer import RecastLayer
+from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
+from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
+from ..planning.plan import PlannedGroup, block_of, plan_recast
+from ..planning.targets import Candidate
+
+
+def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | None = None) -> StoredBank:
+    """Fit the template banks of a config without converting the model.
+
+    Args:
+        model: plain, with its pretrained weights; it is not changed.
+        config: its targets, groups, templates and ``mimicry`` are used.
+        batches: a few inputs, for a method that needs data; read more than once, so a list or a ``DataLoader``. For what a
+            batch may be see :func:`recast_peft.features.call_arguments`.
+
+    Returns:
+        the bank, to be given as ``RecastConfig(bank=...)``, saved and pushed.
+
+    Raises:
+        RecastConfigError: if the model is converted already, or data are needed and missing.
+        RecastBankError: if every bank is exact, so that there is nothing to fit.
+    """
+    if any(isinstance(module, RecastLayer) for module in model.modules()):
+        raise RecastConfigError("fit_bank needs the plain pretrained model; this one is converted already (see model.unload())")
+    method = config.method
+    plan = plan_recast(model, config)
+    targets = {target.name: target for target in plan.candidates}
+    groups = [group for group in plan.groups if not group.is_exact]
+    data = _as_list(batches)
+    if method.needs_data and groups and not data:
+        raise RecastConfigError(f"mimicry {method.name!r} needs a few batches: fit_bank(model, config, batches)")
+    fitted: dict[str, FittedTemplates] = {}
+    closed: dict[str, FittedTemplates] = {}
+    for chunk in _chunks(groups, method.max_moment_bytes if isinstance(method, DataAware) else None):
+        moments: dict[str, Tensor | None] = {}
+        if method.needs_data:
+            moments = input_moments(model, [targets[name] for group in chunk for name in group.members], data)
+        for group in chunk:
+            members = [targets[name] for name in group.members]
+            own = [moments[name] for name in group.members] if method.needs_data else None
+            weights = [_as_matrix(member, member.weight) for member in members]
+            found = method.fit(weights, group.num_templates, label=group.name, moments=own)
+            fitted[group.name] = _in_shape(members[0], found, weights)
+            if isinstance(method, DataAware) and method.select_batches:
+                recipe = ClosedForm().fit(weights, group.num_templates)
+                closed[group.name] = _in_shape(members[0], recipe, weights)
+    if isinstance(method, DataAware) and groups:
+        fitted = _tuned(model, groups, targets, fitted, closed, data, method)
+    stored = {group.name: _stored_group(group, fitted.get(group.name)) for group in plan.groups}
+    fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items()}
+    return StoredBank(stored, fingerprints, method.to_dict())
+
+
+def _tuned(
+    model: nn.Module,
+    groups: Sequence[PlannedGroup],
+    targets: dict[str, Candidate],
+    fitted: dict[str, FittedTemplates],
+    closed: dict[str, FittedTemplates],
+    data: Sequence[Any],
+    method: DataAware,
+) -> dict[str, FittedTemplates]:
+    """What follows the fit of every group alone: selection against the closed form, and distillation."""
+    if method.select_batches:
+        fitted = select(model, groups, targets, fitted, closed, list(islice(data, method.select_batches)))
+    if method.distill_steps:
+        fitted = distill(model, groups, targets, fitted, data, method)
+    return fitted
+
+
+def _stored_group(group: PlannedGroup, fitted: FittedTemplates | None) -> StoredGroup:
+    if fitted is None:
+        return StoredGroup(group.members)
+    return StoredGroup(group.members, fitted.templates.detach(), fitted.base.float())
+
+
+def _as_list(batches: Iterable[Any] | None) -> Sequence[Any]:
+    """Batches that can be read again; a single tensor would be taken for its rows."""
+    if isinstance(batches, (Tensor, dict)):
+        raise RecastConfigError(f"batches is one {type(batches).__name__}; give a list of batches: [batch]")
+    if batches is None:
+        return []
+    return batches if hasattr(batches, "__len__") and not isinstance(batches, (set, frozenset)) else list(batches)  # type: ignore
+
+
+def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[PlannedGroup]]:
+    """Groups whose second moments together stay below a limit in bytes, or one group alone."""
+    if limit is None:
+        return [[group] for group in groups]
+    chunks: list[list[PlannedGroup]] = []
+    held = 0
+    for group in groups:
+        need = 4 * len(group.members) * torch.Size(group.shape[1:]).numel() ** 2
+        if not chunks or held + need > limit:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(group)
+        held += need
+    return chunks
+
+
+def _as_matrix(target: Candidate, weight: Tensor) -> Tensor:
+    """A weight with its outputs first: that of a transposed linear layer is turned."""
+    return weight.detach().T.contiguous() if isinstance(target.module, Conv1D) else weight.detach()
+
+
+def _in_shape(target: Candidate, found: Recipe | FittedTemplates, weights: Sequence[Tensor]) -> FittedTemplates:
+    if isinstance(found, Recipe):
+        found = FittedTemplates(mix_templates(weights, found.mix), found.base)
+    if isinstance(target.module, Conv1D):
+        found = FittedTemplates(found.templates.transpose(1, 2).contiguous(), found.base)
+    return found
+
+
+# ---------------------------------------------------------------- second moments of the inputs
+
+
+def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Iterable[Any]) -> dict[str, Tensor | None]:
+    """The second moment of every target's input: mean of x x^T over all samples and places.
+
+    Args:
+        model: it is run in evaluation mode on every batch.
+        targets: linear layers and convolutions; of a convolution x is the patch under the kernel, and the groups of a
+            grouped one are averaged.
+        batches: of inputs.
+
+    Returns:
+        ``(fan_in, fan_in)`` in float32 by name; None, with a warning, for a module that is never called or of another kind.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(target: Candidate, columns: Callable[[nn.Module, Tensor], Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args or not isinstance(args[0], Tensor):
+                return
+            rows = columns(module, args[0].detach()).float()  # (places, fan_in)
+            moment = rows.T @ rows
+            sums[target.name] = sums[target.name] + moment if target.name in sums else moment
+            counts[target.name] = counts.get(target.name, 0) + rows.shape[0]
+
+        return hook
+
+    handles = []
+    for target in targets:
+        columns = next((f for kind, f in COLUMNS.items() if isinstance(target.module, kind)), None)
+        if columns is not None:
+            handles.append(target.module.register_forward_pre_hook(watch(target, columns)))
+    device = device_of(model)
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                args, kwargs = call_arguments(batch, device)
+                model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [target.name for target in targets if target.name not in sums]
+    if silent:
+        warnings.warn(
+            f"{len(silent)} targets show no input that could be measured ({', '.join(silent[:3])}, ...): they are fitted by "
+            "the change of their weight instead of their output",
+            stacklevel=3,
+        )
+    return {target.name: sums[target.name] / counts[target.name] if target.name in sums else None for target in targets}
+
+
+def _rows_of_linear(module: nn.Module, x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rows_of_conv2d(module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    if isinstance(module, nn.Conv1d):
+        x, kernel, stride, dilation = x.unsqueeze(-2), (1, *kernel), (1, *stride), (1, *dilation)
+    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (batch, channels * kernel, places)
+    size = patches.shape[1] // module.groups
+    return patches.transpose(1, 2).reshape(-1, size)
+
+
+# How the rows that a module multiplies its weight with are read off its input; another kind is one row here.
+COLUMNS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
+    nn.Linear: _rows_of_linear,
+    Conv1D: _rows_of_linear,
+    nn.Conv2d: _rows_of_conv2d,
+    nn.Conv1d: _rows_of_conv2d,
+    nn.MultiheadAttention: _rows_of_linear,
+}
+
+
+# ---------------------------------------------------------------- the output of the whole model
+
+
+def output_change(model: nn.Module, weights: dict[str, Tensor], batches: Iterable[Any], wanted: Sequence[Tensor]) -> float:
+    """Squared change of the model's output with other weights, in units of the pretrained output's square."""
+    device, change, size = device_of(model), 0.0, 0.0
+    with evaluating(model), torch.no_grad():
+        for batch, output in zip(batches, wanted, strict=True):
+            args, kwargs = call_arguments(batch, device)
+            new = main_tensor(torch.func.functional_call(model, weights, args, kwargs))
+            assert new is not None
+            change += float((new - output).double().square().sum())
+            size += float(output.double().square().sum())
+    return change / max(size, 1e-300)
+
+
+def select(
+    model: nn.Module,
+    groups: Sequence[PlannedGroup],
+    targets: dict[str, Candidate],
+    first: dict[str, FittedTemplates],
+    second: dict[str, FittedTemplates],
+    batches: Sequence[Any],
+) -> dict[str, FittedTemplates]:
+    """Of two fits of every group take the one that changes the whole model's output less.
+
+    The better of the two as a whole is where it starts; then every group in turn is tried with the other, so that the result
+    is never worse than either on these batches. It takes one pass for each group.
+    """
+    device = device_of(model)
+    wanted = []
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            args, kwargs = call_arguments(batch, device)
+            output = main_tensor(model(*args, **kwargs))
+            if output is None:
+                return first  # an output without numbers to compare
+            wanted.append(output)
+
+    def change_of(fits: dict[str, FittedTemplates]) -> float:
+        leaves = {name: (fit.templates.float(), fit.base.to(fit.templates.device).float()) for name, fit in fits.items()}
+        return output_change(model, _composed(groups, targets, leaves), batches, wanted)
+
+    changes = change_of(first), change_of(second)
+    best, other = (first, second) if changes[0] <= changes[1] else (second, first)
+    best, least = dict(best), min(changes)
+    for group in groups:
+        tried = {**best, group.name: other[group.name]}
+        change = change_of(tried)
+        if change < least:
+            best, least = tried, change
+    return best
+
+
+# ---------------------------------------------------------------- layer-wise distillation
+
+
+def distill(
+    model: nn.Module,
+    groups: Sequence[PlannedGroup],
+    targets: dict[str, Candidate],
+    fitted: dict[str, FittedTemplates],
+    batches: Sequence[Any],
+    method: DataAware,
+) -> dict[str, FittedTemplates]:
+    """Tune templates and base coefficients until every block gives the pretrained model's features.
+
+    Args:
+        model: pretrained; it is not changed.
+        groups: whose templates are tuned.
+        targets: the modules by name.
+        fitted: where to start.
+        batches: one after the other, from the start again when they end.
+        method: says how many steps, and how large.
+
+    Returns:
+        the tuned templates, in the dtype they had. The loss is the mean over the blocks of the squared difference of the
+        features in units of the pretrained features' mean square.
+    """
+    leaves = {
+        g.name: (
+            fitted[g.name].templates.float().clone().requires_grad_(),
+            fitted[g.name].base.to(fitted[g.name].templates.device, torch.float32).clone().requires_grad_(),
+        )
+        for g in groups
+    }
+    flat = [leaf for pair in leaves.values() for leaf in pair]
+    rate = method.distill_learning_rate
+    optimizer = torch.optim.Adam(
+        [{"params": [t], "lr": rate * float(t.detach().square().mean().sqrt())} for t, _ in leaves.values()]
+        + [{"params": [base for _, base in leaves.values()], "lr": rate}]
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, method.distill_steps)
+    blocks = sorted({block_of(name) for group in groups for name in group.members})
+    device = device_of(model)
+    steps = islice(cycle(batches), method.distill_steps)
+    bar = tqdm(steps, "distillation", method.distill_steps, delay=2, leave=False, disable=not method.progress)
+    with evaluating(model), captured_outputs(model, blocks) as outputs:
+        for batch in bar:
+            args, kwargs = call_arguments(batch, device)
+            with torch.no_grad():
+                model(*args, **kwargs)
+            wanted = dict(outputs)
+            with torch.enable_grad():
+                torch.func.functional_call(model, _composed(groups, targets, leaves), args, kwargs)
+                loss = sum((outputs[b] - wanted[b]).square().mean() / wanted[b].square().mean() for b in wanted) / len(wanted)
+                gradients = torch.autograd.grad(loss, flat)  # type: ignore[arg-type]
+            for leaf, gradient in zip(flat, gradients, strict=True):
+                leaf.grad = gradient
+            optimizer.step()
+            schedule.step()
+    return {
+        name: FittedTemplates(templates.detach().to(fitted[name].templates.dtype), base.detach().double().cpu())
+        for name, (templates, base) in leaves.items()
+    }
+
+
+def _composed(
+    groups: Sequence[PlannedGroup], targets: dict[str, Candidate], leaves: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The composed weights by the names of the parameters whose place they take."""
+    weights = {}
+    for group in groups:
+        templates, base = leaves[group.name]
+        for member, weight in zip(group.members, torch.tensordot(base, templates, dims=1), strict=True):
+            target = targets[member]
+            weights[f"{member}.{target.weight_name}"] = weight.to(target.weight.dtype)
+    return weights

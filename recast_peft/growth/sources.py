@@ -1,0 +1,146 @@
+"""Sources of grown banks: whatever moved the pretrained weights, read and compared with them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import RecastBankError, RecastConfigError, RecastError
+from ..planning.targets import Candidate
+
+Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
+CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
+
+
+def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
+    """Refuse what is no list of sources, and sizes that are no whole numbers.
+
+    Raises:
+        RecastConfigError: naming what was given.
+    """
+    if isinstance(sources, (str, Path, Mapping, nn.Module)) or not len(sources):
+        raise RecastConfigError(
+            f"sources={sources if isinstance(sources, (str, Path)) else type(sources).__name__!r}: "
+            "expected a list with at least one source"
+        )
+    for name, value in sizes.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise RecastConfigError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+
+
+def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candidate]) -> dict[str, Tensor]:
+    """How far a source moved every target's weight, ``(*weight_shape)`` in float32 by module name.
+
+    Raises:
+        RecastBankError: if the source cannot be read or does not fit the model.
+    """
+    vectors = moves_by_source(model, source, {n: (f"{n}.{t.weight_name}", t.weight) for n, t in targets.items()})
+    if not vectors:
+        raise RecastBankError(
+            f"the source {_shown(source)} has none of the target modules\n  targets: {', '.join(list(targets)[:4])}, ..."
+        )
+    return vectors
+
+
+def moves_by_source(model: nn.Module, source: Source, parameters: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """How far a source moved parameters.
+
+    Args:
+        model: plain, with its pretrained weights.
+        source: see ``grow_bank``.
+        parameters: by module name: the parameter's name in the plain model, and its pretrained value.
+
+    Returns:
+        the difference in float32 by module name, of those that the source has.
+
+    Raises:
+        RecastBankError: if the source cannot be read or does not fit the model.
+    """
+    weights = _weights_of(model, source)
+    vectors = {}
+    for name, (key, pretrained) in parameters.items():
+        moved = weights.get(key)
+        if moved is None:
+            continue
+        if moved.shape != pretrained.shape:
+            raise RecastBankError(
+                f"the source {_shown(source)} does not fit the model: {name} has another shape\n"
+                f"  source: {tuple(moved.shape)}\n  model:  {tuple(pretrained.shape)}"
+            )
+        vectors[name] = moved.detach().float().cpu() - pretrained.detach().float().cpu()
+    return vectors
+
+
+def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
+    """A source's weights by the names of the plain model."""
+    if isinstance(source, Mapping):
+        return source
+    if isinstance(source, tuple):
+        return _merged(*source)
+    if isinstance(source, PeftModel):
+        return _merged(source, source.active_adapters)
+    if isinstance(source, nn.Module):
+        return source.state_dict()
+    path = Path(source)
+    files = [path] if path.is_file() else [path / name for name in CHECKPOINTS if (path / name).is_file()]
+    try:
+        if files:
+            return load_file(files[0])
+        loaded = _loaded(model, str(source))
+    except RecastError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RecastBankError(
+            f"the source {str(source)!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
+            f"safetensors file, or a folder with {CHECKPOINTS[0]}."
+        ) from error
+    return loaded.merge_and_unload().state_dict()
+
+
+def _loaded(model: nn.Module, name: str) -> PeftModel:
+    """A saved adapter on a copy of the model; a head of its own does not matter, and need not have this model's classes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model), name, ignore_mismatched_sizes=True)
+    for warning in caught:
+        lines = str(warning.message).splitlines()
+        misshaped = [line for line in lines if "found shape" in line]
+        # what is left out must be a head: an adapter without its matrices would seem to move nothing
+        wrong = [line for line in misshaped if ".modules_to_save." not in line]
+        if wrong:
+            raise RecastBankError(f"the source {name!r} does not fit the model: {wrong[0]}")
+        if not misshaped:
+            warnings.warn(warning.message, stacklevel=2)
+    return loaded
+
+
+def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown:
+        raise RecastBankError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(model.peft_config)}")
+    with torch.no_grad():
+        return copy.deepcopy(model).merge_and_unload(adapter_names=names).state_dict()
+
+
+def origin_of(source: Source) -> str:
+    """A source in a few words, for the bank's card; of a path on this machine the last part alone."""
+    if isinstance(source, (str, Path)):
+        return Path(source).name if Path(source).exists() else str(source)
+    if isinstance(source, tuple):
+        return f"adapter {source[1]!r}"
+    if isinstance(source, PeftModel):
+        return f"adapter {', '.join(map(repr, source.active_adapters))}"
+    return f"weights of {type(source).__name__}" if isinstance(source, nn.Module) else "a state dict"
+
+
+def _shown(source: Source) -> str:
+    return repr(str(source)) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"

@@ -1,0 +1,240 @@
+"""grow_bank and extend_bank: templates learned from the adapters and models one already has.
+
+A source is whatever moved the pretrained weights: an adapter, or a fine-tuned model. Its weight differences are task vectors;
+the principal components of the task vectors of a group become templates beside the pretrained weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.report import table
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
+from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError
+from ..layer import RecastLayer
+from ..planning.plan import plan_recast
+from .biases import bias_moves
+from .sources import Source, check_sources, origin_of, task_vectors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def grow_bank(
+    model: nn.Module,
+    sources: Sequence[Source],
+    config: RecastConfig | None = None,
+    *,
+    num_templates: int | None = None,
+    rank: int | None = None,
+    plain_templates: bool = True,
+) -> StoredBank:
+    """Make a bank whose templates are the directions in which sources moved the model.
+
+    Args:
+        model: plain, with its pretrained weights; it is not changed.
+        sources: each of them an adapter of PEFT that can be merged (a folder or a repository, or a loaded model with the
+            adapter's name: ``(peft_model, "name")``; RECAST tasks are adapters too), or a fine-tuned form of the model (a
+            module, a state dict, a safetensors file or a folder with ``model.safetensors``).
+        config: its targets and groups are used; the members of a group share templates. None takes a group for each module.
+        num_templates: grown templates of a group at most; None takes all principal components.
+        rank: stores each template as a low-rank pair; None stores them dense.
+        plain_templates: keep the members' pretrained weights as templates beside the grown ones. Without them a task has
+            fewer coefficients; either way zero coefficients give the pretrained model.
+
+    Returns:
+        the bank, version 1, to be given as ``RecastConfig(bank=...)``, saved and pushed. Every template has the root mean
+        square size of its group's task vectors.
+
+    Raises:
+        RecastConfigError: if a number is below 1, there is no source, or the model is converted already.
+        RecastBankError: if a source cannot be read, or none of them moved a target module.
+    """
+    if any(isinstance(module, RecastLayer) for module in model.modules()):
+        raise RecastConfigError(
+            "grow_bank needs the plain pretrained model; this one is converted already (see model.unload())"
+        )
+    check_sources(sources, num_templates=num_templates, rank=rank)
+    plan = plan_recast(model, config or RecastConfig(group_size=1))
+    targets = {target.name: target for target in plan.candidates}
+    vectors = [task_vectors(model, source, targets) for source in sources]
+    groups: dict[str, StoredGroup] = {}
+    for planned in plan.groups:
+        moves = _moves_of(planned.members, vectors)
+        grown = principal_components(moves, planned.shape, planned.dtype, num_templates, rank, plain_templates)
+        if len(grown) or plain_templates:
+            groups[planned.name] = StoredGroup(planned.members, grown=grown)
+    if not any(group.grown is not None and len(group.grown) for group in groups.values()):
+        raise RecastBankError(
+            f"none of the {len(sources)} sources moved a target module\n  targets: {', '.join(list(targets)[:4])}, ...\n"
+            "Give the config the target_modules that the sources were trained on."
+        )
+    members = {member for group in groups.values() for member in group.members}
+    fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items() if name in members}
+    made = {"method": "grown", "sources": [origin_of(source) for source in sources], "rank": rank}
+    return StoredBank(groups, fingerprints, made)
+
+
+def extend_bank(
+    bank: StoredBank, model: nn.Module, sources: Sequence[Source], *, num_templates: int | None = None
+) -> StoredBank:
+    """Add templates for further sources to a grown bank: what its templates do not span of their task vectors.
+
+    Tasks on the earlier versions stay as they are to the last bit: the templates they know come first, and are not touched.
+
+    Args:
+        bank: as ``grow_bank``, ``grow_bias_bank`` or this function made it; it is not changed.
+        model: plain, with its pretrained weights; it is not changed.
+        sources: as for ``grow_bank``.
+        num_templates: new templates of a group at most; None takes all principal components.
+
+    Returns:
+        the bank's next version, under no name yet: save or push it in place of the earlier one, which it contains.
+
+    Raises:
+        RecastConfigError: if a number is below 1, or there is no source.
+        RecastBankError: if the bank was not grown, stands for other weights, or a source cannot be read.
+    """
+    check_sources(sources, num_templates=num_templates)
+    if bank.is_of_biases:
+        return _next_version(bank, bias_moves(bank.groups, model, sources, bank.base_fingerprint), sources, num_templates)
+    if not any(group.grown is not None for group in bank.groups.values()):
+        raise RecastBankError("extend_bank needs a bank that grow_bank made; this one has no grown templates")
+    config = RecastConfig(groups={name: list(group.members) for name, group in bank.groups.items()})
+    targets = {target.name: target for target in plan_recast(model, config).candidates}
+    for name, fingerprint in bank.base_fingerprint.items():
+        if not same_weight(fingerprint, weight_fingerprint(targets[name].weight)):
+            raise RecastBankError(
+                f"the bank {bank.name or 'in memory'} was made for other pretrained weights; {name} differs\n"
+                f"  fingerprint in the bank:  {fingerprint}\n"
+                f"  fingerprint of the model: {weight_fingerprint(targets[name].weight)}"
+            )
+    vectors = [task_vectors(model, source, targets) for source in sources]
+    moves = {name: _moves_of(group.members, vectors) for name, group in bank.groups.items()}
+    return _next_version(bank, moves, sources, num_templates)
+
+
+def _next_version(
+    bank: StoredBank, moves: Mapping[str, list[Tensor]], sources: Sequence[Source], num_templates: int | None
+) -> StoredBank:
+    """A bank with templates for the task vectors of further sources, by group."""
+    counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
+    groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
+    earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}
+    made = _made_from_more(bank.mimicry, [origin_of(source) for source in sources])
+    return StoredBank(groups, bank.base_fingerprint, made, None, bank.version + 1, history=(*bank.history, earlier))
+
+
+def _moves_of(members: Sequence[str], vectors: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    """The task vectors of a group that are not zero, source by source."""
+    return [vector[member] for vector in vectors for member in members if member in vector and bool(vector[member].any())]
+
+
+def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> StoredGroup:
+    """A group with the principal components of what its templates do not span."""
+    grown = group.grown
+    if grown is None or not moves:
+        return group
+    rest, old = moves, grown.dense()
+    if old:
+        basis = orthonormal_basis(old)
+        flat = torch.stack([move.reshape(-1).double().cpu() for move in moves])
+        rest_of = flat - (flat @ basis) @ basis.T
+        if float(rest_of.square().sum()) <= NEGLIGIBLE * float(flat.square().sum()):
+            return group
+        rest = [row.reshape(grown.weight_shape).float() for row in rest_of]
+    rank = grown.tensors[0].shape[2] if len(grown.tensors) == 2 else None
+    new = principal_components(rest, grown.weight_shape, grown.tensors[0].dtype, count, rank, grown.plain)
+    tensors = tuple(torch.cat([a.cpu(), b]) for a, b in zip(grown.tensors, new.tensors, strict=True))
+    whole = replace(grown, tensors=tensors)
+    return replace(group, grown=replace(whole, energy=(*grown.energy, *energy_kept(moves, whole)[len(grown) :])))
+
+
+def _made_from_more(mimicry: str | Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
+    made = {"method": mimicry} if isinstance(mimicry, str) else dict(mimicry)
+    return {**made, "sources": [*made.get("sources", ()), *sources]}
+
+
+# ---------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class GrownGroup:
+    """One group of a grown bank.
+
+    Attributes:
+        bank: its name.
+        members: target modules in it.
+        num_templates: all templates, the plain ones included.
+        num_grown: grown templates.
+        energy: share of the sources' squared norm that the first 1, 2, ... grown templates keep.
+        nbytes: bytes of the grown templates as they are stored.
+        num_coefficients: numbers that one task trains for the group.
+    """
+
+    bank: str
+    members: int
+    num_templates: int
+    num_grown: int
+    energy: tuple[float, ...]
+    nbytes: int
+    num_coefficients: int
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """What ``growth_report`` found; ``print(report)`` shows it as a table, ``report.plot()`` as a picture."""
+
+    groups: tuple[GrownGroup, ...]
+    version: int
+
+    @property
+    def num_coefficients(self) -> int:
+        """Numbers that one task trains on the bank, with one coefficient set and nothing shared."""
+        return sum(group.num_coefficients for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
+        return asdict(self)
+
+    def plot(self) -> Figure:
+        """The energy kept per number of templates (needs matplotlib)."""
+        from ..analysis.plotting import plot_growth
+
+        return plot_growth(self)
+
+    def __str__(self) -> str:
+        most = max(group.num_grown for group in self.groups)
+        header = ("bank", "members", "templates", "bytes", *(f"energy {i + 1}" for i in range(most)))
+        rows = []
+        for group in self.groups:
+            energy = [f"{share:.3f}" for share in group.energy] + [""] * (most - len(group.energy))
+            counts = (str(group.members), str(group.num_templates), f"{group.nbytes:,}")
+            rows.append((group.bank, *counts, *energy))
+        return f"{table(header, rows)}\nversion {self.version}, {self.num_coefficients} numbers per task"
+
+
+def growth_report(bank: StoredBank) -> GrowthReport:
+    """How much of its sources a grown bank keeps, group by group and per number of templates.
+
+    Of a bank that was extended, the energy of every template is that of the sources it was made from.
+
+    Raises:
+        RecastBankError: if the bank was not grown.
+    """
+    groups = tuple(
+        GrownGroup(name, len(g.members), g.num_templates, len(g.grown), g.grown.energy, g.grown.nbytes, g.num_coefficients)
+        for name, g in bank.groups.items()
+        if g.grown is not None
+    )
+    if not groups:
+        raise RecastBankError("growth_report needs a bank that grow_bank made; this one has no grown templates")
+    return GrowthReport(groups, bank.version)

@@ -1,0 +1,338 @@
+"""How a backbone is found again: what is written down of it with a task, and how it is built from that.
+
+Written down is where the pretrained weights come from and what they were built with, never the weights. A task's
+fingerprint then says whether what was built is what the task was learned on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import RecastConfigError, RecastError, RecastLoadError
+from ..parts.head import TaskHead
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# keywords of timm.create_model that say where weights come from; a task's file cannot set them
+SOURCE_KEYWORDS = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+_COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
+
+
+# ---------------------------------------------------------------- writing it down
+
+
+def describe_backbone(model: nn.Module, revision: str | None = None) -> dict[str, Any] | None:
+    """Say how a backbone can be built again, in values that JSON can hold.
+
+    Args:
+        model: a timm or transformers model, converted or not.
+        revision: that its weights were loaded at, if it is known: neither library keeps it. None is the commit in the cache
+            that the main branch points to, or the only one in the cache.
+
+    Returns:
+        ``library``, ``name`` (what the library builds it from), ``class``, ``revision`` (the commit of the repository, where
+        it is known) and what else the library needs; None for a model of another kind.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        return _describe_transformers(model, revision)
+    pretrained = getattr(model, "pretrained_cfg", None)
+    if isinstance(pretrained, dict) and pretrained.get("architecture"):
+        return _describe_timm(model, pretrained, revision)
+    return None
+
+
+def hub_repository(backbone: Mapping[str, Any] | None) -> str | None:
+    """The repository on the Hub that holds the backbone's weights, if it is known to be there."""
+    if not backbone:
+        return None
+    name = backbone.get("repository") if backbone["library"] == "timm" else backbone.get("name")
+    return name if isinstance(name, str) and name and not _is_local(name) else None
+
+
+def _describe_transformers(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
+    config = model.config
+    name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "") or None
+    description = {
+        "library": "transformers",
+        "name": name,
+        "revision": getattr(config, "_commit_hash", None) or _cached_commit(name, revision) or revision,
+        "class": type(model).__name__,
+        "num_classes": _own_classes(model, config.num_labels),
+    }
+    size = getattr(config, "image_size", None)
+    if size is not None:
+        size = [size, size] if isinstance(size, int) else list(size)
+        description["input_size"] = [int(getattr(config, "num_channels", 3)), *size]
+    return description
+
+
+def _describe_timm(model: nn.Module, pretrained: dict[str, Any], revision: str | None) -> dict[str, Any]:
+    arguments = dict(getattr(model, "_model_args", {}))
+    num_classes = _own_classes(model, getattr(model, "num_classes", None))
+    if isinstance(num_classes, int):  # reset_classifier changes it after the model was made
+        arguments["num_classes"] = num_classes
+    arguments = {key: value for key, value in arguments.items() if key not in SOURCE_KEYWORDS}
+    left_out = sorted(key for key, value in arguments.items() if not _fits_json(value))
+    arguments = {key: value for key, value in arguments.items() if key not in left_out}
+    source = pretrained.get("source") or "timm"
+    repository, _, recorded = str(pretrained.get("hf_hub_id") or "").partition("@")
+    revision = recorded or revision
+    tag = pretrained.get("tag") or None
+    if source == "hf-hub":
+        name = f"hf-hub:{repository}"
+    elif source == "local-dir":
+        name, repository = f"local-dir:{pretrained.get('file')}", ""
+    else:
+        name = f"{pretrained['architecture']}.{tag}" if tag else pretrained["architecture"]
+    channels, *size = pretrained.get("input_size") or (3,)
+    given = arguments.get("img_size")
+    size = size if given is None else [given, given] if isinstance(given, int) else list(given)
+    description = {
+        "library": "timm",
+        "name": name,
+        "architecture": pretrained["architecture"],
+        "tag": tag,
+        "repository": repository or None,
+        "revision": _cached_commit(repository, revision) or revision,
+        "class": type(model).__name__,
+        "input_size": [arguments.get("in_chans") or channels, *size],
+        "mean": list(pretrained.get("mean") or ()),
+        "std": list(pretrained.get("std") or ()),
+        "num_classes": num_classes,
+        "arguments": arguments,
+    }
+    if pretrained.get("file") and source != "local-dir":
+        description["file"] = str(pretrained["file"])
+    if pretrained.get("license"):
+        description["license"] = pretrained["license"]
+    if isinstance(getattr(model, "global_pool", None), str):
+        description["global_pool"] = model.global_pool
+    if left_out:
+        description["arguments_left_out"] = left_out
+    return description
+
+
+def _own_classes(model: nn.Module, shown: int | None) -> int | None:
+    """Classes of the model's own classifier; what it says of itself may be those of the active task's."""
+    head = next((m for m in model.modules() if isinstance(m, TaskHead)), None)
+    return shown if head is None else head._base_labels.num_classes
+
+
+def _cached_commit(repository: str | None, revision: str | None) -> str | None:
+    """The commit in the cache that weights were probably loaded from; the fingerprint says later whether they were."""
+    if not repository or _is_local(repository):
+        return None
+    for name in (*WEIGHT_FILES, "config.json"):
+        path = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(path, str):
+            return commit_of(path)
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
+    commits = [path.name for path in folder.iterdir()] if folder.is_dir() and revision is None else []
+    return commits[0] if len(commits) == 1 else None
+
+
+def commit_of(path: str) -> str | None:
+    """The commit that a file of the Hub's cache belongs to; None for a file elsewhere."""
+    match = _COMMIT.search(path)
+    return match[1] if match else None
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_local(name: str) -> bool:
+    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name) or name.count("/") > 1
+
+
+# ---------------------------------------------------------------- building it
+
+
+def build_backbone(
+    description: Mapping[str, Any] | None,
+    given: nn.Module | Mapping[str, Any] | str | os.PathLike | None = None,
+    **hub_kwargs: Any,
+) -> tuple[nn.Module, list[str]]:
+    """Build the backbone that a task names.
+
+    Args:
+        description: of :func:`describe_backbone`, as it was stored with the task.
+        given: a model, which is used as it is; keyword arguments for ``timm.create_model`` or for the transformers class's
+            ``from_pretrained``, which go before the recorded ones; or the path of a local checkpoint (for timm a file or
+            folder, for transformers a folder).
+        hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+    Returns:
+        the model, and the names of its parameters that came from no checkpoint (such as a new classifier).
+
+    Raises:
+        RecastLoadError: if the task does not say which backbone it belongs to, or it cannot be built.
+        RecastConfigError: if ``given`` is none of the above.
+    """
+    if isinstance(given, nn.Module):
+        return given, []
+    if given is not None and not isinstance(given, (Mapping, str, os.PathLike)):
+        raise RecastConfigError(
+            f"backbone={given!r}: expected a model, a dictionary of keyword arguments, or the path of a checkpoint"
+        )
+    if not description:
+        raise RecastLoadError(
+            "the task does not say which backbone it belongs to (only timm and transformers models can be found again): "
+            "build the model yourself and pass it as backbone="
+        )
+    builder = _BUILDERS.get(str(description.get("library")))
+    if builder is None:
+        raise RecastLoadError(
+            f"the task's backbone is of library {description.get('library')!r}; known are {', '.join(_BUILDERS)}. "
+            "Build the model yourself and pass it as backbone="
+        )
+    try:
+        return builder(dict(description), given, hub_kwargs)
+    except RecastError:
+        raise
+    except Exception as error:
+        raise RecastLoadError(
+            f"the backbone of the task cannot be built\n  backbone: {description.get('name')!r} "
+            f"({description['library']}, class {description.get('class')}, revision {description.get('revision')})\n"
+            f"  reason: {type(error).__name__}: {error}\n"
+            "If it lies elsewhere, pass backbone= (a model, keyword arguments, or the path of a checkpoint)."
+        ) from error
+
+
+def _no_weights(description: Mapping[str, Any], why: str) -> RecastLoadError:
+    return RecastLoadError(
+        f"the backbone of the task, {description.get('name')!r} ({description['library']}, class {description.get('class')}), "
+        f"cannot be built: {why}\nPass backbone=: the model itself, keyword arguments for building it, or the path of a "
+        "checkpoint."
+    )
+
+
+def _build_transformers(
+    description: dict[str, Any], given: Mapping[str, Any] | str | os.PathLike | None, hub_kwargs: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    import transformers
+
+    name, revision = description.get("name"), description.get("revision")
+    arguments = dict(given) if isinstance(given, Mapping) else {}
+    if isinstance(given, (str, os.PathLike)):
+        name, revision = os.fspath(given), None
+        if not os.path.isdir(name):
+            raise _no_weights(description, f"backbone={name!r} is not a folder, as a transformers checkpoint is")
+    if not name:
+        raise _no_weights(description, "it was made from a configuration, without pretrained weights")
+    if _is_local(name) and not os.path.isdir(name):
+        raise _no_weights(description, f"it lay in a local folder, {name}, which is not on this machine")
+    model_class = getattr(transformers, str(description.get("class")), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise _no_weights(description, "its class is not one of transformers' own")
+    defaults = {"revision": revision, "num_labels": description.get("num_classes"), "ignore_mismatched_sizes": True}
+    keywords = {**{k: v for k, v in {**defaults, **hub_kwargs}.items() if v is not None}, **arguments}
+    loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **keywords)
+    model, info = loaded
+    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info.get("mismatched_keys", ())]
+    return model, sorted({*info.get("missing_keys", ()), *mismatched})
+
+
+def _build_timm(
+    description: dict[str, Any], given: Mapping[str, Any] | str | os.PathLike | None, hub_kwargs: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise _no_weights(description, "timm is not installed (pip install timm)") from error
+
+    name = str(description["name"])
+    own = dict(given) if isinstance(given, Mapping) else {}
+    missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
+    if missing:
+        raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
+    recorded = {key: value for key, value in description.get("arguments", {}).items() if key not in SOURCE_KEYWORDS}
+    keywords = {**recorded, **own}
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given)
+        if not path.exists():
+            raise _no_weights(description, f"there is no checkpoint at backbone={os.fspath(given)!r}")
+        name = f"local-dir:{path}" if path.is_dir() else str(description["architecture"])
+        keywords.update({"pretrained": True} if path.is_dir() else {"checkpoint_path": str(path)})
+    elif not SOURCE_KEYWORDS & set(own):
+        name, found = _timm_source(description, name, hub_kwargs)
+        keywords.update(found, pretrained=True)
+        if hub_kwargs.get("cache_dir") is not None:
+            keywords["cache_dir"] = hub_kwargs["cache_dir"]
+    elif "pretrained" not in own and "checkpoint_path" in own:
+        name = str(description["architecture"])
+    model = timm.create_model(name, **keywords)
+    for key, actual in (("class", type(model).__name__), ("global_pool", getattr(model, "global_pool", None))):
+        if key in description and key not in own and description[key] != actual:
+            raise RecastLoadError(
+                f"timm builds another {key} for {name} than the task was learned on\n  task:  {description[key]}\n"
+                f"  built: {actual}\nPass backbone={{{key!r}: {description[key]!r}}}, or the model itself."
+            )
+    pretrained: Any = model.pretrained_cfg
+    classifier = pretrained.get("classifier")
+    is_new = "checkpoint_path" not in keywords and getattr(model, "num_classes", None) not in (0, pretrained.get("num_classes"))
+    prefixes = ([classifier] if isinstance(classifier, str) else list(classifier or ())) if is_new else []
+    return model, [key for key in model.state_dict() if any(key.startswith(f"{prefix}.") for prefix in prefixes)]
+
+
+def _timm_source(description: dict[str, Any], name: str, hub_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name for ``timm.create_model`` and further keywords, with the files fetched at the recorded revision."""
+    if description.get("file"):
+        if not os.path.exists(description["file"]):
+            raise _no_weights(description, f"its weights lay in a local file, {description['file']}, not on this machine")
+        return name, {"pretrained_cfg_overlay": {"file": description["file"]}}
+    if name.startswith("local-dir:"):
+        if not os.path.isdir(name.removeprefix("local-dir:")):
+            raise _no_weights(description, "it lay in a local folder that is not on this machine")
+        return name, {}
+    if not description.get("repository"):
+        import timm
+
+        if timm.is_model_pretrained(name) and getattr(timm.get_pretrained_cfg(name), "url", None):
+            return name, {}  # weights that timm fetches from elsewhere than the Hub
+        raise _no_weights(description, "timm has no pretrained weights of that name")
+    pinned = _fetch_timm(description, name.startswith("hf-hub:"), hub_kwargs)
+    if name.startswith("hf-hub:"):
+        return f"hf-hub:{pinned}", {}
+    return name, {"pretrained_cfg_overlay": {"hf_hub_id": pinned}}
+
+
+def _fetch_timm(description: dict[str, Any], with_config: bool, hub_kwargs: dict[str, Any]) -> str:
+    """Fetch a timm repository's files, and name it with their commit.
+
+    timm takes neither a token nor a revision for names of its own. So the files are fetched here, and timm then finds them
+    in the cache by their commit.
+    """
+    repository, revision = str(description["repository"]), description.get("revision")
+    from_cache_alone = hub_kwargs.get("local_files_only") or is_offline_mode()
+    for alternatives in (("config.json",) if with_config else (), WEIGHT_FILES):
+        for file in alternatives:
+            try:
+                path = hf_hub_download(repository, file, revision=revision, **hub_kwargs)
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not from_cache_alone:
+                    raise  # the Hub did not answer: asking again for another file would only take longer
+                continue  # an older format, or another name, that timm knows
+            revision = commit_of(path) or revision
+            break
+    return f"{repository}@{revision}" if revision else repository
+
+
+_BUILDERS: dict[str, Callable[..., tuple[nn.Module, list[str]]]] = {
+    "timm": _build_timm,
+    "transformers": _build_transformers,
+}

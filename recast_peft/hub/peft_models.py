@@ -1,0 +1,137 @@
+"""PEFT's model classes with what tasks need beside: cards, checkpoints of the Trainer, a task for each sample.
+
+``get_recast_model``, ``AutoRecastModel`` and ``TaskPool`` give a ``PeftModel`` a class from here, which stands for its own and
+is a subclass of it.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .cards import CARD_NAME, has_task_numbers, write_model_card, write_repository_card
+from .transfer import push_tasks_to_hub, task_names
+
+DEFAULT = "default"  # the adapter that PEFT keeps in the root of a folder
+
+
+class TaskModel:
+    """What the classes of this module add to PEFT's (see :func:`with_task_verbs`)."""
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """As in PEFT, but for the adapter that a pool writes into, which is saved only if it is selected.
+
+        A folder with several tasks gets a card that lists them. In a checkpoint of the Trainer (a folder named
+        ``checkpoint-<step>``) the active task's files are also put in the root, where the Trainer looks for the best model.
+        """
+        names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
+        )
+        if not is_main_process:
+            return
+        inside = [name for name in names if name != DEFAULT and has_task_numbers(Path(save_directory, name))]
+        if inside:
+            write_repository_card(save_directory, inside)
+        if _is_checkpoint(save_directory) and DEFAULT not in names:
+            for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
+                _copy_task(Path(save_directory, active), Path(save_directory))
+
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT, but a task of the model is read from its own folder in a checkpoint of the Trainer.
+
+        The Trainer asks for every task in the checkpoint's root: for the active one to get the best model, for ``"default"``
+        to resume. If the root holds a copy of a task and the model has no ``"default"``, that task is loaded, under its name.
+        """
+        if _is_checkpoint(model_id) and "subfolder" not in kwargs:
+            model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
+        return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+    def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
+        """The folder in a checkpoint and the name that are meant."""
+        root = folder / SAFETENSORS_WEIGHTS_NAME
+        files = {name: folder / name / SAFETENSORS_WEIGHTS_NAME for name in self.peft_config}  # type: ignore[attr-defined]
+        saved = {name: file for name, file in files.items() if file.is_file()}
+        if adapter_name in saved:
+            return str(folder / adapter_name), adapter_name
+        if adapter_name == DEFAULT and DEFAULT not in files and root.is_file():
+            for name, file in saved.items():
+                if filecmp.cmp(file, root, shallow=False):
+                    return str(folder / name), name
+        return str(folder), adapter_name
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """As in PEFT; where a task lies already, our card is written (the Trainer asks for it after saving)."""
+        if (Path(output_dir) / CONFIG_NAME).is_file() and has_task_numbers(output_dir):
+            write_model_card(output_dir)
+        else:
+            super().create_or_update_model_card(output_dir)  # type: ignore[misc]
+
+    def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> CommitInfo:
+        """Push all tasks of the model in one commit; see :func:`push_tasks_to_hub` for the arguments."""
+        del tags  # the card has its own
+        kwargs.pop("max_shard_size", None)
+        return push_tasks_to_hub(self, repo_id, **kwargs)  # type: ignore[arg-type]
+
+
+def _is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder is one of those that the Trainer makes while it trains."""
+    return Path(folder).is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
+
+
+def _copy_task(source: Path, target: Path) -> None:
+    if (source / SAFETENSORS_WEIGHTS_NAME).is_file():
+        for file in source.iterdir():
+            if file.is_file() and file.name != CARD_NAME:  # the root has a card that lists all tasks
+                shutil.copyfile(file, target / file.name)
+
+
+def _with_verbs(peft_class: Any) -> type[PeftModel]:
+    @functools.wraps(peft_class.forward)  # the Trainer reads the arguments off it
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # classes for a task_type have an argument of this name, which would swallow it
+        task_ids = kwargs.pop("task_ids", None)
+        if task_ids is None:
+            return peft_class.forward(self, *args, **kwargs)
+        self.base_model.pool_in_use()
+        with self._enable_peft_forward_hooks(task_ids=task_ids, adapter_names=kwargs.get("adapter_names")):
+            return peft_class.forward(self, *args, **kwargs)
+
+    name = f"Recast{peft_class.__name__}"
+    return type(name, (TaskModel, peft_class), {"__module__": __name__, "__doc__": peft_class.__doc__, "forward": forward})
+
+
+# one for each class of PEFT, by names in this module, so that pickle finds them
+_WITH_VERBS = {cls: _with_verbs(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
+globals().update({cls.__name__: cls for cls in _WITH_VERBS.values()})
+
+
+def with_task_verbs(model: PeftModel) -> PeftModel:
+    """Give a ``PeftModel`` of RECAST tasks the class of this module that stands for its own; it stays an instance of that.
+
+    PEFT's own ``push_to_hub`` comes from transformers and puts an empty template in the place of any card. A class that is
+    not one of PEFT's own is left alone.
+    """
+    own = _WITH_VERBS.get(type(model))
+    if own is not None:
+        model.__class__ = own
+    return model

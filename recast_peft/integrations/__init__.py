@@ -1,0 +1,1 @@
+"""What joins RECAST to other libraries."""

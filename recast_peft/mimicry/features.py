@@ -1,0 +1,86 @@
+"""Running a model on a batch of any form, and looking at what its blocks give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecastConfigError
+
+
+def call_arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with which a model is called on a batch.
+
+    Args:
+        batch: a tensor; a mapping, passed as keyword arguments; or a tuple or list ``(inputs, labels, ...)`` as a
+            ``DataLoader`` yields it, of which the first alone is passed.
+        device: to which tensors are moved.
+
+    Raises:
+        RecastConfigError: for anything else.
+    """
+    if isinstance(batch, (tuple, list)) and batch:
+        return call_arguments(batch[0], device)
+    if isinstance(batch, Tensor):
+        return (batch.to(device),), {}
+    if isinstance(batch, Mapping):
+        return (), {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    raise RecastConfigError(
+        f"a batch is a {type(batch).__name__}: expected a tensor, a mapping of keyword arguments, or a tuple (inputs, labels)"
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def main_tensor(output: Any) -> Tensor | None:
+    """The tensor that an output is about: itself, logits or hidden state by name, or the first tensor in it."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, Mapping):
+        for name in ("logits", "last_hidden_state"):
+            if isinstance(output.get(name), Tensor):
+                return output[name]
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((t for t in map(main_tensor, output) if t is not None), None)
+    return None
+
+
+@contextmanager
+def captured_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, what the named modules give in each call is noted, by name; a later call overwrites an earlier one."""
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = main_tensor(output)
+            if tensor is not None:
+                outputs[name] = tensor
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; every module has its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

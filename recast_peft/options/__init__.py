@@ -1,0 +1,1 @@
+"""The options that a config is made of, and how they are checked."""

@@ -1,0 +1,228 @@
+"""A coefficient for each bias: what the paper's tasks leave as pretrained takes part with one number a module.
+
+RECAST composes weights and keeps every bias (paper, section 3.1). Here a task also owns one number for every bias, in the same
+terms: the pretrained bias is the only template, the number is the offset to its coefficient, and zero changes nothing. It is
+our own addition, no paper's; docs/what_was_tried.md has what it earned. With a bank of biases (``grow_bias_bank``) the
+templates are those of the bank instead, each of which spans the biases of a whole block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from ..banks.files import StoredBank, check_reference
+from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..errors import RecastBankError, RecastConfigError
+from ..options.partner import PartnerConfig
+
+if TYPE_CHECKING:
+    from ..planning.targets import Candidate
+
+# the dimension of the output along which a module's bias lies, by how the module computes
+CHANNELS: dict[Callable, int] = {
+    nn.Linear.forward: -1,
+    Conv1D.forward: -1,
+    nn.LayerNorm.forward: -1,
+    nn.Conv1d.forward: 1,
+    nn.Conv2d.forward: 1,
+    nn.Conv3d.forward: 1,
+    nn.GroupNorm.forward: 1,
+    nn.BatchNorm1d.forward: 1,
+}
+"""Row for row a kind of module whose output is something plus its bias; every batch norm's forward is that of the first."""
+
+CHANNELS_BY_NAME = {
+    "timm.layers.norm.LayerNorm": -1,
+    "timm.layers.norm.LayerNormFp32": -1,
+    "timm.layers.norm.LayerNorm2d": 1,
+    "timm.layers.norm.LayerNorm2dFp32": 1,
+    "timm.layers.norm.LayerNormExp2d": 1,
+    "timm.layers.norm.GroupNorm": 1,
+    "timm.layers.norm.GroupNorm1": 1,
+}
+"""The same by the class that a forward is from, for libraries that are not imported for it."""
+
+_WITHOUT_NAMES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def channels_of(module: nn.Module) -> int | None:
+    """The dimension of a module's output along which its bias lies; None if that is not known."""
+    known = CHANNELS.get(type(module).forward)
+    if known is not None:
+        return known
+    origin = next((cls for cls in type(module).__mro__ if "forward" in cls.__dict__), type(module))
+    return CHANNELS_BY_NAME.get(f"{origin.__module__}.{origin.__qualname__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig(PartnerConfig):
+    """One coefficient for the bias of each module, or coefficients for the templates of a bank of biases.
+
+    Args:
+        target_modules: the modules whose biases take part; None takes those of all linear layers and convolutions in the
+            model's numbered layers, and those of the task's targets (a bias of a patch embedding or of a head is none of
+            these). Norms can be named. A bank says itself which modules these are.
+        bank: templates of biases that ``grow_bias_bank`` made: the bank, or the name of a folder or repository where it lies.
+            Stored configs hold ``{"name": ..., "fingerprint": ...}``.
+    """
+
+    acts_on = "bias"
+
+    method: str = field(default="bias", init=False)
+    bank: StoredBank | dict[str, str | None] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.bank
+        if given is None:
+            return
+        if self.target_modules is not None:
+            raise RecastConfigError(
+                f"BiasConfig(bank=..., target_modules={self.target_modules!r}): the bank says which modules take part; give "
+                "one of the two"
+            )
+        if isinstance(given, StoredBank):
+            # the fields hold only what is stored with a task
+            self.__dict__["_bank"] = given
+            object.__setattr__(self, "bank", given.reference)
+        elif isinstance(given, str):
+            object.__setattr__(self, "bank", {"name": given, "fingerprint": None})
+        wrong = check_reference(self.bank)
+        self.check("bank", wrong is None, wrong or "")
+
+    @property
+    def bank_in_memory(self) -> StoredBank | None:
+        """The bank that was given as an object."""
+        return self.__dict__.get("_bank")
+
+    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+        is_layer = isinstance(candidate.module, _WITHOUT_NAMES)
+        is_numbered = any(part.isdecimal() for part in candidate.name.split(".")) or candidate.name in targets
+        return is_layer and is_numbered and self.refusal(candidate) is None
+
+    def refusal(self, candidate: Candidate) -> str | None:
+        module = candidate.module
+        if not isinstance(module._parameters.get("bias"), Tensor):
+            return f"{type(module).__name__} has no bias"
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return "a multi-head attention reads it and never calls it"
+        if channels_of(module) is None:
+            return f"it is not known where the bias of {type(module).__name__} lies in what it puts out"
+        return None
+
+    def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
+        channels = channels_of(module)
+        assert channels is not None
+        return BiasCoefficient(channels, **like)
+
+
+class BiasCoefficient(nn.Module):
+    """The offset to the coefficient of one bias, of one task.
+
+    Shapes:
+        ``offset`` ``(1,)``; bias ``(channels,)``.
+    """
+
+    def __init__(self, channels: int, **like: Any) -> None:
+        super().__init__()
+        self.channels = channels
+        self.offset = nn.Parameter(torch.zeros(1, **like))
+
+    owner: str | None = None  # the place whose coefficients these are; None is its own
+
+    def templates(self, bias: Tensor) -> Tensor:
+        """The templates ``(templates, channels)``; here the pretrained bias alone."""
+        return bias[None]
+
+    def change(self, bias: Tensor) -> Tensor:
+        """What comes to a bias, in the dtype of the offset."""
+        return self.offset * bias.to(self.offset.dtype)
+
+    def forward(self, y: Tensor, bias: Tensor) -> Tensor:
+        """The output ``y`` of the module as it would be with the task's bias."""
+        change = self.change(bias)
+        if self.channels > 0 and y.ndim > 2:
+            change = change.view(-1, *[1] * (y.ndim - 2))
+        return y + change.to(y.dtype)
+
+    def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+        """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
+        changes = offsets @ self.templates(bias).to(offsets)
+        ones = [1] * (y.ndim - 2)
+        shape = (len(y), -1, *ones) if self.channels > 0 else (len(y), *ones, changes.shape[1])
+        return y + changes.view(shape).to(y.dtype)
+
+
+class BiasTemplates(nn.Module):
+    """The templates of one bias, ``(templates, channels)``, which all tasks on one bank share.
+
+    Attributes:
+        bank: that they are from.
+    """
+
+    templates: Tensor
+
+    def __init__(self, bank: StoredBank, templates: Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.bank = bank
+        self.register_buffer("templates", templates.to(device), persistent=False)
+
+
+class BiasMix(BiasCoefficient):
+    """What a task adds to one bias: the templates of the bank, mixed by the coefficients of the bias's group.
+
+    Shapes:
+        ``offset`` ``(templates,)``, owned by the first bias of the group alone; bias ``(channels,)``.
+    """
+
+    def __init__(self, channels: int, templates: BiasTemplates, place: str, owner: BiasMix | None, **like: Any) -> None:
+        nn.Module.__init__(self)
+        self.channels = channels
+        self.shared = (templates,)  # in tuples, since they are no children
+        self.owners = () if owner is None else (owner,)
+        self.owner = place if owner is None else owner.owner
+        if owner is None:
+            self.offset = nn.Parameter(torch.zeros(len(templates.templates), **like))
+
+    def templates(self, bias: Tensor) -> Tensor:
+        return self.shared[0].templates
+
+    def change(self, bias: Tensor) -> Tensor:
+        offset = (self.owners[0] if self.owners else self).offset
+        return offset @ self.shared[0].templates.to(offset.dtype)
+
+
+def bias_of(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
+    """The bias of a bank's member in a model.
+
+    Raises:
+        RecastBankError: if there is none, or it has another width.
+    """
+    bias = places[member].module._parameters.get("bias") if member in places else None
+    if bias is None or bias.numel() != width:
+        has = "no such bias" if bias is None else f"{bias.numel()} numbers"
+        raise RecastBankError(
+            f"the bank of biases does not fit the model at {member}\n  bank:  {width} numbers\n  model: {has}"
+        )
+    return bias
+
+
+def check_bias(member: str, bias: Tensor, fingerprint: str) -> None:
+    """Refuse a bias that is not the one that a bank was made for.
+
+    Raises:
+        RecastBankError: naming the module.
+    """
+    own = weight_fingerprint(bias)
+    if not same_weight(fingerprint, own):
+        raise RecastBankError(
+            f"the bank was made for other pretrained biases; {member} differs\n"
+            f"  fingerprint in the bank:  {fingerprint}\n  fingerprint of the model: {own}"
+        )

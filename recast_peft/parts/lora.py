@@ -1,0 +1,380 @@
+"""The LoRA part of a task: PEFT's own LoRA layers under the task's name, which belong to the task as its coefficients do.
+
+PEFT makes the layers; they stand around RECAST's layers or around plain modules. Each becomes a subclass of itself that
+obeys the model's tasks alone, takes the tasks of a mixed batch, and gives the pretrained weight back to the last bit when it is
+unmerged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..composition.mixed_batch import current_batch
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError, RecastTargetError
+from ..layer import RecastLayer
+from .lora_plan import LoraPlan, adds_to_output
+from .stacking import Mixed, forget_absent_layers, inner_layers, making_part, mix_in
+
+
+@dataclass
+class LoraParts:
+    """What the layers of all LoRA parts of a model share.
+
+    Attributes:
+        tasks: the configs of the model's adapters by name: the very dictionary of the tuner.
+        configs: of the parts, by the name of the task, with their targets named.
+    """
+
+    tasks: Mapping[str, PeftConfig]
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+
+
+# Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one.
+_computing: ContextVar[bool] = ContextVar("recast_lora_part_computes", default=False)
+
+
+@contextmanager
+def _computes(value: bool = True) -> Iterator[None]:
+    token = _computing.set(value)
+    try:
+        yield
+    finally:
+        _computing.reset(token)
+
+
+class PartLayer(Mixed):
+    """What a LoRA layer does differently as a part of RECAST tasks."""
+
+    base_layer: nn.Module
+    lora_variant: dict[str, Any]
+    merged: bool
+    _disable_adapters: bool
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active tasks; names that are no tasks are those of another wrapper's adapters, which are no business here."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        parts = self.__dict__.get("_parts")
+        if parts is None or not names or any(isinstance(parts.tasks.get(name), RecastConfig) for name in names):
+            super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        if not making_part.get():
+            raise RecastTargetError(
+                "a LoRA cannot share its targets with the LoRA part of RECAST tasks, which has layers there already: give it "
+                "other target_modules, give the task another lora_config, or merge_and_unload one of the two first"
+            )
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters or self.__dict__.get("_switched_off", False)
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
+        plain = super().get_base_layer()  # type: ignore[misc]
+        layer = self.__dict__.get("_recast_layer")
+        if layer is None or not _computing.get() or layer not in inner_layers(self.base_layer):
+            return plain
+        return layer
+
+    # ---------------------------------------------------------------- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into tensors of its own; the pretrained ones are kept beside them."""
+        wanted = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
+        new = [name for name in wanted if name in self._get_available_adapters()]  # type: ignore[attr-defined]
+        if not new:
+            return
+        kept = self.__dict__.setdefault("_kept", [])
+        if not kept:
+            kept.extend(self._written_parameters())
+            for parameter, values in kept:
+                parameter.data = values.clone()
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=new)  # type: ignore[misc]
+        except BaseException:
+            if not self.merged:
+                self._put_back()
+            raise
+
+    def unmerge(self) -> None:
+        """Put the pretrained parameters back: the very tensors that were there before."""
+        if not self.merged:
+            return
+        with _computes(False):
+            super().unmerge()  # type: ignore[misc]
+        self._put_back()
+
+    def own_parameters(self, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
+        """The parameters of a task's part here (None: of all tasks) by their names in the layer."""
+        found: dict[str, nn.Parameter] = {}
+        for attribute in dict.fromkeys(self.adapter_layer_names):  # type: ignore[attr-defined]
+            container = getattr(self, attribute)
+            prefix = attribute if adapter_name is None else f"{attribute}.{adapter_name}"
+            if adapter_name is not None and adapter_name not in container:
+                continue
+            owned = container if adapter_name is None else container[adapter_name]
+            named = [("", owned)] if isinstance(owned, nn.Parameter) else owned.named_parameters()
+            found.update({f"{prefix}.{name}".rstrip("."): parameter for name, parameter in named})
+        return found
+
+    def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
+        layer = self.__dict__.get("_recast_layer")
+        composed = None if layer is None else layer.weight_name
+        parameters = self.get_base_layer()._parameters.items()
+        return [(parameter, parameter.data) for name, parameter in parameters if parameter is not None and name != composed]
+
+    def _put_back(self) -> None:
+        for parameter, values in self.__dict__.pop("_kept", []):
+            parameter.data = values
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        kept = [fn(values) for _, values in self.__dict__.get("_kept", [])]
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        if kept:
+            self.__dict__["_kept"] = [(p, values) for (p, _), values in zip(self.__dict__["_kept"], kept, strict=True)]
+        return self  # type: ignore[return-value]
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """Give back the innermost module: with everything that stands on it merged, or with nothing."""
+        above = super()
+        if hasattr(above, "unload_and_optionally_merge_module"):
+            if not merge:
+                self.unmerge()
+            return above.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        return self.get_base_layer()
+
+    # ---------------------------------------------------------------- computing
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with what the active tasks' LoRA adds to it, differentiable, for models that read it."""
+        weight = super().weight  # type: ignore[misc]
+        if self.disable_adapters or self.merged:
+            return weight
+        if current_batch() is not None:
+            raise _one_task_for_all(self)
+        added = weight
+        for name in self.active_adapters:  # type: ignore[attr-defined]
+            if name in self.lora_variant:
+                with _computes():
+                    added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
+            elif name in self._get_available_adapters():  # type: ignore[attr-defined]
+                added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
+        return added
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
+        batch = current_batch()
+        if self.__dict__.get("_by_weight") and not (self.disable_adapters or self.merged):
+            if batch is None:
+                return torch.func.functional_call(self.get_base_layer(), {"weight": self.weight}, (x, *args), kwargs)
+            if batch.pool is None:
+                raise _one_task_for_all(self)
+        if batch is not None:
+            if batch.pool is not None:  # tasks of a pool have no LoRA part
+                return self.base_layer(x, *args, **kwargs)
+            repeats = batch.repeats(len(x))
+            kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
+        if not self.lora_variant:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        with _computes():
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: what a task adds here is more than its LoRA."""
+        return False
+
+
+def _one_task_for_all(layer: PartLayer) -> RecastBankError:
+    return RecastBankError(
+        f"the LoRA part on {type(layer.get_base_layer()).__name__} is computed by its weight, which is one for all samples: "
+        "pass one task at a time instead of adapter_names"
+    )
+
+
+class _PartMaker(LoraModel):
+    """PEFT's tuner for LoRA, for the time in which it makes the layers of one task."""
+
+    def __init__(self, model: nn.Module, adapter_name: str, config: LoraConfig, plan: LoraPlan, active: list[str]) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.peft_config: dict[str, Any] = {adapter_name: config}
+        self.active_adapter = active
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self._targets = set(plan.targets)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config  # the plan has found the targets
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        return key in self._targets
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Nothing: the model's own tuner does it, for both parts."""
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Nothing: RECAST's tuner has done it."""
+
+
+def part_layers(model: nn.Module) -> list[Any]:
+    """The layers of LoRA parts in a model."""
+    return [module for module in model.modules() if isinstance(module, PartLayer)]
+
+
+def lora_config_of(model: nn.Module, adapter_name: str) -> LoraConfig | None:
+    """The config of a task's LoRA part, as the model has it; None if the task has none."""
+    for layer in part_layers(model):
+        if adapter_name in layer._parts.configs:
+            return layer._parts.configs[adapter_name]
+    return None
+
+
+def check_lora_part(model: nn.Module, plan: LoraPlan | None, own: set[str], compressed: set[str]) -> None:
+    """Refuse a LoRA part that would meet another method's LoRA, the task's own classifier, or no pretrained weight.
+
+    Args:
+        model: as it is before the task.
+        plan: of the part.
+        own: names of modules that the task owns whole.
+        compressed: names of the members of compressed banks.
+
+    Raises:
+        RecastTargetError: naming the module.
+    """
+    if plan is None:
+        return
+    for name in plan.targets:
+        if any(name == other or name.startswith(f"{other}.") for other in own):
+            raise RecastTargetError(f"lora_config: {name} is trained whole with this task; leave it out with exclude_modules")
+        if name in compressed and (plan.config.use_dora or plan.config.init_lora_weights == "mica"):
+            raise RecastTargetError(
+                f"lora_config: {'DoRA' if plan.config.use_dora else 'MiCA'} starts from the pretrained weight of {name}, and a "
+                "compressed bank stands for it: use a plain LoraConfig, other target_modules, or an exact bank"
+            )
+        module = model.get_submodule(name)
+        if isinstance(module, LoraLayer) and not isinstance(module, PartLayer):
+            raise RecastTargetError(
+                f"lora_config: another LoRA stands on {name} ({', '.join(sorted(module._get_available_adapters()))}): give the "
+                "part other target_modules, or merge_and_unload that LoRA first"
+            )
+
+
+def install_lora_part(
+    model: nn.Module,
+    adapter_name: str,
+    plan: LoraPlan | None,
+    tasks: Mapping[str, PeftConfig],
+    active: list[str],
+    inference_mode: bool,
+    low_cpu_mem_usage: bool = False,
+) -> None:
+    """Give a task its LoRA part; if that fails, the layers are taken out again."""
+    if plan is None:
+        return
+    parts = next((layer._parts for layer in part_layers(model)), None) or LoraParts(tasks)
+    before = {id(module) for module in model.modules() if isinstance(module, LoraLayer)}
+    config = copy.deepcopy(plan.config)
+    config.inference_mode, config.target_modules = inference_mode, None
+    token = making_part.set(True)
+    try:
+        maker = _PartMaker(model, adapter_name, config, plan, active)
+        with _without(
+            [m for m in model.modules() if isinstance(m, RecastLayer)]
+        ):  # what reads a weight to start from gets the pretrained one
+            LoraModel.inject_adapter(maker, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        made = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m._get_available_adapters()]
+        for layer in made:
+            _adopt(layer, parts, adapter_name)
+            layer.set_adapter(active, inference_mode)
+    except BaseException:
+        remove_lora_part(model, adapter_name, before)
+        raise
+    finally:
+        making_part.reset(token)
+    parts.configs[adapter_name] = plan.config
+
+
+def _adopt(layer: Any, parts: LoraParts, adapter_name: str) -> None:
+    mix_in(layer, PartLayer, outermost=True)
+    layer._parts = parts
+    layer._by_weight = not adds_to_output(layer.get_base_layer())
+    composed = layer.__dict__.get("_recast_layer")
+    if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
+        layer._move_adapter_to_device_of_base_layer(adapter_name, composed.weight_device)
+
+
+def remove_lora_part(model: nn.Module, adapter_name: str, before: set[int]) -> None:
+    """Take a half-made LoRA part out: layers that were not there before go, others lose the task."""
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if not isinstance(child, LoraLayer):
+                continue
+            if id(child) in before:
+                child.delete_adapter(adapter_name)
+                continue
+            setattr(parent, child_name, child.base_layer)
+    forget_absent_layers(model)
+
+
+def part_keys(model: nn.Module, adapter_name: str) -> list[str]:
+    """The model's keys of the parameters of a task's LoRA part."""
+    return [
+        f"{name}.{key}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, PartLayer)
+        for key in layer.own_parameters(adapter_name)
+    ]
+
+
+PARTS = ("recast", "lora")
+
+
+@contextmanager
+def switched_off(model: nn.Module, part: str) -> Iterator[None]:
+    """Compute without one of the two parts of the tasks until the block ends; see ``RecastModel.disable_part``."""
+    if part not in PARTS:
+        raise RecastConfigError(f"disable_part({part!r}): expected one of {', '.join(map(repr, PARTS))}")
+    layers = part_layers(model)
+    if not layers:
+        raise RecastConfigError(
+            "disable_part: the model's tasks have no LoRA part; give one with RecastConfig(lora_config=...)"
+        )
+    recast = [module for module in model.modules() if isinstance(module, RecastLayer)]
+    if any(layer.merged for layer in (*layers, *recast)):
+        raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
+    with _without(layers if part == "lora" else recast):
+        yield
+
+
+@contextmanager
+def _without(layers: Sequence[nn.Module]) -> Iterator[None]:
+    before = [layer.__dict__.get("_switched_off", False) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__dict__["_switched_off"] = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.__dict__["_switched_off"] = value

@@ -1,0 +1,193 @@
+"""What the LoRA part of a task would be: its target modules and its numbers, found before a model is touched."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import TARGET_SHORTHANDS, RecastConfig
+from ..errors import RecastTargetError
+from ..planning.targets import Candidate, composed_layer, find_candidates, find_targets
+from ..tasks.files import plain_name
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The LoRA part to be.
+
+    Attributes:
+        targets: names of its target modules in the plain model.
+        shapes: of its parameters, by the keys under which a task's file holds them.
+        config: with its targets named, as it is stored with the task.
+    """
+
+    targets: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    config: LoraConfig = field(repr=False)
+
+    @property
+    def num_numbers(self) -> int:
+        """Numbers of the part."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+
+def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Sequence[str]) -> LoraPlan | None:
+    """Say what the LoRA part of a task would be, without touching the model.
+
+    Args:
+        model: a plain model, or one with tasks.
+        config: of the task.
+        recast_targets: names of the modules that get coefficients; the LoRA part's targets too, unless it names others.
+
+    Returns:
+        the plan; None for a task without a LoRA part.
+
+    Raises:
+        RecastTargetError: if its targets are not found, or PEFT has no LoRA layer for one of them.
+    """
+    if config.lora_config is None:
+        return None
+    lora: Any = copy.deepcopy(config.lora_config)
+    if not config.init_weights:
+        lora.init_lora_weights = False
+    candidates = find_candidates(model)
+    targets = _find_targets(model, candidates, lora, recast_targets)
+    if lora.target_modules is None or lora.target_modules in TARGET_SHORTHANDS:
+        lora.target_modules = _shortest_names([c.name for c in targets], candidates)
+        lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None  # the names say it all
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        _check_target(target, lora)
+        shapes.update(_shapes_of(target, lora))
+    return LoraPlan(tuple(target.name for target in targets), shapes, lora)
+
+
+def _find_targets(
+    model: nn.Module, candidates: list[Candidate], lora: LoraConfig, recast_targets: Sequence[str]
+) -> list[Candidate]:
+    wanted = lora.target_modules
+    if wanted is None:
+        targets = [c for c in candidates if c.name in set(recast_targets)]
+        # the choice of layers restricts RECAST's targets too, by the last part of the name: a whole name would pass it by
+        targets = [c for c in targets if _is_meant(lora, [c.name.rpartition(".")[2]], c.name)]
+    elif isinstance(wanted, str) and wanted in TARGET_SHORTHANDS:
+        targets, _ = find_targets(model, RecastConfig(target_modules=wanted, exclude_modules=_listed(lora.exclude_modules)))
+    else:
+        targets = [c for c in candidates if check_target_module_exists(lora, c.name)]
+        # containers match by their name too; what has no weight of its own is passed over
+        targets = [c for c in targets if c.weight_name is not None]
+    if not targets:
+        raise RecastTargetError(
+            f"lora_config: target_modules={wanted!r} not found in the base model, or all of them were left out "
+            f"(exclude_modules={lora.exclude_modules!r}, layers_to_transform={lora.layers_to_transform!r})"
+        )
+    return targets
+
+
+def _is_meant(lora: LoraConfig, names: list[str], key: str) -> bool:
+    named: Any = copy.copy(lora)
+    named.target_modules = set(names)
+    return bool(check_target_module_exists(named, key))
+
+
+def _listed(names: set[str] | list[str] | str | None) -> list[str] | str | None:
+    return sorted(names) if isinstance(names, (set, list)) else names
+
+
+def _shortest_names(targets: list[str], candidates: list[Candidate]) -> set[str]:
+    """The shortest endings that name these modules and no others, as PEFT finds them."""
+    wanted = set(targets)
+    others = [c.name for c in candidates if c.name not in wanted]
+    return set(_find_minimal_target_modules(targets, others)) if others else wanted
+
+
+def _check_target(target: Candidate, lora: LoraConfig) -> None:
+    if target.reason is not None:
+        raise RecastTargetError(f"lora_config: {target.name} cannot be a target: {target.reason}")
+    if lora.lora_bias and getattr(target.module, "bias", None) is None:
+        raise RecastTargetError(f"lora_config: lora_bias needs a bias to be merged into, and {target.name} has none")
+    if (lora.lora_bias or lora.lora_dropout) and not adds_to_output(target.module):
+        raise RecastTargetError(
+            f"lora_config: {target.name} ({type(target.module).__name__}) is computed by its weight, which lora_dropout and "
+            "lora_bias are no part of: set both to 0, or leave the module out"
+        )
+    attention = [m for m in (target.module, *(m for _, m in target.path)) if isinstance(m, nn.MultiheadAttention)]
+    if attention:
+        raise RecastTargetError(
+            f"lora_config: {target.name} belongs to torch's multi-head attention, which reads the weights of its projections.\n"
+            "PEFT's LoRA writes into them in each call, and does nothing where torch's encoder passes the call by. Give the "
+            "LoRA part other target_modules; coefficients can be there."
+        )
+
+
+_PLAIN_CALLS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
+
+
+def adds_to_output(module: nn.Module) -> bool:
+    """Whether a low-rank pair beside a module gives what the pair added to its weight would give.
+
+    PEFT's LoRA of a convolution knows neither dilation nor padding with other values than zeros, and what a subclass does in a
+    forward of its own nobody knows.
+    """
+    if isinstance(module, nn.modules.conv._ConvNd) and (module.padding_mode != "zeros" or set(module.dilation) != {1}):
+        return False
+    return type(module).forward in {kind.forward for kind in _PLAIN_CALLS}
+
+
+def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of what PEFT would make for a module, from a layer made on the meta device."""
+    name = "task"
+    rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), target.name), lora.r)
+    alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), target.name), lora.lora_alpha)
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # they come again when the layer is made
+            layer = LoraModel._create_new_module(
+                lora, name, _stand_in(target), device_map=None, r=rank, lora_alpha=alpha, target_name=target.name
+            )
+            if isinstance(layer, LoraLayer):
+                layer.get_delta_weight(name)  # type: ignore[attr-defined]  # else it could not be merged
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RecastTargetError(
+            f"lora_config: PEFT has no such LoRA for {target.name} ({type(target.module).__name__}): {error}\n"
+            "Leave the module out with exclude_modules, or change what the LoRA asks for."
+        ) from error
+    if not isinstance(layer, LoraLayer):
+        raise RecastTargetError(f"lora_config: PEFT makes no LoRA layer for {target.name} ({type(target.module).__name__})")
+    made: dict[str, torch.Tensor] = layer.state_dict()  # type: ignore[attr-defined]
+    own = {key: tensor for key, tensor in made.items() if f".{name}" in f".{key}"}
+    return {file_key(f"{target.name}.{key}", name): tuple(tensor.shape) for key, tensor in own.items()}
+
+
+def _stand_in(target: Candidate) -> nn.Module:
+    """A copy of a plain module with parameters that hold no numbers; the module itself is left alone."""
+
+    twin = copy.copy(target.module)
+    twin._parameters = {
+        key: None if value is None else nn.Parameter(value.to("meta"), requires_grad=False)
+        for key, value in target.module._parameters.items()
+    }
+    assert target.weight_name is not None
+    if twin._parameters.get(target.weight_name) is None:  # a compressed bank stands for it
+        layer = composed_layer(target.visible)
+        assert layer is not None
+        weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+        twin._parameters[target.weight_name] = nn.Parameter(weight, requires_grad=False)
+    return twin
+
+
+def file_key(key: str, adapter_name: str) -> str:
+    """A key of a LoRA layer as PEFT's files hold it: without the task's name, and DoRA's magnitudes without their module."""
+    key = plain_name(LoraModel._remove_adapter_name_from_key(key, adapter_name))
+    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key

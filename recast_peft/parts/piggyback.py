@@ -1,0 +1,108 @@
+"""Piggyback: learned binary masks on frozen weights (Mallya et al., ECCV 2018, arXiv 1801.06519, section 3).
+
+A weight keeps the entries whose real-valued score is above a threshold. Scores are trained through the threshold as if it were
+not there; a stored task has one bit for each entry. With RECAST the mask is put on the weight that the task composes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecastLoadError
+from ..options.partner import PartnerConfig, is_number
+
+if TYPE_CHECKING:
+    from ..planning.targets import Candidate
+
+# Bit i of a byte stands for the i-th of eight entries.
+_PLACES = tuple(range(8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiggybackConfig(PartnerConfig):
+    """A binary mask on the weight of each target module.
+
+    Args:
+        target_modules: the modules whose weight is masked; None takes the task's own target modules.
+        initial_score: of every entry, above the threshold: the mask starts at all ones.
+        threshold: entries whose score is not above it are zero.
+
+    Raises:
+        RecastConfigError: naming the option and its value, if a value cannot be used.
+    """
+
+    acts_on = "weight"
+
+    method: str = field(default="piggyback", init=False)
+    initial_score: float = 1e-2
+    threshold: float = 5e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("initial_score", "threshold"):
+            self.check(option, is_number(getattr(self, option)), "a finite number")
+        self.check("initial_score", self.initial_score > self.threshold, f"more than the threshold {self.threshold}")
+
+    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+        return candidate.name in targets
+
+    def refusal(self, candidate: Candidate) -> str | None:
+        if candidate.weight_name is None:
+            return candidate.reason or f"{type(candidate.module).__name__} has no weight of its own"
+        return candidate.reason
+
+    def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
+        assert shape is not None
+        return WeightMask(shape, self.initial_score, self.threshold, **like)
+
+
+class WeightMask(nn.Module):
+    """The mask of one weight and task.
+
+    Shapes:
+        weight and ``scores`` alike; packed ``(ceil(entries / 8),)`` in uint8.
+    """
+
+    def __init__(self, shape: tuple[int, ...], initial_score: float, threshold: float, **like: Any) -> None:
+        super().__init__()
+        self.initial_score, self.threshold = initial_score, threshold
+        self.scores = nn.Parameter(torch.full(shape, initial_score, **like))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        kept = (self.scores > self.threshold).to(weight.dtype)
+        if torch.is_grad_enabled() and self.scores.requires_grad:
+            # the threshold's gradient is taken to be one (straight-through); the difference is zero, to the last bit
+            kept = kept + (self.scores - self.scores.detach()).to(weight.dtype)
+        return weight * kept
+
+    def pack(self) -> Tensor:
+        """The mask as bits, eight entries a byte."""
+        kept = (self.scores.detach() > self.threshold).flatten()
+        kept = nn.functional.pad(kept, (0, -len(kept) % 8)).view(-1, 8)
+        return sum(kept[:, place].to(torch.uint8) << place for place in _PLACES)  # type: ignore[return-value]
+
+    def unpack(self, bits: Tensor) -> Tensor:
+        """Scores that give a stored mask: the initial score where an entry is kept, else as far below the threshold.
+
+        Raises:
+            RecastLoadError: if the bits are not those of a mask of this shape.
+        """
+        if bits.dtype != torch.uint8 or tuple(bits.shape) != self.packed_shape:
+            raise RecastLoadError(
+                f"a mask does not fit its weight\n  given:    {bits.dtype} {tuple(bits.shape)}\n"
+                f"  expected: {torch.uint8} {self.packed_shape}, one bit for each of {tuple(self.scores.shape)}"
+            )
+        kept = torch.stack([(bits >> place) & 1 for place in _PLACES], dim=1).flatten()[: self.scores.numel()].bool()
+        scores = torch.full(kept.shape, self.initial_score, dtype=self.scores.dtype, device=bits.device)
+        return torch.where(kept, scores, 2 * self.threshold - scores).view(self.scores.shape)
+
+    @property
+    def packed_shape(self) -> tuple[int]:
+        """Shape of the packed mask."""
+        return (math.ceil(self.scores.numel() / 8),)

@@ -1,0 +1,1 @@
+"""From a model and a config to a plan: which modules, in which groups, with how many templates."""

@@ -1,0 +1,1 @@
+"""Thousands of tasks beside one model."""

@@ -1,0 +1,75 @@
+"""Finding the task of a sample that nobody named: the nearest prototype in the pretrained model's features.
+
+Each task is remembered by the mean features of its classes (or of all its samples), taken in the frozen base, and by how far
+its samples lie around them. A sample goes to the task of the nearest prototype, distances measured in units of the spread
+within prototypes, dimension by dimension. This is class-incremental use: no task is given at test time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import RecastConfigError
+
+
+@dataclass(frozen=True)
+class TaskFeatures:
+    """What is remembered of one task.
+
+    Attributes:
+        prototypes: ``(prototypes, features)`` mean features.
+        scatter: ``(features,)`` sum of squared distances of the samples to their prototypes.
+        samples: how many samples there were.
+    """
+
+    prototypes: Tensor
+    scatter: Tensor
+    samples: int
+
+
+def summarise(features: Tensor, labels: Tensor | None = None) -> TaskFeatures:
+    """Mean features by class (all samples are one class without labels), and the spread around them.
+
+    Args:
+        features: ``(samples, features)``.
+        labels: ``(samples,)`` or None.
+    """
+    if features.ndim != 2 or not len(features):
+        raise RecastConfigError(
+            f"features have shape {tuple(features.shape)}; expected (samples, features), at least one sample"
+        )
+    if labels is not None and labels.shape != features.shape[:1]:
+        raise RecastConfigError(
+            f"one label for each sample is needed\n  labels:  {tuple(labels.shape)}\n  samples: {len(features)}"
+        )
+    groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.cpu()
+    classes = groups.unique()
+    prototypes = torch.stack([features[groups == c].mean(dim=0) for c in classes])
+    places = torch.searchsorted(classes, groups)
+    scatter = (features - prototypes[places]).square().sum(dim=0)
+    return TaskFeatures(prototypes, scatter, len(features))
+
+
+def nearest_task(features: Tensor, tasks: dict[int, TaskFeatures]) -> Tensor:
+    """The task with the nearest prototype, for each sample.
+
+    Args:
+        features: ``(samples, features)``.
+        tasks: what is remembered of each task, by its number.
+
+    Returns:
+        ``(samples,)`` numbers of tasks.
+
+    Raises:
+        RecastConfigError: if nothing is remembered.
+    """
+    if not tasks:
+        raise RecastConfigError("no task is remembered: call pool.remember(name, inputs, labels) for those to choose from")
+    spread = sum(t.scatter for t in tasks.values()) / max(1, sum(t.samples for t in tasks.values()))
+    unit = (spread + 1e-6 * spread.mean()).sqrt().clamp_min(1e-12)  # type: ignore[union-attr]
+    prototypes = torch.cat([t.prototypes for t in tasks.values()]) / unit
+    owner = torch.cat([torch.full((len(t.prototypes),), row) for row, t in tasks.items()])
+    return owner[torch.cdist(features / unit, prototypes).argmin(dim=1)]

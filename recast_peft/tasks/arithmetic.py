@@ -1,0 +1,236 @@
+"""Arithmetic on tasks: a new task as a weighted combination of others (task arithmetic, Ilharco et al., ICLR 2023).
+
+A composed weight is linear in its coefficients, so ``"linear"`` is exact here: the offsets of the sum describe the sum of what
+the tasks add to every weight. Negative weights forget, weights that sum to one interpolate or average.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..banks.template_bank import TemplateBank
+from ..composition.compose import average_sets
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError
+from ..parts.head import PreparedHead, TaskHead
+from ..parts.holders import TaskBiases, bias_bank_of, bias_coefficients
+from ..parts.places import check_without_partners
+from .conversion import recast_layers
+
+COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
+HEAD_CHOICES = ("none", "first", "linear")
+SIGN_METHODS = ("total", "frequency")
+# combination types of PEFT's LoRA that have no meaning for coefficients, and why
+REFUSED_TYPES = {
+    "cat": "coefficients have no rank that could grow; 'linear' is exact here",
+    "svd": "coefficients have no rank to reduce; 'linear' is exact here",
+    "dare": "it drops numbers at random, which only averages out over many thousands of them",
+}
+
+
+def check_combination(
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str = "linear",
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    heads: str | None = None,
+) -> None:
+    """Check the arguments of a combination before anything is done.
+
+    Raises:
+        RecastConfigError: naming the argument and its value.
+    """
+    if isinstance(adapters, str) or not adapters:
+        raise RecastConfigError(f"adapters={adapters!r}: expected a list of at least one task")
+    if len(set(adapters)) < len(adapters):
+        raise RecastConfigError(f"adapters={list(adapters)!r}: a task is named twice; give it the sum of its weights once")
+    if len(adapters) != len(weights):
+        raise RecastConfigError(f"one weight for each task is needed\n  adapters: {len(adapters)}\n  weights:  {len(weights)}")
+    if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
+        raise RecastConfigError(f"weights={list(weights)!r}: expected finite numbers")
+    if combination_type not in COMBINATION_TYPES:
+        why = next((f" ({why})" for part, why in REFUSED_TYPES.items() if part in str(combination_type)), "")
+        raise RecastConfigError(f"combination_type={combination_type!r}{why}: expected one of {', '.join(COMBINATION_TYPES)}")
+    needs_density = combination_type != "linear"
+    if needs_density and not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise RecastConfigError(f"density={density!r}: {combination_type!r} needs the share of numbers to keep, in (0, 1]")
+    if not needs_density and density is not None:
+        raise RecastConfigError(f"density={density!r}: 'linear' keeps all numbers; expected None")
+    if majority_sign_method not in SIGN_METHODS:
+        raise RecastConfigError(f"majority_sign_method={majority_sign_method!r}: expected one of {', '.join(SIGN_METHODS)}")
+    if heads not in (None, *HEAD_CHOICES):
+        raise RecastConfigError(f"heads={heads!r}: expected None or one of {', '.join(HEAD_CHOICES)}")
+
+
+def combine_rows(
+    rows: Sequence[Tensor],
+    weights: Sequence[float],
+    combination_type: str = "linear",
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> Tensor:
+    """Combine the numbers of tasks.
+
+    Args:
+        rows: ``(numbers,)`` of each task.
+        weights: one for each task, of any sign.
+        combination_type: ``"linear"``: the weighted sum; ``"magnitude_prune"``: of each task only the share ``density`` of
+            its largest numbers; ``"ties"``: of those, only the ones whose sign the majority has (Yadav et al., NeurIPS 2023).
+            A task's numbers are ranked all together, not module by module.
+        density: the share of each task's numbers that is kept, in (0, 1].
+        majority_sign_method: for ``"ties"``: ``"total"`` by the sum of the numbers, ``"frequency"`` by their count.
+
+    Returns:
+        ``(numbers,)`` in the dtype of the rows; formed in float64 and rounded once.
+    """
+    table = torch.stack(list(rows)).to(torch.float64)  # (tasks, numbers)
+    factors = torch.tensor(list(weights), dtype=torch.float64, device=table.device)[:, None]
+    if combination_type != "linear":
+        assert density is not None
+        table = _keep_largest(table, density)
+    if combination_type == "ties":
+        signs = calculate_majority_sign_mask(table, majority_sign_method)  # type: ignore[arg-type]
+        combined = disjoint_merge(table * factors, signs)
+    else:
+        combined = (table * factors).sum(dim=0)
+    return combined.to(rows[0].dtype)
+
+
+def _keep_largest(table: Tensor, density: float) -> Tensor:
+    """The largest numbers of each row, at least one; the others are zero."""
+    kept = max(1, round(density * table.shape[1]))
+    places = table.abs().topk(kept, dim=1).indices
+    return torch.zeros_like(table).scatter(1, places, table.gather(1, places))
+
+
+def combine_heads(heads: dict[str, PreparedHead | None], weights: Sequence[float], choice: str | None) -> PreparedHead | None:
+    """The classifier of a combined task.
+
+    Args:
+        heads: of the tasks by name, copies that may be kept; None for a task without one.
+        weights: one for each task.
+        choice: ``"none"``: the model's own; ``"first"``: the first task's; ``"linear"``: the weighted sum of the heads, for
+            tasks that name the same classes (seeds of one task); None if no task has a head.
+
+    Raises:
+        RecastConfigError: if there are heads and no choice, or the heads cannot be added.
+    """
+    present = {name: head for name, head in heads.items() if head is not None}
+    if choice is None and present:
+        raise RecastConfigError(
+            f"the tasks {', '.join(present)} have classifiers of their own: say what the combined task gets with heads='first' "
+            "(that of the first task), heads='linear' (their weighted sum) or heads='none' (the model's own)"
+        )
+    if choice in (None, "none"):
+        return None
+    first = next(iter(heads.values()))
+    if choice == "first":
+        if first is None:
+            raise RecastConfigError(f"heads='first': the first task {next(iter(heads))!r} has no classifier of its own")
+        return first
+    return _summed_head(heads, weights)
+
+
+def _summed_head(heads: dict[str, PreparedHead | None], weights: Sequence[float]) -> PreparedHead:
+    for name, head in heads.items():
+        if head is None:
+            raise RecastConfigError(f"heads='linear': the task {name!r} has no classifier of its own")
+    prepared = [head for head in heads.values() if head is not None]
+    first = prepared[0]
+    for name, head in zip(heads, prepared, strict=True):
+        if head.shapes() != first.shapes() or head.labels.id2label != first.labels.id2label:
+            raise RecastConfigError(
+                f"heads='linear': the classifiers have other classes and cannot be added\n"
+                f"  {next(iter(heads))}: {first.labels.num_classes} classes\n  {name}: {head.labels.num_classes} classes\n"
+                "Use heads='first' or heads='none'."
+            )
+    summed = dataclasses.replace(first, module=copy.deepcopy(first.module))
+    for key, value in summed.module.state_dict().items():
+        states = [head.module.state_dict()[key].flatten() for head in prepared]
+        value.copy_(combine_rows(states, weights).view_as(value))
+    return summed
+
+
+# ---------------------------------------------------------------- tasks of a model
+
+
+def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None:
+    """Refuse tasks whose numbers do not mean the same, or that own more than coefficients and a classifier.
+
+    Raises:
+        RecastBankError: if they are on different banks.
+        RecastConfigError: if a task owns modules that cannot be added.
+    """
+    understood = (TaskHead, TaskBiases)
+    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and not isinstance(m, understood)]
+    first = next(iter(configs))
+    for name, config in configs.items():
+        if config.lora_config is not None:
+            raise RecastConfigError(
+                f"task {name!r} has a LoRA part, and the sum of low-rank parts is none of the same rank: only tasks of "
+                "coefficients alone can be combined"
+            )
+        check_without_partners(
+            config, f"task {name!r} cannot be combined with others", "Combine tasks without partners.", allowed=("bias",)
+        )
+        if _bias_layout(model, name) != _bias_layout(model, first):
+            raise RecastBankError(
+                f"the tasks {first!r} and {name!r} cannot be combined: their coefficients of biases are not the same ones "
+                "(other modules, another bank, or none)"
+            )
+        if config.bias != "none" or any(name in wrapper.modules_to_save for wrapper in wrappers):
+            raise RecastConfigError(
+                f"task {name!r} owns more than coefficients and a classifier (bias={config.bias!r}, "
+                f"modules_to_save={config.modules_to_save}, train_norms={config.train_norms}): such parts cannot be combined"
+            )
+        for module, layer in recast_layers(model).items():
+            mine, other = layer.recast_bank.get(name), layer.recast_bank.get(first)
+            if mine is not other:
+                raise RecastBankError(
+                    f"tasks on different banks cannot be combined: their coefficients belong to other templates; they differ "
+                    f"at {module}\n  {first}: {_members(other)}\n  {name}: {_members(mine)}"
+                )
+
+
+def _bias_layout(model: nn.Module, adapter: str) -> tuple[str | None, list[str]]:
+    bank = bias_bank_of(model, adapter)
+    return None if bank is None else bank.fingerprint, list(bias_coefficients(model, adapter))
+
+
+def _members(bank: TemplateBank | None) -> str:
+    return "no bank" if bank is None else f"{bank.num_templates} templates of {', '.join(bank.members)}"
+
+
+def task_row(model: nn.Module, adapter: str) -> Tensor:
+    """A task's offsets over all its modules, the coefficient sets averaged: ``(numbers,)``."""
+    layers = [layer for layer in recast_layers(model).values() if adapter in layer.recast_coefficients]
+    weights = [average_sets(layer.recast_coefficients[adapter].detach()).float() for layer in layers]
+    return torch.cat([*weights, *(offset.detach().float() for offset in bias_coefficients(model, adapter).values())])
+
+
+def write_row(model: nn.Module, adapter: str, row: Tensor) -> None:
+    """Write offsets, as ``task_row`` gives them, into a task with one coefficient set."""
+    layers = recast_layers(model).values()
+    written = [layer.recast_coefficients[adapter] for layer in layers if adapter in layer.recast_coefficients]
+    start = 0
+    with torch.no_grad():
+        for values in (*written, *bias_coefficients(model, adapter).values()):
+            values.copy_(row[start : start + values.numel()].view_as(values))
+            start += values.numel()
+
+
+def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:
+    """A copy of the classifier of a model's task, or None if it has none."""
+    for name, module in model.named_modules():
+        if isinstance(module, TaskHead) and adapter in module.modules_to_save:
+            return module.prepared(name, adapter)
+    return None

@@ -1,0 +1,533 @@
+"""The steps of a conversion, each a plain function: check, prepare layers and banks, describe, install.
+
+Nothing here changes the model but ``install_banks``, which the tuner calls when all else has succeeded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import Tensor, nn
+
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.grown_bank import GrownBank
+from ..banks.template_bank import PLACEHOLDER, TemplateBank
+from ..composition.compose import average_sets
+from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
+from ..layer import BASE_ADAPTER, RecastLayer
+from ..mimicry import FittedTemplates, Recipe
+from ..parts.lora import lora_config_of
+from ..planning.plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
+from ..planning.targets import BANK_CONTAINER, Candidate, composed_layer
+from ..registration import PREFIX
+
+BANKS = BANK_CONTAINER  # the module of the backbone that owns the compressed banks
+
+
+class BankContainer(nn.ModuleDict):
+    """Owns the banks of a model. A model that is an ``nn.Sequential`` calls all its children: this one changes nothing."""
+
+    def forward(self, x: Any) -> Any:
+        """The input, as it is."""
+        return x
+
+
+@dataclass
+class PreparedLayer:
+    """A layer that is ready to be put in its place.
+
+    Attributes:
+        layer: new, or the one that is there already.
+        parent: the plain module that holds the target.
+        child_name: the target's name in it.
+        original: what stands there before.
+        visible_key: the module name at which PEFT's loop comes by.
+        bank: of the new task.
+    """
+
+    layer: RecastLayer
+    parent: nn.Module
+    child_name: str
+    original: nn.Module
+    visible_key: str
+    bank: TemplateBank | None = None
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse a task name that PEFT cannot store.
+
+    Raises:
+        RecastConfigError: if the name is empty, holds a dot, is PEFT's name for no adapter, or would be confused with the
+            names of parameters.
+    """
+    if not isinstance(name, str) or not name:
+        raise RecastConfigError(f"adapter_name={name!r}: expected a name that is not empty")
+    if "." in name:
+        raise RecastConfigError(f"adapter_name={name!r}: a name must hold no dot, which separates the parts of keys")
+    if name == BASE_ADAPTER:
+        raise RecastConfigError(f"adapter_name={name!r}: this is the name of the model without any task")
+    if name in PREFIX or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name):
+        raise RecastConfigError(
+            f"adapter_name={name!r}: PEFT cannot tell this name from names of its own (the prefix {PREFIX!r}, or an "
+            "attribute of the containers that hold the coefficients); choose another one"
+        )
+
+
+def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
+    """The RECAST layers of a model by the names of their modules in the plain model."""
+    return {m.module_name: m for m in model.modules() if isinstance(m, RecastLayer)}
+
+
+def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
+    """The template banks of a model by name, in the order of their first member."""
+    banks: dict[str, TemplateBank] = {}
+    for layer in recast_layers(model).values():
+        for bank in (*layer.compressed_bank, *layer.recast_bank.values()):
+            banks.setdefault(bank.key, bank)
+    return banks
+
+
+def _existing(target: Candidate) -> RecastLayer | None:
+    return composed_layer(target.visible)
+
+
+def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:
+    """Refuse a task name that the targets have already."""
+    taken = [t.name for t in targets if (layer := _existing(t)) is not None and adapter_name in layer.recast_coefficients]
+    if taken:
+        raise RecastConfigError(
+            f"the model is converted already and has a task {adapter_name!r} (on {taken[0]} and {len(taken) - 1} other "
+            "modules): choose another adapter_name, or delete_adapter first"
+        )
+
+
+def base_fingerprints(targets: list[Candidate]) -> dict[str, str]:
+    """Fingerprints of the targets' pretrained weights by module name."""
+    result = {}
+    for target in targets:
+        layer = _existing(target)
+        if layer is not None:
+            result[target.name] = layer.fingerprint
+        else:  # a placeholder for a weight that a stored bank stands for says whose place it holds
+            result[target.name] = getattr(target.weight, PLACEHOLDER, None) or weight_fingerprint(target.weight)
+    return result
+
+
+def check_fingerprints(config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None) -> None:
+    """Refuse a task that was learned on other pretrained weights.
+
+    Raises:
+        RecastBaseMismatchError: naming the modules that differ. A task that has learned nothing yet only warns.
+    """
+    recorded = config.base_fingerprint or {}
+    differ = [name for name in actual if name in recorded and not same_weight(recorded[name], actual[name])]
+    if not differ:
+        return
+    if entries is not None and not any(value.any() for key, value in entries.items() if f".{PREFIX}" in key):
+        warnings.warn(
+            "The task was made for other pretrained weights, but it has not learned anything yet (all of its coefficients "
+            "are zero): it is taken as a fresh task on these weights.",
+            stacklevel=2,
+        )
+        config.backbone = None  # it named the other weights
+        return
+    which = "all of them" if len(differ) == len(actual) else f"{len(differ)} of {len(actual)}"
+    raise RecastBaseMismatchError(
+        f"the task was learned on other pretrained weights: {which} differ, the first is {differ[0]}\n"
+        f"  fingerprint in the task:  {recorded[differ[0]]}\n  fingerprint of the model: {actual[differ[0]]}\n"
+        f"differing: {', '.join(differ[:6])}{', ...' if len(differ) > 6 else ''}\n"
+        f"Load the weights that the task was learned on (base model of the task: {config.base_model_name_or_path!r})."
+    )
+
+
+def prepare_layers(targets: list[Candidate], fingerprints: dict[str, str]) -> dict[str, PreparedLayer]:
+    """Make a layer for every target that has none; the model is not touched."""
+    prepared = {}
+    for target in targets:
+        layer = _existing(target)
+        parent = target.path[-1][1]
+        child_name = target.name.rpartition(".")[2]
+        original = target.visible
+        new = layer is None
+        if layer is None:
+            assert target.weight_name is not None
+            layer = RecastLayer(target.visible, target.name, target.weight_name, fingerprints[target.name])
+            layer.train(target.visible.training)
+        prepared[target.name] = PreparedLayer(layer, parent, child_name, original if new else layer, _visible_key(target), None)
+        if not new:
+            prepared[target.name].child_name = _holder(parent, child_name, layer)[1]
+            prepared[target.name].parent = _holder(parent, child_name, layer)[0]
+    return prepared
+
+
+def _holder(parent: nn.Module, child_name: str, layer: RecastLayer) -> tuple[nn.Module, str]:
+    """The module that holds an existing layer directly (another tuner's layer may stand around it)."""
+    holder, name = parent, child_name
+    while getattr(holder, name) is not layer:
+        holder, name = getattr(holder, name), "base_layer"
+    return holder, name
+
+
+def _visible_key(target: Candidate) -> str:
+    """The name at which PEFT's loop over the modules comes by: it passes over what lies inside a tuner's layer."""
+    parts = target.name.split(".")
+    for depth, (_, module) in enumerate(target.path[1:], start=1):
+        holder = target.path[depth - 1][1]
+        if isinstance(getattr(holder, parts[depth - 1], None), BaseTunerLayer) and module is not None:
+            return ".".join(parts[:depth])
+    return target.name
+
+
+def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, PreparedLayer]) -> list[TemplateBank]:
+    """Give every prepared layer its bank; the compressed banks that are new are returned.
+
+    What takes long or can fail happens here; the templates of recipes are built later, one group after the other.
+    """
+    _check_bank_base(plan, prepared)
+    new: list[TemplateBank] = []
+    fitted: dict[str, FittedTemplates] = {}
+    for group in plan.groups:
+        layers = [prepared[name].layer for name in group.members]
+        if group.is_grown:
+            _prepare_grown(group, plan.bank, layers, prepared, new)
+            continue
+        bank = _bank_in_use(group, config, layers)
+        if bank is None:
+            found = _found_templates(group, plan, config, layers)
+            stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
+            recipe = found if isinstance(found, Recipe) else stored_group.recipe if stored_group is not None else None
+            if isinstance(found, FittedTemplates):
+                fitted[group.name] = found
+            bank = TemplateBank(group.name, group.members, layers, recipe, fitted.get(group.name))
+            if found is not None:
+                new.append(bank)
+        for name in group.members:
+            prepared[name].bank = bank
+    if fitted:
+        reference = plan.bank.reference if plan.bank is not None else _new_bank(plan, config, fitted).reference
+        for bank in new:
+            bank.stored = reference if bank.name in fitted else None
+    return new
+
+
+def _prepare_grown(
+    group: PlannedGroup,
+    stored: StoredBank | None,
+    layers: list[RecastLayer],
+    prepared: dict[str, PreparedLayer],
+    new: list[TemplateBank],
+) -> None:
+    """Give the layers of a group their grown bank, the one of an earlier task where there is one."""
+    assert stored is not None
+    released = [layer.module_name for layer in layers if layer.is_compressed]
+    if released:
+        raise RecastBankError(
+            f"the grown bank {stored.name or 'in memory'} adds to the pretrained weights, but compressed banks stand for "
+            f"{released[0]} and {len(released) - 1} others: convert a fresh copy of the pretrained model"
+        )
+    held = [bank for layer in layers for bank in layer.recast_bank.values() if isinstance(bank, GrownBank)]
+    same = [bank for bank in held if bank.members == group.members and bank.fingerprint == stored.fingerprint]
+    if same:
+        bank = same[0]
+    else:
+        grown = stored.groups[group.name].grown
+        assert grown is not None
+        # one dictionary for all banks of a file, so that they learn its name together
+        references = (b.stored for b in new if b.stored is not None)
+        reference = next(references, None) or stored.reference
+        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history, stored.mimicry)
+        new.append(bank)
+    for name in group.members:
+        prepared[name].bank = bank
+
+
+def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:
+    """Refuse to release pretrained weights under tasks that were learned with them.
+
+    Raises:
+        RecastBankError: naming the tasks.
+    """
+    tasks = sorted({name for layer in recast_layers(model).values() for name in layer.recast_bank})
+    compressing = [bank for bank in new_banks if not bank.is_anchored]
+    if compressing and tasks and not config.keep_base_weights:
+        raise RecastBankError(
+            f"compressing {compressing[0].name} and {len(compressing) - 1} other banks would release pretrained weights that "
+            f"the tasks {', '.join(tasks)} of this model were learned with, and change what they compute. Give "
+            "keep_base_weights=True, or compress with the first task."
+        )
+
+
+def _check_bank_base(plan: RecastPlan, prepared: dict[str, PreparedLayer]) -> None:
+    """Refuse a stored bank that stands for other pretrained weights."""
+    recorded = {} if plan.bank is None else plan.bank.base_fingerprint
+    for name, layer in ((name, p.layer) for name, p in prepared.items()):
+        if name in recorded and not same_weight(recorded[name], layer.fingerprint):
+            assert plan.bank is not None
+            raise RecastBaseMismatchError(
+                f"the template bank {plan.bank.name or 'in memory'} was made for other pretrained weights; {name} differs\n"
+                f"  fingerprint in the bank:  {recorded[name]}\n  fingerprint of the model: {layer.fingerprint}\n"
+                "Load the weights that the bank was made for, or make a bank for these with fit_bank."
+            )
+
+
+def share_coefficients(tuner: nn.Module, adapter_name: str, owners: dict[str, str]) -> None:
+    """Let layers of a task use the coefficients of their owners: one parameter in several layers.
+
+    Loading may put another parameter in every layer (``low_cpu_mem_usage``), so the sharing is renewed after it.
+    """
+    held = tuner.__dict__.setdefault("_coefficient_owners", {})
+    held.pop(adapter_name, None)  # of a deleted task with this name
+    if all(name == owner for name, owner in owners.items()):
+        return
+    if not tuner.__dict__.get("_renews_sharing"):
+        tuner.__dict__["_renews_sharing"] = True
+        tuner.register_load_state_dict_post_hook(_renew_sharing)
+    held[adapter_name] = owners
+    _renew_sharing(tuner, None)
+
+
+def _renew_sharing(tuner: nn.Module, _: object) -> None:
+    layers = recast_layers(tuner)
+    for adapter_name, owners in tuner.__dict__["_coefficient_owners"].items():
+        for name, owner in owners.items():
+            if name != owner and all(adapter_name in layers[n].recast_coefficients for n in (name, owner)):
+                layers[name].recast_coefficients[adapter_name] = layers[owner].recast_coefficients[adapter_name]
+
+
+def _found_templates(
+    group: PlannedGroup, plan: RecastPlan, config: RecastConfig, layers: list[RecastLayer]
+) -> Recipe | FittedTemplates | None:
+    """What makes a group's templates: a stored bank, a stored recipe, or the mimicry method; None for an exact bank."""
+    stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
+    if stored_group is not None and stored_group.templates is not None:
+        assert stored_group.base is not None
+        return FittedTemplates(stored_group.templates, stored_group.base)
+    if group.is_exact:
+        return None
+    recipe = (config.recipes or {}).get(group.name)
+    if recipe is not None:
+        return Recipe.from_lists(recipe)
+    return config.method.fit([layer.pretrained_weight for layer in layers], group.num_templates, label=group.name)
+
+
+def _new_bank(plan: RecastPlan, config: RecastConfig, fitted: dict[str, FittedTemplates]) -> StoredBank:
+    groups = {
+        group.name: StoredGroup(group.members, fitted[group.name].templates, fitted[group.name].base.float())
+        if group.name in fitted
+        else StoredGroup(group.members)
+        for group in plan.groups
+    }
+    return StoredBank(groups, {}, config.method.to_dict())
+
+
+def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastLayer]) -> TemplateBank | None:
+    """The bank of an earlier task that this group shares, or None for a new one.
+
+    Raises:
+        RecastBankError: if the group cannot stand beside the banks that exist.
+    """
+    compressed = {id(layer.compressed_bank[0]): layer.compressed_bank[0] for layer in layers if layer.is_compressed}
+    if not compressed:
+        if not group.is_exact and any(layer.recast_bank for layer in layers):
+            names = sorted({name for layer in layers for name in layer.recast_bank})
+            raise RecastBankError(
+                f"group {group.name} cannot be compressed to {group.num_templates} templates: the pretrained weights of its "
+                f"members are the templates of {names}. Compress with the first task, or unload those tasks."
+            )
+        for bank in {id(b): b for layer in layers for b in layer.recast_bank.values()}.values():
+            if bank.members == group.members and bank.is_exact:
+                return bank
+        return None
+    bank = next(iter(compressed.values()))
+    same = len(compressed) == 1 and bank.members == group.members and bank.num_templates == group.num_templates
+    if not same or not _made_for(bank, group, config):
+        raise RecastBankError(
+            f"module {group.members[0]} belongs to a compressed bank that the task does not share\n"
+            f"  bank of the model: {bank.num_templates} templates for {', '.join(bank.members)}{_identity(bank.stored)}\n"
+            f"  bank of the task:  {group.num_templates} templates for {', '.join(group.members)}{_identity(config.bank)}"
+            f"{', of other contents' if same else ''}\n"
+            "Give the task the same targets, group_size and num_templates, or convert a fresh copy of the pretrained model."
+        )
+    return bank
+
+
+def _made_for(bank: TemplateBank, group: PlannedGroup, config: RecastConfig) -> bool:
+    """Whether a task that fits a bank's shape was also trained on it, or is new."""
+    recipe = (config.recipes or {}).get(group.name)
+    if recipe is not None:
+        return bank.same_recipe(Recipe.from_lists(recipe))
+    named = config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+    if named is not None:
+        return bank.stored is not None and bank.stored["fingerprint"] == named
+    is_stored_task = config.groups is not None and config.base_fingerprint is not None
+    return not is_stored_task  # a stored task without recipe or bank was trained on the pretrained weights themselves
+
+
+def _identity(reference: object) -> str:
+    return f" (bank {reference['name']!r}, {reference['fingerprint']})" if isinstance(reference, dict) else ""
+
+
+def write_plan(
+    config: RecastConfig, plan: RecastPlan, prepared: dict[str, PreparedLayer], fingerprints: dict[str, str]
+) -> None:
+    """Write into a config what its task is about to get."""
+    banks = {}
+    for group in plan.groups:
+        bank = prepared[group.members[0]].bank
+        assert bank is not None
+        banks[group.name] = bank
+    config.write_fields(
+        {group.name: list(group.members) for group in plan.groups},
+        _recipes_of(banks),
+        fingerprints,
+        _reference_of(banks),
+        plan.num_coefficient_sets,
+        plan.coefficient_sharing,
+        None if plan.lora is None else plan.lora.config,
+    )
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = list(plan.targets)  # PEFT would put its own list here, with other heads left out
+
+
+def describe_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> None:
+    """Write into a config what the model says of a task."""
+    layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_bank}
+    banks = task_banks(model, adapter_name)
+    groups = {name: list(bank.members) for name, bank in banks.items()}
+    reference = _reference_of(banks)
+    if reference is not None and reference["name"] is None:
+        warnings.warn(
+            f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
+            "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
+            stacklevel=2,
+        )
+    sets = {layer.recast_coefficients[adapter_name].shape[0] for layer in layers.values()}
+    config.write_fields(
+        groups,
+        _recipes_of(banks),
+        {name: layer.fingerprint for name, layer in layers.items()},
+        reference,
+        max(sets, default=None),
+        _sharing_of(layers, banks, adapter_name),
+        lora_config_of(model, adapter_name),
+    )
+
+
+def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | None:
+    """Which way of sharing explains the parameters that a task's layers have in common."""
+    coefficients = {name: id(layer.recast_coefficients[adapter_name]) for name, layer in layers.items()}
+    if len(set(coefficients.values())) == len(coefficients):
+        return None
+    groups = [PlannedGroup(b.name, b.members, (), torch.float32, b.num_templates, 1) for b in banks.values()]
+    for sharing in SHARING:
+        owners = coefficient_owners(groups, sharing)
+        if all(coefficients[name] == coefficients[owner] for name, owner in owners.items()) and len(
+            set(owners.values())
+        ) == len(set(coefficients.values())):
+            return sharing
+    return None
+
+
+def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
+    """The banks of one task by name, in the order of their first member."""
+    layers = [layer for layer in recast_layers(model).values() if adapter_name in layer.recast_bank]
+    return {bank.name: bank for bank in (layer.recast_bank[adapter_name] for layer in layers)}
+
+
+def _reference_of(banks: dict[str, TemplateBank]) -> dict[str, str | None] | None:
+    """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
+    return next((bank.stored for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
+
+
+def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
+    """The banks of a task as they are stored.
+
+    Raises:
+        RecastBankError: if every one of them follows from the pretrained weights.
+    """
+    banks = task_banks(model, adapter_name)
+    layers = recast_layers(model)
+    version = 1
+    history: tuple[Mapping[str, Any], ...] = ()
+    made: str | Mapping[str, Any] = method
+    groups = {}
+    for name, bank in banks.items():
+        if isinstance(bank, GrownBank):
+            groups[name] = StoredGroup(bank.members, grown=bank.grown)
+            version, history, made = bank.version, bank.history, bank.made
+        elif bank.templates is None or bank.base_coefficients is None:
+            groups[name] = StoredGroup(bank.members)
+        else:
+            groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients, bank.recipe)
+    reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
+    fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
+    fingerprint = reference["fingerprint"] or ""
+    return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)
+
+
+def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
+    """Note in the model where a bank was stored, with the earlier versions in it, for the tasks that are saved from now on."""
+    fingerprints = {bank.fingerprint, *(entry["fingerprint"] for entry in bank.history)}
+    for held in recast_banks(model).values():
+        if held.stored is not None and held.stored["fingerprint"] in fingerprints:
+            held.stored["name"] = bank.name
+
+
+def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]]:
+    return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None}
+
+
+def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights: bool) -> None:
+    """Make new compressed banks part of the model and release what they stand for, one group after the other."""
+    if not banks:
+        return
+    if not hasattr(model, BANKS):
+        setattr(model, BANKS, BankContainer())
+    container = getattr(model, BANKS)
+    for bank in banks:
+        if not bank.is_anchored:
+            bank.build()
+        container[bank.key.replace(".", "/")] = bank
+        if bank.is_anchored:
+            continue
+        for layer in bank.layers:
+            layer.compressed_bank = (bank,)
+            if not keep_base_weights:
+                layer.release_pretrained_weight()
+
+
+def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Replace the K coefficient sets of a task by their mean: the same model, to the last bit, with K = 1.
+
+    Args:
+        model: a converted model, as ``get_recast_model`` returns it.
+        adapter_name: the task; None means all of them.
+
+    Raises:
+        RecastConfigError: if there is no such task.
+    """
+    layers = recast_layers(model)
+    tasks = {name for layer in layers.values() for name in layer.recast_coefficients}
+    if not tasks or adapter_name not in {None, *tasks}:
+        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks)) or 'none'}")
+    configs = getattr(model, "peft_config", {})
+    for task in sorted(tasks) if adapter_name is None else [adapter_name]:
+        collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared
+        for layer in layers.values():
+            if task not in layer.recast_coefficients:
+                continue
+            old = layer.recast_coefficients[task]
+            if id(old) not in collapsed:
+                mean = average_sets(old.detach()).unsqueeze(0).clone()
+                collapsed[id(old)] = nn.Parameter(mean, requires_grad=old.requires_grad)
+            layer.recast_coefficients[task] = collapsed[id(old)]
+        if task in configs:
+            configs[task].num_coefficient_sets = 1

@@ -1,0 +1,210 @@
+"""A RECAST task as a LoRA file, for servers that know LoRA alone, with the error of every layer.
+
+What a task adds to a weight is a mix of whole pretrained weights, so its rank is full in general and a LoRA of low rank only
+comes near it. The report says how near, layer by layer. The factorisation is PEFT's (``peft.tuners.lora.conversion``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..analysis.report import table
+from ..config import RecastConfig
+from ..errors import RecastConfigError
+from ..parts.places import check_without_partners
+from .conversion import recast_layers
+from .files import MODEL_PREFIX, plain_name
+
+
+@dataclass(frozen=True)
+class LayerConversion:
+    """How well a LoRA of one layer reproduces what the task adds to its weight.
+
+    Attributes:
+        module: name of the target module.
+        rank: of the LoRA.
+        full_rank: the rank from which the LoRA is exact: the smaller side of the weight.
+        relative_error: Frobenius norm of what is missing, in units of what the task adds.
+        energy_kept: 1 - relative_error squared.
+        weight_error: norm of what is missing in units of the task's composed weight.
+    """
+
+    module: str
+    rank: int
+    full_rank: int
+    relative_error: float
+    energy_kept: float
+    weight_error: float
+
+
+@dataclass(frozen=True)
+class LoraConversionReport:
+    """The errors of a conversion; ``print(report)`` shows them as a table.
+
+    Attributes:
+        layers: one row for each target module.
+        recast_numbers: coefficients of the task.
+        lora_numbers: numbers of the LoRA, modules that are saved whole aside.
+    """
+
+    layers: tuple[LayerConversion, ...]
+    recast_numbers: int
+    lora_numbers: int
+
+    @property
+    def worst_relative_error(self) -> float:
+        """The largest error of a layer."""
+        return max(layer.relative_error for layer in self.layers)
+
+    @property
+    def mean_relative_error(self) -> float:
+        """The mean of the layers' errors."""
+        return sum(layer.relative_error for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (c.module, f"{c.rank} of {c.full_rank}", *(f"{v:.4f}" for v in (c.relative_error, c.energy_kept, c.weight_error)))
+            for c in self.layers
+        ]
+        return table(("module", "rank", "error of the difference", "energy kept", "error of the weight"), rows) + (
+            f"\nmean error {self.mean_relative_error:.4f}, worst {self.worst_relative_error:.4f} of what the task adds; "
+            f"{self.lora_numbers} numbers in place of {self.recast_numbers}\n"
+            "What a RECAST task adds to a weight has full rank in general: a LoRA is exact at full rank only."
+        )
+
+
+def convert_to_lora(
+    model: PeftModel, rank: int | float, adapter_name: str = "default", progressbar: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor], LoraConversionReport]:
+    """Convert a task to a LoRA of the plain pretrained model; the model is not changed.
+
+    Unlike PEFT's function of this name it names the targets of the LoRA one by one (so ``target_modules=None``, shorthands
+    and exclusions of the task work), takes the task's own classifier and normalisation layers along as ``modules_to_save``,
+    and reports the errors.
+
+    Args:
+        model: with a RECAST task on linear layers and exact banks.
+        rank: of every layer; or a share of the energy in (0, 1], for which each layer gets the smallest rank that keeps it.
+        adapter_name: the task.
+        progressbar: show one.
+
+    Returns:
+        the LoRA's config, its state dict as a file holds it, and the errors.
+
+    Raises:
+        RecastConfigError: if the rank or the task cannot be used, or the task has modules that no LoRA describes.
+    """
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, RecastConfig):
+        raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its tasks: {', '.join(model.peft_config)}")
+    if config.lora_config is not None:
+        raise RecastConfigError(
+            f"task {adapter_name!r} has a LoRA part beside its coefficients, and no one rank describes both: export the whole "
+            "model (model.merge_and_unload()), or convert a task without a LoRA part"
+        )
+    check_without_partners(config, f"task {adapter_name!r} cannot be converted to a LoRA", "Keep it as a RECAST task.")
+    layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_coefficients}
+    _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
+    unfit = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]
+    if unfit:
+        raise RecastConfigError(
+            f"task {adapter_name!r} cannot be converted to a LoRA: {len(unfit)} of its {len(layers)} modules are no linear "
+            f"layers on exact banks ({', '.join(unfit[:3])}{', ...' if len(unfit) > 3 else ''}). "
+            "Export the whole model instead: model.merge_and_unload()."
+        )
+    if config.bias != "none":
+        raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
+    with _targets_named(config, sorted(layers)):
+        lora_config, state = peft_convert_to_lora(model, rank, adapter_name, progressbar)
+    lora_config.target_modules = sorted(layers)
+    state = {_lora_key(key): value for key, value in state.items()}
+    owned = _owned_modules(model, adapter_name)
+    lora_config.modules_to_save = sorted(owned) or None
+    for name, module in owned.items():
+        state.update({f"{MODEL_PREFIX}{name}.{key}": v.detach().clone() for key, v in module.state_dict().items()})
+    report = LoraConversionReport(
+        tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items()),
+        sum({id(p): p.numel() for p in (layer.recast_coefficients[adapter_name] for layer in layers.values())}.values()),
+        sum(value.numel() for key, value in state.items() if ".lora_" in key),
+    )
+    return lora_config, state, report
+
+
+def save_as_lora(
+    path: str | os.PathLike, model: PeftModel, rank: int | float, adapter_name: str = "default", progressbar: bool = False
+) -> LoraConversionReport:
+    """Write a task as a LoRA that PEFT and LoRA servers load; the arguments are those of ``convert_to_lora``.
+
+    Returns:
+        the errors, which are also written to ``conversion.txt`` beside the LoRA.
+    """
+    lora_config, state, report = convert_to_lora(model, rank, adapter_name, progressbar)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.cpu().contiguous() for key, value in state.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+    lora_config.save_pretrained(str(folder))
+    (folder / "conversion.txt").write_text(f"{report}\n", encoding="utf-8")
+    return report
+
+
+def _check_rank(rank: int | float, full_rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise RecastConfigError(f"rank={rank!r}: expected a whole number, or a share of the energy in (0, 1]")
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise RecastConfigError(f"rank={rank!r}: a share of the energy lies in (0, 1]; a rank is a whole number")
+    if isinstance(rank, int) and not 1 <= rank <= full_rank:
+        raise RecastConfigError(f"rank={rank!r}: expected 1 to {full_rank}, the full rank of the smallest target")
+
+
+@contextmanager
+def _targets_named(config: RecastConfig, names: list[str]) -> Iterator[None]:
+    """Let PEFT read the task's targets as a list of names for a while."""
+    fields = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None}
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        config.__dict__.update(fields)
+        yield
+    finally:
+        config.__dict__.update(before)
+
+
+def _lora_key(key: str) -> str:
+    module, _, rest = key.rpartition(".lora_")
+    return f"{plain_name(module)}.lora_{rest}"
+
+
+def _owned_modules(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """What a task owns whole, by the names of the plain model."""
+    return {
+        plain_name(name).removeprefix(MODEL_PREFIX): module.modules_to_save[adapter_name]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    }
+
+
+def _measure(name: str, layer: Any, adapter_name: str, state: dict[str, Tensor]) -> LayerConversion:
+    a, b = (state[f"{MODEL_PREFIX}{name}.lora_{part}.weight"].double() for part in "AB")
+    product = b @ a
+    with torch.no_grad():
+        delta = cast(Tensor, layer.get_delta_weight(adapter_name)).double()
+        whole = layer.compose([adapter_name]).double().norm()
+    missing = (delta - (product.T if isinstance(layer.get_base_layer(), Conv1D) else product)).norm()
+    relative = float(missing / delta.norm()) if delta.any() else 0.0
+    return LayerConversion(name, a.shape[0], min(delta.shape), relative, 1 - relative**2, float(missing / whole))

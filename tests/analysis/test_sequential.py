@@ -1,0 +1,537 @@
+"""Measures against matrices worked out by hand, and tasks that are learned without touching earlier ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import layers_of as named_layers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from recast_peft import (
+    BiasConfig,
+    RecastConfig,
+    RecastConfigError,
+    RecastLayer,
+    RecastSequenceError,
+    get_recast_model,
+    grow_bias_bank,
+)
+from recast_peft.analysis.sequential import (
+    AccuracyMatrix,
+    Growth,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learn_in_sequence,
+)
+from recast_peft.parts.holders import bias_coefficients
+
+# Rows are states after tasks 1, 2, 3; columns are tasks. By hand, from the papers' formulas:
+#   ACC  = (0.70 + 0.60 + 0.80) / 3                                   = 0.70
+#   BWT  = ((0.70 - 0.90) + (0.60 - 0.80)) / 2                        = -0.20
+#   FWT  = ((0.30 - 0.10) + (0.45 - 0.20)) / 2                        = 0.225
+#   F    = ((max(0.90, 0.95) - 0.70) + (max(0.30, 0.80) - 0.60)) / 2  = (0.25 + 0.20) / 2 = 0.225
+FORGETFUL = [[0.90, 0.30, 0.20], [0.95, 0.80, 0.45], [0.70, 0.60, 0.80]]
+BASELINE = [0.05, 0.10, 0.20]
+# after the second task: ACC (0.95 + 0.80) / 2 = 0.875; BWT 0.95 - 0.90 = 0.05; F 0.90 - 0.95 = -0.05; FWT 0.30 - 0.10 = 0.20
+nan = float("nan")
+LOWER = [[0.9, nan, nan], [0.9, 0.8, nan], [0.9, 0.8, 0.5]]
+
+
+class TestTheMeasures:
+    def test_are_those_worked_out_by_hand(self) -> None:
+        assert average_accuracy(FORGETFUL) == pytest.approx(0.70)
+        assert backward_transfer(FORGETFUL) == pytest.approx(-0.20)
+        assert forward_transfer(FORGETFUL, BASELINE) == pytest.approx(0.225)
+        assert forgetting(FORGETFUL) == pytest.approx(0.225)
+
+    def test_are_those_worked_out_by_hand_after_two_tasks(self) -> None:
+        assert average_accuracy(FORGETFUL, after=1) == pytest.approx(0.875)
+        assert backward_transfer(FORGETFUL, after=1) == pytest.approx(0.05)
+        assert forward_transfer(FORGETFUL, BASELINE, after=1) == pytest.approx(0.20)
+        assert forgetting(FORGETFUL, after=1) == pytest.approx(-0.05)
+
+    def test_take_the_best_earlier_state_even_before_the_task_was_learned(self) -> None:
+        # Chaudhry et al. let the maximum go over all earlier states: max(0.7, 0.6) - 0.5 on the second task, 0 on the first
+        assert forgetting([[0.4, 0.7, nan], [0.4, 0.6, nan], [0.4, 0.5, 0.9]]) == pytest.approx((0.0 + 0.2) / 2)
+
+    def test_of_what_is_never_forgotten_are_zero(self) -> None:
+        assert average_accuracy(LOWER) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
+        assert backward_transfer(LOWER) == 0.0
+        assert forgetting(LOWER) == 0.0
+
+    @given(st.integers(2, 6), st.integers(0, 2**16))
+    def test_tell_forgetting_from_backward_transfer_only_by_the_best_state(self, count: int, seed: int) -> None:
+        R = np.random.default_rng(seed).random((count, count))
+        R[np.triu_indices(count, 1)] = nan
+        assert forgetting(R) >= -backward_transfer(R) - 1e-12
+
+    @given(st.integers(2, 6), st.integers(0, 2**16), st.floats(-5, 5))
+    def test_of_differences_ignore_a_common_shift(self, count: int, seed: int, shift: float) -> None:
+        R = np.random.default_rng(seed).random((count, count))
+        b = np.random.default_rng(seed + 1).random(count)
+        assert backward_transfer(R + shift) == pytest.approx(backward_transfer(R))
+        assert forgetting(R + shift) == pytest.approx(forgetting(R))
+        assert forward_transfer(R + shift, b + shift) == pytest.approx(forward_transfer(R, b))
+        assert average_accuracy(R + shift) == pytest.approx(average_accuracy(R) + shift)
+
+    @pytest.mark.parametrize("matrix", [[], [0.5], [[0.5, 0.6]], [[[0.5]]]])
+    def test_refuse_what_is_no_matrix(self, matrix: Any) -> None:
+        with pytest.raises(RecastSequenceError, match="square"):
+            average_accuracy(matrix)
+
+    @pytest.mark.parametrize("after", [-1, 3])
+    def test_refuse_a_task_that_is_not_there(self, after: int) -> None:
+        with pytest.raises(RecastSequenceError, match="0 to 2"):
+            average_accuracy(FORGETFUL, after=after)
+
+    @pytest.mark.parametrize("measure", [backward_transfer, forgetting, lambda R: forward_transfer(R, [0.1])])
+    def test_of_one_task_are_refused(self, measure: Any) -> None:
+        assert average_accuracy([[0.5]]) == 0.5
+        with pytest.raises(RecastSequenceError, match="2 tasks"):
+            measure([[0.5]])
+
+    def test_name_the_entry_that_is_missing(self) -> None:
+        with pytest.raises(RecastSequenceError, match=r"R\[0, 1\], R\[1, 2\]"):
+            forward_transfer(LOWER, BASELINE)
+        with pytest.raises(RecastSequenceError, match=r"R\[2, 0\]"):
+            average_accuracy([[0.9, nan, nan], [0.9, 0.8, nan], [nan, 0.8, 0.5]])
+        with pytest.raises(RecastSequenceError, match=r"R\[1, 1\]"):
+            forgetting([[0.9, 0.1, nan], [0.9, nan, nan], [0.9, 0.8, 0.5]])
+
+    @pytest.mark.parametrize(("baseline", "message"), [([0.1, 0.2], "another length"), ([0.1, 0.2, nan], "task 2")])
+    def test_name_what_is_wrong_with_the_baseline(self, baseline: list[float], message: str) -> None:
+        with pytest.raises(RecastSequenceError, match=message):
+            forward_transfer(FORGETFUL, baseline)
+
+
+def filled(values: Any = FORGETFUL, baseline: Any = BASELINE) -> AccuracyMatrix:
+    matrix = AccuracyMatrix(["flowers", "cars", "birds"])
+    for name, accuracy in zip(matrix.tasks, baseline or (), strict=False):
+        matrix.record(None, name, accuracy)
+    for after, row in zip(matrix.tasks, values, strict=True):
+        for task, accuracy in zip(matrix.tasks, row, strict=True):
+            if np.isfinite(accuracy):
+                matrix.record(after, task, accuracy)
+    return matrix
+
+
+class TestTheMatrix:
+    def test_summarises_all_that_was_recorded(self) -> None:
+        assert filled().summary() == {
+            "average_accuracy": pytest.approx(0.70),
+            "backward_transfer": pytest.approx(-0.20),
+            "forgetting": pytest.approx(0.225),
+            "forward_transfer": pytest.approx(0.225),
+        }
+
+    def test_summarises_what_there_is(self) -> None:
+        assert set(filled(LOWER, None).summary()) == {"average_accuracy", "backward_transfer", "forgetting"}
+        assert AccuracyMatrix(["a", "b"]).summary() == {}
+
+    def test_summarises_a_sequence_that_is_not_finished(self) -> None:
+        matrix = filled([[0.9, nan, nan], [0.6, 0.8, nan], [nan, nan, nan]], None)
+        assert matrix.learned == 2
+        assert matrix.summary()["average_accuracy"] == pytest.approx(0.7)
+        assert matrix.summary()["forgetting"] == pytest.approx(0.3)
+
+    def test_prints_as_a_table(self) -> None:
+        lines = str(filled(LOWER, None)).splitlines()
+        assert lines[0].split() == ["flowers", "cars", "birds"]
+        assert lines[2].split() == ["after", "cars", "0.900", "0.800", "-"]
+        assert "average accuracy: +0.733" in lines
+        assert len({line.rindex(" ") for line in filled().table().splitlines()[1:5]}) == 1
+        assert filled().table().splitlines()[1].split() == ["before", "0.050", "0.100", "0.200"]
+
+    def test_comes_back_from_json(self) -> None:
+        matrix = filled(LOWER)
+        again = AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
+        assert again == matrix
+        again.record("birds", "birds", 0.51)
+        assert again != matrix
+        assert matrix != "matrix"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {},
+            {"tasks": ["a"]},
+            {"tasks": ["a"], "values": "x"},
+            {"tasks": ["a"], "values": [[0.1, 0.2]]},
+            {"tasks": ["a"], "values": [[0.1]], "baseline": [0.1, 0.2]},
+            {"tasks": ["a", "a"], "values": [[0.1, 0.2], [0.1, 0.2]]},
+            {"tasks": ["a"], "values": [["x"]]},
+        ],
+    )
+    def test_does_not_come_from_something_else(self, content: dict[str, Any]) -> None:
+        with pytest.raises(RecastSequenceError):
+            AccuracyMatrix.from_dict(content)
+
+    @pytest.mark.parametrize("tasks", [[], ["a", "a"], "flowers"])
+    def test_needs_names(self, tasks: Any) -> None:
+        with pytest.raises(RecastSequenceError, match="names that differ"):
+            AccuracyMatrix(tasks)
+
+    def test_refuses_what_cannot_be_recorded(self) -> None:
+        matrix = filled()
+        with pytest.raises(RecastSequenceError, match="planes"):
+            matrix.record("planes", "cars", 0.5)
+        with pytest.raises(RecastSequenceError, match="finite"):
+            matrix.record("cars", "cars", nan)
+
+    def test_is_drawn(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        axes = filled(LOWER).plot(str(tmp_path / "matrix.png"))
+        assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
+        assert sorted(text.get_text() for text in axes.texts) == ["0.50", "0.80", "0.80", "0.90", "0.90", "0.90"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["flowers", "cars", "birds"]
+        first = next(text for text in axes.texts if text.get_text() == "0.50")
+        assert first.get_position() == (2, 2)
+
+
+class TinyModel(nn.Module):
+    """Two layers that share a bank, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def make_tasks(*names: str) -> dict[str, tuple[Tensor, Tensor]]:
+    tasks = {}
+    for seed, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(48, 6, generator=generator)
+        tasks[name] = (x, (x @ torch.randn(6, 3, generator=generator)).argmax(-1))
+    return tasks
+
+
+def train(model: PeftModel, task: tuple[Tensor, Tensor]) -> None:
+    x, y = task
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def evaluate(model: nn.Module, task: tuple[Tensor, Tensor]) -> float:
+    return (model(task[0]).argmax(-1) == task[1]).float().mean().item()
+
+
+CONFIG = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"])
+
+
+def rough_training(model: PeftModel, task: Any) -> None:
+    raise AssertionError("nothing is to be trained")
+
+
+class TestLearningInSequence:
+    def test_forgets_nothing(self) -> None:
+        tasks = make_tasks("one", "two", "three")
+        model, matrix = learn_in_sequence(TinyModel(), tasks, train, evaluate, config=CONFIG, progress=False)
+        assert list(model.peft_config) == ["one", "two", "three"]
+        assert model.active_adapter == "three"
+        assert np.isnan(matrix.values[np.triu_indices(3, 1)]).all()
+        assert matrix.summary()["forgetting"] == 0.0
+        assert matrix.summary()["backward_transfer"] == 0.0
+        for i, name in enumerate(tasks):
+            model.set_adapter(name)
+            assert evaluate(model, tasks[name]) == matrix.values[2, i] > 0.6
+        model.set_adapter("one")
+        assert evaluate(model, tasks["two"]) < matrix.values[2, 1]
+
+    def test_measures_forward_transfer_if_asked(self) -> None:
+        tasks = make_tasks("one", "two")
+        backbone = TinyModel()
+        expected = {name: evaluate(backbone, task) for name, task in tasks.items()}
+        _, matrix = learn_in_sequence(backbone, tasks, train, evaluate, config=CONFIG, evaluate_unseen=True, progress=False)
+        assert dict(zip(matrix.tasks, matrix.baseline, strict=True)) == expected
+        assert not np.isnan(matrix.values).any()
+        assert "forward_transfer" in matrix.summary()
+
+    def test_evaluates_unseen_tasks_with_the_last_one_learned(self) -> None:
+        seen: list[tuple[str, bool, bool]] = []
+
+        def note(model: nn.Module, task: Any) -> float:
+            if isinstance(model, PeftModel):
+                seen.append((str(model.active_adapter), model.training, torch.is_grad_enabled()))
+            return 0.5
+
+        tasks = make_tasks("one", "two", "three")
+        options = {"config": CONFIG, "evaluate_unseen": True, "progress": False}
+        learn_in_sequence(TinyModel(), tasks, lambda model, task: None, note, **options)
+        assert [entry[0] for entry in seen] == ["one", "one", "one", "one", "two", "two", "one", "two", "three"]
+        assert {entry[1:] for entry in seen} == {(False, False)}
+
+    def test_trains_the_new_task_alone(self) -> None:
+        trained: list[list[str]] = []
+
+        def note(model: PeftModel, task: Any) -> None:
+            assert model.training
+            trained.append([name for name, p in model.named_parameters() if p.requires_grad])
+
+        learn_in_sequence(TinyModel(), make_tasks("one", "two"), note, evaluate, config=CONFIG, progress=False)
+        assert all(name.split(".")[-1] == "one" or ".one." in name for name in trained[0])
+        assert all(name.split(".")[-1] == "two" or ".two." in name for name in trained[1])
+        assert len(trained[0]) == len(trained[1]) == 4
+
+    def test_goes_on_with_a_model_that_has_tasks(self) -> None:
+        model = get_recast_model(TinyModel(), CONFIG, adapter_name="first")
+        before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".first")}
+        same, matrix = learn_in_sequence(model, make_tasks("one"), train, evaluate, config={"one": CONFIG}, progress=False)
+        assert same is model
+        assert matrix.learned == 1
+        assert before
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+    def test_does_not_change_the_config_it_was_given(self) -> None:
+        config = RecastConfig(target_modules=["0", "1"])
+        learn_in_sequence(TinyModel(), make_tasks("one", "two"), lambda m, t: None, evaluate, config=config, progress=False)
+        assert config.groups is None
+
+    def test_notices_training_that_touches_an_earlier_task(self) -> None:
+        def rough(model: PeftModel, task: Any) -> None:
+            with torch.no_grad():
+                for module in model.modules():
+                    if isinstance(module, RecastLayer):
+                        module.recast_coefficients["one"].add_(1.0)
+
+        with pytest.raises(RecastSequenceError, match="changed the earlier task 'one'"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "two"), rough, evaluate, config=CONFIG, progress=False)
+
+    def test_refuses_names_that_are_taken(self) -> None:
+        model = get_recast_model(TinyModel(), CONFIG, adapter_name="one")
+        with pytest.raises(RecastSequenceError, match="'one' already"):
+            learn_in_sequence(model, make_tasks("two", "one"), train, evaluate, progress=False)
+        assert list(model.peft_config) == ["one"]
+
+    def test_refuses_names_that_peft_cannot_store_before_it_starts(self) -> None:
+        with pytest.raises(RecastConfigError, match="no dot"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "t.wo"), rough_training, evaluate, progress=False)
+
+    def test_refuses_a_task_without_a_config(self) -> None:
+        with pytest.raises(RecastSequenceError, match="'two'"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "two"), train, evaluate, config={"one": CONFIG}, progress=False)
+
+    def test_refuses_an_accuracy_that_is_no_number(self) -> None:
+        with pytest.raises(RecastSequenceError, match="finite"):
+            learn_in_sequence(
+                TinyModel(), make_tasks("one"), lambda m, t: None, lambda m, t: nan, config=CONFIG, progress=False
+            )
+
+    def test_shows_progress_that_can_be_turned_off(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for progress in (False, True):
+            learn_in_sequence(TinyModel(), make_tasks("one"), train, evaluate, config=CONFIG, progress=progress)
+            assert ("tasks" in capsys.readouterr().err) is progress
+
+
+@torch.no_grad()
+def logits(model: nn.Module, task: tuple[Tensor, Tensor]) -> Tensor:
+    return model(task[0])
+
+
+def plain_lora(model: nn.Module, task: tuple[Tensor, Tensor]) -> PeftModel:
+    """The task learned with a LoRA on the plain model."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["head"]))
+    train(adapted, task)
+    return adapted
+
+
+def layers_of(model: nn.Module) -> list[RecastLayer]:
+    return list(named_layers(model).values())
+
+
+class TestGrowingInSequence:
+    NAMES = ("one", "two", "three", "four", "five")
+
+    def grown(self, model: nn.Module | None = None, names: tuple[str, ...] = NAMES, **fields: Any) -> tuple[Any, ...]:
+        """Five tasks with growth after every second one; logits of each task right after it was learned."""
+        tasks = make_tasks(*names)
+        first: dict[str, Tensor] = {}
+
+        def note(model: nn.Module, task: Any) -> float:
+            name = next(name for name in tasks if tasks[name] is task)
+            first.setdefault(name, logits(model, task))
+            assert torch.equal(logits(model, task), first[name])  # each time it is evaluated again
+            return evaluate(model, task)
+
+        growth = Growth(plain_lora, RecastConfig(target_modules=["0", "1"], group_size=1), **fields)
+        options = {"config": CONFIG, "grow": growth, "grow_every": 2, "progress": False}
+        learned, matrix = learn_in_sequence(model or TinyModel(), tasks, train, note, **options)
+        return learned, matrix, growth, tasks, first
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    def test_old_tasks_stay_to_the_last_bit(self, rank: int | None) -> None:
+        torch.manual_seed(0)
+        model, matrix, growth, tasks, first = self.grown(num_templates=2, rank=rank)
+        counts = {name: len(layers_of(model)[0].recast_coefficients[name][0]) for name in tasks}
+        assert counts == {"one": 2, "two": 2, "three": 3, "four": 3, "five": 5}
+        assert growth.bank.version == 2
+        for j, name in enumerate(tasks):
+            assert len(set(matrix.values[j:, j])) == 1
+            model.set_adapter(name)
+            assert torch.equal(logits(model, tasks[name]), first[name])
+        assert matrix.summary()["forgetting"] == 0.0
+        assert not torch.equal(first["one"], first["two"])
+
+    def test_tasks_after_the_growth_use_the_new_templates(self) -> None:
+        model, *_ = self.grown(num_templates=1)
+        for name in ("three", "five"):
+            assert all(layer.recast_coefficients[name][0, -1] != 0 for layer in layers_of(model))
+
+    def test_one_stored_bank_serves_all_versions(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        backbone = TinyModel()
+        model, _, growth, tasks, first = self.grown(copy.deepcopy(backbone), num_templates=2, rank=2)
+        stored = model.base_model.save_bank(tmp_path / "bank", "five")
+        assert stored.fingerprint == growth.bank.fingerprint
+        assert growth.bank.mimicry["sources"] == ["adapter 'default'"] * 4
+        model.save_pretrained(tmp_path)
+        for name in tasks:
+            loaded = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path / name).eval()
+            assert torch.equal(logits(loaded, tasks[name]), first[name])
+
+    def test_goes_on_from_a_bank_and_a_model_with_tasks(self) -> None:
+        model, _, growth, *_ = self.grown(num_templates=1)
+        before = growth.bank
+        assert before is not None
+        same, _, again, *_ = self.grown(model, ("six", "seven", "eight"), bank=before, num_templates=1)
+        assert same is model
+        assert again.bank.version == before.version + 1
+        assert layers_of(model)[0].recast_bank["six"].fingerprint == before.fingerprint
+        assert layers_of(model)[0].recast_bank["eight"].fingerprint == again.bank.fingerprint
+
+    def test_tasks_with_a_lora_part_are_sources_themselves(self) -> None:
+        own_lora = LoraConfig(r=1, target_modules=["0", "1"])
+        freer = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"], lora_config=own_lora)
+        tasks = make_tasks("one", "two", "three", "four")
+        configs = {"one": freer, "two": CONFIG, "three": CONFIG, "four": CONFIG}
+        growth = Growth(config=RecastConfig(target_modules=["0", "1"], group_size=1))
+        model, matrix = learn_in_sequence(
+            TinyModel(), tasks, train, evaluate, config=configs, grow=growth, grow_every=2, progress=False
+        )
+        assert growth.bank is not None
+        assert growth.bank.mimicry["sources"] == ["adapter 'one'"]  # the others move within the span of the banks
+        assert matrix.summary()["forgetting"] == 0.0
+        for layer in layers_of(model):
+            merged = copy.deepcopy(model).merge_and_unload(adapter_names=["one"])
+            moved = merged.get_submodule(layer.module_name).weight - layer.pretrained_weight
+            template = growth.bank.groups[layer.module_name].grown.dense()[0]
+            assert torch.cosine_similarity(template.flatten(), moved.flatten(), dim=0).abs() > 0.9999
+            assert layer.recast_coefficients["three"].shape == (1, 2)
+
+    def test_a_task_may_add_nothing(self) -> None:
+        growth = Growth(lambda model, task: None)
+        tasks = make_tasks("one", "two")
+        model, _ = learn_in_sequence(TinyModel(), tasks, train, evaluate, config=CONFIG, grow=growth, progress=False)
+        assert growth.bank is None
+        assert model.peft_config["two"].bank is None
+
+    def test_the_source_is_learned_on_a_plain_copy(self) -> None:
+        backbone = TinyModel()
+        weights = {name: value.clone() for name, value in backbone.state_dict().items()}
+        seen = []
+
+        def source(model: nn.Module, task: Any) -> None:
+            assert not isinstance(model, PeftModel)
+            seen.append(all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()))
+            with torch.no_grad():
+                model.layers[0].weight.zero_()
+
+        tasks = make_tasks("one", "two")
+        learn_in_sequence(backbone, tasks, train, evaluate, config=CONFIG, grow=Growth(source), progress=False)
+        assert seen == [True, True]
+
+    def test_a_bank_of_biases_grows_likewise(self) -> None:
+        names = ("one", "two", "three", "four", "five")
+        tasks, first = make_tasks(*names), {}
+        backbone = TinyModel()
+        seen: list[dict[str, Tensor]] = []
+
+        def biases(model: nn.Module, task: Any) -> nn.Module:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("layers.") and name.endswith("bias"))
+            train(model, task)
+            seen.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+            return model
+
+        def note(model: nn.Module, task: Any) -> float:
+            name = next(name for name in tasks if tasks[name] is task)
+            first.setdefault(name, logits(model, task))
+            assert torch.equal(logits(model, task), first[name])
+            return evaluate(model, task)
+
+        growth = Growth(biases, of="biases")
+        options = {"config": CONFIG, "grow": growth, "grow_every": 2, "progress": False}
+        model, matrix = learn_in_sequence(copy.deepcopy(backbone), tasks, train, note, **options)
+        assert matrix.summary()["forgetting"] == 0.0
+        counts = [
+            {k: len(p) for k, p in bias_coefficients(model, name).items()} if name in model.peft_config else None
+            for name in names
+        ]
+        # sources: one and two after the second task; three and four after the fourth
+        assert counts == [{}, {}, *[{"layers.0.bias": 2, "layers.1.bias": 2}] * 2, {"layers.0.bias": 4, "layers.1.bias": 4}]
+        assert growth.bank is not None
+        assert (growth.bank.version, growth.bank.is_of_biases) == (2, True)
+        plain = dict(backbone.named_parameters())
+        for moved in seen[:4]:  # every source lies in what the templates span
+            for group in growth.bank.groups.values():
+                templates = group.grown.tensors[0]
+                move = torch.cat([moved[f"{m}.bias"] - plain[f"{m}.bias"].detach() for m in group.members])
+                solved = torch.linalg.lstsq(templates.T, move[:, None]).solution
+                torch.testing.assert_close((templates.T @ solved)[:, 0], move, rtol=1e-3, atol=1e-5)
+
+    def test_growth_of_biases_says_what_it_needs(self) -> None:
+        for fields in ({}, {"source": plain_lora, "rank": 2}, {"source": plain_lora, "config": CONFIG}):
+            with pytest.raises(RecastConfigError, match="needs source="):
+                Growth(of="biases", **fields)
+        with pytest.raises(RecastConfigError, match="expected 'weights' or 'biases'"):
+            Growth(of="norms")
+        moved = {name: value + 1 for name, value in TinyModel().state_dict().items()}
+        bank = grow_bias_bank(TinyModel(), [moved])
+        with pytest.raises(RecastConfigError, match="starts from a bank that is of biases"):
+            Growth(plain_lora, bank=bank)
+        config = RecastConfig(target_modules=["0"], partners=[BiasConfig(bank=bank)])
+        growth = Growth(plain_lora, of="biases")
+        with pytest.raises(RecastConfigError, match="names the bank"):
+            learn_in_sequence(TinyModel(), make_tasks("one"), rough_training, evaluate, config=config, grow=growth)
+
+    def test_wrong_arguments_are_refused_before_anything_is_trained(self) -> None:
+        tasks, growth = make_tasks("one"), Growth(plain_lora)
+        for every in (0, True):
+            with pytest.raises(RecastConfigError, match="grow_every"):
+                learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, grow=growth, grow_every=every)
+        with pytest.raises(RecastConfigError, match="none of the tasks has a LoRA part"):
+            learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=CONFIG, grow=Growth())
+        config = RecastConfig(bank="somewhere")
+        with pytest.raises(RecastConfigError, match="names the bank"):
+            learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=config, grow=growth)
+
+
+def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    text = (Path(__file__).parents[2] / "docs" / "sequences.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert "forgetting: +0.000" in capsys.readouterr().out

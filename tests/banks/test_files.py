@@ -1,0 +1,307 @@
+"""A bank that does not follow from the pretrained weights is stored once, and tasks know it by name and fingerprint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer, connect
+from models import outputs, randomise, tiny_vit, vit_input
+from peft import PeftModel
+from torch import nn
+
+from recast_peft import (
+    RecastBankError,
+    RecastBaseMismatchError,
+    RecastConfig,
+    RecastConfigError,
+    RecastLoadError,
+    StoredBank,
+    fit_bank,
+    get_recast_model,
+    load_bank,
+    load_compressed_model,
+    save_compressed_model,
+)
+from recast_peft.banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredGroup
+from recast_peft.mimicry import Gradient
+
+X = vit_input()
+QUICK = Gradient(steps=5, progress=False)
+FIELDS = {"target_modules": ["qkv", "fc1"], "num_templates": 1}
+
+
+def fitted(seed: int = 0, **fields: object) -> PeftModel:
+    method = Gradient(steps=5, seed=seed, progress=False)
+    model = get_recast_model(tiny_vit(), RecastConfig(**{**FIELDS, "mimicry": method, **fields})).eval()
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[PeftModel, Path, Path]:
+    """A model on a fitted bank, and the folders of its bank and its task."""
+    model = fitted()
+    model.save_bank(tmp_path / "bank")
+    model.save_pretrained(tmp_path / "task")
+    return model, tmp_path / "bank", tmp_path / "task"
+
+
+class TestRoundTrip:
+    def test_of_bank_and_task(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        model, bank, task = stored
+        loaded = PeftModel.from_pretrained(tiny_vit(), task).eval()
+        assert torch.equal(outputs(loaded, X), outputs(model, X))
+        assert not torch.allclose(outputs(loaded, X), outputs(tiny_vit(), X))
+        config = json.loads((task / "adapter_config.json").read_text())
+        assert config["bank"] == {"name": str(bank), "fingerprint": load_bank(bank).fingerprint}
+        assert config["mimicry"] == QUICK.to_dict()
+
+    def test_a_task_stays_small(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        _, bank, task = stored
+        assert sorted(p.name for p in bank.iterdir()) == [BANK_CONFIG, BANK_WEIGHTS]
+        assert not (task / BANK_WEIGHTS).exists()
+
+    def test_further_tasks_use_the_bank_of_the_model(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        model, bank, task = stored
+        model.add_adapter("new", RecastConfig(**FIELDS))
+        assert model.peft_config["new"].bank["fingerprint"] == load_bank(bank).fingerprint
+        assert model.load_adapter(task, "again") is not None
+        model.set_adapter("again")
+        assert len({id(layer) for layer in model.base_model.model.recast_banks.values()}) == 4
+
+    def test_new_tasks_on_a_stored_bank(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        model, bank, _ = stored
+        for given in (str(bank), load_bank(bank), {"name": str(bank), "fingerprint": load_bank(bank).fingerprint}):
+            config = RecastConfig(bank=given)  # type: ignore[arg-type]
+            fresh = get_recast_model(tiny_vit(), config).eval()
+            with model.disable_adapter():
+                assert torch.equal(outputs(fresh, X), outputs(model, X))
+
+    def test_a_bank_beside_the_task_is_found(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
+        model, bank, task = stored
+        shutil.copytree(task, tmp_path / "elsewhere")
+        for file in bank.iterdir():
+            shutil.move(file, tmp_path / "elsewhere" / file.name)
+        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "elsewhere").eval()
+        assert torch.equal(outputs(loaded, X), outputs(model, X))
+
+    def test_merging_gives_a_plain_model(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        model = stored[0]
+        before = outputs(model, X)
+        plain = model.merge_and_unload()
+        assert not any("recast" in name for name, _ in plain.named_modules())
+        torch.testing.assert_close(outputs(plain, X), before)
+
+    def test_through_the_hub(
+        self, stored: tuple[PeftModel, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        model, bank, _ = stored
+        with HubServer().running() as hub:
+            connect(hub, monkeypatch, tmp_path / "cache")
+            pushed = model.push_bank_to_hub("ada/bank", base_model="timm/some-vit", license="mit")
+            assert pushed.name == "ada/bank"
+            files = hub.repositories["ada/bank"].find("main").files
+            assert {BANK_CONFIG, BANK_WEIGHTS, "README.md"} <= set(files)
+            assert b"timm/some-vit" in files["README.md"]
+            assert load_bank("ada/bank").fingerprint == load_bank(bank).fingerprint
+            model.save_pretrained(bank.parent / "task2")
+            loaded = PeftModel.from_pretrained(tiny_vit(), bank.parent / "task2").eval()
+            assert torch.equal(outputs(loaded, X), outputs(model, X))
+
+    def test_in_bfloat16_it_is_the_same_bank(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
+        model, bank, task = stored
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        half.save_bank(tmp_path / "half")
+        assert load_bank(tmp_path / "half").fingerprint == load_bank(bank).fingerprint
+        config = RecastConfig.from_pretrained(task)
+        config.bank = load_bank(tmp_path / "half")
+        loaded = PeftModel.from_pretrained(tiny_vit(), task, config=config).eval()
+        torch.testing.assert_close(outputs(loaded, X), outputs(model, X), rtol=0.05, atol=0.05)
+
+
+class TestRefusal:
+    def test_of_a_task_whose_bank_is_gone(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        model, bank, task = stored
+        plain = tiny_vit()
+        moved = bank.rename(bank.parent / "moved")
+        with pytest.raises(
+            RecastBankError,
+            match=r"needs the template bank .*bank.* load_bank\(folder_or_repository\)".replace(" load", "[\\s\\S]*load"),
+        ):
+            PeftModel.from_pretrained(plain, task)
+        assert not any("recast" in key for key in plain.state_dict())
+        config = RecastConfig.from_pretrained(task)
+        config.bank = load_bank(moved)
+        loaded = PeftModel.from_pretrained(plain, task, config=config).eval()
+        assert torch.equal(outputs(loaded, X), outputs(model, X))
+
+    def test_of_a_task_on_another_bank(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
+        _, bank, task = stored
+        other = fitted(seed=1)
+        with pytest.raises(RecastBankError, match="another template bank than that of the model"):
+            other.load_adapter(task, "second")
+        assert list(other.peft_config) == ["default"]
+        config = RecastConfig.from_pretrained(task)
+        with pytest.raises(RecastBankError, match="made on another template bank"):
+            config.bank = other.save_bank(tmp_path / "other")
+        shutil.rmtree(bank)
+        shutil.copytree(tmp_path / "other", bank)
+        with pytest.raises(RecastBankError, match="holds"):
+            PeftModel.from_pretrained(tiny_vit(), task)
+
+    def test_of_a_task_of_exact_banks_on_fitted_ones(self, tmp_path: Path) -> None:
+        exact = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]))
+        randomise(exact)
+        exact.save_pretrained(tmp_path / "exact")
+        model = fitted(target_modules=["qkv"], num_templates=None)
+        with pytest.raises(RecastBankError, match="does not share"):
+            model.load_adapter(tmp_path / "exact", "second")
+
+    def test_of_a_bank_for_other_pretrained_weights(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        plain = tiny_vit(seed=5)
+        with pytest.raises(RecastBaseMismatchError, match="made for other pretrained weights"):
+            get_recast_model(plain, RecastConfig(bank=str(stored[1])))
+        assert not any("recast" in key for key in plain.state_dict())
+
+    def test_of_a_bank_for_another_architecture(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        with pytest.raises(RecastBankError, match="does not fit group"):
+            get_recast_model(tiny_vit(width=16), RecastConfig(bank=str(stored[1])))
+
+    def test_of_banks_that_follow_from_the_base(self, tmp_path: Path) -> None:
+        with pytest.raises(RecastBankError, match="nothing to store"):
+            get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])).save_bank(tmp_path)
+        with pytest.raises(RecastBankError, match="nothing to store"):
+            fit_bank(tiny_vit(), RecastConfig(target_modules=["qkv"]))
+
+    def test_of_a_converted_model_by_fit_bank(self) -> None:
+        with pytest.raises(RecastConfigError, match="converted already"):
+            fit_bank(fitted(), RecastConfig(**FIELDS))
+
+    def test_of_a_damaged_file(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        _, bank, _ = stored
+        raw = bytearray((bank / BANK_WEIGHTS).read_bytes())
+        raw[-3] ^= 1
+        (bank / BANK_WEIGHTS).write_bytes(raw)
+        with pytest.raises(RecastLoadError, match="damaged"):
+            load_bank(bank)
+        (bank / BANK_WEIGHTS).write_bytes(raw[:40])
+        with pytest.raises(RecastLoadError, match="cannot be read"):
+            load_bank(bank)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"format": 99}, "another format"),
+            ({"groups": {"a": {"kind": "tied", "members": []}}}, "kind 'tied'"),
+            ({"groups": {"a": {"kind": "dense", "members": []}}}, "lacks or misstates 'a.templates'"),
+        ],
+    )
+    def test_of_a_header_that_misstates(self, stored: tuple[PeftModel, Path, Path], change: dict, message: str) -> None:
+        path = stored[1] / BANK_CONFIG
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(RecastLoadError, match=message):
+            load_bank(stored[1])
+
+    @pytest.mark.parametrize("bank", [3, {}, {"path": "x"}, {"name": 3}])
+    def test_of_what_is_no_bank(self, bank: object) -> None:
+        with pytest.raises(RecastConfigError, match="bank="):
+            RecastConfig(bank=bank)  # type: ignore[arg-type]
+
+    def test_saving_a_task_before_its_bank_warns(self, tmp_path: Path) -> None:
+        with pytest.warns(UserWarning, match="save_bank"):
+            fitted().save_pretrained(tmp_path)
+
+
+class TestStoredBank:
+    def test_fingerprint_tells_contents_apart_and_ignores_the_name(self) -> None:
+        group = StoredGroup(("a", "b"), torch.ones(1, 2, 2), torch.ones(2, 1))
+        other = StoredGroup(("a", "b"), torch.ones(1, 2, 2) * 1.001, torch.ones(2, 1))
+        one = StoredBank({"g": group}).fingerprint
+        assert StoredBank({"g": group}, name="x").fingerprint == one
+        assert StoredBank({"g": other}).fingerprint != one
+
+    def test_a_config_does_not_copy_it(self) -> None:
+        bank = StoredBank({"g": StoredGroup(("a", "b"), torch.ones(1, 2, 2), torch.ones(2, 1))})
+        config = RecastConfig(bank=bank)
+        assert copy.deepcopy(config).bank_in_memory is bank
+        assert config.to_dict()["bank"] == bank.reference
+        config.bank = None
+        assert config.bank_in_memory is None
+
+
+class TestCompressedModel:
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_is_stored_without_the_released_weights(self, tmp_path: Path, keep: bool) -> None:
+        model = get_recast_model(tiny_vit(), RecastConfig(**FIELDS, keep_base_weights=keep)).eval()
+        randomise(model)
+        save_compressed_model(model, tmp_path / "model")
+        model.save_pretrained(tmp_path / "task")
+        with torch.device("meta"):
+            empty: nn.Module = tiny_vit()
+        loaded = load_compressed_model(empty, tmp_path / "model").eval()
+        loaded.load_adapter(tmp_path / "task", "task")
+        loaded.set_adapter("task")
+        assert torch.equal(outputs(loaded, X), outputs(model, X))
+        plain_bytes = sum(p.numel() * 4 for p in tiny_vit().parameters())
+        held = sum(p.numel() * 4 for n, p in loaded.named_parameters() if "coefficients" not in n)
+        saved = 4 * (2 * 3 * 8 * 8 + 2 * 8 * 16)  # one of two weights in each of two groups, for qkv and fc1
+        assert held == plain_bytes - saved
+        stored = (tmp_path / "model" / "recast_backbone.safetensors", tmp_path / "model" / BANK_WEIGHTS)
+        assert sum(p.stat().st_size for p in stored) < plain_bytes - saved + 6000  # the files' headers
+
+    def test_trains_and_merges(self, tmp_path: Path) -> None:
+        save_compressed_model(fitted(), tmp_path)
+        model = load_compressed_model(tiny_vit(seed=9), tmp_path)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses = []
+        for _ in range(5):
+            loss = model(X).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        assert losses[-1] < losses[0]
+        after = outputs(model.eval(), X)
+        torch.testing.assert_close(outputs(model.merge_and_unload(), X), after)
+
+    def test_is_refused_for_another_architecture(self, tmp_path: Path) -> None:
+        save_compressed_model(fitted(), tmp_path)
+        with pytest.raises(RecastLoadError, match="another shape|does not fit"):
+            load_compressed_model(tiny_vit(width=16), tmp_path)
+        with pytest.raises(RecastLoadError, match="another architecture"):
+            load_compressed_model(tiny_vit(depth=6), tmp_path)
+        (tmp_path / "recast_backbone.safetensors").unlink()
+        with pytest.raises(RecastLoadError, match="cannot be read"):
+            load_compressed_model(tiny_vit(), tmp_path)
+
+    def test_stores_tied_weights_once(self, tmp_path: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 500,
+        }
+        config = LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True)
+        model = get_recast_model(LlamaForCausalLM(config), RecastConfig(num_templates=1)).eval()
+        save_compressed_model(model, tmp_path)
+        assert (tmp_path / "recast_backbone.safetensors").stat().st_size < 4 * 16 * 500 * 2
+        loaded = load_compressed_model(LlamaForCausalLM(config).eval(), tmp_path).eval()
+        tokens = torch.arange(5)[None]
+        with torch.no_grad():
+            assert torch.equal(loaded(input_ids=tokens).logits, model(input_ids=tokens).logits)
+        base = loaded.get_base_model()
+        assert base.lm_head.weight is base.model.embed_tokens.weight
+
+    def test_is_not_stored_while_merged(self, tmp_path: Path) -> None:
+        model = fitted()
+        model.merge_adapter()
+        with pytest.raises(RecastBankError, match="unmerge_adapter"):
+            save_compressed_model(model, tmp_path)

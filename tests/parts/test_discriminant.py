@@ -1,0 +1,239 @@
+"""Classifiers in closed form: against scikit-learn's discriminant analysis, densities by hand, and what must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import nn
+from torch.distributions import MultivariateNormal
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from recast_peft import RecastConfig, TaskPool, fit_discriminant_head, get_recast_model
+from recast_peft.errors import RecastConfigError, RecastTargetError
+from recast_peft.parts.discriminant import discriminants, linear_head
+from recast_peft.parts.head import ClassStatistics
+
+COUNTS = (9, 4, 6)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(5, 2)
+
+    def features(self, x):
+        for layer in self.body:
+            x = self.drop(torch.tanh(layer(x)))
+        return x
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def examples(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three classes of unequal size around means of their own, far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    centres = 3 + torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    return centres[labels] + torch.randn(len(labels), 5, generator=generator, dtype=torch.float64), labels
+
+
+def statistics(features: torch.Tensor, labels: torch.Tensor, classes: int = 3) -> ClassStatistics:
+    size = features.shape[1]
+    empty = [torch.zeros(shape, dtype=torch.float64) for shape in ((classes,), (classes, size), (size, size))]
+    found = ClassStatistics(*empty)
+    found.add(features, labels)
+    return found
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().double()
+
+
+def task(classes: int = 3, **fields) -> PeftModel:
+    model = get_recast_model(net(), RecastConfig(target_modules=["body.0", "body.1"], num_classes=classes, **fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "recast_coefficients" in name:
+                parameter.fill_(0.3)
+    return model
+
+
+class TestDiscriminants:
+    @pytest.mark.parametrize("shrinkage", [0.0, 0.2, 0.9, 1])
+    def test_the_posteriors_are_those_of_scikit_learn(self, shrinkage):
+        features, labels = examples()
+        weight, bias = discriminants(statistics(features, labels), shrinkage)
+        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features, labels)
+        others, _ = examples(1)
+        mine = (others @ weight.T + bias).softmax(1)
+        assert torch.allclose(mine, torch.from_numpy(peer.predict_proba(others)), atol=1e-9)
+
+    def test_the_logits_are_log_densities_with_the_shares_of_the_classes(self):
+        features, labels = examples()
+        means = torch.stack([features[labels == k].mean(0) for k in range(3)])
+        away = features - means[labels]
+        within = away.T @ away / len(features)
+        covariance = 0.7 * within + 0.3 * torch.eye(5, dtype=torch.float64) * within.trace() / 5
+        densities = torch.stack([MultivariateNormal(m, covariance).log_prob(features) for m in means], dim=1)
+        expected = (densities + torch.tensor(COUNTS).log()).log_softmax(1)
+        weight, bias = discriminants(statistics(features, labels), 0.3)
+        assert torch.allclose((features @ weight.T + bias).log_softmax(1), expected, atol=1e-9)
+        assert torch.allclose(weight.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-9)
+
+    def test_batches_add_up(self):
+        features, labels = examples()
+        parts = statistics(features[:7], labels[:7])
+        parts.add(features[7:], labels[7:])
+        for mine, whole in zip(discriminants(parts), discriminants(statistics(features, labels)), strict=True):
+            assert torch.allclose(mine, whole, atol=1e-9)
+
+    def test_too_few_examples_need_shrinkage(self):
+        features, labels = examples()
+        rows = torch.tensor([0, 1, 9, 10, 13, 14])  # three degrees of freedom for five features
+        few = statistics(features[rows], labels[rows])
+        with pytest.raises(RecastTargetError, match="6 examples of 3 classes with 5 features"):
+            discriminants(few, 0.0)
+        assert all(part.isfinite().all() for part in discriminants(few, 0.1))
+        with pytest.raises(RecastTargetError, match="do not determine"):
+            discriminants(statistics(torch.ones(6, 5), labels[rows]), 0.2)
+
+    @pytest.mark.parametrize("shrinkage", [-0.1, 1.1, "auto", True, float("nan")])
+    def test_a_share_is_expected(self, shrinkage):
+        with pytest.raises(RecastConfigError, match="shrinkage="):
+            fit_discriminant_head(task(), [], shrinkage=shrinkage)
+        with pytest.raises(RecastConfigError, match="shrinkage="):
+            discriminants(statistics(*examples()), shrinkage)
+
+
+class TestHeadsOfTasks:
+    def test_it_is_the_head_of_the_tasks_own_features_and_is_stored(self, tmp_path):
+        x, labels = examples()
+        model = task()
+        before = model.eval()(x)
+        model.train()  # with dropout: features are those of evaluation
+        head = fit_discriminant_head(model, [(x[:8], labels[:8]), (x[8:], labels[8:])])
+        assert model.training
+        features = model.eval().get_base_model().features(x).detach()
+        assert not torch.allclose(features, net().eval().features(x).detach())
+        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2).fit(features, labels)
+        assert torch.allclose(model(x).softmax(1), torch.from_numpy(peer.predict_proba(features)), atol=1e-9)
+        assert not torch.allclose(model(x), before)
+        assert head.weight.requires_grad
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(net(), tmp_path).eval()
+        assert torch.equal(again(x), model(x))
+
+    def test_other_tasks_and_the_models_own_head_stay(self):
+        x, labels = examples()
+        model = task()
+        model.add_adapter("second", RecastConfig(target_modules=["body.0", "body.1"], num_classes=3))
+        first = model.eval()(x)
+        model.set_adapter("second")
+        fit_discriminant_head(model, [(x, labels)], "second")
+        model.set_adapter("default")
+        assert torch.equal(model.eval()(x), first)
+        with model.disable_adapter():
+            assert torch.equal(model(x), net().eval()(x))
+
+    def test_a_task_of_another_method(self):
+        x, labels = examples()
+        model = get_peft_model(
+            net(), LoraConfig(r=2, target_modules=["body.0"], modules_to_save=["head"], init_lora_weights=False)
+        )
+        model.double()
+        fit_discriminant_head(model, [(x, labels % 2)])
+        features = model.eval().get_base_model().features(x).detach()
+        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2).fit(features, labels % 2)
+        assert (model(x).argmax(1).numpy() == peer.predict(features)).all()
+        with model.disable_adapter():
+            assert torch.equal(model(x), net().eval()(x))
+
+    @pytest.mark.parametrize(
+        ("config", "kind", "part"),
+        [
+            (BertConfig, BertForSequenceClassification, "classifier"),
+            (RobertaConfig, RobertaForSequenceClassification, "classifier.out_proj"),
+        ],
+    )
+    def test_a_head_of_several_layers_gets_a_new_last_one(self, config, kind, part):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+        model = get_recast_model(kind(config(vocab_size=30, max_position_embeddings=20, **sizes)), RecastConfig(num_classes=3))
+        head, _, last = part.partition(".")
+        own = getattr(model.get_base_model(), head).modules_to_save["default"]
+        other = {n: p.clone() for n, p in model.named_parameters() if not n.endswith(f"{last}.weight" if last else "weight")}
+        ids = torch.randint(2, 30, (12, 6))
+        batch = {"input_ids": ids, "labels": torch.arange(12) % 3}
+        assert fit_discriminant_head(model, [batch]) is own.get_submodule(last)
+        for name, parameter in model.named_parameters():
+            if name in other and not name.endswith("bias"):
+                assert torch.equal(parameter, other[name])
+        found = model.eval()(input_ids=ids).logits.argmax(1)
+        assert (found == batch["labels"]).float().mean() > 0.5  # a third by chance
+
+
+class TestRefusals:
+    def test_tasks_without_a_linear_classifier(self):
+        x, labels = examples()
+        plain = get_recast_model(net(), RecastConfig(target_modules=["body.0", "body.1"]))
+        for model in (plain, task(head_type="prototypes")):
+            with pytest.raises(RecastTargetError, match="owns 0 linear classifiers"):
+                fit_discriminant_head(model, [(x, labels)])
+
+    def test_a_classifier_without_biases(self):
+        model = task()
+        model.get_base_model().head.modules_to_save["default"].bias = None
+        with pytest.raises(RecastTargetError, match="owns 0 linear classifiers with biases"):
+            linear_head(model)
+
+    def test_a_task_that_is_not_in_force(self):
+        x, labels = examples()
+        model = task()
+        model.add_adapter("second", RecastConfig(target_modules=["body.0", "body.1"], num_classes=3))
+        with pytest.raises(RecastTargetError, match=r"set_adapter\('second'\)"):
+            fit_discriminant_head(model, [(x, labels)], "second")
+        with model.disable_adapter(), pytest.raises(RecastTargetError, match="not in force"):
+            fit_discriminant_head(model, [(x, labels)])
+
+    def test_tasks_that_are_not_trained(self, tmp_path):
+        x, labels = examples()
+        model = task()
+        pool = TaskPool(model)
+        pool.add("first", "default")
+        with pool.use("first"), pytest.raises(RecastTargetError, match="then add it to the pool"):
+            fit_discriminant_head(model, [(x, labels)])  # would write to a copy
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(net(), tmp_path)
+        with pytest.raises(RecastTargetError, match="is_trainable=True"):
+            fit_discriminant_head(again, [(x, labels)])
+        fit_discriminant_head(PeftModel.from_pretrained(net(), tmp_path, is_trainable=True), [(x, labels)])
+
+    @pytest.mark.parametrize(
+        ("labels", "message"),
+        [
+            (torch.zeros(19, dtype=torch.long), r"class \[1, 2\]"),
+            (torch.arange(19), "0 to 2"),
+            (torch.arange(18) % 3, "vector"),
+        ],
+    )
+    def test_labels_that_do_not_fit_leave_the_head_as_it_was(self, labels, message):
+        x, _ = examples()
+        model = task()
+        head = linear_head(model)
+        before = head.weight.clone(), head.bias.clone()
+        with pytest.raises(RecastTargetError, match=message):
+            fit_discriminant_head(model, [(x, labels)])
+        assert torch.equal(head.weight, before[0])
+        assert torch.equal(head.bias, before[1])
+        assert not head._forward_pre_hooks
+
+    def test_more_than_one_vector_for_each_example(self):
+        x, labels = examples()
+        with pytest.raises(RecastTargetError, match=r"its input: \(19, 2, 5\)"):
+            fit_discriminant_head(task(), [(torch.stack([x, x], dim=1), labels)])
