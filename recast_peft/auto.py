@@ -21,9 +21,8 @@ from .hub.cards import task_entries
 from .hub.peft_models import with_task_verbs
 from .hub.transfer import fetch_file, fetch_task
 from .layer import RecastLayer
+from .names import check_adapter_name, plain_name
 from .parts import BiasConfig
-from .tasks.conversion import check_adapter_name
-from .tasks.files import plain_name
 
 # keywords of PeftModel.from_pretrained that make sense when the backbone is built here
 PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")

@@ -27,9 +27,10 @@ from .composition.cached_weights import keeps_weight, kept_weight
 from .composition.coefficient_gradients import EXACT, Estimate, estimate_of
 from .composition.compose import average_sets, compose_into, compose_weight, mix_by_sample
 from .composition.lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
-from .composition.mixed_batch import BASE_ADAPTER, NO_TASK, MixedBatch, current_batch
+from .composition.mixed_batch import NO_TASK, MixedBatch, current_batch
 from .composition.recomposed import call_recomposed, can_recompose
 from .errors import RecastBankError
+from .names import BASE_ADAPTER
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
@@ -726,3 +727,8 @@ def _is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
+    """The RECAST layers of a model by the names of their modules in the plain model."""
+    return {m.module_name: m for m in model.modules() if isinstance(m, RecastLayer)}

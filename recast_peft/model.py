@@ -22,11 +22,12 @@ from .banks.files import StoredBank
 from .banks.template_bank import move_in_place
 from .composition.cached_weights import cached_weights
 from .composition.lazy_weight import model_reads
-from .composition.mixed_batch import BASE_ADAPTER, MixedBatch, current_batch, mixed_batch
+from .composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from .config import RecastConfig
 from .errors import RecastBankError, RecastConfigError
 from .hub.backbone import describe_backbone
-from .layer import RecastLayer
+from .layer import RecastLayer, recast_layers
+from .names import BANK_CONTAINER, BASE_ADAPTER, COEFFICIENTS, PREFIX, check_adapter_name, plain_name
 from .parts import BiasConfig
 from .parts.head import PreparedHead, TaskHead, check_one_owner, install_head, prepare_head, task_head
 from .parts.holders import TaskBiases, TaskPartners, bias_bank_of, merge_partners, unmerge_partners
@@ -45,7 +46,6 @@ from .parts.places import (
     unpack_masks,
 )
 from .planning.plan import RecastPlan, coefficient_owners, plan_recast
-from .registration import PREFIX
 from .tasks.arithmetic import (
     check_combinable,
     check_combination,
@@ -56,10 +56,8 @@ from .tasks.arithmetic import (
     write_row,
 )
 from .tasks.conversion import (
-    BANKS,
     PreparedLayer,
     base_fingerprints,
-    check_adapter_name,
     check_fingerprints,
     check_name_is_free,
     check_other_tasks,
@@ -67,14 +65,13 @@ from .tasks.conversion import (
     install_banks,
     prepare_banks,
     prepare_layers,
-    recast_layers,
     remember_bank_name,
     share_coefficients,
     stored_bank_of,
     task_banks,
     write_plan,
 )
-from .tasks.files import COEFFICIENTS, check_state_dict, check_task_file, plain_name
+from .tasks.files import check_state_dict, check_task_file
 
 
 class RecastModel(BaseTuner):
@@ -382,8 +379,8 @@ class RecastModel(BaseTuner):
             merge_partners(partners, adapter_names)
         elif partners is not None:
             unmerge_partners(partners)
-        if hasattr(self.model, BANKS):
-            delattr(self.model, BANKS)
+        if hasattr(self.model, BANK_CONTAINER):
+            delattr(self.model, BANK_CONTAINER)
         return model  # type: ignore[return-value]
 
     # ---------------------------------------------------------------- arithmetic on tasks

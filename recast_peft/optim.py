@@ -8,10 +8,10 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from .errors import RecastConfigError
+from .names import PARTNER_CONTAINER
 from .parts import BiasConfig
 from .parts.lora import PartLayer
 from .parts.places import MASKS
-from .planning.targets import PARTNER_CONTAINER
 
 COEFFICIENT_LR = 0.05  # in units of a template as large as the pretrained weight; what the demo trains with
 

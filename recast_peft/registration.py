@@ -12,9 +12,7 @@ import peft
 from peft import PeftType
 
 from .errors import RecastCompatibilityError
-
-METHOD_NAME = "recast"
-PREFIX = "recast_"
+from .names import METHOD_NAME, PREFIX
 
 
 def peft_type() -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..composition.compose import compose_weight
 from ..errors import RecastBankError, RecastConfigError
-from ..layer import RecastLayer
+from ..layer import RecastLayer, recast_layers
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
-from ..planning.plan import block_of
-from ..tasks.conversion import recast_layers, task_banks
+from ..names import block_of
+from ..tasks.conversion import task_banks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

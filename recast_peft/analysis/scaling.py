@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..layer import RecastLayer
+from ..layer import RecastLayer, recast_layers
 from ..mimicry import gram_matrix
 from ..planning.plan import RecastPlan, plan_recast, with_fields
-from ..tasks.conversion import recast_layers
 from .report import table
 
 if TYPE_CHECKING:

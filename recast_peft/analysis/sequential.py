@@ -35,8 +35,8 @@ from ..growth.biases import grow_bias_bank
 from ..growth.sources import Source
 from ..growth.weights import extend_bank, grow_bank
 from ..layer import RecastLayer
+from ..names import check_adapter_name
 from ..parts import BiasConfig
-from ..tasks.conversion import check_adapter_name
 
 # ---------------------------------------------------------------- pure functions
 

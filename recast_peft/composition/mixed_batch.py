@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..pool.task_pool import TaskPool
 
 NO_TASK = -1  # the row number that stands for the pretrained model
-BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
 @dataclass(frozen=True)

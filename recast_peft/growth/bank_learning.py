@@ -26,12 +26,12 @@ from ..banks.grown_templates import GrownTemplates, energy_kept
 from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
-from ..layer import RecastLayer
+from ..layer import RecastLayer, recast_layers
+from ..names import COEFFICIENTS, MODEL_PREFIX, check_adapter_name
 from ..parts.head import find_head
 from ..planning.plan import PlannedGroup, plan_recast
 from ..pool.task_pool import TaskPool
-from ..tasks.conversion import check_adapter_name, recast_banks, recast_layers
-from ..tasks.files import COEFFICIENTS, MODEL_PREFIX
+from ..tasks.conversion import recast_banks
 from .learning_run import LearningRates, LearningRun
 
 LAYOUT = "layout"  # the adapter whose banks are trained; its own coefficients stay zero

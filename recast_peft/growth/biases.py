@@ -18,10 +18,10 @@ from ..banks.grown_templates import principal_components
 from ..composition.fingerprint import weight_fingerprint
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import RecastLayer
+from ..names import bank_name, block_of, role_of
 from ..parts import BiasConfig
 from ..parts.bias import bias_of, check_bias
 from ..parts.places import places_of
-from ..planning.plan import bank_name, block_of, role_of
 from ..planning.targets import Candidate, find_candidates, head_names
 from .sources import Source, check_sources, moves_by_source, origin_of
 

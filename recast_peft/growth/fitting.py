@@ -21,7 +21,8 @@ from ..errors import RecastConfigError
 from ..layer import RecastLayer
 from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
-from ..planning.plan import PlannedGroup, block_of, plan_recast
+from ..names import block_of
+from ..planning.plan import PlannedGroup, plan_recast
 from ..planning.targets import Candidate
 
 

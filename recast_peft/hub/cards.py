@@ -23,10 +23,8 @@ from safetensors import SafetensorError, safe_open
 from ..banks.files import BANK_CONFIG
 from ..config import RecastConfig
 from ..errors import RecastLoadError
+from ..names import COEFFICIENTS, METHOD_NAME, role_of
 from ..parts.places import partner_of_entry
-from ..planning.plan import role_of
-from ..registration import METHOD_NAME
-from ..tasks.files import COEFFICIENTS
 from .backbone import hub_repository
 
 CARD_NAME = "README.md"

@@ -23,9 +23,9 @@ from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastLoadError
-from ..registration import PREFIX
-from ..tasks.conversion import BANKS, recast_layers, stored_bank_of
-from ..tasks.files import plain_name
+from ..layer import recast_layers
+from ..names import BANK_CONTAINER, PREFIX, plain_name
+from ..tasks.conversion import stored_bank_of
 
 REST_WEIGHTS = "recast_backbone.safetensors"
 
@@ -63,7 +63,7 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
     stored: dict[tuple, str] = {}
     for key, value in model.get_base_model().state_dict().items():
         name = plain_name(key)
-        if f".{PREFIX}" in key or key.startswith(f"{BANKS}.") or ".modules_to_save." in key or name in replaced:
+        if f".{PREFIX}" in key or key.startswith(f"{BANK_CONTAINER}.") or ".modules_to_save." in key or name in replaced:
             continue
         place = (value.data_ptr(), value.shape, value.stride()) if value.numel() else (name,)
         if place in stored:

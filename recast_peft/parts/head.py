@@ -17,10 +17,11 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..composition.mixed_batch import BASE_ADAPTER, current_batch
+from ..composition.mixed_batch import current_batch
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import device_of
+from ..names import BASE_ADAPTER
 from ..planning.targets import head_names
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")

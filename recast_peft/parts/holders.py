@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank
 from ..composition.mixed_batch import MixedBatch, current_batch
 from ..errors import RecastTargetError
+from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
 from ..parts import BiasConfig
-from ..planning.targets import PARTNER_CONTAINER
-from ..tasks.files import MODEL_PREFIX
 from .bias import BiasCoefficient, BiasMix, BiasTemplates
 
 
@@ -261,7 +260,3 @@ def unmerge_partners(model: nn.Module) -> None:
     for holder in partner_holders(model):
         if isinstance(holder, TaskBiases):
             holder.unmerge()
-
-
-def place_key(place: str) -> str:
-    return place.replace(".", "/")  # a module's name holds no dot

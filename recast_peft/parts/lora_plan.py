@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import TARGET_SHORTHANDS, RecastConfig
 from ..errors import RecastTargetError
+from ..names import plain_name
 from ..planning.targets import Candidate, composed_layer, find_candidates, find_targets
-from ..tasks.files import plain_name
 
 
 @dataclass(frozen=True)

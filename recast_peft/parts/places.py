@@ -22,13 +22,12 @@ from ..banks.files import StoredBank, find_bank
 from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastLoadError, RecastTargetError
-from ..layer import RecastLayer
+from ..layer import RecastLayer, recast_layers
+from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
 from ..parts import BiasConfig, PartnerConfig, PiggybackConfig
-from ..planning.targets import PARTNER_CONTAINER, SHORTHANDS, Candidate, find_candidates, head_names
-from ..tasks.conversion import recast_layers
-from ..tasks.files import MODEL_PREFIX, plain_name
+from ..planning.targets import SHORTHANDS, Candidate, find_candidates, head_names
 from .bias import BiasMix, BiasTemplates, bias_of, channels_of, check_bias
-from .holders import PartnerContainer, PartnerHook, TaskBiases, TaskPartners, partner_holders, place_key
+from .holders import PartnerContainer, PartnerHook, TaskBiases, TaskPartners, partner_holders
 from .piggyback import WeightMask
 from .stacking import inner_layers
 

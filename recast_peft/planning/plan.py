@@ -18,6 +18,7 @@ from torch import nn
 from ..banks.files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
+from ..names import bank_name, block_of, role_of
 from ..parts.lora_plan import LoraPlan, plan_lora_part
 from .targets import Candidate, check_materialised, composed_layer, find_targets, total_bytes
 
@@ -414,38 +415,6 @@ def _explain(count: int, choice: RecastConfig, config: RecastConfig, least: int 
     if least is None and config.coefficient_sharing is None:
         why += "; without sharing no choice keeps it"
     return f"max_coefficients={config.max_coefficients}: {', '.join(parts)} needs {count} numbers, {why}"
-
-
-def block_of(name: str) -> str:
-    """The block that a module stands in: its name up to the last number that is not its own last part.
-
-    >>> block_of("blocks.11.attn.qkv"), block_of("blocks.3.mlp.0"), block_of("conv1")
-    ('blocks.11', 'blocks.3', 'conv1')
-    """
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=None)
-    return name if last is None else ".".join(parts[: last + 1])
-
-
-def role_of(name: str) -> str:
-    """A module's name with its numbers taken out: layers with one role differ in depth alone.
-
-    >>> role_of("blocks.11.attn.qkv")
-    'blocks.*.attn.qkv'
-    """
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def bank_name(members: list[str]) -> str:
-    """A name for the bank of these members: common parts once, the others in braces.
-
-    >>> bank_name(["blocks.0.attn.qkv", "blocks.1.attn.qkv"])
-    'blocks.{0,1}.attn.qkv'
-    """
-    columns = zip(*(member.split(".") for member in members), strict=False)
-    if len({member.count(".") for member in members}) > 1:
-        return "{" + ",".join(members) + "}"
-    return ".".join(parts[0] if len(set(parts)) == 1 else "{" + ",".join(dict.fromkeys(parts)) + "}" for parts in columns)
 
 
 def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:

@@ -21,9 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-
-# Children of the backbone that hold what tasks share or own beside its modules.
-BANK_CONTAINER, PARTNER_CONTAINER = "recast_banks", "recast_partners"
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER
 
 # A component that decides what the modules below it are. Names and class names are searched from the module upwards, and
 # the first component that says anything decides, so that the MLP inside an "attention block" is an MLP.

@@ -33,15 +33,15 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError, RecastTargetError
 from ..hub.peft_models import TaskModel, with_task_verbs
 from ..hub.transfer import fetch_task
-from ..layer import RecastLayer
+from ..layer import RecastLayer, recast_layers
 from ..model import RecastModel
+from ..names import COEFFICIENTS, MODEL_PREFIX
 from ..parts import BiasConfig
 from ..parts.head import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, prepare_head, task_head
 from ..parts.holders import TaskBiases, bias_bank_of, bias_coefficients, bias_entry, bias_holders, bias_owners
 from ..parts.places import check_without_partners
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows, head_of_adapter
-from ..tasks.conversion import recast_layers
-from ..tasks.files import COEFFICIENTS, MODEL_PREFIX, raise_if_damaged
+from ..tasks.files import raise_if_damaged
 from .routing import TaskFeatures, nearest_task, summarise
 
 SLOT = "task_pool"

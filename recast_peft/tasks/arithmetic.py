@@ -20,10 +20,10 @@ from ..banks.template_bank import TemplateBank
 from ..composition.compose import average_sets
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
+from ..layer import recast_layers
 from ..parts.head import PreparedHead, TaskHead
 from ..parts.holders import TaskBiases, bias_bank_of, bias_coefficients
 from ..parts.places import check_without_partners
-from .conversion import recast_layers
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")

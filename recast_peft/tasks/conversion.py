@@ -22,14 +22,12 @@ from ..composition.compose import average_sets
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
-from ..layer import BASE_ADAPTER, RecastLayer
+from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
+from ..names import BANK_CONTAINER, PREFIX
 from ..parts.lora import lora_config_of
 from ..planning.plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
-from ..planning.targets import BANK_CONTAINER, Candidate, composed_layer
-from ..registration import PREFIX
-
-BANKS = BANK_CONTAINER  # the module of the backbone that owns the compressed banks
+from ..planning.targets import Candidate, composed_layer
 
 
 class BankContainer(nn.ModuleDict):
@@ -59,31 +57,6 @@ class PreparedLayer:
     original: nn.Module
     visible_key: str
     bank: TemplateBank | None = None
-
-
-def check_adapter_name(name: str) -> None:
-    """Refuse a task name that PEFT cannot store.
-
-    Raises:
-        RecastConfigError: if the name is empty, holds a dot, is PEFT's name for no adapter, or would be confused with the
-            names of parameters.
-    """
-    if not isinstance(name, str) or not name:
-        raise RecastConfigError(f"adapter_name={name!r}: expected a name that is not empty")
-    if "." in name:
-        raise RecastConfigError(f"adapter_name={name!r}: a name must hold no dot, which separates the parts of keys")
-    if name == BASE_ADAPTER:
-        raise RecastConfigError(f"adapter_name={name!r}: this is the name of the model without any task")
-    if name in PREFIX or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name):
-        raise RecastConfigError(
-            f"adapter_name={name!r}: PEFT cannot tell this name from names of its own (the prefix {PREFIX!r}, or an "
-            "attribute of the containers that hold the coefficients); choose another one"
-        )
-
-
-def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
-    """The RECAST layers of a model by the names of their modules in the plain model."""
-    return {m.module_name: m for m in model.modules() if isinstance(m, RecastLayer)}
 
 
 def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
@@ -489,9 +462,9 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
     """Make new compressed banks part of the model and release what they stand for, one group after the other."""
     if not banks:
         return
-    if not hasattr(model, BANKS):
-        setattr(model, BANKS, BankContainer())
-    container = getattr(model, BANKS)
+    if not hasattr(model, BANK_CONTAINER):
+        setattr(model, BANK_CONTAINER, BankContainer())
+    container = getattr(model, BANK_CONTAINER)
     for bank in banks:
         if not bank.is_anchored:
             bank.build()

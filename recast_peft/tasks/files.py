@@ -12,28 +12,10 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastError, RecastLoadError
-from ..registration import PREFIX
+from ..names import COEFFICIENTS, MODEL_PREFIX, plain_name
 
 if TYPE_CHECKING:
     from ..planning.plan import RecastPlan
-
-COEFFICIENTS = f"{PREFIX}coefficients"
-MODEL_PREFIX = "base_model.model."
-
-
-def plain_name(name: str) -> str:
-    """A module's name in the plain model: without what PEFT and wrappers put in.
-
-    >>> plain_name("attn.base_layer.out_proj")
-    'attn.out_proj'
-    >>> plain_name("dla.base_layer.0.base_layer.weight")
-    'dla.base_layer.0.weight'
-    """
-    name = re.sub(r"(^|\.)(_fsdp_wrapped_module|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
-    prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else ""
-    # timm's DLA has a base_layer of its own: nothing wraps the model itself, so a first part of that name is the model's, and
-    # tuners wrap modules with a weight, which have no numbered children
-    return prefix + re.sub(r"\.(base_layer(?!\.\d)|original_module)(?=\.|$)", "", name.removeprefix(prefix))
 
 
 def check_task_file(

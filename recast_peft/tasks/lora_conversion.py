@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from ..analysis.report import table
 from ..config import RecastConfig
 from ..errors import RecastConfigError
+from ..layer import recast_layers
+from ..names import MODEL_PREFIX, plain_name
 from ..parts.places import check_without_partners
-from .conversion import recast_layers
-from .files import MODEL_PREFIX, plain_name
 
 
 @dataclass(frozen=True)

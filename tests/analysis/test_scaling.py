@@ -24,7 +24,8 @@ from recast_peft import (
     scaling_table,
 )
 from recast_peft.config import PAPER_SETTINGS, SHARING_CHOICES
-from recast_peft.planning.plan import SHARING, block_of
+from recast_peft.names import block_of
+from recast_peft.planning.plan import SHARING
 
 X = vit_input()
 

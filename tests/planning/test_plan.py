@@ -23,7 +23,7 @@ from recast_peft import (
     get_recast_model,
     plan_recast,
 )
-from recast_peft.planning.plan import bank_name, role_of
+from recast_peft.names import bank_name, role_of
 
 QKV = [f"blocks.{i}.attn.qkv" for i in range(6)]
 

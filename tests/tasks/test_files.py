@@ -27,7 +27,7 @@ from recast_peft import (
     RecastTargetError,
     get_recast_model,
 )
-from recast_peft.tasks.files import plain_name
+from recast_peft.names import plain_name
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

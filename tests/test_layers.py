@@ -1,0 +1,59 @@
+"""Imports run one way: from the outer rooms of the house to the inner ones, without exception and without a circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import recast_peft
+
+ROOT = Path(recast_peft.__file__).parent
+
+# From the inside to the outside; a module may import from its own room and from those before it.
+ROOMS = (
+    "_version errors names storage registration composition mimicry banks options config planning layer parts tasks model hub pool "
+    "auto growth optim integrations analysis cli __init__"
+).split()
+
+
+def modules() -> dict[str, Path]:
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+
+
+def imported(name: str, path: Path, known: set[str]) -> set[str]:
+    """Modules of the package that a file imports anywhere in it: also inside functions and for types alone."""
+    package = name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+        for alias in node.names:
+            spellings = (
+                ".".join(filter(None, [*base, *tail])) for tail in ([alias.name], [alias.name, "__init__"], [], ["__init__"])
+            )
+            found.add(next(spelling for spelling in spellings if spelling in known))
+    return found - {name}
+
+
+GRAPH = {name: imported(name, path, set(modules())) for name, path in modules().items()}
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_no_import_runs_up(name: str) -> None:
+    room = name.split(".")[0]
+    above = {other for other in GRAPH[name] if ROOMS.index(other.split(".")[0]) > ROOMS.index(room)}
+    assert not above
+
+
+def test_there_is_no_circle() -> None:
+    left = {name: set(imports) for name, imports in GRAPH.items()}
+    while free := {name for name, imports in left.items() if not imports & left.keys()}:
+        left = {name: imports for name, imports in left.items() if name not in free}
+    assert not left
+
+
+def test_no_file_has_more_than_400_lines() -> None:
+    assert {name: lines for name, path in modules().items() if (lines := len(path.read_text().splitlines())) > 400} == {}
