@@ -32,11 +32,12 @@ from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerCo
 from .parts.discriminant import fit_discriminant_head
 from .parts.head import fit_prototypes, split_logits
 from .parts.stacking import STACKABLE
-from .planning.plan import RecastPlan, plan_recast
+from .planning.plan import RecastPlan
 from .pool.task_pool import TaskPool
 from .registration import register
 from .tasks.conversion import collapse_coefficient_sets
 from .tasks.lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
+from .tasks.plan import plan_recast
 
 register(RecastConfig, RecastModel)
 

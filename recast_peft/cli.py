@@ -21,7 +21,7 @@ from .errors import RecastConfigError, RecastError
 from .hub.cards import task_sizes
 from .hub.transfer import fetch_task
 from .parts import BiasConfig
-from .planning.plan import plan_recast
+from .tasks.plan import plan_recast
 
 WEIGHTS_FILE = "model.safetensors"
 

@@ -45,7 +45,8 @@ from .parts.places import (
     take_out_partners,
     unpack_masks,
 )
-from .planning.plan import RecastPlan, coefficient_owners, plan_recast
+from .planning.groups import coefficient_owners
+from .planning.plan import RecastPlan
 from .tasks.arithmetic import (
     check_combinable,
     check_combination,
@@ -72,6 +73,7 @@ from .tasks.conversion import (
     write_plan,
 )
 from .tasks.files import check_state_dict, check_task_file
+from .tasks.plan import plan_recast
 
 
 class RecastModel(BaseTuner):

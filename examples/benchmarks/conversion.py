@@ -23,7 +23,7 @@ from timing import Row, Tables, arguments, finish, seconds, start
 from torch import nn
 
 from recast_peft import RecastConfig
-from recast_peft.planning.targets import total_bytes
+from recast_peft.planning.candidates import total_bytes
 
 LARGEST = "llama-shaped"
 VITS = [f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")]

@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recast_peft import RecastConfig, get_recast_model, plan_recast, save_compressed_model
-from recast_peft.planning.targets import total_bytes
+from recast_peft.planning.candidates import total_bytes
 
 PAGE = 4096
 GIB = 2**30

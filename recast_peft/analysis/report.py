@@ -17,6 +17,7 @@ from ..layer import RecastLayer, recast_layers
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
 from ..names import block_of
+from ..planning.table import text_table
 from ..tasks.conversion import task_banks
 
 if TYPE_CHECKING:
@@ -101,14 +102,14 @@ class MimicryReport:
             (m.module, m.bank, "exact" if m.exact else "", *map(_shown, (m.cosine, m.relative_error, m.energy_kept)))
             for m in self.modules
         ]
-        text = table(("module", "bank", "", "cosine", "relative error", "energy kept"), rows)
+        text = text_table(("module", "bank", "", "cosine", "relative error", "energy kept"), rows)
         if self.is_exact:
             text += "\nevery bank is exact: the pretrained weights themselves are the templates, nothing is approximated"
         else:
             text += f"\nmean cosine {_shown(self.mean_cosine)}, mean relative error {_shown(self.mean_relative_error)}"
         if self.features:
             rows = [(f.name, _shown(f.cosine), _shown(f.relative_error)) for f in self.features]
-            text += "\n\n" + table(("features of", "cosine", "relative error"), rows)
+            text += "\n\n" + text_table(("features of", "cosine", "relative error"), rows)
         return text
 
 
@@ -244,17 +245,6 @@ def _compare(name: str, mine: Tensor, wanted: Tensor) -> FeatureFidelity:
     a, b = mine.flatten(1).double(), wanted.to(mine.device).flatten(1).double()
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).mean()
     return FeatureFidelity(name, float(cosine), float((a - b).norm() / b.norm().clamp_min(1e-300)))
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Cells as text: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: tuple[str, ...]) -> str:
-        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join((first, *rest)).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
 def _shown(value: float | None) -> str:

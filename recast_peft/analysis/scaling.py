@@ -14,8 +14,10 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import gram_matrix
-from ..planning.plan import RecastPlan, plan_recast, with_fields
-from .report import table
+from ..planning.budget import with_fields
+from ..planning.plan import RecastPlan
+from ..planning.table import text_table
+from ..tasks.plan import plan_recast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +75,7 @@ class ScalingTable:
 
     def __str__(self) -> str:
         header = ("targets", "group size", "groups G", "templates n", "sets K", "numbers per task", "model bytes", "error")
-        return table(header, [_cells(row) for row in self.rows])
+        return text_table(header, [_cells(row) for row in self.rows])
 
 
 def _cells(row: ScalingRow) -> tuple[str, ...]:

@@ -29,9 +29,10 @@ from ..errors import RecastBankError, RecastConfigError
 from ..layer import RecastLayer, recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX, check_adapter_name
 from ..parts.head import find_head
-from ..planning.plan import PlannedGroup, plan_recast
+from ..planning.groups import PlannedGroup
 from ..pool.task_pool import TaskPool
 from ..tasks.conversion import recast_banks
+from ..tasks.plan import plan_recast
 from .learning_run import LearningRates, LearningRun
 
 LAYOUT = "layout"  # the adapter whose banks are trained; its own coefficients stay zero

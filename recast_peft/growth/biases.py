@@ -22,7 +22,8 @@ from ..names import bank_name, block_of, role_of
 from ..parts import BiasConfig
 from ..parts.bias import bias_of, check_bias
 from ..parts.places import places_of
-from ..planning.targets import Candidate, find_candidates, head_names
+from ..planning.candidates import Candidate, find_candidates
+from ..planning.heads import head_names
 from .sources import Source, check_sources, moves_by_source, origin_of
 
 

@@ -22,8 +22,9 @@ from ..layer import RecastLayer
 from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from ..names import block_of
-from ..planning.plan import PlannedGroup, plan_recast
-from ..planning.targets import Candidate
+from ..planning.candidates import Candidate
+from ..planning.groups import PlannedGroup
+from ..tasks.plan import plan_recast
 
 
 def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | None = None) -> StoredBank:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.report import table
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import RecastLayer
-from ..planning.plan import plan_recast
+from ..planning.table import text_table
+from ..tasks.plan import plan_recast
 from .biases import bias_moves
 from .sources import Source, check_sources, origin_of, task_vectors
 
@@ -219,7 +219,7 @@ class GrowthReport:
             energy = [f"{share:.3f}" for share in group.energy] + [""] * (most - len(group.energy))
             counts = (str(group.members), str(group.num_templates), f"{group.nbytes:,}")
             rows.append((group.bank, *counts, *energy))
-        return f"{table(header, rows)}\nversion {self.version}, {self.num_coefficients} numbers per task"
+        return f"{text_table(header, rows)}\nversion {self.version}, {self.num_coefficients} numbers per task"
 
 
 def growth_report(bank: StoredBank) -> GrowthReport:

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import RecastConfigError
 
 if TYPE_CHECKING:
-    from ..planning.targets import Candidate
+    from ..planning.candidates import Candidate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..options.partner import PartnerConfig, is_count, is_number
 
 if TYPE_CHECKING:
-    from ..planning.targets import Candidate
+    from ..planning.candidates import Candidate
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|Mlp|MLP|FFN|FeedForward|GLU|Glu")
 _LAYERS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)

@@ -23,7 +23,7 @@ from ..errors import RecastBankError, RecastConfigError
 from ..options.partner import PartnerConfig
 
 if TYPE_CHECKING:
-    from ..planning.targets import Candidate
+    from ..planning.candidates import Candidate
 
 # the dimension of the output along which a module's bias lies, by how the module computes
 CHANNELS: dict[Callable, int] = {

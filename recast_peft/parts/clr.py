@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..options.partner import PartnerConfig, is_count
 
 if TYPE_CHECKING:
-    from ..planning.targets import Candidate
+    from ..planning.candidates import Candidate
 
 
 @dataclass(frozen=True, kw_only=True)

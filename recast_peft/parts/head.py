@@ -22,7 +22,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import device_of
 from ..names import BASE_ADAPTER
-from ..planning.targets import head_names
+from ..planning.heads import head_names
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
 HEAD_STD = 0.02  # standard deviation of a fresh head's weights

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ..config import TARGET_SHORTHANDS, RecastConfig
 from ..errors import RecastTargetError
 from ..names import plain_name
-from ..planning.targets import Candidate, composed_layer, find_candidates, find_targets
+from ..planning.candidates import Candidate, composed_layer, find_candidates
+from ..planning.targets import find_targets
 
 
 @dataclass(frozen=True)

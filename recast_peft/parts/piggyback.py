@@ -18,7 +18,7 @@ from ..errors import RecastLoadError
 from ..options.partner import PartnerConfig, is_number
 
 if TYPE_CHECKING:
-    from ..planning.targets import Candidate
+    from ..planning.candidates import Candidate
 
 # Bit i of a byte stands for the i-th of eight entries.
 _PLACES = tuple(range(8))

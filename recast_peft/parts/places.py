@@ -25,7 +25,9 @@ from ..errors import RecastBankError, RecastConfigError, RecastLoadError, Recast
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
 from ..parts import BiasConfig, PartnerConfig, PiggybackConfig
-from ..planning.targets import SHORTHANDS, Candidate, find_candidates, head_names
+from ..planning.candidates import Candidate, find_candidates
+from ..planning.heads import head_names
+from ..planning.roles import SHORTHANDS
 from .bias import BiasMix, BiasTemplates, bias_of, channels_of, check_bias
 from .holders import PartnerContainer, PartnerHook, TaskBiases, TaskPartners, partner_holders
 from .piggyback import WeightMask

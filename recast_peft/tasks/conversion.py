@@ -26,8 +26,9 @@ from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX
 from ..parts.lora import lora_config_of
-from ..planning.plan import SHARING, PlannedGroup, RecastPlan, coefficient_owners
-from ..planning.targets import Candidate, composed_layer
+from ..planning.candidates import Candidate, composed_layer
+from ..planning.groups import SHARING, PlannedGroup, coefficient_owners
+from ..planning.plan import RecastPlan
 
 
 class BankContainer(nn.ModuleDict):

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..analysis.report import table
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
 from ..parts.places import check_without_partners
+from ..planning.table import text_table
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LoraConversionReport:
             (c.module, f"{c.rank} of {c.full_rank}", *(f"{v:.4f}" for v in (c.relative_error, c.energy_kept, c.weight_error)))
             for c in self.layers
         ]
-        return table(("module", "rank", "error of the difference", "energy kept", "error of the weight"), rows) + (
+        return text_table(("module", "rank", "error of the difference", "energy kept", "error of the weight"), rows) + (
             f"\nmean error {self.mean_relative_error:.4f}, worst {self.worst_relative_error:.4f} of what the task adds; "
             f"{self.lora_numbers} numbers in place of {self.recast_numbers}\n"
             "What a RECAST task adds to a weight has full rank in general: a LoRA is exact at full rank only."

@@ -25,7 +25,7 @@ from recast_peft import (
 )
 from recast_peft.config import PAPER_SETTINGS, SHARING_CHOICES
 from recast_peft.names import block_of
-from recast_peft.planning.plan import SHARING
+from recast_peft.planning.groups import SHARING
 
 X = vit_input()
 

@@ -26,8 +26,8 @@ from recast_peft.banks.template_bank import mix_templates
 from recast_peft.growth.fitting import input_moments, output_change
 from recast_peft.mimicry import METHODS, AutoEncoder, ClosedForm, DataAware, FittedTemplates, Gradient, Recipe, resolve_method
 from recast_peft.mimicry.data_aware import best_coefficients, best_templates, total_error
-from recast_peft.planning.plan import plan_recast
 from recast_peft.planning.targets import find_targets
+from recast_peft.tasks.plan import plan_recast
 
 QUICK = {
     "closed_form": ClosedForm(),

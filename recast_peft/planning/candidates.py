@@ -1,0 +1,176 @@
+"""The modules of a model, by their names in the plain model, and which of them could be composed from templates."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import RecastTargetError
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module whose weight could be composed.
+
+    Attributes:
+        name: its name in the plain model (no ``base_layer`` of a tuner in it).
+        module: the plain module, whatever tuner layers are around it.
+        visible: the module that stands in the model now (a tuner layer, or the module itself).
+        weight_name: the name of the parameter that is composed; None for a module that has none.
+        reason: why the module cannot be a target; None if it can.
+        path: the modules from the root down to the one above it, with their names: ``((name, module), ...)``.
+    """
+
+    name: str
+    module: nn.Module
+    visible: nn.Module
+    weight_name: str | None
+    reason: str | None
+    path: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that is composed (None while a compressed bank stands for it)."""
+        assert self.weight_name is not None
+        return getattr(self.module, self.weight_name)
+
+
+def find_candidates(model: nn.Module) -> list[Candidate]:
+    """All modules of a model in the order of their definition, each with the reason why it cannot be a target, if any."""
+    owners = _parameter_owners(model)
+    places = _module_places(model)
+    candidates = []
+    for name, visible, path in _walk(model):
+        module = visible.get_base_layer() if isinstance(visible, BaseTunerLayer) else visible
+        weight_name, reason = _weight_of(visible, module)
+        if weight_name is not None and reason is None:
+            reason = _sharing(module, weight_name, owners, places[id(visible)])
+        candidates.append(Candidate(name, module, visible, weight_name, reason, path))
+    return candidates
+
+
+def _walk(
+    module: nn.Module, prefix: str = "", path: tuple[tuple[str, nn.Module], ...] = ()
+) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, nn.Module], ...]]]:
+    """All modules once, by their names in the plain model; what tuners added is passed over."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str, path: tuple[tuple[str, nn.Module], ...]) -> Iterator:
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        here = (*path, (prefix.rpartition(".")[2], inner))
+        for child_name, child in inner.named_children():
+            if isinstance(child, AuxiliaryTrainingWrapper) or id(child) in seen:
+                continue
+            if child_name in (BANK_CONTAINER, PARTNER_CONTAINER):
+                continue
+            seen.add(id(child))
+            name = f"{prefix}.{child_name}" if prefix else child_name
+            yield name, child, here
+            yield from visit(child, name, here)
+
+    yield from visit(module, prefix, path)
+
+
+def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str | None]:
+    """The name of the parameter to compose, and why it cannot be composed."""
+    kind = type(module).__name__
+    name = "weight"
+    if isinstance(module, nn.MultiheadAttention):
+        name = "in_proj_weight"
+        if module._parameters.get(name) is None and name not in _released(visible):
+            return name, "its query, key and value have different sizes; only the fused projection is supported"
+    if any(getattr(module, n, None) is not None for n in ("qweight", "W_q", "quant_state")):
+        return name, f"{kind} is quantized, which is not supported yet; load the model without quantization"
+    weight = module._parameters.get(name)
+    if weight is None:
+        if name in _released(visible):
+            return name, None
+        if torch.nn.utils.parametrize.is_parametrized(module, name):
+            return name, "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
+        return None, None
+    if is_lazy(weight):
+        return name, f"{kind} is not initialised yet; run the model once before it is converted"
+    is_plain = weight.is_floating_point() and weight.element_size() >= 2 and weight.layout == torch.strided
+    if not is_plain or hasattr(weight, "quant_state"):
+        return name, (
+            f"its weight is of {weight.dtype} ({weight.layout}), a sparse, integer or quantized type, which is not supported "
+            "yet; load the model dense and in float32, bfloat16 or float16"
+        )
+    if weight.ndim < 2:
+        return (
+            name,
+            f"the weight of {kind} is a vector of shape {tuple(weight.shape)}; at least two dimensions are needed",
+        )
+    return name, None
+
+
+def _released(visible: nn.Module) -> tuple[str, ...]:
+    """The weight that a compressed bank stands for, if there is a layer of ours."""
+    layer = composed_layer(visible)
+    return (str(layer.weight_name),) if layer is not None and layer.is_compressed else ()
+
+
+def composed_layer(visible: nn.Module) -> Any:
+    """RECAST's layer of a module, also inside layers of other methods; None if there is none."""
+    layer: Any = visible
+    while isinstance(layer, BaseTunerLayer) and not hasattr(type(layer), "is_compressed"):
+        layer = layer.base_layer  # type: ignore[attr-defined]
+    return layer if isinstance(layer, BaseTunerLayer) else None
+
+
+def _sharing(module: nn.Module, weight_name: str, owners: dict[int, list[str]], places: list[str]) -> str | None:
+    if len(places) > 1:
+        return f"the module is shared by {' and '.join(places)}; a shared module cannot be replaced in one of them alone"
+    weight = module._parameters.get(weight_name)
+    names = owners.get(id(weight), [])
+    if weight is not None and len(names) > 1:
+        return f"its weight is tied: one parameter is {' and '.join(names)}; untie it first (clone the weight)"
+    return None
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append(f"{name}.{parameter_name}" if name else parameter_name)
+    return owners
+
+
+def _module_places(model: nn.Module) -> dict[int, list[str]]:
+    """For every module the names of the slots that hold it; the same parent reached by two ways counts once."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            if child is not None:
+                places[id(child)].append(f"{name}.{child_name}" if name else child_name)
+    return places
+
+
+def check_materialised(targets: list[Candidate]) -> None:
+    """Refuse targets whose weight is on the meta device.
+
+    Raises:
+        RecastTargetError: naming the modules.
+    """
+    empty = [c.name for c in targets if (w := c.module._parameters.get(c.weight_name or "")) is not None and w.is_meta]
+    if empty:
+        raise RecastTargetError(
+            f"{len(empty)} target modules are on the meta device and hold no numbers ({', '.join(empty[:3])}, ...): "
+            "load the pretrained weights before the model is converted (low_cpu_mem_usage is for the adapter alone)."
+        )
+
+
+def total_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, each counted once."""
+    tensors: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

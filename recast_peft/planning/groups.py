@@ -1,0 +1,191 @@
+"""Groups: layers of one role and shape, in runs of consecutive depth, that share a bank and perhaps their coefficients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+
+from ..banks.files import StoredBank
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastTargetError
+from ..names import bank_name, block_of, role_of
+from .candidates import Candidate, composed_layer
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """One bank to be: layers of one role and shape that share templates.
+
+    Attributes:
+        name: of the bank, made from the members' names (``blocks.{0,1}.attn.qkv``).
+        members: names of the target modules, in the order of their depth.
+        shape: of every member's weight.
+        dtype: of every member's weight.
+        num_templates: templates in the bank; at most one for each member, unless the bank was grown.
+        num_coefficient_sets: K, the sets that each member trains.
+        fitted: whether the templates are fitted or stored, even where there are as many as members.
+        grown_bytes: of the grown templates; None for a bank that was not grown.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_templates: int
+    num_coefficient_sets: int
+    fitted: bool = False
+    grown_bytes: int | None = None
+
+    @property
+    def is_grown(self) -> bool:
+        """Whether there are grown templates beside (or in place of) the pretrained weights, which are kept."""
+        return self.grown_bytes is not None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the pretrained weights themselves are the templates."""
+        return self.num_templates == len(self.members) and not self.fitted
+
+    @property
+    def num_coefficients(self) -> int:
+        """Numbers that one task trains in this group, if it shares none with other layers."""
+        return len(self.members) * self.num_templates * self.num_coefficient_sets
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the members' pretrained weights."""
+        return len(self.members) * self._one
+
+    @property
+    def template_bytes(self) -> int:
+        """Bytes of the templates; for an exact bank these are the pretrained weights, of a grown one those beside them."""
+        if self.grown_bytes is not None:
+            return self.grown_bytes
+        return self.num_templates * self._one
+
+    @property
+    def _one(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_groups(runs: list[list[Candidate]], config: RecastConfig) -> list[PlannedGroup]:
+    """Cut runs of layers into groups as a config says."""
+    return [_planned(chunk, config) for run in runs for chunk in _chunks(run, config)]
+
+
+SHARING: dict[str, str] = {
+    "roles": "the roles of a block",
+    "blocks": "the members of a bank",
+    "all": "the roles of a block and the members of a bank",
+}
+
+
+def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | None) -> dict[str, str]:
+    """For every target the one whose offsets it uses: itself, if nothing is shared.
+
+    Args:
+        groups: of the plan.
+        sharing: ``"roles"``: the first target of the same block, place in its bank and number of templates;
+            ``"blocks"``: the first member of its bank; ``"all"``: both; None: itself.
+    """
+    owners: dict[str, str] = {}
+    first: dict[tuple[str, int, int], str] = {}
+    for group in groups:
+        for place, member in enumerate(group.members):
+            if sharing in ("blocks", "all") and place > 0:
+                owners[member] = owners[group.members[0]]
+            elif sharing in ("roles", "all"):
+                owners[member] = first.setdefault((block_of(member), place, group.num_templates), member)
+            else:
+                owners[member] = member
+    return owners
+
+
+def count_coefficients(groups: Sequence[PlannedGroup], sharing: str | None) -> int:
+    """Numbers that one task trains in these groups."""
+    owners = coefficient_owners(groups, sharing)
+    return sum(g.num_templates * g.num_coefficient_sets for g in groups for member in g.members if owners[member] == member)
+
+
+def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
+    weight = target.module._parameters.get(target.weight_name or "")
+    if weight is None:  # a compressed bank stands for it
+        layer = composed_layer(target.visible)
+        return layer.weight_shape, layer.weight_dtype
+    return tuple(weight.shape), weight.dtype
+
+
+def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:
+    """Targets of one role, in the order of depth, cut wherever the shape, dtype or class changes."""
+    roles: dict[str, list[Candidate]] = {}
+    for target in targets:
+        roles.setdefault(role_of(target.name), []).append(target)
+    runs = []
+    for members in roles.values():
+        members = sorted(members, key=lambda t: [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", f".{t.name}.")])
+        runs += [list(run) for _, run in groupby(members, key=lambda t: (_weight_like(t), type(t.module)))]
+    return runs
+
+
+def _chunks(run: list[Candidate], config: RecastConfig) -> list[list[Candidate]]:
+    if config.num_groups is None:
+        size = config.effective_group_size
+        assert size is not None
+        return [run[i : i + size] for i in range(0, len(run), size)]
+    count = min(config.num_groups, len(run))
+    small, larger = divmod(len(run), count)
+    chunks, start = [], 0
+    for i in range(count):
+        size = small + (1 if i < larger else 0)
+        chunks.append(run[start : start + size])
+        start += size
+    return chunks
+
+
+def _planned(members: list[Candidate], config: RecastConfig, name: str | None = None) -> PlannedGroup:
+    names = [member.name for member in members]
+    shape, dtype = _weight_like(members[0])
+    templates = min(config.num_templates or len(members), len(members))
+    fitted = config.method.fits_full_banks and len(members) > 1 and config.recipes is None
+    return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, templates, config.num_coefficient_sets, fitted)
+
+
+def given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBank | None) -> list[PlannedGroup]:
+    by_name = {target.name: target for target in targets}
+    groups = []
+    for name, names in (config.groups or {}).items():
+        members = [by_name[member] for member in names]
+        kinds = {_weight_like(member) for member in members}
+        if len(kinds) > 1:
+            shown = "\n".join(f"  {m.name}: {'x'.join(map(str, _weight_like(m)[0]))} {_weight_like(m)[1]}" for m in members)
+            raise RecastTargetError(f"the members of group {name!r} differ in shape or dtype:\n{shown}")
+        planned = _planned(members, config, name)
+        held = getattr(composed_layer(members[0].visible), "compressed_bank", ())
+        recipe = (config.recipes or {}).get(name)
+        if recipe is not None:
+            planned = replace(planned, num_templates=len(recipe["mix"]), fitted=False)
+        elif bank is not None:
+            planned = _from_bank(planned, bank)
+        elif config.bank is not None and held:
+            planned = replace(planned, num_templates=held[0].num_templates, fitted=True)
+        groups.append(planned)
+    return groups
+
+
+def _from_bank(planned: PlannedGroup, bank: StoredBank) -> PlannedGroup:
+    """The group as a stored bank has it."""
+    stored = bank.groups.get(planned.name)
+    shape = None if stored is None else stored.weight_shape
+    if stored is None or stored.members != planned.members or shape not in (None, planned.shape):
+        has = "no such group" if stored is None else f"{shape or planned.shape} for {', '.join(stored.members)}"
+        raise RecastBankError(
+            f"the template bank {bank.name!r} does not fit group {planned.name!r}\n  in the bank:  {has}\n"
+            f"  in the model: {planned.shape} for {', '.join(planned.members)}"
+        )
+    grown = stored.grown
+    bytes_of_grown = None if grown is None else sum(t.numel() for t in grown.tensors) * planned.dtype.itemsize
+    return replace(planned, num_templates=stored.num_templates, fitted=stored.kind != "exact", grown_bytes=bytes_of_grown)
