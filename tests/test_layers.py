@@ -12,10 +12,32 @@ import recast_peft
 ROOT = Path(recast_peft.__file__).parent
 
 # From the inside to the outside; a module may import from its own room and from those before it.
-ROOMS = (
-    "_version errors names storage registration composition mimicry banks options config planning layer parts tasks model hub pool "
-    "auto growth optim integrations analysis cli __init__"
-).split()
+ROOMS = [
+    "_version",
+    "errors",
+    "names",
+    "storage",
+    "registration",
+    "composition",
+    "mimicry",
+    "banks",
+    "options",
+    "config",
+    "planning",
+    "layer",
+    "parts",
+    "tasks",
+    "model",
+    "hub",
+    "pool",
+    "auto",
+    "growth",
+    "optim",
+    "integrations",
+    "analysis",
+    "cli",
+    "__init__",
+]
 
 
 def modules() -> dict[str, Path]:
