@@ -17,15 +17,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .banks.template_bank import TemplateBank, follow_device, move_in_place
 from .composition.cached_weights import keeps_weight, kept_weight
 from .composition.coefficient_gradients import EXACT, Estimate, estimate_of
 from .composition.compose import average_sets, compose_into, compose_weight, mix_by_sample
+from .composition.kinds import add_bias, in_and_out_features, is_lazily_readable, kind_of, positions_of
 from .composition.lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .composition.mixed_batch import NO_TASK, MixedBatch, current_batch
 from .composition.recomposed import call_recomposed, can_recompose
@@ -40,43 +39,6 @@ PRODUCT_LIMIT = 64
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
 _NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
-
-
-def _linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
-    return F.linear(x, weight, module.bias if bias else None)  # type: ignore[arg-type]
-
-
-def _conv(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
-    return module._conv_forward(x, weight, module.bias if bias else None)  # type: ignore[operator]
-
-
-def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
-    flat = x.view(-1, x.shape[-1])
-    product = torch.addmm(module.bias, flat, weight) if bias else flat @ weight  # type: ignore[arg-type]
-    return product.view((*x.shape[:-1], weight.shape[1]))
-
-
-def _add_bias(y: Tensor, module: nn.Module) -> Tensor:
-    bias = module.bias
-    if bias is None:
-        return y
-    is_conv = isinstance(module, nn.modules.conv._ConvNd)
-    return y + (bias.view(-1, *[1] * (y.ndim - 2)) if is_conv else bias).to(y.dtype)  # type: ignore[union-attr, operator]
-
-
-# How a module computes with a given weight. A module whose forward is one of these is called by the plain function; any
-# other is called as it is, with its weight swapped for the call.
-DIRECT_CALLS: dict[Callable, Callable[..., Tensor]] = {
-    nn.Linear.forward: _linear,
-    nn.Conv1d.forward: _conv,
-    nn.Conv2d.forward: _conv,
-    nn.Conv3d.forward: _conv,
-    Conv1D.forward: _transposed_linear,
-}
-
-
-# Modules whose readers may get a weight that is composed at its first use; torch's own fast paths refuse such tensors.
-PLAIN_LAYERS = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D})
 
 
 class RecastLayer(nn.Module, BaseTunerLayer):
@@ -120,7 +82,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         self.merged_adapters = []
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
-            self.in_features, self.out_features = _features(base_layer, self.weight_shape)
+            self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
 
     # ---------------------------------------------------------------- weights
 
@@ -205,7 +167,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def _lazy_weight(self) -> Tensor | None:
         """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
-        if type(self.base_layer) not in PLAIN_LAYERS or self._held is not None:
+        if not is_lazily_readable(self.base_layer) or self._held is not None:
             return None
         if current_batch() is not None and is_read_by_the_model():
             return LazyWeight(self.effective_weight, self.weight_shape, self.weight_dtype, self.weight_device)  # raises if used
@@ -341,7 +303,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks, without partners."""
         if self.is_compressed or adapter_name in self.recast_partners:
             return False
-        return type(self.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
+        kind = kind_of(self.base_layer)
+        return kind is not None and kind.takes_low_rank
 
     # ---------------------------------------------------------------- tasks
 
@@ -582,7 +545,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         """The plain function that stands for a call of the wrapped module, if there is one."""
         if len(args) != 1 or kwargs or _is_hooked(self.base_layer):
             return None
-        return DIRECT_CALLS.get(type(self.base_layer).forward)
+        kind = kind_of(self.base_layer)
+        return None if kind is None else kind.call
 
     def _call_with(self, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if weight is self._weight_parameter:
@@ -654,7 +618,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         if len(terms) > 1:
             assert scale is not None
             mixed = mix_by_sample(lambda term: direct(self.base_layer, term, x, False), terms, scale)
-            return _add_bias(mixed, self.base_layer)
+            return add_bias(mixed, self.base_layer)
         if scale is not None:
             x = x * scale.view(len(x), *[1] * (x.ndim - 1)).to(x.dtype)
         return direct(self.base_layer, terms[0], x)
@@ -670,8 +634,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
             return True
         if x.device.type != "cpu":
             return len(batch.rows(len(x))) > 1
-        channels = x.shape[1] if isinstance(self.base_layer, nn.modules.conv._ConvNd) else x.shape[-1]
-        positions = x.numel() // max(1, channels) / max(1, len(batch.rows(len(x))))  # of a task
+        positions = positions_of(self.base_layer, x) / max(1, len(batch.rows(len(x))))  # of a task
         return positions * (templates - 1) < PRODUCT_LIMIT * templates
 
     def _call_by_rows(
@@ -709,13 +672,6 @@ class RecastLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "recast." + super().__repr__()
-
-
-def _features(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """In and out features: channels of a convolution, ``(in, out)`` of a transposed linear layer."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.in_channels, module.out_channels
-    return (shape[0], shape[1]) if isinstance(module, Conv1D) else (shape[1], shape[0])
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..composition.kinds import kind_of
 from ..mimicry import gram_matrix
 
 # Names of the tensors in a bank, by how many there are: one of dense templates, or two of low-rank pairs.
@@ -75,7 +75,8 @@ def energy_kept(moves: Sequence[Tensor], grown: GrownTemplates) -> tuple[float, 
 
 def has_low_rank_product(module: nn.Module) -> bool:
     """Whether a module's product with a low-rank pair is two small products."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    kind = kind_of(module)
+    return kind is not None and kind.takes_low_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,8 @@ def low_rank_sum(module: nn.Module, pairs: tuple[Tensor, Tensor], coefficients: 
     left, right = pairs
     scale = coefficients.repeat_interleave(left.shape[2], dim=1)
     rows, columns = left.transpose(0, 1).flatten(1), right.flatten(0, 1)  # (rows, numbers), (numbers, columns)
-    if isinstance(module, Conv1D):
+    kind = kind_of(module)
+    if kind is not None and kind.is_transposed:
         return LowRankSum(rows, columns, scale)
     return LowRankSum(columns.T, rows.T, scale)
 

@@ -14,67 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .coefficient_gradients import FEWEST_ROWS, Estimate, draw_rows, is_faster_in_bfloat16, with_known_sum
 from .compose import compose_weight, composition_dtype, template_inner_products
+from .kinds import Gradients, LayerKind, kind_of
 
 _PLAIN = (Tensor, nn.Parameter)
 
 SMALL_INPUT = 1.5  # times the weight's numbers; up to there two products by template are the cheaper way, measured on a CPU
-
-
-class _LinearGradients:
-    """Of ``y = x W^T``; x ``(..., in)``, W ``(out, in)``."""
-
-    @staticmethod
-    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        return grad @ weight
-
-    @staticmethod
-    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-
-class _TransposedLinearGradients:
-    """Of ``y = x W``; x ``(..., in)``, W ``(in, out)``."""
-
-    @staticmethod
-    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        return grad @ weight.T
-
-    @staticmethod
-    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-        return x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
-
-
-class _ConvGradients:
-    """Of a convolution padded with zeros, of any number of dimensions."""
-
-    @staticmethod
-    def of_input(module: nn.Module, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        x = grad.new_empty(1).expand(shape)  # only its shape counts
-        return _convolution_backward(module, grad, x, weight, (True, False, False))[0]
-
-    @staticmethod
-    def of_weight(module: nn.Module, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-        weight = grad.new_empty(1).expand(weight_shape)  # only its shape counts
-        return _convolution_backward(module, grad, x, weight, (False, True, False))[1]
-
-
-def _convolution_backward(module: Any, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, module.stride, module.padding, module.dilation, False, module.output_padding, module.groups, mask
-    )
-
-
-_GRADIENTS: dict[Callable, Any] = {
-    nn.Linear.forward: _LinearGradients,
-    Conv1D.forward: _TransposedLinearGradients,
-    nn.Conv1d.forward: _ConvGradients,
-    nn.Conv2d.forward: _ConvGradients,
-    nn.Conv3d.forward: _ConvGradients,
-}
 
 
 def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> bool:
@@ -83,16 +30,15 @@ def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: S
     A compiler decides by itself what it computes again. Templates that are trained themselves, tensors of other classes, and
     convolutions that pad or unsqueeze before they convolve take the ordinary call.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(module).forward not in _GRADIENTS:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    kind = kind_of(module)
+    if kind is None or kind.gradients is None:
         return False
     weights = templates if anchor is None else [anchor, *templates]
     if type(x) not in _PLAIN or any(type(weight) not in _PLAIN or weight.requires_grad for weight in weights):
         return False
-    if isinstance(module, nn.modules.conv._ConvNd):
-        batched = x.ndim == len(module.kernel_size) + 2
-        if module.padding_mode != "zeros" or isinstance(module.padding, str) or not batched:
-            return False
-    return x.requires_grad or coefficients.requires_grad
+    return kind.gradients.fits(module, x) and (x.requires_grad or coefficients.requires_grad)
 
 
 def call_recomposed(
@@ -162,8 +108,8 @@ class _Recomposed(torch.autograd.Function):
         needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[4:7]
         grad_bias = None
         if needs_bias:
-            channel = 1 if _GRADIENTS[type(ctx.module).forward] is _ConvGradients else grad.ndim - 1
-            grad_bias = grad.sum([d for d in range(grad.ndim) if d != channel]).to(ctx.module.bias.dtype)
+            channels = _kind(ctx.module).channels % grad.ndim
+            grad_bias = grad.sum([d for d in range(grad.ndim) if d != channels]).to(ctx.module.bias.dtype)
         layer = _Layer(ctx.module, templates, coefficients, anchor, ctx.places)
         if not torch.is_grad_enabled():  # an estimate is not differentiated again
             layer.estimate = ctx.estimate
@@ -203,7 +149,7 @@ class _Layer:
                 return self._estimated(grad, x)
             if self._product_by_template(grad, x):
                 return self._by_template(grad, x)
-        rules = _GRADIENTS[type(self.module).forward]
+        rules = _gradients(self.module)
         grad_x = grad_coefficients = None
         if needs_x:
             weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
@@ -224,16 +170,15 @@ class _Layer:
 
     def _is_faster(self, grad: Tensor) -> bool:
         weight = self.templates[0]
-        is_conv = isinstance(self.module, nn.modules.conv._ConvNd)
-        channels = grad.shape[1 if is_conv else -1]
-        if is_conv and self.module.groups != 1:  # type: ignore[attr-defined]
+        channels = grad.shape[_kind(self.module).channels]
+        if getattr(self.module, "groups", 1) != 1:
             return False
         rows = grad.numel() // channels
         return is_faster_in_bfloat16(grad.device, rows, rows * weight.numel())
 
     def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
-        rules = _GRADIENTS[type(self.module).forward]
+        rules = _gradients(self.module)
         weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
         grad_x = rules.of_input(self.module, grad, weight, x.shape)
         del weight
@@ -283,11 +228,10 @@ class _Layer:
         on_cpu, is_wide = grad.device.type == "cpu", grad.dtype.itemsize >= 4
         if len(self.templates) == 1:
             return on_cpu or is_wide or small
-        linear = not isinstance(self.module, nn.modules.conv._ConvNd)
-        return len(self.templates) == 2 and small and linear and is_wide and on_cpu
+        return len(self.templates) == 2 and small and _gradients(self.module).by_row and is_wide and on_cpu
 
     def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        rules = _GRADIENTS[type(self.module).forward]
+        rules = _gradients(self.module)
         scale = self._factors()
         total, inner = None, []
         for i, template in enumerate(self.templates):
@@ -299,9 +243,21 @@ class _Layer:
         return total, torch.cat(inner)
 
 
+def _kind(module: nn.Module) -> LayerKind:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind
+
+
+def _gradients(module: nn.Module) -> Gradients:
+    gradients = _kind(module).gradients
+    assert gradients is not None
+    return gradients
+
+
 def _rows(module: nn.Module, x: Tensor) -> Tensor:
     """Samples of a convolution, rows ``(rows, features)`` of a linear layer."""
-    return x if isinstance(module, nn.modules.conv._ConvNd) else x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1]) if _gradients(module).by_row else x
 
 
 def _norms(rows: Tensor) -> Tensor:
@@ -315,7 +271,7 @@ def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:
     sequences. A glance at one column tells at next to no cost that there is nothing to gain. On an accelerator the host
     would have to wait for the answer; and a gradient that is differentiated again needs every row.
     """
-    if isinstance(module, nn.modules.conv._ConvNd) or grad.device.type != "cpu" or torch.is_grad_enabled():
+    if not _gradients(module).by_row or grad.device.type != "cpu" or torch.is_grad_enabled():
         return None
     flat = grad.reshape(-1, grad.shape[-1])
     limit = len(flat) // 2

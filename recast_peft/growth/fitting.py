@@ -8,14 +8,13 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.template_bank import mix_templates
 from ..composition.fingerprint import weight_fingerprint
+from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import RecastLayer
@@ -124,13 +123,15 @@ def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[Plan
 
 def _as_matrix(target: Candidate, weight: Tensor) -> Tensor:
     """A weight with its outputs first: that of a transposed linear layer is turned."""
-    return weight.detach().T.contiguous() if isinstance(target.module, Conv1D) else weight.detach()
+    kind = family_of(target.module)
+    return weight.detach() if kind is None else kind.as_matrix(weight.detach()).contiguous()
 
 
 def _in_shape(target: Candidate, found: Recipe | FittedTemplates, weights: Sequence[Tensor]) -> FittedTemplates:
     if isinstance(found, Recipe):
         found = FittedTemplates(mix_templates(weights, found.mix), found.base)
-    if isinstance(target.module, Conv1D):
+    kind = family_of(target.module)
+    if kind is not None and kind.is_transposed:
         found = FittedTemplates(found.templates.transpose(1, 2).contiguous(), found.base)
     return found
 
@@ -166,7 +167,7 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
 
     handles = []
     for target in targets:
-        columns = next((f for kind, f in COLUMNS.items() if isinstance(target.module, kind)), None)
+        columns = rows_of(target.module)
         if columns is not None:
             handles.append(target.module.register_forward_pre_hook(watch(target, columns)))
     device = device_of(model)
@@ -186,32 +187,6 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
             stacklevel=3,
         )
     return {target.name: sums[target.name] / counts[target.name] if target.name in sums else None for target in targets}
-
-
-def _rows_of_linear(module: nn.Module, x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _rows_of_conv2d(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    if isinstance(module, nn.Conv1d):
-        x, kernel, stride, dilation = x.unsqueeze(-2), (1, *kernel), (1, *stride), (1, *dilation)
-    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (batch, channels * kernel, places)
-    size = patches.shape[1] // module.groups
-    return patches.transpose(1, 2).reshape(-1, size)
-
-
-# How the rows that a module multiplies its weight with are read off its input; another kind is one row here.
-COLUMNS: dict[type[nn.Module], Callable[[nn.Module, Tensor], Tensor]] = {
-    nn.Linear: _rows_of_linear,
-    Conv1D: _rows_of_linear,
-    nn.Conv2d: _rows_of_conv2d,
-    nn.Conv1d: _rows_of_conv2d,
-    nn.MultiheadAttention: _rows_of_linear,
-}
 
 
 # ---------------------------------------------------------------- the output of the whole model

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..composition.kinds import CONVOLUTION, family_of, in_and_out_features
 from ..options.partner import PartnerConfig, is_count, is_number
 
 if TYPE_CHECKING:
     from ..planning.candidates import Candidate
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|Mlp|MLP|FFN|FeedForward|GLU|Glu")
-_LAYERS = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +58,17 @@ class AdaptFormerConfig(PartnerConfig):
         return any(map(_MLP.search, words)) and self.refusal(candidate) is None
 
     def refusal(self, candidate: Candidate) -> str | None:
-        layers = [module for module in candidate.module.modules() if isinstance(module, _LAYERS)]
+        layers = _layers(candidate.module)
         if len(layers) < 2:
             return "it holds no two layers, so it is no whole MLP (name the module from the MLP's input to its output)"
-        if any(isinstance(layer, nn.modules.conv._ConvNd) for layer in (layers[0], layers[-1])):
+        if any(family_of(layer) is CONVOLUTION for layer in (layers[0], layers[-1])):
             return "it begins or ends with a convolution; the bottleneck is of linear layers over the last dimension"
         if _widths(layers[0])[0] != _widths(layers[-1])[1]:
             return f"its output is not as wide as its input ({_widths(layers[0])[0]} and {_widths(layers[-1])[1]})"
         return None
 
     def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
-        width = _widths(next(layer for layer in module.modules() if isinstance(layer, _LAYERS)))[0]
+        width = _widths(_layers(module)[0])[0]
         return Bottleneck(width, self, generator, **like)
 
 
@@ -104,7 +103,9 @@ class Bottleneck(nn.Module):
         return y + (self.scale * self.up_projection(hidden)).to(y.dtype)
 
 
+def _layers(module: nn.Module) -> list[nn.Module]:
+    return [layer for layer in module.modules() if (kind := family_of(layer)) is not None and kind.call is not None]
+
+
 def _widths(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    return layer.in_features, layer.out_features  # type: ignore[return-value]
+    return in_and_out_features(layer, tuple(getattr(layer.weight, "shape", ())))

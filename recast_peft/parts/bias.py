@@ -8,57 +8,28 @@ templates are those of the bank instead, each of which spans the biases of a who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from ..banks.files import StoredBank, check_reference
 from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError, RecastConfigError
 from ..options.partner import PartnerConfig
 
 if TYPE_CHECKING:
     from ..planning.candidates import Candidate
 
-# the dimension of the output along which a module's bias lies, by how the module computes
-CHANNELS: dict[Callable, int] = {
-    nn.Linear.forward: -1,
-    Conv1D.forward: -1,
-    nn.LayerNorm.forward: -1,
-    nn.Conv1d.forward: 1,
-    nn.Conv2d.forward: 1,
-    nn.Conv3d.forward: 1,
-    nn.GroupNorm.forward: 1,
-    nn.BatchNorm1d.forward: 1,
-}
-"""Row for row a kind of module whose output is something plus its bias; every batch norm's forward is that of the first."""
-
-CHANNELS_BY_NAME = {
-    "timm.layers.norm.LayerNorm": -1,
-    "timm.layers.norm.LayerNormFp32": -1,
-    "timm.layers.norm.LayerNorm2d": 1,
-    "timm.layers.norm.LayerNorm2dFp32": 1,
-    "timm.layers.norm.LayerNormExp2d": 1,
-    "timm.layers.norm.GroupNorm": 1,
-    "timm.layers.norm.GroupNorm1": 1,
-}
-"""The same by the class that a forward is from, for libraries that are not imported for it."""
-
-_WITHOUT_NAMES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 def channels_of(module: nn.Module) -> int | None:
     """The dimension of a module's output along which its bias lies; None if that is not known."""
-    known = CHANNELS.get(type(module).forward)
-    if known is not None:
-        return known
-    origin = next((cls for cls in type(module).__mro__ if "forward" in cls.__dict__), type(module))
-    return CHANNELS_BY_NAME.get(f"{origin.__module__}.{origin.__qualname__}")
+    kind = kind_of(module)
+    return None if kind is None or kind.reads_sum is not None else kind.channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +74,8 @@ class BiasConfig(PartnerConfig):
         return self.__dict__.get("_bank")
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
-        is_layer = isinstance(candidate.module, _WITHOUT_NAMES)
+        family = family_of(candidate.module)
+        is_layer = family is not None and family.call is not None
         is_numbered = any(part.isdecimal() for part in candidate.name.split(".")) or candidate.name in targets
         return is_layer and is_numbered and self.refusal(candidate) is None
 

@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..composition.kinds import kind_of
 from ..config import TARGET_SHORTHANDS, RecastConfig
 from ..errors import RecastTargetError
 from ..names import plain_name
@@ -132,18 +132,14 @@ def _check_target(target: Candidate, lora: LoraConfig) -> None:
         )
 
 
-_PLAIN_CALLS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
-
-
 def adds_to_output(module: nn.Module) -> bool:
     """Whether a low-rank pair beside a module gives what the pair added to its weight would give.
 
     PEFT's LoRA of a convolution knows neither dilation nor padding with other values than zeros, and what a subclass does in a
     forward of its own nobody knows.
     """
-    if isinstance(module, nn.modules.conv._ConvNd) and (module.padding_mode != "zeros" or set(module.dilation) != {1}):
-        return False
-    return type(module).forward in {kind.forward for kind in _PLAIN_CALLS}
+    kind = kind_of(module)
+    return kind is not None and kind.takes_lora(module)
 
 
 def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..composition.kinds import CONVOLUTION, LINEAR, TRANSPOSED_LINEAR, family_of
 from .candidates import Candidate
 
 # A component that decides what the modules below it are. Names and class names are searched from the module upwards, and
@@ -44,11 +44,11 @@ def is_minor_convolution(candidate: Candidate) -> bool:
 
 def _is_linear(candidate: Candidate) -> bool:
     # by name as well: some models bring a linear layer of their own, such as I-BERT's QuantLinear
-    return isinstance(candidate.module, (nn.Linear, Conv1D)) or type(candidate.module).__name__.endswith("Linear")
+    return family_of(candidate.module) in (LINEAR, TRANSPOSED_LINEAR) or type(candidate.module).__name__.endswith("Linear")
 
 
 def _is_convolution(candidate: Candidate) -> bool:
-    return isinstance(candidate.module, nn.modules.conv._ConvNd)
+    return family_of(candidate.module) is CONVOLUTION
 
 
 def _block_kind(candidate: Candidate) -> str | None:

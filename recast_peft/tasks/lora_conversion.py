@@ -19,8 +19,8 @@ from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..composition.kinds import kind_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import recast_layers
@@ -205,6 +205,7 @@ def _measure(name: str, layer: Any, adapter_name: str, state: dict[str, Tensor])
     with torch.no_grad():
         delta = cast(Tensor, layer.get_delta_weight(adapter_name)).double()
         whole = layer.compose([adapter_name]).double().norm()
-    missing = (delta - (product.T if isinstance(layer.get_base_layer(), Conv1D) else product)).norm()
+    kind = kind_of(layer.get_base_layer())
+    missing = (delta - (product if kind is None else kind.as_matrix(product))).norm()
     relative = float(missing / delta.norm()) if delta.any() else 0.0
     return LayerConversion(name, a.shape[0], min(delta.shape), relative, 1 - relative**2, float(missing / whole))

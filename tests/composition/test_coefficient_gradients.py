@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 from recast_peft.composition import coefficient_gradients
 from recast_peft.composition.coefficient_gradients import GOLDEN, Estimate, draw_rows, estimate_of, with_known_sum
+from recast_peft.composition.kinds import LINEAR, kind_of
 from recast_peft.composition.recomposed import call_recomposed
-from recast_peft.layer import DIRECT_CALLS
 
 ROWS = 64
 QUARTERS = [0.125, 0.375, 0.625, 0.875]  # with equal chances of 1/4 each row is drawn at exactly one of these starts
@@ -116,7 +116,7 @@ def gradients(
     anchors = {"template": weight, "other": draw(weight.shape), None: None}
     coefficients = draw(templates).requires_grad_()
     x = drawn(shape, 2, dtype).requires_grad_()
-    y = call_recomposed(module, DIRECT_CALLS[type(module).forward], x, anchors[anchor], weights, coefficients, estimate)
+    y = call_recomposed(module, kind_of(module).call, x, anchors[anchor], weights, coefficients, estimate)
     found = torch.autograd.grad((y * drawn(out, 3, dtype)).sum(), [x, coefficients])
     own = torch.zeros(templates, dtype=dtype)
     own[0] = anchor == "template"
@@ -178,7 +178,7 @@ def linear_call(x: Tensor, estimate: Estimate | None) -> tuple[Tensor, Tensor]:
     other = torch.randn(16, 8, generator=torch.Generator().manual_seed(4))
     coefficients = torch.tensor([0.0, 0.0], requires_grad=True)
     weight = module.weight.data
-    y = call_recomposed(module, DIRECT_CALLS[nn.Linear.forward], x, weight, [weight, other], coefficients, estimate)
+    y = call_recomposed(module, LINEAR.call, x, weight, [weight, other], coefficients, estimate)
     return y, coefficients
 
 

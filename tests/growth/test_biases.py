@@ -46,7 +46,7 @@ from recast_peft import (
 )
 from recast_peft.banks.files import BANK_CONFIG
 from recast_peft.cli import main
-from recast_peft.parts.bias import CHANNELS_BY_NAME
+from recast_peft.composition.kinds import KINDS
 from recast_peft.parts.holders import TaskBiases, partner_holders
 
 X = vit_input(4)
@@ -823,14 +823,14 @@ def test_inspect_names_the_bank(tmp_path: Path, capsys: Any) -> None:
     assert "partners         bias 12 numbers\n" in shown
 
 
-@pytest.mark.parametrize("name", CHANNELS_BY_NAME)
-def test_norms_of_timm_may_be_named(name: str) -> None:
+@pytest.mark.parametrize(("name", "channels"), [(name, k.channels) for k in KINDS if not k.reads_sum for name in k.names])
+def test_norms_of_timm_may_be_named(name: str, channels: int) -> None:
     """The bias of each kind of norm, moved by a coefficient, is that of a plain norm with the moved bias."""
     kind = getattr(timm.layers.norm, name.rpartition(".")[2])
     made = {"GroupNorm": lambda: kind(6, num_groups=2)}.get(kind.__name__, lambda: kind(6))
     build = lambda: nn.Sequential(nn.Conv2d(3, 6, 1), made())  # noqa: E731
     x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    if CHANNELS_BY_NAME[name] == -1:
+    if channels == -1:
         build = lambda: nn.Sequential(nn.Linear(3, 6), made())  # noqa: E731
         x = x.movedim(1, -1)
     torch.manual_seed(1)
