@@ -16,6 +16,7 @@ ROOMS = [
     "_version",
     "errors",
     "names",
+    "holders",
     "storage",
     "registration",
     "composition",

@@ -1,0 +1,225 @@
+"""What holds the parts of tasks: containers by a task's name, and the entries that a task's file has.
+
+A task's state is found by identity. Every module that holds something of tasks is a ``TaskHolder`` and says which tensors a task
+has there, in which module they lie, and what they are called in a file. No name of a task is ever searched for inside a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .names import MODEL_PREFIX
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One tensor of a task: what its file calls it, and where it lies.
+
+    Attributes:
+        name: in the file, without PEFT's prefix: the plain model's name of the module, and what the part calls the tensor.
+        module: that holds the tensor.
+        attribute: its name in the module.
+        pack: what is stored in place of the tensor; None stores it as it is.
+        unpack: the inverse of ``pack``.
+        shape: of what is stored.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    pack: Callable[[Tensor], Tensor] | None = None
+    unpack: Callable[[Tensor], Tensor] | None = None
+    packed_shape: tuple[int, ...] | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it lies in the module."""
+        held = self.module._parameters.get(self.attribute)
+        if held is None:
+            held = self.module._buffers.get(self.attribute)
+        return getattr(self.module, self.attribute) if held is None else held
+
+    @property
+    def key(self) -> str:
+        """The name in the file, with PEFT's prefix."""
+        return f"{MODEL_PREFIX}{self.name}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is stored."""
+        return tuple(self.tensor.shape) if self.packed_shape is None else self.packed_shape
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What a file holds for the tensor."""
+        return tensor.detach() if self.pack is None else self.pack(tensor.detach())
+
+    def write(self, values: Tensor) -> None:
+        """Put stored values in: into the tensor itself, or in its place where that holds no numbers (the meta device)."""
+        values = values if self.unpack is None else self.unpack(values)
+        old = self.tensor
+        if not old.is_meta:
+            with torch.no_grad():
+                old.copy_(values)
+        elif isinstance(old, nn.Parameter):
+            new = nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
+            self.module._parameters[self.attribute] = new
+        else:
+            self.module._buffers[self.attribute] = values.to(old.dtype)
+
+
+def module_entries(name: str, module: nn.Module, **options: Any) -> Iterator[Entry]:
+    """The entries of a module that a task owns whole: its parameters and the buffers that a state dict has.
+
+    Args:
+        name: of the module in the plain model.
+        module: that the task owns.
+        options: for every entry, such as ``pack``.
+    """
+    for path, owner in module.named_modules(remove_duplicate=False):
+        held = [*owner._parameters.items(), *owner._buffers.items()]
+        for attribute, tensor in held:
+            if tensor is not None and attribute not in owner._non_persistent_buffers_set:
+                yield Entry(".".join(filter(None, (name, path, attribute))), owner, attribute, **options)
+
+
+class TaskHolder:
+    """What a module that holds parts of tasks can be asked; a mixin of modules.
+
+    A kind of part says here what is different about it; whoever goes through a model asks every holder the same.
+    """
+
+    def has_task(self, adapter_name: str) -> bool:
+        """Whether a task has something here."""
+        raise NotImplementedError
+
+    def entries(self, adapter_name: str) -> Iterable[Entry]:
+        """The tensors of a task that lie here."""
+        return ()
+
+    def coefficients_of(self, adapter_name: str) -> Mapping[str, nn.Parameter]:
+        """The coefficients of a task that lie here, ``(sets, templates)`` or ``(templates,)``, by the name of what they mix.
+
+        They are what a row of a pool holds, and what arithmetic on tasks combines.
+        """
+        return {}
+
+    def refusal_to_merge(self, adapter_name: str) -> str | None:
+        """Why what a task has here cannot be merged; None if it can, or there is nothing to merge."""
+        return None
+
+    def refusal_to_pool(self, adapter_name: str) -> str | None:
+        """What a task has here that no row of a pool can hold; None if a row can."""
+        return None
+
+
+def holders(model: nn.Module) -> list[Any]:
+    """Every module of a model that holds parts of tasks, each once."""
+    return [module for module in model.modules() if isinstance(module, TaskHolder)]
+
+
+def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entry]:
+    """All tensors of a task by the names that its file has; what several modules share is listed for each of them."""
+    return {entry.key: entry for holder in holders(model) if holder.has_task(adapter_name) for entry in holder.entries(adapter_name)}
+
+
+# ---------------------------------------------------------------- containers by a task's name
+
+_RESERVED_ENDINGS = ("classifier", "score")  # PEFT's models for a task_type wrap every module whose name ends so
+
+
+def container_key(name: str) -> str:
+    """The key under which a container holds a task of any name: torch wants no dot in it, and none of its own attributes.
+
+    >>> container_key("cats"), container_key("v1.2"), container_key("training")
+    ('cats', 'v1%2E2', 'training%')
+    """
+    key = name.replace("%", "%25").replace(".", "%2E")
+    is_taken = any(hasattr(container, key) for container in (_MODULES, _PARAMETERS)) or key.endswith(_RESERVED_ENDINGS)
+    return f"{key}%" if is_taken else key
+
+
+def task_of_key(key: str) -> str:
+    """The inverse of ``container_key``."""
+    return (key[:-1] if key.endswith("%") else key).replace("%2E", ".").replace("%25", "%")
+
+
+_MODULES, _PARAMETERS = nn.ModuleDict(), nn.ParameterDict()
+
+
+class TaskModules(nn.ModuleDict):
+    """Modules by the names of tasks; a name can be any string."""
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return self._modules[container_key(key)]  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules.pop(container_key(key), None)
+        self.add_module(container_key(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        del self._modules[container_key(key)]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and container_key(key) in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self.keys()))
+
+    def keys(self) -> Any:
+        """Names of tasks."""
+        return {task_of_key(key): None for key in self._modules}.keys()
+
+    def items(self) -> Any:
+        """Names of tasks with their modules."""
+        return {task_of_key(key): module for key, module in self._modules.items()}.items()
+
+    def pop(self, key: str) -> nn.Module:
+        """Take a task's module out."""
+        return self._modules.pop(container_key(key))  # type: ignore[return-value]
+
+
+class Offsets(nn.Module):
+    """The coefficients of one task in one layer, as a module: so the task's name stands inside the name of the parameter.
+
+    Tools that look for the parameters of an adapter (TRL does, for the reference model of DPO) search for ``.name.``.
+    """
+
+    def __init__(self, offsets: nn.Parameter) -> None:
+        super().__init__()
+        self.offsets = offsets
+
+
+class TaskParameters(nn.ParameterDict):
+    """Parameters by the names of tasks; a name can be any string, and several containers may share one parameter."""
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return self.holder(key)._parameters["offsets"]  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value)
+        held = self._modules.get(container_key(key))
+        if held is not None:  # whoever shares it gets the new one too
+            held.offsets = value
+            return
+        self.share(key, Offsets(value))
+
+    def __delitem__(self, key: str) -> None:
+        del self._keys[key], self._modules[container_key(key)]
+
+    def holder(self, key: str) -> Offsets:
+        """The module that holds a task's parameter."""
+        return self._modules[container_key(key)]  # type: ignore[return-value]
+
+    def share(self, key: str, holder: Offsets) -> None:
+        """Use the parameter of another container for a task."""
+        self._keys[key] = None
+        self._modules[container_key(key)] = holder
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(value.shape)}" for name, value in self.items())

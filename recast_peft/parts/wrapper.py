@@ -1,0 +1,183 @@
+"""TaskModule: what each task puts in the place of one module of the model, in PEFT's container for modules that are saved whole.
+
+PEFT's ``ModulesToSaveWrapper`` gives the place of the module, activation and deletion. What is different here: any task's name; the
+task's tensors are found by identity; merging tasks by name shows their modules too; what was frozen stays frozen when tasks are
+switched off and on again; a mixed batch takes any kind of module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..composition.mixed_batch import MixedBatch, current_batch
+from ..errors import RecastConfigError
+from ..holders import Entry, TaskHolder, TaskModules, module_entries
+
+
+class TaskModule(ModulesToSaveWrapper, TaskHolder):
+    """The modules of all tasks in the place of one of the model's; the active task's is the one that is called.
+
+    Args:
+        module_to_save: the model's own module.
+        module_name: its name in the plain model.
+    """
+
+    what = "modules_to_save"  # for messages
+
+    def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
+        nn.Module.__init__(self)
+        self.module_name = module_name
+        self.original_module = module_to_save
+        self.modules_to_save = TaskModules()
+        self._adapters: set[str] = set()
+        self._active_adapter: list[str] | str = []
+        self._disable_adapters = False
+        self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
+        self.merged_adapters = []
+        self.train(module_to_save.training)
+        self.check_module()
+
+    # ---------------------------------------------------------------- tasks
+
+    def add(self, adapter_name: str, module: nn.Module, active: bool, inference_mode: bool) -> None:
+        """Give a task its module, which is called from now on if ``active``."""
+        self.modules_to_save[adapter_name] = module
+        self._adapters.add(adapter_name)
+        self.original_module.requires_grad_(False)
+        if active:
+            self.set_adapter([adapter_name], inference_mode=inference_mode)
+        else:
+            module.requires_grad_(False)
+
+    def update(self, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
+        """Called by PEFT for modules that are saved whole: a task that has its module here keeps it."""
+        if adapter_name not in self._adapters:
+            super().update(adapter_name, tied_module=tied_module, **kwargs)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Call the module of the task that has one here, or else the model's own.
+
+        Raises:
+            RecastConfigError: if several tasks have one.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        owners = [name for name in names if name in self._adapters]
+        if len(owners) > 1:
+            raise several_owners(owners, f"{self.what} at {self.module_name}")
+        self.unmerge()
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in owners and not inference_mode)
+        self._active_adapter = owners
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the tasks on or off; what was frozen before is frozen afterwards."""
+        if not enabled and not self._disable_adapters:
+            self._trainable = [p for p in self.modules_to_save.parameters() if p.requires_grad]
+            self.modules_to_save.requires_grad_(False)
+        elif enabled and self._disable_adapters:
+            for parameter in self._trainable:
+                parameter.requires_grad_(True)
+            self._trainable = []
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Delete a task's module; which task is active next says the model's own verb."""
+        if adapter_name in self._adapters:
+            self._adapters.discard(adapter_name)
+            del self.modules_to_save[adapter_name]
+            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+            self.merged_adapters = [name for name in self.merged_adapters if name != adapter_name]
+
+    def merge(self, adapter_names: Sequence[str]) -> None:
+        """Call the named tasks' module while they are merged, whichever task is active."""
+        owners = [name for name in adapter_names if name in self._adapters]
+        if owners != list(self.active_adapters):
+            self.merged_adapters = owners or [""]
+
+    def unmerge(self) -> None:
+        """Call the active task's module again."""
+        self.merged_adapters = []
+
+    @property
+    def shown_task(self) -> str | None:
+        """The task whose module is called now; None for the model's own."""
+        shown = self.merged_adapters or self.active_adapters
+        return None if self._disable_adapters or not shown or shown[0] not in self._adapters else shown[0]
+
+    # ---------------------------------------------------------------- what a holder can be asked
+
+    def has_task(self, adapter_name: str) -> bool:
+        return adapter_name in self._adapters
+
+    def entries(self, adapter_name: str) -> Iterable[Entry]:
+        return module_entries(self.module_name, self.modules_to_save[adapter_name])
+
+    def refusal_to_pool(self, adapter_name: str) -> str | None:
+        return f"{self.module_name} whole ({self.what})" if self.has_task(adapter_name) else None
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Nothing: a task's tensors are gathered by identity (tasks/state.py)."""
+        return {}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Nothing: a task's tensors are put back by identity (tasks/state.py)."""
+        return {}
+
+    # ---------------------------------------------------------------- computing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("adapter_names", None)
+        batch = current_batch()
+        if batch is None or self._disable_adapters:
+            task = self.shown_task
+            return (self.original_module if task is None else self.modules_to_save[task])(*args, **kwargs)
+        return self._mixed(batch, *args, **kwargs)
+
+    def _mixed(self, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Every sample with its own task's module."""
+        parts = []
+        for key, indices in batch.rows(len(x)).items():
+            parts.append((indices, self._module_of(key, batch)(x[batch.index(indices, x.device)], *args, **kwargs)))
+        return self._joined(parts, len(x))
+
+    def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:
+        return self.modules_to_save[key] if isinstance(key, str) and key in self._adapters else self.original_module
+
+    def _joined(self, parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
+        first = parts[0][1]
+        result = first.new_empty((samples, *first.shape[1:]))
+        for rows, part in parts:
+            result = result.index_copy(0, torch.tensor(rows, device=part.device), part)
+        return result
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """The module that stays: of merged tasks the one that owns it, else the model's own."""
+        names = (adapter_names or self.active_adapters) if merge else []
+        owners = [name for name in names if name in self._adapters]
+        return self.modules_to_save[owners[0]] if owners else self.original_module
+
+
+def several_owners(owners: Sequence[str], place: str) -> RecastConfigError:
+    return RecastConfigError(
+        f"Only one adapter can be set at a time for {place}, got {', '.join(owners)}, which have a module of their own there: "
+        "activate one of them, give each sample its own task (adapter_names=, or a TaskPool), or combine them into a new one "
+        "(add_weighted_adapter)"
+    )
+
+
+def check_one_owner(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Refuse several tasks at once that own the same module, such as a classifier each.
+
+    Raises:
+        RecastConfigError: naming the tasks and the module.
+    """
+    for module in model.modules() if len(adapter_names) > 1 else ():
+        if isinstance(module, ModulesToSaveWrapper):
+            owners = [name for name in adapter_names if name in module._adapters]
+            if len(owners) > 1:
+                raise several_owners(owners, f"{type(module).__name__} {getattr(module, 'module_name', '')!r}")
