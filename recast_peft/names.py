@@ -18,24 +18,35 @@ BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 BANK_CONTAINER, PARTNER_CONTAINER = "recast_banks", "recast_partners"
 
 
+# Files that lie beside the folders of tasks: a task of such a name could not be saved there.
+_TAKEN_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+MOST_BYTES = 255  # of a file's name
+
+# Children by which wrappers hold what they wrap: torch.compile, activation checkpointing and offloading, FSDP.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPED_BY_CLASS = ("DistributedDataParallel", "DataParallel")  # these hold it as ``module``
+_WRAPPER_PARTS = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.|$)")
+
+
 def check_adapter_name(name: str) -> None:
-    """Refuse a task name that PEFT cannot store.
+    """Refuse a task name that is no plain name of a folder; any other name works everywhere.
 
     Raises:
-        RecastConfigError: if the name is empty, holds a dot, is PEFT's name for no adapter, or would be confused with the
-            names of parameters.
+        RecastConfigError: saying what is wrong with it.
     """
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or name.isspace():
         raise RecastConfigError(f"adapter_name={name!r}: expected a name that is not empty")
-    if "." in name:
-        raise RecastConfigError(f"adapter_name={name!r}: a name must hold no dot, which separates the parts of keys")
+    if "/" in name or "\\" in name or name in (".", "..") or not name.isprintable():
+        raise RecastConfigError(
+            f"adapter_name={name!r}: a task is saved in a folder of its name, so it must be the plain name of a folder, without "
+            "slashes, control characters or '..'"
+        )
+    if len(name.encode(errors="surrogatepass")) > MOST_BYTES:
+        raise RecastConfigError(f"adapter_name={name[:20]!r}...: a name has at most {MOST_BYTES} bytes")
     if name == BASE_ADAPTER:
         raise RecastConfigError(f"adapter_name={name!r}: this is the name of the model without any task")
-    if name in PREFIX or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name):
-        raise RecastConfigError(
-            f"adapter_name={name!r}: PEFT cannot tell this name from names of its own (the prefix {PREFIX!r}, or an "
-            "attribute of the containers that hold the coefficients); choose another one"
-        )
+    if name in _TAKEN_FILES:
+        raise RecastConfigError(f"adapter_name={name!r}: a file of this name lies beside the folders of tasks")
 
 
 def plain_name(name: str) -> str:
@@ -45,12 +56,24 @@ def plain_name(name: str) -> str:
     'attn.out_proj'
     >>> plain_name("dla.base_layer.0.base_layer.weight")
     'dla.base_layer.0.weight'
+    >>> plain_name("blocks.0._checkpoint_wrapped_module.mlp.fc1")
+    'blocks.0.mlp.fc1'
     """
-    name = re.sub(r"(^|\.)(_fsdp_wrapped_module|_orig_mod)(?=\.|$)", "", name).removeprefix(".")
+    name = _WRAPPER_PARTS.sub("", name).removeprefix(".")
     prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else ""
     # timm's DLA has a base_layer of its own: nothing wraps the model itself, so a first part of that name is the model's, and
     # tuners wrap modules with a weight, which have no numbered children
     return prefix + re.sub(r"\.(base_layer(?!\.\d)|original_module)(?=\.|$)", "", name.removeprefix(prefix))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What wrappers that add no weights hold: of torch.compile, activation checkpointing, offloading, FSDP and DDP."""
+    while True:
+        names = ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED
+        inner = next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
+        if inner is None:
+            return module
+        module = inner
 
 
 def block_of(name: str) -> str:

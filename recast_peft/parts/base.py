@@ -1,0 +1,111 @@
+"""TaskPart: what a kind of part of a task can do; everything that loops over what a task owns loops over ``PARTS``.
+
+A part is a kind: a head, norms, biases, a LoRA, a partner. Before a model is touched it says what a task would get
+(``prepare``), then it puts that in (``install``). What lies in the model is asked through ``TaskHolder`` (holders.py), and a
+part adds what no module of its own holds. A new part is a subclass in a file of its own and a row in ``PARTS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..config import RecastConfig
+from ..holders import Entry
+
+
+class Piece(Protocol):
+    """What a task gets at one place, ready to be put in."""
+
+    @property
+    def place(self) -> str:
+        """The module of the plain model that it belongs to."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of its entries by the names that a task's file has."""
+
+    def num_parameters(self) -> int:
+        """The parameters that a task trains there."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a task asks of a model.
+
+    Attributes:
+        model: the backbone, with or without other tasks; it is not touched.
+        config: of the task.
+        targets: names of the modules that get coefficients.
+        counting: whether the pieces are only counted: then they are made on the meta device.
+    """
+
+    model: nn.Module
+    config: RecastConfig
+    targets: tuple[str, ...]
+    counting: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where pieces are put: the tuner, and how its task begins.
+
+    Attributes:
+        tuner: the ``RecastModel``.
+        adapter_name: the task.
+        active: whether the task is active at once.
+        inference_mode: whether it is frozen.
+        low_cpu_mem_usage: whether its parameters hold no numbers until a file is loaded.
+    """
+
+    tuner: Any
+    adapter_name: str
+    active: bool
+    inference_mode: bool
+    low_cpu_mem_usage: bool = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The backbone."""
+        return self.tuner.model
+
+
+class TaskPart:
+    """A kind of part; stateless, what tasks own lies in the model."""
+
+    name = ""
+    """By which plans and cards call it."""
+
+    def prepare(self, request: Request) -> list[Any]:
+        """Check everything and say what a task would get, a ``Piece`` for each place; nothing is changed.
+
+        Raises:
+            RecastError: saying what cannot be.
+        """
+        return []
+
+    def install(self, place: Place, pieces: list[Any]) -> None:
+        """Put prepared pieces in."""
+
+    def entries(self, model: nn.Module, config: RecastConfig) -> Iterable[Entry]:
+        """A task's tensors that no ``TaskHolder`` holds, such as biases of the model itself."""
+        return ()
+
+    def decided(self, config: RecastConfig, pieces: list[Any]) -> Mapping[str, Any]:
+        """What was found out while pieces were prepared and is stored with the task, by the config's fields."""
+        return {}
+
+    def refusal_to_combine(self, config: RecastConfig) -> str | None:
+        """What a task owns here that a pool, arithmetic or a LoRA cannot hold; None if there is nothing, or it can."""
+        return None
+
+
+def device_and_dtype(model: nn.Module, module: nn.Module | None = None, counting: bool = False) -> dict[str, Any]:
+    """Device of a place, and float32 beside weights of half precision, as PEFT's adapters are."""
+    parameters = (*(() if module is None else module.parameters()), *model.parameters())
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    device = torch.device("meta") if counting else like.device
+    return {"device": device, "dtype": torch.promote_types(like.dtype, torch.float32)}

@@ -1,0 +1,220 @@
+"""Finding a model's classifier, and building one of a task's own size in its place; the model is not touched."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..config import RecastConfig
+from ..errors import RecastTargetError
+from ..planning.heads import head_names
+
+TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
+HEAD_STD = 0.02  # standard deviation of a fresh head's weights
+
+
+class PrototypeHead(nn.Module):
+    """Nearest class mean: logits are negative squared distances to one prototype a class; nothing is trained.
+
+    Shapes:
+        input ``(..., features)``, output ``(..., classes)``; prototypes ``(classes, features)``.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        empty = torch.zeros(num_classes, num_features, device=device, dtype=dtype)
+        self.prototypes = nn.Parameter(empty, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prototypes = self.prototypes.to(x.dtype)
+        return 2 * x @ prototypes.T - prototypes.square().sum(-1) - x.square().sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a model says of its classes: their number, and their names if there are any."""
+
+    num_classes: int | None
+    id2label: dict[int, str] | None = None
+    problem_type: str | None = None
+
+
+@dataclass
+class PreparedHead:
+    """A task's head, ready to be put in.
+
+    Attributes:
+        name: of the module in the plain model.
+        module: the new head.
+        labels: of the task.
+        stored_dtype: in which the head is saved; None is the dtype it is trained in.
+    """
+
+    name: str
+    module: nn.Module
+    labels: Labels
+    stored_dtype: torch.dtype | None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is stored, by the names that the task file has."""
+        return {f"{self.name}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
+
+
+def find_head(model: nn.Module, name: str | None = None) -> str:
+    """The name of the module that turns features into class scores.
+
+    Args:
+        model: a timm model (``get_classifier``), a transformers model (``classifier``, ``score``, ...) or another one whose
+            last head-like module is taken.
+        name: given, it only has to exist.
+
+    Raises:
+        RecastTargetError: if there is none, or several.
+    """
+    modules = {key.replace(".original_module", ""): m for key, m in model.named_modules() if ".modules_to_save." not in key}
+    if name is not None:
+        if name not in modules:
+            raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {_top_level(model)}")
+        return name
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        classifier = get_classifier()
+        if isinstance(classifier, (tuple, list)):
+            raise RecastTargetError(
+                f"the model has {len(classifier)} classifiers; name the one that the task replaces with head_module="
+            )
+        inner = classifier.original_module if isinstance(classifier, ModulesToSaveWrapper) else classifier
+        for key, module in modules.items():
+            if key and (module is classifier or module is inner):
+                return key
+    for key in TRANSFORMERS_HEADS:
+        if isinstance(modules.get(key), nn.Module):
+            return key
+    found = [key for key in modules if key in head_names(model) and isinstance(modules[key], nn.Linear)]
+    if len(found) != 1:
+        raise RecastTargetError(
+            f"num_classes was given, but the model's classifier is not known ({len(found)} modules look like one: {found}): "
+            f"name it with head_module=; top level: {_top_level(model)}"
+        )
+    return found[0]
+
+
+def prepare_head(model: nn.Module, config: RecastConfig) -> PreparedHead | None:
+    """Build the head that a config asks for; the model is not touched.
+
+    Returns:
+        None if the config asks for none.
+
+    Raises:
+        RecastTargetError: if the model's classifier cannot be found or replaced.
+    """
+    if config.num_classes is None:
+        return None
+    name = find_head(model, config.head_module)
+    original: nn.Module = model.get_submodule(name)
+    if isinstance(original, ModulesToSaveWrapper):
+        original = original.original_module
+    module = build_head(model, original, name, config)
+    module.train(original.training)
+    stored = None if config.head_dtype is None else getattr(torch, config.head_dtype)
+    return PreparedHead(name, module, Labels(config.num_classes, config.id2label), stored)
+
+
+def build_head(model: nn.Module, original: nn.Module, name: str, config: RecastConfig) -> nn.Module:
+    """A head for ``config.num_classes`` classes in place of ``original``.
+
+    A linear layer or a 1x1 convolution is replaced; of a larger head the last such layer in it; an identity (a backbone
+    without classifier) by a linear layer on the backbone's features.
+    """
+    assert config.num_classes is not None
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if isinstance(original, nn.Identity):
+        features = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+        if not isinstance(features, int):
+            raise RecastTargetError(f"head {name!r} is an identity and the model does not say its num_features")
+        return _fresh(nn.Linear(features, config.num_classes, device=reference.device, dtype=reference.dtype), config)
+    last_name, last = _last_layer(original)
+    if last is None:
+        raise RecastTargetError(
+            f"head {name!r} is a {type(original).__name__} without a linear layer or convolution to replace; "
+            "name another module with head_module="
+        )
+    new = _resized(last, name, config)
+    if last is original:
+        return new
+    if config.head_type == "prototypes":
+        raise RecastTargetError(f"head {name!r} is a {type(original).__name__}; prototypes need a single linear layer there")
+    whole = copy.deepcopy(original)
+    parent, _, child = last_name.rpartition(".")
+    setattr(whole.get_submodule(parent), child, new)
+    return whole
+
+
+def _last_layer(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d | None]:
+    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return layers[-1] if layers else ("", None)
+
+
+def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> nn.Module:
+    assert config.num_classes is not None
+    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if config.head_init == "copy":
+        if layer.weight.shape[0] != config.num_classes:
+            raise RecastTargetError(
+                f"head_init='copy': the head has other classes than the task\n  head {name}: {layer.weight.shape[0]}\n"
+                f"  num_classes: {config.num_classes}\nUse head_init='fresh'."
+            )
+        return copy.deepcopy(layer)
+    if isinstance(layer, nn.Conv2d):
+        options = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
+        new: nn.Module = nn.Conv2d(layer.in_channels, config.num_classes, layer.kernel_size, **options, **like)  # type: ignore
+        return _fresh(new, config)
+    return _fresh(nn.Linear(layer.in_features, config.num_classes, bias=layer.bias is not None, **like), config)
+
+
+def _fresh(layer: nn.Module, config: RecastConfig) -> nn.Module:
+    if config.head_type == "prototypes":
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        return PrototypeHead(weight.shape[1], weight.shape[0], weight.device, weight.dtype)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        values = torch.randn(layer.weight.shape, generator=generator) * HEAD_STD  # type: ignore[arg-type]
+        layer.weight.copy_(values)  # type: ignore[operator, union-attr]
+        if layer.bias is not None:
+            layer.bias.zero_()  # type: ignore[operator, union-attr]
+    return layer
+
+
+def read_labels(model: nn.Module) -> Labels:
+    """What a model says of its classes now."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "id2label"):
+        return Labels(getattr(model, "num_classes", None))
+    return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
+
+
+def write_labels(model: nn.Module, labels: Labels) -> None:
+    """Make a model say of its classes what ``labels`` says: transformers' config and ``num_labels``, timm's ``num_classes``."""
+    if labels.num_classes is None:
+        return
+    if "num_classes" in model.__dict__:
+        model.num_classes = labels.num_classes  # type: ignore[assignment]
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "id2label"):
+        return
+    names = labels.id2label or {i: f"LABEL_{i}" for i in range(labels.num_classes)}
+    config.id2label = dict(names)
+    config.label2id = {name: i for i, name in names.items()}
+    # transformers guesses the kind of loss at the first batch and keeps the guess in the config: each task has its own
+    config.problem_type = labels.problem_type
+    if "num_labels" in model.__dict__:
+        model.num_labels = labels.num_classes  # type: ignore[assignment]
+
+
+def _top_level(model: nn.Module) -> str:
+    return ", ".join(name for name, _ in model.named_children())
