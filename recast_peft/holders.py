@@ -1,7 +1,7 @@
 """What holds the parts of tasks: containers by a task's name, and the entries that a task's file has.
 
-A task's state is found by identity. Every module that holds something of tasks is a ``TaskHolder`` and says which tensors a task
-has there, in which module they lie, and what they are called in a file. No name of a task is ever searched for inside a key.
+A task's state is found by identity. Every module that holds something of tasks is a ``TaskHolder`` and says which tensors a
+task has there, in which module they lie, and what they are called in a file. No name of a task is ever searched for inside a key.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def holders(model: nn.Module) -> list[Any]:
 
 def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entry]:
     """All tensors of a task by the names that its file has; what several modules share is listed for each of them."""
-    return {entry.key: entry for holder in holders(model) if holder.has_task(adapter_name) for entry in holder.entries(adapter_name)}
+    found = [holder for holder in holders(model) if holder.has_task(adapter_name)]
+    return {entry.key: entry for holder in found for entry in holder.entries(adapter_name)}
 
 
 # ---------------------------------------------------------------- containers by a task's name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastTargetError
-from ..mimicry.features import device_of, evaluating
+from ..mimicry.features import device_of
 from .head import TaskHead
 from .head_building import PrototypeHead
 

@@ -1,8 +1,8 @@
 """TaskModule: what each task puts in the place of one module of the model, in PEFT's container for modules that are saved whole.
 
-PEFT's ``ModulesToSaveWrapper`` gives the place of the module, activation and deletion. What is different here: any task's name; the
-task's tensors are found by identity; merging tasks by name shows their modules too; what was frozen stays frozen when tasks are
-switched off and on again; a mixed batch takes any kind of module.
+PEFT's ``ModulesToSaveWrapper`` gives the place of the module, activation and deletion. What is different here: any task's name;
+the task's tensors are found by identity; merging tasks by name shows their modules too; what was frozen stays frozen when tasks
+are switched off and on again; a mixed batch takes any kind of module.
 """
 
 from __future__ import annotations
