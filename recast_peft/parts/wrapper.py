@@ -1,4 +1,4 @@
-"""TaskModule: what each task puts in the place of one module of the model, in PEFT's container for modules that are saved whole.
+"""TaskModule: what each task puts in the place of one module, in PEFT's container for modules that are saved whole.
 
 PEFT's ``ModulesToSaveWrapper`` gives the place of the module, activation and deletion. What is different here: any task's name;
 the task's tensors are found by identity; merging tasks by name shows their modules too; what was frozen stays frozen when tasks
