@@ -4,6 +4,7 @@
 #   make quality      linter and type checker
 #   make benchmarks   time, memory and files beside PEFT's methods, about a quarter of an hour
 #   make conformance  PEFT's own tests of custom models, with RECAST as the method
+#   make docs         the documentation as a site in site/, open site/index.html; a dead link or unknown name fails
 #   make style        format the code
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quality benchmarks conformance style clean
+.PHONY: demo test quality benchmarks conformance docs style clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,9 +36,12 @@ benchmarks: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance/peft_custom_models.py
 
+docs: $(STAMP)
+	$(BIN)/zensical build --strict --clean
+
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_output benchmark_output build *.egg-info
+	rm -rf $(VENV) demo_output benchmark_output site build *.egg-info

@@ -95,7 +95,10 @@ class AutoRecastModel:
             adapter_name: the name that the task is given in the model.
             subfolder: where the task lies in the folder or repository. None is the root, or the one subfolder with a task.
             revision: branch, tag or commit of the task's repository. The backbone's own is recorded with the task.
-            token, cache_dir, local_files_only, force_download: as everywhere in ``huggingface_hub``, for task and backbone.
+            token: access token of the Hub; None takes the one that you are logged in with.
+            cache_dir: folder of the cache, for task and backbone; None is the Hub's usual one.
+            local_files_only: take what the cache holds and ask no server.
+            force_download: fetch again what the cache holds already.
             is_trainable: whether the task can be trained on.
             kwargs: ``autocast_adapter_dtype``, ``low_cpu_mem_usage``, ``key_mapping``, ``torch_device`` of PEFT.
 

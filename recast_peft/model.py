@@ -77,16 +77,10 @@ from .tasks.plan import plan_recast
 
 
 class RecastModel(BaseTuner):
-    """Puts RECAST tasks on a model (RECAST, ICLR 2025, section 3).
+    """The tuner that puts RECAST tasks on a model (RECAST, ICLR 2025, section 3): ``model.base_model`` of a ``PeftModel``.
 
-    Args:
-        model: any ``nn.Module``.
-        config: the task's config, or configs by task name.
-        adapter_name: the task's name.
-        low_cpu_mem_usage: create the coefficients on the meta device, to be loaded afterwards.
-
-    Raises:
-        RecastError: whatever is wrong is said before the model is changed.
+    It is made by :func:`get_recast_model` or PEFT's own functions. Whatever is wrong is said as a ``RecastError`` before the
+    model is changed.
     """
 
     prefix: str = PREFIX

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -444,20 +443,3 @@ def test_the_real_client_with_nothing_changed_in_it(hub: HubServer, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert torch.allclose(torch.load(tmp_path / "out.pt"), output(model), atol=1e-6)
     assert done.stdout.split()[-1] == hub.repositories["ada/again"].branches["main"]
-
-
-def test_the_documentation_runs(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_for_hf(make_timm(img_size=160, num_classes=1000), tmp_path / "base", safe_serialization=True)
-    hub.add("timm/test_vit.r160_in1k", folder_content(tmp_path / "base"))
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[1] / "docs" / "hub.md").read_text()
-    blocks = re.findall(r"(?<!-->\n)```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    assert list(names["model"].peft_config) == ["cars", "birds"]
-    assert len(hub.repositories["ada/vit-tasks"].commits) == 2
-    card = hub.repositories["ada/vit-flowers"].find("main").files["README.md"].decode()
-    assert "| accuracy | 0.93 |" in card
-    assert "license: mit" in card

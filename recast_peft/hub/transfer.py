@@ -99,9 +99,13 @@ def push_tasks_to_hub(
         repo_id: the repository, made if it does not exist.
         adapter_names: the tasks; None is all of them.
         results: for each task, measured values by name; stored in the task's config and shown in its card.
-        license: of the tasks, for the card.
-        commit_message, commit_description, private, token, revision, create_pr: as everywhere in ``huggingface_hub``; a
-            revision that does not exist is made as a branch.
+        license: licence of the tasks, for the card.
+        commit_message: first line of the commit.
+        commit_description: what stands below it.
+        private: whether a repository that is made here is private.
+        token: access token of the Hub; None takes the one that you are logged in with.
+        revision: branch to push to, made if it does not exist.
+        create_pr: open a pull request instead of writing to the branch.
 
     Returns:
         the commit.
@@ -203,7 +207,13 @@ def push_bank_to_hub(
         bank: a stored bank.
         repo_id: the repository, made if it does not exist.
         base_model: the repository of the backbone that the bank stands for, for the card.
-        license, commit_message, commit_description, private, token, revision, create_pr: see :func:`push_tasks_to_hub`.
+        license: licence of the bank, for the card.
+        commit_message: first line of the commit.
+        commit_description: what stands below it.
+        private: whether a repository that is made here is private.
+        token: access token of the Hub; None takes the one that you are logged in with.
+        revision: branch to push to, made if it does not exist.
+        create_pr: open a pull request instead of writing to the branch.
 
     Returns:
         the commit.

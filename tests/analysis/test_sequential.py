@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -524,14 +523,3 @@ class TestGrowingInSequence:
         config = RecastConfig(bank="somewhere")
         with pytest.raises(RecastConfigError, match="names the bank"):
             learn_in_sequence(TinyModel(), tasks, rough_training, evaluate, config=config, grow=growth)
-
-
-def test_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    text = (Path(__file__).parents[2] / "docs" / "sequences.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    assert "forgetting: +0.000" in capsys.readouterr().out
