@@ -1,0 +1,1 @@
+"""Files: written whole, read with care, brought from the Hub and put there."""

@@ -1,0 +1,195 @@
+"""Files that are written beside their place and moved into it: a reader, a kill or a full disk finds the old or the new one.
+
+    with staged(path) as beside:      # .NAME.<random>.part in the same folder
+        write(beside)                 # whatever fails here leaves ``path`` as it was
+                                      # flushed to the disk, then moved: os.replace is one step for every reader
+
+What a killed process leaves behind is taken away by the next one that writes to the same place. Two processes that write to
+one folder take turns: each holds a lock on the folder (of the operating system, so that it ends with the process) while it
+moves its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: files are still replaced in one step each, but writers do not take turns
+    fcntl = None  # type: ignore[assignment]
+
+PART = ".part"  # ending of what is not yet in its place
+ABANDONED_AFTER = 60.0  # seconds after which a file that no process holds a lock on belongs to a killed one
+ABANDONED_WITHOUT_LOCKS = 24 * 3600.0
+
+
+# ---------------------------------------------------------------- one file
+
+
+@contextmanager
+def staged(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside ``path`` to write to; when the block ends well it takes the place of ``path`` in one step.
+
+    The folder is made if it is missing. Where ``path`` is a link, what it points to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent, f".{target.name}.")
+    beside = target.parent / f".{target.name}.{uuid.uuid4().hex}{PART}"
+    try:
+        with ExitStack() as stack:
+            file = stack.enter_context(open(beside, "xb"))
+            _lock(file.fileno())  # says that this process is alive; safetensors writes by the name
+            yield beside
+            replace(beside, target)
+        flush(target.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with staged(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8 whole or not at all, with line ends as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike, content: Any, *, sort_keys: bool = False) -> None:
+    """Write a value as JSON, indented, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+
+
+# ---------------------------------------------------------------- a folder
+
+
+@contextmanager
+def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Path]], None] | None = None) -> Iterator[Path]:
+    """A folder to write to, whose files take their places in ``folder`` one by one when the block ends well.
+
+    Whatever fails in the block, or a kill, leaves ``folder`` as it was. Other files in ``folder`` stay.
+
+    Args:
+        folder: made if it is missing.
+        move: puts files (of the first folder, in the second one) in their places, under the lock of ``folder``; None is
+            :func:`move_files`.
+
+    Yields:
+        an empty folder of the same name, inside of ``folder``.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target, ".saving-")
+    outer = target / f".saving-{uuid.uuid4().hex}{PART}"
+    inside = outer / (target.resolve().name or "root")  # cards name a task by its folder
+    try:
+        inside.mkdir(parents=True)
+        with _held(outer):
+            yield inside
+            files = sorted(path.relative_to(inside) for path in inside.rglob("*") if path.is_file())
+            with locked(target):
+                (move or move_files)(inside, target, files)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
+
+
+def move_files(source: Path, target: Path, files: Sequence[Path]) -> None:
+    """Move files from a folder to another one on the same disk, each in one step."""
+    for path in files:
+        replace(source / path, target / path)
+    for parent in {(target / path).parent for path in files}:
+        flush(parent)
+
+
+def replace(new: Path, old: Path) -> None:
+    """Put a file in the place of another one in one step; where that is a link, what it points to is replaced."""
+    place = Path(os.path.realpath(old))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        os.chmod(new, place.stat().st_mode & 0o7777)  # as the one that it replaces
+    flush(new)
+    os.replace(new, place)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """A block that no other process is in for the same folder; where the system has no such locks it is an ordinary block.
+
+    The lock lies on the folder itself and leaves no file behind; it ends with the process, however that ends.
+    """
+    with _held(Path(folder), wait=True):
+        yield
+
+
+@contextmanager
+def _held(folder: Path, wait: bool = False) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, wait)
+        yield
+    finally:
+        os.close(handle)  # which gives the lock back
+
+
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Whether the lock was taken."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another process, or a file system without locks
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- details
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path, start: str) -> None:
+    """Take away what processes that were killed while writing left in a folder."""
+    with suppress(OSError):
+        for path in [p for p in folder.iterdir() if p.name.startswith(start) and p.name.endswith(PART)]:
+            with suppress(OSError):
+                if _is_abandoned(path):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    age = time.time() - path.stat().st_mtime
+    if fcntl is None:
+        return age > ABANDONED_WITHOUT_LOCKS
+    if age < ABANDONED_AFTER:  # it may have been made a moment ago and not be locked yet
+        return False
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return _lock(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,228 @@
+"""The one reader of JSON that did not come from this process: configs of tasks, headers of banks, pools and compressed models.
+
+Bounded in size and depth, UTF-8 throughout, no key twice, an object at the top; whatever is wrong is one error that says where.
+:class:`Fields` then gives values of the kind that is expected, or the same error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..errors import RecastError, RecastLoadError
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 64
+_ABSENT: Any = object()
+
+
+def read_json(
+    path: str | os.PathLike,
+    what: str | None = None,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    error: type[RecastError] = RecastLoadError,
+) -> Fields:
+    """Read a file that holds a JSON object.
+
+    Args:
+        path: of the file.
+        what: it is called in messages; None is its path.
+        max_bytes: of the file.
+        max_depth: of lists and objects in each other.
+        error: what is raised.
+
+    Raises:
+        RecastLoadError: (or ``error``) if the file cannot be read, is too large, or is no JSON object as described above.
+    """
+    what = what or str(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as reason:
+        raise error(f"{what} cannot be read: {reason.strerror or reason}") from reason
+    return parse_json(content, what, max_bytes=max_bytes, max_depth=max_depth, error=error)
+
+
+def parse_json(
+    content: bytes | str,
+    what: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    error: type[RecastError] = RecastLoadError,
+) -> Fields:
+    """Read a JSON object from memory; see :func:`read_json`."""
+    value = parse_value(content, what, max_bytes=max_bytes, max_depth=max_depth, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{what} holds {_kind(value)} where a JSON object is expected. Fetch it again.")
+    return Fields(value, what, error)
+
+
+def parse_value(
+    content: bytes | str,
+    what: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    error: type[RecastError] = RecastLoadError,
+) -> Any:
+    """Read any JSON value from memory; see :func:`read_json`."""
+    if len(content) > max_bytes:
+        raise error(f"{what} is larger than {max_bytes:,} bytes, the most that is read of a JSON text")
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        value = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as reason:
+        cause = "it is nested too deeply" if isinstance(reason, RecursionError) else reason
+        raise error(f"{what} is not valid JSON: {cause}. Fetch it again.") from reason
+    _check(value, what, max_depth, error)
+    return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return content
+
+
+def _check(value: Any, what: str, max_depth: int, error: type[RecastError]) -> None:
+    """Refuse what is nested too deeply, and texts that UTF-8 cannot hold (half a pair of surrogates)."""
+    level = [value]
+    for _ in range(max_depth + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str) and not item.isascii():
+                try:
+                    item.encode("utf-8")
+                except UnicodeEncodeError as reason:
+                    raise error(f"{what} is not valid JSON: a text in it is not UTF-8 ({reason.reason})") from reason
+            elif isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        level = below
+        if not level:
+            return
+    raise error(f"{what} is not valid JSON: lists and objects stand in each other more than {max_depth} deep")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
+
+
+class Fields(Mapping[str, Any]):
+    """A JSON object whose values are asked for by kind; a mapping like any other beside.
+
+    Args:
+        content: the object.
+        what: it is called in messages.
+        error: what is raised where a value is missing or of another kind.
+    """
+
+    def __init__(self, content: Mapping[str, Any], what: str, error: type[RecastError] = RecastLoadError) -> None:
+        self.content, self.what, self.error = content, what, error
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def text(self, key: str, default: Any = _ABSENT) -> str:
+        """A text."""
+        return self._get(key, default, "a text", lambda value: isinstance(value, str))
+
+    def flag(self, key: str, default: Any = _ABSENT) -> bool:
+        """True or False."""
+        return self._get(key, default, "true or false", lambda value: isinstance(value, bool))
+
+    def integer(self, key: str, low: int, high: int, default: Any = _ABSENT) -> int:
+        """A whole number within bounds."""
+        return self._get(
+            key,
+            default,
+            f"a whole number from {low:,} to {high:,}",
+            lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        )
+
+    def number(self, key: str, default: Any = _ABSENT) -> float:
+        """A finite number."""
+        return self._get(key, default, "a finite number", _is_number)
+
+    def numbers(self, key: str, default: Any = _ABSENT) -> list[float]:
+        """A list of finite numbers."""
+        return self._get(key, default, "a list of finite numbers", lambda value: _all_in(value, _is_number))
+
+    def integers(self, key: str, low: int, high: int, default: Any = _ABSENT) -> list[int]:
+        """A list of whole numbers within bounds."""
+        return self._get(
+            key,
+            default,
+            f"a list of whole numbers from {low:,} to {high:,}",
+            lambda value: _all_in(value, lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high),
+        )
+
+    def texts(self, key: str, default: Any = _ABSENT) -> list[str]:
+        """A list of texts."""
+        return self._get(key, default, "a list of texts", lambda value: _all_in(value, lambda v: isinstance(v, str)))
+
+    def text_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, str]:
+        """An object whose values are texts."""
+        return self._get(
+            key,
+            default,
+            "an object whose values are texts",
+            lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+        )
+
+    def object(self, key: str, default: Any = _ABSENT) -> Fields:
+        """An object."""
+        value = self._get(key, default, "an object", lambda value: isinstance(value, dict))
+        return Fields(value, f"{key!r} of {self.what}", self.error) if isinstance(value, dict) else value
+
+    def objects(self, key: str, default: Any = _ABSENT) -> list[Fields]:
+        """A list of objects."""
+        values = self._get(key, default, "a list of objects", lambda value: _all_in(value, lambda v: isinstance(v, dict)))
+        return [Fields(value, f"{key}[{place}] of {self.what}", self.error) for place, value in enumerate(values)]
+
+    def object_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, Fields]:
+        """An object whose values are objects."""
+        inside = self.object(key, default)
+        return {name: inside.object(name) for name in inside}
+
+    def _get(self, key: str, default: Any, expected: str, fits: Any) -> Any:
+        value = self.content.get(key, _ABSENT)
+        if value is _ABSENT and default is not _ABSENT:
+            return default
+        if value is _ABSENT:
+            raise self.error(f"{self.what} has no {key!r}; expected {expected}. Fetch it again.")
+        if not fits(value):
+            if value is None and default is None:
+                return None
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+            raise self.error(f"{key!r} of {self.what} is {shown}; expected {expected}. Fetch it again.")
+        return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _all_in(value: Any, fits: Any) -> bool:
+    return isinstance(value, list) and all(map(fits, value))

@@ -1,0 +1,57 @@
+"""Names from files that somebody else wrote: a path stays in its folder, a repository is a name on the Hub and nothing else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import RecastError, RecastLoadError
+
+
+def inside(folder: str | os.PathLike, name: str, what: str, error: type[RecastError] = RecastLoadError) -> Path:
+    """The path of a name from a file, below the folder that the file lies in.
+
+    Args:
+        folder: that must not be left.
+        name: as it stands in the file.
+        what: the name is of, in messages.
+        error: what is raised.
+
+    Raises:
+        RecastLoadError: (or ``error``) if the name is empty or absolute, goes up, or leads out of the folder by a link.
+    """
+    if not name or is_absolute(name) or goes_up(name) or "\0" in name:
+        raise error(f"{what} is {name!r}, which is no place below {os.fspath(folder)}: names in files stay in their folder")
+    path = Path(folder, name)
+    root = os.path.realpath(folder)
+    if os.path.commonpath([root, os.path.realpath(path)]) != root:
+        raise error(f"{what} is {name!r}, a link that leads out of {os.fspath(folder)}: names in files stay in their folder")
+    return path
+
+
+def is_absolute(name: str) -> bool:
+    """Whether a name is a whole path, here or on another system, or begins at somebody's home."""
+    return (
+        PurePosixPath(name).is_absolute()
+        or bool(PureWindowsPath(name).anchor or PureWindowsPath(name).drive)
+        or name[:1] == "~"
+    )
+
+
+def goes_up(name: str) -> bool:
+    """Whether a name has a part ``..``."""
+    return ".." in name.replace("\\", "/").split("/")
+
+
+def is_hub_name(name: object) -> bool:
+    """Whether a name can only be a repository on the Hub: no path, no address, no folder that lies here."""
+    if not isinstance(name, str) or is_absolute(name) or goes_up(name) or "\\" in name or name.startswith("."):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)

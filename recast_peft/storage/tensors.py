@@ -1,0 +1,228 @@
+"""Safetensors files: written whole with a checksum of what is in them, read with care.
+
+Safetensors itself refuses a file whose header does not describe its bytes exactly, so that no shape can ask for more memory
+than the file has. Here come the kinds of numbers that are expected, that they are finite, and the checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import RecastError, RecastLoadError
+from .atomic import staged
+
+CHECKSUM = "recast_checksum"  # the entry of a file's metadata
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1 << 22  # numbers that are looked at in one go
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What a safetensors file holds.
+
+    Attributes:
+        tensors: by name.
+        metadata: texts by name, the checksum among them where the file has one.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors whole or not at all, with a checksum.
+
+    Args:
+        path: of the file; its folder is made if it is missing.
+        tensors: by name, on any device; those that share memory are stored one by one.
+        metadata: texts by name.
+    """
+    held: dict[int, str] = {}
+    plain: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        plain[key] = value.clone() if value.numel() and place in held else value
+        held[place] = key
+    texts = {"format": "pt", **(metadata or {}), CHECKSUM: checksum(plain)}
+    with staged(path) as beside:
+        try:
+            save_file(plain, beside, metadata=texts)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{os.fspath(path)} could not be written: {error}. What was there before is as it was.") from error
+
+
+def read_tensors(
+    path: str | os.PathLike,
+    what: str | None = None,
+    *,
+    floating: bool = True,
+    finite: bool = True,
+    error: type[RecastError] = RecastLoadError,
+) -> TensorFile:
+    """Read a whole safetensors file.
+
+    Args:
+        path: of the file.
+        what: it is called in messages; None is its path.
+        floating: refuse all but float64, float32, float16 and bfloat16; integers, bits and 8-bit floats are named.
+        finite: refuse infinity and NaN.
+        error: what is raised.
+
+    Raises:
+        RecastLoadError: (or ``error``) if the file cannot be read, does not hold what is expected, or its checksum is of
+            another content. A file without a checksum (of earlier versions) is read.
+    """
+    what = what or str(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as reason:  # safetensors and torch have a kind of error for each kind of damage
+        raise _unreadable(what, reason, error) from reason
+    if floating:
+        check_floating(what, tensors, error)
+    if finite:
+        check_finite(what, tensors, error)
+    check_checksum(what, tensors, metadata, error)
+    return TensorFile(tensors, metadata)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The texts of a safetensors file; empty if there is no such file, or it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:  # whoever reads the numbers says what is wrong with it
+        return {}
+
+
+def read_shapes(
+    path: str | os.PathLike, what: str | None = None, *, error: type[RecastError] = RecastLoadError
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; no number is read.
+
+    Raises:
+        RecastLoadError: (or ``error``) if the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except Exception as reason:
+        raise _unreadable(what or str(path), reason, error) from reason
+
+
+def _unreadable(what: str, reason: Exception, error: type[RecastError]) -> RecastError:
+    return error(f"{what} is damaged or incomplete: {reason}\nNothing was loaded; fetch it again.")
+
+
+def check_floating(what: str, tensors: Mapping[str, Tensor], error: type[RecastError] = RecastLoadError) -> None:
+    """Refuse numbers of a kind that no weight or coefficient has.
+
+    Raises:
+        RecastLoadError: (or ``error``) naming the first such tensor and its dtype.
+    """
+    wrong = [key for key, tensor in tensors.items() if tensor.dtype not in FLOATING]
+    if wrong:
+        raise error(
+            f"{what} holds numbers of another kind{_and_more(wrong)}\n  {wrong[0]}: {_name(tensors[wrong[0]].dtype)}\n"
+            f"  expected: {', '.join(map(_name, FLOATING))}\nNothing was loaded; fetch it again."
+        )
+
+
+def check_finite(what: str, tensors: Mapping[str, Tensor], error: type[RecastError] = RecastLoadError) -> None:
+    """Refuse infinity and NaN.
+
+    Raises:
+        RecastLoadError: (or ``error``) naming the first tensor that holds one.
+    """
+    wrong = not_finite(tensors)
+    if wrong:
+        raise error(f"{what} holds infinity or NaN in {wrong[0]}{_and_more(wrong)}\nNothing was loaded; fetch it again.")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold infinity or NaN; one on the meta device holds nothing."""
+    return [key for key, t in tensors.items() if (t.is_floating_point() or t.is_complex()) and not t.is_meta and not _finite(t)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    flat = tensor.detach().reshape(-1)
+    if flat.element_size() == 1:
+        flat = flat.float()  # torch compares no 8-bit floats
+    return all(bool(torch.isfinite(flat[start : start + _CHUNK]).all()) for start in range(0, flat.numel(), _CHUNK))
+
+
+def check_shapes(
+    what: str,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    error: type[RecastError] = RecastLoadError,
+) -> None:
+    """Refuse missing tensors and other shapes.
+
+    Raises:
+        RecastLoadError: (or ``error``) with both shapes of the first that differs.
+    """
+    missing = [key for key in expected if key not in tensors]
+    if missing:
+        raise error(f"{what} lacks {missing[0]}{_and_more(missing)}\nNothing was loaded; fetch it again.")
+    wrong = [key for key, shape in expected.items() if tuple(tensors[key].shape) != tuple(shape)]
+    if wrong:
+        raise error(
+            f"{what} holds another shape{_and_more(wrong)}\n  {wrong[0]}: {tuple(tensors[wrong[0]].shape)}\n"
+            f"  expected: {tuple(expected[wrong[0]])}\nNothing was loaded; fetch it again."
+        )
+
+
+def check_checksum(
+    what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], error: type[RecastError] = RecastLoadError
+) -> None:
+    """Refuse tensors that are not those that a file's checksum was made of; a file without one is let pass.
+
+    Raises:
+        RecastLoadError: (or ``error``) with both checksums.
+    """
+    stored = metadata.get(CHECKSUM)
+    if stored is None:
+        return
+    actual = checksum(tensors)
+    if stored != actual:
+        raise error(
+            f"{what} is damaged: its numbers are not those that were written\n  checksum in the file:   {stored}\n"
+            f"  checksum of the numbers: {actual}\nNothing was loaded; fetch it again."
+        )
+
+
+def checksum(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """A hash of names, shapes and numbers: 16 hexadecimal digits of SHA-256.
+
+    Args:
+        tensors: by name.
+        dtype: that numbers are seen in; None takes them as they are.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(tensor.shape)} {dtype or tensor.dtype}".encode())
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), _CHUNK):  # in parts: a copy in another dtype of all at once would be large
+            part = flat[start : start + _CHUNK]
+            digest.update((part if dtype is None else part.to(dtype)).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

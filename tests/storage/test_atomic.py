@@ -1,0 +1,127 @@
+"""Files are written whole: whatever happens, a reader finds the old content or the new one."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from recast_peft.storage import atomic
+from recast_peft.storage.atomic import locked, staged, staged_folder, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(RuntimeError), staged(file) as beside:
+        beside.write_text("half of the n")
+        raise RuntimeError
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+    write_text(file, "new")
+    assert file.read_text() == "new"
+
+
+def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with staged(file) as beside:
+        beside.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, {"value": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(OSError):
+            write_json(file, {"value": "x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.read_text() == '{\n  "value": 1\n}\n'
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:
+    file, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    write_text(file, "old")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_writers_at_the_same_time_leave_one_of_the_contents(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    texts = [str(number) * 50_000 for number in range(4)]
+    threads = [threading.Thread(target=write_text, args=(file, text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert file.read_text() in texts
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    dead, alive = tmp_path / f".a.txt.dead{atomic.PART}", tmp_path / f".a.txt.alive{atomic.PART}"
+    other = tmp_path / f".b.txt.dead{atomic.PART}"
+    for path in (dead, alive, other):
+        path.write_text("half")
+        os.utime(path, (time.time() - 1000, time.time() - 1000))
+    with open(alive, "rb") as held:
+        assert atomic._lock(held.fileno())
+        write_text(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == sorted([alive.name, other.name, "a.txt"])
+
+
+def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_text(folder / "task" / "a.txt", "old")
+    write_text(folder / "mine.txt", "mine")
+    with pytest.raises(RuntimeError), staged_folder(folder) as inside:
+        assert inside.name == "model"
+        write_text(inside / "task" / "a.txt", "new")
+        raise RuntimeError
+    assert (folder / "task" / "a.txt").read_text() == "old"
+    with staged_folder(folder) as inside:
+        write_text(inside / "task" / "a.txt", "new")
+        write_text(inside / "b.txt", "b")
+        assert (folder / "task" / "a.txt").read_text() == "old"
+    assert (folder / "task" / "a.txt").read_text() == "new"
+    assert names(folder) == ["a.txt", "b.txt", "mine.txt"]
+    assert not list(folder.glob(".*"))
+
+
+def test_one_writer_at_a_time_is_in_a_locked_block(tmp_path: Path) -> None:
+    order = []
+
+    def other() -> None:
+        with locked(tmp_path):
+            order.append("other")
+
+    with locked(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,101 @@
+"""JSON from elsewhere: one clear error for whatever is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recast_peft.errors import RecastConfigError, RecastLoadError
+from recast_peft.storage.json_reader import parse_json, parse_value, read_json
+
+BAD = {
+    "empty": b"",
+    "cut": b'{"a": 1',
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "deep lists": b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "so deep that Python gives up": b'{"a": ' + b"[" * 100_000,
+    "a key twice": b'{"a": 1, "a": 2}',
+    "half a surrogate pair": b'{"a": "\\ud800"}',
+    "half a surrogate pair in a key": b'{"\\ud800": 1}',
+    "digits without end": b'{"a": ' + b"1" * 5000 + b"}",
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"12",
+    "a text": b'"a"',
+    "two values": b"{} {}",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_json_is_one_kind_of_error(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(BAD[kind])
+    with pytest.raises(RecastLoadError, match="a bank's header"):
+        read_json(file, "a bank's header")
+    with pytest.raises(RecastConfigError):
+        read_json(file, error=RecastConfigError)
+
+
+def test_a_file_that_is_too_large_or_missing(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    with pytest.raises(RecastLoadError, match="cannot be read"):
+        read_json(file)
+    with pytest.raises(RecastLoadError, match="cannot be read"):
+        read_json(tmp_path)
+    file.write_text('{"a": "' + "x" * 200 + '"}')
+    assert read_json(file, max_bytes=300).text("a") == "x" * 200
+    with pytest.raises(RecastLoadError, match="larger than 100 bytes"):
+        read_json(file, max_bytes=100)
+
+
+def test_values_by_kind() -> None:
+    fields = parse_json(
+        '{"t": "é", "n": 3, "f": 0.5, "b": true, "l": ["a"], "v": [1, 2.5], "o": {"p": {"q": 1}}, "z": null}', "it"
+    )
+    assert (fields.text("t"), fields.integer("n", 0, 9), fields.number("f"), fields.flag("b")) == ("é", 3, 0.5, True)
+    assert fields.texts("l") == ["a"]
+    assert fields.numbers("v") == [1, 2.5]
+    assert fields.object("o").object("p").integer("q", 1, 1) == 1
+    assert fields.object_by_name("o")["p"]["q"] == 1
+    assert fields.text("absent", None) is None
+    assert fields.text("z", None) is None
+    assert dict(fields)["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("ask", "value"),
+    [
+        ("text", "1"),
+        ("flag", "1"),
+        ("number", "true"),
+        ("number", "NaN"),
+        ("number", "1e999"),
+        ("numbers", "[1, null]"),
+        ("texts", '"ab"'),
+        ("texts", "[1]"),
+        ("text_by_name", '{"a": 1}'),
+        ("object", "[]"),
+        ("objects", "[1]"),
+        ("object_by_name", '{"a": 1}'),
+        ("text", "null"),
+    ],
+)
+def test_another_kind_of_value_is_refused_with_its_name(ask: str, value: str) -> None:
+    fields = parse_json(f'{{"width": {value}}}', "the header of a bank")
+    with pytest.raises(RecastLoadError, match="width.*of the header of a bank"):
+        getattr(fields, ask)("width")
+
+
+@pytest.mark.parametrize("value", ["true", "1.0", "-1", "11", '"1"', "null"])
+def test_a_whole_number_has_bounds(value: str) -> None:
+    with pytest.raises(RecastLoadError, match="from 0 to 10"):
+        parse_json(f'{{"n": {value}}}', "it").integer("n", 0, 10)
+    with pytest.raises(RecastLoadError, match="list of whole numbers from 0 to 10"):
+        parse_json(f'{{"n": [{value}]}}', "it").integers("n", 0, 10)
+
+
+def test_a_missing_value_and_any_value() -> None:
+    with pytest.raises(RecastLoadError, match="has no 'n'"):
+        parse_json("{}", "it").text("n")
+    assert parse_value("[1]", "it") == [1]
