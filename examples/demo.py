@@ -33,7 +33,8 @@ from torch import nn
 from training import Schedule, recast_groups, test_accuracy, train_groups, train_lora, train_probe, train_recast
 
 from recast_peft import BiasConfig, RecastConfig, TaskPool, mimicry_report, plan_recast
-from recast_peft.analysis.sequential import AccuracyMatrix, learn_in_sequence
+from recast_peft.analysis.matrix import AccuracyMatrix
+from recast_peft.analysis.sequence import learn_in_sequence
 
 DEFAULT_TASKS = ("handwriting", "greek", "cyrillic", "hebrew", "operators", "arrows")
 HEAD_DECAY = 10.0  # of every classifier: with 60 images a class it overfits otherwise (docs/accuracy.md)

@@ -23,7 +23,8 @@ from peft import PeftModel
 from training import Schedule, logits_of, recast_groups, test_accuracy, train_groups
 
 from recast_peft import RecastConfig, TaskPool, split_logits
-from recast_peft.analysis.sequential import AccuracyMatrix, learn_in_sequence
+from recast_peft.analysis.matrix import AccuracyMatrix
+from recast_peft.analysis.sequence import learn_in_sequence
 
 FINE_TUNING_LR = 5e-4
 

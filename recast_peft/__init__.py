@@ -18,10 +18,11 @@ from .errors import (
     RecastSequenceError,
     RecastTargetError,
 )
-from .growth.bank_learning import LearnedBank, learn_bank, random_bank
 from .growth.biases import grow_bias_bank
 from .growth.fitting import fit_bank
-from .growth.weights import GrowthReport, extend_bank, grow_bank, growth_report
+from .growth.random import random_bank
+from .growth.report import GrowthReport, growth_report
+from .growth.weights import extend_bank, grow_bank
 from .hub.cards import write_model_card
 from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .integrations.compressed import load_compressed_model, save_compressed_model
@@ -50,7 +51,6 @@ __all__ = [
     "BiasConfig",
     "CLRConfig",
     "GrowthReport",
-    "LearnedBank",
     "LoraConversionReport",
     "MimicryReport",
     "PartnerConfig",
@@ -84,7 +84,6 @@ __all__ = [
     "grow_bank",
     "grow_bias_bank",
     "growth_report",
-    "learn_bank",
     "load_bank",
     "load_compressed_model",
     "mimicry_report",

@@ -4,13 +4,13 @@
     python examples/benchmarks/grown_banks.py --quick                       # shows that it works, no more
 
 Leave one out: each of the demo's tasks is held out in turn. A bank is grown from adapters of all the others (LoRA for
-weights, biases that were trained whole for biases), or learned together with them, and the task that was held out is learned
-with its coefficients alone. Beside it stand the probe, RECAST on a plain bank, TinyLoRA, LoRA, BitFit and full fine-tuning;
-learning rates are found by the search of accuracy.py. Two rows, the probe and LoRA on a backbone whose biases are moved to
-the mean of the sources', tell what a bank brings from what any method gains by starting there. Further rows do without earlier
-tasks: their sources are practice tasks, made of the characters of the pretraining. A second table holds tasks of another
-kind than the sources: what is wrong with a letter, and which font it is of. Runs, sources and learned banks are kept
-in the output folder: a study that is broken off goes on where it stood.
+weights, biases that were trained whole for biases), and the task that was held out is learned with its coefficients alone.
+Beside it stand the probe, RECAST on a plain bank, TinyLoRA, LoRA, BitFit and full fine-tuning; learning rates are found by
+the search of accuracy.py. Two rows, the probe and LoRA on a backbone whose biases are moved to the mean of the sources',
+tell what a bank brings from what any method gains by starting there. Further rows do without earlier tasks: their sources
+are practice tasks, made of the characters of the pretraining. A second table holds tasks of another kind than the sources:
+what is wrong with a letter, and which font it is of. Runs and sources are kept in the output folder: a study that is broken
+off goes on where it stood.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ from recast_peft import (
     get_recast_model,
     grow_bank,
     grow_bias_bank,
-    learn_bank,
-    load_bank,
 )
 
 TARGETS = ["qkv"]
@@ -72,11 +70,10 @@ class Banks:
         folder: where they are kept.
         study: says how many images there are, and the schedule.
         tasks: whose adapters are sources.
-        steps: of ``learn_bank``.
     """
 
-    def __init__(self, folder: Path, study: Study, tasks: Sequence[str], steps: int) -> None:
-        self.folder, self.study, self.tasks, self.steps = folder, study, tuple(tasks), steps
+    def __init__(self, folder: Path, study: Study, tasks: Sequence[str]) -> None:
+        self.folder, self.study, self.tasks = folder, study, tuple(tasks)
         folder.mkdir(parents=True, exist_ok=True)
         self.grown = lru_cache(maxsize=64)(self._grown)
         self.biases = lru_cache(maxsize=64)(self._biases)
@@ -148,26 +145,6 @@ class Banks:
         config = RecastConfig(target_modules=list(targets), group_size=group_size)
         return grow_bank(load_backbone(), sources, config, num_templates=templates, plain_templates=plain)
 
-    def learned(self, held_out: str, seed: int) -> StoredBank:
-        """The bank grown from all the others, learned further on their images."""
-        path = self.folder / f"without-{held_out}-{seed}"
-        if not path.is_dir():
-            names = self.others(held_out)
-            start = time.process_time()
-            found = learn_bank(
-                load_backbone(),
-                {name: len(self.images(name, seed).class_names) for name in names},
-                mixed_batches([self.images(name, seed) for name in names], self.steps, self.study.schedule.batch_size, seed),
-                self.grown(held_out, seed, None, None, 1, True),
-                template_lr=0.02,
-                seed=seed,
-                checkpoint=path.with_suffix(".pt"),
-                progress=False,
-            )
-            found.bank.save(path)
-            self.note(path.name, time.process_time() - start)
-        return load_bank(path)
-
     def note(self, name: str, seconds: float) -> None:
         """Keep what something took."""
         path = self.folder / "seconds.json"
@@ -185,18 +162,6 @@ class Banks:
             if name.startswith(start) and (suffix in name if suffix else "qkv" not in name and "bias" not in name)
         ]
         return statistics.fmean(fitting or [0.0])
-
-
-def mixed_batches(tasks: Sequence[Task], steps: int, size: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Batches in which samples of all tasks are mixed, the tasks by number."""
-    images = torch.cat([task.train_images for task in tasks])
-    labels = torch.cat([task.train_labels for task in tasks])
-    numbers = torch.cat([torch.full((len(task.train_labels),), i) for i, task in enumerate(tasks)])
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[Tensor] = []
-    while len(rows) < steps:
-        rows += torch.randperm(len(images), generator=generator).split(size)[:-1]
-    return [(images[part], labels[part], numbers[part]) for part in rows[:steps]]
 
 
 def on_bank(name: str, settings: dict[str, Any], bank: Callable[[str, int], StoredBank], banks: Banks, lr: float) -> Method:
@@ -275,11 +240,6 @@ def shared_method(name: str, banks: Banks, lr: float, templates: int) -> Method:
     return on_bank(name, settings, lambda task, seed: banks.grown(task, seed, None, templates, 2, True), banks, lr)
 
 
-def learned_method(name: str, banks: Banks, lr: float) -> Method:
-    """RECAST on a bank that was learned together with the other tasks."""
-    return on_bank(name, {"bank": "learned", "steps": banks.steps}, banks.learned, banks, lr)
-
-
 def plain_method(group_size: int) -> Method:
     """RECAST on plain banks."""
     return recast_method(f"plain bank, groups of {group_size}", {"target_modules": TARGETS, "group_size": group_size}, START_LR)
@@ -307,11 +267,6 @@ def grown_rows(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dic
             banks.source(name, seed, WIDE)  # apart from the runs, so that their times are those of a task
         return with_rates_of(whole(), [wide_method("grown, qkv + fc1 + fc2, two components", banks, START_LR, 2)])
 
-    def learned() -> list[Method]:
-        for name in names:
-            banks.learned(name, seed)
-        return [tune(learned_method("learned, qkv, and the module's own weight", banks, START_LR))]
-
     def sources() -> list[Method]:
         for name in names:
             banks.source(name, seed)
@@ -324,7 +279,6 @@ def grown_rows(banks: Banks, tune: Callable[[Method], Method], seed: int) -> dic
             tune(grown_method("grown, qkv, and the module's own weight", banks, START_LR, plain=True))
         ],
         "grown bank, fewer sources": fewer,
-        "learned bank": learned,
     }
 
 
@@ -412,7 +366,7 @@ def costs(study: Study, banks: Banks, families: dict[str, list[Method]], rows: S
             targets = tuple(settings.get("targets", TARGETS))
             size = banks.grown(banks.tasks[0], seeds[0], count, settings.get("templates"), 1, True, targets).nbytes
             source = statistics.fmean(banks.seconds(f"{name}-", targets) for name in banks.tasks)
-            once = count * source + (banks.seconds("without-") if settings["bank"] == "learned" else 0.0)
+            once = count * source
         if "biases" in settings:
             size += banks.biases(banks.tasks[0], seeds[0], None, settings["biases"], False).nbytes
             once += (len(banks.tasks) - 1) * banks.seconds("", ["bias"])
@@ -444,13 +398,12 @@ def unrelated(study: Study, banks: Banks, tune: Callable[[Method], Method], opti
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Run the study, seed by seed; after each the tables and the picture are written."""
     made = parser(__doc__, "grown_banks_output")
-    made.add_argument("--steps", type=int, default=300, help="of learn_bank (default: %(default)s)")
     made.add_argument("--families", nargs="+", help="only these rows, by family, beside the probe and LoRA (default: all)")
     options = made.parse_args(arguments)
     study = make_study(options)
     if options.quick:
-        options.tasks, options.steps = ["arrows", "greek", "hebrew"], 4
-    banks = Banks(options.output / "banks", study, options.tasks, options.steps)
+        options.tasks = ["arrows", "greek", "hebrew"]
+    banks = Banks(options.output / "banks", study, options.tasks)
     rows: list[Row] = []
 
     def tune(method: Method) -> Method:

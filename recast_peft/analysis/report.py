@@ -92,10 +92,26 @@ class MimicryReport:
         return {"exact": self.is_exact, **asdict(self)}
 
     def plot(self) -> Figure:
-        """The report as a picture (needs matplotlib)."""
-        from .plotting import plot_mimicry_report
+        """Relative error of every weight, and of every block's features where the report has them.
 
-        return plot_mimicry_report(self)
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        panels = 2 if self.features else 1
+        height = 1.5 + 0.22 * max(len(self.modules), len(self.features))
+        figure = Figure(figsize=(6.0 * panels, height), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        known = [m for m in self.modules if m.relative_error is not None]
+        axes[0].barh([m.module for m in known], [m.relative_error for m in known], color="tab:blue")
+        axes[0].set(xlabel="relative error of the weight", title="exact banks" if self.is_exact else "weights")
+        axes[0].invert_yaxis()
+        if self.features:
+            axes[1].barh([f.name for f in self.features], [f.relative_error for f in self.features], color="tab:orange")
+            axes[1].set(xlabel="relative error of the features", title="features on the batch")
+            axes[1].invert_yaxis()
+        return figure
 
     def __str__(self) -> str:
         rows = [

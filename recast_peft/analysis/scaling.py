@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..layer import RecastLayer, recast_layers
+from ..growth.sources import check_plain
 from ..mimicry import gram_matrix
 from ..planning.budget import with_fields
 from ..planning.plan import RecastPlan
@@ -68,10 +68,29 @@ class ScalingTable:
         return [{**asdict(row), "exact": row.is_exact} for row in self.rows]
 
     def plot(self) -> Figure:
-        """The table as a picture (needs matplotlib)."""
-        from .plotting import plot_scaling
+        """Numbers per task against bytes of the model, coloured by the error of the weights.
 
-        return plot_scaling(self)
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+        axes = figure.subplots()
+        points = axes.scatter(
+            [row.num_coefficients for row in self.rows],
+            [row.model_bytes / 2**20 for row in self.rows],
+            c=[row.relative_error or 0.0 for row in self.rows],
+            cmap="viridis",
+        )
+        for row in self.rows:
+            label = f"g{row.group_size} n{row.num_templates} K{row.num_coefficient_sets}"
+            axes.annotate(
+                label, (row.num_coefficients, row.model_bytes / 2**20), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+        axes.set(xscale="log", xlabel="numbers per task", ylabel="model (MiB)")
+        figure.colorbar(points, label="relative error of the weights")
+        return figure
 
     def __str__(self) -> str:
         header = ("targets", "group size", "groups G", "templates n", "sets K", "numbers per task", "model bytes", "error")
@@ -108,8 +127,7 @@ def scaling_table(
     Raises:
         RecastError: if nothing can be targeted, or the model is converted already.
     """
-    if recast_layers(model) or any(isinstance(m, RecastLayer) for m in model.modules()):
-        raise RecastConfigError("scaling_table needs the plain pretrained model; this one is converted already")
+    check_plain(model, "scaling_table")
     listed = list(targets) if isinstance(targets, (list, tuple)) and not _is_names(targets) else [targets]
     rows: list[ScalingRow] = []
     for target in listed:

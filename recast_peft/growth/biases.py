@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import principal_components
 from ..composition.fingerprint import weight_fingerprint
-from ..errors import RecastBankError, RecastConfigError
-from ..layer import RecastLayer
+from ..errors import RecastBankError
 from ..names import bank_name, block_of, role_of
 from ..parts import BiasConfig
 from ..parts.bias import bias_of, check_bias
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
-from .sources import Source, check_sources, moves_by_source, origin_of
+from .sources import Source, check_plain, check_sources, moves_by_source, origin_of
 
 
 def grow_bias_bank(
@@ -56,10 +55,7 @@ def grow_bias_bank(
         RecastTargetError: if target modules have no bias, or name nothing.
         RecastBankError: if a source cannot be read, or none of them moved a bias.
     """
-    if any(isinstance(module, RecastLayer) for module in model.modules()):
-        raise RecastConfigError(
-            "grow_bias_bank needs the plain pretrained model; this one is converted already (see model.unload())"
-        )
+    check_plain(model, "grow_bias_bank")
     check_sources(sources, num_templates=num_templates, group_size=group_size)
     places = _places(model, target_modules)
     biases = {place.name: cast(Tensor, place.module.bias) for place in places}

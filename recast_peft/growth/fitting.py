@@ -17,13 +17,13 @@ from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..layer import RecastLayer
 from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from ..names import block_of
 from ..planning.candidates import Candidate
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
+from .sources import check_plain
 
 
 def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | None = None) -> StoredBank:
@@ -42,8 +42,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
         RecastConfigError: if the model is converted already, or data are needed and missing.
         RecastBankError: if every bank is exact, so that there is nothing to fit.
     """
-    if any(isinstance(module, RecastLayer) for module in model.modules()):
-        raise RecastConfigError("fit_bank needs the plain pretrained model; this one is converted already (see model.unload())")
+    check_plain(model, "fit_bank")
     method = config.method
     plan = plan_recast(model, config)
     targets = {target.name: target for target in plan.candidates}

@@ -14,10 +14,33 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import RecastBankError, RecastConfigError, RecastError
+from ..layer import RecastLayer
+from ..options.partner import is_count
 from ..planning.candidates import Candidate
 
 Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
 CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
+
+
+def check_plain(model: nn.Module, verb: str) -> None:
+    """Refuse a converted model.
+
+    Raises:
+        RecastConfigError: naming the function that needs a plain one.
+    """
+    if any(isinstance(module, RecastLayer) for module in model.modules()):
+        raise RecastConfigError(f"{verb} needs the plain pretrained model; this one is converted already (see model.unload())")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse sizes that are no whole numbers from 1; None passes.
+
+    Raises:
+        RecastConfigError: naming the size and its value.
+    """
+    for name, value in sizes.items():
+        if value is not None and not is_count(value):
+            raise RecastConfigError(f"{name}={value!r}: expected a whole number of at least 1, or None")
 
 
 def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
@@ -31,9 +54,7 @@ def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
             f"sources={sources if isinstance(sources, (str, Path)) else type(sources).__name__!r}: "
             "expected a list with at least one source"
         )
-    for name, value in sizes.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise RecastConfigError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+    check_sizes(**sizes)
 
 
 def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candidate]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ the principal components of the task vectors of a group become templates beside 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,10 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastConfigError
-from ..layer import RecastLayer
-from ..planning.table import text_table
+from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
 from .biases import bias_moves
-from .sources import Source, check_sources, origin_of, task_vectors
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .sources import Source, check_plain, check_sources, origin_of, task_vectors
 
 
 def grow_bank(
@@ -58,10 +53,7 @@ def grow_bank(
         RecastConfigError: if a number is below 1, there is no source, or the model is converted already.
         RecastBankError: if a source cannot be read, or none of them moved a target module.
     """
-    if any(isinstance(module, RecastLayer) for module in model.modules()):
-        raise RecastConfigError(
-            "grow_bank needs the plain pretrained model; this one is converted already (see model.unload())"
-        )
+    check_plain(model, "grow_bank")
     check_sources(sources, num_templates=num_templates, rank=rank)
     plan = plan_recast(model, config or RecastConfig(group_size=1))
     targets = {target.name: target for target in plan.candidates}
@@ -161,80 +153,3 @@ def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> Sto
 def _made_from_more(mimicry: str | Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
     made = {"method": mimicry} if isinstance(mimicry, str) else dict(mimicry)
     return {**made, "sources": [*made.get("sources", ()), *sources]}
-
-
-# ---------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class GrownGroup:
-    """One group of a grown bank.
-
-    Attributes:
-        bank: its name.
-        members: target modules in it.
-        num_templates: all templates, the plain ones included.
-        num_grown: grown templates.
-        energy: share of the sources' squared norm that the first 1, 2, ... grown templates keep.
-        nbytes: bytes of the grown templates as they are stored.
-        num_coefficients: numbers that one task trains for the group.
-    """
-
-    bank: str
-    members: int
-    num_templates: int
-    num_grown: int
-    energy: tuple[float, ...]
-    nbytes: int
-    num_coefficients: int
-
-
-@dataclass(frozen=True)
-class GrowthReport:
-    """What ``growth_report`` found; ``print(report)`` shows it as a table, ``report.plot()`` as a picture."""
-
-    groups: tuple[GrownGroup, ...]
-    version: int
-
-    @property
-    def num_coefficients(self) -> int:
-        """Numbers that one task trains on the bank, with one coefficient set and nothing shared."""
-        return sum(group.num_coefficients for group in self.groups)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, ready for JSON."""
-        return asdict(self)
-
-    def plot(self) -> Figure:
-        """The energy kept per number of templates (needs matplotlib)."""
-        from ..analysis.plotting import plot_growth
-
-        return plot_growth(self)
-
-    def __str__(self) -> str:
-        most = max(group.num_grown for group in self.groups)
-        header = ("bank", "members", "templates", "bytes", *(f"energy {i + 1}" for i in range(most)))
-        rows = []
-        for group in self.groups:
-            energy = [f"{share:.3f}" for share in group.energy] + [""] * (most - len(group.energy))
-            counts = (str(group.members), str(group.num_templates), f"{group.nbytes:,}")
-            rows.append((group.bank, *counts, *energy))
-        return f"{text_table(header, rows)}\nversion {self.version}, {self.num_coefficients} numbers per task"
-
-
-def growth_report(bank: StoredBank) -> GrowthReport:
-    """How much of its sources a grown bank keeps, group by group and per number of templates.
-
-    Of a bank that was extended, the energy of every template is that of the sources it was made from.
-
-    Raises:
-        RecastBankError: if the bank was not grown.
-    """
-    groups = tuple(
-        GrownGroup(name, len(g.members), g.num_templates, len(g.grown), g.grown.energy, g.grown.nbytes, g.num_coefficients)
-        for name, g in bank.groups.items()
-        if g.grown is not None
-    )
-    if not groups:
-        raise RecastBankError("growth_report needs a bank that grow_bank made; this one has no grown templates")
-    return GrowthReport(groups, bank.version)

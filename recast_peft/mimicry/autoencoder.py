@@ -15,10 +15,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
-from .gradient import LOSSES, Best, random_templates
+from .descent import LOSSES, descend, random_templates
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class AutoEncoder(MimicryMethod):
     Args:
         hidden_size: width of the hidden layer.
         features: numbers of a weight that the network sees.
-        steps: of RMSprop, for each bank.
+        steps: RMSprop steps for each bank.
         learning_rate: at the start; it falls to zero along a cosine.
         loss: ``"smooth_l1"``, ``"mse"`` or ``"l1"``.
-        seed: of the random start.
+        seed: random seed for the start.
         progress: show a progress bar for a bank that takes over two seconds.
     """
 
@@ -48,8 +47,7 @@ class AutoEncoder(MimicryMethod):
 
     def __post_init__(self) -> None:
         self.check("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
-        for option in ("hidden_size", "features", "steps"):
-            self.check(option, isinstance(getattr(self, option), int) and getattr(self, option) >= 1, "a whole number from 1")
+        self.check_counts("hidden_size", "features", "steps")
         self.check("learning_rate", self.learning_rate > 0, "a number above 0")
 
     def fit(
@@ -74,17 +72,16 @@ class AutoEncoder(MimicryMethod):
         for parameter in parameters:
             parameter.requires_grad_()
         into, into_bias, out, out_bias, templates = parameters
-        loss_of, best = LOSSES[self.loss], Best()
         optimizer = torch.optim.RMSprop(parameters, lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        for step in tqdm(range(self.steps + 1), desc=f"mimicry {label}", delay=2, leave=False, disable=not self.progress):
-            base = F.linear(torch.tanh(F.linear(seen, into, into_bias)), out, out_bias)  # (layers, templates)
-            loss = loss_of(base @ templates, target)
-            best.offer(float(loss.detach()), templates, base)
-            if step == self.steps:
-                break
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        return best.result(weights, target, label)
+        return descend(
+            weights,
+            target,
+            templates,
+            lambda: F.linear(torch.tanh(F.linear(seen, into, into_bias)), out, out_bias),
+            optimizer,
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps),
+            steps=self.steps,
+            loss=self.loss,
+            label=label,
+            progress=self.progress,
+        )

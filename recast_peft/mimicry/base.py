@@ -94,6 +94,13 @@ class MimicryMethod:
         if not holds:
             raise RecastConfigError(f"mimicry {self.name}({option}={getattr(self, option)!r}): expected {expected}")
 
+    def check_counts(self, *options: str, least: int = 1) -> None:
+        """Refuse options that are no whole numbers from ``least`` on."""
+        for option in options:
+            value = getattr(self, option)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            self.check(option, is_whole and value >= least, f"a whole number from {least}")
+
 
 def local_generator(seed: int, label: str, device: torch.device) -> torch.Generator:
     """A generator for one group, the same whatever other groups there are."""
@@ -116,8 +123,11 @@ def scale_templates(templates: Tensor, base: Tensor, weights: Tensor) -> tuple[T
         weights: ``(layers, numbers)``.
 
     Returns:
-        templates and base coefficients that compose the same weights.
+        templates and base coefficients that compose the same weights. Layers of zeros have no norm to give: their
+        templates are zeros too.
     """
     wanted, norms = weights.norm(dim=1).mean(), templates.norm(dim=1)
+    if not wanted:
+        return torch.zeros_like(templates), base
     scale = torch.where(norms > 1e-6 * wanted, wanted / norms.clamp_min(1e-30), torch.ones_like(norms))
     return templates * scale[:, None], base / scale

@@ -56,9 +56,7 @@ class DataAware(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check("sweeps", isinstance(self.sweeps, int) and self.sweeps >= 0, "a whole number from 0")
-        self.check("distill_steps", isinstance(self.distill_steps, int) and self.distill_steps >= 0, "a whole number from 0")
-        self.check("select_batches", isinstance(self.select_batches, int) and self.select_batches >= 0, "a whole number from 0")
+        self.check_counts("sweeps", "distill_steps", "select_batches", least=0)
         self.check("max_moment_bytes", self.max_moment_bytes > 0, "a number above 0")
         self.check("distill_learning_rate", self.distill_learning_rate > 0, "a number above 0")
         for option in ("tolerance", "ridge"):

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import RecastConfigError
-from .base import FittedTemplates, MimicryMethod, flatten, local_generator, scale_templates
+from .base import FittedTemplates, MimicryMethod, flatten, local_generator
 from .closed_form import gram_matrix, recipe_from_gram
+from .descent import LOSSES, descend, random_templates
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss, "l1": F.l1_loss}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
 STARTS = ("random", "closed_form")
 
@@ -35,7 +33,7 @@ class Gradient(MimicryMethod):
     """Templates and coefficients by gradient descent on the difference of the weights.
 
     Args:
-        steps: of the optimiser, for each bank.
+        steps: optimiser steps for each bank.
         loss: ``"smooth_l1"``, ``"mse"`` or ``"l1"`` between the composed and the pretrained weights.
         loss_scale: a factor on the loss.
         optimizer: ``"rmsprop"`` or ``"adam"``.
@@ -47,7 +45,7 @@ class Gradient(MimicryMethod):
         fit_sets: coefficient sets that are fitted and averaged (K in the paper).
         start: ``"random"`` (templates Kaiming normal, coefficients orthogonal) or ``"closed_form"``, the least-squares
             optimum; as the best step is kept and the start counts as one, the result is never worse than that, by the loss.
-        seed: of the random start and of the noise.
+        seed: random seed for the start and the noise.
         progress: show a progress bar for a bank that takes over two seconds.
     """
 
@@ -71,8 +69,7 @@ class Gradient(MimicryMethod):
     def __post_init__(self) -> None:
         for option, table in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("start", STARTS)):
             self.check(option, getattr(self, option) in table, f"one of {', '.join(table)}")
-        for option in ("steps", "decay_every", "fit_sets"):
-            self.check(option, isinstance(getattr(self, option), int) and getattr(self, option) >= 1, "a whole number from 1")
+        self.check_counts("steps", "decay_every", "fit_sets")
         for option in ("loss_scale", "learning_rate", "decay"):
             self.check(option, getattr(self, option) > 0, "a number above 0")
         self.check("coefficient_noise", self.coefficient_noise >= 0, "a number of at least 0")
@@ -103,28 +100,26 @@ class Gradient(MimicryMethod):
         target = flatten(weights)  # (layers, numbers)
         generator = local_generator(self.seed, label, target.device)
         templates, sets = self._begin(weights, target, num_templates, generator)
-        loss_of = LOSSES[self.loss]
         optimizer = OPTIMIZERS[self.optimizer]([templates, sets], lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, self.decay)
-        best = Best()
-        for _ in tqdm(range(self.steps), desc=f"mimicry {label}", delay=2, leave=False, disable=not self.progress):
-            base = sets.mean(dim=0)  # (layers, templates)
-            with torch.no_grad():
-                best.offer(float(loss_of(base @ templates, target)), templates, base)
-            if self.coefficient_noise:
-                noise = torch.randn(sets.shape, generator=generator, device=sets.device) * self.coefficient_noise
-                base = base + noise.mean(dim=0)
-            loss = self.loss_scale * loss_of(base @ templates, target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if self.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_([templates, sets], self.clip_norm)
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            base = sets.mean(dim=0)
-            best.offer(float(loss_of(base @ templates, target)), templates, base)
-        return best.result(weights, target, label)
+
+        def noise() -> Tensor:
+            return (torch.randn(sets.shape, generator=generator, device=sets.device) * self.coefficient_noise).mean(dim=0)
+
+        return descend(
+            weights,
+            target,
+            templates,
+            lambda: sets.mean(dim=0),
+            optimizer,
+            torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, self.decay),
+            steps=self.steps,
+            loss=self.loss,
+            noise=noise if self.coefficient_noise else None,
+            loss_scale=self.loss_scale,
+            clip_norm=self.clip_norm,
+            label=label,
+            progress=self.progress,
+        )
 
     def _begin(
         self, weights: Sequence[Tensor], target: Tensor, num_templates: int, generator: torch.Generator
@@ -140,42 +135,3 @@ class Gradient(MimicryMethod):
             for one in sets:
                 torch.nn.init.orthogonal_(one, generator=generator)
         return templates.requires_grad_(), sets.requires_grad_()
-
-
-def random_templates(weight: Tensor, num_templates: int, generator: torch.Generator) -> Tensor:
-    """Kaiming normal templates ``(templates, numbers)`` in float32, each scaled as a weight of this shape."""
-    templates = torch.empty((num_templates, *weight.shape), device=weight.device)
-    for template in templates:
-        torch.nn.init.kaiming_normal_(template, generator=generator)
-    return templates.reshape(num_templates, -1)
-
-
-class Best:
-    """The best step so far."""
-
-    def __init__(self) -> None:
-        self.loss = float("inf")
-        self.templates: Tensor | None = None
-        self.base: Tensor | None = None
-
-    def offer(self, loss: float, templates: Tensor, base: Tensor) -> None:
-        """Keep a copy of a step if its loss is the least so far."""
-        if loss < self.loss:
-            self.loss, self.base = loss, base.detach().clone()
-            if self.templates is None:
-                self.templates = torch.empty_like(templates)
-            self.templates.copy_(templates.detach())
-
-    def result(self, weights: Sequence[Tensor], target: Tensor, label: str) -> FittedTemplates:
-        """The best step as templates in the shape and dtype of the weights.
-
-        Raises:
-            RecastConfigError: if no step had a finite loss.
-        """
-        if self.templates is None or self.base is None:
-            raise RecastConfigError(
-                f"mimicry of {label or 'a group'} never had a finite loss; give a smaller learning_rate, or use 'closed_form'"
-            )
-        templates, base = scale_templates(self.templates, self.base, target)
-        shaped = templates.reshape(len(templates), *weights[0].shape).to(weights[0].dtype)
-        return FittedTemplates(shaped, base.double().cpu())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import current_batch
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
-from ..mimicry.features import device_of
+from ..mimicry.features import device_of, evaluating
 from ..names import BASE_ADAPTER
 from ..planning.heads import head_names
 
@@ -530,10 +530,8 @@ def class_statistics(
     )
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 labels = _run(model, batch)
                 given = seen.pop()
@@ -545,7 +543,6 @@ def class_statistics(
                 found.add(given, labels)
     finally:
         handle.remove()
-        model.train(training)
     empty = (found.counts == 0).nonzero().flatten().tolist()
     if empty:
         raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")

@@ -38,7 +38,6 @@ from recast_peft import (
     grow_bank,
     grow_bias_bank,
     growth_report,
-    learn_bank,
     load_bank,
     plan_recast,
     push_bank_to_hub,
@@ -478,8 +477,6 @@ class TestRefusals:
             get_recast_model(tiny_vit(), config(weights))
         with pytest.raises(RecastBankError, match=r"holds templates of biases: give it as RecastConfig\(partners="):
             get_recast_model(tiny_vit(), RecastConfig(bank=grown()))
-        with pytest.raises(RecastBankError, match="the bank is of biases"):
-            learn_bank(tiny_vit(), ["one"], [(X, torch.zeros(4).long(), "one")], grown(), progress=False)
 
     def test_places_and_a_bank(self) -> None:
         with pytest.raises(RecastConfigError, match="the bank says which modules take part; give one of the two"):

@@ -112,6 +112,15 @@ class TestDiscriminants:
 
 
 class TestHeadsOfTasks:
+    def test_a_module_that_is_kept_in_evaluation_mode_stays_in_it(self):
+        x, labels = examples()
+        model = task().train()
+        dropout = next(m for m in model.modules() if isinstance(m, nn.Dropout))
+        dropout.eval()
+        fit_discriminant_head(model, [(x, labels)])
+        assert model.training
+        assert not dropout.training
+
     def test_it_is_the_head_of_the_tasks_own_features_and_is_stored(self, tmp_path):
         x, labels = examples()
         model = task()

@@ -1,17 +1,14 @@
-"""Measures against matrices worked out by hand, and tasks that are learned without touching earlier ones."""
+"""Tasks in sequence are learned without touching earlier ones, also on a bank that grows with them."""
 
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from models import layers_of as named_layers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -25,178 +22,8 @@ from recast_peft import (
     get_recast_model,
     grow_bias_bank,
 )
-from recast_peft.analysis.sequential import (
-    AccuracyMatrix,
-    Growth,
-    average_accuracy,
-    backward_transfer,
-    forgetting,
-    forward_transfer,
-    learn_in_sequence,
-)
+from recast_peft.analysis.sequence import Growth, learn_in_sequence
 from recast_peft.parts.holders import bias_coefficients
-
-# Rows are states after tasks 1, 2, 3; columns are tasks. By hand, from the papers' formulas:
-#   ACC  = (0.70 + 0.60 + 0.80) / 3                                   = 0.70
-#   BWT  = ((0.70 - 0.90) + (0.60 - 0.80)) / 2                        = -0.20
-#   FWT  = ((0.30 - 0.10) + (0.45 - 0.20)) / 2                        = 0.225
-#   F    = ((max(0.90, 0.95) - 0.70) + (max(0.30, 0.80) - 0.60)) / 2  = (0.25 + 0.20) / 2 = 0.225
-FORGETFUL = [[0.90, 0.30, 0.20], [0.95, 0.80, 0.45], [0.70, 0.60, 0.80]]
-BASELINE = [0.05, 0.10, 0.20]
-# after the second task: ACC (0.95 + 0.80) / 2 = 0.875; BWT 0.95 - 0.90 = 0.05; F 0.90 - 0.95 = -0.05; FWT 0.30 - 0.10 = 0.20
-nan = float("nan")
-LOWER = [[0.9, nan, nan], [0.9, 0.8, nan], [0.9, 0.8, 0.5]]
-
-
-class TestTheMeasures:
-    def test_are_those_worked_out_by_hand(self) -> None:
-        assert average_accuracy(FORGETFUL) == pytest.approx(0.70)
-        assert backward_transfer(FORGETFUL) == pytest.approx(-0.20)
-        assert forward_transfer(FORGETFUL, BASELINE) == pytest.approx(0.225)
-        assert forgetting(FORGETFUL) == pytest.approx(0.225)
-
-    def test_are_those_worked_out_by_hand_after_two_tasks(self) -> None:
-        assert average_accuracy(FORGETFUL, after=1) == pytest.approx(0.875)
-        assert backward_transfer(FORGETFUL, after=1) == pytest.approx(0.05)
-        assert forward_transfer(FORGETFUL, BASELINE, after=1) == pytest.approx(0.20)
-        assert forgetting(FORGETFUL, after=1) == pytest.approx(-0.05)
-
-    def test_take_the_best_earlier_state_even_before_the_task_was_learned(self) -> None:
-        # Chaudhry et al. let the maximum go over all earlier states: max(0.7, 0.6) - 0.5 on the second task, 0 on the first
-        assert forgetting([[0.4, 0.7, nan], [0.4, 0.6, nan], [0.4, 0.5, 0.9]]) == pytest.approx((0.0 + 0.2) / 2)
-
-    def test_of_what_is_never_forgotten_are_zero(self) -> None:
-        assert average_accuracy(LOWER) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
-        assert backward_transfer(LOWER) == 0.0
-        assert forgetting(LOWER) == 0.0
-
-    @given(st.integers(2, 6), st.integers(0, 2**16))
-    def test_tell_forgetting_from_backward_transfer_only_by_the_best_state(self, count: int, seed: int) -> None:
-        R = np.random.default_rng(seed).random((count, count))
-        R[np.triu_indices(count, 1)] = nan
-        assert forgetting(R) >= -backward_transfer(R) - 1e-12
-
-    @given(st.integers(2, 6), st.integers(0, 2**16), st.floats(-5, 5))
-    def test_of_differences_ignore_a_common_shift(self, count: int, seed: int, shift: float) -> None:
-        R = np.random.default_rng(seed).random((count, count))
-        b = np.random.default_rng(seed + 1).random(count)
-        assert backward_transfer(R + shift) == pytest.approx(backward_transfer(R))
-        assert forgetting(R + shift) == pytest.approx(forgetting(R))
-        assert forward_transfer(R + shift, b + shift) == pytest.approx(forward_transfer(R, b))
-        assert average_accuracy(R + shift) == pytest.approx(average_accuracy(R) + shift)
-
-    @pytest.mark.parametrize("matrix", [[], [0.5], [[0.5, 0.6]], [[[0.5]]]])
-    def test_refuse_what_is_no_matrix(self, matrix: Any) -> None:
-        with pytest.raises(RecastSequenceError, match="square"):
-            average_accuracy(matrix)
-
-    @pytest.mark.parametrize("after", [-1, 3])
-    def test_refuse_a_task_that_is_not_there(self, after: int) -> None:
-        with pytest.raises(RecastSequenceError, match="0 to 2"):
-            average_accuracy(FORGETFUL, after=after)
-
-    @pytest.mark.parametrize("measure", [backward_transfer, forgetting, lambda R: forward_transfer(R, [0.1])])
-    def test_of_one_task_are_refused(self, measure: Any) -> None:
-        assert average_accuracy([[0.5]]) == 0.5
-        with pytest.raises(RecastSequenceError, match="2 tasks"):
-            measure([[0.5]])
-
-    def test_name_the_entry_that_is_missing(self) -> None:
-        with pytest.raises(RecastSequenceError, match=r"R\[0, 1\], R\[1, 2\]"):
-            forward_transfer(LOWER, BASELINE)
-        with pytest.raises(RecastSequenceError, match=r"R\[2, 0\]"):
-            average_accuracy([[0.9, nan, nan], [0.9, 0.8, nan], [nan, 0.8, 0.5]])
-        with pytest.raises(RecastSequenceError, match=r"R\[1, 1\]"):
-            forgetting([[0.9, 0.1, nan], [0.9, nan, nan], [0.9, 0.8, 0.5]])
-
-    @pytest.mark.parametrize(("baseline", "message"), [([0.1, 0.2], "another length"), ([0.1, 0.2, nan], "task 2")])
-    def test_name_what_is_wrong_with_the_baseline(self, baseline: list[float], message: str) -> None:
-        with pytest.raises(RecastSequenceError, match=message):
-            forward_transfer(FORGETFUL, baseline)
-
-
-def filled(values: Any = FORGETFUL, baseline: Any = BASELINE) -> AccuracyMatrix:
-    matrix = AccuracyMatrix(["flowers", "cars", "birds"])
-    for name, accuracy in zip(matrix.tasks, baseline or (), strict=False):
-        matrix.record(None, name, accuracy)
-    for after, row in zip(matrix.tasks, values, strict=True):
-        for task, accuracy in zip(matrix.tasks, row, strict=True):
-            if np.isfinite(accuracy):
-                matrix.record(after, task, accuracy)
-    return matrix
-
-
-class TestTheMatrix:
-    def test_summarises_all_that_was_recorded(self) -> None:
-        assert filled().summary() == {
-            "average_accuracy": pytest.approx(0.70),
-            "backward_transfer": pytest.approx(-0.20),
-            "forgetting": pytest.approx(0.225),
-            "forward_transfer": pytest.approx(0.225),
-        }
-
-    def test_summarises_what_there_is(self) -> None:
-        assert set(filled(LOWER, None).summary()) == {"average_accuracy", "backward_transfer", "forgetting"}
-        assert AccuracyMatrix(["a", "b"]).summary() == {}
-
-    def test_summarises_a_sequence_that_is_not_finished(self) -> None:
-        matrix = filled([[0.9, nan, nan], [0.6, 0.8, nan], [nan, nan, nan]], None)
-        assert matrix.learned == 2
-        assert matrix.summary()["average_accuracy"] == pytest.approx(0.7)
-        assert matrix.summary()["forgetting"] == pytest.approx(0.3)
-
-    def test_prints_as_a_table(self) -> None:
-        lines = str(filled(LOWER, None)).splitlines()
-        assert lines[0].split() == ["flowers", "cars", "birds"]
-        assert lines[2].split() == ["after", "cars", "0.900", "0.800", "-"]
-        assert "average accuracy: +0.733" in lines
-        assert len({line.rindex(" ") for line in filled().table().splitlines()[1:5]}) == 1
-        assert filled().table().splitlines()[1].split() == ["before", "0.050", "0.100", "0.200"]
-
-    def test_comes_back_from_json(self) -> None:
-        matrix = filled(LOWER)
-        again = AccuracyMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
-        assert again == matrix
-        again.record("birds", "birds", 0.51)
-        assert again != matrix
-        assert matrix != "matrix"
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            {},
-            {"tasks": ["a"]},
-            {"tasks": ["a"], "values": "x"},
-            {"tasks": ["a"], "values": [[0.1, 0.2]]},
-            {"tasks": ["a"], "values": [[0.1]], "baseline": [0.1, 0.2]},
-            {"tasks": ["a", "a"], "values": [[0.1, 0.2], [0.1, 0.2]]},
-            {"tasks": ["a"], "values": [["x"]]},
-        ],
-    )
-    def test_does_not_come_from_something_else(self, content: dict[str, Any]) -> None:
-        with pytest.raises(RecastSequenceError):
-            AccuracyMatrix.from_dict(content)
-
-    @pytest.mark.parametrize("tasks", [[], ["a", "a"], "flowers"])
-    def test_needs_names(self, tasks: Any) -> None:
-        with pytest.raises(RecastSequenceError, match="names that differ"):
-            AccuracyMatrix(tasks)
-
-    def test_refuses_what_cannot_be_recorded(self) -> None:
-        matrix = filled()
-        with pytest.raises(RecastSequenceError, match="planes"):
-            matrix.record("planes", "cars", 0.5)
-        with pytest.raises(RecastSequenceError, match="finite"):
-            matrix.record("cars", "cars", nan)
-
-    def test_is_drawn(self, tmp_path: Path) -> None:
-        pytest.importorskip("matplotlib")
-        axes = filled(LOWER).plot(str(tmp_path / "matrix.png"))
-        assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
-        assert sorted(text.get_text() for text in axes.texts) == ["0.50", "0.80", "0.80", "0.90", "0.90", "0.90"]
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["flowers", "cars", "birds"]
-        first = next(text for text in axes.texts if text.get_text() == "0.50")
-        assert first.get_position() == (2, 2)
 
 
 class TinyModel(nn.Module):
@@ -333,7 +160,7 @@ class TestLearningInSequence:
     def test_refuses_an_accuracy_that_is_no_number(self) -> None:
         with pytest.raises(RecastSequenceError, match="finite"):
             learn_in_sequence(
-                TinyModel(), make_tasks("one"), lambda m, t: None, lambda m, t: nan, config=CONFIG, progress=False
+                TinyModel(), make_tasks("one"), lambda m, t: None, lambda m, t: float("nan"), config=CONFIG, progress=False
             )
 
     def test_shows_progress_that_can_be_turned_off(self, capsys: pytest.CaptureFixture[str]) -> None:

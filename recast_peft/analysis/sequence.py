@@ -1,0 +1,260 @@
+"""Tasks learned one after the other, the accuracy matrix, and a bank that grows with them.
+
+RECAST's tasks own their numbers, so that backward transfer and forgetting are zero by construction; ``learn_in_sequence``
+checks it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..auto import get_recast_model
+from ..banks.files import StoredBank
+from ..config import RecastConfig
+from ..errors import RecastConfigError, RecastSequenceError
+from ..growth.biases import grow_bias_bank
+from ..growth.sources import Source
+from ..growth.weights import extend_bank, grow_bank
+from ..layer import RecastLayer
+from ..mimicry.features import evaluating
+from ..names import check_adapter_name
+from ..options.partner import is_count
+from ..parts import BiasConfig
+from .matrix import AccuracyMatrix
+
+
+@dataclass
+class Growth:
+    """How the bank of a sequence grows: from what the tasks learned so far do to the pretrained weights.
+
+    A task that is learned with coefficients alone moves the weights within the span of the bank, so there is nothing in it to
+    grow from. So a source is a task with a LoRA part (``RecastConfig(lora_config=...)``), or ``source`` learns the task a
+    second time by freer means.
+
+    Attributes:
+        source: is called with a plain copy of the backbone and the task, and returns what moved the weights (an adapter such
+            as a LoRA, a fine-tuned copy: a source of ``grow_bank``), or None if the task is to add nothing. Without it the
+            tasks of the sequence that have a LoRA part are the sources, coefficients and LoRA together.
+        of: ``"weights"``, or ``"biases"`` for a bank of biases (``grow_bias_bank``): tasks are then learned with coefficients
+            for its templates beside those that their configs ask for. Then ``source`` is needed, since what trains biases whole
+            is no task of the sequence.
+        config: targets and groups of a bank of weights, as for ``grow_bank``.
+        num_templates: templates of a group that are added each time, at most; None adds all principal components.
+        rank: stores each template of weights as a low-rank pair.
+        plain_templates: keep the pretrained weights as templates beside the grown ones.
+        bank: where to start, and afterwards the bank as it stands; None before anything was grown.
+    """
+
+    source: Callable[[nn.Module, Any], Source | None] | None = None
+    config: RecastConfig | None = None
+    num_templates: int | None = None
+    rank: int | None = None
+    plain_templates: bool = True
+    bank: StoredBank | None = None
+    of: str = "weights"
+    _sources: list[Source] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.of not in ("weights", "biases"):
+            raise RecastConfigError(f"Growth(of={self.of!r}): expected 'weights' or 'biases'")
+        if self.bank is not None and self.bank.is_of_biases != (self.of == "biases"):
+            raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {_kind_of(self.bank)}")
+        if self.of == "biases" and (self.source is None or self.config is not None or self.rank is not None):
+            raise RecastConfigError(
+                "Growth(of='biases') needs source=, a function that learns a task by training biases, and takes neither config="
+                " nor rank=, which are of weights"
+            )
+
+    def learn(self, plain: nn.Module, task: Any, model: PeftModel, name: str) -> None:
+        """Get the source of a task that the model has learned under a name."""
+        if self.source is not None:
+            found = self.source(copy.deepcopy(plain), task)
+        else:
+            found = (model, name) if getattr(model.peft_config[name], "lora_config", None) is not None else None
+        if found is not None:
+            self._sources.append(found)
+
+    def grow(self, plain: nn.Module) -> None:
+        """Grow the bank from the sources since it grew last, or extend it by them; without any it stays."""
+        sources, self._sources = self._sources, []
+        if not sources:
+            return
+        if self.bank is not None:
+            self.bank = extend_bank(self.bank, plain, sources, num_templates=self.num_templates)
+            return
+        if self.of == "biases":
+            self.bank = grow_bias_bank(plain, sources, num_templates=self.num_templates)
+            return
+        self.bank = grow_bank(
+            plain,
+            sources,
+            self.config,
+            num_templates=self.num_templates,
+            rank=self.rank,
+            plain_templates=self.plain_templates,
+        )
+
+
+def _kind_of(bank: StoredBank) -> str:
+    return "biases" if bank.is_of_biases else "weights"
+
+
+def learn_in_sequence(
+    model: nn.Module,
+    tasks: Mapping[str, Any],
+    train: Callable[[PeftModel, Any], Any],
+    evaluate: Callable[[nn.Module, Any], float],
+    *,
+    config: RecastConfig | Mapping[str, RecastConfig] | None = None,
+    evaluate_unseen: bool = False,
+    grow: Growth | None = None,
+    grow_every: int = 1,
+    progress: bool = True,
+) -> tuple[PeftModel, AccuracyMatrix]:
+    """Learn tasks one after the other, and measure after each of them.
+
+    Each task becomes an adapter of its own. Nothing of the earlier ones may change; that is checked.
+
+    Args:
+        model: a backbone, which is converted, or a model that has tasks already.
+        tasks: what ``train`` and ``evaluate`` are given, by the task's name, in the order of learning.
+        train: is called with the model, whose new task is active and alone trainable, and with the task; any training loop.
+        evaluate: is called with the model and the task, and returns an accuracy. The task's adapter is active, the model in
+            evaluation mode, gradients are off.
+        config: of every task, or by name; None is ``RecastConfig()``.
+        evaluate_unseen: also evaluate tasks before they are learned, for forward transfer: with the adapter learned last, and
+            before the first one with the backbone as it is. It makes sense where tasks share a head.
+        grow: grows a bank from the tasks; each task is learned on the bank as it stands then, and stays on that version. The
+            tasks before the bank has grown are learned on the banks of their configs.
+        grow_every: after how many tasks the bank grows.
+        progress: show a progress bar.
+
+    Returns:
+        the model with all tasks, the last of them active, and the accuracy matrix.
+
+    Raises:
+        RecastSequenceError: if a task's name is taken, an accuracy is not a finite number, or training changed an earlier task.
+        RecastConfigError: if ``grow_every`` is below 1, or a config names a bank of its own beside ``grow``.
+        RecastError: if a task cannot be made.
+    """
+    matrix = AccuracyMatrix(list(tasks))
+    _check_names(model, tasks, config)
+    plain = None if grow is None else _checked_plain(model, tasks, config, grow, grow_every)
+    if evaluate_unseen:
+        with _plain(model) as backbone:
+            for name, task in tasks.items():
+                matrix.record(None, name, _measure(backbone, evaluate, task))
+    earlier: dict[str, dict[str, Tensor]] = {}
+    bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
+    for place, (name, task) in enumerate(bar, start=1):
+        bar.set_postfix_str(name)
+        model = _add_task(model, name, config, None if grow is None else grow.bank)
+        model.train()
+        train(model, task)
+        _check_untouched(model, earlier)
+        earlier[name] = _numbers(model, name)
+        for other in tasks if evaluate_unseen else earlier:
+            model.set_adapter(other if other in earlier else name)
+            matrix.record(name, other, _measure(model, evaluate, tasks[other]))
+        model.set_adapter(name)
+        if grow is not None and plain is not None:
+            grow.learn(plain, task, model, name)
+            if place % grow_every == 0:
+                grow.grow(plain)
+    assert isinstance(model, PeftModel)
+    return model, matrix
+
+
+def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow: Growth, grow_every: int) -> nn.Module:
+    """A plain copy of the backbone, to grow a bank for."""
+    if not is_count(grow_every):
+        raise RecastConfigError(f"grow_every={grow_every!r}: expected a whole number of at least 1")
+    configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
+    if grow.source is None and not any(own is not None and own.lora_config is not None for own in configs.values()):
+        raise RecastConfigError(
+            "there is nothing that a bank could grow from: none of the tasks has a LoRA part. Give Growth(source=...), or some "
+            "of the tasks RecastConfig(lora_config=...)"
+        )
+    for name, own in configs.items():
+        named = None if own is None else (_bias_bank_in(own) if grow.of == "biases" else own.bank)
+        if named is not None:
+            raise RecastConfigError(
+                f"the config of task {name!r} names the bank {named}, and grow= is given too: start from it with "
+                "Growth(bank=...), or leave grow out"
+            )
+    plain = copy.deepcopy(model)
+    converted = isinstance(plain, PeftModel) and any(isinstance(module, RecastLayer) for module in plain.modules())
+    return plain.unload() if converted else plain  # type: ignore[operator]
+
+
+def _check_names(model: nn.Module, tasks: Mapping[str, Any], config: Any) -> None:
+    for name in tasks:
+        check_adapter_name(name)
+    taken = [name for name in tasks if isinstance(model, PeftModel) and name in model.peft_config]
+    if taken:
+        raise RecastSequenceError(f"the model has a task {taken[0]!r} already: choose other names, or delete_adapter first")
+    without = [name for name in tasks if isinstance(config, Mapping) and name not in config]
+    if without:
+        raise RecastSequenceError(f"config names no configuration for task {without[0]!r}")
+
+
+def _add_task(
+    model: nn.Module, name: str, config: RecastConfig | Mapping[str, RecastConfig] | None, bank: StoredBank | None = None
+) -> PeftModel:
+    own = copy.deepcopy(config[name] if isinstance(config, Mapping) else config) or RecastConfig()
+    if bank is not None and bank.is_of_biases:
+        others = [partner for partner in own.partners or () if not isinstance(partner, BiasConfig)]
+        own.partners = [*others, BiasConfig(bank=bank)]
+    elif bank is not None:
+        own.bank = bank  # type: ignore[assignment]
+    if not isinstance(model, PeftModel):
+        return get_recast_model(model, own, adapter_name=name)
+    model.add_adapter(name, own)
+    model.set_adapter(name)
+    return model
+
+
+def _bias_bank_in(config: RecastConfig) -> Any:
+    return next((partner.bank for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield model
+    else:
+        yield model
+
+
+def _measure(model: nn.Module, evaluate: Callable[[nn.Module, Any], float], task: Any) -> float:
+    with evaluating(model), torch.no_grad():
+        return float(evaluate(model, task))
+
+
+def _numbers(model: PeftModel, name: str) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Task .* not stored yet")  # nothing is saved here
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def _check_untouched(model: PeftModel, earlier: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, before in earlier.items():
+        now = _numbers(model, name)
+        changed = [key for key, value in before.items() if not torch.equal(now[key].to(value.device), value)]
+        if changed:
+            raise RecastSequenceError(
+                f"training changed the earlier task {name!r}: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}\n"
+                "Give the optimiser only the parameters that require gradients, and do not activate other tasks while training."
+            )

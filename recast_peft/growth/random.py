@@ -1,0 +1,71 @@
+"""random_bank: templates of random numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.grown_templates import GrownTemplates
+from ..composition.fingerprint import weight_fingerprint
+from ..config import RecastConfig
+from ..planning.groups import PlannedGroup
+from ..tasks.plan import plan_recast
+from .sources import check_plain, check_sizes
+
+RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
+
+
+def random_bank(
+    model: nn.Module,
+    config: RecastConfig | None = None,
+    *,
+    num_templates: int = 4,
+    rank: int | None = None,
+    plain_templates: bool = True,
+    seed: int = 0,
+) -> StoredBank:
+    """Make a bank of random templates, for trials and benchmarks of cost: as large as a grown one, and of no use to a task.
+
+    Args:
+        model: plain, with its pretrained weights; it is not changed.
+        config: its targets and groups are used; None takes a group for each module.
+        num_templates: random templates of each group.
+        rank: stores each template as a low-rank pair; None stores them dense.
+        plain_templates: keep the members' pretrained weights as templates beside the random ones.
+        seed: random seed for the templates.
+
+    Raises:
+        RecastConfigError: if a number is below 1, or the model is converted already.
+    """
+    check_plain(model, "random_bank")
+    check_sizes(num_templates=num_templates, rank=rank)
+    plan = plan_recast(model, config or RecastConfig(group_size=1))
+    targets = {target.name: target for target in plan.candidates}
+    generator = torch.Generator().manual_seed(seed)
+    groups = {}
+    for planned in plan.groups:
+        weights = [targets[member].weight.detach().float() for member in planned.members]
+        size = RANDOM_SIZE * float(torch.stack([weight.square().mean() for weight in weights]).mean().sqrt())
+        tensors = _random_tensors(planned, num_templates, rank, size, generator)
+        groups[planned.name] = StoredGroup(
+            planned.members, grown=GrownTemplates(tensors, tuple(planned.shape), plain_templates)
+        )
+    fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items()}
+    return StoredBank(groups, fingerprints, {"method": "random", "num_templates": num_templates, "rank": rank, "seed": seed})
+
+
+def _random_tensors(
+    planned: PlannedGroup, count: int, rank: int | None, size: float, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    rows, columns = planned.shape[0], torch.Size(planned.shape[1:]).numel()
+    if rank is None:
+        shapes: tuple[tuple[int, ...], ...] = ((count, *planned.shape),)
+        scale = size
+    else:
+        rank = min(rank, rows, columns)
+        shapes = ((count, rows, rank), (count, rank, columns))
+        scale = (size / math.sqrt(rank)) ** 0.5  # an entry of the product is a sum of ``rank`` products
+    return tuple((torch.randn(shape, generator=generator) * scale).to(planned.dtype) for shape in shapes)
