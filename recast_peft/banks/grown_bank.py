@@ -76,17 +76,6 @@ class GrownBank(TemplateBank):
         tensors = tuple(self._parameters[part] for part in self.parts)
         return GrownTemplates(tensors, self.shape, self.plain, self.energy)  # type: ignore[arg-type]
 
-    def make_trainable(self) -> list[nn.Parameter]:
-        """Put trainable copies in place of the grown templates' tensors, which a bank file may hold too.
-
-        The pretrained weights among the templates stay as they are.
-        """
-        for part in self.parts:
-            held = self._parameters[part]
-            assert held is not None
-            self._parameters[part] = nn.Parameter(held.detach().clone())
-        return list(self.grown.tensors)  # type: ignore[arg-type]
-
     @property
     def num_templates(self) -> int:
         """Templates in the bank."""
