@@ -282,7 +282,7 @@ def _masked_layer(partner: PreparedPartner, active: list[str]) -> RecastLayer:
     layer = RecastLayer(place.visible, place.name, place.weight_name, partner.fingerprint)
     layer.train(place.visible.training)
     layer._active_adapter = list(active)
-    setattr(place.path[-1][1], place.name.rpartition(".")[2], layer)
+    setattr(place.path[-1][1], place.slot, layer)
     return layer
 
 

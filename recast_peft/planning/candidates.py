@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class Candidate:
         visible: the module that stands in the model now (a tuner layer, or the module itself).
         weight_name: the name of the parameter that is composed; None for a module that has none.
         reason: why the module cannot be a target; None if it can.
-        path: the modules from the root down to the one above it, with their names: ``((name, module), ...)``.
+        path: the modules from the root down to the one that holds it, wrappers among them, each with its name in the one
+            before it: ``((name, module), ...)``.
     """
 
     name: str
@@ -36,6 +38,17 @@ class Candidate:
     weight_name: str | None
     reason: str | None
     path: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def slot(self) -> str:
+        """The name under which the last module of the path holds it; a wrapper's own where one stands around it."""
+        children = self.path[-1][1]._modules
+        return next(name for name, child in children.items() if child is self.visible)
+
+    @property
+    def place(self) -> str:
+        """Its name in the model as it is, with the names that wrappers put in."""
+        return ".".join([name for name, _ in self.path[1:]] + [self.slot])
 
     @property
     def weight(self) -> Tensor:
@@ -58,26 +71,51 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     return candidates
 
 
-def _walk(
-    module: nn.Module, prefix: str = "", path: tuple[tuple[str, nn.Module], ...] = ()
-) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, nn.Module], ...]]]:
-    """All modules once, by their names in the plain model; what tuners added is passed over."""
+# What wrappers call the module that they hold: torch.compile, activation checkpointing and offload, FSDP.
+_HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# These call it "module", as models call parts of their own: here the class decides.
+_HOLDERS = {"DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine"}
+
+
+def held_name(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds what it wraps; None for a module that is no such wrapper."""
+    children = module._modules
+    if "module" in children and not _HOLDERS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
+        return "module"
+    return next((name for name in _HELD if name in children), None)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of all wrappers that stand around it.
+
+    >>> unwrapped(torch.compile(nn.Linear(2, 2)))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    while (name := held_name(module)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, nn.Module], ...]]]:
+    """All modules once, by their names in the plain model; what tuners added and what wrappers are is passed over."""
     seen: set[int] = set()
 
-    def visit(module: nn.Module, prefix: str, path: tuple[tuple[str, nn.Module], ...]) -> Iterator:
+    def visit(module: nn.Module, prefix: str, slot: str, path: tuple[tuple[str, nn.Module], ...]) -> Iterator:
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        here = (*path, (prefix.rpartition(".")[2], inner))
+        here = (*path, (slot, inner))
+        held = held_name(inner)
         for child_name, child in inner.named_children():
             if isinstance(child, AuxiliaryTrainingWrapper) or id(child) in seen:
                 continue
             if child_name in (BANK_CONTAINER, PARTNER_CONTAINER):
                 continue
             seen.add(id(child))
-            name = f"{prefix}.{child_name}" if prefix else child_name
-            yield name, child, here
-            yield from visit(child, name, here)
+            name = prefix if child_name == held else f"{prefix}.{child_name}" if prefix else child_name
+            if name and held_name(child) is None:
+                yield name, child, here
+            yield from visit(child, name, child_name, here)
 
-    yield from visit(module, prefix, path)
+    yield from visit(model, "", "", ())
 
 
 def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str | None]:
@@ -91,26 +129,44 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
     if any(getattr(module, n, None) is not None for n in ("qweight", "W_q", "quant_state")):
         return name, f"{kind} is quantized, which is not supported yet; load the model without quantization"
     weight = module._parameters.get(name)
-    if weight is None:
-        if name in _released(visible):
-            return name, None
-        if torch.nn.utils.parametrize.is_parametrized(module, name):
-            return name, "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
-        return None, None
+    if weight is not None:
+        return name, _why_unfit(weight, kind)
+    if name in _released(visible):
+        return name, None
+    if fused := fused_experts(module):
+        reason = f"{kind} holds the weights of its experts in fused parameters ({', '.join(fused)}), not in modules"
+        return None, reason
+    if torch.nn.utils.parametrize.is_parametrized(module, name):
+        return name, "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
+    return None, None
+
+
+def _why_unfit(weight: Tensor, kind: str) -> str | None:
+    """Why a weight cannot be composed from templates; None if it can."""
+    package = type(weight).__module__.partition(".")[0]
+    if package != "torch":  # it may call itself a float32 tensor all the same
+        return (
+            f"its weight is a {type(weight).__name__} of {package}, a quantized or packed type, which is not supported yet; "
+            "load the model without it"
+        )
     if is_lazy(weight):
-        return name, f"{kind} is not initialised yet; run the model once before it is converted"
+        return f"{kind} is not initialised yet; run the model once before it is converted"
     is_plain = weight.is_floating_point() and weight.element_size() >= 2 and weight.layout == torch.strided
     if not is_plain or hasattr(weight, "quant_state"):
-        return name, (
+        return (
             f"its weight is of {weight.dtype} ({weight.layout}), a sparse, integer or quantized type, which is not supported "
             "yet; load the model dense and in float32, bfloat16 or float16"
         )
     if weight.ndim < 2:
-        return (
-            name,
-            f"the weight of {kind} is a vector of shape {tuple(weight.shape)}; at least two dimensions are needed",
-        )
-    return name, None
+        return f"the weight of {kind} is a vector of shape {tuple(weight.shape)}; at least two dimensions are needed"
+    return None
+
+
+def fused_experts(module: nn.Module) -> list[str]:
+    """The parameters of a mixture's experts in one tensor each, ``(experts, rows, columns)``; none for other modules."""
+    if not re.search(r"expert|moe", type(module).__name__, re.IGNORECASE):
+        return []
+    return [name for name, p in module._parameters.items() if p is not None and p.ndim == 3 and len(p) > 1]
 
 
 def _released(visible: nn.Module) -> tuple[str, ...]:

@@ -6,16 +6,28 @@ import re
 
 from torch import nn
 
+from ..names import plain_name
+from .candidates import unwrapped
+
 _HEAD_FIRST = re.compile(
     r"^(head|heads|head_dist|classifier|cls_classifier|distillation_classifier|fc|score|lm_head|qa_outputs|logits|logits_proj"
     r"|pre_classifier|classification_head|cls|seq_relationship|sequence_summary|summary|embed_out|proj_out|aux_head|prediction_head"
     r"|generator_lm_head|decode_head|auxiliary_head|vocab_projector|vocab_transform|vocab_layer_norm|last_linear)$"
 )
 _HEAD_LAST = re.compile(r"^(lm_head|embed_out|qa_outputs|last_linear|vocab_projector|distillation_classifier)$")
+# Detectors, segmenters and the like, which put their heads anywhere but into a repeated block.
+_HEAD_ANYWHERE = re.compile(r"^(\w+_)?heads?$|^rpn$|^\w+_classifier$|^(class|cls|bbox|box|mask)_(predictor|embed|score|pred)$")
 
 
-def head_names(model: nn.Module) -> set[str]:
-    """Names of the modules that turn features into predictions, by timm's and transformers' conventions and by name."""
+def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
+    """Names of the modules that turn features into predictions, by timm's and transformers' conventions and by name.
+
+    Args:
+        model: with wrappers around it or in it, or without.
+        head_module: a module that is known to be one.
+    """
+    model = unwrapped(model)
+    modules = [(plain_name(name), module) for name, module in model.named_modules()]
     found: list[nn.Module] = []
     for method in ("get_classifier", "get_output_embeddings"):
         try:
@@ -24,15 +36,19 @@ def head_names(model: nn.Module) -> set[str]:
             continue
         found += [m for m in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(m, nn.Module)]
     identities = {id(module) for module in found}
-    names = {name for name, module in model.named_modules() if id(module) in identities}
+    names = {name for name, module in modules if id(module) in identities}
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(base, nn.Module):  # transformers: a model for a task is the base model with the task's modules beside it
         names.update(name for name, child in model.named_children() if child is not base)
     convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     classifier = convention.get("classifier") if isinstance(convention, dict) else None
     names.update([classifier] if isinstance(classifier, str) else classifier or ())
-    for name, _ in model.named_modules():
-        parts = name.split(".")
-        if _HEAD_FIRST.match(parts[0]) or _HEAD_LAST.match(parts[-1]):
-            names.add(name)
-    return {name for name in names if name}
+    names.update(name for name, _ in modules if _is_called_a_head(name.split(".")))
+    return {name for name in (*names, head_module or "") if name}
+
+
+def _is_called_a_head(parts: list[str]) -> bool:
+    in_a_block = any(part.isdigit() for part in parts[:-1])
+    return bool(
+        _HEAD_FIRST.match(parts[0]) or _HEAD_LAST.match(parts[-1]) or (_HEAD_ANYWHERE.match(parts[-1]) and not in_a_block)
+    )

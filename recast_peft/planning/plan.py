@@ -126,9 +126,16 @@ class RecastPlan:
             lines.append(f"partner {method}: {len(places)} places ({shown}), {sum(places.values()):,} numbers per task")
         if self.reason:
             lines.append(self.reason)
-        if self.skipped:
-            lines.append(f"left out: {'; '.join(f'{name} ({reason})' for name, reason in self.skipped.items())}")
+        lines += _shown_reasons(self.skipped)
         return "\n".join(lines)
+
+
+def _shown_reasons(skipped: dict[str, str]) -> list[str]:
+    """A line for each reason, with the modules that were left out for it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    return [f"left out: {', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''} ({r})" for r, n in names.items()]
 
 
 def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:

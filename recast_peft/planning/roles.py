@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..composition.kinds import CONVOLUTION, LINEAR, TRANSPOSED_LINEAR, family_of
-from .candidates import Candidate
+from .candidates import Candidate, held_name
 
 # A component that decides what the modules below it are. Names and class names are searched from the module upwards, and
 # the first component that says anything decides, so that the MLP inside an "attention block" is an MLP.
@@ -42,21 +41,20 @@ def is_minor_convolution(candidate: Candidate) -> bool:
     return is_depthwise_filter or _is_embedding(candidate) or ".downsample." in candidate.name
 
 
-def _is_linear(candidate: Candidate) -> bool:
+def is_linear(candidate: Candidate) -> bool:
     # by name as well: some models bring a linear layer of their own, such as I-BERT's QuantLinear
     return family_of(candidate.module) in (LINEAR, TRANSPOSED_LINEAR) or type(candidate.module).__name__.endswith("Linear")
 
 
-def _is_convolution(candidate: Candidate) -> bool:
+def is_convolution(candidate: Candidate) -> bool:
     return family_of(candidate.module) is CONVOLUTION
 
 
 def _block_kind(candidate: Candidate) -> str | None:
     """``"attention"``, ``"mlp"`` or None: what the nearest module above that says anything is."""
-    words = [
-        (name, type(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).__name__)
-        for name, module in reversed(candidate.path[1:])
-    ]
+    names = ["", *candidate.name.split(".")[:-1]]
+    modules = [module for _, module in candidate.path if held_name(module) is None]
+    words = [(name, type(module).__name__) for name, module in zip(names, modules, strict=True)][:0:-1]
     for place, here in enumerate(words):
         if any(map(_CHANNEL_ATTENTION.search, here)):
             return None
@@ -72,13 +70,13 @@ def _block_kind(candidate: Candidate) -> str | None:
 def _is_attention(candidate: Candidate) -> bool:
     if isinstance(candidate.module, nn.MultiheadAttention):
         return True
-    if not (_is_linear(candidate) or _is_convolution(candidate)) or _block_kind(candidate) != "attention":
+    if not (is_linear(candidate) or is_convolution(candidate)) or _block_kind(candidate) != "attention":
         return False
     return not any(_POSITION.search(part) for part in candidate.name.split(".")[-2:])
 
 
 def _is_mlp(candidate: Candidate) -> bool:
-    if not (_is_linear(candidate) or _is_convolution(candidate)):
+    if not (is_linear(candidate) or is_convolution(candidate)):
         return False
     kind = _block_kind(candidate)
     leaf = candidate.name.rpartition(".")[2]
@@ -86,10 +84,10 @@ def _is_mlp(candidate: Candidate) -> bool:
 
 
 SHORTHANDS: dict[str, Callable[[Candidate], bool]] = {
-    "all-linear": _is_linear,
+    "all-linear": is_linear,
     "all-attention": _is_attention,
     "all-mlp": _is_mlp,
-    "all-conv": _is_convolution,
+    "all-conv": is_convolution,
 }
 
 

@@ -12,7 +12,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from .candidates import Candidate, find_candidates
 from .heads import head_names
-from .roles import SHORTHANDS, default_shorthands, in_shape, is_minor_convolution
+from .roles import SHORTHANDS, default_shorthands, in_shape, is_convolution, is_linear, is_minor_convolution
 
 
 def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate], dict[str, str]]:
@@ -23,15 +23,16 @@ def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate
         config: its ``groups`` are used by name if given, else ``target_modules`` and what restricts it.
 
     Returns:
-        the targets in the order of their definition, and for each module that matched but was left out the reason.
+        the targets in the order of their definition, and for each module that matched but was left out the reason; where the
+        config names no targets, for each linear layer and convolution that is none.
 
     Raises:
-        RecastTargetError: if nothing matches, or a module that was asked for by name cannot be a target.
+        RecastTargetError: if nothing matches, or a module that was asked for by name is not there or cannot be a target.
     """
     candidates = find_candidates(model)
     if config.groups is not None:
         return _by_name(candidates, [m for members in config.groups.values() for m in members]), {}
-    heads = head_names(model)
+    heads = head_names(model, config.head_module)
     if config.target_modules is None or (isinstance(config.target_modules, str) and config.target_modules in SHORTHANDS):
         targets, skipped = _by_shorthand(candidates, config, heads)
     else:
@@ -59,6 +60,7 @@ def _by_name(candidates: list[Candidate], names: list[str]) -> list[Candidate]:
 
 
 def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], dict[str, str]]:
+    _check_every_name(candidates, config)
     matched = [c for c in candidates if _is_meant(config, c.name)]
     # a multi-head attention module stands for both of its projections
     chosen = {c.name for c in matched}
@@ -67,34 +69,60 @@ def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list
         chosen.update(c.name for c in candidates if c.name == name and not _left_out(config, name))
     skipped, refused = {}, {}
     for candidate in matched:
-        if candidate.weight_name is None and candidate.reason is None:
-            skipped[candidate.name] = f"{type(candidate.module).__name__} has no weight of its own"
+        if config.head_module is not None and _under(candidate.name, {config.head_module}):
+            skipped[candidate.name] = f"it belongs to the classifier, head_module={config.head_module!r}"
+        elif candidate.weight_name is None:
+            skipped[candidate.name] = candidate.reason or f"{type(candidate.module).__name__} has no weight of its own"
         elif candidate.reason is not None:
             refused[candidate.name] = candidate.reason
     if refused:
         raise _cannot_be_targets(refused)
-    return [c for c in candidates if c.name in chosen and _usable(c)], skipped
+    return [c for c in candidates if c.name in chosen - skipped.keys() and _usable(c)], skipped
+
+
+def _check_every_name(candidates: list[Candidate], config: RecastConfig) -> None:
+    """Refuse a list with a name that no module has, beside others that are right."""
+    wanted = config.target_modules
+    if not isinstance(wanted, list):
+        return
+    unknown = [name for name in wanted if not any(f".{c.name}".endswith(f".{name}") for c in candidates)]
+    if unknown and len(unknown) < len(wanted):
+        known = sorted({known for c in candidates if _usable(c) for known in (c.name, c.name.rpartition(".")[2])})
+        near = [hit for name in unknown for hit in difflib.get_close_matches(name, known, n=3)]
+        hint = f"\n  near: {', '.join(near)}" if near else ""
+        raise RecastTargetError(
+            f"the model has no module called {' or '.join(map(repr, unknown))}\n  target_modules: {wanted}{hint}\n"
+            "Correct the name, or leave it out."
+        )
 
 
 def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[str]) -> tuple[list[Candidate], dict[str, str]]:
-    wanted = (config.target_modules,) if config.target_modules else default_shorthands(candidates)
     skipped: dict[str, str] = {}
-    for shorthand in wanted:
-        assert isinstance(shorthand, str)
-        predicate = SHORTHANDS[shorthand]
-        matched = [c for c in candidates if in_shape(c) and predicate(c)]
+    for shorthand in [str(config.target_modules)] if config.target_modules else default_shorthands(candidates):
+        matched = [c for c in candidates if in_shape(c) and SHORTHANDS[shorthand](c)]
         if config.target_modules is None and shorthand == "all-conv" and all(map(is_minor_convolution, matched)):
             continue  # a patch embedding, or the short filters of a state space model, make no convolutional network
-        names = [c.name for c in matched if not _under(c.name, heads)]
-        if not names:
-            continue
-        chosen = set(names)
-        targets = [c for c in matched if c.name in chosen and _is_kept(config, c.name)]
-        skipped = {c.name: c.reason for c in targets if c.reason is not None}
-        targets = [c for c in targets if c.reason is None]
+        reasons = {c.name: _why_left_out(c, config, heads) for c in matched}
+        skipped.update({name: reason for name, reason in reasons.items() if reason is not None})
+        targets = [c for c in matched if reasons[c.name] is None]
         if targets:
+            rest = [c for c in candidates if c.name not in reasons and c.name not in skipped]
+            skipped.update({c.name: c.reason for c in rest if c.weight_name is None and c.reason is not None})
+            if config.target_modules is None:
+                other = f"of another kind than the default targets of this model, {shorthand!r}"
+                skipped.update({c.name: other for c in rest if in_shape(c) and (is_linear(c) or is_convolution(c))})
             return targets, skipped
     return [], skipped
+
+
+def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -> str | None:
+    """Why a module that was chosen by its kind is no target all the same; None if it is one."""
+    head = next((name for name in sorted(heads) if _under(candidate.name, {name})), None)
+    if head is not None:
+        return f"it belongs to the head {head!r}"
+    if not _is_kept(config, candidate.name):
+        return "the config leaves it out (exclude_modules, layers_to_transform)"
+    return candidate.reason
 
 
 def _with_targets(config: RecastConfig, names: list[str] | str | None) -> RecastConfig:
@@ -148,7 +176,8 @@ def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped:
     leaves = sorted({c.name.rpartition(".")[2] for c in supported})
     wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else list(wanted or [])
-    near = sorted({hit for n in names for hit in difflib.get_close_matches(n, leaves + [c.name for c in supported], n=3)})
+    known = [*leaves, *SHORTHANDS, *(c.name for c in supported)]
+    near = sorted({hit for n in names for hit in difflib.get_close_matches(n, known, n=3)})
     message = f"Target modules {wanted!r} not found in the base model, or all of them were left out."
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
         if getattr(config, name):
@@ -157,5 +186,7 @@ def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped:
         message += "\nMatched but not usable: " + "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:5])
     if near:
         message += f"\nNear: {', '.join(near)}"
+    if isinstance(wanted, str) and wanted not in SHORTHANDS:
+        message += f"\nThe shorthands are {', '.join(SHORTHANDS)}; any other string is a regular expression for whole names."
     shown = ", ".join(leaves[:40]) + (", ..." if len(leaves) > 40 else "")
     return RecastTargetError(f"{message}\nThe model has these modules that can be targets: {shown or 'none'}")

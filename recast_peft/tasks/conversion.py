@@ -128,7 +128,7 @@ def prepare_layers(targets: list[Candidate], fingerprints: dict[str, str]) -> di
     for target in targets:
         layer = _existing(target)
         parent = target.path[-1][1]
-        child_name = target.name.rpartition(".")[2]
+        child_name = target.slot
         original = target.visible
         new = layer is None
         if layer is None:
@@ -152,12 +152,11 @@ def _holder(parent: nn.Module, child_name: str, layer: RecastLayer) -> tuple[nn.
 
 def _visible_key(target: Candidate) -> str:
     """The name at which PEFT's loop over the modules comes by: it passes over what lies inside a tuner's layer."""
-    parts = target.name.split(".")
-    for depth, (_, module) in enumerate(target.path[1:], start=1):
-        holder = target.path[depth - 1][1]
-        if isinstance(getattr(holder, parts[depth - 1], None), BaseTunerLayer) and module is not None:
-            return ".".join(parts[:depth])
-    return target.name
+    names = target.place.split(".")
+    for depth, (_, holder) in enumerate(target.path[:-1]):
+        if isinstance(getattr(holder, names[depth], None), BaseTunerLayer):
+            return ".".join(names[: depth + 1])
+    return target.place
 
 
 def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, PreparedLayer]) -> list[TemplateBank]:

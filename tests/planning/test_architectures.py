@@ -54,7 +54,6 @@ TRANSFORMERS = (
 UNUSED = {
     # made for labels of single characters
     "canine": {f"canine.final_char_encoder.layer.0.{part}.dense" for part in ("intermediate", "output")},
-    "siglip": {"vision_model.head.mlp.fc1", "vision_model.head.mlp.fc2"},  # it averages the patches instead
 }
 # Modules whose weight is standardised: alone in its bank it is scaled in vain, with a gradient of zero or of a rounding error.
 SCALED_IN_VAIN = {"bit": re.compile(r"\.conv\d?$")}

@@ -1,0 +1,73 @@
+"""Modules are known by their names in the plain model, whatever stands around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from models import layers_of, outputs, tiny_vit, vit_input
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+
+from recast_peft import RecastConfig, get_recast_model, plan_recast
+from recast_peft.planning.candidates import find_candidates, unwrapped
+
+compiled = partial(torch.compile, backend="eager")
+
+
+def with_blocks(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    model = tiny_vit()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = wrap(block)
+    return model
+
+
+def with_leaves(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    model = tiny_vit()
+    for block in model.blocks:
+        block.mlp.fc1 = wrap(block.mlp.fc1)
+        block.mlp = wrap(block.mlp)
+    return model
+
+
+WRAPPED: dict[str, Callable[[], nn.Module]] = {
+    "compiled": lambda: compiled(tiny_vit()),
+    "compiled blocks": lambda: with_blocks(compiled),
+    "checkpointed blocks": lambda: with_blocks(checkpoint_wrapper),
+    "offloaded blocks": lambda: with_blocks(offload_wrapper),
+    "one around the other": lambda: compiled(with_blocks(lambda block: checkpoint_wrapper(compiled(block)))),
+    "checkpointed layers": lambda: with_leaves(checkpoint_wrapper),
+    "data parallel": lambda: nn.DataParallel(tiny_vit()),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_change_no_name_and_no_target(name: str) -> None:
+    model, plain = WRAPPED[name](), tiny_vit()
+    assert [c.name for c in find_candidates(model)] == [c.name for c in find_candidates(plain)]
+    for targets in (None, "all-attention", ["qkv"], r"blocks\.\d\.mlp\.fc[12]"):
+        config = RecastConfig(target_modules=targets)
+        assert plan_recast(model, config).groups == plan_recast(plain, config).groups
+    for candidate in find_candidates(model):
+        assert model.get_submodule(candidate.place) is candidate.visible
+        assert getattr(candidate.path[-1][1], candidate.slot) is candidate.visible
+
+
+@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "data parallel"])
+def test_a_wrapped_model_is_converted_where_its_targets_stand(name: str) -> None:
+    model = WRAPPED[name]()
+    before = outputs(model, vit_input())
+    converted = get_recast_model(model, RecastConfig(init_weights=False)).eval()
+    plain = get_recast_model(tiny_vit(), RecastConfig(init_weights=False)).eval()
+    assert sorted(layers_of(converted)) == sorted(layers_of(plain))
+    assert not torch.equal(outputs(converted, vit_input()), before)
+    torch.testing.assert_close(outputs(converted, vit_input()), outputs(plain, vit_input()))
+
+
+def test_a_module_of_that_name_is_no_wrapper() -> None:
+    model = nn.Sequential()
+    model.module = nn.Linear(2, 2)
+    assert unwrapped(model) is model
+    assert [c.name for c in find_candidates(model)] == ["module"]

@@ -1,0 +1,74 @@
+"""Heads are no targets unless they are named, wherever a model keeps them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+from models import tiny_vit
+from torch import Tensor, nn
+
+from recast_peft import RecastConfig, get_recast_model, plan_recast
+from recast_peft.planning.heads import head_names
+
+
+def nested(name: str, module: nn.Module) -> nn.Module:
+    """A backbone of two layers, and a module under a name that may have several parts."""
+    for part in reversed(name.split(".")[1:]):
+        module = nn.Sequential(OrderedDict({part: module}))
+    body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    return nn.Sequential(OrderedDict({"body": body, name.partition(".")[0]: module}))
+
+
+ELSEWHERE = (
+    "segmentation_head bbox_head.cls roi_heads.box_predictor.cls_score rpn.conv decoder.head class_embed keypoint_head head "
+    "class_labels_classifier bbox_predictor classifier fc"
+)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE.split())
+def test_heads_of_models_from_elsewhere_are_no_targets(name: str) -> None:
+    model = nested(name, nn.Conv2d(4, 4, 3))
+    for targets in (None, "all-conv"):
+        plan = plan_recast(model, RecastConfig(target_modules=targets))
+        assert plan.targets == ("body.0", "body.1")
+        assert "head" in plan.skipped[name]
+    assert name in plan_recast(model, RecastConfig(target_modules=[name])).targets  # it was asked for
+
+
+@pytest.mark.parametrize("name", ["ahead", "body.heads_up", "rpn_free", "blocks.0.head"])
+def test_what_only_sounds_like_a_head_is_a_target(name: str) -> None:
+    model = nested(name, nn.Conv2d(4, 4, 3))
+    assert name in plan_recast(model, RecastConfig()).targets
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.judge = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.judge(self.body(x))
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["0", "1", "2"], r".*\d"])
+@pytest.mark.parametrize("head", ["judge", "judge.1"])
+def test_the_module_that_was_named_as_the_head_is_no_target(targets: list[str] | str | None, head: str) -> None:
+    config = RecastConfig(target_modules=targets, head_module=head, num_classes=3)
+    plan = plan_recast(Net(), config)
+    assert not [name for name in plan.targets if name.startswith(head)]
+    assert {"body.0", "body.2"} <= set(plan.targets)
+    assert "judge.1" in plan.skipped
+    model = get_recast_model(Net(), config)
+    assert model.get_base_model().judge is not None
+
+
+def test_names_of_heads_are_those_of_the_plain_model_after_a_conversion() -> None:
+    assert head_names(tiny_vit()) == {"head"}
+    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=2)).get_base_model()
+    assert "head" in head_names(model)
+    assert (
+        plan_recast(model, RecastConfig(target_modules="all-linear")).targets
+        == plan_recast(tiny_vit(), RecastConfig(target_modules="all-linear")).targets
+    )
