@@ -24,7 +24,7 @@ MOST_BYTES = 255  # of a file's name
 
 # Children by which wrappers hold what they wrap: torch.compile, activation checkpointing and offloading, FSDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPED_BY_CLASS = ("DistributedDataParallel", "DataParallel")  # these hold it as ``module``
+_WRAPPED_BY_CLASS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine")  # as ``module``
 _WRAPPER_PARTS = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.|$)")
 
 
@@ -66,14 +66,21 @@ def plain_name(name: str) -> str:
     return prefix + re.sub(r"\.(base_layer(?!\.\d)|original_module)(?=\.|$)", "", name.removeprefix(prefix))
 
 
+def held_name(module: nn.Module) -> str | None:
+    """The name under which a wrapper that adds no weights holds what it wraps; None for a module that is no such wrapper."""
+    names = ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED
+    return next((name for name in names if module._modules.get(name) is not None), None)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What wrappers that add no weights hold: of torch.compile, activation checkpointing, offloading, FSDP and DDP."""
-    while True:
-        names = ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED
-        inner = next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
-        if inner is None:
-            return module
-        module = inner
+    """What wrappers that add no weights hold: of torch.compile, activation checkpointing, offloading, FSDP and DDP.
+
+    >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    while (name := held_name(module)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
 
 
 def block_of(name: str) -> str:

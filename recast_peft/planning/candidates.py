@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import RecastTargetError
-from ..names import BANK_CONTAINER, PARTNER_CONTAINER
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,6 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
             reason = _sharing(module, weight_name, owners, places[id(visible)])
         candidates.append(Candidate(name, module, visible, weight_name, reason, path))
     return candidates
-
-
-# What wrappers call the module that they hold: torch.compile, activation checkpointing and offload, FSDP.
-_HELD = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# These call it "module", as models call parts of their own: here the class decides.
-_HOLDERS = {"DataParallel", "DistributedDataParallel", "AveragedModel", "DeepSpeedEngine"}
-
-
-def held_name(module: nn.Module) -> str | None:
-    """The name under which a wrapper holds what it wraps; None for a module that is no such wrapper."""
-    children = module._modules
-    if "module" in children and not _HOLDERS.isdisjoint(kind.__name__ for kind in type(module).__mro__):
-        return "module"
-    return next((name for name in _HELD if name in children), None)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of all wrappers that stand around it.
-
-    >>> unwrapped(torch.compile(nn.Linear(2, 2)))
-    Linear(in_features=2, out_features=2, bias=True)
-    """
-    while (name := held_name(module)) is not None:
-        module = module._modules[name]  # type: ignore[assignment]
-    return module
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, nn.Module], ...]]]:

@@ -6,8 +6,7 @@ import re
 
 from torch import nn
 
-from ..names import plain_name
-from .candidates import unwrapped
+from ..names import plain_name, unwrapped
 
 _HEAD_FIRST = re.compile(
     r"^(head|heads|head_dist|classifier|cls_classifier|distillation_classifier|fc|score|lm_head|qa_outputs|logits|logits_proj"

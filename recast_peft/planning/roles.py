@@ -11,7 +11,8 @@ from collections.abc import Callable
 from torch import nn
 
 from ..composition.kinds import CONVOLUTION, LINEAR, TRANSPOSED_LINEAR, family_of
-from .candidates import Candidate, held_name
+from ..names import held_name
+from .candidates import Candidate
 
 # A component that decides what the modules below it are. Names and class names are searched from the module upwards, and
 # the first component that says anything decides, so that the MLP inside an "attention block" is an MLP.

@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
 from recast_peft import RecastConfig, get_recast_model, plan_recast
-from recast_peft.planning.candidates import find_candidates, unwrapped
+from recast_peft.names import unwrapped
+from recast_peft.planning.candidates import find_candidates
 
 compiled = partial(torch.compile, backend="eager")
 
