@@ -66,6 +66,19 @@ class TestFeatures:
         assert error > 0.01
         assert torch.equal(outputs(model, X), before)  # the task is back
 
+    def test_are_means_over_the_samples(self) -> None:
+        plain = tiny_vit()
+        model = converted(num_templates=1, keep_base_weights=True)
+        changed = tiny_vit()
+        with torch.no_grad():
+            for name, layer in layers_of(model).items():
+                bank = layer.compressed_bank[0]
+                weight = torch.tensordot(bank.base_of(name), bank.templates, dims=1)
+                changed.get_submodule(name).weight.copy_(weight)
+        cosines = torch.cosine_similarity(outputs(changed, X).double(), outputs(plain, X).double(), dim=1)
+        assert cosines.max() - cosines.min() > 1e-4
+        assert mimicry_report(model, X).features[-1].cosine == pytest.approx(float(cosines.mean()), abs=1e-6)
+
     def test_need_a_reference_where_weights_were_released(self) -> None:
         with pytest.raises(RecastBankError, match="reference="):
             mimicry_report(converted(num_templates=1), X)

@@ -68,6 +68,13 @@ class TestComposition:
         anchor = torch.randn(3, 3)
         assert compose_weight(anchor, [anchor], torch.zeros(1)).data_ptr() != anchor.data_ptr()
 
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_without_templates_is_a_copy_of_the_anchor(self, trained: bool) -> None:
+        anchor = torch.randn(3, 3, requires_grad=trained)
+        weight = compose_weight(anchor, [], torch.zeros(0))
+        assert torch.equal(weight, anchor)
+        assert weight.data_ptr() != anchor.data_ptr()
+
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_gives_the_dtype_that_is_asked_for(self, dtype: torch.dtype) -> None:
         assert compose_weight(None, [torch.ones(2, 2)], torch.ones(1), dtype=dtype).dtype == dtype

@@ -41,7 +41,6 @@ from recast_peft import (
 from recast_peft.composition import mixed_batch
 from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT
 from recast_peft.parts.head import fit_prototypes, split_logits
-from recast_peft.pool.routing import nearest_task, summarise
 
 TARGETS = ["qkv", "fc1"]
 TOKENS = torch.arange(1, 9).reshape(2, 4)
@@ -657,19 +656,6 @@ class TestFindingTheTask:
         again.load(tmp_path / "pool.safetensors")
         assert again.route(mixed).tolist() == pool.route(mixed).tolist()
 
-    def test_prototypes_and_spread_by_hand(self):
-        features = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 5.0]])
-        known = summarise(features, torch.tensor([3, 3, 7]))
-        assert known.prototypes.tolist() == [[1.0, 0.0], [10.0, 5.0]]
-        assert known.scatter.tolist() == [2.0, 0.0]
-        assert known.samples == 3
-
-    def test_distances_count_in_units_of_the_spread(self):
-        wide = summarise(torch.tensor([[-9.0, 0.0], [9.0, 0.0]]))  # wide along the first axis
-        other = summarise(torch.tensor([[0.0, 2.1], [0.0, 1.9]]))
-        # nearer to `other` in plain distance, but far from it in its own narrow axis
-        assert nearest_task(torch.tensor([[3.0, 0.2], [3.0, 1.8]]), {4: wide, 6: other}).tolist() == [4, 6]
-
     def test_a_removed_task_is_forgotten_and_nothing_to_choose_from_is_an_error(self, images):
         _, pool = model_with_pool(1)
         pool.remember("task0", images)
@@ -681,8 +667,6 @@ class TestFindingTheTask:
         _, pool = model_with_pool(1)
         with pytest.raises(RecastConfigError, match=r"labels: +\(2,\)"):
             pool.remember("task0", images, torch.tensor([0, 1]))
-        with pytest.raises(RecastConfigError, match="at least one sample"):
-            summarise(torch.empty(0, 4))
         for inputs in ({}, {"x": None}, torch.empty(0, 1, 16, 16), [1.0]):
             with pytest.raises(RecastConfigError, match="at least one sample"):
                 pool.remember("task0", inputs)

@@ -52,6 +52,11 @@ class TestNumbers:
         # by count: +, +, -
         assert combine_rows(rows, [1, 1, 1], "ties", 1.0, "frequency").tolist() == [1, 1.5, -2]
 
+    def test_ties_weighs_what_is_left(self):
+        rows = [torch.tensor([1.0, 2, -3]), torch.tensor([1.0, -5, -1]), torch.tensor([-1.0, 1, 2])]
+        # the signs are those of the tasks' own numbers: +, -, -; then (2 + 3) / 2, -15 / 1, (-6 - 3) / 2
+        assert combine_rows(rows, [2, 3, 4], "ties", 1.0).tolist() == [2.5, -15, -4.5]
+
 
 class TestModel:
     @pytest.mark.parametrize("sets", [1, 3])
