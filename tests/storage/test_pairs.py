@@ -32,7 +32,7 @@ def pair(folder: Path) -> tuple[int, int]:
     return number, int(read_companion(folder / FILE, folder / COMPANION))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_kill_between_two_moves_leaves_the_old_or_the_new_pair(
     steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +50,7 @@ def test_a_kill_between_two_moves_leaves_the_old_or_the_new_pair(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pairs, "replace", replace)
         save(tmp_path, 2)
-    assert pair(tmp_path) == ((1, 1) if steps == 1 else (2, 2))
+    assert pair(tmp_path) == ((1, 1) if steps < 2 else (2, 2))
     save(tmp_path, 3)  # what is left over does not matter to the next writer
     assert pair(tmp_path) == (3, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", COMPANION, FILE]
