@@ -16,13 +16,15 @@ from torch import nn
 from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
 from .config import RecastConfig
 from .errors import RecastBaseMismatchError, RecastConfigError
-from .hub.backbone import build_backbone, commit_of
-from .hub.cards import task_entries
+from .hub.backbone import build_backbone
 from .hub.peft_models import with_task_verbs
-from .hub.transfer import fetch_file, fetch_task
+from .hub.task_files import task_entries
+from .hub.transfer import fetch_task
 from .layer import RecastLayer
 from .names import check_adapter_name, plain_name
 from .parts import BiasConfig
+from .storage.paths import is_hub_name
+from .storage.transfer import fetch_together
 
 # keywords of PeftModel.from_pretrained that make sense when the backbone is built here
 PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")
@@ -159,11 +161,9 @@ def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None
 def _fetched_bank(reference: Any, folder: str, hub: dict[str, Any]) -> StoredBank | None:
     """The bank of a reference, from the Hub; None if it names none, or one that lies on this machine."""
     name = reference.get("name") if isinstance(reference, dict) else None
-    if name is None or any(Path(place).exists() for place in (name, Path(folder, name), Path(folder, BANK_CONFIG))):
+    if not is_hub_name(name) or any(Path(folder, place).exists() for place in (name, BANK_CONFIG)):
         return None  # the conversion finds it
-    config_file = fetch_file(name, BANK_CONFIG, None, hub)
-    fetch_file(name, BANK_WEIGHTS, None, {**hub, "revision": commit_of(config_file)})
-    return load_bank(Path(config_file).parent).under(name)
+    return load_bank(fetch_together(name, BANK_CONFIG, BANK_WEIGHTS, hub_kwargs=hub)).under(name)
 
 
 def _uncovered(missing: list[str], folder: str) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from .auto import AutoRecastModel
 from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
-from .hub.cards import task_sizes
+from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
 from .parts import BiasConfig
 from .tasks.plan import plan_recast

@@ -353,7 +353,9 @@ class RecastConfig(PeftConfig):
 
         PEFT calls this last when it saves a model, so that every way of saving a task writes its card.
         """
-        from .hub.cards import has_task_numbers, hub_repository, write_model_card  # it stands above config
+        from .hub.backbone import hub_repository  # these stand above config
+        from .hub.cards import write_model_card
+        from .hub.task_files import has_task_numbers
 
         if self.base_model_name_or_path is None:
             self.base_model_name_or_path = hub_repository(self.backbone)

@@ -1,89 +1,36 @@
 """Bank files: template banks that do not follow from the pretrained weights, stored once for all tasks on them.
 
-A bank file is a folder with ``recast_bank.safetensors`` (templates and base coefficients) and ``recast_bank.json`` (what they
-are: groups, members, method, fingerprints). A task names its bank by name (a folder or a repository) and fingerprint.
+A bank file is a folder with ``recast_bank.safetensors`` (templates, base coefficients, and in its metadata the header: groups,
+members, method, fingerprints) and ``recast_bank.json`` (the header again, to be read by people and earlier versions). One file
+holds everything, so that a bank is replaced in one step. A task names its bank by name (a folder or a repository) and
+fingerprint, which is held against the tensors when the bank is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import RecastBankError, RecastLoadError
-from ..mimicry import Recipe
-from .grown_templates import PARTS, GrownTemplates
+from ..errors import RecastBankError, RecastError, RecastHubError, RecastLoadError
+from ..storage.atomic import locked, write_json
+from ..storage.json_reader import Fields, parse_json, read_json
+from ..storage.paths import goes_up, inside, is_hub_name
+from ..storage.tensors import TensorFile, checksum, read_tensors, write_tensors
+from ..storage.transfer import NoSuchFile, fetch_together
+from .card import BANK_CONFIG, BANK_WEIGHTS, push_bank_to_hub
+from .stored_group import StoredGroup, read_group
 
-BANK_WEIGHTS = "recast_bank.safetensors"
-BANK_CONFIG = "recast_bank.json"
 FORMAT = 1
-# how a group's templates are given; a further kind is a row here and in StoredGroup
-KINDS = ("exact", "dense", "grown", "bias")
-
-
-@dataclass(frozen=True, eq=False)
-class StoredGroup:
-    """One group of a stored bank.
-
-    Attributes:
-        members: names of the target modules, in the order of their depth.
-        templates: ``(templates, *weight_shape)``; None where the members' pretrained weights are the templates.
-        base: base coefficients ``(layers, templates)`` in float32; None with ``templates``.
-        recipe: how the templates were mixed from the pretrained weights, where they were: a task that names its recipe
-            knows the bank by it.
-        grown: templates beside or in place of the members' pretrained weights, to which offsets are added.
-        widths: for templates of biases the numbers in each member's bias; a template of ``grown`` holds those of all members
-            side by side. None for templates of weights.
-    """
-
-    members: tuple[str, ...]
-    templates: Tensor | None = None
-    base: Tensor | None = None
-    recipe: Recipe | None = None
-    grown: GrownTemplates | None = None
-    widths: tuple[int, ...] | None = None
-
-    @property
-    def kind(self) -> str:
-        """``"exact"``, ``"dense"``, ``"grown"`` or ``"bias"``."""
-        if self.grown is not None:
-            return "grown" if self.widths is None else "bias"
-        return "exact" if self.templates is None else "dense"
-
-    @property
-    def weight_shape(self) -> tuple[int, ...] | None:
-        """Shape of the members' weights, where the bank knows it."""
-        if self.grown is not None:
-            return self.grown.weight_shape
-        return None if self.templates is None else tuple(self.templates.shape[1:])
-
-    @property
-    def num_templates(self) -> int:
-        """Templates in the group."""
-        if self.grown is not None:
-            return len(self.grown) + (len(self.members) if self.grown.plain else 0)
-        return len(self.members) if self.templates is None else len(self.templates)
-
-    @property
-    def num_coefficients(self) -> int:
-        """Numbers that a task trains for the group; one coefficient of a template of biases moves all members."""
-        return self.num_templates * (len(self.members) if self.widths is None else 1)
-
-    def biases(self) -> dict[str, Tensor]:
-        """The templates of biases by member, each ``(templates, width)``, in the same memory."""
-        assert self.grown is not None
-        assert self.widths is not None
-        return dict(zip(self.members, self.grown.tensors[0].split(list(self.widths), dim=1), strict=True))
+HEADER = "recast_bank"  # the entry of the metadata that holds the header
+MOST_VERSIONS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +63,7 @@ class StoredBank:
                 "from the base model and the task files"
             )
         if not self.fingerprint:
-            object.__setattr__(self, "fingerprint", _digest(self._tensors(), torch.float32))
+            object.__setattr__(self, "fingerprint", checksum(self.tensors(), torch.float32))
 
     def __deepcopy__(self, memo: dict) -> StoredBank:
         return self  # nothing in it is ever written to, and a config is copied often
@@ -134,16 +81,11 @@ class StoredBank:
     @property
     def nbytes(self) -> int:
         """Bytes of templates and base coefficients."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
-        for name, group in self.groups.items():
-            if group.templates is not None and group.base is not None:
-                tensors[f"{name}.templates"], tensors[f"{name}.base"] = group.templates, group.base
-            elif group.grown is not None:
-                tensors.update(group.grown.named(name))
-        return tensors
+    def tensors(self) -> dict[str, Tensor]:
+        """Templates and base coefficients by their names in a bank file."""
+        return {key: tensor for name, group in self.groups.items() for key, tensor in group.named(name).items()}
 
     def at(self, fingerprint: str | None) -> StoredBank | None:
         """This bank as it was when it had a fingerprint (None: as it is), in the same memory; None if it never had."""
@@ -165,36 +107,28 @@ class StoredBank:
         return None
 
     def save(self, path: str | Path) -> StoredBank:
-        """Write the bank file into a folder, which is made if missing.
+        """Write the bank file into a folder, which is made if missing; a bank that is there is replaced in one step.
 
         Returns:
             the same bank under the folder's name.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self._tensors().items()}
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.tensors().items()}
         header = {
             "format": FORMAT,
             "version": self.version,
             "fingerprint": self.fingerprint,
             "history": [dict(entry) for entry in self.history],
-            "content": _digest(tensors),
+            "content": checksum(tensors),
+            "rounded": checksum(tensors, torch.float32) != self.fingerprint,
             "mimicry": self.mimicry if isinstance(self.mimicry, str) else dict(self.mimicry),
-            "groups": {
-                name: {
-                    "kind": group.kind,
-                    "members": list(group.members),
-                    "templates": group.num_templates,
-                    "recipe": None if group.recipe is None else group.recipe.to_lists(),
-                    **({} if group.grown is None else _described(group.grown)),
-                    **({} if group.widths is None else {"widths": list(group.widths)}),
-                }
-                for name, group in self.groups.items()
-            },
+            "groups": {name: group.describe() for name, group in self.groups.items()},
             "base_fingerprint": dict(self.base_fingerprint),
         }
-        save_file(tensors, folder / BANK_WEIGHTS, metadata={"format": "pt"})
-        (folder / BANK_CONFIG).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        with locked(folder):
+            write_tensors(folder / BANK_WEIGHTS, tensors, {HEADER: json.dumps(header)})
+            write_json(folder / BANK_CONFIG, {**header, "checksum": _header_checksum(header)})
         return self.under(str(path))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> StoredBank:
@@ -203,8 +137,6 @@ class StoredBank:
         Returns:
             the same bank under the repository's name.
         """
-        from ..hub.transfer import push_bank_to_hub  # it stands above bank_files
-
         return self.under(push_bank_to_hub(self, repo_id, **options).repo_url.repo_id)
 
     def under(self, name: str | None) -> StoredBank:
@@ -217,94 +149,138 @@ def load_bank(name: str | Path, *, revision: str | None = None, token: str | Non
 
     Raises:
         RecastBankError: if there is none.
-        RecastLoadError: if it is damaged, or of a format that this version does not know.
+        RecastLoadError: if it is damaged, is not the bank that it says it is, or is of a format that this version does not
+            know.
     """
-    paths = _local_files(Path(name)) or _hub_files(str(name), revision, token)
-    try:
-        header = json.loads(paths[1].read_text(encoding="utf-8"))
-        tensors = load_file(paths[0])
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RecastLoadError(f"the bank file at {str(name)!r} cannot be read: {error}. Fetch it again.") from error
-    return _assemble(str(name), header, tensors)
+    folder = Path(name)
+    if not has_bank(folder):
+        folder = _fetched(str(name), revision, token)
+    what = f"the bank file at {str(name)!r}"
+    file = read_tensors(folder / BANK_WEIGHTS, what)
+    return _assemble(str(name), what, _header(folder, file, what), file)
 
 
-def _local_files(folder: Path) -> tuple[Path, Path] | None:
-    paths = folder / BANK_WEIGHTS, folder / BANK_CONFIG
-    return paths if paths[0].is_file() and paths[1].is_file() else None
+def has_bank(folder: Path) -> bool:
+    """Whether a folder holds a bank file."""
+    return (folder / BANK_WEIGHTS).is_file()
 
 
-def _hub_files(name: str, revision: str | None, token: str | None) -> tuple[Path, Path]:
-    try:
-        weights, config = (hf_hub_download(name, f, revision=revision, token=token) for f in (BANK_WEIGHTS, BANK_CONFIG))
-    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        raise RecastBankError(
-            f"there is no template bank at {name!r}: neither a folder with {BANK_WEIGHTS} and {BANK_CONFIG}, nor a repository "
-            f"on the Hub that can be reached ({type(error).__name__})"
-        ) from error
-    return Path(weights), Path(config)
+def _fetched(name: str, revision: str | None, token: str | None) -> Path:
+    reason: RecastError | None = None
+    if is_hub_name(name):
+        try:
+            return fetch_together(name, BANK_CONFIG, BANK_WEIGHTS, hub_kwargs={"revision": revision, "token": token})
+        except (RecastHubError, NoSuchFile) as error:
+            reason = error
+    raise RecastBankError(
+        f"there is no template bank at {name!r}: neither a folder with {BANK_WEIGHTS} and {BANK_CONFIG}, nor a repository "
+        f"on the Hub that can be reached{f' ({reason})' if reason else ''}"
+    ) from reason
 
 
-def _assemble(name: str, header: Any, tensors: dict[str, Tensor]) -> StoredBank:
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        given = header.get("format") if isinstance(header, dict) else type(header).__name__
+def _header(folder: Path, file: TensorFile, what: str) -> Fields:
+    """The header of a bank file.
+
+    It stands in the metadata of the tensors, so that both are of one moment. The JSON beside them is read too: one that is
+    damaged is refused. One that is whole and of another moment (a process was killed between the two) does not count.
+    """
+    held = file.metadata.get(HEADER)
+    path = folder / BANK_CONFIG
+    if held is None or path.is_file():
+        beside = read_json(path, f"{BANK_CONFIG} of {what}")
+        _check_format(beside, what)
+        stored = beside.content.pop("checksum", None)  # type: ignore[attr-defined]
+        if stored is not None and stored != _header_checksum(beside.content):
+            raise RecastLoadError(
+                f"{BANK_CONFIG} of {what} is damaged: it is not what was written. Fetch it again. (Who changed it on purpose "
+                "takes its 'checksum' out.)"
+            )
+        if held is None or stored is None:
+            return beside
+    header = parse_json(held, f"the header of {what}")
+    _check_format(header, what)
+    return header
+
+
+def _header_checksum(header: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_format(header: Fields, what: str) -> None:
+    if header.get("format") != FORMAT:
         raise RecastLoadError(
-            f"the bank file at {name!r} is of another format\n  format of the file: {given}\n  format known here: {FORMAT}\n"
+            f"{what} is of another format\n  format of the file: {header.get('format')}\n  format known here: {FORMAT}\n"
             "Update recast_peft, or write the bank again."
         )
-    try:
-        if header["content"] != _digest(tensors):
+
+
+def _assemble(name: str, what: str, header: Fields, file: TensorFile) -> StoredBank:
+    """The bank of a header and its tensors, each of which is held against the other."""
+    if header.text("content") != file.content:
+        raise RecastLoadError(f"{what} is damaged: {BANK_WEIGHTS} is not what {BANK_CONFIG} says. Fetch it again.")
+    entries = header.object_by_name("groups")
+    groups = {bank: read_group(bank, entry, file.tensors, what) for bank, entry in entries.items()}
+    used = {key for bank, group in groups.items() for key in group.named(bank)}
+    unused = sorted(set(file.tensors) - used)
+    if unused or not used:
+        raise RecastLoadError(f"{what} holds {unused[0] if unused else 'no tensor'}, of which its groups do not speak")
+    mimicry = header.get("mimicry")
+    bank = StoredBank(
+        groups,
+        header.text_by_name("base_fingerprint"),
+        mimicry if isinstance(mimicry, str) else dict(header.object("mimicry")),
+        name,
+        header.integer("version", 1, MOST_VERSIONS),
+        header.text("fingerprint"),
+        tuple(_earlier(entry, groups) for entry in header.objects("history", [])),
+    )
+    _check_fingerprint(bank, file, what, header.flag("rounded", False))
+    return bank
+
+
+def _earlier(entry: Fields, groups: Mapping[str, StoredGroup]) -> dict[str, Any]:
+    """One line of the history of a bank that grew."""
+    counts = entry.object("templates")
+    grown = {name: counts.integer(name, 0, len(group.grown)) for name, group in groups.items() if group.grown is not None}
+    return {"version": entry.integer("version", 1, MOST_VERSIONS), "fingerprint": entry.text("fingerprint"), "templates": grown}
+
+
+def _check_fingerprint(bank: StoredBank, file: TensorFile, what: str, is_rounded: bool) -> None:
+    """Refuse a bank that calls itself by the fingerprint of another one."""
+    halves = {t.dtype for t in file.tensors.values()} & {torch.float16, torch.bfloat16}
+    versions = [bank, *(bank.at(entry["fingerprint"]) for entry in bank.history)]
+    for version in versions:
+        assert version is not None
+        is_whole = version is bank and {t.dtype for t in file.tensors.values()} == {torch.float32}
+        actual = file.content if is_whole else checksum(version.tensors(), torch.float32)
+        if actual == version.fingerprint:
+            continue
+        if not halves and not is_rounded:
             raise RecastLoadError(
-                f"the bank file at {name!r} is damaged: {BANK_WEIGHTS} is not what {BANK_CONFIG} says. Fetch it again."
+                f"{what} is not the bank that it says it is: its version {version.version} has other templates\n"
+                f"  fingerprint that it states: {version.fingerprint}\n  fingerprint of its tensors: {actual}\n"
+                "Fetch it again; tasks that were learned on it would compute something else."
             )
-        groups = {}
-        for bank, entry in header["groups"].items():
-            if entry["kind"] not in KINDS:
-                raise RecastLoadError(f"bank {bank!r} of {name!r} is of kind {entry['kind']!r}; known: {', '.join(KINDS)}")
-            dense = entry["kind"] == "dense"
-            groups[bank] = StoredGroup(
-                tuple(entry["members"]),
-                tensors[f"{bank}.templates"] if dense else None,
-                tensors[f"{bank}.base"] if dense else None,
-                None if entry.get("recipe") is None else Recipe.from_lists(entry["recipe"]),
-                _grown_of(bank, entry, tensors) if entry["kind"] in ("grown", "bias") else None,
-                tuple(entry["widths"]) if entry["kind"] == "bias" else None,
-            )
-        return StoredBank(
-            groups,
-            header["base_fingerprint"],
-            header["mimicry"],
-            name,
-            int(header["version"]),
-            header["fingerprint"],
-            tuple(header.get("history", ())),
+        warnings.warn(
+            f"{what} holds templates that were rounded when it was saved from a model in half precision, so that its "
+            f"fingerprint {version.fingerprint} cannot be held against them. Save it from a model in float32.",
+            stacklevel=4,
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RecastLoadError(f"{BANK_CONFIG} of {name!r} lacks or misstates {error}. Fetch it again.") from error
-
-
-def _described(grown: GrownTemplates) -> dict[str, Any]:
-    return {
-        "shape": list(grown.weight_shape),
-        "plain": grown.plain,
-        "factored": len(grown.tensors) == 2,
-        "energy": list(grown.energy),
-    }
-
-
-def _grown_of(bank: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GrownTemplates:
-    only = "" if entry["plain"] else "only_"
-    parts = tuple(tensors[f"{bank}.{only}{part}"] for part in PARTS[2 if entry["factored"] else 1])
-    return GrownTemplates(parts, tuple(entry["shape"]), entry["plain"], tuple(entry["energy"]))
+        return
 
 
 def find_bank(
     reference: Mapping[str, str | None], task_folder: str | None = None, how_to_load: str | None = None
 ) -> StoredBank:
-    """The bank that a task names.
+    """The bank that a config names.
+
+    A config that was read from a saved task may have been written by anybody. The bank that it names is looked for in the
+    task's folder, below it, beside it and beside the folder above under the last part of the name, and on the Hub; another path
+    is not followed. A name that the caller gave may be any folder.
 
     Args:
         reference: ``{"name": ..., "fingerprint": ...}``; without a fingerprint any bank of the name will do.
-        task_folder: where the task was read from; the bank may lie there too, or at a path relative to it.
+        task_folder: where the task was read from; None if it was not read.
         how_to_load: the end of the message if it is not found; None says how a bank of weights is handed over.
 
     Raises:
@@ -312,29 +288,43 @@ def find_bank(
     """
     name, fingerprint = reference.get("name"), reference.get("fingerprint")
     tried: list[str] = []
-    candidates = [task_folder, str(Path(task_folder) / name) if name else None] if task_folder else []
-    for place in candidates:
-        if place is not None and _local_files(Path(place)):
-            bank = load_bank(place)
-            found = bank.at(fingerprint)
-            if found is not None:
-                return found
-            tried.append(f"{place} holds {bank.fingerprint}")
-    if name:
+    for place in _places(name, task_folder, tried):
         try:
-            bank = load_bank(name)
+            bank = load_bank(place)
         except RecastBankError as error:
             tried.append(str(error))
-        else:
-            found = bank.at(fingerprint)
-            if found is not None:
-                return found
-            tried.append(f"{name} holds {bank.fingerprint}")
+            continue
+        found = bank.at(fingerprint)
+        if found is not None:
+            return found
+        tried.append(f"{place} holds {bank.fingerprint}")
     raise RecastBankError(
         f"the task needs the template bank {name!r} with fingerprint {fingerprint}, which is not at hand\n"
         + "".join(f"  {line}\n" for line in tried)
         + (how_to_load or HOW_TO_LOAD)
     )
+
+
+def _places(name: str | None, task_folder: str | None, refused: list[str]) -> list[str | Path]:
+    """Where a bank of a name may be read from; why not elsewhere is added to ``refused``."""
+    if task_folder is None:
+        return [name] if name else []
+    folder = Path(task_folder)
+    places: list[str | Path] = [folder]
+    if name and folder.is_dir():
+        own = PurePosixPath(PureWindowsPath(name).as_posix()).name
+        if goes_up(name):
+            refused.append(f"{name!r} goes up from the task's folder, which a task's file may not")
+            own = ""
+        try:
+            places.append(inside(folder, name, "the name of the bank"))
+        except RecastLoadError as error:
+            refused.append(str(error))
+        # a bank that lies where it was saved beside its tasks, or was moved together with them
+        above = [path for path in (folder.absolute().parent, folder.absolute().parent.parent) if own]
+        places += [path / own for path in above if not (path / own).is_symlink()]
+    places = [place for place in places if has_bank(Path(place))]
+    return [*places, name] if name and is_hub_name(name) else places
 
 
 HOW_TO_LOAD = (
@@ -352,16 +342,3 @@ def check_reference(reference: Any) -> str | None:
     if not all(value is None or isinstance(value, str) for value in reference.values()):
         return "texts as 'name' and 'fingerprint'"
     return None
-
-
-def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
-    """A hash of names, shapes and numbers; in ``dtype`` if given, else as they are."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tuple(tensor.shape)} {dtype or tensor.dtype}".encode())
-        flat = tensor.reshape(-1)
-        for start in range(0, flat.numel(), 1 << 24):  # in parts: a copy in another dtype of all at once would be large
-            part = flat[start : start + (1 << 24)]
-            digest.update((part if dtype is None else part.to(dtype)).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -20,7 +20,9 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .cards import CARD_NAME, has_task_numbers, write_model_card, write_repository_card
+from ..storage.cards import CARD_NAME
+from .cards import write_model_card, write_repository_card
+from .task_files import has_task_numbers
 from .transfer import push_tasks_to_hub, task_names
 
 DEFAULT = "default"  # the adapter that PEFT keeps in the root of a folder

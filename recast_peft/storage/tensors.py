@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,11 @@ class TensorFile:
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+
+    @cached_property
+    def content(self) -> str:
+        """The checksum of the tensors."""
+        return checksum(self.tensors)
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -92,8 +98,9 @@ def read_tensors(
         check_floating(what, tensors, error)
     if finite:
         check_finite(what, tensors, error)
-    check_checksum(what, tensors, metadata, error)
-    return TensorFile(tensors, metadata)
+    content = TensorFile(tensors, metadata)
+    _check_content(what, content, error)
+    return content
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -191,14 +198,15 @@ def check_checksum(
     Raises:
         RecastLoadError: (or ``error``) with both checksums.
     """
-    stored = metadata.get(CHECKSUM)
-    if stored is None:
-        return
-    actual = checksum(tensors)
-    if stored != actual:
+    _check_content(what, TensorFile(dict(tensors), dict(metadata)), error)
+
+
+def _check_content(what: str, file: TensorFile, error: type[RecastError]) -> None:
+    stored = file.metadata.get(CHECKSUM)
+    if stored is not None and stored != file.content:
         raise error(
             f"{what} is damaged: its numbers are not those that were written\n  checksum in the file:   {stored}\n"
-            f"  checksum of the numbers: {actual}\nNothing was loaded; fetch it again."
+            f"  checksum of the numbers: {file.content}\nNothing was loaded; fetch it again."
         )
 
 

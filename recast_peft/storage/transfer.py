@@ -1,15 +1,16 @@
-"""Files from the Hub, with errors that say what to do."""
+"""Files from the Hub and to it, with errors that say what to do."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import RecastError, RecastHubError, RecastLoadError
+from .cards import CARD_NAME
 
 LIBRARY = "recast_peft"
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
@@ -72,6 +74,51 @@ def commit_of(path: str | os.PathLike) -> str | None:
     """The commit that a file of the Hub's cache belongs to; None for a file elsewhere."""
     match = _COMMIT.search(os.fspath(path))
     return match[1] if match else None
+
+
+def commit_folder(
+    folder: Path,
+    repo_id: str,
+    write_card: Callable[[Path, str], Any],
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    **commit: Any,
+) -> CommitInfo:
+    """Put a folder's files and cards into a repository with one commit.
+
+    Args:
+        folder: its files take the same places in the repository; those that the repository has beside them stay.
+        repo_id: the repository, made if it does not exist.
+        write_card: writes the cards into a folder for a repository; the cards that are there already lie in the folder.
+        private, token, revision, commit: as everywhere in ``huggingface_hub``; a revision that does not exist is made as a
+            branch.
+
+    Raises:
+        RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
+    """
+    api = HfApi(token=token, library_name=LIBRARY)
+    with hub_errors("push to", repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        for place in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+            name = (place / CARD_NAME).relative_to(folder).as_posix()
+            present = _existing_card(api, repo_id, name, revision, folder.parent / "cards")
+            if present:
+                shutil.copyfile(present, place / CARD_NAME)
+        write_card(folder, repo_id)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        return api.create_commit(repo_id, operations, revision=revision, **commit)
+
+
+def _existing_card(api: HfApi, repo_id: str, name: str, revision: str | None, folder: Path) -> str | None:
+    try:
+        return api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return None
 
 
 @contextmanager

@@ -6,12 +6,14 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hub_server import HubServer, connect
 from models import outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recast_peft import (
@@ -29,6 +31,7 @@ from recast_peft import (
 )
 from recast_peft.banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredGroup
 from recast_peft.mimicry import Gradient
+from recast_peft.storage.tensors import checksum
 
 X = vit_input()
 QUICK = Gradient(steps=5, progress=False)
@@ -117,9 +120,11 @@ class TestRoundTrip:
         model, bank, task = stored
         half = copy.deepcopy(model).to(torch.bfloat16)
         half.save_bank(tmp_path / "half")
-        assert load_bank(tmp_path / "half").fingerprint == load_bank(bank).fingerprint
+        with pytest.warns(UserWarning, match="were rounded"):  # their fingerprint is that of the others
+            rounded = load_bank(tmp_path / "half")
+        assert rounded.fingerprint == load_bank(bank).fingerprint
         config = RecastConfig.from_pretrained(task)
-        config.bank = load_bank(tmp_path / "half")
+        config.bank = rounded
         loaded = PeftModel.from_pretrained(tiny_vit(), task, config=config).eval()
         torch.testing.assert_close(outputs(loaded, X), outputs(model, X), rtol=0.05, atol=0.05)
 
@@ -190,21 +195,74 @@ class TestRefusal:
         with pytest.raises(RecastLoadError, match="damaged"):
             load_bank(bank)
         (bank / BANK_WEIGHTS).write_bytes(raw[:40])
-        with pytest.raises(RecastLoadError, match="cannot be read"):
+        with pytest.raises(RecastLoadError, match="damaged or incomplete"):
             load_bank(bank)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"format": 99}, "another format"),
-            ({"groups": {"a": {"kind": "tied", "members": []}}}, "kind 'tied'"),
-            ({"groups": {"a": {"kind": "dense", "members": []}}}, "lacks or misstates 'a.templates'"),
+            ({"groups": {"a": {"kind": "tied", "members": ["x"], "templates": 1}}}, "kind 'tied'"),
+            ({"groups": {"a": {"kind": "dense", "members": [], "templates": 1}}}, "has the members"),
+            ({"groups": {"a": {"kind": "dense", "members": ["x"], "templates": 1}}}, "lacks a.templates"),
+            ({"groups": {}}, "of which its groups do not speak"),
+            ({"groups": []}, "'groups' of .* expected an object"),
+            ({"version": "1"}, "'version' of"),
+            ({"base_fingerprint": {"x": 3}}, "'base_fingerprint' of"),
+            ({"mimicry": 3}, "'mimicry' of"),
+            ({"history": [3]}, "'history' of"),
+            ({"content": "0" * 16}, "is not what recast_bank.json says"),
+            ({"fingerprint": "0" * 16}, "is not the bank that it says it is"),
         ],
     )
     def test_of_a_header_that_misstates(self, stored: tuple[PeftModel, Path, Path], change: dict, message: str) -> None:
         path = stored[1] / BANK_CONFIG
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        header = {**json.loads(path.read_text()), **change}
+        path.write_text(json.dumps(header))
+        with pytest.raises(RecastLoadError, match="another format" if "format" in change else "is damaged: it is not what was"):
+            load_bank(stored[1])
+        del header["checksum"]  # as in files of earlier versions
+        path.write_text(json.dumps(header))
         with pytest.raises(RecastLoadError, match=message):
+            load_bank(stored[1])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t * -3, "is not the bank that it says it is"),
+            (lambda t: t * float("nan"), "infinity or NaN"),
+            (lambda t: torch.cat([t, t], 1), "another shape|is not the bank that it says it is"),
+            (lambda t: torch.cat([t, t], 0), "another shape"),
+            (lambda t: t.to(torch.int8), "int8"),
+            (lambda t: t[:0], "another shape|has shape"),
+            (lambda t: t.reshape(-1), "another shape|has shape"),
+        ],
+    )
+    @pytest.mark.parametrize("part", ["templates", "base"])
+    def test_of_other_tensors_under_the_same_fingerprint(
+        self, stored: tuple[PeftModel, Path, Path], part: str, change: Any, message: str
+    ) -> None:
+        tensors = load_file(stored[1] / BANK_WEIGHTS)
+        key = next(key for key in tensors if key.endswith(f".{part}"))
+        tensors[key] = change(tensors[key]).contiguous()
+        rewrite(stored[1], tensors)
+        plain = tiny_vit()
+        before = [(name, id(module)) for name, module in plain.named_modules()]
+        with pytest.raises(RecastLoadError, match=message):
+            load_bank(stored[1])
+        with pytest.raises(RecastLoadError):
+            PeftModel.from_pretrained(plain, stored[2])
+        assert [(name, id(module)) for name, module in plain.named_modules()] == before
+        assert all(
+            torch.equal(a, b) for a, b in zip(plain.state_dict().values(), tiny_vit().state_dict().values(), strict=True)
+        )
+
+    def test_of_templates_that_were_swapped_between_groups(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        tensors = load_file(stored[1] / BANK_WEIGHTS)
+        first, second = [key for key in tensors if key.endswith(".templates") and "qkv" in key][:2]
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+        rewrite(stored[1], tensors)
+        with pytest.raises(RecastLoadError, match="is not the bank that it says it is"):
             load_bank(stored[1])
 
     @pytest.mark.parametrize("bank", [3, {}, {"path": "x"}, {"name": 3}])
@@ -215,6 +273,87 @@ class TestRefusal:
     def test_saving_a_task_before_its_bank_warns(self, tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="save_bank"):
             fitted().save_pretrained(tmp_path)
+
+
+class TestNames:
+    """A task's file may have been written by anybody: the bank that it names is not read from anywhere."""
+
+    def renamed(self, task: Path, name: str) -> None:
+        path = task / "adapter_config.json"
+        config = json.loads(path.read_text())
+        config["bank"]["name"] = name
+        path.write_text(json.dumps(config))
+
+    @pytest.mark.parametrize("how", ["absolute", "up", "link"])
+    def test_a_path_that_leads_elsewhere_is_not_followed(
+        self, stored: tuple[PeftModel, Path, Path], how: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        elsewhere = tmp_path_factory.mktemp("elsewhere") / "secret"
+        shutil.move(stored[1], elsewhere)
+        (stored[2] / "link").symlink_to(elsewhere)
+        up = f"../../{elsewhere.relative_to(elsewhere.parents[1])}"
+        assert (stored[2] / up).is_dir()
+        self.renamed(stored[2], {"absolute": str(elsewhere), "up": up, "link": "link"}[how])
+        with pytest.raises(RecastBankError, match="stay in their folder(.|\n)*load_bank"):
+            PeftModel.from_pretrained(tiny_vit(), stored[2])
+
+    def test_a_folder_of_the_working_directory_is_none(
+        self, stored: tuple[PeftModel, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "work" / "a").mkdir(parents=True)
+        shutil.move(stored[1], tmp_path / "work" / "a" / "bank")
+        monkeypatch.chdir(tmp_path / "work")
+        self.renamed(stored[2], "a/bank")
+        with pytest.raises(RecastBankError, match="not at hand"):
+            PeftModel.from_pretrained(tiny_vit(), stored[2])
+
+    def test_a_task_and_its_bank_move_together(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
+        for number, place in enumerate(("task", "tasks/one", "task")):
+            new = tmp_path / f"new{number}"
+            shutil.copytree(stored[2], new / place)
+            shutil.copytree(stored[1], new / "task" / "bank" if number == 2 else new / "bank")
+        self.renamed(tmp_path / "new2" / "task", "bank")
+        shutil.rmtree(stored[1])
+        for place in ("new0/task", "new1/tasks/one", "new2/task"):
+            loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / place).eval()
+            assert torch.equal(outputs(loaded, X), outputs(stored[0], X))
+
+    def test_a_path_that_the_caller_gives_is_followed(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
+        (tmp_path / "far").mkdir()
+        shutil.move(stored[1], tmp_path / "far" / "away")
+        assert get_recast_model(tiny_vit(), RecastConfig(bank=str(tmp_path / "far" / "away"))) is not None
+
+
+class TestWriting:
+    def test_a_bank_is_replaced_in_one_step(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first, second = (fit_bank(tiny_vit(), RecastConfig(**FIELDS, mimicry=Gradient(steps=5, seed=s))) for s in (0, 1))
+        first.save(tmp_path)
+
+        def killed(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("recast_peft.banks.files.write_json", killed)
+            with pytest.raises(KeyboardInterrupt):
+                second.save(tmp_path)
+        # the JSON beside it is still that of the first one
+        assert json.loads((tmp_path / BANK_CONFIG).read_text())["fingerprint"] == first.fingerprint
+        assert load_bank(tmp_path).fingerprint == second.fingerprint != first.fingerprint
+
+    def test_files_of_earlier_versions_are_read(self, stored: tuple[PeftModel, Path, Path]) -> None:
+        before = load_bank(stored[1])
+        rewrite(stored[1], load_file(stored[1] / BANK_WEIGHTS))
+        again = load_bank(stored[1])
+        assert (again.fingerprint, again.groups.keys()) == (before.fingerprint, before.groups.keys())
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a bank file as earlier versions did: without checksums, the header in the JSON alone."""
+    save_file(tensors, folder / BANK_WEIGHTS, metadata={"format": "pt"})
+    header = json.loads((folder / BANK_CONFIG).read_text())
+    for key in ("checksum", "rounded"):
+        del header[key]
+    (folder / BANK_CONFIG).write_text(json.dumps({**header, "content": checksum(tensors)}))
 
 
 class TestStoredBank:

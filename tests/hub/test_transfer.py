@@ -38,7 +38,7 @@ from recast_peft import (
     push_tasks_to_hub,
     write_model_card,
 )
-from recast_peft.hub.cards import write_bank_card
+from recast_peft.banks.card import write_bank_card
 from recast_peft.hub.transfer import fetch_task
 
 TASK_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}

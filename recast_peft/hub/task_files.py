@@ -1,0 +1,130 @@
+"""What lies in the folder of a saved task: its config, and how many numbers of which kind."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..errors import RecastLoadError
+from ..names import COEFFICIENTS, METHOD_NAME
+from ..parts.places import partner_of_entry
+from ..storage.json_reader import Fields, parse_json
+from ..storage.pairs import read_companion
+from ..storage.tensors import read_shapes
+
+
+def has_task_numbers(folder: str | os.PathLike) -> bool:
+    """Whether a task's file of numbers lies in a folder."""
+    return numbers_file(Path(folder)) is not None
+
+
+def numbers_file(folder: Path) -> Path | None:
+    """A task's file of numbers."""
+    return next((folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).is_file()), None)
+
+
+def tasks_inside(folder: Path) -> list[str]:
+    """The subfolders that hold a task."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if (path / CONFIG_NAME).is_file())
+
+
+@dataclass(frozen=True)
+class TaskSizes:
+    """Numbers and bytes of a saved task: coefficients, LoRA part, partners, whatever else it holds, its files."""
+
+    coefficients: int
+    lora: int
+    partners: dict[str, int]
+    others: int
+    file_bytes: int
+    config_bytes: int
+
+    @property
+    def all(self) -> int:
+        """All numbers of the task."""
+        return self.coefficients + self.lora + self.beside
+
+    @property
+    def beside(self) -> int:
+        """Numbers beside coefficients and LoRA part; a bit of a mask counts as one."""
+        return self.others + sum(self.partners.values())
+
+    def of_partners(self) -> str:
+        """Each partner with its numbers."""
+        units = {"piggyback": "bits"}
+        return ", ".join(f"{method} {count:,} {units.get(method, 'numbers')}" for method, count in self.partners.items())
+
+
+def task_entries(folder: str | os.PathLike) -> dict[str, int]:
+    """The keys of a saved task's file, with how many numbers each has.
+
+    Raises:
+        RecastLoadError: if there is no such file, or it is damaged.
+    """
+    file = numbers_file(Path(folder))
+    if file is None:
+        raise RecastLoadError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: it is no saved task")
+    return _entry_sizes(file)
+
+
+def task_sizes(folder: Path) -> TaskSizes:
+    """Numbers and bytes of a saved task."""
+    counts = task_entries(folder)
+    file = numbers_file(folder)
+    assert file is not None
+    coefficients = lora = others = 0
+    partners: dict[str, int] = {}
+    for key, count in counts.items():
+        partner = partner_of_entry(key, count)
+        if partner is not None:
+            partners[partner[0]] = partners.get(partner[0], 0) + partner[1]
+        elif COEFFICIENTS in key:
+            coefficients += count
+        elif f".{LoraModel.prefix}" in key:
+            lora += count
+        else:
+            others += count
+    if not read_task_config(folder).get("train_coefficients", True):
+        coefficients = 0  # they are there, at zero
+    return TaskSizes(coefficients, lora, partners, others, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
+
+
+def _entry_sizes(file: Path) -> dict[str, int]:
+    """How many numbers each entry of a file has; the numbers themselves are not read from a safetensors file.
+
+    Raises:
+        RecastLoadError: if the file is damaged.
+    """
+    if file.name == SAFETENSORS_WEIGHTS_NAME:
+        return {key: torch.Size(shape).numel() for key, shape in read_shapes(file).items()}
+    try:
+        entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return {str(key): value.numel() for key, value in entries.items()}
+    except Exception as error:  # pickle has a kind of error for each kind of damage
+        raise RecastLoadError(f"{file} is damaged or incomplete: {error}\nNothing was loaded; fetch it again.") from error
+
+
+def read_task_config(folder: Path) -> Fields:
+    """The fields of a saved task's config, as they stand in its file.
+
+    Raises:
+        RecastLoadError: if there is none, it is damaged, or it is of another method.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise RecastLoadError(f"{folder} holds no {CONFIG_NAME}: it is no saved task")
+    content = parse_json(read_companion(folder / SAFETENSORS_WEIGHTS_NAME, file), str(file))
+    if str(content.get("peft_type")).lower() != METHOD_NAME:
+        raise RecastLoadError(
+            f"{file} is of another method\n  expected: {METHOD_NAME.upper()}\n"
+            f"  given:    {str(content.get('peft_type'))[:80]}\nLoad it with peft.AutoPeftModel or peft.PeftModel."
+        )
+    return content

@@ -1,0 +1,125 @@
+"""The text of a model card: our part between two marks, everything else its owner's; values from files are shown as they are.
+
+What comes from a config (names of labels, tasks and results) may hold anything. :func:`plain` and :func:`code` let none of it
+act as Markdown, HTML, a new row or one of our marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .atomic import write_bytes
+from .paths import is_hub_name
+
+CARD_NAME = "README.md"
+PAPER = "[RECAST](https://arxiv.org/abs/2411.16870)"
+BEGIN, END = "<!-- recast: begin (made from the task's files; write outside of it) -->", "<!-- recast: end -->"
+LONGEST = 1000  # characters of one value
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+_MARKUP = re.compile(r"([\\`\[\]|])")
+
+
+# ---------------------------------------------------------------- values
+
+
+def one_line(value: Any) -> str:
+    """A value as one line without control characters, cut where it is very long."""
+    text = _CONTROL.sub(" ", f"{value:.4g}" if isinstance(value, float) else str(value)).strip()
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def plain(value: Any) -> str:
+    """A value as text of a card that is nothing but text."""
+    text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\1", text)
+
+
+def code(value: Any) -> str:
+    """A value in the type of code."""
+    return f"`{_unmarked(one_line(value)).replace('`', '').replace('|', chr(92) + '|')}`"
+
+
+def quoted(value: Any) -> str:
+    """A value as a literal of Python and JSON, in a block of code."""
+    return json.dumps(one_line(value), ensure_ascii=False)
+
+
+def hub_link(name: str) -> str:
+    """A repository of models as a link; a name that is none in the type of code."""
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_name(name) else code(name)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Rows of two columns; both are Markdown already."""
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+
+
+def _unmarked(text: str) -> str:
+    return text.replace("<!--", "<! --").replace("-->", "-- >")
+
+
+# ---------------------------------------------------------------- the file
+
+
+def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_given: bool = False) -> str:
+    """Put our part into a card and keep what its owner wrote around it; writing the same twice changes nothing.
+
+    Args:
+        path: of the card, which is made if it is missing.
+        data: metadata; it goes before what is there, but for a license that is not given.
+        part: our part of the text.
+        license_is_given: whether the license of ``data`` goes before the one that is there.
+
+    Returns:
+        the path.
+    """
+    block = f"{BEGIN}\n\n{part.replace(BEGIN, _unmarked(BEGIN)).replace(END, _unmarked(END))}\n\n{END}"
+    if not path.is_file():
+        _write(path, f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{block}\n")
+        return str(path)
+    card = _read(path)
+    if not is_hub_name(card.data.get("base_model")):
+        card.data["base_model"] = None  # PEFT writes paths of this machine there, which the Hub refuses
+    for key, value in data.items():
+        if key == "tags":
+            kept = [tag for tag in card.data.get("tags") or () if not str(tag).startswith("base_model:")]
+            value = sorted({*map(str, kept), *value})
+        if key == "license" and card.data.get("license") and not license_is_given:
+            continue
+        card.data[key] = value
+    card.text = _with_block(card.text, block)
+    _write(path, str(card))
+    return str(path)
+
+
+def _with_block(text: str, block: str) -> str:
+    before, begun, rest = text.partition(BEGIN)
+    if begun and END in rest:
+        return before + block + rest.partition(END)[2]
+    if "[More Information Needed]" in text:  # the untouched template that PEFT and huggingface_hub write
+        return f"\n{block}\n"
+    return f"{(before + rest).rstrip()}\n\n{block}\n"
+
+
+def own_part(path: Path) -> str:
+    """Our part of a card that is there."""
+    return _read(path).text.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def _read(path: Path) -> ModelCard:
+    # a card that is not UTF-8 is its owner's: the bytes come through as they are
+    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    try:
+        return ModelCard(text, ignore_metadata_errors=True)
+    except Exception:  # its metadata cannot be read: they are kept as text, below ours
+        return ModelCard(f"---\nlibrary_name: peft\n---\n\n{text}")
+
+
+def _write(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
