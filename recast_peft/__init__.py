@@ -23,12 +23,13 @@ from .growth.fitting import fit_bank
 from .growth.random import random_bank
 from .growth.report import GrowthReport, growth_report
 from .growth.weights import extend_bank, grow_bank
-from .hub.cards import write_model_card
+from .hub.cards import write_card_of_saved_task, write_model_card
 from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .integrations.compressed import load_compressed_model, save_compressed_model
 from .layer import RecastLayer
 from .model import RecastModel
 from .optim import create_recast_optimizer
+from .options.record import AFTER_SAVING
 from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
 from .parts.discriminant import fit_discriminant_head
 from .parts.head import fit_prototypes, split_logits
@@ -41,6 +42,7 @@ from .tasks.lora_conversion import LoraConversionReport, convert_to_lora, save_a
 from .tasks.plan import plan_recast
 
 register(RecastConfig, RecastModel)
+AFTER_SAVING.append(write_card_of_saved_task)
 
 
 __all__ = [

@@ -20,7 +20,7 @@ from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
 from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
-from .parts import BiasConfig
+from .parts import PartnerConfig
 from .tasks.plan import plan_recast
 
 WEIGHTS_FILE = "model.safetensors"
@@ -107,8 +107,8 @@ def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bias_banks(config: RecastConfig) -> list[str]:
-    partners = [partner for partner in config.partners or () if isinstance(partner, BiasConfig)]
-    return [partner.bank["name"] or "in memory" for partner in partners if isinstance(partner.bank, dict)]
+    banks = [partner.bank_reference for partner in config.partners or () if isinstance(partner, PartnerConfig)]
+    return [bank["name"] or "in memory" for bank in banks if bank is not None]
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -120,7 +120,7 @@ def _inspect(options: argparse.Namespace) -> None:
     lines = [
         ("base model", backbone.get("name") or config.base_model_name_or_path or "not named"),
         ("target modules", f"{len(members)} in {len(config.groups or {})} banks"),
-        ("banks", "stored" if config.bank else "compressed" if config.recipes else "exact"),
+        ("banks", "stored" if config.bank_reference else "compressed" if config.recipes else "exact"),
         ("coefficients", f"{sizes.coefficients:,}"),
         *([("LoRA part", f"{sizes.lora:,} numbers")] if sizes.lora else []),
         *([("partners", sizes.of_partners())] if sizes.partners else []),

@@ -1,31 +1,28 @@
-"""RecastConfig: what a RECAST task is, as PEFT stores it."""
+"""RecastConfig: what a user chooses for a RECAST task, and the record of what a conversion decided, as PEFT stores them."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .banks.files import StoredBank, check_reference
-from .composition.coefficient_gradients import AUTO, BFLOAT16, EXACT, is_coefficient_gradient
-from .errors import RecastBankError, RecastConfigError
-from .mimicry import Fidelity, MimicryMethod, resolve_method
-from .options.lora import checked_lora_config, stored_lora_config
-from .parts import BiasConfig, PartnerConfig, resolve_partners
+from .banks.files import StoredBank
+from .composition.coefficient_gradients import AUTO
+from .errors import RecastConfigError
+from .mimicry import MimicryMethod, resolve_method
+from .options.checks import check_config
+from .options.lora import stored_lora_config
+from .options.partner import PartnerConfig
+from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
-BIAS_CHOICES = ("none", "all", "recast_only")
-SHARING_CHOICES = ("roles", "blocks", "all")
 TARGET_SHORTHANDS = ("all-linear", "all-attention", "all-mlp", "all-conv")
-
 
 # The settings of the paper by name; on the paper's backbones they give exactly its counts (48, 96, 144 and 168 numbers).
 PAPER_SETTINGS: dict[str, dict[str, Any]] = {
@@ -35,8 +32,6 @@ PAPER_SETTINGS: dict[str, dict[str, Any]] = {
     # one group a stage without its first block, as many templates as the group has blocks
     "resnet": {"target_modules": r"(.*\.)?layer\d+\.[1-9]\d*\.conv[12]", "num_groups": 1},
 }
-# what write_fields records; forget_written_fields puts back what was given
-_WRITTEN = ("groups", "recipes", "base_fingerprint", "bank", "num_coefficient_sets", "coefficient_sharing", "lora_config")
 
 
 @dataclass
@@ -135,20 +130,16 @@ class RecastConfig(PeftConfig):
     num_templates: int | None = field(
         default=None, metadata={"help": "Templates in a bank; None is as many as the group has layers, which is exact."}
     )
-    num_coefficient_sets: int = field(default=1, metadata={"help": "Coefficient sets that are trained and averaged."})
+    num_coefficient_sets: int = decided(1)
     mimicry: str | dict[str, Any] | MimicryMethod = field(
         default="closed_form",
         metadata={"help": "How templates and base coefficients are found: a name, or a dictionary with 'method' and options."},
     )
-    lora_config: LoraConfig | dict[str, Any] | None = field(
-        default=None, metadata={"help": "A low-rank part of the same task: a LoraConfig, or a dictionary of its fields."}
-    )
+    lora_config: LoraConfig | dict[str, Any] | None = decided()
     max_coefficients: int | None = field(
         default=None, metadata={"help": "A budget of coefficients per task that the plan keeps by choosing the sizes."}
     )
-    coefficient_sharing: str | None = field(
-        default=None, metadata={"help": "Which layers share their offsets: 'roles', 'blocks' or 'all'; None for none."}
-    )
+    coefficient_sharing: str | None = decided()
     bank: dict[str, str | None] | str | StoredBank | None = field(
         default=None, metadata={"help": "A stored template bank: its name, or {'name': ..., 'fingerprint': ...}."}
     )
@@ -168,71 +159,16 @@ class RecastConfig(PeftConfig):
         default=AUTO, metadata={"help": "'auto', 'exact', 'bfloat16', or a share of the tokens to estimate the gradient from."}
     )
     seed: int = field(default=0, metadata={"help": "Seeds whatever is random about the task's start."})
-    groups: dict[str, list[str]] | None = field(
-        default=None, metadata={"help": "Members of every bank by name; written when a task is created."}
-    )
-    recipes: dict[str, dict[str, list[list[float]]]] | None = field(
-        default=None, metadata={"help": "How compressed banks are rebuilt; written when a task is created."}
-    )
-    base_fingerprint: dict[str, str] | None = field(
-        default=None, metadata={"help": "Fingerprint of each target's pretrained weight; written on creation."}
-    )
-    backbone: dict[str, Any] | None = field(
-        default=None, metadata={"help": "How the backbone is found again; written when a task is created."}
-    )
-    fidelity: dict[str, float] | None = field(
-        default=None, metadata={"help": "How well compressed banks reproduce the pretrained weights; written on saving."}
-    )
+    groups: dict[str, list[str]] | None = decided()
+    recipes: dict[str, dict[str, list[list[float]]]] | None = decided()
+    base_fingerprint: dict[str, str] | None = decided()
+    backbone: dict[str, Any] | None = decided()
+    fidelity: dict[str, float] | None = decided()
     results: dict[str, Any] | None = field(
         default=None, metadata={"help": "What was measured of the task, by name; shown in its model card."}
     )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "bank":
-            value = self._noted_bank(value)
-        if name == "partners":
-            value = self._with_own_bias_bank(value)
-        super().__setattr__(name, value)
-
-    def _with_own_bias_bank(self, value: Any) -> Any:
-        """A stored task keeps the bank of biases that it was learned on; a later version of the bank holds that one."""
-        old = next((p.bank for p in self.__dict__.get("partners") or () if isinstance(p, BiasConfig)), None)
-        wanted = old["fingerprint"] if isinstance(old, dict) and self.__dict__.get("base_fingerprint") is not None else None
-        if wanted is None or not isinstance(value, list):
-            return value
-        partners: list[Any] = []
-        for partner in value:
-            bank = partner.bank_in_memory if isinstance(partner, BiasConfig) else None
-            if bank is not None and bank.at(wanted) is None:
-                raise RecastBankError(
-                    f"the task was made on another bank of biases\n  bank of the task: {wanted}\n"
-                    f"  bank given:       {bank.fingerprint} ({bank.name or 'in memory'})"
-                )
-            partners.append(partner if bank is None else BiasConfig(bank=bank.at(wanted)))
-        return partners
-
-    def _noted_bank(self, value: Any) -> Any:
-        """A bank in memory is kept beside the fields: they hold only what is stored with a task."""
-        if isinstance(value, StoredBank):
-            is_stored_task = self.__dict__.get("base_fingerprint") is not None
-            wanted = (self.__dict__.get("bank") or {}).get("fingerprint") if is_stored_task else None
-            if wanted not in (None, value.fingerprint):
-                raise RecastBankError(
-                    f"the task was made on another template bank\n  bank of the task: {wanted}\n"
-                    f"  bank given:       {value.fingerprint} ({value.name or 'in memory'})"
-                )
-            self.__dict__["_bank"] = value
-            return value.reference
-        value = {"name": value, "fingerprint": None} if isinstance(value, str) else value
-        held = self.__dict__.get("_bank")
-        if held is not None and (not isinstance(value, dict) or value.get("fingerprint") != held.fingerprint):
-            del self.__dict__["_bank"]
-        return value
-
-    @property
-    def bank_in_memory(self) -> StoredBank | None:
-        """The bank that was given as an object."""
-        return self.__dict__.get("_bank")
+    record: TaskRecord | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def method(self) -> MimicryMethod:
@@ -256,28 +192,32 @@ class RecastConfig(PeftConfig):
         return cls(**{**PAPER_SETTINGS[name], "num_coefficient_sets": 2, **fields})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except RecastConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise RecastConfigError(f"RecastConfig(task_type={self.task_type!r:.200}): {error}") from error
         self.peft_type = peft_type()
-        self._check_targets()
-        self._check_sizes()
-        self._check_choices()
-        self._check_lora_config()
-        self._check_head()
-        self._check_written_fields()
+        check_config(self)
+        self.record = from_fields(
+            {f.name: getattr(self, f.name) for f in fields(self)},
+            {p.method: p.bank_reference for p in self.partners or () if p.bank_reference is not None},  # type: ignore
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> RecastConfig:
         """Read the config of a saved task from a folder or a repository on the Hub.
 
-        The returned config remembers where it came from, so that the file of coefficients beside it is checked before a
-        model is touched.
+        The record of the returned config says where it came from, so that the file of coefficients beside it is checked before
+        a model is touched.
         """
         config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, RecastConfig):
+        if isinstance(config, RecastConfig) and config.record is not None:
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             if subfolder is not None:
                 hub_kwargs["subfolder"] = subfolder
-            config.__dict__["_origin"] = (str(pretrained_model_name_or_path), hub_kwargs)
+            config.record = replace(config.record, origin=(str(pretrained_model_name_or_path), hub_kwargs))
         return config
 
     @classmethod
@@ -294,265 +234,78 @@ class RecastConfig(PeftConfig):
         return content
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values; of a LoRA part what ``LoraConfig`` needs to give it back."""
-        lora, self.__dict__["lora_config"] = self.lora_config, None
-        try:
-            fields = super().to_dict()
-        finally:
-            self.__dict__["lora_config"] = lora
-        return {**fields, "lora_config": stored_lora_config(lora) if isinstance(lora, LoraConfig) else lora}
-
-    def layout(self, **fields: Any) -> RecastConfig:
-        """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
-        same = ("target_modules", "groups", "recipes", "bank", "keep_base_weights", "head_module", "base_fingerprint")
-        biases = [copy.deepcopy(p) for p in self.partners or () if isinstance(p, BiasConfig)]
-        return RecastConfig(**{**{name: copy.deepcopy(getattr(self, name)) for name in same}, "partners": biases, **fields})
-
-    @property
-    def effective_group_size(self) -> int | None:
-        """The group size in force: None if ``num_groups`` decides instead."""
-        return None if self.num_groups is not None else (self.group_size or DEFAULT_GROUP_SIZE)
-
-    def write_fields(
-        self,
-        groups: dict[str, list[str]],
-        recipes: dict[str, dict[str, list[list[float]]]],
-        fingerprint: dict[str, str],
-        bank: dict[str, str | None] | None = None,
-        num_coefficient_sets: int | None = None,
-        coefficient_sharing: str | None = None,
-        lora_config: LoraConfig | None = None,
-    ) -> None:
-        """Record what a conversion decided, so that it is stored with the task."""
-        if "_given" not in self.__dict__:
-            self.__dict__["_given"] = {name: getattr(self, name) for name in _WRITTEN}
-        self.groups, self.recipes, self.base_fingerprint = groups, recipes or None, fingerprint
-        self.bank = None if bank is None else dict(bank)
-        self.num_coefficient_sets = num_coefficient_sets or self.num_coefficient_sets
-        self.coefficient_sharing = coefficient_sharing
-        self.lora_config = lora_config
-
-    def write_backbone(self, description: dict[str, Any] | None) -> None:
-        """Record how the backbone is found again, unless that was given or read from a file."""
-        if self.backbone is None or self.__dict__.get("_backbone_written"):
-            self.backbone, self._backbone_written = description, True
-
-    def write_fidelity(self, measured: Iterable[Fidelity]) -> None:
-        """Record how well compressed banks reproduce their members, where that was measured."""
-        each = list(measured)
-        if each:
-            cosines = [fidelity.cosine for fidelity in each]
-            self.fidelity = {
-                "mean_cosine": sum(cosines) / len(cosines),
-                "worst_cosine": min(cosines),
-                "mean_relative_error": sum(fidelity.relative_error for fidelity in each) / len(each),
-            }
+        """The fields as plain values, as ``adapter_config.json`` holds them: a task's record lies among what was chosen."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "record"}
+        values["bank"] = reference_of(self.bank)
+        banks: dict[str, Reference] = {}
+        if self.record is not None:
+            values.update(to_fields(self.record))
+            banks = self.record.partner_banks
+        if self.partners is not None:
+            stored = [partner.to_dict() for partner in self.partners]  # type: ignore[union-attr]
+            values["partners"] = [{**p, **({"bank": banks[p["method"]]} if p["method"] in banks else {})} for p in stored]
+        if isinstance(values["lora_config"], LoraConfig):
+            values["lora_config"] = stored_lora_config(values["lora_config"])
+        if self.base_model_name_or_path is None:
+            values["base_model_name_or_path"] = hub_repository(self.backbone)
+        return copy.deepcopy(values)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` and, where the task's numbers lie beside it, the model card.
+        """Write ``adapter_config.json``; fields of RECAST that are None are left out of it.
 
-        PEFT calls this last when it saves a model, so that every way of saving a task writes its card.
+        PEFT calls this last when it saves a model. ``options.record.AFTER_SAVING`` is called with the folder then, which writes
+        the model card where a task's numbers lie beside the config.
         """
-        from .hub.backbone import hub_repository  # these stand above config
-        from .hub.cards import write_model_card
-        from .hub.task_files import has_task_numbers
-
-        if self.base_model_name_or_path is None:
-            self.base_model_name_or_path = hub_repository(self.backbone)
         super().save_pretrained(save_directory, **kwargs)
-        self._leave_out_unset(os.path.join(save_directory, CONFIG_NAME))
-        if has_task_numbers(save_directory):
-            write_model_card(save_directory)
-
-    def _leave_out_unset(self, path: str) -> None:
-        """Take fields of ours that are None out of a written config: names without a value would outweigh a task's numbers."""
-        own = set(RecastConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
+        path = os.path.join(save_directory, CONFIG_NAME)
+        own = {f.name for f in fields(RecastConfig)} - {f.name for f in fields(PeftConfig)}
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
+        # names without a value would outweigh a task's numbers
         kept = {name: value for name, value in content.items() if value is not None or name not in own}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(kept, file, indent=2, sort_keys=True)
+        for hook in AFTER_SAVING:
+            hook(save_directory)
 
-    def forget_written_fields(self) -> None:
-        """Drop what an earlier conversion recorded: a config object that is used again describes a new task.
+    @property
+    def is_stored_task(self) -> bool:
+        """Whether the config is of a task that was read from a file, whose record a conversion follows."""
+        return self.record is not None and self.record.is_stored
 
-        What was given to the constructor, or read from a file, stays.
+    @property
+    def effective_group_size(self) -> int | None:
+        """The group size that is used: None if ``num_groups`` decides instead."""
+        return None if self.num_groups is not None else (self.group_size or DEFAULT_GROUP_SIZE)
+
+    @property
+    def bank_reference(self) -> Reference | None:
+        """The stored bank of the coefficients, as the record names it, without a record as it was given."""
+        return reference_of(self.bank) if self.record is None else self.record.bank
+
+    def partner_bank(self, method: str) -> Reference | None:
+        """The stored bank of a partner, as the record names it, without a record as it was given."""
+        given = next((p.bank_reference for p in self.partners or () if p.method == method), None)  # type: ignore[union-attr]
+        return given if self.record is None else self.record.partner_banks.get(method)
+
+    def as_chosen(self, **fields: Any) -> RecastConfig:
+        """A shallow copy without what a conversion decided, for a new task; that of a stored task keeps its record.
+
+        Args:
+            fields: other values in the copy, unchecked.
         """
-        for name, value in self.__dict__.pop("_given", {}).items():
-            self.__dict__[name] = value
-        if self.__dict__.pop("_backbone_written", False):
-            self.backbone = self.fidelity = None
+        chosen = copy.copy(self)
+        chosen.record = self.record if self.is_stored_task else None
+        for name, value in fields.items():
+            setattr(chosen, name, value)
+        return chosen
 
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            self._check_names(name)
-        if self.target_modules is not None and not self.target_modules:
-            raise self._bad("target_modules", "at least one name; None chooses by itself")
-        for name in ("target_modules", "exclude_modules"):
-            try:
-                re.compile(pattern if isinstance(pattern := getattr(self, name), str) else "")
-            except re.error as error:
-                raise self._bad(name, f"names in a list, or a regular expression, which this is not: {error}") from error
-        indices = self.layers_to_transform
-        if indices is not None:
-            listed: Any = [indices] if _is_int(indices) else indices
-            if not isinstance(listed, (list, tuple, range)) or not all(_is_int(i) and i >= 0 for i in listed):
-                raise self._bad("layers_to_transform", "a layer index, or a list of them, counted from 0")
-            self.layers_to_transform = indices if isinstance(indices, int) else list(listed)
-        elif self.layers_pattern is not None:
-            raise self._bad("layers_pattern", "None, since layers_to_transform is None")
-
-    def _check_names(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, str) and value and name != "modules_to_save":
-            return
-        if value is None:
-            return
-        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(v, str) for v in value):
-            what = "a list of names or None" if name == "modules_to_save" else "a string, a list of strings or None"
-            raise self._bad(name, what)
-        # an order that comes from a set would differ from run to run
-        setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
-
-    def _check_sizes(self) -> None:
-        for name in ("group_size", "num_groups", "num_templates", "max_coefficients"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise self._bad(name, "a whole number of at least 1, or None")
-        if not _is_int(self.num_coefficient_sets) or self.num_coefficient_sets < 1:
-            raise self._bad("num_coefficient_sets", "a whole number of at least 1")
-        if not _is_int(self.seed):
-            raise self._bad("seed", "a whole number")
-        if self.group_size is not None and self.num_groups is not None:
-            raise RecastConfigError(
-                f"group_size={self.group_size} and num_groups={self.num_groups} were both given; give one of them"
-            )
-        size = self.effective_group_size
-        if self.num_templates is not None and size is not None and self.num_templates > size and self.groups is None:
-            raise RecastConfigError(
-                f"num_templates={self.num_templates} is above the group's size\n  group_size: {size}\n"
-                "More templates than layers describe nothing that the layers' own weights do not: "
-                "give a larger group_size or fewer num_templates."
-            )
-
-    def _check_choices(self) -> None:
-        if self.bias not in BIAS_CHOICES:
-            raise self._bad("bias", f"one of {', '.join(BIAS_CHOICES)}")
-        for name in ("init_weights", "keep_base_weights", "inference_mode", "train_coefficients"):
-            if not isinstance(getattr(self, name), bool):
-                raise self._bad(name, "True or False")
-        if not is_coefficient_gradient(self.coefficient_gradient):
-            raise self._bad("coefficient_gradient", f"{AUTO!r}, {EXACT!r}, {BFLOAT16!r}, or a share above 0 and below 1")
-        if self.partners is not None:
-            self.partners = resolve_partners(self.partners) or None  # type: ignore[assignment]
-        method = resolve_method(self.mimicry)
-        if not isinstance(self.mimicry, str):
-            self.mimicry = method.to_dict()
-        if self.coefficient_sharing is not None and self.coefficient_sharing not in SHARING_CHOICES:
-            raise self._bad("coefficient_sharing", f"None, or one of {', '.join(SHARING_CHOICES)}")
-        wrong = None if self.bank is None else check_reference(self.bank)
-        if wrong is not None:
-            raise self._bad("bank", wrong)
-
-    def _check_lora_config(self) -> None:
-        if self.lora_config is None:
-            return
-        try:
-            self.lora_config = checked_lora_config(self.lora_config, self.task_type)
-        except ValueError as error:
-            raise RecastConfigError(f"RecastConfig(lora_config=...): expected {error}") from error
-
-    def _check_head(self) -> None:
-        if self.id2label is not None:
-            self.id2label = self._checked_labels()
-            if self.num_classes is None:
-                self.num_classes = len(self.id2label)
-        if self.num_classes is not None:
-            if not _is_int(self.num_classes) or self.num_classes < 1:
-                raise self._bad("num_classes", "a whole number of at least 1, or None")
-            if self.id2label is not None and set(self.id2label) != set(range(self.num_classes)):
-                raise RecastConfigError(
-                    f"id2label must name every class once\n  num_classes: {self.num_classes}\n"
-                    f"  numbers in id2label: {sorted(self.id2label)[:10]}"
-                )
-        for name, choices in (
-            ("head_init", ("fresh", "copy")),
-            ("head_type", ("linear", "prototypes")),
-            ("head_dtype", (None, "float16", "bfloat16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise self._bad(name, f"one of {', '.join(map(repr, choices))}")
-        if self.head_module is not None and not isinstance(self.head_module, str):
-            raise self._bad("head_module", "the name of a module, or None")
-        if not isinstance(self.train_norms, bool):
-            raise self._bad("train_norms", "True or False")
-
-    def _checked_labels(self) -> dict[int, str]:
-        labels: Any = self.id2label
-        # JSON turns the numbers into strings
-        if not isinstance(labels, dict) or not all(_is_int(key) or str(key).isdecimal() for key in labels):
-            raise self._bad("id2label", "a dictionary from class numbers to names")
-        return {int(key): str(value) for key, value in labels.items()}
-
-    def _check_written_fields(self) -> None:
-        if self.groups is not None:
-            if not isinstance(self.groups, dict) or not self.groups:
-                raise self._bad("groups", "a dictionary from bank names to lists of module names")
-            seen: set[str] = set()
-            for bank, members in self.groups.items():
-                if not isinstance(members, (list, tuple)) or not members or not all(isinstance(m, str) for m in members):
-                    raise RecastConfigError(f"groups[{bank!r}]={members!r}: a list of module names is expected")
-                double = seen.intersection(members)
-                if double or len(set(members)) < len(members):
-                    raise RecastConfigError(f"groups[{bank!r}] names a module twice: {sorted(double) or members}")
-                seen.update(members)
-            self.groups = {str(bank): list(members) for bank, members in self.groups.items()}
-        if self.recipes is not None:
-            if not isinstance(self.recipes, dict):
-                raise self._bad("recipes", "a dictionary from bank names to recipes")
-            for bank, recipe in self.recipes.items():
-                self._check_recipe(bank, recipe)
-        if self.base_fingerprint is not None and (
-            not isinstance(self.base_fingerprint, dict) or not all(isinstance(v, str) for v in self.base_fingerprint.values())
-        ):
-            raise self._bad("base_fingerprint", "a dictionary from module names to fingerprints")
-        self._check_descriptions()
-
-    def _check_descriptions(self) -> None:
-        if self.backbone is not None and not (
-            isinstance(self.backbone, dict) and isinstance(self.backbone.get("library"), str)
-        ):
-            raise self._bad("backbone", "a dictionary with the name of the 'library' and what it builds the model from")
-        if self.fidelity is not None and not (isinstance(self.fidelity, dict) and all(map(_is_number, self.fidelity.values()))):
-            raise self._bad("fidelity", "a dictionary from names to finite numbers")
-        if self.results is not None and not isinstance(self.results, dict):
-            raise self._bad("results", "a dictionary from names to values")
-
-    def _check_recipe(self, bank: str, recipe: Any) -> None:
-        members = (self.groups or {}).get(bank)
-        if members is None:
-            raise RecastConfigError(f"recipes[{bank!r}]: there is no such bank in groups")
-        if not isinstance(recipe, dict) or set(recipe) != {"mix", "base"}:
-            raise RecastConfigError(f"recipes[{bank!r}]={recipe!r}: a dictionary with 'mix' and 'base' is expected")
-        layers, templates = len(members), len(recipe["mix"]) if isinstance(recipe["mix"], list) else 0
-        for key, rows, columns in (("mix", templates, layers), ("base", layers, templates)):
-            matrix = recipe[key]
-            if not (
-                isinstance(matrix, list)
-                and len(matrix) == rows >= 1
-                and all(isinstance(row, list) and len(row) == columns and all(map(_is_number, row)) for row in matrix)
-            ):
-                raise RecastConfigError(
-                    f"recipes[{bank!r}][{key!r}]: {rows} rows of {columns} finite numbers are expected, got {matrix!r}"
-                )
-
-    def _bad(self, name: str, expected: str) -> RecastConfigError:
-        return RecastConfigError(f"RecastConfig({name}={getattr(self, name)!r}): expected {expected}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    def layout(self, **fields: Any) -> RecastConfig:
+        """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
+        same = ("target_modules", "groups", "recipes", "keep_base_weights", "head_module", "base_fingerprint")
+        biases = [copy.deepcopy(p) for p in self.partners or () if isinstance(p, PartnerConfig) and p.acts_on == "bias"]
+        own = {name: copy.deepcopy(getattr(self, name)) for name in same}
+        config = RecastConfig(**{**own, "bank": self.bank_reference, "partners": biases, **fields})
+        if config.record is not None and self.record is not None:
+            config.record = replace(config.record, partner_banks=dict(self.record.partner_banks))
+        return config

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,6 @@ from .errors import RecastBankError, RecastConfigError
 from .hub.backbone import describe_backbone
 from .layer import RecastLayer, recast_layers
 from .names import BANK_CONTAINER, BASE_ADAPTER, COEFFICIENTS, PREFIX, check_adapter_name, plain_name
-from .parts import BiasConfig
 from .parts.head import PreparedHead, TaskHead, check_one_owner, install_head, prepare_head, task_head
 from .parts.holders import TaskBiases, TaskPartners, bias_bank_of, merge_partners, unmerge_partners
 from .parts.lora import PartLayer, check_lora_part, install_lora_part, part_keys, part_layers, switched_off
@@ -38,8 +38,8 @@ from .parts.places import (
     check_mergeable,
     install_partners,
     pack_masks,
+    partner_banks,
     partner_shapes,
-    partners_as_prepared,
     prepare_partners,
     put_back_partners,
     take_out_partners,
@@ -62,15 +62,14 @@ from .tasks.conversion import (
     check_fingerprints,
     check_name_is_free,
     check_other_tasks,
-    describe_task,
     install_banks,
+    planned_record,
     prepare_banks,
     prepare_layers,
+    record_of_task,
     remember_bank_name,
     share_coefficients,
     stored_bank_of,
-    task_banks,
-    write_plan,
 )
 from .tasks.files import check_state_dict, check_task_file
 from .tasks.plan import plan_recast
@@ -101,14 +100,15 @@ class RecastModel(BaseTuner):
         """Add a task: plan, check, prepare, then replace modules; see the class for what is raised."""
         check_adapter_name(adapter_name)
         config = cast(RecastConfig, self.peft_config[adapter_name])
-        given = dict(config.__dict__)
+        before = config.record
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            config.forget_written_fields()
+            config.record = config.as_chosen().record  # what an earlier use of the object decided is not for this task
+            chosen = config
             if state_dict is not None and config.groups is None:
                 names = (plain_name(key) for key in state_dict if COEFFICIENTS in key)
-                config.target_modules = sorted({name.partition(f".{PREFIX}")[0] for name in names})
-            plan = plan_recast(model, config)
+                chosen = config.as_chosen(target_modules=sorted({name.partition(f".{PREFIX}")[0] for name in names}))
+            plan = plan_recast(model, chosen)
             targets = list(plan.candidates)
             check_name_is_free(targets, adapter_name)
             fingerprints = base_fingerprints(targets)
@@ -117,16 +117,20 @@ class RecastModel(BaseTuner):
             partners = prepare_partners(model, config, plan.targets)
             own = {**own_shapes(model, head, norms), **_lora_shapes(plan), **partner_shapes(partners)}
             entries = check_task_file(model, config, plan, own)
-            check_fingerprints(config, fingerprints, entries)
+            backbone = config.backbone if check_fingerprints(config, fingerprints, entries) else None
             self._prepared = prepare_layers(targets, fingerprints)
             self._visible_keys = {p.visible_key for p in self._prepared.values()}
             new_banks = prepare_banks(plan, config, self._prepared)
             check_lora_part(model, plan.lora, _owned_names(config, head), _compressed_members(self._prepared))
             check_other_tasks(model, new_banks, config)
-            write_plan(config, plan, self._prepared, fingerprints)
-            if partners:
-                config.partners = partners_as_prepared(config, partners)  # type: ignore[assignment]
-            config.write_backbone(describe_backbone(model, config.revision))
+            config.record = planned_record(
+                config,
+                plan,
+                self._prepared,
+                fingerprints,
+                partner_banks(partners),
+                backbone or describe_backbone(model, config.revision),
+            )
             super().inject_adapter(
                 model,
                 adapter_name,
@@ -139,8 +143,7 @@ class RecastModel(BaseTuner):
             )
         except BaseException:
             self._roll_back(adapter_name)
-            config.__dict__.clear()
-            config.__dict__.update(given)
+            config.record = before
             for parameter, requires_grad in trainable:
                 if parameter.requires_grad != requires_grad:  # a lazy parameter cannot be asked to
                     parameter.requires_grad_(requires_grad)
@@ -153,9 +156,6 @@ class RecastModel(BaseTuner):
             install_head(model, adapter_name, head, active, config.inference_mode)
         install_norms(model, adapter_name, norms, active, config.inference_mode)
         install_partners(self, adapter_name, partners, config.inference_mode)
-        # PEFT may have condensed the names to a set, whose order differs from run to run
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)
         del self._prepared
 
     def _check_target_module_exists(self, peft_config: RecastConfig, key: str) -> bool:  # type: ignore[override]
@@ -194,7 +194,8 @@ class RecastModel(BaseTuner):
             setattr(prepared.parent, prepared.child_name, layer)
 
     def _prepare_adapter_config(self, peft_config: RecastConfig, model_config: dict) -> RecastConfig:  # type: ignore
-        return peft_config  # targets were found by the plan
+        # targets were found by the plan; PEFT writes into what it gets here, and the config is its user's
+        return peft_config.as_chosen(record=peft_config.record, target_modules=None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # coefficients are created in float32, so the only cast is to the dtype of the weights, for those who ask for it
@@ -547,13 +548,11 @@ class RecastModel(BaseTuner):
             remember_bank_name(self.model, stored)
             return
         for config in self.peft_config.values():
-            partners: list[Any] = list(getattr(config, "partners", None) or [])
-            for place, partner in enumerate(partners):
-                reference = partner.bank if isinstance(partner, BiasConfig) else None
-                own = stored.at(reference["fingerprint"]) if isinstance(reference, dict) else None
-                if own is not None:
-                    partners[place] = BiasConfig(bank=own)
-                    config.partners = partners  # type: ignore[attr-defined]
+            record = getattr(config, "record", None)
+            for partner, reference in () if record is None else record.partner_banks.items():
+                if stored.at(reference["fingerprint"]) is not None:
+                    banks = {**record.partner_banks, partner: {**reference, "name": stored.name}}
+                    config.record = replace(record, partner_banks=banks)  # type: ignore[attr-defined]
 
     def _stored_bank(self, adapter_name: str | None, of: str) -> StoredBank:
         name = adapter_name or self.active_adapters[0]
@@ -576,10 +575,9 @@ class RecastModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT keeps the config object that it was given, and its user may since have put it on another model
-        describe_task(config, model, adapter_name)
-        config.write_backbone(describe_backbone(getattr(model, "get_base_model", lambda: model)(), config.revision))
-        banks = task_banks(model, adapter_name).values()
-        config.write_fidelity(measured for bank in banks for measured in bank.fidelity.values())
+        base = getattr(model, "get_base_model", lambda: model)()
+        backbone = config.as_chosen().backbone or describe_backbone(base, config.revision)
+        config.record = record_of_task(config, model, adapter_name, backbone)
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return pack_masks(model, adapter_name, entries)
 

@@ -16,7 +16,7 @@ import timm
 import torch
 from hub_server import HubServer, connect, folder_content
 from huggingface_hub import constants
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from timm.models import save_for_hf
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTModel
@@ -69,7 +69,7 @@ def serve_transformers(hub: HubServer, folder: Path, seed: int = 0, **kwargs: An
     return hub.add(BASE, folder_content(folder / str(seed)), **kwargs)
 
 
-def learned(backbone: nn.Module, seed: int = 7, name: str = "default", **fields: Any) -> PeftModel:
+def learned(backbone: nn.Module, /, seed: int = 7, name: str = "default", **fields: Any) -> PeftModel:
     """A task with numbers of its own."""
     model = get_recast_model(backbone, RecastConfig(**fields), adapter_name=name)
     generator = torch.Generator().manual_seed(seed)
@@ -183,8 +183,8 @@ class TestATransformersBackboneOnTheHub:
     def test_of_other_weights_is_refused(self, hub: HubServer, tmp_path: Path) -> None:
         serve_transformers(hub, tmp_path)
         model = learned(ViTForImageClassification.from_pretrained(BASE).eval())
-        model.peft_config["default"].backbone["revision"] = None
-        model.peft_config["default"].__dict__.pop("_backbone_written")
+        described = {**model.peft_config["default"].backbone, "revision": None}
+        model = learned(ViTForImageClassification.from_pretrained(BASE).eval(), backbone=described)
         push_task_to_hub(model, TASK)
         serve_transformers(hub, tmp_path, seed=1)
         with pytest.raises(RecastBaseMismatchError, match=f"built from '{BASE}', as the task says"):
@@ -353,11 +353,11 @@ class TestTheDescription:
         assert describe_backbone(model.get_base_model())["num_classes"] == 5
 
     def test_follows_a_config_that_is_used_again(self) -> None:
-        config = RecastConfig()
-        config.write_backbone({"library": "timm", "name": "first"})
-        config.forget_written_fields()
-        config.write_backbone({"library": "timm", "name": "second"})
-        assert config.backbone["name"] == "second"
+        config = RecastConfig(target_modules="all-linear")
+        get_peft_model(make_timm(), config)
+        assert config.backbone["library"] == "timm"
+        get_peft_model(nn.Sequential(nn.Linear(3, 3)), config)
+        assert config.backbone is None
 
     def test_that_was_given_stays(self) -> None:
         given = {"library": "timm", "name": "mine", "class": "X"}

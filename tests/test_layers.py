@@ -15,6 +15,7 @@ ROOT = Path(recast_peft.__file__).parent
 ROOMS = [
     "_version",
     "errors",
+    "validation",
     "names",
     "holders",
     "storage",

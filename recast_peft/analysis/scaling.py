@@ -14,7 +14,6 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..growth.sources import check_plain
 from ..mimicry import gram_matrix
-from ..planning.budget import with_fields
 from ..planning.plan import RecastPlan
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
@@ -151,7 +150,7 @@ def _alternatives(
 ) -> list[ScalingRow]:
     sizes = {"group_size": size, "num_groups": None, "num_templates": None, "num_coefficient_sets": 1}
     unset = dict.fromkeys(("groups", "recipes", "bank", "max_coefficients", "coefficient_sharing"))
-    full = plan_recast(model, with_fields(config, **sizes, **unset, mimicry="closed_form"))
+    full = plan_recast(model, config.as_chosen(**sizes, **unset, mimicry="closed_form"))
     if max(len(group.members) for group in full.groups) < size:
         return []
     groups = tuple(replace(group, num_templates=min(count, len(group.members))) for group in full.groups)

@@ -51,14 +51,6 @@ def describe_backbone(model: nn.Module, revision: str | None = None) -> dict[str
     return None
 
 
-def hub_repository(backbone: Mapping[str, Any] | None) -> str | None:
-    """The repository on the Hub that holds the backbone's weights, if it is known to be there."""
-    if not backbone:
-        return None
-    name = backbone.get("repository") if backbone["library"] == "timm" else backbone.get("name")
-    return name if isinstance(name, str) and name and not _is_local(name) else None
-
-
 def _describe_transformers(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
     config = model.config
     name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "") or None

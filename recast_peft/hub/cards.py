@@ -16,11 +16,11 @@ from peft.utils import CONFIG_NAME
 
 from ..errors import RecastLoadError
 from ..names import METHOD_NAME, role_of
+from ..options.record import hub_repository
 from ..storage.cards import CARD_NAME, PAPER, code, hub_link, merge_card, one_line, own_part, plain, quoted, table
 from ..storage.json_reader import Fields
 from ..storage.paths import is_hub_name
-from .backbone import hub_repository
-from .task_files import TaskSizes, read_task_config, task_sizes, tasks_inside
+from .task_files import TaskSizes, has_task_numbers, read_task_config, task_sizes, tasks_inside
 
 PIPELINES = {
     "ForImageClassification": "image-classification",
@@ -29,6 +29,12 @@ PIPELINES = {
     "ForQuestionAnswering": "question-answering",
     "ForCausalLM": "text-generation",
 }
+
+
+def write_card_of_saved_task(folder: str | os.PathLike) -> None:
+    """Write the model card of a folder in which a config was just written, where a task's numbers lie beside it."""
+    if has_task_numbers(folder):
+        write_model_card(folder)
 
 
 def write_model_card(

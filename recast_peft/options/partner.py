@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from ..errors import RecastConfigError
+from ..validation import is_count, is_number, resolve_options, shown
+from .record import Reference
 
-if TYPE_CHECKING:
-    from ..planning.candidates import Candidate
+__all__ = ["PARTNERS", "Candidate", "PartnerConfig", "is_count", "is_number", "resolve_partners"]
+
+
+class Candidate(Protocol):
+    """A module of a model as a partner is shown it (the plan's own candidates are such)."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the plain model."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The plain module."""
+
+    @property
+    def weight_name(self) -> str | None:
+        """The parameter that it computes with; None if it has none."""
+
+
+PARTNERS: dict[str, type[PartnerConfig]] = {}
+"""Kinds of partner by name; a subclass of PartnerConfig is one as soon as its file is imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartnerConfig:
-    """Options of one partner; a subclass is a kind of partner.
+    """Options of one partner; a subclass is a kind of partner, under the name that it gives: ``class Mine(PartnerConfig,
+    method="mine")``.
 
-    A new partner is a subclass in a file of its own and one row in ``PARTNERS``. Its fields are its options, each with a
-    default and of a type that JSON knows.
+    Its fields are its options, each with a default and of a type that JSON knows.
 
     Args:
         target_modules: where it stands: names, a regular expression that matches whole names, or a shorthand such as
@@ -40,6 +61,12 @@ class PartnerConfig:
 
     method: str = field(default="", init=False)
     target_modules: tuple[str, ...] | list[str] | str | None = None
+
+    def __init_subclass__(cls, method: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if method:
+            cls.method = method
+            PARTNERS[method] = cls
 
     def __post_init__(self) -> None:
         names = self.target_modules
@@ -69,6 +96,15 @@ class PartnerConfig:
         """
         raise NotImplementedError
 
+    @property
+    def bank_reference(self) -> Reference | None:
+        """What a task stores of the bank that the partner is on; None for partners without banks."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a config stores them: ``{"method": name, option: value, ...}``."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
     def check(self, option: str, holds: bool, expected: str) -> None:
         """Refuse an option's value.
 
@@ -76,14 +112,23 @@ class PartnerConfig:
             RecastConfigError: naming the option, its value, and what was expected.
         """
         if not holds:
-            raise RecastConfigError(f"{type(self).__name__}({option}={getattr(self, option)!r}): expected {expected}")
+            raise RecastConfigError(f"{type(self).__name__}({option}={shown(getattr(self, option))}): expected {expected}")
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def resolve_partners(partners: Any) -> list[PartnerConfig]:
+    """The partners that a config means.
 
+    Args:
+        partners: a list of partners, each as its own object, its name, or ``{"method": name, option: value, ...}``.
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    Raises:
+        RecastConfigError: if there is no such partner or option, a value cannot be used, or a partner is named twice.
+    """
+    if not isinstance(partners, (list, tuple)):
+        raise RecastConfigError(f"partners={shown(partners)}: expected a list of partners, such as [AdaptFormerConfig()]")
+    resolved = [resolve_options("partners", partner, PartnerConfig, PARTNERS) for partner in partners]
+    methods = [partner.method for partner in resolved]
+    double = sorted({method for method in methods if methods.count(method) > 1})
+    if double:
+        raise RecastConfigError(f"partners names {double[0]!r} twice; give one of them all target_modules")
+    return resolved

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|Mlp|MLP|FFN|FeedForward|GLU|Glu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptFormerConfig(PartnerConfig):
+class AdaptFormerConfig(PartnerConfig, method="adaptformer"):
     """A bottleneck beside the MLP: ``y = MLP(x) + scale * up(relu(down(x)))``.
 
     Args:
@@ -40,7 +40,6 @@ class AdaptFormerConfig(PartnerConfig):
         RecastConfigError: naming the option and its value, if a value cannot be used.
     """
 
-    method: str = field(default="adaptformer", init=False)
     bottleneck: int = 64
     scale: float = 0.1
     dropout: float = 0.1

@@ -9,18 +9,21 @@ templates are those of the bank instead, each of which spans the biases of a who
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..banks.files import StoredBank, check_reference
+from ..banks.files import StoredBank
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError, RecastConfigError
+from ..options.checks import bank
 from ..options.partner import PartnerConfig
+from ..options.record import Reference, reference_of
+from ..validation import Unexpected
 
 if TYPE_CHECKING:
     from ..planning.candidates import Candidate
@@ -33,7 +36,7 @@ def channels_of(module: nn.Module) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiasConfig(PartnerConfig):
+class BiasConfig(PartnerConfig, method="bias"):
     """One coefficient for the bias of each module, or coefficients for the templates of a bank of biases.
 
     Args:
@@ -46,7 +49,6 @@ class BiasConfig(PartnerConfig):
 
     acts_on = "bias"
 
-    method: str = field(default="bias", init=False)
     bank: StoredBank | dict[str, str | None] | str | None = None
 
     def __post_init__(self) -> None:
@@ -59,19 +61,17 @@ class BiasConfig(PartnerConfig):
                 f"BiasConfig(bank=..., target_modules={self.target_modules!r}): the bank says which modules take part; give "
                 "one of the two"
             )
-        if isinstance(given, StoredBank):
-            # the fields hold only what is stored with a task
-            self.__dict__["_bank"] = given
-            object.__setattr__(self, "bank", given.reference)
-        elif isinstance(given, str):
-            object.__setattr__(self, "bank", {"name": given, "fingerprint": None})
-        wrong = check_reference(self.bank)
-        self.check("bank", wrong is None, wrong or "")
+        try:
+            bank(given)
+        except Unexpected as error:
+            self.check("bank", False, str(error))
 
     @property
-    def bank_in_memory(self) -> StoredBank | None:
-        """The bank that was given as an object."""
-        return self.__dict__.get("_bank")
+    def bank_reference(self) -> Reference | None:
+        return reference_of(self.bank)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "bank": self.bank_reference}
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         family = family_of(candidate.module)

@@ -8,7 +8,7 @@ pretrained network.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLRConfig(PartnerConfig):
+class CLRConfig(PartnerConfig, method="clr"):
     """A depth-wise convolution after each two-dimensional convolution.
 
     Args:
@@ -35,7 +35,6 @@ class CLRConfig(PartnerConfig):
         RecastConfigError: naming the option and its value, if a value cannot be used.
     """
 
-    method: str = field(default="clr", init=False)
     kernel_size: int = 3
     pointwise_kernel_size: int | None = 3
 

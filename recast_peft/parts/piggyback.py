@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ _PLACES = tuple(range(8))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiggybackConfig(PartnerConfig):
+class PiggybackConfig(PartnerConfig, method="piggyback"):
     """A binary mask on the weight of each target module.
 
     Args:
@@ -39,7 +39,6 @@ class PiggybackConfig(PartnerConfig):
 
     acts_on = "weight"
 
-    method: str = field(default="piggyback", init=False)
     initial_score: float = 1e-2
     threshold: float = 5e-3
 

@@ -24,6 +24,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastLoadError, RecastTargetError
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
+from ..options.record import Reference, TaskRecord, bank_to_use
 from ..parts import BiasConfig, PartnerConfig, PiggybackConfig
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
@@ -97,8 +98,7 @@ def prepare_partners(
     heads = head_names(model) if partners else set()
     for partner in partners:
         if isinstance(partner, BiasConfig) and partner.bank is not None:
-            folder = config.__dict__.get("_origin", (None,))[0]
-            prepared += _on_bank(model, partner, _bias_bank(model, partner, folder), candidates, device)
+            prepared += _on_bank(model, partner, _bias_bank(model, partner, config.record), candidates, device)
             continue
         for candidate in places_of(partner, candidates, heads, targets):
             layer = _recast_layer(candidate)
@@ -126,16 +126,20 @@ def partner_shapes(prepared: Iterable[PreparedPartner]) -> dict[str, tuple[int, 
     return {key: shape for partner in prepared for key, shape in partner.shapes().items()}
 
 
-def _bias_bank(model: nn.Module, partner: BiasConfig, folder: str | None) -> StoredBank:
+def _bias_bank(model: nn.Module, partner: BiasConfig, record: TaskRecord | None) -> StoredBank:
     """The bank that a partner names, from memory or from its file.
 
     Raises:
         RecastBankError: if it is not found, or is a bank of weights.
     """
-    reference = cast(dict[str, Any], partner.bank)
+    named = bank_to_use(partner.bank, record, partner.method)
+    assert named is not None
     held = [cast(BiasTemplates, t).bank for h in partner_holders(model) if isinstance(h, TaskBiases) for t in h.banks.values()]
-    same = [bank for bank in held if bank.fingerprint == reference["fingerprint"]]
-    bank = partner.bank_in_memory or next(iter(same), None) or find_bank(reference, folder, HOW_TO_GIVE)
+    if isinstance(named, StoredBank):
+        bank = named
+    else:
+        same = [bank for bank in held if bank.fingerprint == named["fingerprint"]]
+        bank = next(iter(same), None) or find_bank(named, None if record is None else record.folder, HOW_TO_GIVE)
     if not bank.is_of_biases:
         raise RecastBankError(
             f"the bank {bank.name or 'in memory'} holds templates of weights: give it as RecastConfig(bank=...); "
@@ -173,10 +177,9 @@ def _on_bank(
     return prepared
 
 
-def partners_as_prepared(config: RecastConfig, prepared: Iterable[PreparedPartner]) -> list[PartnerConfig] | None:
-    """A config's partners as they were found, each with the bank that it named, which is stored with the task."""
-    found = {partner.config.method: partner.config for partner in prepared}
-    return [found.get(partner.method, partner) for partner in cast(list[PartnerConfig], config.partners)] or None
+def partner_banks(prepared: Iterable[PreparedPartner]) -> dict[str, Reference]:
+    """The stored banks that partners are on, by the partner's name."""
+    return {p.config.method: reference for p in prepared if (reference := p.config.bank_reference) is not None}
 
 
 def places_of(

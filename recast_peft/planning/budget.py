@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from .candidates import Candidate
 from .groups import SHARING, count_coefficients, plan_groups
-
-
-def with_fields(config: RecastConfig, **fields: Any) -> RecastConfig:
-    """A shallow copy of a config with other values, unchecked."""
-    other = copy.copy(config)
-    for name, value in fields.items():
-        setattr(other, name, value)
-    return other
 
 
 def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[RecastConfig, str]:
@@ -44,9 +33,9 @@ def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[Rec
         for sets in all_sets:
             options = []
             for size in sizes:
-                choice = with_fields(config, num_coefficient_sets=sets, coefficient_sharing=sharing)
+                choice = config.as_chosen(num_coefficient_sets=sets, coefficient_sharing=sharing)
                 if size is not None:
-                    choice.__dict__["group_size"] = size
+                    choice.group_size = size
                 options.append((count_coefficients(plan_groups(runs, choice), sharing), choice))
             least = min(count for count, _ in options)
             smallest = least if smallest is None else min(smallest, least)

@@ -170,7 +170,7 @@ def given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBan
             planned = replace(planned, num_templates=len(recipe["mix"]), fitted=False)
         elif bank is not None:
             planned = _from_bank(planned, bank)
-        elif config.bank is not None and held:
+        elif config.bank_reference is not None and held:
             planned = replace(planned, num_templates=held[0].num_templates, fitted=True)
         groups.append(planned)
     return groups

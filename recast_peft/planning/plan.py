@@ -11,7 +11,8 @@ from torch import nn
 from ..banks.files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from .budget import choose_sizes, with_fields
+from ..options.record import bank_to_use
+from .budget import choose_sizes
 from .candidates import Candidate, check_materialised, total_bytes
 from .groups import SHARING, PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups
 from .table import text_table
@@ -159,6 +160,7 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         )
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    config = config.as_chosen()
     bank = _bank_of(model, config)
     if bank is not None and bank.is_of_biases:
         raise RecastBankError(
@@ -166,7 +168,7 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
             "RecastConfig(partners=[BiasConfig(bank=...)])"
         )
     if bank is not None and config.groups is None:
-        config = with_fields(config, groups={name: list(group.members) for name, group in bank.groups.items()})
+        config = config.as_chosen(groups={name: list(group.members) for name, group in bank.groups.items()})
     targets, skipped = find_targets(model, config)
     check_materialised(targets)
     reason = ""
@@ -209,11 +211,10 @@ def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
     Raises:
         RecastBankError: if it is not found, or the model has another one.
     """
-    if not isinstance(config.bank, dict):
-        return None
-    if config.bank_in_memory is not None:
-        return config.bank_in_memory
-    wanted = config.bank["fingerprint"]
+    named = bank_to_use(config.bank, config.record)
+    if named is None or isinstance(named, StoredBank):
+        return named
+    wanted = named["fingerprint"]
     grown = held_grown_bank(model, wanted)
     if grown is not None:
         return grown
@@ -224,12 +225,11 @@ def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
             return None
         raise RecastBankError(
             f"the task was trained on another template bank than that of the model\n"
-            f"  bank of the task:  {config.bank['name']!r}, fingerprint {wanted}\n"
+            f"  bank of the task:  {named['name']!r}, fingerprint {wanted}\n"
             f"  bank of the model: {references[0]['name']!r}, fingerprint {references[0]['fingerprint']}\n"
             f"Load the task on a fresh copy of the pretrained model. {HOW_TO_LOAD}"
         )
-    folder = config.__dict__.get("_origin", (None,))[0]
-    return find_bank(config.bank, folder)
+    return find_bank(named, None if config.record is None else config.record.folder)
 
 
 def held_grown_bank(model: nn.Module, fingerprint: str | None) -> StoredBank | None:

@@ -126,10 +126,7 @@ def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -
 
 
 def _with_targets(config: RecastConfig, names: list[str] | str | None) -> RecastConfig:
-    explicit = RecastConfig.__new__(RecastConfig)
-    explicit.__dict__.update(config.__dict__)
-    explicit.target_modules = names
-    return explicit
+    return config.as_chosen(target_modules=names)
 
 
 def _is_meant(config: RecastConfig, name: str) -> bool:

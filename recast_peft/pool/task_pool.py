@@ -599,7 +599,6 @@ class TaskPool:
             return self._row_of_adapter(source), head_of_adapter(self._backbone, source)
         folder = str(fetch_task(source, **hub_kwargs))
         config = RecastConfig.from_pretrained(folder)
-        config.__dict__.pop("_origin", None)
         _refuse_parts(name, config)
         self._check_config(str(source), config)
         entries = load_peft_weights(folder, device="cpu")
@@ -670,13 +669,12 @@ class TaskPool:
         if partner is None:
             return
         own = _bias_config(self._config)
-        given = partner.bank["fingerprint"] if isinstance(partner.bank, dict) else None
-        if partner.bank_in_memory is not None:
-            given = partner.bank_in_memory.fingerprint
+        reference = config.partner_bank("bias")
+        given = None if reference is None else reference["fingerprint"]
         if own is None or given not in self._bias_versions or (given is None and partner.target_modules != own.target_modules):
             raise RecastBankError(
-                f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(partner)}\n"
-                f"  pool: {_shown_biases(own)}\nMake a pool for it: TaskPool(model, like=<a task with its layout>)."
+                f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(config)}\n"
+                f"  pool: {_shown_biases(self._config)}\nMake a pool for it: TaskPool(model, like=<a task with its layout>)."
             )
 
     @property
@@ -703,7 +701,7 @@ class TaskPool:
         self._check_fingerprint(what, config.base_fingerprint or {})
 
     def _check_bank(self, what: str, config: RecastConfig) -> None:
-        fingerprint = config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+        fingerprint = _bank_fingerprint(config)
         if fingerprint not in (self._versions or (None,)):
             raise _other_bank(what, fingerprint, self._versions)
 
@@ -783,13 +781,14 @@ class TaskPool:
 
 
 def _bank_fingerprint(config: RecastConfig) -> str | None:
-    return config.bank["fingerprint"] if isinstance(config.bank, dict) else None
+    reference = config.bank_reference
+    return None if reference is None else reference["fingerprint"]
 
 
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
     """What tasks of one pool have in common."""
     partner = _bias_config(config)
-    biases = None if partner is None else (partner.target_modules, partner.bank and dict(partner.bank))  # type: ignore[arg-type]
+    biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
     return config.groups, config.recipes, _bank_fingerprint(config), biases
 
 
@@ -797,11 +796,12 @@ def _bias_config(config: RecastConfig) -> BiasConfig | None:
     return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
 
 
-def _shown_biases(partner: BiasConfig | None) -> str:
+def _shown_biases(config: RecastConfig) -> str:
+    partner, bank = _bias_config(config), config.partner_bank("bias")
     if partner is None:
         return "none"
-    if isinstance(partner.bank, dict):
-        return f"those of the bank {partner.bank['name'] or 'in memory'}, fingerprint {partner.bank['fingerprint']}"
+    if bank is not None:
+        return f"those of the bank {bank['name'] or 'in memory'}, fingerprint {bank['fingerprint']}"
     return f"one for each bias of {partner.target_modules or 'all layers'}"
 
 

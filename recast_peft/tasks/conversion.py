@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
@@ -25,6 +24,7 @@ from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX
+from ..options.record import Reference, TaskRecord, mean_fidelity
 from ..parts.lora import lora_config_of
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import SHARING, PlannedGroup, coefficient_owners
@@ -95,24 +95,26 @@ def base_fingerprints(targets: list[Candidate]) -> dict[str, str]:
     return result
 
 
-def check_fingerprints(config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None) -> None:
+def check_fingerprints(config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None) -> bool:
     """Refuse a task that was learned on other pretrained weights.
 
+    Returns:
+        whether the weights are those that the task was made for; a task that has learned nothing yet only warns if not.
+
     Raises:
-        RecastBaseMismatchError: naming the modules that differ. A task that has learned nothing yet only warns.
+        RecastBaseMismatchError: naming the modules that differ.
     """
     recorded = config.base_fingerprint or {}
     differ = [name for name in actual if name in recorded and not same_weight(recorded[name], actual[name])]
     if not differ:
-        return
+        return True
     if entries is not None and not any(value.any() for key, value in entries.items() if f".{PREFIX}" in key):
         warnings.warn(
             "The task was made for other pretrained weights, but it has not learned anything yet (all of its coefficients "
             "are zero): it is taken as a fresh task on these weights.",
             stacklevel=2,
         )
-        config.backbone = None  # it named the other weights
-        return
+        return False
     which = "all of them" if len(differ) == len(actual) else f"{len(differ)} of {len(actual)}"
     raise RecastBaseMismatchError(
         f"the task was learned on other pretrained weights: {which} differ, the first is {differ[0]}\n"
@@ -325,8 +327,8 @@ def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastL
         raise RecastBankError(
             f"module {group.members[0]} belongs to a compressed bank that the task does not share\n"
             f"  bank of the model: {bank.num_templates} templates for {', '.join(bank.members)}{_identity(bank.stored)}\n"
-            f"  bank of the task:  {group.num_templates} templates for {', '.join(group.members)}{_identity(config.bank)}"
-            f"{', of other contents' if same else ''}\n"
+            f"  bank of the task:  {group.num_templates} templates for {', '.join(group.members)}"
+            f"{_identity(config.bank_reference)}{', of other contents' if same else ''}\n"
             "Give the task the same targets, group_size and num_templates, or convert a fresh copy of the pretrained model."
         )
     return bank
@@ -337,44 +339,65 @@ def _made_for(bank: TemplateBank, group: PlannedGroup, config: RecastConfig) -> 
     recipe = (config.recipes or {}).get(group.name)
     if recipe is not None:
         return bank.same_recipe(Recipe.from_lists(recipe))
-    named = config.bank["fingerprint"] if isinstance(config.bank, dict) else None
-    if named is not None:
-        return bank.stored is not None and bank.stored["fingerprint"] == named
-    is_stored_task = config.groups is not None and config.base_fingerprint is not None
-    return not is_stored_task  # a stored task without recipe or bank was trained on the pretrained weights themselves
+    reference = config.bank_reference
+    if reference is not None and reference["fingerprint"] is not None:
+        return bank.stored is not None and bank.stored["fingerprint"] == reference["fingerprint"]
+    return not config.is_stored_task  # a stored task without recipe or bank was trained on the pretrained weights themselves
 
 
 def _identity(reference: object) -> str:
     return f" (bank {reference['name']!r}, {reference['fingerprint']})" if isinstance(reference, dict) else ""
 
 
-def write_plan(
-    config: RecastConfig, plan: RecastPlan, prepared: dict[str, PreparedLayer], fingerprints: dict[str, str]
-) -> None:
-    """Write into a config what its task is about to get."""
+def planned_record(
+    config: RecastConfig,
+    plan: RecastPlan,
+    prepared: dict[str, PreparedLayer],
+    fingerprints: dict[str, str],
+    partner_banks: dict[str, Reference],
+    backbone: dict[str, Any] | None,
+) -> TaskRecord:
+    """What a conversion is about to decide for a task.
+
+    Args:
+        config: of the task.
+        plan: that is carried out.
+        prepared: the layers with their banks.
+        fingerprints: of the targets' pretrained weights, by module name.
+        partner_banks: the stored banks that partners are on, by the partner's name.
+        backbone: how the backbone is found again.
+    """
     banks = {}
     for group in plan.groups:
         bank = prepared[group.members[0]].bank
         assert bank is not None
         banks[group.name] = bank
-    config.write_fields(
-        {group.name: list(group.members) for group in plan.groups},
-        _recipes_of(banks),
-        fingerprints,
-        _reference_of(banks),
-        plan.num_coefficient_sets,
-        plan.coefficient_sharing,
-        None if plan.lora is None else plan.lora.config,
+    return TaskRecord(
+        groups={group.name: list(group.members) for group in plan.groups},
+        base_fingerprint=fingerprints,
+        recipes=_recipes_of(banks),
+        bank=_reference_of(banks),
+        partner_banks=partner_banks,
+        num_coefficient_sets=plan.num_coefficient_sets,
+        coefficient_sharing=plan.coefficient_sharing,
+        lora_config=None if plan.lora is None else plan.lora.config,
+        backbone=backbone,
+        fidelity=config.fidelity,
+        is_stored=config.is_stored_task,
     )
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        config.target_modules = list(plan.targets)  # PEFT would put its own list here, with other heads left out
 
 
-def describe_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> None:
-    """Write into a config what the model says of a task."""
+def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str, backbone: dict[str, Any] | None) -> TaskRecord:
+    """What a model says of a task that it has, for the task's file.
+
+    Args:
+        config: of the task; its user may since have put it on another model.
+        model: with the task.
+        adapter_name: of the task.
+        backbone: how the backbone is found again.
+    """
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_bank}
     banks = task_banks(model, adapter_name)
-    groups = {name: list(bank.members) for name, bank in banks.items()}
     reference = _reference_of(banks)
     if reference is not None and reference["name"] is None:
         warnings.warn(
@@ -383,14 +406,19 @@ def describe_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> 
             stacklevel=2,
         )
     sets = {layer.recast_coefficients[adapter_name].shape[0] for layer in layers.values()}
-    config.write_fields(
-        groups,
-        _recipes_of(banks),
-        {name: layer.fingerprint for name, layer in layers.items()},
-        reference,
-        max(sets, default=None),
-        _sharing_of(layers, banks, adapter_name),
-        lora_config_of(model, adapter_name),
+    measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
+    return TaskRecord(
+        groups={name: list(bank.members) for name, bank in banks.items()},
+        base_fingerprint={name: layer.fingerprint for name, layer in layers.items()},
+        recipes=_recipes_of(banks),
+        bank=reference,
+        partner_banks={} if config.record is None else config.record.partner_banks,
+        num_coefficient_sets=max(sets, default=config.num_coefficient_sets),
+        coefficient_sharing=_sharing_of(layers, banks, adapter_name),
+        lora_config=lora_config_of(model, adapter_name),
+        backbone=backbone,
+        fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
+        is_stored=config.is_stored_task,
     )
 
 
@@ -415,9 +443,9 @@ def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
     return {bank.name: bank for bank in (layer.recast_bank[adapter_name] for layer in layers)}
 
 
-def _reference_of(banks: dict[str, TemplateBank]) -> dict[str, str | None] | None:
+def _reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
     """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
-    return next((bank.stored for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
+    return next((dict(bank.stored) for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
 
 
 def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
@@ -454,8 +482,8 @@ def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
             held.stored["name"] = bank.name
 
 
-def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]]:
-    return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None}
+def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]] | None:
+    return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None} or None
 
 
 def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights: bool) -> None:
@@ -503,4 +531,4 @@ def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None)
                 collapsed[id(old)] = nn.Parameter(mean, requires_grad=old.requires_grad)
             layer.recast_coefficients[task] = collapsed[id(old)]
         if task in configs:
-            configs[task].num_coefficient_sets = 1
+            configs[task].record = replace(configs[task].record, num_coefficient_sets=1)

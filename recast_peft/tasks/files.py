@@ -37,10 +37,9 @@ def check_task_file(
     Raises:
         RecastLoadError: if the file cannot be read, or entries are missing, unexpected, wrongly shaped or not finite.
     """
-    origin = config.__dict__.pop("_origin", None)
-    if origin is None or config.groups is None:
+    if config.record is None or config.record.origin is None:
         return None
-    folder, hub_kwargs = origin
+    folder, hub_kwargs = config.record.origin
     try:
         entries = load_peft_weights(folder, device="cpu", **hub_kwargs)
     except RecastError:

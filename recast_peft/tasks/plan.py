@@ -32,7 +32,7 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     plan = plan_layers(model, config)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    targets = list(plan.targets)
+    config, targets = config.as_chosen(), list(plan.targets)
     return replace(plan, lora=plan_lora_part(model, config, targets), partners=_planned_partners(model, config, targets))
 
 

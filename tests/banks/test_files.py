@@ -72,7 +72,7 @@ class TestRoundTrip:
     def test_further_tasks_use_the_bank_of_the_model(self, stored: tuple[PeftModel, Path, Path]) -> None:
         model, bank, task = stored
         model.add_adapter("new", RecastConfig(**FIELDS))
-        assert model.peft_config["new"].bank["fingerprint"] == load_bank(bank).fingerprint
+        assert model.peft_config["new"].bank_reference["fingerprint"] == load_bank(bank).fingerprint
         assert model.load_adapter(task, "again") is not None
         model.set_adapter("again")
         assert len({id(layer) for layer in model.base_model.model.recast_banks.values()}) == 4
@@ -152,8 +152,11 @@ class TestRefusal:
             other.load_adapter(task, "second")
         assert list(other.peft_config) == ["default"]
         config = RecastConfig.from_pretrained(task)
+        config.bank = other.save_bank(tmp_path / "other")
+        plain = tiny_vit()
         with pytest.raises(RecastBankError, match="made on another template bank"):
-            config.bank = other.save_bank(tmp_path / "other")
+            PeftModel.from_pretrained(plain, task, config=config)
+        assert not any("recast" in key for key in plain.state_dict())
         shutil.rmtree(bank)
         shutil.copytree(tmp_path / "other", bank)
         with pytest.raises(RecastBankError, match="holds"):
@@ -367,10 +370,8 @@ class TestStoredBank:
     def test_a_config_does_not_copy_it(self) -> None:
         bank = StoredBank({"g": StoredGroup(("a", "b"), torch.ones(1, 2, 2), torch.ones(2, 1))})
         config = RecastConfig(bank=bank)
-        assert copy.deepcopy(config).bank_in_memory is bank
+        assert copy.deepcopy(config).bank is bank
         assert config.to_dict()["bank"] == bank.reference
-        config.bank = None
-        assert config.bank_in_memory is None
 
 
 class TestCompressedModel:

@@ -94,7 +94,9 @@ class TestTheStudy:
         models = {name: method.build(load_backbone(), banks.images(name, 0), 0) for name in ("hebrew", "arrows")}
         script.from_mean("moved", banks, script.PROBE, True).build(load_backbone(), banks.images("hebrew", 0), 0)
         assert set(asked) == set(script.PRACTICE)
-        banks_of = [config.partners[0].bank["fingerprint"] for config in (m.peft_config["default"] for m in models.values())]
+        banks_of = [
+            config.partner_bank("bias")["fingerprint"] for config in (m.peft_config["default"] for m in models.values())
+        ]
         assert banks_of[0] == banks_of[1]  # one bank, whatever comes
         numbers = [p for n, p in models["hebrew"].named_parameters() if p.requires_grad and "head" not in n]
         assert sum(p.numel() for p in numbers) == 8 * 2 + 8

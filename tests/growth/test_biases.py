@@ -343,9 +343,9 @@ class TestTasks:
     def test_a_bank_given_by_name_is_stored_with_its_fingerprint(self, tmp_path: Path) -> None:
         bank = grown().save(tmp_path / "bank")
         given = config(str(tmp_path / "bank"))
-        assert given.partners[0].bank == {"name": str(tmp_path / "bank"), "fingerprint": None}
+        assert given.partners[0].bank_reference == {"name": str(tmp_path / "bank"), "fingerprint": None}
         model = get_recast_model(tiny_vit(), given)
-        assert model.peft_config["default"].partners[0].bank["fingerprint"] == bank.fingerprint
+        assert model.peft_config["default"].partner_bank("bias")["fingerprint"] == bank.fingerprint
 
     def test_tasks_on_one_bank_share_its_templates(self, tmp_path: Path) -> None:
         bank = grown().save(tmp_path / "bank")
@@ -498,8 +498,9 @@ class TestRefusals:
         again = PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "task"), config=handed).eval()
         assert torch.equal(outputs(again, X), outputs(model, X))
         other = RecastConfig.from_pretrained(str(tmp_path / "task"))
+        other.partners = [BiasConfig(bank=grown((7, 8, 9)))]
         with pytest.raises(RecastBankError, match=f"bank of the task: {bank.fingerprint}"):
-            other.partners = [BiasConfig(bank=grown((7, 8, 9)))]
+            PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "task"), config=other)
 
     def test_a_damaged_task_file(self, tmp_path: Path) -> None:
         bank = grown().save(tmp_path / "bank")
@@ -808,7 +809,7 @@ class TestOnTheHub:
         x = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
             assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
-        assert again.peft_config["default"].partners[0].bank["name"] == "ada/biases"
+        assert again.peft_config["default"].partner_bank("bias")["name"] == "ada/biases"
 
 
 def test_inspect_names_the_bank(tmp_path: Path, capsys: Any) -> None:

@@ -677,4 +677,4 @@ class TestOnTheHub:
         model = on(grown(rank=2))
         stored = model.base_model.push_bank_to_hub("ada/bank")
         assert load_bank("ada/bank").mimicry == stored.mimicry == grown(rank=2).mimicry
-        assert model.peft_config["default"].bank["fingerprint"] == stored.fingerprint
+        assert model.peft_config["default"].bank_reference["fingerprint"] == stored.fingerprint

@@ -839,9 +839,9 @@ class TestTheConfig:
         [
             ("adaptformer", "expected a list of partners"),
             (["adaptfromer"], "did you mean 'adaptformer'"),
-            ([3], "3 is no partner"),
-            ([{"bottleneck": 3}], "is no partner"),
-            ([{"method": "clr", "size": 3}], "partner clr has no option 'size'; its options: target_modules, kernel_size"),
+            ([3], "partners=3: expected a name"),
+            ([{"bottleneck": 3}], "with a 'method'"),
+            ([{"method": "clr", "size": 3}], "partners clr has no option 'size'; its options: target_modules, kernel_size"),
             (["clr", CLRConfig()], "names 'clr' twice"),
         ],
     )

@@ -1,0 +1,325 @@
+"""What each field of a RecastConfig may be: one row a field, then what must hold of several together.
+
+A config may come from a file that a stranger wrote, so types are checked all the way down, and names, lists and numbers are
+bounded: whatever is wrong ends in one error that names the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..banks.files import StoredBank
+from ..composition.coefficient_gradients import AUTO, BFLOAT16, EXACT, is_coefficient_gradient
+from ..errors import RecastConfigError
+from ..mimicry import resolve_method
+from ..validation import Unexpected, is_int, is_number, shown
+from .lora import checked_lora_config
+from .partner import resolve_partners
+
+BIAS_CHOICES = ("none", "all", "recast_only")
+SHARING_CHOICES = ("roles", "blocks", "all")
+
+MOST_NAMES = 200_000
+LONGEST_NAME = 2_000
+MOST_CLASSES = 10_000_000
+MOST_SETS = 10_000
+DEEPEST = 12  # of dictionaries and lists in each other
+
+Check = Callable[[Any], Any]
+
+
+def optional(check: Check) -> Check:
+    """A check that lets None pass."""
+    return lambda value: None if value is None else check(value)
+
+
+def flag(value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise Unexpected("True or False")
+    return value
+
+
+def text(value: Any) -> str:
+    """A text that is no document."""
+    if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
+        raise Unexpected(f"a text of 1 to {LONGEST_NAME:,} characters")
+    return value
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Check:
+    """A whole number within bounds."""
+
+    def check(value: Any) -> int:
+        if not is_int(value) or not least <= value <= most:
+            raise Unexpected(f"a whole number of at least {least}" + ("" if most == 2**31 - 1 else f" and at most {most:,}"))
+        return value
+
+    return check
+
+
+def one_of(*choices: Any) -> Check:
+    """One of a few values."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise Unexpected(f"one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def names(value: Any) -> list[str]:
+    """A list of names, as a new list whose order does not come from a set."""
+    if not isinstance(value, (list, tuple, set, frozenset)) or len(value) > MOST_NAMES:
+        raise Unexpected(f"a list of at most {MOST_NAMES:,} names, or None")
+    if not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in value):
+        raise Unexpected(f"a list of names of at most {LONGEST_NAME:,} characters")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def names_or_text(value: Any) -> list[str] | str:
+    """A list of names, or one text."""
+    return text(value) if isinstance(value, str) else names(value)
+
+
+def names_or_pattern(value: Any) -> list[str] | str:
+    """A list of names, or a regular expression."""
+    if not isinstance(value, str):
+        return names(value)
+    try:
+        re.compile(text(value))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Unexpected(f"names in a list, or a regular expression, which this is not: {error}") from error
+    return value
+
+
+def targets(value: Any) -> list[str] | str:
+    """Like ``names_or_pattern``, but no empty list."""
+    checked = names_or_pattern(value)
+    if not checked:
+        raise Unexpected("at least one name; None chooses by itself")
+    return checked
+
+
+def indices(value: Any) -> list[int] | int:
+    """A layer index, or a list of them."""
+    listed: Any = [value] if is_int(value) else value
+    is_listed = isinstance(listed, (list, tuple, range)) and len(listed) <= MOST_NAMES
+    if not is_listed or not all(is_int(index) and index >= 0 for index in listed):
+        raise Unexpected("a layer index, or a list of them, counted from 0")
+    return value if isinstance(value, int) else list(listed)
+
+
+def labels(value: Any) -> dict[int, str]:
+    """Names by class number; JSON turns the numbers into strings."""
+    if not isinstance(value, Mapping) or len(value) > MOST_CLASSES:
+        raise Unexpected("a dictionary from class numbers to names")
+    for key, name in value.items():
+        is_number_ = is_int(key) or (isinstance(key, str) and key.isdecimal() and len(key) < 10)
+        if not is_number_ or not isinstance(name, (str, int, float)):
+            raise Unexpected("a dictionary from class numbers to names")
+    return {int(key): str(name) for key, name in value.items()}
+
+
+def plain(value: Any, depth: int = DEEPEST) -> Any:
+    """A value that JSON can hold, as a copy."""
+    if isinstance(value, Mapping) and depth:
+        if not all(isinstance(key, str) for key in value):
+            raise Unexpected("texts as the keys of dictionaries")
+        return {key: plain(inner, depth - 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)) and depth:
+        return [plain(inner, depth - 1) for inner in value]
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise Unexpected(f"what JSON can hold, at most {DEEPEST} levels deep, not a {type(value).__name__} in it")
+    return value
+
+
+def results(value: Any) -> dict[str, Any]:
+    """Measured values by name."""
+    if not isinstance(value, Mapping):
+        raise Unexpected("a dictionary from names to values")
+    return plain(value)
+
+
+def backbone(value: Any) -> dict[str, Any]:
+    """How a backbone is found again."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("library"), str):
+        raise Unexpected("a dictionary with the name of the 'library' and what it builds the model from")
+    return plain(value)
+
+
+def fidelity(value: Any) -> dict[str, float]:
+    """Finite numbers by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and is_number(v) for k, v in value.items()):
+        raise Unexpected("a dictionary from names to finite numbers")
+    return dict(value)
+
+
+def fingerprints(value: Any) -> dict[str, str]:
+    """Fingerprints by module name."""
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise Unexpected("a dictionary from module names to fingerprints")
+    return dict(value)
+
+
+def recipes(value: Any) -> dict[str, Any]:
+    """How compressed banks are rebuilt; that they fit the groups is checked when these are."""
+    if not isinstance(value, Mapping):
+        raise Unexpected("a dictionary from bank names to recipes")
+    return dict(value)
+
+
+def groups(value: Any) -> dict[str, list[str]]:
+    """Module names by bank name; no module twice."""
+    if not isinstance(value, Mapping) or not value:
+        raise Unexpected("a dictionary from bank names to lists of module names")
+    seen: set[str] = set()
+    for bank, members in value.items():
+        if not isinstance(bank, str) or not isinstance(members, (list, tuple)) or not members:
+            raise RecastConfigError(f"groups[{shown(bank)}]={shown(members)}: a list of module names is expected")
+        if not all(isinstance(member, str) for member in members):
+            raise RecastConfigError(f"groups[{shown(bank)}]={shown(members)}: a list of module names is expected")
+        double = seen.intersection(members)
+        if double or len(set(members)) < len(members):
+            raise RecastConfigError(f"groups[{bank!r}] names a module twice: {shown(sorted(double) or members)}")
+        seen.update(members)
+    return {bank: list(members) for bank, members in value.items()}
+
+
+def bank(value: Any) -> Any:
+    """A bank in memory, the name of one, or a reference to one, as it was given."""
+    named = isinstance(value, Mapping) and bool(value) and set(value) <= {"name", "fingerprint"} and any(value.values())
+    if not named and not isinstance(value, StoredBank) and not (isinstance(value, str) and value):
+        raise Unexpected("the name of a bank file, a StoredBank, or {'name': ..., 'fingerprint': ...}")
+    if named and not all(part is None or (isinstance(part, str) and len(part) <= LONGEST_NAME) for part in value.values()):
+        raise Unexpected("texts as 'name' and 'fingerprint'")
+    return value
+
+
+def mimicry(value: Any) -> str | dict[str, Any]:
+    """A mimicry method by its name, or with its options as a dictionary."""
+    method = resolve_method(value)
+    return value if isinstance(value, str) else method.to_dict()
+
+
+def coefficient_gradient(value: Any) -> str | float:
+    """How gradients of coefficients are formed."""
+    if not is_coefficient_gradient(value):
+        raise Unexpected(f"{AUTO!r}, {EXACT!r}, {BFLOAT16!r}, or a share above 0 and below 1")
+    return value
+
+
+CHECKS: dict[str, Check] = {
+    "base_model_name_or_path": optional(text),
+    "revision": optional(text),
+    "inference_mode": flag,
+    "target_modules": optional(targets),
+    "exclude_modules": optional(names_or_pattern),
+    "layers_to_transform": optional(indices),
+    "layers_pattern": optional(names_or_text),
+    "modules_to_save": optional(names),
+    "bias": one_of(*BIAS_CHOICES),
+    "init_weights": flag,
+    "group_size": optional(whole(1)),
+    "num_groups": optional(whole(1)),
+    "num_templates": optional(whole(1)),
+    "num_coefficient_sets": whole(1, MOST_SETS),
+    "max_coefficients": optional(whole(1)),
+    "coefficient_sharing": optional(one_of(*SHARING_CHOICES)),
+    "coefficient_gradient": coefficient_gradient,
+    "mimicry": mimicry,
+    "bank": optional(bank),
+    "keep_base_weights": flag,
+    "num_classes": optional(whole(1, MOST_CLASSES)),
+    "id2label": optional(labels),
+    "head_module": optional(text),
+    "head_init": one_of("fresh", "copy"),
+    "head_type": one_of("linear", "prototypes"),
+    "head_dtype": one_of(None, "float16", "bfloat16"),
+    "train_norms": flag,
+    "train_coefficients": flag,
+    "partners": optional(lambda value: resolve_partners(value) or None),
+    "seed": whole(-(2**63), 2**63 - 1),
+    "groups": optional(groups),
+    "recipes": optional(recipes),
+    "base_fingerprint": optional(fingerprints),
+    "backbone": optional(backbone),
+    "fidelity": optional(fidelity),
+    "results": optional(results),
+}
+"""Row for row a field, and what gives the value that it keeps or raises :class:`Unexpected`."""
+
+
+def check_config(config: Any) -> None:
+    """Check every field of a config, and put the values in that it keeps.
+
+    Raises:
+        RecastConfigError: naming the field and its value, or the fields that do not go together.
+    """
+    for name, check in CHECKS.items():
+        value = getattr(config, name)
+        try:
+            setattr(config, name, check(value))
+        except Unexpected as error:
+            raise RecastConfigError(f"RecastConfig({name}={shown(value)}): expected {error}") from error
+    try:
+        config.lora_config = optional(lambda value: checked_lora_config(value, config.task_type))(config.lora_config)
+    except ValueError as error:
+        raise RecastConfigError(f"RecastConfig(lora_config=...): expected {error}") from error
+    _check_sizes(config)
+    _check_classes(config)
+    _check_recipes(config.recipes or {}, config.groups or {})
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise RecastConfigError(
+            f"RecastConfig(layers_pattern={shown(config.layers_pattern)}): expected None, since layers_to_transform is None"
+        )
+
+
+def _check_sizes(config: Any) -> None:
+    if config.group_size is not None and config.num_groups is not None:
+        raise RecastConfigError(
+            f"group_size={config.group_size} and num_groups={config.num_groups} were both given; give one of them"
+        )
+    size = config.effective_group_size
+    if config.num_templates is not None and size is not None and config.num_templates > size and config.groups is None:
+        raise RecastConfigError(
+            f"num_templates={config.num_templates} is above the group's size\n  group_size: {size}\n"
+            "More templates than layers describe nothing that the layers' own weights do not: "
+            "give a larger group_size or fewer num_templates."
+        )
+
+
+def _check_classes(config: Any) -> None:
+    if config.id2label is None:
+        return
+    if config.num_classes is None:
+        config.num_classes = len(config.id2label) or None
+    if config.num_classes is None or len(config.id2label) != config.num_classes or max(config.id2label) >= config.num_classes:
+        raise RecastConfigError(
+            f"id2label must name every class once\n  num_classes: {config.num_classes}\n"
+            f"  numbers in id2label: {sorted(config.id2label)[:10]}"
+        )
+
+
+def _check_recipes(recipes: Mapping[str, Any], groups: Mapping[str, list[str]]) -> None:
+    for bank, recipe in recipes.items():
+        if bank not in groups:
+            raise RecastConfigError(f"recipes[{shown(bank)}]: there is no such bank in groups")
+        if not isinstance(recipe, Mapping) or set(recipe) != {"mix", "base"}:
+            raise RecastConfigError(f"recipes[{bank!r}]={shown(recipe)}: a dictionary with 'mix' and 'base' is expected")
+        layers, templates = len(groups[bank]), len(recipe["mix"]) if isinstance(recipe["mix"], list) else 0
+        for key, rows, columns in (("mix", templates, layers), ("base", layers, templates)):
+            if rows == 0 or not _is_matrix(recipe[key], rows, columns):
+                raise RecastConfigError(
+                    f"recipes[{bank!r}][{key!r}]: {rows} rows of {columns} finite numbers are expected, got "
+                    f"{shown(recipe[key])}"
+                )
+
+
+def _is_matrix(value: Any, rows: int, columns: int) -> bool:
+    if not isinstance(value, list) or len(value) != rows:
+        return False
+    return all(isinstance(row, list) and len(row) == columns and all(map(is_number, row)) for row in value)
