@@ -5,27 +5,35 @@ others, while coefficients, which are few, do not. So after a task was trained i
 class means and one covariance for all classes, drawn towards a sphere, give it without a further training step. It is an
 ordinary linear layer as before.
 
-Source: R. A. Fisher, "The use of multiple measurements in taxonomic problems", 1936; the covariance that is drawn towards a
-sphere: J. H. Friedman, "Regularized discriminant analysis", 1989, with one covariance for all classes.
+Sources: R. A. Fisher, "The use of multiple measurements in taxonomic problems", 1936; a covariance that is drawn towards a
+sphere: J. H. Friedman, "Regularized discriminant analysis", 1989; how far: O. Ledoit and M. Wolf, "A well-conditioned estimator
+for large-dimensional covariance matrices", Journal of Multivariate Analysis 88, 2004 (lemma 3.2 to 3.4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
-from .head import ClassStatistics, TaskHead, class_statistics
+from ..mimicry.features import device_of, evaluating
+from .head import TaskHead
 
-SHRINKAGE = 0.2
+Shrinkage = float | Literal["auto"]
 
 
 def fit_discriminant_head(
-    model: nn.Module, batches: Iterable[Any], adapter_name: str | None = None, *, shrinkage: float = SHRINKAGE
+    model: nn.Module,
+    batches: Iterable[Any],
+    adapter_name: str | None = None,
+    *,
+    shrinkage: Shrinkage = "auto",
+    held_out: Iterable[Any] | None = None,
 ) -> nn.Linear:
     """Set a task's linear classifier to the linear discriminants of its classes; call it when the task is trained.
 
@@ -33,70 +41,188 @@ def fit_discriminant_head(
         model: a PEFT model with a task that owns a linear classifier (of a head of several layers: its last one), be it a
             RECAST task or one of PEFT's own methods.
         batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name): the training
-            examples once, not augmented.
+            examples once, not augmented. Their features are held in memory, 4 bytes a number.
         adapter_name: the task; None is the active one.
-        shrinkage: share of a sphere in the covariance, 0 to 1.
+        shrinkage: share of a sphere in the covariance, 0 to 1. ``"auto"`` chooses it for each class by the formula of Ledoit
+            and Wolf.
+        held_out: examples that were not trained on, in the same form. If the new classifier gets fewer of them right than
+            the one before, that one stays, and a warning gives both accuracies.
 
     Returns:
         the classifier; its weights and biases are written in place.
 
     Raises:
-        RecastConfigError: if ``shrinkage`` is not between 0 and 1.
-        RecastTargetError: if the task has no linear classifier with biases, is not in force or is frozen, a label is none of
+        RecastConfigError: if ``shrinkage`` is neither ``"auto"`` nor between 0 and 1.
+        RecastTargetError: if the task has no linear classifier with biases, is not active or is frozen, a label is none of
             its classes, a class has no example, or the examples do not determine a covariance.
     """
     check_shrinkage(shrinkage)
     head = linear_head(model, adapter_name)
-    found = class_statistics(model, head, head.out_features, head.in_features, batches, products=True)
-    weight, bias = discriminants(found, shrinkage)
+    weight, bias = discriminants(*_gathered(model, head, batches), head.out_features, shrinkage)
+    if held_out is not None:
+        features, labels = _gathered(model, head, held_out)
+        before = _share_right(head.weight.detach().cpu(), head.bias.detach().cpu(), features, labels)
+        after = _share_right(weight, bias, features, labels)
+        if after < before:
+            warnings.warn(
+                "the linear discriminants are worse than the classifier that was trained, which stays as it is\n"
+                f"  right of {len(labels)} held-out examples, trained:      {before:.1%}\n"
+                f"  right of {len(labels)} held-out examples, discriminants: {after:.1%}",
+                stacklevel=2,
+            )
+            return head
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     return head
 
 
-def discriminants(found: ClassStatistics, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
+def discriminants(features: Tensor, labels: Tensor, classes: int, shrinkage: Shrinkage = "auto") -> tuple[Tensor, Tensor]:
     """Weights and biases whose logits are the log posteriors of normal classes with one covariance, up to a constant.
 
-    With class means m, their shares p of the examples and the covariance S = (1 - s) S_within + s mean(diag S_within) I, the
-    logit of class c is x S^-1 m[c] - m[c] S^-1 m[c] / 2 + log p[c].
+    With class means m, their shares p of the examples and the covariance S, the logit of class c is
+    x S^-1 m[c] - m[c] S^-1 m[c] / 2 + log p[c]. S is the mean of the classes' covariances, weighted by p. A number s as
+    shrinkage gives (1 - s) S + s mean(diag S) I; ``"auto"`` shrinks each class by :func:`ledoit_wolf_shrinkage`, with its
+    features in units of their standard deviations (as scikit-learn does).
 
     Args:
-        found: of all examples, with products.
-        shrinkage: s.
+        features: ``(examples, features)``.
+        labels: ``(examples,)``, numbers of classes.
+        classes: how many there are.
+        shrinkage: s, or ``"auto"``.
 
     Returns:
         ``(classes, features)`` and ``(classes,)`` in float64, with a mean of zero over the classes.
 
     Raises:
-        RecastConfigError: if ``shrinkage`` is not between 0 and 1.
-        RecastTargetError: if the covariance has no inverse.
+        RecastConfigError: if ``shrinkage`` is neither ``"auto"`` nor between 0 and 1.
+        RecastTargetError: if a label is none of the classes, a class has no example, or the covariance has no inverse.
     """
     check_shrinkage(shrinkage)
-    assert found.products is not None
-    total = found.counts.sum()
-    means = found.sums / found.counts[:, None]  # (classes, features)
-    within = (found.products - (means * found.counts[:, None]).T @ means) / total
-    sphere = torch.eye(len(within), dtype=within.dtype) * within.diagonal().mean()
-    covariance = (1 - shrinkage) * within + shrinkage * sphere
-    centre = found.sums.sum(0) / total
+    _check_labels(labels, classes)
+    shares = torch.bincount(labels, minlength=classes).double() / len(labels)
+    empty = (shares == 0).nonzero().flatten().tolist()
+    if empty:
+        raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")
+    means = torch.stack([features[labels == c].double().mean(0) for c in range(classes)])  # (classes, features)
+    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for c in range(classes):
+        away = features[labels == c].double() - means[c]
+        covariance += shares[c] * (_shrunk(away) if shrinkage == "auto" else away.T @ away / len(away))
+    if shrinkage != "auto":
+        sphere = torch.eye(len(covariance), dtype=torch.float64) * covariance.diagonal().mean()
+        covariance = (1 - shrinkage) * covariance + shrinkage * sphere
+    _check_invertible(covariance, features, classes, shrinkage)
+    centre = shares @ means
     away = means - centre  # as seen from the centre, where the least digits are lost
-    rounding = 1e-12 * found.products.diagonal().mean() / total  # of differences of float64 sums of this size
-    if not torch.linalg.eigvalsh(covariance)[0] > rounding:
-        raise RecastTargetError(
-            f"{int(total)} examples of {len(means)} classes with {len(within)} features do not determine a covariance with "
-            f"shrinkage={shrinkage}: give more examples, or a larger shrinkage"
-        )
     weight = torch.linalg.solve(covariance, away.T).T
-    bias = (found.counts / total).log() - (weight * (away / 2 + centre)).sum(1)
+    bias = shares.log() - (weight * (away / 2 + centre)).sum(1)
     return weight - weight.mean(0), bias - bias.mean()
+
+
+def ledoit_wolf_shrinkage(away: Tensor) -> float:
+    """The share of a sphere that makes the expected squared error of a covariance least (Ledoit and Wolf, 2004).
+
+    Args:
+        away: ``(examples, features)``, each feature with a mean of zero.
+
+    Returns:
+        from 0, which leaves the covariance of the examples S as it is, to 1: the sphere of the same mean variance m alone. It
+        is b / d with d = |S - m I|^2 and b = min(d, sum_k |x_k x_k^T - S|^2 / examples^2).
+    """
+    examples, features = away.shape
+    small = away @ away.T if examples < features else away.T @ away  # both have the same squares and trace
+    square = small.square().sum() / examples**2  # |S|^2
+    mean = small.trace() / examples / features
+    distance = square - features * mean**2
+    noise = (away.square().sum(1).square().mean() - square) / examples
+    return float((noise.clamp_min(0) / distance).clamp_max(1)) if distance > 1e-12 * square else 0.0
+
+
+def _shrunk(away: Tensor) -> Tensor:
+    """The covariance of one class, shrunk with its features in units of their standard deviations."""
+    size = away.square().mean(0).sqrt()
+    is_constant = size <= 1e-9 * size.max()
+    size = size.masked_fill(is_constant, 1.0)
+    scaled = (away / size).masked_fill(is_constant, 0.0)
+    share = ledoit_wolf_shrinkage(scaled)
+    mean = scaled.square().mean()
+    return (1 - share) * away.T @ away / len(away) + share * mean * torch.diag(size.square())
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        found = f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none"
+        raise RecastTargetError(
+            f"labels must be numbers of the task's classes\n  labels:  {found}\n  classes: 0 to {classes - 1}"
+        )
+
+
+def _check_invertible(covariance: Tensor, features: Tensor, classes: int, shrinkage: Shrinkage) -> None:
+    rounding = 1e-12 * float(features.double().square().mean())  # of sums in float64
+    if torch.linalg.eigvalsh(covariance)[0] > rounding:
+        return
+    constant = (covariance.diagonal() <= rounding).nonzero().flatten().tolist()
+    if constant:
+        raise RecastTargetError(
+            f"{len(constant)} of {len(covariance)} features are the same in all examples of a class (features {constant[:5]}): "
+            "nothing can be told by them. Give more or other examples, or a shrinkage above 0; if all features are the same, "
+            "look at what reaches the classifier."
+        )
+    raise RecastTargetError(
+        f"{len(features)} examples of {classes} classes with {len(covariance)} features do not determine a covariance with "
+        f"shrinkage={shrinkage!r}: give more examples, or a larger shrinkage"
+    )
+
+
+def _gathered(model: nn.Module, head: nn.Linear, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """What reaches a task's classifier, ``(examples, features)``, and the labels ``(examples,)``, on the CPU."""
+    pairs = [(features.cpu(), labels.cpu()) for features, labels in _inputs_of(model, head, batches)]
+    if not pairs:
+        raise RecastTargetError("batches hold no example")
+    features, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
+    _check_labels(labels, head.out_features)
+    return features, labels
+
+
+def _inputs_of(model: nn.Module, head: nn.Linear, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    device = device_of(model)
+
+    def here(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                if isinstance(batch, dict):
+                    labels = batch["labels"]
+                    model(**{key: here(value) for key, value in batch.items() if key != "labels"})
+                else:
+                    inputs, labels = batch
+                    model(here(inputs))
+                given = seen.pop()
+                if given.shape != (len(labels), head.in_features):
+                    raise RecastTargetError(
+                        f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
+                        f"  labels:    {tuple(labels.shape)}"
+                    )
+                yield given, labels
+    finally:
+        handle.remove()
+
+
+def _share_right(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> float:
+    logits = features.double() @ weight.double().T + bias.double()
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     """The linear layer that gives a task's logits.
 
     Raises:
-        RecastTargetError: if the task has none of its own with biases, is not in force or is frozen.
+        RecastTargetError: if the task has none of its own with biases, is not active or is frozen.
     """
     wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
@@ -113,7 +239,7 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
             "make the task with RecastConfig(num_classes=...)"
         )
     if any(m.disable_adapters or name not in m.active_adapters for m in wrappers):
-        raise RecastTargetError(f"task {name!r} is not in force: call model.set_adapter({name!r}) first")
+        raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
     if not found[0].weight.requires_grad:
         raise RecastTargetError(
             f"the classifier of task {name!r} is frozen: load the task with is_trainable=True; fit a task of a pool as an "
@@ -127,7 +253,8 @@ def _last_linear(head: nn.Module) -> nn.Linear | None:
     return linear[-1] if linear else None
 
 
-def check_shrinkage(shrinkage: float) -> None:
-    """Refuse what is not a share."""
-    if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage <= 1:
-        raise RecastConfigError(f"shrinkage={shrinkage!r}: expected a number from 0 (none) to 1 (a sphere)")
+def check_shrinkage(shrinkage: Shrinkage) -> None:
+    """Refuse what is neither a share nor "auto"."""
+    is_number = isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool)
+    if shrinkage != "auto" and not (is_number and 0 <= shrinkage <= 1):  # type: ignore[operator]
+        raise RecastConfigError(f"shrinkage={shrinkage!r}: expected 'auto', or a number from 0 (none) to 1 (a sphere)")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from sklearn.covariance import ledoit_wolf
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 from torch.distributions import MultivariateNormal
@@ -12,8 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from recast_peft import RecastConfig, TaskPool, fit_discriminant_head, get_recast_model
 from recast_peft.errors import RecastConfigError, RecastTargetError
-from recast_peft.parts.discriminant import discriminants, linear_head
-from recast_peft.parts.head import ClassStatistics
+from recast_peft.parts.discriminant import discriminants, ledoit_wolf_shrinkage, linear_head
 
 COUNTS = (9, 4, 6)
 
@@ -42,14 +44,6 @@ def examples(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return centres[labels] + torch.randn(len(labels), 5, generator=generator, dtype=torch.float64), labels
 
 
-def statistics(features: torch.Tensor, labels: torch.Tensor, classes: int = 3) -> ClassStatistics:
-    size = features.shape[1]
-    empty = [torch.zeros(shape, dtype=torch.float64) for shape in ((classes,), (classes, size), (size, size))]
-    found = ClassStatistics(*empty)
-    found.add(features, labels)
-    return found
-
-
 def net(seed: int = 0) -> Net:
     torch.manual_seed(seed)
     return Net().double()
@@ -65,10 +59,10 @@ def task(classes: int = 3, **fields) -> PeftModel:
 
 
 class TestDiscriminants:
-    @pytest.mark.parametrize("shrinkage", [0.0, 0.2, 0.9, 1])
+    @pytest.mark.parametrize("shrinkage", [0.0, 0.2, 0.9, 1, "auto"])
     def test_the_posteriors_are_those_of_scikit_learn(self, shrinkage):
         features, labels = examples()
-        weight, bias = discriminants(statistics(features, labels), shrinkage)
+        weight, bias = discriminants(features, labels, 3, shrinkage)
         peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features, labels)
         others, _ = examples(1)
         mine = (others @ weight.T + bias).softmax(1)
@@ -82,33 +76,60 @@ class TestDiscriminants:
         covariance = 0.7 * within + 0.3 * torch.eye(5, dtype=torch.float64) * within.trace() / 5
         densities = torch.stack([MultivariateNormal(m, covariance).log_prob(features) for m in means], dim=1)
         expected = (densities + torch.tensor(COUNTS).log()).log_softmax(1)
-        weight, bias = discriminants(statistics(features, labels), 0.3)
+        weight, bias = discriminants(features, labels, 3, 0.3)
         assert torch.allclose((features @ weight.T + bias).log_softmax(1), expected, atol=1e-9)
         assert torch.allclose(weight.mean(0), torch.zeros(5, dtype=torch.float64), atol=1e-9)
 
-    def test_batches_add_up(self):
+    @pytest.mark.parametrize(("count", "size"), [(5, 3), (20, 40), (100, 7), (2, 9), (1, 4), (30, 1)])
+    def test_the_shrinkage_is_that_of_scikit_learn(self, count, size):
+        generator = torch.Generator().manual_seed(count)
+        x = torch.randn(count, size, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, size)
+        x = x - x.mean(0)
+        assert ledoit_wolf_shrinkage(x) == pytest.approx(ledoit_wolf(x.numpy())[1], abs=1e-9)
+
+    def test_chosen_shrinkage_is_better_than_a_fixed_one_where_features_are_many(self):
+        generator = torch.Generator().manual_seed(0)
+        size, classes = 200, 5
+        mix = torch.randn(size, size, generator=generator, dtype=torch.float64) * torch.linspace(2, 0.05, size)
+        centres = 3 * torch.randn(classes, size, generator=generator, dtype=torch.float64)
+
+        def draw(count):
+            labels = torch.arange(count) % classes
+            return centres[labels] + torch.randn(count, size, generator=generator, dtype=torch.float64) @ mix, labels
+
+        train, (x, y) = draw(40), draw(2000)
+        right = {}
+        for shrinkage in ("auto", 0.2):
+            weight, bias = discriminants(*train, classes, shrinkage)
+            right[shrinkage] = float(((x @ weight.T + bias).argmax(1) == y).double().mean())
+        assert right["auto"] > right[0.2] + 0.02
+
+    def test_features_that_never_change_do_no_harm(self):
         features, labels = examples()
-        parts = statistics(features[:7], labels[:7])
-        parts.add(features[7:], labels[7:])
-        for mine, whole in zip(discriminants(parts), discriminants(statistics(features, labels)), strict=True):
-            assert torch.allclose(mine, whole, atol=1e-9)
+        constant = torch.full((len(labels), 1), 4.0, dtype=torch.float64)
+        wide = torch.cat([features, constant], dim=1)
+        weight, bias = discriminants(wide, labels, 3)
+        assert weight[:, 5].abs().max() < 1e-9
+        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(wide, labels)
+        assert torch.allclose((wide @ weight.T + bias).softmax(1), torch.from_numpy(peer.predict_proba(wide)), atol=1e-9)
+        with pytest.raises(RecastTargetError, match=r"1 of 6 features are the same .* \(features \[5\]\)"):
+            discriminants(torch.cat([features, constant], dim=1), labels, 3, 0.0)
+        with pytest.raises(RecastTargetError, match=r"5 of 5 features are the same"):
+            discriminants(torch.ones(len(labels), 5), labels, 3)
 
     def test_too_few_examples_need_shrinkage(self):
         features, labels = examples()
         rows = torch.tensor([0, 1, 9, 10, 13, 14])  # three degrees of freedom for five features
-        few = statistics(features[rows], labels[rows])
         with pytest.raises(RecastTargetError, match="6 examples of 3 classes with 5 features"):
-            discriminants(few, 0.0)
-        assert all(part.isfinite().all() for part in discriminants(few, 0.1))
-        with pytest.raises(RecastTargetError, match="do not determine"):
-            discriminants(statistics(torch.ones(6, 5), labels[rows]), 0.2)
+            discriminants(features[rows], labels[rows], 3, 0.0)
+        assert all(part.isfinite().all() for part in discriminants(features[rows], labels[rows], 3, 0.1))
 
-    @pytest.mark.parametrize("shrinkage", [-0.1, 1.1, "auto", True, float("nan")])
+    @pytest.mark.parametrize("shrinkage", [-0.1, 1.1, "most", None, True, float("nan")])
     def test_a_share_is_expected(self, shrinkage):
         with pytest.raises(RecastConfigError, match="shrinkage="):
             fit_discriminant_head(task(), [], shrinkage=shrinkage)
         with pytest.raises(RecastConfigError, match="shrinkage="):
-            discriminants(statistics(*examples()), shrinkage)
+            discriminants(*examples(), 3, shrinkage)
 
 
 class TestHeadsOfTasks:
@@ -130,13 +151,27 @@ class TestHeadsOfTasks:
         assert model.training
         features = model.eval().get_base_model().features(x).detach()
         assert not torch.allclose(features, net().eval().features(x).detach())
-        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2).fit(features, labels)
+        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features, labels)
         assert torch.allclose(model(x).softmax(1), torch.from_numpy(peer.predict_proba(features)), atol=1e-9)
         assert not torch.allclose(model(x), before)
         assert head.weight.requires_grad
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(net(), tmp_path).eval()
         assert torch.equal(again(x), model(x))
+
+    def test_what_is_worse_on_examples_held_out_is_not_taken(self):
+        x, labels = examples()
+        good, bad = task(), task()
+        trained = fit_discriminant_head(good, [(x, labels)])
+        before = trained.weight.clone()
+        shuffled = (labels + 1) % 3
+        with pytest.warns(UserWarning, match=r"(?s)worse than the classifier .*trained: +66.7%.*discriminants: 33.3%"):
+            fit_discriminant_head(good, [(x, shuffled)], held_out=[(x[labels == 0], labels[labels == 0])])
+        assert torch.equal(trained.weight, before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            taken = fit_discriminant_head(bad, [(x, labels)], held_out=[(x, labels)])
+        assert torch.equal(taken.weight, before)
 
     def test_other_tasks_and_the_models_own_head_stay(self):
         x, labels = examples()
@@ -158,7 +193,7 @@ class TestHeadsOfTasks:
         model.double()
         fit_discriminant_head(model, [(x, labels % 2)])
         features = model.eval().get_base_model().features(x).detach()
-        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.2).fit(features, labels % 2)
+        peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features, labels % 2)
         assert (model(x).argmax(1).numpy() == peer.predict(features)).all()
         with model.disable_adapter():
             assert torch.equal(model(x), net().eval()(x))
@@ -201,13 +236,13 @@ class TestRefusals:
         with pytest.raises(RecastTargetError, match="owns 0 linear classifiers with biases"):
             linear_head(model)
 
-    def test_a_task_that_is_not_in_force(self):
+    def test_a_task_that_is_not_active(self):
         x, labels = examples()
         model = task()
         model.add_adapter("second", RecastConfig(target_modules=["body.0", "body.1"], num_classes=3))
         with pytest.raises(RecastTargetError, match=r"set_adapter\('second'\)"):
             fit_discriminant_head(model, [(x, labels)], "second")
-        with model.disable_adapter(), pytest.raises(RecastTargetError, match="not in force"):
+        with model.disable_adapter(), pytest.raises(RecastTargetError, match="not active"):
             fit_discriminant_head(model, [(x, labels)])
 
     def test_tasks_that_are_not_trained(self, tmp_path):
