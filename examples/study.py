@@ -28,7 +28,7 @@ from torch import nn
 from training import Schedule, accuracy, features_of, train_groups
 
 from recast_peft import RecastConfig, get_recast_model
-from recast_peft.parts.head import build_head, find_head
+from recast_peft.parts.head_building import build_head, find_head
 
 Build = Callable[[nn.Module, Task, int], nn.Module]
 Train = Callable[[nn.Module, list[dict[str, object]], Task, Schedule], None]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recast_peft import RecastConfig, get_recast_model
-from recast_peft.parts.head import build_head, find_head
+from recast_peft.parts.head_building import build_head, find_head
 
 
 @dataclass(frozen=True)

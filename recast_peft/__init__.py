@@ -32,12 +32,13 @@ from .optim import create_recast_optimizer
 from .options.record import AFTER_SAVING
 from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
 from .parts.discriminant import fit_discriminant_head
-from .parts.head import fit_prototypes, split_logits
+from .parts.head import split_logits
+from .parts.prototypes import fit_prototypes
 from .parts.stacking import STACKABLE
 from .planning.plan import RecastPlan
 from .pool.task_pool import TaskPool
 from .registration import register
-from .tasks.conversion import collapse_coefficient_sets
+from .tasks.banks import collapse_coefficient_sets
 from .tasks.lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora
 from .tasks.plan import plan_recast
 

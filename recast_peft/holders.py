@@ -7,14 +7,18 @@ inside a key.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .names import MODEL_PREFIX
+from .names import BANK_CONTAINER, MODEL_PREFIX, PARTNER_CONTAINER, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +64,7 @@ class Entry:
         return tensor.detach() if self.pack is None else self.pack(tensor.detach())
 
     def write(self, values: Tensor) -> None:
-        """Put stored values in: into the tensor itself, or in its place where that holds no numbers (the meta device)."""
-        values = values if self.unpack is None else self.unpack(values)
+        """Put values in: into the tensor itself, or in its place where that holds no numbers (the meta device)."""
         old = self.tensor
         if not old.is_meta:
             with torch.no_grad():
@@ -109,6 +112,14 @@ class TaskHolder:
         """
         return {}
 
+    def bank_of(self, adapter_name: str) -> Any:
+        """The templates that a task's coefficients mix here, the same object for tasks that share them; None without any."""
+        return None
+
+    def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The parameters of all tasks here, each with the group that ``create_recast_optimizer`` puts it in."""
+        return ()
+
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         """Why what a task has here cannot be merged; None if it can, or there is nothing to merge."""
         return None
@@ -129,11 +140,61 @@ def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entry]:
     return {entry.key: entry for holder in found for entry in holder.entries(adapter_name)}
 
 
+# ---------------------------------------------------------------- modules by their names in the plain model
+
+
+def unwrapped_module(module: nn.Module) -> nn.Module:
+    """The model's own module inside whatever wrappers and tuners put around it."""
+    while True:
+        inner = unwrapped(module)
+        if isinstance(inner, BaseTunerLayer):
+            inner = inner.get_base_layer()
+        elif isinstance(inner, AuxiliaryTrainingWrapper):
+            inner = inner.original_module
+        if inner is module:
+            return module
+        module = inner
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What stands at each place of the plain model now, by the plain names: a wrapper, a tuner's layer or the module itself."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in unwrapped_module(module)._modules.items():
+            if child is None or id(child) in seen or name in (BANK_CONTAINER, PARTNER_CONTAINER):
+                continue
+            seen.add(id(child))
+            found[f"{prefix}{name}"] = child
+            visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
+
+
+def put_at(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a place of the plain model, in the stead of whatever stands there."""
+    parent_name, _, child = name.rpartition(".")
+    parent = plain_modules(model)[parent_name] if parent_name else model
+    setattr(unwrapped_module(parent), child, module)
+
+
+def without_numbers(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters and buffers are on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
 # ---------------------------------------------------------------- containers by a task's name
 
 _RESERVED_ENDINGS = ("classifier", "score")  # PEFT's models for a task_type wrap every module whose name ends so
 
 
+@lru_cache(maxsize=4096)
 def container_key(name: str) -> str:
     """The key under which a container holds a task of any name: torch wants no dot in it, and none of its own attributes.
 

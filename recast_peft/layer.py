@@ -29,7 +29,8 @@ from .composition.lazy_weight import LazyWeight, is_read_by_the_model, is_read_l
 from .composition.mixed_batch import NO_TASK, MixedBatch, current_batch
 from .composition.recomposed import call_recomposed, can_recompose
 from .errors import RecastBankError
-from .names import BASE_ADAPTER
+from .holders import Entry, TaskHolder, TaskModules, TaskParameters
+from .names import BASE_ADAPTER, COEFFICIENTS
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
@@ -41,7 +42,7 @@ PRODUCT_LIMIT = 64
 _NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
 
 
-class RecastLayer(nn.Module, BaseTunerLayer):
+class RecastLayer(nn.Module, BaseTunerLayer, TaskHolder):
     """A module whose weight is composed from templates.
 
     Whoever calls it gets the wrapped module's result with the composed weight; whoever reads its ``weight`` (or, of a
@@ -58,6 +59,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("recast_coefficients", "recast_masks")
     other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients")
 
+    MASKS = "recast_masks"
+
     recast_pretrained: Tensor | None
 
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
@@ -69,8 +72,8 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.weight_name = weight_name
         self.fingerprint = fingerprint
-        self.recast_coefficients = nn.ParameterDict()  # task -> (sets, templates)
-        self.recast_masks = nn.ModuleDict()  # task -> what changes its composed weight; see partners/piggyback.py
+        self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
+        self.recast_masks = TaskModules()  # task -> what changes its composed weight; see partners/piggyback.py
         self.recast_bank: dict[str, TemplateBank] = {}  # task -> bank; a plain dict: the bank belongs to the group
         self.coefficient_gradients: dict[str, str | float] = {}  # task -> how gradients of its coefficients are formed
         self._estimated_calls = 0
@@ -80,6 +83,7 @@ class RecastLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._switched_off = False  # inside RecastModel.disable_part("recast")
         self._active_adapter = []
+        self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
         self.merged_adapters = []
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
             self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
@@ -242,6 +246,40 @@ class RecastLayer(nn.Module, BaseTunerLayer):
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
         return adapter in self.recast_coefficients or adapter in self.recast_masks
+
+    def entries(self, adapter_name: str) -> Iterator[Entry]:
+        if adapter_name in self.recast_coefficients:
+            yield Entry(f"{self.module_name}.{COEFFICIENTS}", self.recast_coefficients.holder(adapter_name), "offsets")
+        if adapter_name in self.recast_masks:
+            mask: Any = self.recast_masks[adapter_name]
+            name = f"{self.module_name}.{self.MASKS}.mask"
+            yield Entry(name, mask, "scores", lambda scores: mask.pack(), mask.unpack, mask.packed_shape)
+
+    def coefficients_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        has = adapter_name in self.recast_coefficients
+        return {self.module_name: self.recast_coefficients[adapter_name]} if has else {}
+
+    def bank_of(self, adapter_name: str) -> TemplateBank | None:
+        return self.recast_bank.get(adapter_name)
+
+    def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from (("coefficients", parameter) for parameter in self.recast_coefficients.parameters())
+        yield from (("partners", parameter) for parameter in self.recast_masks.parameters())
+
+    def refusal_to_pool(self, adapter_name: str) -> str | None:
+        return f"a mask on {self.module_name}" if adapter_name in self.recast_masks else None
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the tasks on or off; what was frozen before is frozen afterwards."""
+        if enabled == self._disable_adapters:
+            if enabled:
+                for parameter in self._trainable:
+                    parameter.requires_grad_(True)
+                self._disable_adapters, self._trainable = False, []
+                return
+            own = (*self.recast_coefficients.parameters(), *self.recast_masks.parameters())
+            self._trainable = [parameter for parameter in own if parameter.requires_grad]
+            super().enable_adapters(False)
 
     def _with_coefficients(self, adapters: Sequence[str]) -> list[str]:
         return [name for name in self._present(adapters) if name in self.recast_coefficients]

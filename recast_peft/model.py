@@ -6,73 +6,39 @@ and what fails after that is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .banks.files import StoredBank
 from .banks.template_bank import move_in_place
-from .composition.cached_weights import cached_weights
 from .composition.lazy_weight import model_reads
-from .composition.mixed_batch import MixedBatch, current_batch, mixed_batch
+from .composition.mixed_batch import MixedBatch, mixed_batch
 from .config import RecastConfig
-from .errors import RecastBankError, RecastConfigError
-from .hub.backbone import describe_backbone
+from .errors import RecastConfigError
 from .layer import RecastLayer, recast_layers
-from .names import BANK_CONTAINER, BASE_ADAPTER, COEFFICIENTS, PREFIX, check_adapter_name, plain_name
-from .parts.head import PreparedHead, TaskHead, check_one_owner, install_head, prepare_head, task_head
-from .parts.holders import TaskBiases, TaskPartners, bias_bank_of, merge_partners, unmerge_partners
-from .parts.lora import PartLayer, check_lora_part, install_lora_part, part_keys, part_layers, switched_off
-from .parts.lora_plan import file_key
-from .parts.norms import find_norms, freeze_running_statistics, install_norms, own_shapes
-from .parts.places import (
-    check_mergeable,
-    install_partners,
-    pack_masks,
-    partner_banks,
-    partner_shapes,
-    prepare_partners,
-    put_back_partners,
-    take_out_partners,
-    unpack_masks,
-)
+from .names import BASE_ADAPTER, COEFFICIENTS, PREFIX, check_adapter_name, plain_name
+from .parts.base import Place
+from .parts.lora import switched_off
+from .parts.saved import freeze_running_statistics
+from .parts.wrapper import TaskModule, check_one_owner
 from .planning.groups import coefficient_owners
-from .planning.plan import RecastPlan
-from .tasks.arithmetic import (
-    check_combinable,
-    check_combination,
-    combine_heads,
-    combine_rows,
-    head_of_adapter,
-    task_row,
-    write_row,
-)
-from .tasks.conversion import (
-    PreparedLayer,
-    base_fingerprints,
-    check_fingerprints,
-    check_name_is_free,
-    check_other_tasks,
-    install_banks,
-    planned_record,
-    prepare_banks,
-    prepare_layers,
-    record_of_task,
-    remember_bank_name,
-    share_coefficients,
-    stored_bank_of,
-)
-from .tasks.files import check_state_dict, check_task_file
-from .tasks.plan import plan_recast
+from .tasks import verbs
+from .tasks.arithmetic import add_combined
+from .tasks.backbone import describe_backbone
+from .tasks.banks import remember_stored_bank, stored_bank
+from .tasks.conversion import install_banks, share_coefficients
+from .tasks.files import load_into
+from .tasks.preparation import PreparedTask, prepare_task
+from .tasks.record import planned_record, record_of_task
+from .tasks.state import gathered
+from .tasks.undo import Snapshot, undone_on_failure
 
 
 class RecastModel(BaseTuner):
@@ -86,6 +52,8 @@ class RecastModel(BaseTuner):
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
     task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first: task_ids refer to that one
+    _prepared: PreparedTask | None = None  # while a task is put in
+    _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion
 
@@ -100,69 +68,52 @@ class RecastModel(BaseTuner):
         """Add a task: plan, check, prepare, then replace modules; see the class for what is raised."""
         check_adapter_name(adapter_name)
         config = cast(RecastConfig, self.peft_config[adapter_name])
+        chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
+        if state_dict is not None and chosen.groups is None:
+            names = {plain_name(key) for key in state_dict if COEFFICIENTS in key}
+            chosen = config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
+        prepared = prepare_task(model, chosen, adapter_name)
+        record = planned_record(chosen, prepared, describe_backbone(model, config.revision))
         before = config.record
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            config.record = config.as_chosen().record  # what an earlier use of the object decided is not for this task
-            chosen = config
-            if state_dict is not None and config.groups is None:
-                names = (plain_name(key) for key in state_dict if COEFFICIENTS in key)
-                chosen = config.as_chosen(target_modules=sorted({name.partition(f".{PREFIX}")[0] for name in names}))
-            plan = plan_recast(model, chosen)
-            targets = list(plan.candidates)
-            check_name_is_free(targets, adapter_name)
-            fingerprints = base_fingerprints(targets)
-            head = prepare_head(model, config)
-            norms = find_norms(model) if config.train_norms else []
-            partners = prepare_partners(model, config, plan.targets)
-            own = {**own_shapes(model, head, norms), **_lora_shapes(plan), **partner_shapes(partners)}
-            entries = check_task_file(model, config, plan, own)
-            backbone = config.backbone if check_fingerprints(config, fingerprints, entries) else None
-            self._prepared = prepare_layers(targets, fingerprints)
-            self._visible_keys = {p.visible_key for p in self._prepared.values()}
-            new_banks = prepare_banks(plan, config, self._prepared)
-            check_lora_part(model, plan.lora, _owned_names(config, head), _compressed_members(self._prepared))
-            check_other_tasks(model, new_banks, config)
-            config.record = planned_record(
-                config,
-                plan,
-                self._prepared,
-                fingerprints,
-                partner_banks(partners),
-                backbone or describe_backbone(model, config.revision),
-            )
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-            install_lora_part(
-                model, adapter_name, plan.lora, self.peft_config, self.active_adapters, config.inference_mode, low_cpu_mem_usage
-            )
+            with undone_on_failure(model) as snapshot:
+                self._put_layers(model, adapter_name, prepared, autocast_adapter_dtype, low_cpu_mem_usage)
+                install_banks(model, prepared.banks, config.keep_base_weights)
+                owners = coefficient_owners(prepared.plan.groups, prepared.plan.coefficient_sharing)
+                share_coefficients(model, adapter_name, owners)
+                active = adapter_name in self.active_adapters
+                prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
+            config.record = record
         except BaseException:
-            self._roll_back(adapter_name)
             config.record = before
-            for parameter, requires_grad in trainable:
-                if parameter.requires_grad != requires_grad:  # a lazy parameter cannot be asked to
-                    parameter.requires_grad_(requires_grad)
             raise
-        del trainable  # else it would hold every weight that is about to be released
-        install_banks(model, new_banks, config.keep_base_weights)
-        share_coefficients(self, adapter_name, coefficient_owners(plan.groups, plan.coefficient_sharing))
-        active = adapter_name in self.active_adapters
-        if head is not None:
-            install_head(model, adapter_name, head, active, config.inference_mode)
-        install_norms(model, adapter_name, norms, active, config.inference_mode)
-        install_partners(self, adapter_name, partners, config.inference_mode)
-        del self._prepared
+        finally:
+            self._prepared = None
+        if record.is_stored and not any(not bank.is_anchored for bank in prepared.banks):
+            self._unfilled = {**self._unfilled, adapter_name: snapshot}
+
+    def _put_layers(
+        self, model: nn.Module, adapter_name: str, prepared: PreparedTask, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
+    ) -> None:
+        """PEFT's own loop over the modules, on a copy of the config: it condenses names, and saves modules whole by itself."""
+        config = cast(RecastConfig, self.peft_config[adapter_name])
+        trained = [(p, p.requires_grad) for m in model.modules() if isinstance(m, TaskModule) for p in m.parameters()]
+        working = config.as_chosen(modules_to_save=None, target_modules=list(prepared.plan.targets), exclude_modules=None)
+        self._prepared = prepared
+        self.peft_config[adapter_name] = working
+        try:
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        finally:
+            self.peft_config[adapter_name] = config
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
     def _check_target_module_exists(self, peft_config: RecastConfig, key: str) -> bool:  # type: ignore[override]
-        prepared = getattr(self, "_prepared", None)
-        if prepared is None:  # asked by PEFT's helpers after the conversion
+        if self._prepared is None:  # asked by PEFT's helpers after the conversion
             return plain_name(key) in {m for members in (peft_config.groups or {}).values() for m in members}
-        return key in self._visible_keys
+        return key in self._prepared.visible_keys
 
     def _create_and_replace(
         self,
@@ -174,28 +125,14 @@ class RecastModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for prepared in self._prepared.values():
-            if prepared.visible_key != current_key:
-                continue
-            layer = prepared.layer
-            assert prepared.bank is not None
-            if not layer.active_adapters:
-                layer._active_adapter = list(self.active_adapters)
-            layer.update_layer(
-                adapter_name,
-                prepared.bank,
-                peft_config.num_coefficient_sets,
-                init_weights=peft_config.init_weights,
-                seed=peft_config.seed,
-                inference_mode=peft_config.inference_mode,
-                train_coefficients=peft_config.train_coefficients,
-                coefficient_gradient=peft_config.coefficient_gradient,
-            )
-            setattr(prepared.parent, prepared.child_name, layer)
+        assert self._prepared is not None
+        for layer in self._prepared.layers.values():
+            if layer.visible_key == current_key:
+                sets = self._prepared.plan.num_coefficient_sets
+                layer.put_in(adapter_name, peft_config, sets, list(self.active_adapters))
 
     def _prepare_adapter_config(self, peft_config: RecastConfig, model_config: dict) -> RecastConfig:  # type: ignore
-        # targets were found by the plan; PEFT writes into what it gets here, and the config is its user's
-        return peft_config.as_chosen(record=peft_config.record, target_modules=None)
+        return peft_config  # targets were found by the plan
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # coefficients are created in float32, so the only cast is to the dtype of the weights, for those who ask for it
@@ -204,32 +141,19 @@ class RecastModel(BaseTuner):
             return
         for layer in recast_layers(self.model).values():
             if adapter_name in layer.recast_coefficients:
-                layer.recast_coefficients[adapter_name].data = layer.recast_coefficients[adapter_name].data.to(
-                    layer.weight_dtype
-                )
+                values = layer.recast_coefficients[adapter_name]
+                values.data = values.data.to(layer.weight_dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT asks every module with this verb when a task was loaded by assignment, which puts it where the file was read
         # to: the machine's accelerator, wherever the model is. Its own containers have no such verb.
         for wrapper in (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)):
             if adapter_name in wrapper.modules_to_save:
-                around = wrapper.hosts if isinstance(wrapper, TaskPartners) else (wrapper.original_module,)
+                around = getattr(wrapper, "hosts", ()) or (wrapper.original_module,)
                 there = device or next((p.device for m in around for p in m.parameters() if not p.is_meta), None)
                 if there is not None:
                     own = wrapper.modules_to_save[adapter_name]
                     move_in_place((*own.parameters(), *own.buffers()), there)
-
-    def _roll_back(self, adapter_name: str) -> None:
-        if not hasattr(self, "_prepared"):
-            return
-        for prepared in self._prepared.values():
-            if prepared.original is prepared.layer:
-                for attribute in (prepared.layer.recast_coefficients, prepared.layer.recast_bank):
-                    if adapter_name in attribute:
-                        del attribute[adapter_name]
-            else:
-                setattr(prepared.parent, prepared.child_name, prepared.original)
-        del self._prepared
 
     def train(self, mode: bool = True) -> RecastModel:
         """Set training mode, but for the running statistics of the pretrained model, which no task may move."""
@@ -237,18 +161,6 @@ class RecastModel(BaseTuner):
         if mode:
             freeze_running_statistics(self.model)
         return self
-
-    @contextmanager
-    def cached_weights(self) -> Iterator[None]:
-        """A block in which every target composes its weight once, not once a call, where no gradient is recorded.
-
-        Costs the memory of one weight for each target until the block ends. A weight is composed again as soon as coefficients,
-        templates or the tasks in force are others. On an accelerator every call waits for the comparison of coefficients:
-        merge there. A pretrained weight that is written through ``.data`` inside the block goes unnoticed, since torch does not
-        count such writes; coefficients may be written in any way.
-        """
-        with cached_weights(list(recast_layers(self.model).values())):
-            yield
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
         super()._apply(fn, recurse)
@@ -259,73 +171,56 @@ class RecastModel(BaseTuner):
     # ---------------------------------------------------------------- activating and merging
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make tasks active, with both of their parts; several that own the same module are refused before anything changes.
+        """Make tasks active, with all of their parts; several that own the same module are refused before anything changes.
 
         Raises:
             RecastConfigError: naming the tasks and the module.
         """
-        check_one_owner(self.model, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        check_one_owner(self.model, names)
         super().set_adapter(adapter_name, inference_mode)
-        for layer in part_layers(self.model):
-            layer.unmerge()
-            layer.set_adapter(adapter_name, inference_mode)
+        verbs.activate(self.model, names, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a task, with both of its parts."""
-        was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)
-        for layer in part_layers(self.model):
-            layer.delete_adapter(adapter_name)
-            layer._active_adapter = list(self.active_adapters)
-            layer._parts.configs.pop(adapter_name, None)
-        # PEFT finds the next task on the first layer alone, which may have none
-        if was_active and self.peft_config and not self.active_adapters:
-            self.set_adapter(min(self.peft_config))
+        """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        inference_mode = verbs.is_frozen(self.model, self.active_adapters)
+        verbs.delete(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        if not active:
+            active = [name for name, config in self.peft_config.items() if isinstance(config, RecastConfig)][:1]
+        self.active_adapter = active
+        self.set_adapter(active, inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge tasks, with both of their parts; what fails leaves nothing merged that was not merged before.
+        """Merge tasks, with all of their parts; what fails leaves nothing merged that was not merged before.
+
+        Args:
+            adapter_names: the tasks; None means the active ones. Until they are unmerged, the model computes what it would
+                compute with these tasks active, classifier and norms included.
+            safe_merge: refuse weights and biases that are not finite.
 
         Raises:
-            RecastBankError: if a task has a partner that no weight can hold; nothing is changed then.
+            RecastConfigError: if a task is unknown, or several own the same module.
+            RecastBankError: if a task has a part that no weight can hold; nothing is changed then.
         """
-        check_mergeable(self.model, adapter_names or (), self.active_adapters)
-        self._merge_layers(adapter_names, safe_merge)
-        merge_partners(self.model, adapter_names)
-
-    def _merge_layers(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        parts = part_layers(self.model)
-        if not parts:
-            super().merge_adapter(adapter_names, safe_merge)
-            return
-        self._check_all_switched_on()
         self._check_merge_allowed()
-        layers = [*recast_layers(self.model).values(), *parts]
-        before = [list(layer.merged_adapters) for layer in layers]
-        # a LoRA part is merged on top of its task's coefficients, whatever was merged before
-        for part in parts:
-            part.unmerge()
-        try:
-            for layer, merged in zip(layers, before, strict=True):
-                wanted = list(layer.active_adapters if adapter_names is None else adapter_names)
-                again = [name for name in merged if name not in (*wanted, *layer.merged_adapters)]
-                layer.merge(safe_merge=safe_merge, adapter_names=[*again, *wanted])
-            for other in _layers_of_others(self.model):
-                other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        except BaseException:
-            self.unmerge_adapter()
-            for layer, merged in zip(layers, before, strict=True):
-                layer.merge(adapter_names=merged)
-            raise
+        verbs.merge(self.model, self._tasks_to_merge(adapter_names), safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Put the pretrained weights back, to the last bit."""
-        unmerge_partners(self.model)
-        parts = part_layers(self.model)
-        if not parts:
-            super().unmerge_adapter()
-        for layer in (*parts, *_layers_of_others(self.model), *recast_layers(self.model).values()):
-            if layer.merged:
-                layer.unmerge()
+        verbs.unmerge(self.model)
+
+    def _tasks_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
+        check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])))
+        verbs.check_mergeable(self.model, names)
+        return names
 
     @contextmanager
     def disable_part(self, part: str) -> Iterator[None]:
@@ -340,13 +235,6 @@ class RecastModel(BaseTuner):
         with switched_off(self.model, part):
             yield
 
-    def _check_all_switched_on(self) -> None:
-        layers = (*part_layers(self.model), *recast_layers(self.model).values())
-        if any(layer.__dict__.get("_switched_off") for layer in layers):
-            raise RecastConfigError("tasks are merged whole: leave the block of disable_part() first")
-
-    # ---------------------------------------------------------------- unloading
-
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
@@ -357,28 +245,9 @@ class RecastModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge:
-            check_mergeable(self.model, adapter_names or (), self.active_adapters)
-        if part_layers(self.model):
-            self._check_all_switched_on()
-            tasks = [name for name in adapter_names or () if isinstance(self.peft_config.get(name), RecastConfig)]
-            if merge and tasks:  # a LoRA part is merged on top of the coefficients of the tasks in force
-                self.unmerge_adapter()
-                self.set_adapter(tasks, inference_mode=True)
-        partners = take_out_partners(self.model)
-        try:
-            with _renamed_children(self.model, "base_layer"):
-                model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        except BaseException:
-            put_back_partners(self.model, partners)
-            raise
-        if partners is not None and merge:
-            merge_partners(partners, adapter_names)
-        elif partners is not None:
-            unmerge_partners(partners)
-        if hasattr(self.model, BANK_CONTAINER):
-            delattr(self.model, BANK_CONTAINER)
-        return model  # type: ignore[return-value]
+        names = self._tasks_to_merge(adapter_names) if merge else None
+        with verbs.taken_apart(self, names, safe_merge):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     # ---------------------------------------------------------------- arithmetic on tasks
 
@@ -403,46 +272,15 @@ class RecastModel(BaseTuner):
             combination_type: ``"linear"`` (exact: the weights' differences to the base are summed), ``"ties"`` or
                 ``"magnitude_prune"``; see ``arithmetic.combine_rows``.
             density: the share of each task's numbers that ``"ties"`` and ``"magnitude_prune"`` keep.
-            majority_sign_method: of ``"ties"``: ``"total"`` or ``"frequency"``.
+            majority_sign_method: for ``"ties"``: ``"total"`` or ``"frequency"``.
             heads: the new task's classifier where tasks have their own: ``"first"``, ``"linear"`` or ``"none"``.
 
         Raises:
             RecastConfigError: if an argument cannot be used, a task is unknown or owns parts that cannot be combined.
             RecastBankError: if the tasks are on different banks.
         """
-        check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
-        known = {name: config for name, config in self.peft_config.items() if isinstance(config, RecastConfig)}
-        unknown = [name for name in adapters if name not in known]
-        if unknown or adapter_name in self.peft_config:
-            what = f"has no RECAST task {unknown[0]!r}" if unknown else f"has a task {adapter_name!r} already"
-            raise RecastConfigError(f"the model {what}; its tasks: {', '.join(self.peft_config)}")
-        configs = {name: known[name] for name in adapters}
-        check_combinable(self.model, configs)
-        head = combine_heads({name: head_of_adapter(self.model, name) for name in adapters}, weights, heads)
-        row = combine_rows(
-            [task_row(self.model, name) for name in adapters], weights, combination_type, density, majority_sign_method
-        )
-        sharing = {config.coefficient_sharing for config in configs.values()}
-        labels = {} if head is None else {"num_classes": head.labels.num_classes, "id2label": head.labels.id2label}
-        dtype = next((config.head_dtype for config in configs.values() if head is not None), None)
-        config = configs[adapters[0]].layout(
-            coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
-            task_type=configs[adapters[0]].task_type,
-            base_model_name_or_path=configs[adapters[0]].base_model_name_or_path,
-            head_type=configs[adapters[0]].head_type if head is not None else "linear",
-            head_dtype=dtype,
-            **labels,
-        )
-        self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except BaseException:
-            del self.peft_config[adapter_name]
-            raise
-        write_row(self.model, adapter_name, row)
-        if head is not None:
-            target = task_head(self.model, head.name).modules_to_save[adapter_name]
-            target.load_state_dict(head.module.state_dict())  # type: ignore[union-attr]
+        chosen = (combination_type, density, majority_sign_method, heads)
+        add_combined(self, adapters, weights, adapter_name, *chosen)
 
     # ---------------------------------------------------------------- a task for each sample
 
@@ -458,29 +296,14 @@ class RecastModel(BaseTuner):
 
     @contextmanager
     def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
-        """Give every sample its own task until the block ends, also in modules that PEFT saves whole.
+        """Give every sample its own task until the block ends, also in modules that tasks own whole.
 
         Raises:
-            RecastBankError: if the tasks are a pool's, and an ordinary task has modules of its own in force.
+            RecastBankError: if the tasks are a pool's, and an ordinary task has parts of its own active.
         """
-        handles = []
-        try:
-            for module in self.modules():
-                # modules that PEFT saves whole are told by PEFT's own argument; our layers and heads ask current_batch
-                if not isinstance(module, AuxiliaryTrainingWrapper) or isinstance(module, (TaskHead, TaskBiases)):
-                    continue
-                if batch.pool is None:
-                    handles.append(module.register_forward_pre_hook(_pass_adapter_names, with_kwargs=True))
-                elif not module.disable_adapters and set(module.active_adapters) - {batch.pool.slot}:
-                    raise RecastBankError(
-                        f"the task {module.active_adapters[0]!r} has modules of its own in force (train_norms, "
-                        "modules_to_save or partners), which a pool's tasks do not share: call pool.deactivate() first"
-                    )
-            with mixed_batch(batch), model_reads():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        verbs.check_batch(self.model, batch)
+        with mixed_batch(batch), model_reads():
+            yield
 
     def _mixed_batch(self, adapter_names: Any, task_ids: Any, num_beams: Any) -> MixedBatch:
         beams = num_beams if isinstance(num_beams, int) else 1
@@ -530,40 +353,23 @@ class RecastModel(BaseTuner):
             RecastBankError: if the banks follow from the pretrained weights and need no file, or there is no bank of biases.
             RecastConfigError: if ``of`` is something else.
         """
-        stored = self._stored_bank(adapter_name, of).save(path)
-        self._remember_bank(stored)
-        return stored
+        return remember_stored_bank(self, stored_bank(self, adapter_name, of).save(path))
 
     def push_bank_to_hub(
         self, repo_id: str, adapter_name: str | None = None, *, of: str = "weights", **kwargs: Any
     ) -> StoredBank:
         """Upload the template banks of a task to a repository on the Hub; see ``save_bank`` and ``StoredBank.push_to_hub``."""
-        stored = self._stored_bank(adapter_name, of).push_to_hub(repo_id, **kwargs)
-        self._remember_bank(stored)
-        return stored
+        return remember_stored_bank(self, stored_bank(self, adapter_name, of).push_to_hub(repo_id, **kwargs))
 
-    def _remember_bank(self, stored: StoredBank) -> None:
-        """Note where a bank was stored, for the tasks that are saved from now on."""
-        if not stored.is_of_biases:
-            remember_bank_name(self.model, stored)
-            return
-        for config in self.peft_config.values():
-            record = getattr(config, "record", None)
-            for partner, reference in () if record is None else record.partner_banks.items():
-                if stored.at(reference["fingerprint"]) is not None:
-                    banks = {**record.partner_banks, partner: {**reference, "name": stored.name}}
-                    config.record = replace(record, partner_banks=banks)  # type: ignore[attr-defined]
+    def forget_unfilled(self, adapter_name: str, undo: bool) -> None:
+        """Say that a task's file was put in, or that it could not be: then the model is as it was before the task."""
+        snapshot = self._unfilled.get(adapter_name)
+        self._unfilled = {name: held for name, held in self._unfilled.items() if name != adapter_name}
+        if snapshot is not None and undo:
+            snapshot.restore()
+            del self.peft_config[adapter_name]
 
-    def _stored_bank(self, adapter_name: str | None, of: str) -> StoredBank:
-        name = adapter_name or self.active_adapters[0]
-        if of == "biases":
-            bank = bias_bank_of(self.model, name)
-            if bank is None:
-                raise RecastBankError(f"task {name!r} is on no bank of biases: there is nothing to store")
-            return bank
-        if of != "weights":
-            raise RecastConfigError(f"of={of!r}: expected 'weights' or 'biases'")
-        return stored_bank_of(self.model, name, cast(RecastConfig, self.peft_config[name]).method.to_dict())
+    # PEFT's hooks for files: classmethods, since they are asked of models with tasks that have no tuner around them.
 
     @classmethod
     def _get_adapter_state_dict(
@@ -574,26 +380,12 @@ class RecastModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT keeps the config object that it was given, and its user may since have put it on another model
-        base = getattr(model, "get_base_model", lambda: model)()
-        backbone = config.as_chosen().backbone or describe_backbone(base, config.revision)
-        config.record = record_of_task(config, model, adapter_name, backbone)
-        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return pack_masks(model, adapter_name, entries)
-
-    @classmethod
-    def _get_learnable_bias_state_dict(cls, model: nn.Module, state_dict: dict[str, Tensor], config: RecastConfig):  # type: ignore
-        entries = super()._get_learnable_bias_state_dict(model, state_dict, config)
-        # a module that is saved whole brings its bias itself
-        return {key: value for key, value in entries.items() if ".modules_to_save." not in key}
+        config.record = record_of_task(config, model, adapter_name)
+        return gathered(model, adapter_name, config, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # names of the plain model, whatever tuner layers stand around the target now
-        if f".{LoraModel.prefix}" in key:
-            return file_key(key, adapter_name)
-        key = super()._remove_adapter_name_from_key(key, adapter_name)
-        return plain_name(key) if f".{PREFIX}" in key else key
+        return plain_name(key)  # no key has a task's name in it
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -603,51 +395,4 @@ class RecastModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        state_dict = unpack_masks(model, adapter_name, state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_state_dict(model, adapter_name, remapped, part_keys(model, adapter_name))
-        return remapped
-
-
-def _layers_of_others(model: nn.Module) -> list[Any]:
-    """The tuner layers of other methods."""
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, (RecastLayer, PartLayer))]
-
-
-def _lora_shapes(plan: RecastPlan) -> dict[str, tuple[int, ...]]:
-    return {} if plan.lora is None else plan.lora.shapes
-
-
-def _owned_names(config: RecastConfig, head: PreparedHead | None) -> set[str]:
-    return {*(config.modules_to_save or ()), *([] if head is None else [head.name])}
-
-
-def _compressed_members(prepared: dict[str, PreparedLayer]) -> set[str]:
-    return {name for name, p in prepared.items() if p.bank is not None and not p.bank.is_anchored}
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    batch = current_batch()
-    if batch is not None and batch.pool is None and args:  # another thread's call may be a pool's
-        repeats = batch.repeats(len(args[0]))
-        known: set[str] = module._adapters  # type: ignore[assignment]
-        names = [name if name in known else BASE_ADAPTER for name in batch.names]
-        kwargs["adapter_names"] = [name for name in names for _ in range(repeats)]
-    return args, kwargs
-
-
-@contextmanager
-def _renamed_children(model: nn.Module, name: str) -> Iterator[None]:
-    """Give the model's own modules of a name another one for a while, in the same place.
-
-    PEFT takes whatever has a ``base_layer`` for a layer of its own, and timm's DLA is a model that has one.
-    """
-    other = f"{name}_of_the_model"
-    parents = [m for m in model.modules() if name in m._modules and not isinstance(m, BaseTunerLayer)]
-    try:
-        for parent in parents:
-            parent._modules = {other if key == name else key: child for key, child in parent._modules.items()}
-        yield
-    finally:
-        for parent in parents:
-            parent._modules = {name if key == other else key: child for key, child in parent._modules.items()}
+        return load_into(model, config, adapter_name, state_dict)

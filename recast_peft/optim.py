@@ -8,10 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from .errors import RecastConfigError
-from .names import PARTNER_CONTAINER
-from .parts import BiasConfig
-from .parts.lora import PartLayer
-from .parts.places import MASKS
+from .holders import holders
 
 COEFFICIENT_LR = 0.05  # in units of a template as large as the pretrained weight; what the demo trains with
 
@@ -44,13 +41,11 @@ def create_recast_optimizer(
     Raises:
         RecastConfigError: if the model trains neither coefficients nor partners.
     """
-    lora = {
-        key for module in model.modules() if isinstance(module, PartLayer) for key in map(id, module.own_parameters().values())
-    }
+    groups_of = {id(parameter): group for holder in holders(model) for group, parameter in holder.trained_as()}
     parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            parts["lora" if id(parameter) in lora else _part_of(name)].append(parameter)
+            parts[groups_of.get(id(parameter), "others")].append(parameter)
     if not parts["coefficients"] and not parts["biases"] and not parts["partners"]:
         raise RecastConfigError(
             f"{type(model).__name__} trains no RECAST coefficients or partners ({sum(map(len, parts.values()))} trainable "
@@ -65,13 +60,3 @@ def create_recast_optimizer(
     }
     groups = [{"params": parameters, **options[name]} for name, parameters in parts.items() if parameters]
     return optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
-
-
-def _part_of(name: str) -> str:
-    """Which part of a task a parameter belongs to, the LoRA part aside."""
-    words = name.split(".")
-    if "recast_coefficients" in words:
-        return "coefficients"
-    if PARTNER_CONTAINER in words:  # then place and method
-        return "biases" if words[words.index(PARTNER_CONTAINER) + 2] == BiasConfig().method else "partners"
-    return "partners" if MASKS in words else "others"

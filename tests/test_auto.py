@@ -33,7 +33,8 @@ from recast_peft import (
     push_task_to_hub,
     push_tasks_to_hub,
 )
-from recast_peft.hub.backbone import build_backbone, describe_backbone
+from recast_peft.hub.backbone import build_backbone
+from recast_peft.tasks.backbone import describe_backbone
 
 BASE = "ada/base"
 TASK = "ada/task"

@@ -33,7 +33,7 @@ from recast_peft import RecastConfig, StoredBank, fit_discriminant_head, get_rec
 from recast_peft.banks.files import StoredGroup
 from recast_peft.banks.grown_templates import GrownTemplates
 from recast_peft.composition.fingerprint import weight_fingerprint
-from recast_peft.parts.head import find_head
+from recast_peft.parts.head_building import find_head
 
 PROBE = linear_probe(epochs=Schedule.epochs)  # as long as the others: better on these images than 60 epochs
 TASKS = ("cyrillic", "greek", "operators")

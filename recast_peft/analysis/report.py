@@ -18,7 +18,7 @@ from ..mimicry.features import call_arguments, captured_outputs, device_of, eval
 from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
 from ..names import block_of
 from ..planning.table import text_table
-from ..tasks.conversion import task_banks
+from ..tasks.banks import task_banks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

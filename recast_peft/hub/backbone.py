@@ -1,157 +1,19 @@
-"""How a backbone is found again: what is written down of it with a task, and how it is built from that.
-
-Written down is where the pretrained weights come from and what they were built with, never the weights. A task's
-fingerprint then says whether what was built is what the task was learned on.
-"""
+"""How a backbone is built from what is written down of it with a task (tasks/backbone.py)."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RecastConfigError, RecastError, RecastLoadError
-from ..parts.head import TaskHead
-
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# keywords of timm.create_model that say where weights come from; a task's file cannot set them
-SOURCE_KEYWORDS = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
-_COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
-
-
-# ---------------------------------------------------------------- writing it down
-
-
-def describe_backbone(model: nn.Module, revision: str | None = None) -> dict[str, Any] | None:
-    """Say how a backbone can be built again, in values that JSON can hold.
-
-    Args:
-        model: a timm or transformers model, converted or not.
-        revision: that its weights were loaded at, if it is known: neither library keeps it. None is the commit in the cache
-            that the main branch points to, or the only one in the cache.
-
-    Returns:
-        ``library``, ``name`` (what the library builds it from), ``class``, ``revision`` (the commit of the repository, where
-        it is known) and what else the library needs; None for a model of another kind.
-    """
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, PreTrainedModel):
-        return _describe_transformers(model, revision)
-    pretrained = getattr(model, "pretrained_cfg", None)
-    if isinstance(pretrained, dict) and pretrained.get("architecture"):
-        return _describe_timm(model, pretrained, revision)
-    return None
-
-
-def _describe_transformers(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
-    config = model.config
-    name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "") or None
-    description = {
-        "library": "transformers",
-        "name": name,
-        "revision": getattr(config, "_commit_hash", None) or _cached_commit(name, revision) or revision,
-        "class": type(model).__name__,
-        "num_classes": _own_classes(model, config.num_labels),
-    }
-    size = getattr(config, "image_size", None)
-    if size is not None:
-        size = [size, size] if isinstance(size, int) else list(size)
-        description["input_size"] = [int(getattr(config, "num_channels", 3)), *size]
-    return description
-
-
-def _describe_timm(model: nn.Module, pretrained: dict[str, Any], revision: str | None) -> dict[str, Any]:
-    arguments = dict(getattr(model, "_model_args", {}))
-    num_classes = _own_classes(model, getattr(model, "num_classes", None))
-    if isinstance(num_classes, int):  # reset_classifier changes it after the model was made
-        arguments["num_classes"] = num_classes
-    arguments = {key: value for key, value in arguments.items() if key not in SOURCE_KEYWORDS}
-    left_out = sorted(key for key, value in arguments.items() if not _fits_json(value))
-    arguments = {key: value for key, value in arguments.items() if key not in left_out}
-    source = pretrained.get("source") or "timm"
-    repository, _, recorded = str(pretrained.get("hf_hub_id") or "").partition("@")
-    revision = recorded or revision
-    tag = pretrained.get("tag") or None
-    if source == "hf-hub":
-        name = f"hf-hub:{repository}"
-    elif source == "local-dir":
-        name, repository = f"local-dir:{pretrained.get('file')}", ""
-    else:
-        name = f"{pretrained['architecture']}.{tag}" if tag else pretrained["architecture"]
-    channels, *size = pretrained.get("input_size") or (3,)
-    given = arguments.get("img_size")
-    size = size if given is None else [given, given] if isinstance(given, int) else list(given)
-    description = {
-        "library": "timm",
-        "name": name,
-        "architecture": pretrained["architecture"],
-        "tag": tag,
-        "repository": repository or None,
-        "revision": _cached_commit(repository, revision) or revision,
-        "class": type(model).__name__,
-        "input_size": [arguments.get("in_chans") or channels, *size],
-        "mean": list(pretrained.get("mean") or ()),
-        "std": list(pretrained.get("std") or ()),
-        "num_classes": num_classes,
-        "arguments": arguments,
-    }
-    if pretrained.get("file") and source != "local-dir":
-        description["file"] = str(pretrained["file"])
-    if pretrained.get("license"):
-        description["license"] = pretrained["license"]
-    if isinstance(getattr(model, "global_pool", None), str):
-        description["global_pool"] = model.global_pool
-    if left_out:
-        description["arguments_left_out"] = left_out
-    return description
-
-
-def _own_classes(model: nn.Module, shown: int | None) -> int | None:
-    """Classes of the model's own classifier; what it says of itself may be those of the active task's."""
-    head = next((m for m in model.modules() if isinstance(m, TaskHead)), None)
-    return shown if head is None else head._base_labels.num_classes
-
-
-def _cached_commit(repository: str | None, revision: str | None) -> str | None:
-    """The commit in the cache that weights were probably loaded from; the fingerprint says later whether they were."""
-    if not repository or _is_local(repository):
-        return None
-    for name in (*WEIGHT_FILES, "config.json"):
-        path = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(path, str):
-            return commit_of(path)
-    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
-    commits = [path.name for path in folder.iterdir()] if folder.is_dir() and revision is None else []
-    return commits[0] if len(commits) == 1 else None
-
-
-def commit_of(path: str) -> str | None:
-    """The commit that a file of the Hub's cache belongs to; None for a file elsewhere."""
-    match = _COMMIT.search(path)
-    return match[1] if match else None
-
-
-def _fits_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _is_local(name: str) -> bool:
-    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name) or name.count("/") > 1
-
-
-# ---------------------------------------------------------------- building it
+from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES, commit_of, is_local
 
 
 def build_backbone(
@@ -226,7 +88,7 @@ def _build_transformers(
             raise _no_weights(description, f"backbone={name!r} is not a folder, as a transformers checkpoint is")
     if not name:
         raise _no_weights(description, "it was made from a configuration, without pretrained weights")
-    if _is_local(name) and not os.path.isdir(name):
+    if is_local(name) and not os.path.isdir(name):
         raise _no_weights(description, f"it lay in a local folder, {name}, which is not on this machine")
     model_class = getattr(transformers, str(description.get("class")), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):

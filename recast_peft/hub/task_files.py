@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..errors import RecastLoadError
 from ..names import COEFFICIENTS, METHOD_NAME
-from ..parts.places import partner_of_entry
+from ..parts.partner import partner_of_entry
 from ..storage.json_reader import Fields, parse_json
 from ..storage.pairs import read_companion
 from ..storage.tensors import read_shapes

@@ -25,7 +25,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastLoadError
 from ..layer import recast_layers
 from ..names import BANK_CONTAINER, PREFIX, plain_name
-from ..tasks.conversion import stored_bank_of
+from ..tasks.banks import stored_bank_of
 
 REST_WEIGHTS = "recast_backbone.safetensors"
 

@@ -105,6 +105,10 @@ class PartnerConfig:
         """The options as a config stores them: ``{"method": name, option: value, ...}``."""
         return {option.name: getattr(self, option.name) for option in fields(self)}
 
+    def stored_shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a file holds of a module that ``build`` made, by the names in it."""
+        return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
     def check(self, option: str, holds: bool, expected: str) -> None:
         """Refuse an option's value.
 

@@ -7,7 +7,7 @@ part adds what no module of its own holds. A new part is a subclass in a file of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +79,12 @@ class TaskPart:
     name = ""
     """By which plans and cards call it."""
 
+    owns_modules = False
+    """Whether a piece is a module of the model that the task owns whole."""
+
+    acts_beside_layers = False
+    """Whether what it does is no part of the weights, so that a LoRA cannot say what the task says."""
+
     def prepare(self, request: Request) -> list[Any]:
         """Check everything and say what a task would get, a ``Piece`` for each place; nothing is changed.
 
@@ -87,16 +93,29 @@ class TaskPart:
         """
         return []
 
+    def check(self, request: Request, pieces: list[Any], owned: Collection[str], compressed: Collection[str]) -> None:
+        """Check the pieces beside what else the task gets.
+
+        Args:
+            request: what the task asks for.
+            pieces: of this part.
+            owned: names of the modules that the task owns whole.
+            compressed: names of the modules for whose weight a compressed bank stands.
+
+        Raises:
+            RecastError: saying what cannot be.
+        """
+
     def install(self, place: Place, pieces: list[Any]) -> None:
         """Put prepared pieces in."""
 
-    def entries(self, model: nn.Module, config: RecastConfig) -> Iterable[Entry]:
+    def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
         """A task's tensors that no ``TaskHolder`` holds, such as biases of the model itself."""
         return ()
 
-    def decided(self, config: RecastConfig, pieces: list[Any]) -> Mapping[str, Any]:
-        """What was found out while pieces were prepared and is stored with the task, by the config's fields."""
-        return {}
+    def bank_reference(self, pieces: list[Any]) -> Any:
+        """The stored bank that pieces are on, ``{"name": ..., "fingerprint": ...}``; None without one."""
+        return None
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         """What a task owns here that a pool, arithmetic or a LoRA cannot hold; None if there is nothing, or it can."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def channels_of(module: nn.Module) -> int | None:
     """The dimension of a module's output along which its bias lies; None if that is not known."""
     kind = kind_of(module)
-    return None if kind is None or kind.reads_sum is not None else kind.channels
+    return None if kind is None else kind.channels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
+from ..holders import plain_modules, unwrapped_module, without_numbers
 from ..planning.heads import head_names
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
@@ -60,9 +60,18 @@ class PreparedHead:
     labels: Labels
     stored_dtype: torch.dtype | None
 
+    @property
+    def place(self) -> str:
+        """The module of the plain model whose place it takes."""
+        return self.name
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what is stored, by the names that the task file has."""
         return {f"{self.name}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
+
+    def num_parameters(self) -> int:
+        """The parameters that a task trains here."""
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
 
 def find_head(model: nn.Module, name: str | None = None) -> str:
@@ -76,7 +85,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     Raises:
         RecastTargetError: if there is none, or several.
     """
-    modules = {key.replace(".original_module", ""): m for key, m in model.named_modules() if ".modules_to_save." not in key}
+    modules = {key: unwrapped_module(module) for key, module in plain_modules(model).items()}
     if name is not None:
         if name not in modules:
             raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {_top_level(model)}")
@@ -88,9 +97,9 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
             raise RecastTargetError(
                 f"the model has {len(classifier)} classifiers; name the one that the task replaces with head_module="
             )
-        inner = classifier.original_module if isinstance(classifier, ModulesToSaveWrapper) else classifier
+        inner = None if classifier is None else unwrapped_module(classifier)  # type: ignore[arg-type]
         for key, module in modules.items():
-            if key and (module is classifier or module is inner):
+            if key and module is inner:
                 return key
     for key in TRANSFORMERS_HEADS:
         if isinstance(modules.get(key), nn.Module):
@@ -104,8 +113,8 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     return found[0]
 
 
-def prepare_head(model: nn.Module, config: RecastConfig) -> PreparedHead | None:
-    """Build the head that a config asks for; the model is not touched.
+def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False) -> PreparedHead | None:
+    """Build the head that a config asks for; the model is not touched. If it is only counted, it holds no numbers.
 
     Returns:
         None if the config asks for none.
@@ -116,16 +125,20 @@ def prepare_head(model: nn.Module, config: RecastConfig) -> PreparedHead | None:
     if config.num_classes is None:
         return None
     name = find_head(model, config.head_module)
-    original: nn.Module = model.get_submodule(name)
-    if isinstance(original, ModulesToSaveWrapper):
-        original = original.original_module
-    module = build_head(model, original, name, config)
+    original = unwrapped_module(plain_modules(model)[name])
+    if counting:
+        with torch.device("meta"):
+            module = build_head(model, without_numbers(original), name, config, torch.device("meta"))
+    else:
+        module = build_head(model, original, name, config)
     module.train(original.training)
     stored = None if config.head_dtype is None else getattr(torch, config.head_dtype)
     return PreparedHead(name, module, Labels(config.num_classes, config.id2label), stored)
 
 
-def build_head(model: nn.Module, original: nn.Module, name: str, config: RecastConfig) -> nn.Module:
+def build_head(
+    model: nn.Module, original: nn.Module, name: str, config: RecastConfig, device: torch.device | None = None
+) -> nn.Module:
     """A head for ``config.num_classes`` classes in place of ``original``.
 
     A linear layer or a 1x1 convolution is replaced; of a larger head the last such layer in it; an identity (a backbone
@@ -137,7 +150,7 @@ def build_head(model: nn.Module, original: nn.Module, name: str, config: RecastC
         features = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
         if not isinstance(features, int):
             raise RecastTargetError(f"head {name!r} is an identity and the model does not say its num_features")
-        return _fresh(nn.Linear(features, config.num_classes, device=reference.device, dtype=reference.dtype), config)
+        return _fresh(nn.Linear(features, config.num_classes, device=device or reference.device, dtype=reference.dtype), config)
     last_name, last = _last_layer(original)
     if last is None:
         raise RecastTargetError(
@@ -181,6 +194,8 @@ def _fresh(layer: nn.Module, config: RecastConfig) -> nn.Module:
     if config.head_type == "prototypes":
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return PrototypeHead(weight.shape[1], weight.shape[0], weight.device, weight.dtype)
+    if layer.weight.is_meta:  # type: ignore[union-attr]
+        return layer
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         values = torch.randn(layer.weight.shape, generator=generator) * HEAD_STD  # type: ignore[arg-type]
@@ -217,4 +232,4 @@ def write_labels(model: nn.Module, labels: Labels) -> None:
 
 
 def _top_level(model: nn.Module) -> str:
-    return ", ".join(name for name, _ in model.named_children())
+    return ", ".join(name for name in plain_modules(model) if "." not in name)

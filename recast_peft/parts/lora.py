@@ -8,7 +8,7 @@ unmerged.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import current_batch
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
+from ..holders import Entry, TaskHolder, container_key, plain_modules, unwrapped_module
 from ..layer import RecastLayer
-from .lora_plan import LoraPlan, adds_to_output
-from .stacking import Mixed, forget_absent_layers, inner_layers, making_part, mix_in
+from ..names import BASE_ADAPTER
+from .base import Place, Request, TaskPart
+from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
+from .stacking import Mixed, inner_layers, making_part, mix_in
 
 
 @dataclass
@@ -54,10 +57,15 @@ def _computes(value: bool = True) -> Iterator[None]:
         _computing.reset(token)
 
 
-class PartLayer(Mixed):
-    """What a LoRA layer does differently as a part of RECAST tasks."""
+class PartLayer(Mixed, TaskHolder):
+    """What a LoRA layer does differently as a part of RECAST tasks.
+
+    PEFT's layers hold a task under ``container_key`` of its name, so that a name can be any string.
+    """
 
     base_layer: nn.Module
+    module_name: str
+    active_adapters: list[str]
     lora_variant: dict[str, Any]
     merged: bool
     _disable_adapters: bool
@@ -67,7 +75,40 @@ class PartLayer(Mixed):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         parts = self.__dict__.get("_parts")
         if parts is None or not names or any(isinstance(parts.tasks.get(name), RecastConfig) for name in names):
-            super().set_adapter(adapter_names, inference_mode)  # type: ignore[misc]
+            super().set_adapter(_keys(names), inference_mode)  # type: ignore[misc]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the tasks on or off; what was frozen before is frozen afterwards."""
+        if enabled != self._disable_adapters:
+            return
+        if not enabled:
+            self.__dict__["_trainable"] = [p for p in self.own_parameters() if p.requires_grad]
+            super().enable_adapters(False)  # type: ignore[misc]
+            return
+        self._disable_adapters = False
+        for parameter in self.__dict__.pop("_trainable", ()):
+            parameter.requires_grad_(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a task's part; which task is active next says the model's own verb."""
+        key = container_key(adapter_name)
+        active = [name for name in self.active_adapters if name != key]  # type: ignore[attr-defined]
+        self._active_adapter = active
+        super().delete_adapter(key)  # type: ignore[misc]
+        self._active_adapter = active
+        self._parts.configs.pop(adapter_name, None)
+
+    def has_task(self, adapter_name: str) -> bool:
+        return container_key(adapter_name) in self._get_available_adapters()  # type: ignore[attr-defined]
+
+    def entries(self, adapter_name: str) -> Iterator[Entry]:
+        yield from lora_entries(self.module_name, self, container_key(adapter_name))
+
+    def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (("lora", parameter) for parameter in self.own_parameters())
+
+    def refusal_to_pool(self, adapter_name: str) -> str | None:
+        return f"a LoRA part on {self.module_name}" if self.has_task(adapter_name) else None
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         if not making_part.get():
@@ -93,7 +134,8 @@ class PartLayer(Mixed):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into tensors of its own; the pretrained ones are kept beside them."""
-        wanted = check_adapters_to_merge(self, adapter_names)  # type: ignore[arg-type]
+        keys = None if adapter_names is None else _keys(adapter_names)
+        wanted = check_adapters_to_merge(self, keys)  # type: ignore[arg-type]
         new = [name for name in wanted if name in self._get_available_adapters()]  # type: ignore[attr-defined]
         if not new:
             return
@@ -117,18 +159,10 @@ class PartLayer(Mixed):
             super().unmerge()  # type: ignore[misc]
         self._put_back()
 
-    def own_parameters(self, adapter_name: str | None = None) -> dict[str, nn.Parameter]:
-        """The parameters of a task's part here (None: of all tasks) by their names in the layer."""
-        found: dict[str, nn.Parameter] = {}
-        for attribute in dict.fromkeys(self.adapter_layer_names):  # type: ignore[attr-defined]
-            container = getattr(self, attribute)
-            prefix = attribute if adapter_name is None else f"{attribute}.{adapter_name}"
-            if adapter_name is not None and adapter_name not in container:
-                continue
-            owned = container if adapter_name is None else container[adapter_name]
-            named = [("", owned)] if isinstance(owned, nn.Parameter) else owned.named_parameters()
-            found.update({f"{prefix}.{name}".rstrip("."): parameter for name, parameter in named})
-        return found
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters of all tasks' parts here."""
+        names = dict.fromkeys(self.adapter_layer_names)  # type: ignore[attr-defined]
+        return [parameter for name in names for parameter in getattr(self, name).parameters()]
 
     def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
@@ -192,7 +226,7 @@ class PartLayer(Mixed):
             if batch.pool is not None:  # tasks of a pool have no LoRA part
                 return self.base_layer(x, *args, **kwargs)
             repeats = batch.repeats(len(x))
-            kwargs["adapter_names"] = [name for name in batch.names for _ in range(repeats)]
+            kwargs["adapter_names"] = [name for name in _keys(batch.names) for _ in range(repeats)]
         if not self.lora_variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         with _computes():
@@ -201,6 +235,10 @@ class PartLayer(Mixed):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: what a task adds here is more than its LoRA."""
         return False
+
+
+def _keys(names: Sequence[str]) -> list[str]:
+    return [name if name == BASE_ADAPTER else container_key(name) for name in names]
 
 
 def _one_task_for_all(layer: PartLayer) -> RecastBankError:
@@ -251,101 +289,74 @@ def lora_config_of(model: nn.Module, adapter_name: str) -> LoraConfig | None:
     return None
 
 
-def check_lora_part(model: nn.Module, plan: LoraPlan | None, own: set[str], compressed: set[str]) -> None:
-    """Refuse a LoRA part that would meet another method's LoRA, the task's own classifier, or no pretrained weight.
+class LoraPart(TaskPart):
+    """A low-rank part of the task (``lora_config``)."""
 
-    Args:
-        model: as it is before the task.
-        plan: of the part.
-        own: names of modules that the task owns whole.
-        compressed: names of the members of compressed banks.
+    name = "lora"
 
-    Raises:
-        RecastTargetError: naming the module.
-    """
-    if plan is None:
-        return
-    for name in plan.targets:
-        if any(name == other or name.startswith(f"{other}.") for other in own):
-            raise RecastTargetError(f"lora_config: {name} is trained whole with this task; leave it out with exclude_modules")
-        if name in compressed and (plan.config.use_dora or plan.config.init_lora_weights == "mica"):
-            raise RecastTargetError(
-                f"lora_config: {'DoRA' if plan.config.use_dora else 'MiCA'} starts from the pretrained weight of {name}, and a "
-                "compressed bank stands for it: use a plain LoraConfig, other target_modules, or an exact bank"
-            )
-        module = model.get_submodule(name)
-        if isinstance(module, LoraLayer) and not isinstance(module, PartLayer):
-            raise RecastTargetError(
-                f"lora_config: another LoRA stands on {name} ({', '.join(sorted(module._get_available_adapters()))}): give the "
-                "part other target_modules, or merge_and_unload that LoRA first"
-            )
+    def prepare(self, request: Request) -> list[LoraPlan]:
+        plan = plan_lora_part(request.model, request.config, request.targets)
+        return [] if plan is None else [plan]
+
+    def check(self, request: Request, pieces: list[LoraPlan], owned: Collection[str], compressed: Collection[str]) -> None:
+        for plan in pieces:
+            for name in plan.targets:
+                _check_target(request.model, plan, name, owned, compressed)
+
+    def install(self, place: Place, pieces: list[LoraPlan]) -> None:
+        for plan in pieces:
+            _install(place, plan)
+
+    def refusal_to_combine(self, config: RecastConfig) -> str | None:
+        return None if config.lora_config is None else "a LoRA part"
 
 
-def install_lora_part(
-    model: nn.Module,
-    adapter_name: str,
-    plan: LoraPlan | None,
-    tasks: Mapping[str, PeftConfig],
-    active: list[str],
-    inference_mode: bool,
-    low_cpu_mem_usage: bool = False,
-) -> None:
-    """Give a task its LoRA part; if that fails, the layers are taken out again."""
-    if plan is None:
-        return
-    parts = next((layer._parts for layer in part_layers(model)), None) or LoraParts(tasks)
-    before = {id(module) for module in model.modules() if isinstance(module, LoraLayer)}
+def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection[str], compressed: Collection[str]) -> None:
+    """Refuse a target that is another method's LoRA, the task's own classifier, or has no pretrained weight."""
+    if any(name == other or name.startswith(f"{other}.") for other in owned):
+        raise RecastTargetError(f"lora_config: {name} is trained whole with this task; leave it out with exclude_modules")
+    if name in compressed and (plan.config.use_dora or plan.config.init_lora_weights == "mica"):
+        raise RecastTargetError(
+            f"lora_config: {'DoRA' if plan.config.use_dora else 'MiCA'} starts from the pretrained weight of {name}, and a "
+            "compressed bank stands for it: use a plain LoraConfig, other target_modules, or an exact bank"
+        )
+    module = plain_modules(model)[name]
+    if isinstance(module, LoraLayer) and not isinstance(module, PartLayer):
+        raise RecastTargetError(
+            f"lora_config: another LoRA stands on {name} ({', '.join(sorted(module._get_available_adapters()))}): give the "
+            "part other target_modules, or merge_and_unload that LoRA first"
+        )
+
+
+def _install(place: Place, plan: LoraPlan) -> None:
+    model = place.model
+    parts = next((layer._parts for layer in part_layers(model)), None) or LoraParts(place.tuner.peft_config)
     config = copy.deepcopy(plan.config)
-    config.inference_mode, config.target_modules = inference_mode, None
+    config.inference_mode, config.target_modules = place.inference_mode, None
+    key, active = container_key(place.adapter_name), list(place.tuner.active_adapters)
     token = making_part.set(True)
     try:
-        maker = _PartMaker(model, adapter_name, config, plan, active)
+        maker = _PartMaker(model, key, config, plan, _keys(active))
         with _without(
             [m for m in model.modules() if isinstance(m, RecastLayer)]
-        ):  # what reads a weight to start from gets the pretrained one
-            LoraModel.inject_adapter(maker, model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        made = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m._get_available_adapters()]
-        for layer in made:
-            _adopt(layer, parts, adapter_name)
-            layer.set_adapter(active, inference_mode)
-    except BaseException:
-        remove_lora_part(model, adapter_name, before)
-        raise
+        ):  # what starts from a weight gets the pretrained one
+            LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
+        names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer) and key in m._get_available_adapters()]:
+            _adopt(layer, parts, key, names[id(unwrapped_module(layer))])
+            layer.set_adapter(active, place.inference_mode)
     finally:
         making_part.reset(token)
-    parts.configs[adapter_name] = plan.config
+    parts.configs[place.adapter_name] = plan.config
 
 
-def _adopt(layer: Any, parts: LoraParts, adapter_name: str) -> None:
+def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
     mix_in(layer, PartLayer, outermost=True)
-    layer._parts = parts
+    layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())
     composed = layer.__dict__.get("_recast_layer")
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
-        layer._move_adapter_to_device_of_base_layer(adapter_name, composed.weight_device)
-
-
-def remove_lora_part(model: nn.Module, adapter_name: str, before: set[int]) -> None:
-    """Take a half-made LoRA part out: layers that were not there before go, others lose the task."""
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if not isinstance(child, LoraLayer):
-                continue
-            if id(child) in before:
-                child.delete_adapter(adapter_name)
-                continue
-            setattr(parent, child_name, child.base_layer)
-    forget_absent_layers(model)
-
-
-def part_keys(model: nn.Module, adapter_name: str) -> list[str]:
-    """The model's keys of the parameters of a task's LoRA part."""
-    return [
-        f"{name}.{key}"
-        for name, layer in model.named_modules()
-        if isinstance(layer, PartLayer)
-        for key in layer.own_parameters(adapter_name)
-    ]
+        layer._move_adapter_to_device_of_base_layer(key, composed.weight_device)
 
 
 PARTS = ("recast", "lora")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from ..composition.kinds import kind_of
 from ..config import TARGET_SHORTHANDS, RecastConfig
 from ..errors import RecastTargetError
-from ..names import plain_name
+from ..holders import Entry, module_entries
 from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.targets import find_targets
 
@@ -29,18 +29,31 @@ class LoraPlan:
 
     Attributes:
         targets: names of its target modules in the plain model.
-        shapes: of its parameters, by the keys under which a task's file holds them.
+        entry_shapes: of its parameters, by the keys under which a task's file holds them.
         config: with its targets named, as it is stored with the task.
     """
 
     targets: tuple[str, ...]
-    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    entry_shapes: dict[str, tuple[int, ...]] = field(repr=False)
     config: LoraConfig = field(repr=False)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its entries by the names that a task's file has."""
+        return self.entry_shapes
+
+    @property
+    def place(self) -> str:
+        """The first target module."""
+        return self.targets[0]
+
+    def num_parameters(self) -> int:
+        """Parameters of the part."""
+        return self.num_numbers
 
     @property
     def num_numbers(self) -> int:
         """Numbers of the part."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(torch.Size(shape).numel() for shape in self.entry_shapes.values())
 
 
 def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Sequence[str]) -> LoraPlan | None:
@@ -162,9 +175,7 @@ def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
         ) from error
     if not isinstance(layer, LoraLayer):
         raise RecastTargetError(f"lora_config: PEFT makes no LoRA layer for {target.name} ({type(target.module).__name__})")
-    made: dict[str, torch.Tensor] = layer.state_dict()  # type: ignore[attr-defined]
-    own = {key: tensor for key, tensor in made.items() if f".{name}" in f".{key}"}
-    return {file_key(f"{target.name}.{key}", name): tuple(tensor.shape) for key, tensor in own.items()}
+    return {entry.name: entry.shape for entry in lora_entries(target.name, layer, name)}
 
 
 def _stand_in(target: Candidate) -> nn.Module:
@@ -184,7 +195,22 @@ def _stand_in(target: Candidate) -> nn.Module:
     return twin
 
 
-def file_key(key: str, adapter_name: str) -> str:
-    """A key of a LoRA layer as PEFT's files hold it: without the task's name, and DoRA's magnitudes without their module."""
-    key = plain_name(LoraModel._remove_adapter_name_from_key(key, adapter_name))
-    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
+def lora_entries(module_name: str, layer: Any, key: str) -> Iterator[Entry]:
+    """The tensors of one adapter in a LoRA layer, by the names that PEFT's files give them.
+
+    Args:
+        module_name: of the layer in the plain model.
+        layer: PEFT's.
+        key: under which the layer holds the adapter.
+    """
+    for attribute in dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names)):
+        container = getattr(layer, attribute)
+        if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or key not in container:
+            continue
+        if isinstance(container, nn.ParameterDict):
+            yield Entry(f"{module_name}.{attribute}", container, key)
+            continue
+        for entry in module_entries(f"{module_name}.{attribute}", container[key]):
+            # PEFT's files name DoRA's magnitudes without the module that holds them
+            short = entry.name.removesuffix(".weight") if attribute == "lora_magnitude_vector" else entry.name
+            yield replace(entry, name=short)

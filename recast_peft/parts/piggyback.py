@@ -60,6 +60,10 @@ class PiggybackConfig(PartnerConfig, method="piggyback"):
         assert shape is not None
         return WeightMask(shape, self.initial_score, self.threshold, **like)
 
+    def stored_shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        assert isinstance(module, WeightMask)
+        return {"mask": module.packed_shape}
+
 
 class WeightMask(nn.Module):
     """The mask of one weight and task.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastTargetError
-from ..mimicry.features import device_of
+from ..mimicry.features import device_of, evaluating
 from .head import TaskHead
 from .head_building import PrototypeHead
 
@@ -27,7 +27,7 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
         ``(classes, features)`` the prototypes.
 
     Raises:
-        RecastTargetError: if the task has no prototypes or is not in force, a label is none of its classes, or a class has
+        RecastTargetError: if the task has no prototypes or is not active, a label is none of its classes, or a class has
             no example.
     """
     heads = [m for m in model.modules() if isinstance(m, TaskHead)]
@@ -36,7 +36,7 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
     if not isinstance(head, PrototypeHead):
         raise RecastTargetError(f"task {name!r} has no prototypes: make it with RecastConfig(..., head_type='prototypes')")
     if heads[0].disable_adapters or name not in heads[0].active_adapters:
-        raise RecastTargetError(f"task {name!r} is not in force: call model.set_adapter({name!r}) first")
+        raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
     classes, features = head.prototypes.shape
     found = class_statistics(model, head, classes, features, batches)
     with torch.no_grad():
@@ -100,10 +100,8 @@ def class_statistics(
     )
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 labels = _run(model, batch)
                 given = seen.pop()
@@ -115,7 +113,6 @@ def class_statistics(
                 found.add(given, labels)
     finally:
         handle.remove()
-        model.train(training)
     empty = (found.counts == 0).nonzero().flatten().tolist()
     if empty:
         raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")

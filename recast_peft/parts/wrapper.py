@@ -35,10 +35,10 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         self.original_module = module_to_save
         self.modules_to_save = TaskModules()
         self._adapters: set[str] = set()
-        self._active_adapter: list[str] | str = []
+        self._active_adapter: list[str] = []  # the model's active tasks, whether they have something here or not
+        self._merged: list[str] | None = None  # the tasks that are merged, likewise
         self._disable_adapters = False
         self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
-        self.merged_adapters = []
         self.train(module_to_save.training)
         self.check_module()
 
@@ -72,7 +72,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         self.unmerge()
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in owners and not inference_mode)
-        self._active_adapter = owners
+        self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the tasks on or off; what was frozen before is frozen afterwards."""
@@ -90,24 +90,33 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         if adapter_name in self._adapters:
             self._adapters.discard(adapter_name)
             del self.modules_to_save[adapter_name]
-            self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
-            self.merged_adapters = [name for name in self.merged_adapters if name != adapter_name]
+        self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
 
-    def merge(self, adapter_names: Sequence[str]) -> None:
+    def merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Call the named tasks' module while they are merged, whichever task is active."""
-        owners = [name for name in adapter_names if name in self._adapters]
-        if owners != list(self.active_adapters):
-            self.merged_adapters = owners or [""]
+        self._merged = list(adapter_names)
 
     def unmerge(self) -> None:
         """Call the active task's module again."""
-        self.merged_adapters = []
+        self._merged = None
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The tasks that are merged, of those that have something here."""
+        return [name for name in self._merged or () if name in self._adapters]
 
     @property
     def shown_task(self) -> str | None:
         """The task whose module is called now; None for the model's own."""
-        shown = self.merged_adapters or self.active_adapters
-        return None if self._disable_adapters or not shown or shown[0] not in self._adapters else shown[0]
+        names = self._active_adapter if self._merged is None else self._merged
+        return None if self._disable_adapters else next((name for name in names if name in self._adapters), None)
+
+    def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
+        return True
+
+    def _getattr_wrapped(self, name: str, modules: Any) -> Any:
+        task = self.shown_task
+        return getattr(self.original_module if task is None else self.modules_to_save[task], name)
 
     # ---------------------------------------------------------------- what a holder can be asked
 
@@ -157,7 +166,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """The module that stays: of merged tasks the one that owns it, else the model's own."""
-        names = (adapter_names or self.active_adapters) if merge else []
+        names = (self._active_adapter if adapter_names is None else adapter_names) if merge else []
         owners = [name for name in names if name in self._adapters]
         return self.modules_to_save[owners[0]] if owners else self.original_module
 

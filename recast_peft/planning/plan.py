@@ -45,7 +45,7 @@ class RecastPlan:
         bank: the stored bank that the task is on, if it is not in the model yet.
         lora: what the task's LoRA part would be; None for a task without one.
         candidates: the target modules.
-        partners: of the task: ``method -> place -> numbers that it trains there``.
+        parts: what the task gets beside its coefficients and its LoRA: ``part -> place -> trainable parameters``.
         train_coefficients: whether the coefficients are trained.
     """
 
@@ -58,7 +58,7 @@ class RecastPlan:
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
     lora: LoraPart | None = None
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
-    partners: dict[str, dict[str, int]] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
     train_coefficients: bool = True
 
     @property
@@ -122,9 +122,9 @@ class RecastPlan:
             lines.append(f"offsets are shared between {SHARING[self.coefficient_sharing]}")
         if not self.train_coefficients:
             lines.append("the coefficients stay at zero (train_coefficients=False)")
-        for method, places in self.partners.items():
+        for name, places in self.parts.items():
             shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
-            lines.append(f"partner {method}: {len(places)} places ({shown}), {sum(places.values()):,} numbers per task")
+            lines.append(f"{name}: {len(places)} places ({shown}), {sum(places.values()):,} trainable parameters per task")
         if self.reason:
             lines.append(self.reason)
         lines += _shown_reasons(self.skipped)

@@ -36,12 +36,12 @@ from ..hub.transfer import fetch_task
 from ..layer import RecastLayer, recast_layers
 from ..model import RecastModel
 from ..names import COEFFICIENTS, MODEL_PREFIX
-from ..parts import BiasConfig
-from ..parts.head import Labels, PreparedHead, PrototypeHead, TaskHead, find_head, prepare_head, task_head
-from ..parts.holders import TaskBiases, bias_bank_of, bias_coefficients, bias_entry, bias_holders, bias_owners
-from ..parts.places import check_without_partners
+from ..parts import PARTS, BiasConfig
+from ..parts.bias_part import TaskBiases, bias_bank_of, bias_coefficients, bias_entry, bias_holders, bias_owners
+from ..parts.head import TaskHead, task_head
+from ..parts.head_building import Labels, PreparedHead, PrototypeHead, find_head, prepare_head
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows, head_of_adapter
-from ..tasks.files import raise_if_damaged
+from ..tasks.files import check_entries
 from .routing import TaskFeatures, nearest_task, summarise
 
 SLOT = "task_pool"
@@ -626,8 +626,7 @@ class TaskPool:
             shapes[key] = (part.stop - part.start,)
             if key in entries and entries[key].ndim == 1 and len(self._bias_versions) > 1:
                 entries[key] = F.pad(entries[key], (0, max(0, part.stop - part.start - len(entries[key]))))
-        missing = [key for key in shapes if key not in entries]
-        raise_if_damaged(what, missing, [key for key in entries if key not in shapes], entries, shapes)
+            check_entries(what, entries, shapes)
         row = torch.zeros(self.numbers_per_task)
         for key, part in keys.items():
             row[part] = average_sets(entries[key].float())
@@ -846,9 +845,9 @@ def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastB
 
 
 def _refuse_parts(name: str, config: RecastConfig) -> None:
-    check_without_partners(config, f"a pool cannot hold task {name!r}", "Keep it as an adapter.", allowed=("bias",))
-    if config.lora_config is not None:
+    refusals = [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None]
+    if refusals:
         raise RecastConfigError(
-            f"task {name!r} has a LoRA part, and a pool holds coefficients and heads alone: load it as an ordinary adapter "
-            "(model.load_adapter), or train it without lora_config"
+            f"a pool cannot hold task {name!r}: it owns {', '.join(refusals)} beside its coefficients and its classifier. Keep it "
+            "as an adapter (model.load_adapter)."
         )

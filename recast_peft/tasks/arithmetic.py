@@ -10,20 +10,20 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..banks.template_bank import TemplateBank
 from ..composition.compose import average_sets
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
-from ..layer import recast_layers
-from ..parts.head import PreparedHead, TaskHead
-from ..parts.holders import TaskBiases, bias_bank_of, bias_coefficients
-from ..parts.places import check_without_partners
+from ..holders import holders
+from ..parts import PARTS
+from ..parts.head import TaskHead, task_head
+from ..parts.head_building import PreparedHead
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
@@ -164,73 +164,112 @@ def _summed_head(heads: dict[str, PreparedHead | None], weights: Sequence[float]
 
 
 def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None:
-    """Refuse tasks whose numbers do not mean the same, or that own more than coefficients and a classifier.
+    """Refuse tasks whose coefficients do not mean the same, or that own more than coefficients and a classifier.
 
     Raises:
         RecastBankError: if they are on different banks.
-        RecastConfigError: if a task owns modules that cannot be added.
+        RecastConfigError: if a task owns parts that cannot be added.
     """
-    understood = (TaskHead, TaskBiases)
-    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper) and not isinstance(m, understood)]
     first = next(iter(configs))
     for name, config in configs.items():
-        if config.lora_config is not None:
+        refusals = refusals_to_combine(model, name, config)
+        if refusals:
             raise RecastConfigError(
-                f"task {name!r} has a LoRA part, and the sum of low-rank parts is none of the same rank: only tasks of "
-                "coefficients alone can be combined"
+                f"task {name!r} cannot be combined with others: it owns {', '.join(refusals)} beside its coefficients and its "
+                "classifier, which cannot be added. Combine tasks without such parts."
             )
-        check_without_partners(
-            config, f"task {name!r} cannot be combined with others", "Combine tasks without partners.", allowed=("bias",)
-        )
-        if _bias_layout(model, name) != _bias_layout(model, first):
-            raise RecastBankError(
-                f"the tasks {first!r} and {name!r} cannot be combined: their coefficients of biases are not the same ones "
-                "(other modules, another bank, or none)"
-            )
-        if config.bias != "none" or any(name in wrapper.modules_to_save for wrapper in wrappers):
-            raise RecastConfigError(
-                f"task {name!r} owns more than coefficients and a classifier (bias={config.bias!r}, "
-                f"modules_to_save={config.modules_to_save}, train_norms={config.train_norms}): such parts cannot be combined"
-            )
-        for module, layer in recast_layers(model).items():
-            mine, other = layer.recast_bank.get(name), layer.recast_bank.get(first)
+        for holder in holders(model):
+            mine, other = holder.bank_of(name), holder.bank_of(first)
             if mine is not other:
                 raise RecastBankError(
                     f"tasks on different banks cannot be combined: their coefficients belong to other templates; they differ "
-                    f"at {module}\n  {first}: {_members(other)}\n  {name}: {_members(mine)}"
+                    f"at {holder.module_name}\n  {first}: {_members(other)}\n  {name}: {_members(mine)}"
                 )
+        if list(task_coefficients(model, name)) != list(task_coefficients(model, first)):
+            raise RecastBankError(
+                f"the tasks {first!r} and {name!r} cannot be combined: their coefficients are of other modules or biases"
+            )
 
 
-def _bias_layout(model: nn.Module, adapter: str) -> tuple[str | None, list[str]]:
-    bank = bias_bank_of(model, adapter)
-    return None if bank is None else bank.fingerprint, list(bias_coefficients(model, adapter))
+def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) -> list[str]:
+    """What a task owns that no row of numbers can hold; empty if coefficients and a classifier are all it has."""
+    of_parts = [part.refusal_to_combine(config) for part in PARTS]
+    of_holders = [holder.refusal_to_pool(adapter) for holder in holders(model) if holder.has_task(adapter)]
+    return list(dict.fromkeys(text for text in (*of_parts, *of_holders) if text is not None))
 
 
 def _members(bank: TemplateBank | None) -> str:
     return "no bank" if bank is None else f"{bank.num_templates} templates of {', '.join(bank.members)}"
 
 
+def task_coefficients(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """A task's coefficients by the name of what they mix: ``(sets, templates)`` of a module, ``(templates,)`` of biases."""
+    found: dict[str, nn.Parameter] = {}
+    for holder in holders(model):
+        if holder.has_task(adapter):
+            found.update(holder.coefficients_of(adapter))
+    return found
+
+
 def task_row(model: nn.Module, adapter: str) -> Tensor:
-    """A task's offsets over all its modules, the coefficient sets averaged: ``(numbers,)``."""
-    layers = [layer for layer in recast_layers(model).values() if adapter in layer.recast_coefficients]
-    weights = [average_sets(layer.recast_coefficients[adapter].detach()).float() for layer in layers]
-    return torch.cat([*weights, *(offset.detach().float() for offset in bias_coefficients(model, adapter).values())])
+    """A task's coefficients side by side, the coefficient sets averaged: ``(numbers,)``."""
+    values = [value.detach().float() for value in task_coefficients(model, adapter).values()]
+    return torch.cat([average_sets(value) if value.ndim == 2 else value for value in values])
 
 
 def write_row(model: nn.Module, adapter: str, row: Tensor) -> None:
-    """Write offsets, as ``task_row`` gives them, into a task with one coefficient set."""
-    layers = recast_layers(model).values()
-    written = [layer.recast_coefficients[adapter] for layer in layers if adapter in layer.recast_coefficients]
+    """Write coefficients, as ``task_row`` gives them, into a task with one coefficient set."""
     start = 0
     with torch.no_grad():
-        for values in (*written, *bias_coefficients(model, adapter).values()):
+        for values in task_coefficients(model, adapter).values():
             values.copy_(row[start : start + values.numel()].view_as(values))
             start += values.numel()
 
 
 def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:
     """A copy of the classifier of a model's task, or None if it has none."""
-    for name, module in model.named_modules():
-        if isinstance(module, TaskHead) and adapter in module.modules_to_save:
-            return module.prepared(name, adapter)
-    return None
+    heads = [m for m in model.modules() if isinstance(m, TaskHead) and m.has_task(adapter)]
+    return heads[0].prepared(heads[0].module_name, adapter) if heads else None
+
+
+def add_combined(
+    tuner: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    density: float | None,
+    majority_sign_method: str,
+    heads: str | None,
+) -> None:
+    """Put a combined task on a model; see ``RecastModel.add_weighted_adapter`` for the arguments and what is raised."""
+    check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
+    known = {name: config for name, config in tuner.peft_config.items() if isinstance(config, RecastConfig)}
+    unknown = [name for name in adapters if name not in known]
+    if unknown or adapter_name in tuner.peft_config:
+        what = f"has no RECAST task {unknown[0]!r}" if unknown else f"has a task {adapter_name!r} already"
+        raise RecastConfigError(f"the model {what}; its tasks: {', '.join(tuner.peft_config)}")
+    model = tuner.model
+    configs = {name: known[name] for name in adapters}
+    check_combinable(model, configs)
+    head = combine_heads({name: head_of_adapter(model, name) for name in adapters}, weights, heads)
+    row = combine_rows([task_row(model, name) for name in adapters], weights, combination_type, density, majority_sign_method)
+    sharing = {config.coefficient_sharing for config in configs.values()}
+    first = configs[adapters[0]]
+    config = first.layout(
+        coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        head_type=first.head_type if head is not None else "linear",
+        head_dtype=next((config.head_dtype for config in configs.values() if head is not None), None),
+        **({} if head is None else {"num_classes": head.labels.num_classes, "id2label": head.labels.id2label}),
+    )
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(model, adapter_name)
+    except BaseException:
+        del tuner.peft_config[adapter_name]
+        raise
+    write_row(model, adapter_name, row)
+    if head is not None:
+        task_head(model, head.name).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())

@@ -6,28 +6,23 @@ Nothing here changes the model but ``install_banks``, which the tuner calls when
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER, TemplateBank
-from ..composition.compose import average_sets
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX
-from ..options.record import Reference, TaskRecord, mean_fidelity
-from ..parts.lora import lora_config_of
 from ..planning.candidates import Candidate, composed_layer
-from ..planning.groups import SHARING, PlannedGroup, coefficient_owners
+from ..planning.groups import PlannedGroup
 from ..planning.plan import RecastPlan
 
 
@@ -59,14 +54,22 @@ class PreparedLayer:
     visible_key: str
     bank: TemplateBank | None = None
 
-
-def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
-    """The template banks of a model by name, in the order of their first member."""
-    banks: dict[str, TemplateBank] = {}
-    for layer in recast_layers(model).values():
-        for bank in (*layer.compressed_bank, *layer.recast_bank.values()):
-            banks.setdefault(bank.key, bank)
-    return banks
+    def put_in(self, adapter_name: str, config: RecastConfig, num_coefficient_sets: int, active: list[str]) -> None:
+        """Put the layer in its place, with the task's coefficients."""
+        assert self.bank is not None
+        if not self.layer.active_adapters:
+            self.layer._active_adapter = active
+        self.layer.update_layer(
+            adapter_name,
+            self.bank,
+            num_coefficient_sets,
+            init_weights=config.init_weights,
+            seed=config.seed,
+            inference_mode=config.inference_mode,
+            train_coefficients=config.train_coefficients,
+            coefficient_gradient=config.coefficient_gradient,
+        )
+        setattr(self.parent, self.child_name, self.layer)
 
 
 def _existing(target: Candidate) -> RecastLayer | None:
@@ -253,28 +256,18 @@ def _check_bank_base(plan: RecastPlan, prepared: dict[str, PreparedLayer]) -> No
             )
 
 
-def share_coefficients(tuner: nn.Module, adapter_name: str, owners: dict[str, str]) -> None:
+def share_coefficients(model: nn.Module, adapter_name: str, owners: dict[str, str]) -> None:
     """Let layers of a task use the coefficients of their owners: one parameter in several layers.
 
-    Loading may put another parameter in every layer (``low_cpu_mem_usage``), so the sharing is renewed after it.
+    Args:
+        model: the backbone.
+        adapter_name: the task.
+        owners: for every target the one whose coefficients it uses: itself, if it shares none.
     """
-    held = tuner.__dict__.setdefault("_coefficient_owners", {})
-    held.pop(adapter_name, None)  # of a deleted task with this name
-    if all(name == owner for name, owner in owners.items()):
-        return
-    if not tuner.__dict__.get("_renews_sharing"):
-        tuner.__dict__["_renews_sharing"] = True
-        tuner.register_load_state_dict_post_hook(_renew_sharing)
-    held[adapter_name] = owners
-    _renew_sharing(tuner, None)
-
-
-def _renew_sharing(tuner: nn.Module, _: object) -> None:
-    layers = recast_layers(tuner)
-    for adapter_name, owners in tuner.__dict__["_coefficient_owners"].items():
-        for name, owner in owners.items():
-            if name != owner and all(adapter_name in layers[n].recast_coefficients for n in (name, owner)):
-                layers[name].recast_coefficients[adapter_name] = layers[owner].recast_coefficients[adapter_name]
+    layers = recast_layers(model)
+    for name, owner in owners.items():
+        if name != owner:
+            layers[name].recast_coefficients.share(adapter_name, layers[owner].recast_coefficients.holder(adapter_name))
 
 
 def _found_templates(
@@ -349,143 +342,6 @@ def _identity(reference: object) -> str:
     return f" (bank {reference['name']!r}, {reference['fingerprint']})" if isinstance(reference, dict) else ""
 
 
-def planned_record(
-    config: RecastConfig,
-    plan: RecastPlan,
-    prepared: dict[str, PreparedLayer],
-    fingerprints: dict[str, str],
-    partner_banks: dict[str, Reference],
-    backbone: dict[str, Any] | None,
-) -> TaskRecord:
-    """What a conversion is about to decide for a task.
-
-    Args:
-        config: of the task.
-        plan: that is carried out.
-        prepared: the layers with their banks.
-        fingerprints: of the targets' pretrained weights, by module name.
-        partner_banks: the stored banks that partners are on, by the partner's name.
-        backbone: how the backbone is found again.
-    """
-    banks = {}
-    for group in plan.groups:
-        bank = prepared[group.members[0]].bank
-        assert bank is not None
-        banks[group.name] = bank
-    return TaskRecord(
-        groups={group.name: list(group.members) for group in plan.groups},
-        base_fingerprint=fingerprints,
-        recipes=_recipes_of(banks),
-        bank=_reference_of(banks),
-        partner_banks=partner_banks,
-        num_coefficient_sets=plan.num_coefficient_sets,
-        coefficient_sharing=plan.coefficient_sharing,
-        lora_config=None if plan.lora is None else plan.lora.config,
-        backbone=backbone,
-        fidelity=config.fidelity,
-        is_stored=config.is_stored_task,
-    )
-
-
-def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str, backbone: dict[str, Any] | None) -> TaskRecord:
-    """What a model says of a task that it has, for the task's file.
-
-    Args:
-        config: of the task; its user may since have put it on another model.
-        model: with the task.
-        adapter_name: of the task.
-        backbone: how the backbone is found again.
-    """
-    layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_bank}
-    banks = task_banks(model, adapter_name)
-    reference = _reference_of(banks)
-    if reference is not None and reference["name"] is None:
-        warnings.warn(
-            f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
-            "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
-            stacklevel=2,
-        )
-    sets = {layer.recast_coefficients[adapter_name].shape[0] for layer in layers.values()}
-    measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
-    return TaskRecord(
-        groups={name: list(bank.members) for name, bank in banks.items()},
-        base_fingerprint={name: layer.fingerprint for name, layer in layers.items()},
-        recipes=_recipes_of(banks),
-        bank=reference,
-        partner_banks={} if config.record is None else config.record.partner_banks,
-        num_coefficient_sets=max(sets, default=config.num_coefficient_sets),
-        coefficient_sharing=_sharing_of(layers, banks, adapter_name),
-        lora_config=lora_config_of(model, adapter_name),
-        backbone=backbone,
-        fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
-        is_stored=config.is_stored_task,
-    )
-
-
-def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | None:
-    """Which way of sharing explains the parameters that a task's layers have in common."""
-    coefficients = {name: id(layer.recast_coefficients[adapter_name]) for name, layer in layers.items()}
-    if len(set(coefficients.values())) == len(coefficients):
-        return None
-    groups = [PlannedGroup(b.name, b.members, (), torch.float32, b.num_templates, 1) for b in banks.values()]
-    for sharing in SHARING:
-        owners = coefficient_owners(groups, sharing)
-        if all(coefficients[name] == coefficients[owner] for name, owner in owners.items()) and len(
-            set(owners.values())
-        ) == len(set(coefficients.values())):
-            return sharing
-    return None
-
-
-def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
-    """The banks of one task by name, in the order of their first member."""
-    layers = [layer for layer in recast_layers(model).values() if adapter_name in layer.recast_bank]
-    return {bank.name: bank for bank in (layer.recast_bank[adapter_name] for layer in layers)}
-
-
-def _reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
-    """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
-    return next((dict(bank.stored) for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
-
-
-def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
-    """The banks of a task as they are stored.
-
-    Raises:
-        RecastBankError: if every one of them follows from the pretrained weights.
-    """
-    banks = task_banks(model, adapter_name)
-    layers = recast_layers(model)
-    version = 1
-    history: tuple[Mapping[str, Any], ...] = ()
-    made: str | Mapping[str, Any] = method
-    groups = {}
-    for name, bank in banks.items():
-        if isinstance(bank, GrownBank):
-            groups[name] = StoredGroup(bank.members, grown=bank.grown)
-            version, history, made = bank.version, bank.history, bank.made
-        elif bank.templates is None or bank.base_coefficients is None:
-            groups[name] = StoredGroup(bank.members)
-        else:
-            groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients, bank.recipe)
-    reference = _reference_of(banks) or {"name": None, "fingerprint": ""}
-    fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
-    fingerprint = reference["fingerprint"] or ""
-    return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)
-
-
-def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
-    """Note in the model where a bank was stored, with the earlier versions in it, for the tasks that are saved from now on."""
-    fingerprints = {bank.fingerprint, *(entry["fingerprint"] for entry in bank.history)}
-    for held in recast_banks(model).values():
-        if held.stored is not None and held.stored["fingerprint"] in fingerprints:
-            held.stored["name"] = bank.name
-
-
-def _recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]] | None:
-    return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None} or None
-
-
 def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights: bool) -> None:
     """Make new compressed banks part of the model and release what they stand for, one group after the other."""
     if not banks:
@@ -503,32 +359,3 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
             layer.compressed_bank = (bank,)
             if not keep_base_weights:
                 layer.release_pretrained_weight()
-
-
-def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Replace the K coefficient sets of a task by their mean: the same model, to the last bit, with K = 1.
-
-    Args:
-        model: a converted model, as ``get_recast_model`` returns it.
-        adapter_name: the task; None means all of them.
-
-    Raises:
-        RecastConfigError: if there is no such task.
-    """
-    layers = recast_layers(model)
-    tasks = {name for layer in layers.values() for name in layer.recast_coefficients}
-    if not tasks or adapter_name not in {None, *tasks}:
-        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks)) or 'none'}")
-    configs = getattr(model, "peft_config", {})
-    for task in sorted(tasks) if adapter_name is None else [adapter_name]:
-        collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared
-        for layer in layers.values():
-            if task not in layer.recast_coefficients:
-                continue
-            old = layer.recast_coefficients[task]
-            if id(old) not in collapsed:
-                mean = average_sets(old.detach()).unsqueeze(0).clone()
-                collapsed[id(old)] = nn.Parameter(mean, requires_grad=old.requires_grad)
-            layer.recast_coefficients[task] = collapsed[id(old)]
-        if task in configs:
-            configs[task].record = replace(configs[task].record, num_coefficient_sets=1)

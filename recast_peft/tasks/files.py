@@ -1,27 +1,30 @@
-"""What must hold of a task's file before a model is touched, and when its numbers are put in."""
+"""What must hold of a task's file before a model is touched, and how its tensors are put in."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastError, RecastLoadError
+from ..holders import Entry
 from ..names import COEFFICIENTS, MODEL_PREFIX, plain_name
+from ..parts.base_biases import biased_modules
+from ..planning.plan import RecastPlan
+from ..storage.tensors import FLOATING, read_tensors
+from .state import backbone_of, put_in, shared_entries, task_entries
 
-if TYPE_CHECKING:
-    from ..planning.plan import RecastPlan
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_task_file(
-    model: nn.Module, config: RecastConfig, plan: RecastPlan, own: dict[str, tuple[int, ...]] | None = None
-) -> dict[str, Tensor] | None:
-    """Check the file of coefficients of a config that was read from a saved task, before the model is touched.
+def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, own: Shapes) -> dict[str, Tensor] | None:
+    """Check the file of a config that was read from a saved task, before the model is touched.
 
     Does nothing for a config that was not read by ``from_pretrained``, or that belongs to no saved task.
 
@@ -29,104 +32,131 @@ def check_task_file(
         model: as it is before the task.
         config: of the task.
         plan: what it targets.
-        own: shapes of what the task brings beside its coefficients (its head), by the names of the plain model.
+        own: shapes of what the task brings beside its coefficients, by the names of the plain model.
 
     Returns:
         the file's entries, or None if there is no file to check.
 
     Raises:
-        RecastLoadError: if the file cannot be read, or entries are missing, unexpected, wrongly shaped or not finite.
+        RecastLoadError: if the file cannot be read, or entries are missing, unexpected, wrongly shaped, of another kind of
+            number or not finite.
     """
-    if config.record is None or config.record.origin is None:
+    record = config.record
+    if record is None or record.origin is None:
         return None
-    folder, hub_kwargs = config.record.origin
-    try:
-        entries = load_peft_weights(folder, device="cpu", **hub_kwargs)
-    except RecastError:
-        raise
-    except Exception as error:
-        raise RecastLoadError(f"the coefficients of the task at {folder!r} cannot be read: {error}") from error
-    required: dict[str, tuple[int, ...]] = {
+    folder, hub_kwargs = record.origin
+    what = f"the task at {folder!r}"
+    shapes: dict[str, tuple[int, ...]] = {
         f"{MODEL_PREFIX}{member}.{COEFFICIENTS}": (group.num_coefficient_sets, group.num_templates)
         for group in plan.groups
         for member in group.members
     }
-    plain = {
-        f"{MODEL_PREFIX}{plain_name(key)}": tuple(value.shape)
-        for key, value in model.state_dict().items()
-        if ".modules_to_save." not in key
-    }
-    for name in config.modules_to_save or ():
-        inside = re.compile(rf"^{re.escape(MODEL_PREFIX)}(.*\.)?{re.escape(name)}\.")
-        required.update({key: shape for key, shape in plain.items() if inside.match(key)})
-    required.update({f"{MODEL_PREFIX}{key}": shape for key, shape in (own or {}).items()})
-    given = {plain_name(key): value for key, value in entries.items()}
-    known = {**plain, **required}
-    may_hold = _shared_parts(model, config)  # anything else of the base would be overwritten for every task
-    unexpected = [key for key in given if key not in required and not (key in plain and may_hold.search(key))]
-    raise_if_damaged(f"the task at {folder!r}", [key for key in required if key not in given], unexpected, given, known)
+    shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
+    given = {plain_name(key): value for key, value in _read(folder, hub_kwargs, what).items()}
+    optional = _optional(model, config, plan.targets)
+    check_entries(what, given, shapes, optional)
     return given
 
 
-def _shared_parts(model: nn.Module, config: RecastConfig) -> re.Pattern[str]:
-    """Parameters of the base that PEFT stores with a task: its biases if asked for, and its embeddings once resized."""
-    patterns = [] if config.bias == "none" else [r"(^|[._])bias$"]
-    for method in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, method)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-        names = [plain_name(name) for name, m in model.named_modules() if m is module and module is not None]
-        patterns += [rf"^{re.escape(MODEL_PREFIX + name)}\." for name in names]
-    return re.compile("|".join(patterns) or r"(?!)")
+def _read(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    local = Path(folder, hub_kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+    if local.is_file():
+        return read_tensors(local, what, floating=False, finite=False).tensors  # masks are bits; check_entries says more
+    try:
+        return load_peft_weights(folder, device="cpu", **hub_kwargs)
+    except RecastError:
+        raise
+    except Exception as error:
+        raise RecastLoadError(f"the coefficients of {what} cannot be read: {error}") from error
 
 
-def check_state_dict(model: nn.Module, adapter_name: str, entries: dict[str, Tensor], others: Sequence[str] = ()) -> None:
-    """Check what is about to be put into a model that has the task's layers already.
+def _optional(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> Shapes:
+    """What a file may hold of the base: its biases if asked for, and embeddings, which PEFT stores once they were resized."""
+    biased = [(name, module) for name, module in biased_modules(model, config.bias, targets)]
+    biases = {f"{MODEL_PREFIX}{name}.bias": tuple(module._parameters["bias"].shape) for name, module in biased}  # type: ignore
+    return {**biases, **{key: tuple(tensor.shape) for key, tensor in shared_entries(model).items()}}
+
+
+def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Put a task's entries into the modules that hold them, all or none.
 
     Args:
-        model: the model, with or without PEFT's wrapper around it.
+        model: a ``PeftModel``, or a model with tasks.
+        config: of the task.
         adapter_name: the task.
-        entries: tensors by the model's own keys.
-        others: keys that the task needs beside its coefficients.
+        state_dict: the entries by the names that a file has.
+
+    Returns:
+        a state dict by the model's own keys, for PEFT to go on with.
 
     Raises:
-        RecastLoadError: if entries are missing, unexpected, wrongly shaped or not finite.
+        RecastLoadError: if entries are missing, unexpected, wrongly shaped, of another kind of number or not finite. A task
+            that was made for this file is taken out of the model again.
     """
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wanted = [*(key for key in own if key.endswith(f".{COEFFICIENTS}.{adapter_name}")), *others]
-    given = {key if key in own else key.removeprefix(MODEL_PREFIX): value for key, value in entries.items()}
-    # a module that is reached by several names (timm's CoaT shares MLPs) is stored by one of them
-    identity = {key: id(parameter) for key, parameter in model.named_parameters(remove_duplicate=False)}
-    filled = {identity[key] for key in given if key in identity}
-    missing = [key for key in wanted if key not in given and identity[key] not in filled]
-    unexpected = [key for key in given if key not in own]
-    raise_if_damaged(f"task {adapter_name!r}", missing, unexpected, given, own)
+    unfilled = getattr(getattr(model, "base_model", None), "forget_unfilled", None)
+    try:
+        given = {_prefixed(plain_name(key)): value for key, value in state_dict.items()}
+        entries = task_entries(model, adapter_name, config)
+        optional = _optional(backbone_of(model), config, ())
+        wanted = _wanted(entries, given, optional)
+        check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
+        values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}
+    except BaseException:
+        if unfilled is not None:
+            unfilled(adapter_name, undo=True)
+        raise
+    if unfilled is not None:
+        unfilled(adapter_name, undo=False)
+    written = put_in(model, entries, values)
+    resized = {key: value for key, value in given.items() if key not in entries}
+    own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
+    return {**written, **{own[key]: value for key, value in resized.items()}}
 
 
-def raise_if_damaged(
-    what: str,
-    missing: list[str],
-    unexpected: list[str],
-    given: dict[str, Tensor],
-    shapes: dict[str, tuple[int, ...]],
-) -> None:
-    """Raise a RecastLoadError that lists what is wrong with a task's entries; return if nothing is.
+def _prefixed(key: str) -> str:
+    return key if key.startswith(MODEL_PREFIX) else f"{MODEL_PREFIX}{key}"
+
+
+def _wanted(entries: Mapping[str, Entry], given: Collection[str], optional: Collection[str]) -> Shapes:
+    """Shapes of the entries that a task needs; what several modules share is stored by one of their names at least."""
+    filled = {id(entry.tensor) for key, entry in entries.items() if key in given}
+    needed = {key: entry for key, entry in entries.items() if key not in optional}
+    return {key: entry.shape for key, entry in needed.items() if key in given or id(entry.tensor) not in filled}
+
+
+def _unpacked(entry: Entry, value: Tensor) -> Tensor:
+    return value if entry.unpack is None else entry.unpack(value)
+
+
+def check_entries(what: str, given: Mapping[str, Tensor], wanted: Shapes, optional: Shapes | None = None) -> None:
+    """Raise an error that lists what is wrong with a task's entries; return if nothing is.
 
     Args:
         what: is being read.
-        missing: names that should be there.
-        unexpected: names that should not.
         given: the entries by name.
-        shapes: that they should have.
+        wanted: shapes of those that must be there.
+        optional: shapes of those that may be.
+
+    Raises:
+        RecastLoadError: if something is wrong.
     """
+    known = {**(optional or {}), **wanted}
     misshaped = [
-        f"{key}: {tuple(value.shape)} given, {shapes[key]} expected"
+        f"{key}: {tuple(value.shape)} given, {tuple(known[key])} expected"
         for key, value in given.items()
-        if key in shapes and tuple(value.shape) != shapes[key]
+        if key in known and tuple(value.shape) != tuple(known[key])
     ]
-    broken = [k for k, v in given.items() if v.is_floating_point() and not v.is_meta and not torch.isfinite(v).all()]
-    lists = {"missing": missing, "unexpected": unexpected, "wrongly shaped": misshaped, "not finite": broken}
+    packed = {key for key, value in given.items() if key.endswith(".mask") and value.dtype == torch.uint8}
+    counts = {key for key, value in given.items() if not value.ndim}  # of batches that a norm has seen
+    odd = [f"{k}: {v.dtype}" for k, v in given.items() if v.dtype not in FLOATING and k not in packed and k not in counts]
+    broken = [k for k, v in given.items() if v.is_floating_point() and not v.is_meta and not torch.isfinite(v.float()).all()]
+    lists = {
+        "missing": [key for key in wanted if key not in given],
+        "unexpected": [key for key in given if key not in known],
+        "wrongly shaped": misshaped,
+        "of another kind than floating numbers": odd,
+        "not finite": broken,
+    }
     found = {kind: entries for kind, entries in lists.items() if entries}
     if not found:
         return

@@ -25,7 +25,6 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
-from ..parts.places import check_without_partners
 from ..planning.table import text_table
 
 
@@ -119,7 +118,12 @@ def convert_to_lora(
             f"task {adapter_name!r} has a LoRA part beside its coefficients, and no one rank describes both: export the whole "
             "model (model.merge_and_unload()), or convert a task without a LoRA part"
         )
-    check_without_partners(config, f"task {adapter_name!r} cannot be converted to a LoRA", "Keep it as a RECAST task.")
+    partners = ", ".join(partner.method for partner in cast(Any, config.partners) or ())
+    if partners:
+        raise RecastConfigError(
+            f"task {adapter_name!r} cannot be converted to a LoRA: it has the partners {partners} beside its coefficients. "
+            "Keep it as a RECAST task."
+        )
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_coefficients}
     _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     unfit = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]

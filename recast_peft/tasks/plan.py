@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from peft import PeftModel
 from torch import nn
 
 from ..config import RecastConfig
-from ..parts.lora_plan import plan_lora_part
-from ..parts.places import prepare_partners
+from ..parts import PARTS
+from ..parts.base import Request
 from ..planning.plan import RecastPlan, plan_layers
 
 
@@ -32,14 +31,8 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     plan = plan_layers(model, config)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    config, targets = config.as_chosen(), list(plan.targets)
-    return replace(plan, lora=plan_lora_part(model, config, targets), partners=_planned_partners(model, config, targets))
-
-
-def _planned_partners(model: nn.Module, config: RecastConfig, targets: list[str]) -> dict[str, dict[str, int]]:
-    """Where a task's partners would stand, and how many numbers they train there."""
-    planned: dict[str, dict[str, int]] = {}
-    for partner in prepare_partners(model, config, targets, torch.device("meta")):
-        numbers = sum(parameter.numel() for parameter in partner.module.parameters())
-        planned.setdefault(partner.config.method, {})[partner.candidate.name] = numbers
-    return planned
+    request = Request(model, config, plan.targets, counting=True)
+    pieces = {part.name: part.prepare(request) for part in PARTS}
+    lora = next(iter(pieces.pop("lora")), None)
+    counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items() if own}
+    return replace(plan, lora=lora, parts=counts)

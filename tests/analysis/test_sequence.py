@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import layers_of as named_layers
 from peft import LoraConfig, PeftModel, get_peft_model
+from recast_peft.parts.holders import bias_coefficients
 from torch import Tensor, nn
 
 from recast_peft import (
@@ -23,7 +24,6 @@ from recast_peft import (
     grow_bias_bank,
 )
 from recast_peft.analysis.sequence import Growth, learn_in_sequence
-from recast_peft.parts.holders import bias_coefficients
 
 
 class TinyModel(nn.Module):

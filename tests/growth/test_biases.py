@@ -46,7 +46,8 @@ from recast_peft import (
 from recast_peft.banks.files import BANK_CONFIG
 from recast_peft.cli import main
 from recast_peft.composition.kinds import KINDS
-from recast_peft.parts.holders import TaskBiases, partner_holders
+from recast_peft.parts.bias_part import TaskBiases
+from recast_peft.parts.partner import partner_holders
 
 X = vit_input(4)
 MEMBERS = ("norm", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
-from recast_peft.parts.head import PrototypeHead, TaskHead, find_head, fit_prototypes, join_logits, split_logits
+from recast_peft.parts.head import TaskHead, join_logits, split_logits
+from recast_peft.parts.head_building import PrototypeHead, find_head
+from recast_peft.parts.prototypes import fit_prototypes
 
 
 def small_vit(num_classes: int = 7) -> nn.Module:

@@ -1,0 +1,45 @@
+"""The model's own biases, trained and stored with a task (``bias="all"`` or ``"recast_only"``), as PEFT's other methods do it.
+
+They are no copies: a model can have one such task, and a switch to another task does not bring the pretrained biases back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+
+from ..config import RecastConfig
+from ..holders import Entry, plain_modules, unwrapped_module
+from ..layer import recast_layers
+from .base import TaskPart
+
+
+class BaseBiasesPart(TaskPart):
+    """What a config's ``bias`` names."""
+
+    name = "biases"
+
+    def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterator[Entry]:
+        for name, module in biased_modules(model, config.bias):
+            yield Entry(f"{name}.bias", module, "bias")
+
+    def refusal_to_combine(self, config: RecastConfig) -> str | None:
+        return None if config.bias == "none" else f"biases of the model (bias={config.bias!r})"
+
+
+def biased_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules whose bias belongs to a task, by their names in the plain model.
+
+    Args:
+        model: the backbone.
+        bias: ``"none"``, ``"all"`` or ``"recast_only"``: those of the modules that have coefficients.
+        targets: names of modules that are going to have some.
+    """
+    if bias == "none":
+        return
+    composed = {*recast_layers(model), *targets}
+    for name, present in plain_modules(model).items():
+        module = unwrapped_module(present)
+        if module._parameters.get("bias") is not None and (bias == "all" or name in composed):
+            yield name, module

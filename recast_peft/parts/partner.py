@@ -1,0 +1,289 @@
+"""Partners: what a task may train beside its coefficients, as the paper combines RECAST with other methods (section 4).
+
+A partner is its options (``PartnerConfig``) and the module that a task trains at each place. What acts on an output hangs on
+the module of its place by a forward hook; its parameters lie in one container beside the modules of the model, so that no
+module of the model gets another name. What acts on a weight belongs to the ``RecastLayer`` of the module.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..composition.fingerprint import weight_fingerprint
+from ..composition.mixed_batch import MixedBatch, current_batch
+from ..config import RecastConfig
+from ..errors import RecastConfigError, RecastTargetError
+from ..holders import put_at
+from ..layer import RecastLayer, recast_layers
+from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
+from ..options.partner import PARTNERS, PartnerConfig
+from ..planning.candidates import Candidate, composed_layer, find_candidates
+from ..planning.heads import head_names
+from .base import Place, Request, TaskPart, device_and_dtype
+from .places import places_of
+from .wrapper import TaskModule
+
+
+@dataclass
+class PreparedPartner:
+    """A task's partner at one place, ready to be put in.
+
+    Attributes:
+        config: of the partner.
+        candidate: the place.
+        module: what the task trains there.
+        fingerprint: of the pretrained weight, where the partner acts on one that no layer of ours composes yet.
+    """
+
+    config: PartnerConfig
+    candidate: Candidate
+    module: nn.Module
+    fingerprint: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The module of the plain model that it stands at."""
+        return self.candidate.name
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its entries by the names that the task's file has."""
+        if self.config.acts_on == "weight":
+            return {
+                f"{self.place}.{RecastLayer.MASKS}.{key}": shape
+                for key, shape in self.config.stored_shapes(self.module).items()
+            }
+        prefix = entry_prefix(self.place, self.config.method)
+        return {f"{prefix}.{key}": shape for key, shape in self.config.stored_shapes(self.module).items()}
+
+    def num_parameters(self) -> int:
+        """The parameters that a task trains there."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def entry_prefix(place: str, method: str) -> str:
+    """What stands before the names of a partner's entries in a task's file."""
+    return f"{PARTNER_CONTAINER}.{place_key(place)}.{method}"
+
+
+class PartnerPart(TaskPart):
+    """One kind of partner, by its options' class."""
+
+    acts_beside_layers = True
+
+    def __init__(self, config_class: type[PartnerConfig], holder_class: type[TaskPartners] | None = None) -> None:
+        self.config_class = config_class
+        self.holder_class = holder_class or TaskPartners
+        self.name = config_class.method
+
+    def chosen(self, config: RecastConfig) -> PartnerConfig | None:
+        """The options of this partner that a task names; None if it has none."""
+        return next((p for p in cast(Any, config.partners) or () if p.method == self.name), None)
+
+    def prepare(self, request: Request) -> list[PreparedPartner]:
+        partner = self.chosen(request.config)
+        if partner is None:
+            return []
+        candidates = find_candidates(request.model)
+        prepared = self._prepared(request, partner, candidates)
+        saved = tuple(request.config.modules_to_save or ())
+        copied = [piece.place for piece in prepared if saved and _is_under(piece.place, saved)]
+        if copied:
+            raise RecastConfigError(
+                f"modules_to_save={request.config.modules_to_save!r} would copy {copied[0]}, where partners of a task stand: "
+                "give the partner other target_modules, or leave the module out of modules_to_save"
+            )
+        return prepared
+
+    def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
+        prepared = []
+        for candidate in places_of(partner, candidates, head_names(request.model), request.targets):
+            layer = composed_layer(candidate.visible)
+            weight = None if candidate.weight_name is None else candidate.module._parameters.get(candidate.weight_name)
+            shape = layer.weight_shape if layer is not None else None if weight is None else tuple(weight.shape)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{request.config.seed} {candidate.name}".encode()))
+            like = device_and_dtype(request.model, candidate.module, request.counting)
+            module = partner.build(candidate.module, shape, generator, **like)
+            module.train(candidate.module.training)
+            is_new = partner.acts_on == "weight" and layer is None and candidate.name not in request.targets
+            fingerprint = weight_fingerprint(weight) if is_new and weight is not None and not request.counting else None
+            prepared.append(PreparedPartner(partner, candidate, module, fingerprint))
+        return prepared
+
+    def install(self, place: Place, pieces: list[PreparedPartner]) -> None:
+        for piece in pieces:
+            if piece.config.acts_on == "weight":
+                self._mask(place, piece)
+            else:
+                self._holder(place.model, piece).add(place.adapter_name, piece.module, place.active, place.inference_mode)
+        attach_partners(place.model)
+
+    def _mask(self, place: Place, piece: PreparedPartner) -> None:
+        layer = recast_layers(place.model).get(piece.place)
+        if layer is None:  # no target of the task: a layer without coefficients
+            assert piece.candidate.weight_name is not None
+            assert piece.fingerprint is not None
+            layer = RecastLayer(piece.candidate.visible, piece.place, piece.candidate.weight_name, piece.fingerprint)
+            layer.train(piece.candidate.visible.training)
+            layer._active_adapter = list(place.tuner.active_adapters)
+            put_at(place.model, piece.place, layer)
+        layer.recast_masks[place.adapter_name] = piece.module
+        piece.module.requires_grad_(place.active and not place.inference_mode)
+
+    def _holder(self, model: nn.Module, piece: PreparedPartner) -> TaskPartners:
+        if PARTNER_CONTAINER not in model._modules:
+            setattr(model, PARTNER_CONTAINER, PartnerContainer())
+        container: Any = model._modules[PARTNER_CONTAINER]
+        key = place_key(piece.place)
+        if key not in container:
+            container[key] = nn.ModuleDict()
+        if self.name not in container[key]:
+            container[key][self.name] = self.holder_class(piece.place, self.name)
+        return container[key][self.name]
+
+    def bank_reference(self, pieces: list[PreparedPartner]) -> Any:
+        return next((piece.config.bank_reference for piece in pieces), None)
+
+    def refusal_to_combine(self, config: RecastConfig) -> str | None:
+        return None if self.chosen(config) is None else f"the partner {self.name}"
+
+
+class PartnerContainer(nn.ModuleDict):
+    """The partners of all places: ``place -> method -> TaskPartners``."""
+
+    def forward(self, x: Any) -> Any:
+        """Give back the input: a model that is an ``nn.Sequential`` calls all of its children."""
+        return x
+
+
+class TaskPartners(TaskModule):
+    """The partners of one kind that stand at one place, by task; the active task's acts.
+
+    Args:
+        place: the module of the plain model.
+        method: the partner's name.
+    """
+
+    def __init__(self, place: str, method: str) -> None:
+        super().__init__(nn.Identity(), entry_prefix(place, method))
+        self.place, self.method = place, method
+        self.what = f"the partner {method}"
+        self.hosts: tuple[nn.Module, ...] = ()  # the module at the place; in a tuple, since it is no child
+
+    def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (("partners", parameter) for parameter in self.modules_to_save.parameters())
+
+    def refusal_to_merge(self, adapter_name: str) -> str | None:
+        return f"the partner {self.method}, which cannot be merged into a weight" if self.has_task(adapter_name) else None
+
+    def refusal_to_pool(self, adapter_name: str) -> str | None:
+        return f"the partner {self.method}" if self.has_task(adapter_name) else None
+
+    def attach(self, place: nn.Module, visible: nn.Module) -> None:
+        """Hang on the module of the place, or on our layer around it."""
+        self.hosts = (place,)
+        visible.register_forward_hook(PartnerHook(self), with_kwargs=True)
+
+    def adapt(self, x: Any, y: Any) -> Any:
+        """The output of the place with the partner of the active task, or of each sample's own task.
+
+        Args:
+            x: the input of the place.
+            y: its output.
+        """
+        task, batch = self.shown_task, current_batch()
+        if self._disable_adapters or (task is None and batch is None):
+            return y
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise RecastTargetError(
+                f"{self.place} takes a {type(x).__name__} and gives a {type(y).__name__}; a partner can stand only where both "
+                "are tensors: name other modules with its target_modules"
+            )
+        if batch is None:
+            return self._adapted(cast(str, task), x, y)
+        if batch.pool is not None:
+            return self._adapted_from_pool(batch, y)
+        for key, indices in batch.rows(len(x)).items():
+            if isinstance(key, str) and key in self._adapters:
+                rows = batch.index(indices, y.device)
+                y = y.index_copy(0, rows, self._adapted(key, x[rows], y[rows]))
+        return y
+
+    def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
+        return self.modules_to_save[adapter_name](x, y)
+
+    def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
+        return y  # a pool holds none of them
+
+
+class PartnerHook:
+    """Stands behind a module and lets the partners of its place change its output; or before it, and changes its input."""
+
+    def __init__(self, partners: TaskPartners, before: bool = False) -> None:
+        self.partners = partners
+        self.before = before
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if self.before:
+            return (self.partners.adapt(x, x), *args[1:]), kwargs
+        return self.partners.adapt(x, output)
+
+
+def partner_holders(model: nn.Module) -> list[TaskPartners]:
+    """What holds the partners that act on outputs and biases, one for each place and kind."""
+    return [module for module in model.modules() if isinstance(module, TaskPartners)]
+
+
+def attach_partners(model: nn.Module) -> None:
+    """Hang every partner on the module of its place: on our layer if there is one, else on the plain module.
+
+    A task may have put a layer around a module since, and that layer may call the module several times for one batch.
+    """
+    detach_partners(model)
+    holders = partner_holders(model)
+    places = {candidate.name: candidate for candidate in find_candidates(model)} if holders else {}
+    for holder in holders:
+        place = places[holder.place]
+        holder.attach(place.module, composed_layer(place.visible) or place.module)
+
+
+def detach_partners(model: nn.Module) -> None:
+    """Take the hooks of partners off all modules."""
+    for module in model.modules():
+        for hooks, with_kwargs in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, PartnerHook)]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+
+
+def _is_under(place: str, saved: tuple[str, ...]) -> bool:
+    """Whether ``modules_to_save``, which names the ends of module names, copies the module at a place."""
+    parts = place.split(".")
+    return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))
+
+
+def partner_of_entry(key: str, numbers: int) -> tuple[str, int] | None:
+    """The partner that an entry of a task's file belongs to, and how many numbers (of a mask: bits) it holds.
+
+    Args:
+        key: of the entry.
+        numbers: in it.
+
+    Returns:
+        None if the entry is no partner's.
+    """
+    name = key.removeprefix(MODEL_PREFIX)
+    if name.startswith(f"{PARTNER_CONTAINER}."):
+        return name.split(".")[2], numbers  # container, place, kind
+    if name.split(".")[-2:-1] == [RecastLayer.MASKS]:
+        return next((method, 8 * numbers) for method, config in PARTNERS.items() if config.acts_on == "weight")
+    return None

@@ -1,0 +1,100 @@
+"""Modules that a task owns whole: those of ``modules_to_save``, and all normalisation layers with ``train_norms``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import RecastConfig
+from ..holders import plain_modules, put_at, unwrapped_module
+from .base import Place, Request, TaskPart
+from .wrapper import TaskModule
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A module of the model of which a task gets a copy.
+
+    Attributes:
+        place: its name in the plain model.
+        module: the model's own.
+    """
+
+    place: str
+    module: nn.Module
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its entries by the names that a task's file has."""
+        return {f"{self.place}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
+
+    def num_parameters(self) -> int:
+        """The parameters that a task trains there."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+class SavedPart(TaskPart):
+    """What a config's ``modules_to_save`` names."""
+
+    name = "modules_to_save"
+    owns_modules = True
+
+    def names(self, request: Request) -> list[str]:
+        """Names of the modules; as PEFT does, a name means every module whose name ends with it."""
+        wanted = tuple(request.config.modules_to_save or ())
+        return [name for name in plain_modules(request.model) if wanted and name.endswith(wanted)]
+
+    def prepare(self, request: Request) -> list[SavedModule]:
+        modules = plain_modules(request.model)
+        outermost: list[str] = []  # a module inside another one comes with it
+        for name in self.names(request):
+            if not any(name.startswith(f"{other}.") for other in outermost):
+                outermost.append(name)
+        return [SavedModule(name, unwrapped_module(modules[name])) for name in outermost]
+
+    def install(self, place: Place, pieces: list[SavedModule]) -> None:
+        for piece in pieces:
+            present = plain_modules(place.model)[piece.place]
+            if not isinstance(present, TaskModule):
+                present = TaskModule(present, piece.place)
+                put_at(place.model, piece.place, present)
+            if not present.has_task(place.adapter_name):  # another part may own it already, as a head of another size does
+                own = copy.deepcopy(present.original_module)
+                own.train(present.training)
+                present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
+
+
+class NormsPart(SavedPart):
+    """All normalisation layers (``train_norms``), parameters and running statistics."""
+
+    name = "norms"
+
+    def names(self, request: Request) -> list[str]:
+        return find_norms(request.model) if request.config.train_norms else []
+
+    def refusal_to_combine(self, config: RecastConfig) -> str | None:
+        return "norms (train_norms)" if config.train_norms else None
+
+
+def find_norms(model: nn.Module) -> list[str]:
+    """Names of all normalisation layers of the plain model that hold parameters or running statistics.
+
+    A norm may have an activation inside (timm's ``BatchNormAct2d``), but no parameters of children.
+    """
+    names = []
+    for name, present in plain_modules(model).items():
+        module = unwrapped_module(present)
+        holds = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
+        is_leaf = not any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
+        if "Norm" in type(module).__name__ and holds and is_leaf:
+            names.append(name)
+    return names
+
+
+def freeze_running_statistics(model: nn.Module) -> None:
+    """Put the pretrained model's layers with running statistics in evaluation mode; a task's own go on learning."""
+    own = {id(m) for wrapper in model.modules() if isinstance(wrapper, TaskModule) for m in wrapper.modules_to_save.modules()}
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None and id(module) not in own:
+            module.train(False)

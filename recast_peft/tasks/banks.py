@@ -1,0 +1,141 @@
+"""The template banks of a model's tasks: which there are, and as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.grown_bank import GrownBank
+from ..banks.template_bank import TemplateBank
+from ..composition.compose import average_sets
+from ..errors import RecastBankError, RecastConfigError
+from ..layer import recast_layers
+from ..options.record import Reference
+from ..parts.bias_part import bias_bank_of
+
+
+def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
+    """The template banks of a model by name, in the order of their first member."""
+    banks: dict[str, TemplateBank] = {}
+    for layer in recast_layers(model).values():
+        for bank in (*layer.compressed_bank, *layer.recast_bank.values()):
+            banks.setdefault(bank.key, bank)
+    return banks
+
+
+def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
+    """The banks of one task by name, in the order of their first member."""
+    layers = [layer for layer in recast_layers(model).values() if adapter_name in layer.recast_bank]
+    return {bank.name: bank for bank in (layer.recast_bank[adapter_name] for layer in layers)}
+
+
+def reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
+    """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
+    return next((dict(bank.stored) for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
+
+
+def recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]] | None:
+    """How the templates of compressed banks were mixed, as a task stores it; None without any."""
+    return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None} or None
+
+
+def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
+    """The banks of a task as they are stored.
+
+    Raises:
+        RecastBankError: if every one of them follows from the pretrained weights.
+    """
+    banks = task_banks(model, adapter_name)
+    layers = recast_layers(model)
+    version = 1
+    history: tuple[Mapping[str, Any], ...] = ()
+    made: str | Mapping[str, Any] = method
+    groups = {}
+    for name, bank in banks.items():
+        if isinstance(bank, GrownBank):
+            groups[name] = StoredGroup(bank.members, grown=bank.grown)
+            version, history, made = bank.version, bank.history, bank.made
+        elif bank.templates is None or bank.base_coefficients is None:
+            groups[name] = StoredGroup(bank.members)
+        else:
+            groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients, bank.recipe)
+    reference = reference_of(banks) or {"name": None, "fingerprint": ""}
+    fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
+    fingerprint = reference["fingerprint"] or ""
+    return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)
+
+
+def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
+    """Note in the model where a bank was stored, with the earlier versions in it, for the tasks that are saved from now on."""
+    fingerprints = {bank.fingerprint, *(entry["fingerprint"] for entry in bank.history)}
+    for held in recast_banks(model).values():
+        if held.stored is not None and held.stored["fingerprint"] in fingerprints:
+            held.stored["name"] = bank.name
+
+
+def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Replace the K coefficient sets of a task by their mean: the same model, to the last bit, with K = 1.
+
+    Args:
+        model: a converted model, as ``get_recast_model`` returns it.
+        adapter_name: the task; None means all of them.
+
+    Raises:
+        RecastConfigError: if there is no such task.
+    """
+    layers = recast_layers(model)
+    tasks = {name for layer in layers.values() for name in layer.recast_coefficients}
+    if not tasks or adapter_name not in {None, *tasks}:
+        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks)) or 'none'}")
+    configs = getattr(model, "peft_config", {})
+    for task in sorted(tasks) if adapter_name is None else [adapter_name]:
+        collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared
+        for layer in layers.values():
+            if task not in layer.recast_coefficients:
+                continue
+            old = layer.recast_coefficients[task]
+            if id(old) not in collapsed:
+                mean = average_sets(old.detach()).unsqueeze(0).clone()
+                collapsed[id(old)] = nn.Parameter(mean, requires_grad=old.requires_grad)
+            layer.recast_coefficients[task] = collapsed[id(old)]
+        if task in configs:
+            configs[task].record = replace(configs[task].record, num_coefficient_sets=1)
+
+
+def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
+    """The bank of a task that ``save_bank`` and ``push_bank_to_hub`` store; the arguments are theirs.
+
+    Raises:
+        RecastBankError: if the banks follow from the pretrained weights, or there is no bank of biases.
+        RecastConfigError: if ``of`` is neither ``"weights"`` nor ``"biases"``.
+    """
+    name = adapter_name or tuner.active_adapters[0]
+    if of == "biases":
+        bank = bias_bank_of(tuner.model, name)
+        if bank is None:
+            raise RecastBankError(f"task {name!r} is on no bank of biases: there is nothing to store")
+        return bank
+    if of != "weights":
+        raise RecastConfigError(f"of={of!r}: expected 'weights' or 'biases'")
+    return stored_bank_of(tuner.model, name, tuner.peft_config[name].method.to_dict())
+
+
+def remember_stored_bank(tuner: Any, stored: StoredBank) -> StoredBank:
+    """Note where a bank was stored, for the tasks that are saved from now on.
+
+    Returns:
+        the bank.
+    """
+    if not stored.is_of_biases:
+        remember_bank_name(tuner.model, stored)
+    for config in tuner.peft_config.values() if stored.is_of_biases else ():
+        record = getattr(config, "record", None)
+        for partner, reference in () if record is None else record.partner_banks.items():
+            if stored.at(reference["fingerprint"]) is not None:
+                banks = {**record.partner_banks, partner: {**reference, "name": stored.name}}
+                config.record = replace(record, partner_banks=banks)
+    return stored

@@ -1,0 +1,103 @@
+"""Everything that a conversion decides, checks and builds before a model is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..banks.template_bank import TemplateBank
+from ..config import RecastConfig
+from ..layer import recast_layers
+from ..parts import PARTS
+from ..parts.base import Place, Request
+from ..planning.plan import RecastPlan, plan_layers
+from .conversion import (
+    PreparedLayer,
+    base_fingerprints,
+    check_fingerprints,
+    check_name_is_free,
+    check_other_tasks,
+    prepare_banks,
+    prepare_layers,
+)
+from .files import check_task_file
+
+
+@dataclass
+class PreparedTask:
+    """A task that is ready to be put on a model.
+
+    Attributes:
+        plan: what it targets, in which groups.
+        layers: by module name.
+        banks: the compressed and grown banks that are new.
+        pieces: of every part, what it gets.
+        fingerprints: of the pretrained weights of its target modules.
+        is_same_base: whether these are the weights that the task was made for.
+    """
+
+    plan: RecastPlan
+    layers: dict[str, PreparedLayer]
+    banks: list[TemplateBank]
+    pieces: list[tuple[Any, list[Any]]]
+    fingerprints: dict[str, str]
+    is_same_base: bool = True
+
+    @property
+    def partner_banks(self) -> dict[str, Any]:
+        """The stored banks that partners are on, by the partner's name."""
+        found = {part.name: part.bank_reference(pieces) for part, pieces in self.pieces}
+        return {name: reference for name, reference in found.items() if reference is not None}
+
+    @property
+    def visible_keys(self) -> set[str]:
+        """The module names at which PEFT's loop comes by a target."""
+        return {layer.visible_key for layer in self.layers.values()}
+
+    def install_parts(self, place: Place) -> None:
+        """Put in what the task gets beside its coefficients."""
+        for part, pieces in self.pieces:
+            if pieces:
+                part.install(place, pieces)
+        beside = tuple(part.name for part, pieces in self.pieces if pieces and part.acts_beside_layers)
+        for layer in recast_layers(place.model).values():
+            if beside and layer.has_task(place.adapter_name):
+                layer.recast_partners[place.adapter_name] = beside
+
+
+def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PreparedTask:
+    """Plan, check and build a task; the model is not touched.
+
+    Raises:
+        RecastError: saying what is wrong.
+    """
+    plan = plan_layers(model, config)
+    targets = list(plan.candidates)
+    check_name_is_free(targets, adapter_name)
+    fingerprints = base_fingerprints(targets)
+    # what a file is for is compared with what it holds before anything of that size is built
+    request = Request(model, config, plan.targets, counting=True)
+    counted = pieces_of(request)
+    entries = check_task_file(model, config, plan, _shapes(counted))
+    is_same_base = check_fingerprints(config, fingerprints, entries)
+    layers = prepare_layers(targets, fingerprints)
+    banks = prepare_banks(plan, config, layers)
+    compressed = {name for name, layer in layers.items() if layer.bank is not None and not layer.bank.is_anchored}
+    owned = {piece.place for part, pieces in counted for piece in pieces if part.owns_modules}
+    for part, pieces in counted:
+        part.check(request, pieces, owned, compressed)
+    check_other_tasks(model, banks, config)
+    pieces = pieces_of(replace(request, counting=False))
+    lora = next((piece for part, own in pieces for piece in own if part.name == "lora"), None)
+    return PreparedTask(replace(plan, lora=lora), layers, banks, pieces, fingerprints, is_same_base)
+
+
+def pieces_of(request: Request) -> list[tuple[Any, list[Any]]]:
+    """What every part would give a task."""
+    return [(part, part.prepare(request)) for part in PARTS]
+
+
+def _shapes(pieces: list[tuple[Any, list[Any]]]) -> dict[str, tuple[int, ...]]:
+    return {key: shape for _, own in pieces for piece in own for key, shape in piece.shapes().items()}

@@ -1,0 +1,95 @@
+"""The record of a task: what a conversion decides, and what a model says of a task that it has."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..banks.template_bank import TemplateBank
+from ..config import RecastConfig
+from ..layer import RecastLayer, recast_layers
+from ..options.record import TaskRecord, mean_fidelity
+from ..parts.lora import lora_config_of
+from ..planning.groups import SHARING, PlannedGroup, coefficient_owners
+from .backbone import describe_backbone
+from .banks import recipes_of, reference_of, task_banks
+from .preparation import PreparedTask
+from .state import backbone_of
+
+
+def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
+    """What a conversion is about to decide for a task.
+
+    Args:
+        config: of the task.
+        prepared: the task, ready to be put in.
+        backbone: how the backbone is found again.
+    """
+    plan = prepared.plan
+    banks = {group.name: bank for group in plan.groups if (bank := prepared.layers[group.members[0]].bank) is not None}
+    return TaskRecord(
+        groups={group.name: list(group.members) for group in plan.groups},
+        base_fingerprint=prepared.fingerprints,
+        recipes=recipes_of(banks),
+        bank=reference_of(banks),
+        partner_banks=prepared.partner_banks,
+        num_coefficient_sets=plan.num_coefficient_sets,
+        coefficient_sharing=plan.coefficient_sharing,
+        lora_config=None if plan.lora is None else plan.lora.config,
+        backbone=(config.backbone if prepared.is_same_base else None) or backbone,
+        fidelity=config.fidelity,
+        is_stored=config.is_stored_task,
+    )
+
+
+def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> TaskRecord:
+    """What a model says of a task that it has, for the task's file.
+
+    Args:
+        config: of the task; its user may since have put it on another model.
+        model: with the task.
+        adapter_name: of the task.
+    """
+    backbone = backbone_of(model)
+    layers = {n: layer for n, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}
+    banks = task_banks(backbone, adapter_name)
+    reference = reference_of(banks)
+    if reference is not None and reference["name"] is None:
+        warnings.warn(
+            f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
+            "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
+            stacklevel=2,
+        )
+    sets = {layer.recast_coefficients[adapter_name].shape[0] for layer in layers.values()}
+    measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
+    return TaskRecord(
+        groups={name: list(bank.members) for name, bank in banks.items()},
+        base_fingerprint={name: layer.fingerprint for name, layer in layers.items()},
+        recipes=recipes_of(banks),
+        bank=reference,
+        partner_banks={} if config.record is None else config.record.partner_banks,
+        num_coefficient_sets=max(sets, default=config.num_coefficient_sets),
+        coefficient_sharing=_sharing_of(layers, banks, adapter_name),
+        lora_config=lora_config_of(backbone, adapter_name),
+        backbone=config.as_chosen().backbone or describe_backbone(backbone, config.revision),
+        fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
+        is_stored=config.is_stored_task,
+    )
+
+
+def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | None:
+    """Which way of sharing explains the parameters that a task's layers have in common."""
+    coefficients = {name: id(layer.recast_coefficients[adapter_name]) for name, layer in layers.items()}
+    if len(set(coefficients.values())) == len(coefficients):
+        return None
+    groups = [PlannedGroup(b.name, b.members, (), torch.float32, b.num_templates, 1) for b in banks.values()]
+    for sharing in SHARING:
+        owners = coefficient_owners(groups, sharing)
+        if all(coefficients[name] == coefficients[owner] for name, owner in owners.items()) and len(
+            set(owners.values())
+        ) == len(set(coefficients.values())):
+            return sharing
+    return None

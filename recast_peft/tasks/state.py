@@ -1,0 +1,89 @@
+"""A task's tensors: gathered from the modules that hold them, under the names of the plain model, and put back the same way.
+
+PEFT hands a model's whole state dict over and takes one back; it finds an adapter by looking for its name in the keys. Here the
+modules are asked what they hold (``TaskHolder.entries``), and PEFT's state dict serves for the values alone, where they were
+gathered from several processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..config import RecastConfig
+from ..holders import Entry, entries_of
+from ..names import MODEL_PREFIX, plain_name
+from ..parts import PARTS
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The backbone in a ``PeftModel`` or a tuner; any other model itself."""
+    if isinstance(model, PeftModel):
+        return model.get_base_model()
+    return model
+
+
+def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> dict[str, Entry]:
+    """All tensors of a task by the names that its file has.
+
+    Raises:
+        RecastError: if something that the task owns is no longer in the model.
+    """
+    backbone = backbone_of(model)
+    entries = {entry.key: entry for part in PARTS for entry in part.entries(backbone, adapter_name, config)}
+    return {**entries, **entries_of(backbone, adapter_name)}
+
+
+def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A task's tensors as its file holds them.
+
+    Args:
+        model: a ``PeftModel``, or a model with tasks.
+        adapter_name: the task.
+        config: of the task.
+        state_dict: of the model, where its values were gathered from several processes; what it lacks is taken from the model.
+    """
+    given = {plain_name(key): value for key, value in state_dict.items()}
+    paths = {id(module): plain_name(path) for path, module in model.named_modules()}
+    tensors = {}
+    for key, entry in task_entries(model, adapter_name, config).items():
+        value = given.get(f"{paths.get(id(entry.module), '')}.{entry.attribute}")
+        tensors[key] = entry.stored(_whole(entry.tensor if value is None else value))
+    return tensors
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which every process holds a shard."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def put_in(model: nn.Module, entries: Mapping[str, Entry], values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a task's tensors into the modules that hold them.
+
+    Returns:
+        the tensors by the model's own keys: a state dict that changes nothing, for PEFT to go on with.
+    """
+    for key, entry in entries.items():
+        if key in values:
+            entry.write(values[key])
+    own = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    written = (entry.tensor for entry in entries.values())
+    return {own[id(tensor)]: tensor for tensor in written if id(tensor) in own}
+
+
+def shared_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters of the base that PEFT stores once its vocabulary was resized: the embeddings, by the names of a file."""
+    backbone = backbone_of(model)
+    found: dict[str, Tensor] = {}
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(backbone, method)()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+        for name, other in backbone.named_modules():
+            if other is module and module is not None:
+                found.update({f"{MODEL_PREFIX}{plain_name(f'{name}.{key}')}": p for key, p in other.named_parameters()})
+    return found

@@ -1,0 +1,188 @@
+"""What is done to all parts of tasks at once: activating, deleting, merging, unmerging and taking a model apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import nn
+
+from ..errors import RecastBankError, RecastConfigError
+from ..holders import TaskHolder, holders
+from ..layer import RecastLayer, recast_layers
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER
+from ..parts.lora import part_layers
+from ..parts.partner import attach_partners, detach_partners
+from ..parts.wrapper import TaskModule
+
+
+def task_modules(model: nn.Module) -> list[TaskModule]:
+    """Every place of a model where tasks have modules of their own."""
+    return [module for module in model.modules() if isinstance(module, TaskModule)]
+
+
+def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: bool) -> None:
+    """Make the tasks' parts active beside their coefficients, which PEFT's own verb reaches."""
+    for module in task_modules(model):
+        module.set_adapter(list(adapter_names), inference_mode)
+    for layer in part_layers(model):
+        layer.unmerge()
+        layer.set_adapter(list(adapter_names), inference_mode)
+
+
+def is_frozen(model: nn.Module, adapter_names: Sequence[str]) -> bool:
+    """Whether nothing of some tasks is trained."""
+    return not any(
+        entry.tensor.requires_grad
+        for holder in holders(model)
+        for name in adapter_names
+        if holder.has_task(name)
+        for entry in holder.entries(name)
+    )
+
+
+def delete(model: nn.Module, adapter_name: str) -> None:
+    """Take a task out of every module that holds something of it.
+
+    Raises:
+        RecastConfigError: if it is merged.
+    """
+    if adapter_name in merged_tasks(model):
+        raise RecastConfigError(f"task {adapter_name!r} is merged: call unmerge_adapter() before it is deleted")
+    for holder in holders(model):
+        if isinstance(holder, RecastLayer):  # PEFT would choose the next active task here, layer by layer
+            holder._active_adapter = [name for name in holder.active_adapters if name != adapter_name]
+        holder.delete_adapter(adapter_name)
+
+
+# ---------------------------------------------------------------- merging
+
+
+def merged_tasks(model: nn.Module) -> list[str]:
+    """The tasks that are merged now."""
+    merged = [name for layer in recast_layers(model).values() for name in layer.merged_adapters]
+    shown = [name for module in task_modules(model) for name in module._merged or ()]
+    return list(dict.fromkeys([*merged, *shown]))
+
+
+def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Refuse to merge tasks with a part that no weight can hold, or while one of their two parts is switched off.
+
+    Raises:
+        RecastBankError: naming the task and its part.
+        RecastConfigError: inside a block of ``disable_part``.
+    """
+    for holder in holders(model):
+        for name in adapter_names:
+            refusal = holder.refusal_to_merge(name) if holder.has_task(name) else None
+            if refusal is not None:
+                raise RecastBankError(
+                    f"task {name!r} has {refusal}; nothing was changed. Leave it unmerged, or activate and merge a task "
+                    "without it."
+                )
+    if any(getattr(layer, "_switched_off", False) for layer in (*part_layers(model), *recast_layers(model).values())):
+        raise RecastConfigError("tasks are merged whole: leave the block of disable_part() first")
+
+
+def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, others: list[str] | None) -> None:
+    """Merge tasks beside those that are merged already; what fails leaves nothing merged that was not merged before.
+
+    Args:
+        model: the backbone.
+        adapter_names: the tasks.
+        safe_merge: refuse what is not finite.
+        others: the adapters that layers of other methods merge; None means their active ones.
+    """
+    before = merged_tasks(model)
+    wanted = [*before, *(name for name in adapter_names if name not in before)]
+    for part in part_layers(model):  # a LoRA part is merged on top of its task's coefficients, whatever was merged before
+        part.unmerge()
+    try:
+        _merge_all(model, wanted, safe_merge)
+        for layer in _layers_of_others(model):
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=others)
+    except BaseException:
+        unmerge(model)
+        if before:
+            _merge_all(model, before, False)
+        raise
+
+
+def _merge_all(model: nn.Module, wanted: list[str], safe_merge: bool) -> None:
+    for layer in (*recast_layers(model).values(), *part_layers(model)):
+        new = [name for name in wanted if layer.has_task(name) and name not in layer.merged_adapters]
+        if new:
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=new)
+    for module in task_modules(model):
+        module.merge(wanted, safe_merge)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put everything back that was there before tasks were merged, to the last bit."""
+    for module in task_modules(model):
+        module.unmerge()
+    for layer in (*part_layers(model), *_layers_of_others(model), *recast_layers(model).values()):
+        if layer.merged:
+            with onload_layer(layer):
+                layer.unmerge()
+
+
+def _layers_of_others(model: nn.Module) -> list[Any]:
+    """The tuner layers of other methods."""
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, TaskHolder)]
+
+
+# ---------------------------------------------------------------- taking a model apart
+
+
+@contextmanager
+def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
+    """A block in which PEFT takes a model's layers out; what hangs beside them comes out too, or back if the block fails.
+
+    Args:
+        tuner: the ``RecastModel``.
+        adapter_names: the tasks that stay merged; None for the pretrained model.
+        safe_merge: refuse biases that are not finite.
+    """
+    model = tuner.model
+    if adapter_names and part_layers(model):  # a LoRA part is merged on top of the coefficients of the active tasks
+        tuner.unmerge_adapter()
+        tuner.set_adapter(adapter_names, inference_mode=True)
+    beside = model._modules.get(PARTNER_CONTAINER)
+    for module in () if beside is None else task_modules(beside):
+        if adapter_names is None:
+            module.unmerge()
+        else:
+            module.merge(adapter_names, safe_merge)
+    detach_partners(model)
+    model._modules.pop(PARTNER_CONTAINER, None)
+    try:
+        with _renamed_children(model, "base_layer"):
+            yield
+    except BaseException:
+        if beside is not None:
+            setattr(model, PARTNER_CONTAINER, beside)
+            attach_partners(model)
+        raise
+    model._modules.pop(BANK_CONTAINER, None)
+
+
+@contextmanager
+def _renamed_children(model: nn.Module, name: str) -> Iterator[None]:
+    """Give the model's own modules of a name another one for a while, in the same place.
+
+    PEFT takes whatever has a ``base_layer`` for a layer of its own, and timm's DLA is a model that has one.
+    """
+    other = f"{name}_of_the_model"
+    parents = [m for m in model.modules() if name in m._modules and not isinstance(m, BaseTunerLayer)]
+    try:
+        for parent in parents:
+            parent._modules = {other if key == name else key: child for key, child in parent._modules.items()}
+        yield
+    finally:
+        for parent in parents:
+            parent._modules = {name if key == other else key: child for key, child in parent._modules.items()}
