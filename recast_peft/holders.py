@@ -31,7 +31,8 @@ class Entry:
         attribute: its name in the module.
         pack: what is stored in place of the tensor; None stores it as it is.
         unpack: the inverse of ``pack``.
-        shape: of what is stored.
+        packed_shape: of what ``pack`` gives.
+        file_name: what a file calls it, where that is not its name in the plain model; reading takes both.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Entry:
     pack: Callable[[Tensor], Tensor] | None = None
     unpack: Callable[[Tensor], Tensor] | None = None
     packed_shape: tuple[int, ...] | None = None
+    file_name: str | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -51,8 +53,13 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The name in the file, with PEFT's prefix."""
+        """The name in the plain model, with PEFT's prefix."""
         return f"{MODEL_PREFIX}{self.name}"
+
+    @property
+    def file_key(self) -> str:
+        """The name in the file, with PEFT's prefix."""
+        return f"{MODEL_PREFIX}{self.file_name or self.name}"
 
     @property
     def shape(self) -> tuple[int, ...]:

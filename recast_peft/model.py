@@ -385,7 +385,7 @@ class RecastModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return plain_name(key)  # no key has a task's name in it
+        return key  # it holds no task's name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

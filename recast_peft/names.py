@@ -38,7 +38,7 @@ def check_adapter_name(name: str) -> None:
         raise RecastConfigError(f"adapter_name={name!r}: expected a name that is not empty")
     if "/" in name or "\\" in name or name in (".", "..") or not name.isprintable():
         raise RecastConfigError(
-            f"adapter_name={name!r}: a task is saved in a folder of its name, so it must be a folder's plain name, without "
+            f"adapter_name={name!r}: a task is saved in a folder of its name, so it must be the plain name of one, without "
             "slashes, control characters or '..'"
         )
     if len(name.encode(errors="surrogatepass")) > MOST_BYTES:

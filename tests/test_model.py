@@ -171,21 +171,26 @@ class TestANameOfATask:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("my.task", "no dot"),
+            ("my.task", None),
             ("__base__", "without any task"),
             ("", "not empty"),
             (None, "not empty"),
             (3, "not empty"),
-            ("recast", "prefix"),
-            ("recast_", "prefix"),
-            ("keys", "attribute of the containers"),
+            ("recast", None),
+            ("recast_", None),
+            ("keys", None),
+            ("../up", "plain name"),
+            ("/tmp/absolute", "plain name"),
+            ("..", "plain name"),
+            ("a\x00b", "plain name"),
+            ("README.md", "lies beside"),
             ("weight", None),
             ("a task with spaces", None),
             ("aufgabe-ä", None),
             ("0", None),
         ],
     )
-    def test_is_refused_where_PEFT_could_not_store_it(self, name: Any, message: str | None) -> None:
+    def test_is_any_plain_name_of_a_folder(self, name: Any, message: str | None) -> None:
         model = tiny_vit()
         before = state(model)
         if message is None:

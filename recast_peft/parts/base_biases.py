@@ -21,8 +21,11 @@ class BaseBiasesPart(TaskPart):
     name = "biases"
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterator[Entry]:
+        composed = recast_layers(model)
         for name, module in biased_modules(model, config.bias):
-            yield Entry(f"{name}.bias", module, "bias")
+            # PEFT's files name the bias of a target as it lies in the tuner's layer
+            file_name = f"{name}.base_layer.bias" if name in composed else None
+            yield Entry(f"{name}.bias", module, "bias", file_name=file_name)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return None if config.bias == "none" else f"biases of the model (bias={config.bias!r})"

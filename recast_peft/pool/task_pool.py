@@ -848,6 +848,6 @@ def _refuse_parts(name: str, config: RecastConfig) -> None:
     refusals = [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None]
     if refusals:
         raise RecastConfigError(
-            f"a pool cannot hold task {name!r}: it owns {', '.join(refusals)} beside its coefficients and its classifier. Keep it "
-            "as an adapter (model.load_adapter)."
+            f"a pool cannot hold task {name!r}: it owns {', '.join(refusals)} beside its coefficients and its classifier. "
+            "Keep it as an adapter (model.load_adapter)."
         )

@@ -175,8 +175,8 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
         refusals = refusals_to_combine(model, name, config)
         if refusals:
             raise RecastConfigError(
-                f"task {name!r} cannot be combined with others: it owns {', '.join(refusals)} beside its coefficients and its "
-                "classifier, which cannot be added. Combine tasks without such parts."
+                f"task {name!r} cannot be combined with others: it owns more than coefficients and a classifier "
+                f"({shown(refusals)}), which cannot be added. Combine tasks without such parts."
             )
         for holder in holders(model):
             mine, other = holder.bank_of(name), holder.bank_of(first)
@@ -189,6 +189,11 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
             raise RecastBankError(
                 f"the tasks {first!r} and {name!r} cannot be combined: their coefficients are of other modules or biases"
             )
+
+
+def shown(refusals: Sequence[str]) -> str:
+    """The first of a list of refusals, for a message."""
+    return ", ".join(refusals[:3]) + (", ..." if len(refusals) > 3 else "")
 
 
 def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) -> list[str]:

@@ -49,9 +49,9 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
     given = {plain_name(key): value for key, value in state_dict.items()}
     paths = {id(module): plain_name(path) for path, module in model.named_modules()}
     tensors = {}
-    for key, entry in task_entries(model, adapter_name, config).items():
+    for entry in task_entries(model, adapter_name, config).values():
         value = given.get(f"{paths.get(id(entry.module), '')}.{entry.attribute}")
-        tensors[key] = entry.stored(_whole(entry.tensor if value is None else value))
+        tensors[entry.file_key] = entry.stored(_whole(entry.tensor if value is None else value))
     return tensors
 
 

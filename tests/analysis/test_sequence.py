@@ -11,7 +11,6 @@ import pytest
 import torch
 from models import layers_of as named_layers
 from peft import LoraConfig, PeftModel, get_peft_model
-from recast_peft.parts.holders import bias_coefficients
 from torch import Tensor, nn
 
 from recast_peft import (
@@ -24,6 +23,7 @@ from recast_peft import (
     grow_bias_bank,
 )
 from recast_peft.analysis.sequence import Growth, learn_in_sequence
+from recast_peft.parts.bias_part import bias_coefficients
 
 
 class TinyModel(nn.Module):

@@ -19,7 +19,6 @@ from models import TinyVit, composed_weights, layers_of, outputs, randomise, ref
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from peft.utils.other import ModulesToSaveWrapper
-from recast_peft.parts.holders import PartnerHook
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
@@ -44,7 +43,7 @@ from recast_peft import (
     plan_recast,
 )
 from recast_peft.cli import main
-from recast_peft.parts.partner import partner_holders
+from recast_peft.parts.partner import PartnerHook, partner_holders
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

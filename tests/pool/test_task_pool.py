@@ -40,7 +40,8 @@ from recast_peft import (
 )
 from recast_peft.composition import mixed_batch
 from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT
-from recast_peft.parts.head import fit_prototypes, split_logits
+from recast_peft.parts.head import split_logits
+from recast_peft.parts.prototypes import fit_prototypes
 
 TARGETS = ["qkv", "fc1"]
 TOKENS = torch.arange(1, 9).reshape(2, 4)

@@ -280,7 +280,7 @@ class TestADamagedFile:
     def test_of_another_format_is_refused(self, saved: Path, tmp_path: Path) -> None:
         folder = copied(saved, tmp_path)
         (folder / WEIGHTS).write_bytes(b"<html>404</html>" * 10)
-        refused(folder, RecastLoadError, "cannot be read")
+        refused(folder, RecastLoadError, "damaged or incomplete")
 
     @settings(max_examples=40)
     @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
