@@ -13,7 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RecastConfigError, RecastError, RecastLoadError
-from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES, commit_of, is_local
+from ..storage.cards import one_line
+from ..storage.transfer import commit_of
+from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
+from .trusted import HUB_PREFIX, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
 
 def build_backbone(
@@ -58,6 +61,8 @@ def build_backbone(
         return builder(dict(description), given, hub_kwargs)
     except RecastError:
         raise
+    except Untrusted as error:
+        raise _no_weights(description, str(error)) from error
     except Exception as error:
         raise RecastLoadError(
             f"the backbone of the task cannot be built\n  backbone: {description.get('name')!r} "
@@ -88,12 +93,13 @@ def _build_transformers(
             raise _no_weights(description, f"backbone={name!r} is not a folder, as a transformers checkpoint is")
     if not name:
         raise _no_weights(description, "it was made from a configuration, without pretrained weights")
-    if is_local(name) and not os.path.isdir(name):
-        raise _no_weights(description, f"it lay in a local folder, {name}, which is not on this machine")
     model_class = getattr(transformers, str(description.get("class")), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise _no_weights(description, "its class is not one of transformers' own")
-    defaults = {"revision": revision, "num_labels": description.get("num_classes"), "ignore_mismatched_sizes": True}
+    if not isinstance(given, (str, os.PathLike)):
+        name = hub_name(name)
+    classes = None if "num_labels" in arguments else class_count(description)
+    defaults = {"revision": revision, "num_labels": classes, "ignore_mismatched_sizes": True}
     keywords = {**{k: v for k, v in {**defaults, **hub_kwargs}.items() if v is not None}, **arguments}
     loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     model, info = loaded
@@ -109,26 +115,28 @@ def _build_timm(
     except ImportError as error:
         raise _no_weights(description, "timm is not installed (pip install timm)") from error
 
-    name = str(description["name"])
     own = dict(given) if isinstance(given, Mapping) else {}
+    registered = timm.list_models()
+    name = str(description["name"])
     missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
     if missing:
         raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
-    recorded = {key: value for key, value in description.get("arguments", {}).items() if key not in SOURCE_KEYWORDS}
-    keywords = {**recorded, **own}
+    keywords = {**timm_arguments(description, own), **own}
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
         if not path.exists():
             raise _no_weights(description, f"there is no checkpoint at backbone={os.fspath(given)!r}")
-        name = f"local-dir:{path}" if path.is_dir() else str(description["architecture"])
+        name = f"local-dir:{path}" if path.is_dir() else timm_name(description["architecture"], registered)
         keywords.update({"pretrained": True} if path.is_dir() else {"checkpoint_path": str(path)})
-    elif not SOURCE_KEYWORDS & set(own):
-        name, found = _timm_source(description, name, hub_kwargs)
+    elif not (SOURCE_KEYWORDS - {"cache_dir"}) & set(own):
+        name, found = _timm_source(description, timm_name(name, registered), hub_kwargs)
         keywords.update(found, pretrained=True)
         if hub_kwargs.get("cache_dir") is not None:
             keywords["cache_dir"] = hub_kwargs["cache_dir"]
     elif "pretrained" not in own and "checkpoint_path" in own:
-        name = str(description["architecture"])
+        name = timm_name(description["architecture"], registered)
+    else:
+        name = timm_name(name, registered)
     model = timm.create_model(name, **keywords)
     for key, actual in (("class", type(model).__name__), ("global_pool", getattr(model, "global_pool", None))):
         if key in description and key not in own and description[key] != actual:
@@ -146,22 +154,19 @@ def _build_timm(
 def _timm_source(description: dict[str, Any], name: str, hub_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name for ``timm.create_model`` and further keywords, with the files fetched at the recorded revision."""
     if description.get("file"):
-        if not os.path.exists(description["file"]):
-            raise _no_weights(description, f"its weights lay in a local file, {description['file']}, not on this machine")
-        return name, {"pretrained_cfg_overlay": {"file": description["file"]}}
-    if name.startswith("local-dir:"):
-        if not os.path.isdir(name.removeprefix("local-dir:")):
-            raise _no_weights(description, "it lay in a local folder that is not on this machine")
-        return name, {}
-    if not description.get("repository"):
+        raise Untrusted(
+            f"its weights lay in a file, {one_line(description['file'])}: a task's file is not followed to paths of this "
+            "machine. If you trust it, pass the path as backbone="
+        )
+    if timm_repository(description) is None:
         import timm
 
         if timm.is_model_pretrained(name) and getattr(timm.get_pretrained_cfg(name), "url", None):
             return name, {}  # weights that timm fetches from elsewhere than the Hub
         raise _no_weights(description, "timm has no pretrained weights of that name")
-    pinned = _fetch_timm(description, name.startswith("hf-hub:"), hub_kwargs)
-    if name.startswith("hf-hub:"):
-        return f"hf-hub:{pinned}", {}
+    pinned = _fetch_timm(description, name.startswith(HUB_PREFIX), hub_kwargs)
+    if name.startswith(HUB_PREFIX):
+        return f"{HUB_PREFIX}{pinned}", {}
     return name, {"pretrained_cfg_overlay": {"hf_hub_id": pinned}}
 
 

@@ -7,9 +7,6 @@ fingerprint then says whether what was built is what the task was learned on.
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,12 @@ from transformers import PreTrainedModel
 
 from ..names import unwrapped
 from ..parts.head import TaskHead
+from ..storage.paths import is_hub_name
+from ..storage.transfer import commit_of
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# keywords of timm.create_model that say where weights come from; a task's file cannot set them
-SOURCE_KEYWORDS = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
-_COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
+# keywords of timm.create_model that say where weights come from and where they are written: a caller's alone
+SOURCE_KEYWORDS = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 def describe_backbone(model: nn.Module, revision: str | None = None) -> dict[str, Any] | None:
@@ -45,14 +43,6 @@ def describe_backbone(model: nn.Module, revision: str | None = None) -> dict[str
     if isinstance(pretrained, dict) and pretrained.get("architecture"):
         return _describe_timm(model, pretrained, revision)
     return None
-
-
-def hub_repository(backbone: Mapping[str, Any] | None) -> str | None:
-    """The repository on the Hub that holds the backbone's weights, if it is known to be there."""
-    if not backbone:
-        return None
-    name = backbone.get("repository") if backbone["library"] == "timm" else backbone.get("name")
-    return name if isinstance(name, str) and name and not is_local(name) else None
 
 
 def _describe_transformers(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
@@ -124,9 +114,9 @@ def _own_classes(model: nn.Module, shown: int | None) -> int | None:
     return shown if head is None else head._base_labels.num_classes
 
 
-def _cached_commit(repository: str | None, revision: str | None) -> str | None:
+def _cached_commit(repository: Any, revision: str | None) -> str | None:
     """The commit in the cache that weights were probably loaded from; the fingerprint says later whether they were."""
-    if not repository or is_local(repository):
+    if not is_hub_name(repository):
         return None
     for name in (*WEIGHT_FILES, "config.json"):
         path = try_to_load_from_cache(repository, name, revision=revision)
@@ -137,20 +127,9 @@ def _cached_commit(repository: str | None, revision: str | None) -> str | None:
     return commits[0] if len(commits) == 1 else None
 
 
-def commit_of(path: str) -> str | None:
-    """The commit that a file of the Hub's cache belongs to; None for a file elsewhere."""
-    match = _COMMIT.search(path)
-    return match[1] if match else None
-
-
 def _fits_json(value: Any) -> bool:
     try:
         json.dumps(value)
     except (TypeError, ValueError):
         return False
     return True
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is a path of this machine, and no repository."""
-    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name) or name.count("/") > 1

@@ -1,0 +1,124 @@
+"""A backbone that a task's file names by a path, an address or arguments of its own choice is not built."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from recast_peft import RecastLoadError
+from recast_peft.hub.backbone import build_backbone
+from recast_peft.tasks.backbone import describe_backbone
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def description() -> dict[str, Any]:
+    return describe_backbone(timm.create_model("test_vit", num_classes=0))
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> Path:
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name in ("weights.bin", "pytorch_model.bin"):
+        torch.save(Evil(tmp_path / "executed"), folder / name)
+    (folder / "config.json").write_text('{"architecture": "test_vit", "pretrained_cfg": {}}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "FOLDER/weights.bin"},
+        {"name": "local-dir:FOLDER", "repository": None},
+        {"name": "local-dir:FOLDER"},
+        {"name": "FOLDER", "repository": None},
+        {"name": "https://example.com/weights.bin"},
+        {"name": "hf-hub:../downloaded"},
+        {"name": "hf-hub:FOLDER"},
+        {"repository": "FOLDER"},
+        {"repository": "../downloaded"},
+        {"repository": ["FOLDER", "weights.bin"]},
+        {"architecture": "local-dir:FOLDER", "name": "local-dir:FOLDER"},
+        {"library": "transformers", "class": "ViTModel", "name": "FOLDER"},
+        {"library": "transformers", "class": "ViTModel", "name": "../downloaded"},
+        {"library": "transformers", "class": "ViTModel", "name": "downloaded"},
+        {"library": "transformers", "class": "ViTModel", "name": "file://FOLDER"},
+        {"library": "transformers", "class": "ViTModel", "name": ["FOLDER"]},
+    ],
+)
+@pytest.mark.parametrize("given", [None, {"drop_rate": 0.0}, {"cache_dir": None}])
+def test_a_path_or_an_address_is_not_followed(
+    change: dict[str, Any], given: dict | None, evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(evil.parent)
+    filled = {
+        key: [v.replace("FOLDER", str(evil)) for v in value]
+        if isinstance(value, list)
+        else value.replace("FOLDER", str(evil))
+        if isinstance(value, str)
+        else value
+        for key, value in change.items()
+    }
+    with pytest.raises(RecastLoadError, match="backbone="):
+        build_backbone({**description(), **filled}, given)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"depth": 100_000},
+        {"embed_dim": 1 << 30},
+        {"num_classes": 10**12},
+        {"num_classes": float("nan")},
+        {"img_size": [10**9, 10**9]},
+        {"img_size": [16] * 100},
+        {"act_layer": "os.system('x')"},
+        {"custom": 1},
+        {"global_pool": "x" * 1000},
+        {"global_pool": {"a": 1}},
+        [],
+        "text",
+    ],
+)
+def test_arguments_that_are_not_a_files_to_choose_are_refused(arguments: Any) -> None:
+    with pytest.raises(RecastLoadError, match="arguments are no dictionary|may not choose") as caught:
+        build_backbone({**description(), "arguments": arguments or [1]}, {"pretrained": False})
+    assert len(str(caught.value)) < 3000
+
+
+def test_the_caller_may_choose_what_a_file_may_not() -> None:
+    recorded = {**description(), "arguments": {"num_classes": 0, "depth": 2}}
+    model, _ = build_backbone(recorded, {"pretrained": False, "depth": 2})
+    assert isinstance(model, nn.Module)
+    assert len(model.blocks) == 2
+
+
+def test_a_folder_to_write_to_is_passed_over(tmp_path: Path) -> None:
+    recorded = description()
+    recorded["arguments"]["cache_dir"] = str(tmp_path / "chosen")
+    build_backbone(recorded, {"pretrained": False})
+    with pytest.raises(RecastLoadError):
+        build_backbone(recorded, None, local_files_only=True, cache_dir=tmp_path / "mine")
+    assert not (tmp_path / "chosen").exists()
+
+
+@pytest.mark.parametrize("classes", [-1, 10**12, "3", [3]])
+def test_a_number_of_classes_that_no_model_has_is_refused(classes: Any) -> None:
+    with pytest.raises(RecastLoadError, match="num_classes"):
+        build_backbone({"library": "transformers", "class": "ViTModel", "name": "google/vit", "num_classes": classes})
