@@ -267,7 +267,7 @@ class RecastLayer(nn.Module, BaseTunerLayer, TaskHolder):
         yield from (("partners", parameter) for parameter in self.recast_masks.parameters())
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return f"a mask on {self.module_name}" if adapter_name in self.recast_masks else None
+        return "masks on its weights" if adapter_name in self.recast_masks else None
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the tasks on or off; what was frozen before is frozen afterwards."""

@@ -23,7 +23,7 @@ from .composition.mixed_batch import MixedBatch, mixed_batch
 from .config import RecastConfig
 from .errors import RecastConfigError
 from .layer import RecastLayer, recast_layers
-from .names import BASE_ADAPTER, COEFFICIENTS, PREFIX, check_adapter_name, plain_name
+from .names import BASE_ADAPTER, COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
 from .parts.base import Place
 from .parts.lora import switched_off
 from .parts.saved import freeze_running_statistics
@@ -70,7 +70,7 @@ class RecastModel(BaseTuner):
         config = cast(RecastConfig, self.peft_config[adapter_name])
         chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
         if state_dict is not None and chosen.groups is None:
-            names = {plain_name(key) for key in state_dict if COEFFICIENTS in key}
+            names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}
             chosen = config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
         prepared = prepare_task(model, chosen, adapter_name)
         record = planned_record(chosen, prepared, describe_backbone(model, config.revision))
@@ -218,7 +218,7 @@ class RecastModel(BaseTuner):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
-        check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])))
+        check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
         verbs.check_mergeable(self.model, names)
         return names
 

@@ -36,6 +36,7 @@ class TaskBiases(TaskPartners):
     While they are merged the pretrained bias is kept beside it, and comes back as the very tensor that it was.
     """
 
+    adds_when_merged = True
     pretrained_bias: Tensor | None
 
     def __init__(self, place: str, method: str) -> None:

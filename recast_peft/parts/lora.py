@@ -108,7 +108,7 @@ class PartLayer(Mixed, TaskHolder):
         return (("lora", parameter) for parameter in self.own_parameters())
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return f"a LoRA part on {self.module_name}" if self.has_task(adapter_name) else None
+        return "a LoRA part" if self.has_task(adapter_name) else None
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         if not making_part.get():

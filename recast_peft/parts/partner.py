@@ -86,18 +86,13 @@ class PartnerPart(TaskPart):
         return next((p for p in cast(Any, config.partners) or () if p.method == self.name), None)
 
     def prepare(self, request: Request) -> list[PreparedPartner]:
+        _check_not_copied(request.config, [holder.place for holder in partner_holders(request.model)])
         partner = self.chosen(request.config)
         if partner is None:
             return []
         candidates = find_candidates(request.model)
         prepared = self._prepared(request, partner, candidates)
-        saved = tuple(request.config.modules_to_save or ())
-        copied = [piece.place for piece in prepared if saved and _is_under(piece.place, saved)]
-        if copied:
-            raise RecastConfigError(
-                f"modules_to_save={request.config.modules_to_save!r} would copy {copied[0]}, where partners of a task stand: "
-                "give the partner other target_modules, or leave the module out of modules_to_save"
-            )
+        _check_not_copied(request.config, [piece.place for piece in prepared])
         return prepared
 
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
@@ -121,7 +116,6 @@ class PartnerPart(TaskPart):
                 self._mask(place, piece)
             else:
                 self._holder(place.model, piece).add(place.adapter_name, piece.module, place.active, place.inference_mode)
-        attach_partners(place.model)
 
     def _mask(self, place: Place, piece: PreparedPartner) -> None:
         layer = recast_layers(place.model).get(piece.place)
@@ -263,6 +257,17 @@ def detach_partners(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, PartnerHook)]:
                 del hooks[key]
                 with_kwargs.pop(key, None)
+
+
+def _check_not_copied(config: RecastConfig, places: list[str]) -> None:
+    """Refuse ``modules_to_save`` that would copy a module at which partners of a task stand."""
+    saved = tuple(config.modules_to_save or ())
+    copied = [place for place in places if saved and _is_under(place, saved)]
+    if copied:
+        raise RecastConfigError(
+            f"modules_to_save={config.modules_to_save!r} would copy {copied[0]}, where partners of a task stand: give the "
+            "partner other target_modules, or leave the module out of modules_to_save"
+        )
 
 
 def _is_under(place: str, saved: tuple[str, ...]) -> bool:

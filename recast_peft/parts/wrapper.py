@@ -28,6 +28,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
     """
 
     what = "modules_to_save"  # for messages
+    adds_when_merged = False  # whether what several tasks have here adds, once it is merged
 
     def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
         nn.Module.__init__(self)
@@ -179,14 +180,19 @@ def several_owners(owners: Sequence[str], place: str) -> RecastConfigError:
     )
 
 
-def check_one_owner(model: nn.Module, adapter_names: Sequence[str]) -> None:
+def check_one_owner(model: nn.Module, adapter_names: Sequence[str], merging: bool = False) -> None:
     """Refuse several tasks at once that own the same module, such as a classifier each.
+
+    Args:
+        model: the backbone.
+        adapter_names: the tasks.
+        merging: whether they are merged: then changes of biases add.
 
     Raises:
         RecastConfigError: naming the tasks and the module.
     """
     for module in model.modules() if len(adapter_names) > 1 else ():
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, ModulesToSaveWrapper) and not (merging and getattr(module, "adds_when_merged", False)):
             owners = [name for name in adapter_names if name in module._adapters]
             if len(owners) > 1:
                 raise several_owners(owners, f"{type(module).__name__} {getattr(module, 'module_name', '')!r}")

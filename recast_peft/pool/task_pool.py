@@ -626,7 +626,7 @@ class TaskPool:
             shapes[key] = (part.stop - part.start,)
             if key in entries and entries[key].ndim == 1 and len(self._bias_versions) > 1:
                 entries[key] = F.pad(entries[key], (0, max(0, part.stop - part.start - len(entries[key]))))
-            check_entries(what, entries, shapes)
+        check_entries(what, entries, shapes)
         row = torch.zeros(self.numbers_per_task)
         for key, part in keys.items():
             row[part] = average_sets(entries[key].float())

@@ -203,8 +203,14 @@ def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) ->
     return list(dict.fromkeys(text for text in (*of_parts, *of_holders) if text is not None))
 
 
-def _members(bank: TemplateBank | None) -> str:
-    return "no bank" if bank is None else f"{bank.num_templates} templates of {', '.join(bank.members)}"
+def _members(bank: Any) -> str:
+    if bank is None:
+        return "no bank"
+    return (
+        f"{bank.num_templates} templates of {', '.join(bank.members)}"
+        if isinstance(bank, TemplateBank)
+        else "templates of biases"
+    )
 
 
 def task_coefficients(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

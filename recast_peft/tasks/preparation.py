@@ -11,6 +11,7 @@ from ..banks.template_bank import TemplateBank
 from ..config import RecastConfig
 from ..layer import recast_layers
 from ..parts import PARTS
+from ..parts.partner import attach_partners
 from ..parts.base import Place, Request
 from ..planning.plan import RecastPlan, plan_layers
 from .conversion import (
@@ -61,6 +62,7 @@ class PreparedTask:
         for part, pieces in self.pieces:
             if pieces:
                 part.install(place, pieces)
+        attach_partners(place.model)  # a layer may stand around a module now that had none
         beside = tuple(part.name for part, pieces in self.pieces if pieces and part.acts_beside_layers)
         for layer in recast_layers(place.model).values():
             if beside and layer.has_task(place.adapter_name):

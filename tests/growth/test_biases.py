@@ -177,8 +177,8 @@ class TestGrowing:
         model = on(bank)
         assert sorted(offsets(model)) == ["blocks.0.norm", "blocks.3.norm"]
         plan = plan_recast(tiny_vit(), config(bank))
-        assert sum(plan.partners["bias"].values()) == 4
-        assert len(plan.partners["bias"]) == 4 * len(MEMBERS)
+        assert sum(plan.parts["bias"].values()) == 4
+        assert len(plan.parts["bias"]) == 4 * len(MEMBERS)
 
     def test_modules_may_be_named(self) -> None:
         bank = grown(target_modules=["fc1", "norm"])
