@@ -11,8 +11,8 @@ from ..banks.template_bank import TemplateBank
 from ..config import RecastConfig
 from ..layer import recast_layers
 from ..parts import PARTS
-from ..parts.partner import attach_partners
 from ..parts.base import Place, Request
+from ..parts.partner import attach_partners
 from ..planning.plan import RecastPlan, plan_layers
 from .conversion import (
     PreparedLayer,
