@@ -18,6 +18,7 @@ from .errors import (
     RecastSequenceError,
     RecastTargetError,
 )
+from .growth.adapters import CompressedAdapters, compress_adapters
 from .growth.biases import grow_bias_bank
 from .growth.fitting import fit_bank
 from .growth.random import random_bank
@@ -53,6 +54,7 @@ __all__ = [
     "AutoRecastModel",
     "BiasConfig",
     "CLRConfig",
+    "CompressedAdapters",
     "GrowthReport",
     "LoraConversionReport",
     "MimicryReport",
@@ -77,6 +79,7 @@ __all__ = [
     "TemplateBank",
     "__version__",
     "collapse_coefficient_sets",
+    "compress_adapters",
     "convert_to_lora",
     "create_recast_optimizer",
     "extend_bank",

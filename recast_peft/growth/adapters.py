@@ -1,0 +1,365 @@
+"""compress_adapters: existing LoRAs become one bank of low-rank templates and a few numbers each.
+
+A LoRA moves a weight by a low-rank product. The principal components of what several of them do to a group of modules, each
+rounded to a low rank, become the templates of the group, and every LoRA the coefficients that come nearest to it: all of it in
+closed form, and without a dense matrix, since inner products of low-rank products are small.
+
+Related: EigenLoRAx (Kaushik et al., arXiv 2502.04700) and Share (Kaushik et al., arXiv 2602.06043) take principal components of
+the two factors of many LoRAs, apart from each other, and train a new task's coefficients on them; BOLT (Park et al.,
+arXiv 2512.02441) takes singular directions of task vectors. Here the components are of the product, so that a module has one
+coefficient for each template, and tasks are linear in what they store.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..auto import get_recast_model
+from ..banks.files import StoredBank, StoredGroup
+from ..banks.grown_templates import NEGLIGIBLE, GrownTemplates
+from ..composition.fingerprint import weight_fingerprint
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError
+from ..layer import recast_layers
+from ..names import check_adapter_name
+from ..planning.groups import PlannedGroup
+from ..planning.table import text_table
+from ..tasks.plan import plan_recast
+from .sources import check_plain, check_sizes, origin_of
+
+Adapter = str | Path | PeftModel | tuple[PeftModel, str]
+Pair = tuple[Tensor, Tensor]  # (rows, rank) and (rank, columns): their product is what comes to a weight as a matrix
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedAdapters:
+    """What ``compress_adapters`` found; ``print`` shows it as a table.
+
+    Attributes:
+        bank: the templates, to be given as ``RecastConfig(bank=...)``, saved and pushed.
+        coefficients: by adapter and by module ``(templates,)``.
+        errors: by adapter: the norm of the difference of all weights, in units of what the adapter does to them.
+        bytes_before: of all the adapters' matrices.
+        bytes_after: of the bank and of all coefficients.
+        left_out: by adapter, what it has beside low-rank matrices on the target modules, and so is lost.
+    """
+
+    bank: StoredBank
+    coefficients: Mapping[str, Mapping[str, Tensor]]
+    errors: Mapping[str, float]
+    bytes_before: int
+    bytes_after: int
+    left_out: Mapping[str, tuple[str, ...]]
+
+    def apply_to(self, model: nn.Module, bank: StoredBank | None = None) -> PeftModel:
+        """Put the adapters on a model as RECAST tasks, to be saved, pushed, trained on and served as any others.
+
+        Args:
+            model: plain, with the weights that the adapters were made for, which is converted; or a model with tasks.
+            bank: the bank under the name where it was stored, for tasks that will be saved; None is ``self.bank``.
+
+        Returns:
+            the model with the tasks, the last of them active.
+
+        Raises:
+            RecastBankError: if the bank is another one.
+            RecastConfigError: if the model has a task of one of the names.
+        """
+        bank = bank or self.bank
+        if bank.fingerprint != self.bank.fingerprint:
+            raise RecastBankError(
+                f"the coefficients belong to another bank\n  bank of the coefficients: {self.bank.fingerprint}\n"
+                f"  bank given:               {bank.fingerprint} ({bank.name or 'in memory'})"
+            )
+        taken = [name for name in self.coefficients if isinstance(model, PeftModel) and name in model.peft_config]
+        if taken:
+            raise RecastConfigError(f"the model has a task {taken[0]!r} already: delete_adapter first")
+        for name, numbers in self.coefficients.items():
+            config = RecastConfig(bank=bank)  # type: ignore[arg-type]
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                model.set_adapter(name)
+            else:
+                model = get_recast_model(model, config, name)
+            with torch.no_grad():
+                for module, layer in recast_layers(model).items():
+                    if name in layer.recast_coefficients:
+                        layer.recast_coefficients[name].copy_(numbers[module])
+        assert isinstance(model, PeftModel)
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain values, ready for JSON."""
+        sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+        return {"errors": dict(self.errors), "left_out": {k: list(v) for k, v in self.left_out.items()}, **sizes}
+
+    def __str__(self) -> str:
+        count = sum(len(v) for v in next(iter(self.coefficients.values())).values())
+        rows = [(name, f"{count:,}", f"{error:.3f}", ", ".join(self.left_out[name])) for name, error in self.errors.items()]
+        table = text_table(("adapter", "trainable parameters", "relative error", "left out"), rows)
+        return f"{table}\n{self.bytes_before:,} bytes of adapters, {self.bytes_after:,} of the bank and the tasks"
+
+
+def compress_adapters(
+    model: nn.Module,
+    adapters: Sequence[Adapter] | Mapping[str, Adapter],
+    config: RecastConfig | None = None,
+    *,
+    num_templates: int,
+    rank: int | None = None,
+    progress: bool = True,
+) -> CompressedAdapters:
+    """Turn LoRAs of one model into a bank of templates and a few coefficients for each of them, without training.
+
+    Args:
+        model: plain, with its pretrained weights; it is not changed.
+        adapters: LoRAs, each a folder, a repository on the Hub, a ``PeftModel`` (its active adapter) or ``(peft_model, name)``;
+            by the names that the tasks are to have, or a list.
+        config: its targets and groups are used; the members of a group share templates. None takes all modules that an
+            adapter moves, each a group.
+        num_templates: templates of a group at most; an adapter has as many coefficients for each module.
+        rank: of a template's low-rank pair; None is the largest rank of the adapters. A larger one keeps more of
+            components that mix several adapters.
+        progress: show a progress bar over the groups, where they take over two seconds.
+
+    Returns:
+        the bank, the coefficients of every adapter, its error, and the bytes before and after. ``apply_to`` makes tasks of
+        them. Where adapters have little in common the error says so; as many templates as adapters, of a rank that is large
+        enough, have none.
+
+    Raises:
+        RecastConfigError: if a number is below 1, names are missing or double, or the model is converted already.
+        RecastBankError: if an adapter cannot be read or is no plain LoRA, or none of them moves a target module.
+    """
+    check_plain(model, "compress_adapters")
+    check_sizes(num_templates=num_templates, rank=rank)
+    named = _named(adapters)
+    found = _read(model, named)
+    moved = sorted({module for pairs, _, _ in found.values() for module in pairs})
+    if not moved:
+        raise RecastBankError(f"none of the adapters {', '.join(named)} moves a module of the model")
+    plan = plan_recast(model, config or RecastConfig(target_modules=moved, group_size=1))
+    rank = rank or max(left.shape[1] for pairs, _, _ in found.values() for left, _ in pairs.values())
+    groups: dict[str, StoredGroup] = {}
+    coefficients: dict[str, dict[str, Tensor]] = {name: {} for name in found}
+    kept = dict.fromkeys(found, 0.0)
+    for planned in tqdm(plan.groups, desc="groups", delay=2, disable=not progress):
+        owners = [(name, member) for member in planned.members for name in found if member in found[name][0]]
+        if not owners:
+            continue
+        templates, numbers, energies = _fitted(planned, [found[n][0][m] for n, m in owners], num_templates, rank)
+        groups[planned.name] = StoredGroup(planned.members, grown=templates)
+        by_owner = dict(zip(owners, numbers, strict=True))
+        for name in found:
+            for member in planned.members:
+                coefficients[name][member] = by_owner.get((name, member), torch.zeros(len(templates)))
+        for (name, _), energy in zip(owners, energies, strict=True):
+            kept[name] += energy
+    if not groups:
+        raise RecastBankError("none of the adapters moves a target module of the config")
+    bank = _bank(model, plan.candidates, groups, named, rank)
+    wholes = {name: sum(float(_inner_products([pair], [pair])) for pair in found[name][0].values()) for name in found}
+    errors = {name: max(0.0, 1 - kept[name] / whole) ** 0.5 if whole else 0.0 for name, whole in wholes.items()}
+    numbers_of_all = sum(v.numel() for own in coefficients.values() for v in own.values())
+    before = sum(size for _, size, _ in found.values())
+    left_out = {name: beside for name, (_, _, beside) in found.items()}
+    return CompressedAdapters(bank, coefficients, errors, before, bank.nbytes + 4 * numbers_of_all, left_out)
+
+
+def _bank(
+    model: nn.Module, candidates: Sequence[Any], groups: dict[str, StoredGroup], named: Mapping[str, Adapter], rank: int
+) -> StoredBank:
+    members = {member for group in groups.values() for member in group.members}
+    fingerprints = {target.name: weight_fingerprint(target.weight) for target in candidates if target.name in members}
+    made = {"method": "grown", "sources": [origin_of(adapter) for adapter in named.values()], "rank": rank, "of": "adapters"}
+    return StoredBank(groups, fingerprints, made)
+
+
+# ---------------------------------------------------------------- closed form
+
+
+def _fitted(
+    planned: PlannedGroup, moves: Sequence[Pair], count: int, rank: int
+) -> tuple[GrownTemplates, list[Tensor], list[float]]:
+    """Templates of one group, and for each move its coefficients and the squared norm that they give."""
+    values, mix = torch.linalg.eigh(_inner_products(moves, moves))
+    values, mix = values.flip(0), mix.flip(1)
+    total = float(values.clamp_min(0).sum())
+    count = min(count, int((values > NEGLIGIBLE * total).sum()))
+    size = (total / len(moves)) ** 0.5  # the root mean square norm of the moves: a template is as large
+    signs = torch.gather(mix, 0, mix.abs().argmax(0, keepdim=True)).sign()[0]
+    weights = (mix * signs)[:, :count] * size / values[:count].clamp_min(1e-300).sqrt()
+    templates = _rounded(moves, weights, rank)
+    own = _inner_products(templates, templates)  # (templates, templates)
+    seen = _inner_products(templates, moves)  # (templates, moves)
+    shares = []
+    for first in range(1, count + 1):
+        best = torch.linalg.lstsq(own[:first, :first], seen[:first], driver="gelsd").solution
+        shares.append(float((best * seen[:first]).sum()) / total)
+    numbers = torch.linalg.lstsq(own, seen, driver="gelsd").solution
+    tensors = tuple(torch.stack(side).to(planned.dtype).contiguous() for side in zip(*templates, strict=True))
+    grown = GrownTemplates(tensors, tuple(planned.shape), plain=False, energy=tuple(shares))
+    return grown, list(numbers.T.float()), (numbers * seen).sum(0).tolist()
+
+
+def _inner_products(first: Sequence[Pair], second: Sequence[Pair]) -> Tensor:
+    """Inner products ``(first, second)`` of low-rank products in float64: <L R, M S> = sum of (L^T M) * (R S^T)."""
+    left, right = _side_by_side(first)
+    other_left, other_right = _side_by_side(second)
+    terms = (left.T @ other_left) * (right @ other_right.T)  # (numbers, numbers)
+    rows = torch.stack([block.sum(0) for block in terms.split([pair[0].shape[1] for pair in first])])
+    return torch.stack([block.sum(1) for block in rows.split([pair[0].shape[1] for pair in second], dim=1)], dim=1)
+
+
+def _side_by_side(pairs: Sequence[Pair]) -> Pair:
+    return torch.cat([left.double() for left, _ in pairs], dim=1), torch.cat([right.double() for _, right in pairs])
+
+
+def _rounded(moves: Sequence[Pair], weights: Tensor, rank: int) -> list[Pair]:
+    """The nearest low-rank pair of every weighted sum of moves; weights ``(moves, sums)``."""
+    left, right = _side_by_side(moves)
+    rows, small_left = torch.linalg.qr(left)
+    columns, small_right = torch.linalg.qr(right.T)
+    repeats = torch.tensor([pair[0].shape[1] for pair in moves])
+    rank = min(rank, rows.shape[1], columns.shape[1])
+    rounded = []
+    for mix in weights.T:
+        u, values, v = torch.linalg.svd(small_left * mix.repeat_interleave(repeats) @ small_right.T, full_matrices=False)
+        root = values[:rank].sqrt()
+        rounded.append((rows @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ columns.T))
+    return rounded
+
+
+# ---------------------------------------------------------------- reading adapters
+
+
+def _named(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> dict[str, Adapter]:
+    if isinstance(adapters, (str, Path, PeftModel)) or not len(adapters):
+        raise RecastConfigError("adapters: expected a list of LoRAs, or a mapping of names to LoRAs, at least one")
+    if isinstance(adapters, Mapping):
+        named = dict(adapters)
+    else:
+        names = [_name_of(adapter) for adapter in adapters]
+        double = [name for name in names if names.count(name) > 1]
+        if double:
+            raise RecastConfigError(f"two adapters would be called {double[0]!r}: give a mapping of names to adapters")
+        named = dict(zip(names, adapters, strict=True))
+    for name in named:
+        check_adapter_name(name)
+    return named
+
+
+def _name_of(adapter: Adapter) -> str:
+    if isinstance(adapter, tuple):
+        return adapter[1]
+    if isinstance(adapter, PeftModel):
+        return _active_of(adapter)
+    return Path(adapter).name.replace(".", "-")
+
+
+def _active_of(model: PeftModel) -> str:
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise RecastConfigError(f"the model has {len(active)} active adapters: give (model, name) for each that is meant")
+    return active[0]
+
+
+Found = tuple[dict[str, Pair], int, tuple[str, ...]]  # matrices by module, their bytes, what else there is
+
+
+def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, Found]:
+    """The low-rank matrices of every adapter; those of files are read onto one copy of the model."""
+    holder: PeftModel | None = None
+    found: dict[str, Found] = {}
+    for name, adapter in named.items():
+        if isinstance(adapter, PeftModel):
+            found[name] = _matrices(model, adapter, _active_of(adapter), name)
+        elif isinstance(adapter, tuple):
+            found[name] = _matrices(model, *adapter, name)
+        else:
+            holder = _load(model if holder is None else holder, str(adapter), name)
+            found[name] = _matrices(model, holder, name, name)
+        beside = found[name][2]
+        if beside:
+            warnings.warn(
+                f"the adapter {name!r} has more than low-rank matrices, which is left out: {', '.join(beside)}", stacklevel=3
+            )
+    return found
+
+
+def _load(model: nn.Module, path: str, name: str) -> PeftModel:
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True, "autocast_adapter_dtype": False}
+    try:
+        config = PeftConfig.from_pretrained(path)
+        if not isinstance(config, LoraConfig):
+            raise RecastBankError(
+                f"the adapter {path!r} is of type {config.peft_type}: compress_adapters reads LoRAs; grow_bank takes whatever "
+                "can be merged"
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"(?s).*found shape")  # heads, which are left out
+            if not isinstance(model, PeftModel):
+                return PeftModel.from_pretrained(copy.deepcopy(model), path, name, **options)
+            model.load_adapter(path, name, **options)
+            return model
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RecastBankError):
+            raise
+        raise RecastBankError(f"the adapter {path!r} cannot be read: {error}") from error
+
+
+def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) -> Found:
+    if adapter not in peft_model.peft_config:
+        raise RecastBankError(f"the model has no adapter {adapter!r}; it has {', '.join(peft_model.peft_config)}")
+    config = peft_model.peft_config[adapter]
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        kind = "a DoRA" if isinstance(config, LoraConfig) else f"of type {config.peft_type}"
+        raise RecastBankError(
+            f"the adapter {name!r} is {kind}: compress_adapters reads LoRAs, which add a low-rank product to a weight; "
+            "grow_bank takes whatever can be merged"
+        )
+    pairs: dict[str, Pair] = {}
+    size, beside = 0, []
+    for module, layer in peft_model.get_base_model().named_modules():
+        if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
+            beside.append(module)
+        if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
+            continue
+        is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1  # its product is no matrix product
+        if not isinstance(layer, (Linear, Conv2d)) or is_grouped:
+            beside.append(module)
+            continue
+        weight = getattr(model.get_submodule(module), "weight", None)
+        pairs[module] = _pair(layer, adapter)
+        wanted = None if weight is None else (len(weight), weight.numel() // len(weight))
+        given = (len(pairs[module][0]), pairs[module][1].shape[1])
+        if given != wanted:
+            raise RecastBankError(
+                f"the adapter {name!r} does not fit the model at {module}\n  adapter: {given}\n  model:   {wanted}"
+            )
+        size += sum(p.numel() * p.element_size() for p in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight))
+        if layer.lora_B[adapter].bias is not None:
+            beside.append(f"the bias of {module}")
+    return {module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside)
+
+
+def _pair(layer: LoraLayer, adapter: str) -> Pair:
+    """What a LoRA adds to a weight, as a product of two matrices in float32 on the CPU."""
+    right, left = (part[adapter].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))
+    if right.ndim > 2:
+        right, left = right.flatten(1), left.flatten(1)
+    left = left * layer.scaling[adapter]
+    return (right.T, left.T) if getattr(layer, "fan_in_fan_out", False) else (left, right)
