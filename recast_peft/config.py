@@ -64,9 +64,11 @@ class RecastConfig(PeftConfig):
             ``inference_mode`` are given here, for both parts.
         max_coefficients: a budget of coefficients per task (heads, biases and a LoRA part aside), which the plan keeps by
             choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given (the paper's
-            parametric scaling).
+            parametric scaling). None keeps to 48 where none of these, ``num_groups`` and ``num_templates`` is given: on large
+            models by groups of one layer, and offsets that consecutive layers share.
         coefficient_sharing: ``"roles"``: the layers of the same place in depth share their offsets across roles (query,
-            key, value, ...); ``"blocks"``: the members of a bank share them; ``"all"``: both. None: every layer has its own.
+            key, value, ...); ``"blocks"``: the members of a bank share them; ``"all"``: both; a number: so many
+            consecutive banks of a role share them. None: every layer has its own.
         bank: a stored template bank to use: a ``StoredBank``, the name of a bank file (a folder or a repository), or
             ``{"name": ..., "fingerprint": ...}``, which is what a task stores. Its groups are used as they are.
         keep_base_weights: keep the pretrained weights beside a compressed bank, so that disabling or unloading the task
@@ -139,7 +141,7 @@ class RecastConfig(PeftConfig):
     max_coefficients: int | None = field(
         default=None, metadata={"help": "A budget of coefficients per task that the plan keeps by choosing the sizes."}
     )
-    coefficient_sharing: str | None = decided()
+    coefficient_sharing: str | int | None = decided()
     bank: dict[str, str | None] | str | StoredBank | None = field(
         default=None, metadata={"help": "A stored template bank: its name, or {'name': ..., 'fingerprint': ...}."}
     )

@@ -71,6 +71,15 @@ def one_of(*choices: Any) -> Check:
     return check
 
 
+def sharing(value: Any) -> str | int:
+    """Which layers share their offsets."""
+    if is_int(value) and value > 1:
+        return value
+    if value not in SHARING_CHOICES:
+        raise Unexpected(f"one of {', '.join(map(repr, SHARING_CHOICES))}, or a number of consecutive banks, at least 2")
+    return value
+
+
 def names(value: Any) -> list[str]:
     """A list of names, as a new list whose order does not come from a set."""
     if not isinstance(value, (list, tuple, set, frozenset)) or len(value) > MOST_NAMES:
@@ -228,7 +237,7 @@ CHECKS: dict[str, Check] = {
     "num_templates": optional(whole(1)),
     "num_coefficient_sets": whole(1, MOST_SETS),
     "max_coefficients": optional(whole(1)),
-    "coefficient_sharing": optional(one_of(*SHARING_CHOICES)),
+    "coefficient_sharing": optional(sharing),
     "coefficient_gradient": coefficient_gradient,
     "mimicry": mimicry,
     "bank": optional(bank),

@@ -57,7 +57,7 @@ class TaskRecord:
     bank: Reference | None = None
     partner_banks: dict[str, Reference] = field(default_factory=dict)
     num_coefficient_sets: int = 1
-    coefficient_sharing: str | None = None
+    coefficient_sharing: str | int | None = None
     lora_config: LoraConfig | None = None
     backbone: dict[str, Any] | None = None
     fidelity: dict[str, float] | None = None

@@ -1,11 +1,69 @@
-"""A budget of coefficients: sizes of groups and sharing are chosen so that a task keeps it (the paper's parametric scaling)."""
+"""A budget of coefficients: sizes of groups and sharing are chosen so that a task keeps it (the paper's parametric scaling).
+
+A config that names no size keeps to ``DEFAULT_BUDGET``: the first row of ``DEFAULT_SIZES`` within it is taken. Which rows there
+are, and in what order, is measured on pretrained models (docs/results/accuracy.md). A size that is given, however small or
+large, is never changed.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from .candidates import Candidate
-from .groups import SHARING, count_coefficients, plan_groups
+from .groups import SHARING, count_coefficients, layer_runs, plan_groups
+from .roles import is_minor_convolution
+
+DEFAULT_BUDGET = 48
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A way to fit a budget.
+
+    Attributes:
+        group_size: layers that share a bank.
+        leaves_out_minor: without the convolutions that make patches or join stages, unless the config names them.
+        shares: consecutive layers of a role share their offsets, as few of them as will do.
+    """
+
+    group_size: int
+    leaves_out_minor: bool = False
+    shares: bool = False
+
+
+DEFAULT_SIZES = (Sizes(2), Sizes(1), Sizes(1, leaves_out_minor=True), Sizes(1, shares=True))
+
+
+def names_a_size(config: RecastConfig) -> bool:
+    """Whether a config says how many numbers a task trains, by a size, by sharing or by a budget."""
+    sizes = (config.group_size, config.num_groups, config.num_templates, config.coefficient_sharing, config.max_coefficients)
+    return config.num_coefficient_sets > 1 or any(size is not None for size in sizes) or not config.train_coefficients
+
+
+def default_sizes(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str]:
+    """Choose sizes for a config that names none, so that a task trains at most ``DEFAULT_BUDGET`` numbers.
+
+    Returns:
+        the targets that stay, the config with its choices, and a sentence that says what was chosen; it is empty where the
+        first row fits.
+    """
+    for row in DEFAULT_SIZES:
+        kept = targets
+        if row.leaves_out_minor:
+            kept = [target for target in targets if config.target_modules is not None or not is_minor_convolution(target)]
+        choice = config.as_chosen(group_size=row.group_size)
+        groups = plan_groups(layer_runs(kept), choice)
+        sharings = range(-(-len(groups) // DEFAULT_BUDGET), len(groups) + 1) if row.shares else [None]
+        for sharing in sharings:
+            count = count_coefficients(groups, sharing)
+            if 0 < count <= DEFAULT_BUDGET:
+                choice.coefficient_sharing = sharing  # type: ignore[assignment]
+                reason = _explain(DEFAULT_BUDGET, count, choice, config) if row is not DEFAULT_SIZES[0] else ""
+                return kept, choice, reason
+    raise AssertionError("one number for all layers fits every budget")
 
 
 def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[RecastConfig, str]:
@@ -26,7 +84,9 @@ def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[Rec
     budget, longest = config.max_coefficients, max(map(len, runs))
     fixed_size = config.group_size is not None or config.num_groups is not None
     sizes: list[int | None] = [None] if fixed_size else list(range(longest, (config.num_templates or 1) - 1, -1)) or [longest]
-    sharings = [config.coefficient_sharing] if config.coefficient_sharing else [None, *SHARING]
+    sharings: list[Any] = (
+        [None, *SHARING, *_counts(runs)] if config.coefficient_sharing is None else [config.coefficient_sharing]
+    )
     all_sets = sorted({config.num_coefficient_sets, 1}, reverse=True)
     smallest = None
     for sharing in sharings:
@@ -42,14 +102,19 @@ def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[Rec
             fitting = [option for option in options if option[0] <= budget]
             if fitting:
                 count, choice = max(fitting, key=lambda option: option[0])
-                return choice, _explain(count, choice, config, least if sharing is None else None)
+                return choice, _explain(budget, count, choice, config)
     raise RecastConfigError(
         f"max_coefficients={budget} cannot be kept with what the config gives\n  numbers of the smallest choice: {smallest}\n"
         "Give fewer target_modules, or leave group_size, num_templates and coefficient_sharing open."
     )
 
 
-def _explain(count: int, choice: RecastConfig, config: RecastConfig, least: int | None) -> str:
+def _counts(runs: list[list[Candidate]]) -> range:
+    """How many consecutive banks may share their offsets."""
+    return range(2, sum(map(len, runs)) + 1)
+
+
+def _explain(budget: int, count: int, choice: RecastConfig, config: RecastConfig) -> str:
     parts = [
         f"num_groups={choice.num_groups}" if choice.num_groups is not None else f"group_size={choice.effective_group_size}"
     ]
@@ -60,6 +125,7 @@ def _explain(count: int, choice: RecastConfig, config: RecastConfig, least: int 
     if choice.coefficient_sharing is not None:
         parts.append(f"coefficient_sharing={choice.coefficient_sharing!r}")
     why = "the largest choice within the budget"
-    if least is None and config.coefficient_sharing is None:
+    if choice.coefficient_sharing is not None and config.coefficient_sharing is None:
         why += "; without sharing no choice keeps it"
-    return f"max_coefficients={config.max_coefficients}: {', '.join(parts)} needs {count} numbers, {why}"
+    asked = "" if config.max_coefficients is not None else " (by default; a size or a budget that is given goes before it)"
+    return f"max_coefficients={budget}{asked}: {', '.join(parts)} needs {count} numbers, {why}"

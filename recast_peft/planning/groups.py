@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -84,14 +83,22 @@ SHARING: dict[str, str] = {
 }
 
 
-def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | None) -> dict[str, str]:
+def shown_sharing(sharing: str | int) -> str:
+    """What layers share their offsets, in words."""
+    return SHARING[sharing] if isinstance(sharing, str) else f"{sharing} consecutive banks of a role"
+
+
+def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | int | None) -> dict[str, str]:
     """For every target the one whose offsets it uses: itself, if nothing is shared.
 
     Args:
         groups: of the plan.
         sharing: ``"roles"``: the first target of the same block, place in its bank and number of templates;
-            ``"blocks"``: the first member of its bank; ``"all"``: both; None: itself.
+            ``"blocks"``: the first member of its bank; ``"all"``: both; a number: of so many consecutive banks of its role
+            the first; None: itself.
     """
+    if isinstance(sharing, int):
+        return _shared_by_neighbours(groups, sharing)
     owners: dict[str, str] = {}
     first: dict[tuple[str, int, int], str] = {}
     for group in groups:
@@ -105,7 +112,41 @@ def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | None) -> d
     return owners
 
 
-def count_coefficients(groups: Sequence[PlannedGroup], sharing: str | None) -> int:
+def _shared_by_neighbours(groups: Sequence[PlannedGroup], count: int) -> dict[str, str]:
+    """Banks of one role in the order of their depth, ``count`` at a time; roles with fewer banks make one sequence together."""
+    roles: dict[str, list[PlannedGroup]] = {}
+    for group in groups:
+        roles.setdefault(role_of(group.members[0]), []).append(group)
+    sequences = [sorted(banks, key=lambda bank: _depth(bank.members[0])) for banks in roles.values() if len(banks) >= count]
+    sequences.append([bank for banks in roles.values() if len(banks) < count for bank in banks])
+    owners: dict[str, str] = {}
+    for sequence in sequences:
+        first: dict[tuple[int, int, int], str] = {}
+        for i, group in enumerate(sequence):
+            for place, member in enumerate(group.members):
+                owners[member] = first.setdefault((i // count, place, group.num_templates), member)
+    return owners
+
+
+def sharing_of(groups: Sequence[PlannedGroup], owned: Mapping[str, int]) -> str | int | None:
+    """Which way of sharing explains the parameters that a task's layers have in common.
+
+    Args:
+        groups: of the task.
+        owned: for each target module something that says which parameter it uses.
+
+    Returns:
+        None if nothing is shared, or no way explains it.
+    """
+    different = len(set(owned.values()))
+    for sharing in (*SHARING, *range(2, len(groups) + 1)) if different < len(owned) else ():
+        owners = coefficient_owners(groups, sharing)
+        if len(set(owners.values())) == different and all(owned[name] == owned[owner] for name, owner in owners.items()):
+            return sharing
+    return None
+
+
+def count_coefficients(groups: Sequence[PlannedGroup], sharing: str | int | None) -> int:
     """Numbers that one task trains in these groups."""
     owners = coefficient_owners(groups, sharing)
     return sum(g.num_templates * g.num_coefficient_sets for g in groups for member in g.members if owners[member] == member)
@@ -126,9 +167,13 @@ def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:
         roles.setdefault(role_of(target.name), []).append(target)
     runs = []
     for members in roles.values():
-        members = sorted(members, key=lambda t: [int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", f".{t.name}.")])
+        members = sorted(members, key=lambda target: _depth(target.name))
         runs += [list(run) for _, run in groupby(members, key=lambda t: (_weight_like(t), type(t.module)))]
     return runs
+
+
+def _depth(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def _chunks(run: list[Candidate], config: RecastConfig) -> list[list[Candidate]]:

@@ -15,7 +15,9 @@ _HEAD_FIRST = re.compile(
 )
 _HEAD_LAST = re.compile(r"^(lm_head|embed_out|qa_outputs|last_linear|vocab_projector|distillation_classifier)$")
 # Detectors, segmenters and the like, which put their heads anywhere but into a repeated block.
-_HEAD_ANYWHERE = re.compile(r"^(\w+_)?heads?$|^rpn$|^\w+_classifier$|^(class|cls|bbox|box|mask)_(predictor|embed|score|pred)$")
+_HEAD_ANYWHERE = re.compile(
+    r"^(?!conv_)(\w+_)?heads?$|^rpn$|^\w+_classifier$|^(class|cls|bbox|box|mask)_(predictor|embed|score|pred)$"
+)
 
 
 def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:

@@ -12,9 +12,9 @@ from ..banks.files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
-from .budget import choose_sizes
+from .budget import DEFAULT_BUDGET, choose_sizes, default_sizes, names_a_size
 from .candidates import Candidate, check_materialised, total_bytes
-from .groups import SHARING, PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups
+from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
 from .table import text_table
 from .targets import find_targets
 
@@ -40,8 +40,9 @@ class RecastPlan:
         skipped: modules that matched but are left out, with the reason.
         model_bytes: bytes of the model as it is.
         keep_base_weights: whether compressed members keep their pretrained weights.
-        coefficient_sharing: which layers share their offsets: None, ``"roles"``, ``"blocks"`` or ``"all"``.
-        reason: what was chosen to keep the budget, and why; empty without ``max_coefficients``.
+        coefficient_sharing: which layers share their offsets: None, ``"roles"``, ``"blocks"``, ``"all"``, or how many
+            consecutive banks of a role.
+        reason: what was chosen to keep the budget, and why; empty where there was nothing to choose.
         bank: the stored bank that the task is on, if it is not in the model yet.
         lora: what the task's LoRA part would be; None for a task without one.
         candidates: the target modules.
@@ -53,7 +54,7 @@ class RecastPlan:
     skipped: dict[str, str] = field(default_factory=dict)
     model_bytes: int = 0
     keep_base_weights: bool = False
-    coefficient_sharing: str | None = None
+    coefficient_sharing: str | int | None = None
     reason: str = ""
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
     lora: LoraPart | None = None
@@ -119,7 +120,7 @@ class RecastPlan:
                 f"{self.num_coefficients + self.num_lora_numbers} with the coefficients"
             )
         if self.coefficient_sharing is not None:
-            lines.append(f"offsets are shared between {SHARING[self.coefficient_sharing]}")
+            lines.append(f"offsets are shared between {shown_sharing(self.coefficient_sharing)}")
         if not self.train_coefficients:
             lines.append("the coefficients stay at zero (train_coefficients=False)")
         for name, places in self.parts.items():
@@ -175,10 +176,14 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if config.groups is not None:
         groups = given_groups(targets, config, bank)
     else:
-        runs = layer_runs(targets)
-        if config.max_coefficients is not None:
-            config, reason = choose_sizes(runs, config)
-        groups = plan_groups(runs, config)
+        if not names_a_size(config):
+            kept, config, reason = default_sizes(targets, config)
+            left_out = f"it is left out to keep the default of {DEFAULT_BUDGET} numbers; target_modules would name it"
+            skipped.update({target.name: left_out for target in targets if target not in kept})
+            targets = kept
+        elif config.max_coefficients is not None:
+            config, reason = choose_sizes(layer_runs(targets), config)
+        groups = plan_groups(layer_runs(targets), config)
         largest = max(len(group.members) for group in groups)
         if config.num_templates is not None and config.num_templates > largest:
             raise RecastTargetError(

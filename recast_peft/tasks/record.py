@@ -13,7 +13,7 @@ from ..config import RecastConfig
 from ..layer import RecastLayer, recast_layers
 from ..options.record import TaskRecord, mean_fidelity
 from ..parts.lora import lora_config_of
-from ..planning.groups import SHARING, PlannedGroup, coefficient_owners
+from ..planning.groups import PlannedGroup, sharing_of
 from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask
@@ -80,16 +80,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     )
 
 
-def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | None:
-    """Which way of sharing explains the parameters that a task's layers have in common."""
+def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | int | None:
     coefficients = {name: id(layer.recast_coefficients[adapter_name]) for name, layer in layers.items()}
-    if len(set(coefficients.values())) == len(coefficients):
-        return None
     groups = [PlannedGroup(b.name, b.members, (), torch.float32, b.num_templates, 1) for b in banks.values()]
-    for sharing in SHARING:
-        owners = coefficient_owners(groups, sharing)
-        if all(coefficients[name] == coefficients[owner] for name, owner in owners.items()) and len(
-            set(owners.values())
-        ) == len(set(coefficients.values())):
-            return sharing
-    return None
+    return sharing_of(groups, coefficients)
