@@ -23,8 +23,9 @@ from recast_peft import (
     plan_recast,
     scaling_table,
 )
-from recast_peft.config import PAPER_SETTINGS, SHARING_CHOICES
+from recast_peft.config import PAPER_SETTINGS
 from recast_peft.names import block_of
+from recast_peft.options.checks import SHARING_CHOICES
 from recast_peft.planning.groups import SHARING
 
 X = vit_input()
