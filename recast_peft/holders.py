@@ -102,7 +102,12 @@ class TaskHolder:
     """What a module that holds parts of tasks can be asked; a mixin of modules.
 
     A kind of part says here what is different about it; whoever goes through a model asks every holder the same.
+
+    Attributes:
+        module_name: of its place in the plain model.
     """
+
+    module_name: str
 
     def has_task(self, adapter_name: str) -> bool:
         """Whether a task has something here."""
@@ -173,8 +178,11 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
             if child is None or id(child) in seen or name in (BANK_CONTAINER, PARTNER_CONTAINER):
                 continue
             seen.add(id(child))
-            found[f"{prefix}{name}"] = child
-            visit(child, f"{prefix}{name}.")
+            # what tasks have here was named when it was put in; a wrapper that came later gives it no other name
+            inner = unwrapped(child)
+            full = inner.module_name if isinstance(inner, TaskHolder) else f"{prefix}{name}"
+            found[full] = child
+            visit(child, f"{full}.")
 
     visit(model, "")
     return found

@@ -49,6 +49,7 @@ class TaskRecord:
             another model; any other is dropped then, and the config describes a new task.
         origin: where the task was read from, a folder or repository and the options for the Hub, until it is put on a model;
             not stored.
+        renamed: how a module that the task's file names is called in the model, where that has other names; not stored.
     """
 
     groups: dict[str, list[str]]
@@ -63,6 +64,7 @@ class TaskRecord:
     fidelity: dict[str, float] | None = None
     is_stored: bool = False
     origin: tuple[str, dict[str, Any]] | None = None
+    renamed: Callable[[str], str | None] | None = None
 
     @property
     def folder(self) -> str | None:

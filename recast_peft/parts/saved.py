@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..holders import plain_modules, put_at, unwrapped_module
@@ -61,6 +63,7 @@ class SavedPart(TaskPart):
                 put_at(place.model, piece.place, present)
             if not present.has_task(place.adapter_name):  # another part may own it already, as a head of another size does
                 own = copy.deepcopy(present.original_module)
+                release_running_statistics(own)
                 own.train(present.training)
                 present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
 
@@ -92,9 +95,56 @@ def find_norms(model: nn.Module) -> list[str]:
     return names
 
 
-def freeze_running_statistics(model: nn.Module) -> None:
-    """Put the pretrained model's layers with running statistics in evaluation mode; a task's own go on learning."""
+class KeptStatistics:
+    """Stands before a layer of the pretrained model and keeps its running statistics, whoever puts it in training mode.
+
+    ``get_base_model().train()`` and ``outer.train()`` of a model around do not pass by ``RecastModel.train``, and
+    ``torch.optim.swa_utils.update_bn`` begins by setting all statistics back.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.kept = {name: buffer.detach().clone() for name, buffer in _statistics(module).items()}
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if module.training:
+            self.keep(module)
+
+    def keep(self, module: nn.Module) -> None:
+        """Put a layer in evaluation mode, and its statistics back if they were reset."""
+        module.train(False)
+        counted, kept = module._buffers.get("num_batches_tracked"), self.kept.get("num_batches_tracked")
+        if counted is not None and kept is not None and int(counted) == 0 and int(kept) > 0:
+            with torch.no_grad():
+                for name, buffer in _statistics(module).items():
+                    buffer.copy_(self.kept[name])
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+
+
+def _keepers(module: nn.Module) -> dict[int, KeptStatistics]:
+    return {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, KeptStatistics)}
+
+
+def keep_running_statistics(model: nn.Module) -> None:
+    """Let all layers of the pretrained model keep their running statistics; a task's own go on learning."""
     own = {id(m) for wrapper in model.modules() if isinstance(wrapper, TaskModule) for m in wrapper.modules_to_save.modules()}
     for module in model.modules():
-        if getattr(module, "running_mean", None) is not None and id(module) not in own:
-            module.train(False)
+        has_statistics = module._buffers.get("running_mean") is not None and id(module) not in own
+        if has_statistics and not _keepers(module):
+            module.register_forward_pre_hook(KeptStatistics(module))
+
+
+def freeze_running_statistics(model: nn.Module) -> None:
+    """Put those layers in evaluation mode, and their statistics back if they were reset."""
+    for module in model.modules():
+        for keeper in _keepers(module).values():
+            keeper.keep(module)
+
+
+def release_running_statistics(model: nn.Module) -> None:
+    """Undo ``keep_running_statistics``."""
+    for module in model.modules():
+        for key in _keepers(module):
+            del module._forward_pre_hooks[key]

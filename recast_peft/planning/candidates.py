@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import RecastTargetError
+from ..holders import TaskHolder
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
 
 
@@ -86,6 +87,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, n
                 continue
             seen.add(id(child))
             name = prefix if child_name == held else f"{prefix}.{child_name}" if prefix else child_name
+            if isinstance(child, TaskHolder):  # named when it was put in; a wrapper that came later gives it no other name
+                name = child.module_name
             if name and held_name(child) is None:
                 yield name, child, here
             yield from visit(child, name, child_name, here)

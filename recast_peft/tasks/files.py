@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import RecastConfig
 from ..errors import RecastError, RecastLoadError
 from ..holders import Entry
-from ..names import COEFFICIENTS, MODEL_PREFIX, plain_name
+from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, read_tensors
@@ -52,7 +52,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
         for member in group.members
     }
     shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
-    given = {plain_name(key): value for key, value in _read(folder, hub_kwargs, what).items()}
+    given = {called(plain_name(key), record.renamed): value for key, value in _read(folder, hub_kwargs, what).items()}
     optional = _optional(model, config, plan.targets)
     check_entries(what, given, shapes, optional)
     return given
@@ -95,7 +95,8 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     """
     unfilled = getattr(getattr(model, "base_model", None), "forget_unfilled", None)
     try:
-        given = {_prefixed(plain_name(key)): value for key, value in state_dict.items()}
+        renamed = None if config.record is None else config.record.renamed
+        given = {called(_prefixed(plain_name(key)), renamed): value for key, value in state_dict.items()}
         entries = task_entries(model, adapter_name, config)
         optional = _optional(backbone_of(model), config, ())
         wanted = _wanted(entries, given, optional)
@@ -111,6 +112,28 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     resized = {key: value for key, value in given.items() if key not in entries}
     own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
     return {**written, **{own[key]: value for key, value in resized.items()}}
+
+
+def called(key: str, renamed: Callable[[str], str | None] | None) -> str:
+    """The key of an entry as a model has it whose modules have other names than the task's file gives them.
+
+    Args:
+        key: of the entry in the file.
+        renamed: how a module is called in the model; None if all have the names of the file.
+    """
+    if renamed is None:
+        return key
+    name = key.removeprefix(MODEL_PREFIX)
+    if name.startswith(f"{PARTNER_CONTAINER}."):
+        container, place, rest = name.split(".", 2)
+        new = renamed(place.replace("/", "."))
+        return key if new is None else f"{MODEL_PREFIX}{container}.{place_key(new)}.{rest}"
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):  # the longest beginning that is a module
+        new = renamed(".".join(parts[:end]))
+        if new is not None:
+            return f"{MODEL_PREFIX}{'.'.join([new, *parts[end:]])}"
+    return key
 
 
 def _prefixed(key: str) -> str:

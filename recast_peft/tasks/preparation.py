@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import nn
 from ..banks.template_bank import TemplateBank
 from ..config import RecastConfig
 from ..layer import recast_layers
+from ..names import bank_name
 from ..parts import PARTS
 from ..parts.base import Place, Request
 from ..parts.partner import attach_partners
+from ..parts.saved import keep_running_statistics
 from ..planning.plan import RecastPlan, plan_layers
+from ..planning.renamed import Renaming, find_renamed
 from .conversion import (
     PreparedLayer,
     base_fingerprints,
@@ -36,6 +40,7 @@ class PreparedTask:
         banks: the compressed and grown banks that are new.
         pieces: of every part, what it gets.
         fingerprints: of the pretrained weights of its target modules.
+        renamed: how a module that the task's file names is called in the model, where that has other names.
         is_same_base: whether these are the weights that the task was made for.
     """
 
@@ -44,6 +49,7 @@ class PreparedTask:
     banks: list[TemplateBank]
     pieces: list[tuple[Any, list[Any]]]
     fingerprints: dict[str, str]
+    renamed: Callable[[str], str | None] | None = None
     is_same_base: bool = True
 
     @property
@@ -62,6 +68,7 @@ class PreparedTask:
         for part, pieces in self.pieces:
             if pieces:
                 part.install(place, pieces)
+        keep_running_statistics(place.model)
         attach_partners(place.model)  # a layer may stand around a module now that had none
         beside = tuple(part.name for part, pieces in self.pieces if pieces and part.acts_beside_layers)
         for layer in recast_layers(place.model).values():
@@ -75,6 +82,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     Raises:
         RecastError: saying what is wrong.
     """
+    config = under_names_of(model, config)
     plan = plan_layers(model, config)
     targets = list(plan.candidates)
     check_name_is_free(targets, adapter_name)
@@ -93,7 +101,30 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     check_other_tasks(model, banks, config)
     pieces = pieces_of(replace(request, counting=False))
     lora = next((piece for part, own in pieces for piece in own if part.name == "lora"), None)
-    return PreparedTask(replace(plan, lora=lora), layers, banks, pieces, fingerprints, is_same_base)
+    renamed = None if config.record is None else config.record.renamed
+    return PreparedTask(replace(plan, lora=lora), layers, banks, pieces, fingerprints, renamed, is_same_base)
+
+
+def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
+    """A stored task's config with its modules called as they are in a model, where they are found by their weights.
+
+    Returns:
+        the config itself if all of its names are there, or none was found.
+    """
+    record = config.record
+    if record is None or not record.is_stored or record.bank is not None:
+        return config
+    found = find_renamed(model, record.groups, record.base_fingerprint)
+    if not found:
+        return config
+    members = {name: [found.get(member, member) for member in own] for name, own in record.groups.items()}
+    new_names = {name: bank_name(own) for name, own in members.items()}
+    pairs = {member: found.get(member, member) for own in record.groups.values() for member in own}
+    recipes = record.recipes and {new_names[name]: recipe for name, recipe in record.recipes.items()}
+    fingerprints = {found.get(name, name): value for name, value in record.base_fingerprint.items()}
+    groups = {new_names[name]: own for name, own in members.items()}
+    renamed = replace(record, groups=groups, recipes=recipes, base_fingerprint=fingerprints, renamed=Renaming(model, pairs))
+    return config.as_chosen(record=renamed)
 
 
 def pieces_of(request: Request) -> list[tuple[Any, list[Any]]]:

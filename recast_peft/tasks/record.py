@@ -42,6 +42,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
         backbone=(config.backbone if prepared.is_same_base else None) or backbone,
         fidelity=config.fidelity,
         is_stored=config.is_stored_task,
+        renamed=prepared.renamed,
     )
 
 

@@ -16,6 +16,7 @@ from ..layer import RecastLayer, recast_layers
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER
 from ..parts.lora import part_layers
 from ..parts.partner import attach_partners, detach_partners
+from ..parts.saved import release_running_statistics
 from ..parts.wrapper import TaskModule
 
 
@@ -186,6 +187,7 @@ def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -
             attach_partners(model)
         raise
     model._modules.pop(BANK_CONTAINER, None)
+    release_running_statistics(model)
 
 
 @contextmanager
