@@ -37,7 +37,7 @@ from .parts.head import split_logits
 from .parts.prototypes import fit_prototypes
 from .parts.stacking import STACKABLE
 from .planning.plan import RecastPlan
-from .pool.task_pool import TaskPool
+from .pool.pool import TaskPool
 from .registration import register
 from .tasks.banks import collapse_coefficient_sets
 from .tasks.lora_conversion import LoraConversionReport, convert_to_lora, save_as_lora

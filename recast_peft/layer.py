@@ -11,6 +11,7 @@ What holds at every moment (W the pretrained weight, T the templates, d the mean
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class RecastLayer(nn.Module, BaseTunerLayer, TaskHolder):
         self.recast_bank: dict[str, TemplateBank] = {}  # task -> bank; a plain dict: the bank belongs to the group
         self.coefficient_gradients: dict[str, str | float] = {}  # task -> how gradients of its coefficients are formed
         self._estimated_calls = 0
+        self._exchanges = 0  # of weights on merging and unmerging; odd in the middle of one
         self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
         self.compressed_bank: tuple[TemplateBank, ...] = ()  # empty, or the one bank that stands for the weight
         self.register_buffer("recast_pretrained", None, persistent=False)  # the pretrained weight while merged
@@ -124,7 +126,17 @@ class RecastLayer(nn.Module, BaseTunerLayer, TaskHolder):
                 f"the pretrained weight of {self.module_name} was released when its bank was compressed; "
                 "convert with keep_base_weights=True to keep it"
             )
-        return weight
+        beside_others = current_batch() is not None and not torch.compiler.is_compiling()
+        return self._pristine(weight) if beside_others and type(weight) is nn.Parameter and not weight.requires_grad else weight
+
+    def _pristine(self, parameter: nn.Parameter) -> Tensor:
+        """The pretrained weight as a tensor of its own, which stays what it is when another thread merges."""
+        while True:
+            exchanges, kept = self._exchanges, self._buffers["recast_pretrained"]
+            weight = parameter.detach() if kept is None else kept
+            if exchanges == self._exchanges and exchanges % 2 == 0:
+                return weight
+            time.sleep(0)  # another thread is between taking the one out and putting the other in
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -473,6 +485,13 @@ class RecastLayer(nn.Module, BaseTunerLayer, TaskHolder):
 
     def _put_weight(self, weight: Tensor | None) -> None:
         """Put a composed weight into the wrapped module, the pretrained one aside; or for None that one back, if it is kept."""
+        self._exchanges += 1
+        try:
+            self._exchange_weight(weight)
+        finally:
+            self._exchanges += 1
+
+    def _exchange_weight(self, weight: Tensor | None) -> None:
         parameter = self._weight_parameter
         if weight is None and self.recast_pretrained is None:
             self._set_weight_parameter(None)
@@ -551,11 +570,11 @@ class RecastLayer(nn.Module, BaseTunerLayer, TaskHolder):
             self._check_held()
         if self._held is not None:
             return self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
+        batch = current_batch()
+        if self.disable_adapters and (batch is None or batch.is_off or self._switched_off):
             if self.merged:
                 self.unmerge()
             return self._call([], args, kwargs)
-        batch = current_batch()
         if batch is not None:
             return self._mixed_batch_forward(batch, args, kwargs)
         if self.merged:

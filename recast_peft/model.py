@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from .banks.files import StoredBank
 from .banks.template_bank import move_in_place
-from .composition.lazy_weight import model_reads
-from .composition.mixed_batch import MixedBatch, mixed_batch
 from .config import RecastConfig
 from .errors import RecastConfigError
 from .layer import RecastLayer, recast_layers
-from .names import BASE_ADAPTER, COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
+from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
 from .parts.base import Place
 from .parts.lora import switched_off
 from .parts.saved import freeze_running_statistics
@@ -33,6 +31,7 @@ from .tasks import verbs
 from .tasks.arithmetic import add_combined
 from .tasks.backbone import describe_backbone
 from .tasks.banks import remember_stored_bank, stored_bank
+from .tasks.calls import TaskCalls, waits_for_calls
 from .tasks.conversion import install_banks, share_coefficients
 from .tasks.files import load_into
 from .tasks.preparation import PreparedTask, prepare_task
@@ -41,7 +40,7 @@ from .tasks.state import gathered
 from .tasks.undo import Snapshot, undone_on_failure
 
 
-class RecastModel(BaseTuner):
+class RecastModel(TaskCalls, BaseTuner):
     """The tuner that puts RECAST tasks on a model (RECAST, ICLR 2025, section 3): ``model.base_model`` of a ``PeftModel``.
 
     It is made by :func:`get_recast_model` or PEFT's own functions. Whatever is wrong is said as a ``RecastError`` before the
@@ -51,12 +50,12 @@ class RecastModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
-    task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first: task_ids refer to that one
     _prepared: PreparedTask | None = None  # while a task is put in
     _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion
 
+    @waits_for_calls
     def inject_adapter(
         self,
         model: nn.Module,
@@ -84,6 +83,7 @@ class RecastModel(BaseTuner):
                 active = adapter_name in self.active_adapters
                 prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
             config.record = record
+            self.guard_calls()
         except BaseException:
             config.record = before
             raise
@@ -162,6 +162,7 @@ class RecastModel(BaseTuner):
             freeze_running_statistics(self.model)
         return self
 
+    @waits_for_calls
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
         super()._apply(fn, recurse)
         for pool in self.task_pool:  # no module of the model, but it follows the model's device and dtype
@@ -170,6 +171,7 @@ class RecastModel(BaseTuner):
 
     # ---------------------------------------------------------------- activating and merging
 
+    @waits_for_calls
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make tasks active, with all of their parts; several that own the same module are refused before anything changes.
 
@@ -181,6 +183,7 @@ class RecastModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode)
         verbs.activate(self.model, names, inference_mode)
 
+    @waits_for_calls
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is."""
         if adapter_name not in self.peft_config:
@@ -194,6 +197,7 @@ class RecastModel(BaseTuner):
         self.active_adapter = active
         self.set_adapter(active, inference_mode)
 
+    @waits_for_calls
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge tasks, with all of their parts; what fails leaves nothing merged that was not merged before.
 
@@ -209,6 +213,7 @@ class RecastModel(BaseTuner):
         self._check_merge_allowed()
         verbs.merge(self.model, self._tasks_to_merge(adapter_names), safe_merge, adapter_names)
 
+    @waits_for_calls
     def unmerge_adapter(self) -> None:
         """Put the pretrained weights back, to the last bit."""
         verbs.unmerge(self.model)
@@ -238,6 +243,7 @@ class RecastModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
+    @waits_for_calls
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
@@ -247,7 +253,9 @@ class RecastModel(BaseTuner):
     ) -> nn.Module:
         names = self._tasks_to_merge(adapter_names) if merge else None
         with verbs.taken_apart(self, names, safe_merge):
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self.remove_guards()
+        return model
 
     # ---------------------------------------------------------------- arithmetic on tasks
 
@@ -281,60 +289,6 @@ class RecastModel(BaseTuner):
         """
         chosen = (combination_type, density, majority_sign_method, heads)
         add_combined(self, adapters, weights, adapter_name, *chosen)
-
-    # ---------------------------------------------------------------- a task for each sample
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
-        if adapter_names is None and task_ids is None:
-            with model_reads():
-                yield
-            return
-        with self.samples_with_tasks(self._mixed_batch(adapter_names, task_ids, kwargs.get("num_beams"))):
-            yield
-
-    @contextmanager
-    def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
-        """Give every sample its own task until the block ends, also in modules that tasks own whole.
-
-        Raises:
-            RecastBankError: if the tasks are a pool's, and an ordinary task has parts of its own active.
-        """
-        verbs.check_batch(self.model, batch)
-        with mixed_batch(batch), model_reads():
-            yield
-
-    def _mixed_batch(self, adapter_names: Any, task_ids: Any, num_beams: Any) -> MixedBatch:
-        beams = num_beams if isinstance(num_beams, int) else 1
-        if task_ids is None:
-            self._check_mixed_batch(adapter_names)
-            return MixedBatch(names=tuple(adapter_names), beams=beams)
-        if adapter_names is not None:
-            raise ValueError("adapter_names and task_ids were both given; give one of them")
-        return self.pool_in_use().mixed_batch_of(task_ids, beams)
-
-    def pool_in_use(self) -> Any:
-        """The TaskPool that ``task_ids`` refer to.
-
-        Raises:
-            RecastConfigError: if the model has none.
-        """
-        if not self.task_pool:
-            raise RecastConfigError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
-        return self.task_pool[0]
-
-    def _check_mixed_batch(self, adapter_names: Any) -> None:
-        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-            raise TypeError(f"adapter_names should be a list with a name for each sample, got {adapter_names!r}.")
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_ADAPTER})
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)} "
-                f"(the model has {', '.join(self.peft_config)})"
-            )
 
     # ---------------------------------------------------------------- files
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mixed_batch import current_batch
+
 _KNOWN = ("device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "shape")
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in _KNOWN),
@@ -46,7 +48,7 @@ def model_reads() -> Iterator[None]:
 
 def is_read_by_the_model() -> bool:
     """Whether it is the model in its forward pass that reads a weight now."""
-    return not torch.compiler.is_compiling() and _IN_FORWARD.get()
+    return not torch.compiler.is_compiling() and (_IN_FORWARD.get() or current_batch() is not None)
 
 
 def is_read_lazily() -> bool:

@@ -8,19 +8,28 @@ torch before 2.14 follows neither: what is compiled there looks at a plain varia
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..pool.task_pool import TaskPool
+NO_TASK = -1  # the number that stands for the pretrained model
 
-NO_TASK = -1  # the row number that stands for the pretrained model
+
+class PoolTasks(Protocol):
+    """What a call holds of a pool: as it was when the call began, whatever becomes of the pool meanwhile."""
+
+    slot: str  # the adapter whose banks the tasks are on
+
+    def part_of(self, module_name: str) -> slice | None:
+        """The columns of a target module in the coefficients of a task; None if the tasks leave it alone."""
+
+    def head(self, task_id: int) -> Callable[..., Any] | None:
+        """The classifier of a task of the batch; None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,21 @@ class MixedBatch:
 
     Attributes:
         names: a task for each sample; empty when tasks are given by number.
-        task_ids: ``(samples,)`` rows of a pool's table, or None.
-        pool: the pool that ``task_ids`` refers to.
+        task_ids: ``(samples,)`` numbers of a pool's tasks, or None.
+        pool: what the call holds of the pool that ``task_ids`` refer to.
         coefficients: ``(samples, numbers per task)`` gathered from the pool's table.
-        beams: how often beam search repeats each sample in the decoder.
+        keys: ``task_ids`` as whole numbers, read once; None where they are only known as a tensor.
+        beams: how often generation repeats each sample in the decoder.
+        is_off: whether all samples are the pretrained model's, since tasks were switched off where the call began.
     """
 
     names: tuple[str, ...] = ()
     task_ids: Tensor | None = None
-    pool: TaskPool | None = None
+    pool: PoolTasks | None = None
     coefficients: Tensor | None = None
+    keys: tuple[int, ...] | None = None
     beams: int = 1
+    is_off: bool = False
     _rows: dict[int, dict[str | int, list[int]]] = field(default_factory=dict, repr=False, compare=False)
     _indices: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -56,13 +69,13 @@ class MixedBatch:
             return 1
         if self.beams > 1 and samples == len(self) * self.beams:
             return self.beams
+        given = "adapter_names" if self.task_ids is None else "task_ids"
         raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(self)} and {samples} respectively."
+            f"Length of `{given}` should be the same as the number of inputs, but got {len(self)} and {samples} respectively."
         )
 
     def rows(self, samples: int) -> dict[str | int, list[int]]:
-        """The samples of each task, in the order of their first appearance; a task of a pool by its row.
+        """The samples of each task, in the order of their first appearance; a task of a pool by its number.
 
         Numbers of tasks that lie on an accelerator are read once a call, not once a layer.
         """
@@ -74,7 +87,9 @@ class MixedBatch:
 
     def _rows_of(self, samples: int) -> dict[str | int, list[int]]:
         repeats = self.repeats(samples)
-        keys: Sequence[str | int] = self.names if self.task_ids is None else self.task_ids.tolist()
+        keys: Sequence[str | int] = self.names
+        if self.task_ids is not None:
+            keys = self.task_ids.tolist() if self.keys is None else self.keys
         rows: dict[str | int, list[int]] = {}
         for i, key in enumerate(key for key in keys for _ in range(repeats)):
             rows.setdefault(key, []).append(i)
@@ -101,7 +116,17 @@ class MixedBatch:
         return gathered[:, part]
 
 
-_BATCH: ContextVar[MixedBatch | None] = ContextVar("recast_mixed_batch", default=None)
+class _Block:
+    """A batch for as long as its block is open, and the block around it.
+
+    A generator's block may end in another thread than it began in, whose variable nobody can put back: it is closed instead.
+    """
+
+    def __init__(self, batch: MixedBatch, around: _Block | None) -> None:
+        self.batch, self.around, self.is_open = batch, around, True
+
+
+_BLOCK: ContextVar[_Block | None] = ContextVar("recast_mixed_batch", default=None)
 _shared: MixedBatch | None = None  # the latest batch of any thread
 
 FOLLOWS_CONTEXT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
@@ -112,9 +137,15 @@ def _is_compiled_without_context() -> bool:
     return not FOLLOWS_CONTEXT and torch.compiler.is_compiling()
 
 
+def _innermost(block: _Block | None) -> MixedBatch | None:
+    while block is not None and not block.is_open:
+        block = block.around
+    return None if block is None else block.batch
+
+
 def current_batch() -> MixedBatch | None:
     """The mixed batch of the call that this thread is in, or None."""
-    return _shared if _is_compiled_without_context() else _BATCH.get()
+    return _shared if _is_compiled_without_context() else _innermost(_BLOCK.get())
 
 
 @contextmanager
@@ -122,12 +153,19 @@ def mixed_batch(batch: MixedBatch) -> Iterator[None]:
     """Give every sample its own task until the block ends."""
     global _shared
     before, _shared = _shared, batch
-    token = None if _is_compiled_without_context() else _BATCH.set(batch)
+    if _is_compiled_without_context():
+        try:
+            yield
+        finally:
+            _shared = before
+        return
+    around = _BLOCK.get()
+    block = _Block(batch, around)
+    _BLOCK.set(block)
     try:
         yield
     finally:
-        if token is None:
-            _shared = before
-        else:
-            _BATCH.reset(token)
-            _shared = _BATCH.get()  # this thread's; what another one had when this block began may be over
+        block.is_open = False
+        if _BLOCK.get() is block:  # else it ends in another context than it began in
+            _BLOCK.set(around)
+        _shared = _innermost(_BLOCK.get())  # this thread's; what another one had when this block began may be over

@@ -11,6 +11,8 @@ import functools
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,18 @@ class TaskModel:
                     return str(folder / name), name
         return str(folder), adapter_name
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT's own leaves a call alone while another thread is in disable_adapter()
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):  # type: ignore[attr-defined]
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As in PEFT; the mixed batches of other threads keep their tasks."""
+        with self.base_model.calls.switched_off(), super().disable_adapter():  # type: ignore[attr-defined, misc]
+            yield
+
     def create_or_update_model_card(self, output_dir: str) -> None:
         """As in PEFT; where a task lies already, our card is written (the Trainer asks for it after saving)."""
         if (Path(output_dir) / CONFIG_NAME).is_file() and has_task_numbers(output_dir):
@@ -118,8 +132,13 @@ def _with_verbs(peft_class: Any) -> type[PeftModel]:
         with self._enable_peft_forward_hooks(task_ids=task_ids, adapter_names=kwargs.get("adapter_names")):
             return peft_class.forward(self, *args, **kwargs)
 
+    @functools.wraps(peft_class.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return peft_class.generate(self, *args, **self.base_model.with_own_repeats(kwargs))
+
+    verbs = {"forward": forward, "generate": generate}
     name = f"Recast{peft_class.__name__}"
-    return type(name, (TaskModel, peft_class), {"__module__": __name__, "__doc__": peft_class.__doc__, "forward": forward})
+    return type(name, (TaskModel, peft_class), {"__module__": __name__, "__doc__": peft_class.__doc__, **verbs})
 
 
 # one for each class of PEFT, by names in this module, so that pickle finds them

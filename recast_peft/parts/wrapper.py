@@ -143,7 +143,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)
         batch = current_batch()
-        if batch is None or self._disable_adapters:
+        if batch is None or (self._disable_adapters and batch.is_off):
             task = self.shown_task
             return (self.original_module if task is None else self.modules_to_save[task])(*args, **kwargs)
         return self._mixed(batch, *args, **kwargs)

@@ -33,6 +33,7 @@ from recast_peft import (
     RecastBaseMismatchError,
     RecastConfig,
     RecastConfigError,
+    RecastLayer,
     RecastLoadError,
     TaskPool,
     get_recast_model,
@@ -42,6 +43,7 @@ from recast_peft.composition import mixed_batch
 from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT
 from recast_peft.parts.head import split_logits
 from recast_peft.parts.prototypes import fit_prototypes
+from recast_peft.storage.tensors import CHECKSUM
 
 TARGETS = ["qkv", "fc1"]
 TOKENS = torch.arange(1, 9).reshape(2, 4)
@@ -89,11 +91,9 @@ def model_with_pool(tasks: int = 0, **config) -> tuple[PeftModel, TaskPool]:
 
 def random_state(pool: TaskPool, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    sizes = {name: len(values) for name, values in pool.coefficients(pool.names[0]).items()} if len(pool) else None
-    if sizes is None:
-        pool.add("probe")
-        sizes = {name: len(values) for name, values in pool.coefficients("probe").items()}
-        pool.remove("probe")
+    layers = {layer.module_name for layer in pool.model.modules() if isinstance(layer, RecastLayer)}
+    parts = {name: part for name in layers if (part := pool.part_of(name)) is not None}
+    sizes = {name: part.stop - part.start for name, part in sorted(parts.items(), key=lambda entry: entry[1].start)}
     return {
         f"base_model.model.{name}.recast_coefficients": torch.randn(1, n, generator=generator) * 0.3
         for name, n in sizes.items()
@@ -783,11 +783,11 @@ class TestFiles:
         pool.save(path)
         whole = path.read_bytes()
         _, fresh = model_with_pool()
-        for damaged in (whole[:20], whole[:-30], b"", whole.replace(b"recast-task-pool-1", b"recast-task-pool-9")):
+        for damaged in (whole[:20], whole[:-30], b"", whole.replace(b"recast-task-pool-2", b"recast-task-pool-9")):
             path.write_bytes(damaged)
             with pytest.raises(RecastLoadError):
                 fresh.load(path)
-        with pytest.raises(RecastLoadError, match="cannot be read"):
+        with pytest.raises(RecastLoadError, match="No such file"):
             fresh.load(tmp_path / "nowhere")
         assert len(fresh) == 0
         path.write_bytes(whole)
@@ -801,22 +801,38 @@ class TestFiles:
         path = tmp_path / "pool.safetensors"
         pool.save(path)
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = {key: text for key, text in file.metadata().items() if key != CHECKSUM}
         tensors = load_file(path)
         _, fresh = model_with_pool()
         table = tensors["coefficients"]
         for changed, message in (
             ({"coefficients": table[:, 1:].contiguous()}, "table in .* is damaged"),
-            ({"coefficients": table / 0}, "finite: False"),
-            ({"head.1.weight": torch.zeros(2, 16)}, "head of task 1 is damaged"),
+            ({"coefficients": table / 0}, "2 of 2 tasks in .* not finite"),
+            ({"coefficients": table.int()}, "table in .* is damaged"),
+            ({"names": tensors["names"][:5]}, "names for 2 tasks"),
+            ({"heads.0.weight": torch.zeros(1, 2, 16)}, "classifiers of kind 0 are damaged"),
+            ({"heads.0.places": torch.tensor([2])}, "classifier of place 2 among 2 tasks is damaged"),
+            ({"heads.0.labels": torch.tensor([1])}, "does not fit the model"),
         ):
             save_file({**tensors, **changed}, path, metadata)
             with pytest.raises(RecastLoadError, match=message):
                 fresh.load(path)
-        save_file(tensors, path, {**metadata, "heads": '{"1": {"classes": 3}}'})
-        with pytest.raises(RecastLoadError, match="head of task 1 is damaged"):
-            fresh.load(path)
+        for heads in ('[{"classes": 3}]', "[3]", "{", "7"):
+            save_file(tensors, path, {**metadata, "heads": heads})
+            with pytest.raises(RecastLoadError, match="damaged or does not fit|not valid JSON"):
+                fresh.load(path)
         assert len(fresh) == 0
+
+    def test_a_changed_file_is_known_by_its_checksum(self, tmp_path):
+        _, pool = model_with_pool(2)
+        path = tmp_path / "pool.safetensors"
+        pool.save(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        save_file({**tensors, "coefficients": tensors["coefficients"] * 2}, path, metadata)
+        with pytest.raises(RecastLoadError, match="checksum"):
+            model_with_pool()[1].load(path)
 
 
 def _zero(module: nn.Module) -> None:
@@ -865,7 +881,7 @@ class TestBesideOrdinaryTasks:
     def test_a_task_that_owns_more_than_a_pool_holds_is_refused(self, owned):
         model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first")
         model.add_adapter("more", RecastConfig(target_modules=TARGETS, **owned))
-        with pytest.raises(RecastBankError, match="owns more than coefficients"):
+        with pytest.raises(RecastConfigError, match="a pool cannot hold task 'more': it owns"):
             TaskPool(model).add("more", "more")
 
     def test_the_pools_samples_never_meet_an_ordinary_tasks_norms(self, images):
@@ -977,7 +993,7 @@ class TestOtherBanks:
         again.activate("prototypes")
         assert torch.equal(again.model(images), expected)
         again.save(tmp_path / "again")
-        assert load_file(tmp_path / "again")["head.1.weight"].dtype == torch.float16
+        assert load_file(tmp_path / "again")["heads.1.weight"].dtype == torch.float16
 
 
 class TestFollowingTheModel:

@@ -1,0 +1,138 @@
+"""The slot: the one adapter of the model that a pool writes its active task into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from ..errors import RecastConfigError
+from ..model import RecastModel
+from ..parts.bias_part import bias_holders
+from ..parts.head import TaskHead, task_head
+from .heads import StoredHead
+from .layout import PoolLayout
+
+
+class Slot:
+    """An adapter whose coefficients and classifier are those of one task of a pool, or of none.
+
+    Its verbs wait for calls that are on their way: no call sees half of a task.
+    """
+
+    def __init__(self, model: PeftModel, name: str, layout: PoolLayout) -> None:
+        self.model, self.name, self.layout = model, name, layout
+        self._holders = bias_holders(layout.backbone, name)
+        layers = layout.layers.values()
+        # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
+        self._keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
+        self._heads: list[TaskHead] = [m for m in layout.backbone.modules() if isinstance(m, TaskHead)]
+        self.holds: str | None = None  # the task that is written into it
+
+    @property
+    def tuner(self) -> RecastModel:
+        """The model without PEFT's outermost class."""
+        return self.model.base_model  # type: ignore[return-value]
+
+    @property
+    def active(self) -> str | None:
+        """The task that is active, or None for the pretrained model and for an ordinary adapter."""
+        return self.holds if self.is_active() else None
+
+    def is_active(self) -> bool:
+        """Whether the slot is the model's active adapter."""
+        return list(self.model.active_adapters) == [self.name]
+
+    def check(self, pool: Any) -> None:
+        """Refuse a slot that was deleted, or is another pool's by now."""
+        if self.name not in self.tuner.peft_config:
+            raise RecastConfigError(
+                f"the adapter {self.name!r}, which this pool writes into, was deleted from the model: make a new TaskPool"
+            )
+        if not any(other is pool for other in self.tuner.task_pool):
+            raise RecastConfigError(
+                f"another TaskPool has been made for the adapter {self.name!r} since, and its task may be active there: "
+                "activate tasks of that pool, or give each pool a slot of its own (slot=)"
+            )
+
+    def activate(self, name: str, row: Tensor, head: StoredHead | None, merge: bool) -> None:
+        """Make a task active; see ``TaskPool.activate``."""
+        self._make_active()
+        if not merge:
+            self._unmerge()
+        self._write(row)
+        if merge:
+            for layer in self.layout.layers.values():
+                layer.merge_in_place([self.name])
+            for holder in self._holders:
+                holder.merge_in_place(self.name)
+        self._show(head)
+        self.holds = name
+
+    def deactivate(self) -> None:
+        """Make the pretrained model active, to the last bit (the slot's coefficients are zero)."""
+        self._make_active()
+        self._unmerge()
+        self._write(torch.zeros(self.layout.width))
+        for layer in self._keep_base:
+            layer.idle_slot = self.name
+        self._show(None)
+        self.holds = None
+
+    @contextmanager
+    def kept_aside(self) -> Iterator[tuple[str | None, bool]]:
+        """A block that may activate tasks; an ordinary adapter that was active before comes back at its end.
+
+        The block gets the pool's task that was active, and whether it was merged, to activate it again by itself.
+        """
+        merged = any(layer.merged for layer in self.layout.layers.values())
+        ordinary = None if self.is_active() else (list(self.model.active_adapters), self.model.active_adapter)
+        trainable = [(p, p.requires_grad) for p in self.model.parameters()] if ordinary is not None else []
+        try:
+            yield self.active, merged
+        finally:
+            if ordinary is not None:
+                self.tuner.set_adapter(ordinary[0])
+                self.model.active_adapter = ordinary[1]
+                for parameter, requires_grad in trainable:
+                    parameter.requires_grad_(requires_grad)
+
+    def make_place_for(self, head_name: str) -> None:
+        """Let the model have a classifier for each task in this place."""
+        wrapper = task_head(self.layout.backbone, head_name)
+        if not any(known is wrapper for known in self._heads):
+            self._heads.append(wrapper)
+
+    def _make_active(self) -> None:
+        if not self.is_active():
+            self.tuner.set_adapter(self.name, inference_mode=True)
+            self.model.active_adapter = self.name
+        for layer in self._keep_base:
+            layer.idle_slot = None
+
+    def _write(self, row: Tensor) -> None:
+        layout = self.layout
+        with torch.no_grad():
+            targets = [layer.recast_coefficients[self.name] for layer in layout.layers.values()]
+            targets += [owner.offset for owner in layout.bias_owners.values()]
+            row = row.to(targets[0].device)
+            sources = [row[part].detach() for part in layout.slices.values()]
+            torch._foreach_copy_([t.data for t in targets], [s.view_as(t) for s, t in zip(sources, targets, strict=True)])
+
+    def _unmerge(self) -> None:
+        parts: list[Any] = [*self.layout.layers.values(), *self._holders]
+        for part in parts:
+            part.unmerge()
+
+    def _show(self, head: StoredHead | None) -> None:
+        """Put a classifier in force; of every other place the model's own."""
+        shown = None if head is None else task_head(self.layout.backbone, head.kind.name)
+        for wrapper in self._heads:
+            if wrapper is not shown and self.name in wrapper._active_adapter:
+                wrapper.show(self.name, None)
+        if head is not None and shown is not None:
+            shown.show(self.name, head.prepared())

@@ -1,0 +1,120 @@
+"""What a call with a task for each sample holds: numbers, coefficients and classifiers as they were when it began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..composition.mixed_batch import NO_TASK, MixedBatch
+from ..errors import RecastConfigError
+from .table import ROW_BITS, USE_BITS, TaskTable
+
+
+class HeldTasks:
+    """The tasks of one call; see ``composition.mixed_batch.PoolTasks``."""
+
+    def __init__(self, slot: str, slices: Mapping[str, slice], heads: Callable[[int], Any]) -> None:
+        self.slot, self._slices, self.head = slot, slices, heads
+
+    def part_of(self, module_name: str) -> slice | None:
+        """The columns of a target module, or of the coefficients of a bias by its name."""
+        return self._slices.get(module_name)
+
+
+def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, beams: int) -> MixedBatch:
+    """Gather the tasks of a call, once for all layers.
+
+    Args:
+        table: of the pool.
+        slot: of the pool.
+        slices: columns by module.
+        tasks: ``(samples,)`` numbers from ``ids``, or a list of such numbers or of names.
+        beams: how often generation repeats a sample.
+
+    Raises:
+        RecastConfigError: if a number is not that of a task that is in the pool now.
+    """
+    if torch.compiler.is_compiling():
+        return _hold_compiled(table, slot, slices, tasks, beams)
+    with table.lock:
+        numbers = as_numbers(table, tasks)
+        keys = tuple(numbers.tolist())
+        rows = table.rows_of(keys)
+        heads = {key: table._heads[row].call() for key, row in zip(keys, rows, strict=True) if row in table._heads}
+        where = torch.tensor(rows, device=table.table.device)
+        coefficients = _gathered(table.table, where)
+    return MixedBatch(
+        task_ids=numbers, keys=keys, pool=HeldTasks(slot, slices, heads.get), coefficients=coefficients, beams=beams
+    )
+
+
+def _hold_compiled(table: TaskTable, slot: str, slices: Mapping[str, slice], numbers: Tensor, beams: int) -> MixedBatch:
+    """The same where no number can be looked at: the samples of numbers that are no task's become NaN."""
+    numbers = numbers.to(torch.int64)
+    row = (numbers & (2**ROW_BITS - 1)).clamp(max=len(table.table) - 1).to(table.table.device)
+    is_known = (numbers == NO_TASK).to(row.device) | (table._numbers[row] == numbers.to(row.device))
+    gathered = _gathered(table.table, torch.where((numbers == NO_TASK).to(row.device), NO_TASK, row))
+    coefficients = torch.where(is_known[:, None], gathered, float("nan"))
+
+    def head(number: int) -> nn.Module | None:
+        stored = table._heads.get(number & (2**ROW_BITS - 1)) if number >= 0 else None
+        return None if stored is None else stored.module()
+
+    return MixedBatch(task_ids=numbers, pool=HeldTasks(slot, slices, head), coefficients=coefficients, beams=beams)
+
+
+def _gathered(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the table, copied; zeros for NO_TASK."""
+    present = (rows >= 0).to(table.dtype)[:, None]
+    return table[rows.clamp_min(0)] * present
+
+
+def as_numbers(table: TaskTable, tasks: Any) -> Tensor:
+    """Tasks as a call is given them, as a tensor ``(samples,)`` of numbers.
+
+    Raises:
+        RecastConfigError: if they are none.
+    """
+    if isinstance(tasks, (list, tuple)):
+        if all(task is None or isinstance(task, str) for task in tasks):
+            return table.ids(tasks)
+        if all(type(task) is int for task in tasks):
+            tasks = torch.tensor(tasks, dtype=torch.int64)
+    if not isinstance(tasks, Tensor):
+        given = f"{tasks!r}"
+    elif tasks.ndim != 1 or tasks.dtype not in (torch.int64, torch.int32):
+        given = f"{tasks.dtype} {tuple(tasks.shape)}"
+    else:
+        return tasks
+    raise RecastConfigError(
+        "task_ids must be whole numbers of shape (samples,), as pool.ids(names) gives them, or a list of names; got "
+        f"{given[:120]}"
+    )
+
+
+def pool_of(tasks: Any, pools: Sequence[Any]) -> Any:
+    """The pool whose tasks are meant.
+
+    Args:
+        tasks: as a call is given them; names are those of the first pool.
+        pools: of the model, the latest first.
+
+    Raises:
+        RecastConfigError: if there is no such pool, or several are meant.
+    """
+    if not isinstance(tasks, Tensor) and not all(type(task) is int for task in tasks or ()):
+        return None
+    numbers = tasks.tolist() if isinstance(tasks, Tensor) and tasks.ndim == 1 else tasks
+    if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
+        return None  # whoever takes them says what is wrong with them
+    serials = {number >> (ROW_BITS + USE_BITS) for number in numbers if number >= 0}
+    if not serials:
+        return None
+    found = [pool for pool in pools if pool.serial in serials]
+    if len(serials) > 1 or not found:
+        what = "tasks of several pools" if len(serials) > 1 else "tasks of a pool that this model has no more"
+        raise RecastConfigError(f"task_ids holds {what}: take all numbers of a call from pool.ids(names) of one pool")
+    return found[0]

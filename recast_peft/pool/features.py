@@ -1,0 +1,76 @@
+"""What the pretrained model makes of samples, for routing: caught in this call alone, whatever other threads compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..composition.mixed_batch import current_batch
+from ..errors import RecastConfigError, RecastTargetError
+from ..holders import plain_modules
+from ..model import RecastModel
+from ..parts.head_building import find_head
+
+
+def base_features(
+    tuner: RecastModel, head_module: str | None, inputs: Any, without_tasks: Callable[[int], AbstractContextManager[None]]
+) -> Tensor:
+    """What reaches the classifier of the pretrained model, ``(samples, features)`` in float32 on the CPU.
+
+    Args:
+        tuner: around the model.
+        head_module: the classifier's name; None is the one that is found.
+        inputs: samples ``(samples, ...)``, or a dictionary of such tensors that the model takes by name.
+        without_tasks: a block in which so many samples have no task.
+
+    Raises:
+        RecastConfigError: if there is no sample.
+    """
+    first = next(iter(inputs.values()), None) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(first, Tensor) or not len(first):
+        raise RecastConfigError(
+            f"inputs={inputs!r}: expected samples in a tensor, or a dictionary of such tensors that the model takes by "
+            "name; at least one sample"
+        )
+    caught: list[Tensor] = []
+    with _in_evaluation_mode(tuner), torch.no_grad(), without_tasks(len(first)):
+        mine = current_batch()
+
+        def catch(module: nn.Module, args: tuple) -> None:
+            if current_batch() is mine:  # every thread's calls come by here
+                caught.append(args[0])
+
+        head = _head(tuner.model, head_module)
+        handle = None if head is None else head.register_forward_pre_hook(catch)
+        try:
+            out = tuner.model(**inputs) if isinstance(inputs, Mapping) else tuner.model(inputs)
+        finally:
+            if handle is not None:
+                handle.remove()
+    features = (caught[-1] if caught else out).detach().float().cpu()
+    return features if features.ndim == 2 else features.flatten(1, -2).mean(dim=1)
+
+
+def _head(model: nn.Module, name: str | None) -> nn.Module | None:
+    try:
+        return plain_modules(model)[find_head(model, name)]
+    except RecastTargetError:
+        return None
+
+
+@contextmanager
+def _in_evaluation_mode(tuner: RecastModel) -> Iterator[None]:
+    """A call in evaluation mode; where a module is in training mode no other call runs beside it."""
+    training = [module for module in tuner.model.modules() if module.training]
+    with tuner.calls.change() if training else tuner.calls.call():
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -1,0 +1,310 @@
+"""One safetensors file for all tasks of a pool.
+
+    coefficients           (tasks, numbers per task)
+    names                  UTF-8, one a line
+    heads.K.places         (heads,) places among the tasks, of all classifiers of kind K
+    heads.K.labels         (heads,) their labels in the metadata
+    heads.K.<key>          (heads, ...) their tensors
+    remembered.*           what is remembered for routing
+    metadata               the layout, the kinds of classifiers and their labels as JSON
+
+Files of the first format, which had two tensors for each classifier, are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError, RecastError, RecastLoadError
+from ..parts.head_building import Labels, PreparedHead, PrototypeHead, prepare_head
+from ..storage.json_reader import parse_value
+from ..storage.tensors import read_tensors, write_tensors
+from .heads import HeadKinds, StoredHead
+from .layout import PoolLayout, other_bank
+from .routing import TaskFeatures
+
+FORMATS = ("recast-task-pool-1", "recast-task-pool-2")
+LAYOUT = ("groups", "recipes", "base_fingerprint", "bank", "heads", "remembered")  # JSON in the file's metadata
+
+
+@dataclass
+class PackedTasks:
+    """Tasks as a file holds them: classifiers and what is remembered by the task's place."""
+
+    names: list[str]
+    table: Tensor
+    heads: dict[int, StoredHead] = field(default_factory=dict)
+    remembered: dict[int, TaskFeatures] = field(default_factory=dict)
+
+    def damaged(self) -> list[int]:
+        """Places of tasks with numbers that are not finite."""
+        bad = {*(~torch.isfinite(self.table).all(dim=1)).nonzero().flatten().tolist()}
+        bad |= {place for place, head in self.heads.items() if not all(torch.isfinite(t).all() for t in head.held())}
+        return sorted(bad)
+
+    def without(self, places: Sequence[int]) -> PackedTasks:
+        """The other tasks."""
+        kept = [place for place in range(len(self.names)) if place not in {*places}]
+        at = {place: new for new, place in enumerate(kept)}
+        return PackedTasks(
+            [self.names[place] for place in kept],
+            self.table[kept],
+            {at[place]: head for place, head in self.heads.items() if place in at},
+            {at[place]: known for place, known in self.remembered.items() if place in at},
+        )
+
+
+def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None:
+    """Write tasks to a file, whole or not at all.
+
+    Raises:
+        RecastConfigError: if a task holds numbers that are not finite, or the path is a folder.
+    """
+    if Path(path).is_dir():
+        raise RecastConfigError(f"path={str(path)!r} is a folder; expected the name of a file, such as pool.safetensors")
+    bad = [tasks.names[place] for place in tasks.damaged()]
+    if bad:
+        raise RecastConfigError(
+            f"{len(bad)} of {len(tasks.names)} tasks hold numbers that are not finite (NaN or infinity): {', '.join(bad[:5])}. "
+            "Remove them first (pool.remove); nothing was written."
+        )
+    text = "\n".join(tasks.names).encode()
+    tensors = {"coefficients": tasks.table, "names": torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)}
+    tensors.update(_remembered_tensors(tasks.remembered))
+    head_tensors, kinds, labels = _head_tensors(tasks.heads)
+    metadata = {
+        "groups": layout.config.groups,
+        "recipes": layout.config.recipes,
+        "base_fingerprint": layout.config.base_fingerprint,
+        "bank": layout.bank,
+        "biases": layout.biases(),
+        "heads": kinds,
+        "labels": labels,
+        "remembered": {},
+    }
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    write_tensors(path, {**tensors, **head_tensors}, {"tasks": str(len(tasks.names)), **texts, "format": FORMATS[-1]})
+
+
+def _head_tensors(heads: Mapping[int, StoredHead]) -> tuple[dict[str, Tensor], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Tensors, kinds and labels of classifiers."""
+    by_kind: dict[tuple[int, Any], list[int]] = {}
+    for place, head in heads.items():
+        by_kind.setdefault((id(head.kind), head.stored_dtype), []).append(place)
+    tensors: dict[str, Tensor] = {}
+    kinds = []
+    labels: dict[str, int] = {}
+    all_labels = []
+    for number, places in enumerate(by_kind.values()):
+        first = heads[places[0]]
+        kinds.append(
+            {
+                "module": first.kind.name,
+                "type": "prototypes" if isinstance(first.kind.empty, PrototypeHead) else "linear",
+                "dtype": None if first.stored_dtype is None else str(first.stored_dtype).removeprefix("torch."),
+                "classes": first.labels.num_classes,
+            }
+        )
+        own = []
+        for place in places:
+            given = heads[place].labels
+            if repr(given) not in labels:
+                labels[repr(given)] = len(all_labels)
+                all_labels.append({"classes": given.num_classes, "id2label": given.id2label})
+            own.append(labels[repr(given)])
+        for key, rows in _stacked([heads[place] for place in places]).items():
+            tensors[f"heads.{number}.{key}"] = rows
+        tensors[f"heads.{number}.places"] = torch.tensor(places)
+        tensors[f"heads.{number}.labels"] = torch.tensor(own)
+    return tensors, kinds, all_labels
+
+
+def _stacked(heads: Sequence[StoredHead]) -> dict[str, Tensor]:
+    """The tensors of classifiers of one kind, ``(classifiers, ...)``, as they are saved."""
+    stacked = {}
+    for position, key in enumerate(heads[0].kind.keys):
+        values = [head.tensors[position] if head.live is None else head.state()[key] for head in heads]
+        dtype = heads[0].stored_dtype
+        if dtype is None or not values[0].is_floating_point():
+            dtype = values[0].dtype if len({v.dtype for v in values}) == 1 else heads[0].kind.dtypes[position]
+        stacked[key] = torch.stack([value.detach().to("cpu", dtype) for value in values])
+    return stacked
+
+
+def _remembered_tensors(remembered: Mapping[int, TaskFeatures]) -> dict[str, Tensor]:
+    if not remembered:
+        return {}
+    known = list(remembered.values())
+    return {
+        "remembered.places": torch.tensor(list(remembered)),
+        "remembered.counts": torch.tensor([len(k.prototypes) for k in known]),
+        "remembered.samples": torch.tensor([k.samples for k in known]),
+        "remembered.prototypes": torch.cat([k.prototypes for k in known]),
+        "remembered.scatter": torch.stack([k.scatter for k in known]),
+    }
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damaged: bool = False) -> PackedTasks:
+    """Read and check a file of tasks.
+
+    Args:
+        path: of the file.
+        layout: of the pool.
+        kinds: of the pool.
+        skip_damaged: leave out tasks with numbers that are not finite.
+
+    Raises:
+        RecastLoadError: if the file is damaged, or holds tasks with numbers that are not finite.
+        RecastBankError: if it does not fit the pool.
+        RecastBaseMismatchError: if it was made for other pretrained weights.
+    """
+    what = f"the file of tasks {path}"
+    file = read_tensors(path, what, floating=False, finite=False)
+    tensors, texts = file.tensors, file.metadata
+    if texts.get("format") not in FORMATS:
+        raise RecastLoadError(
+            f"{path} is no file of a TaskPool (format {texts.get('format')!r}, expected one of {', '.join(FORMATS)})"
+        )
+    try:
+        said = {key: parse_value(texts[key], f"{key!r} of {what}") for key in LAYOUT}
+        biases = parse_value(texts.get("biases", "{}"), f"'biases' of {what}")  # files of earlier versions do not name them
+        labels = parse_value(texts.get("labels", "[]"), f"'labels' of {what}")
+        table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
+    except (KeyError, ValueError) as error:
+        if isinstance(error, RecastError):
+            raise
+        raise RecastLoadError(f"{what} is damaged: {error!r}. Nothing was loaded; fetch it again.") from error
+    _check_layout(path, said, biases, layout)
+    if tuple(table.shape) != (len(names), layout.width) or not table.is_floating_point() or len({*names}) < len(names):
+        raise RecastLoadError(
+            f"the table in {path} is damaged: {table.dtype} of shape {tuple(table.shape)} and {len({*names})} names, expected "
+            f"numbers of shape {(len(names), layout.width)}"
+        )
+    tasks = PackedTasks(names, table)
+    try:
+        if texts["format"] == FORMATS[0]:
+            _read_first_format(tasks, said, tensors, layout, kinds)
+        else:
+            tasks.heads = _read_heads(said["heads"], labels, tensors, layout, kinds, len(names))
+            tasks.remembered = _read_remembered(tensors, len(names))
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        if isinstance(error, RecastLoadError):
+            raise
+        raise RecastLoadError(f"{what} is damaged or does not fit the model: {error}. Nothing was loaded.") from error
+    bad = tasks.damaged()
+    if bad and not skip_damaged:
+        raise RecastLoadError(
+            f"{len(bad)} of {len(names)} tasks in {path} hold numbers that are not finite (NaN or infinity): "
+            f"{', '.join(names[place] for place in bad[:5])}. load(path, skip_damaged=True) puts in the others."
+        )
+    return tasks.without(bad) if bad else tasks
+
+
+def _names(text: Tensor, count: int) -> list[str]:
+    names = bytes(text.to(torch.uint8).numpy()).decode().split("\n") if count else []
+    if len(names) != count or not all(names):
+        raise ValueError(f"{len(names)} names for {count} tasks")
+    return names
+
+
+def _check_layout(path: Any, said: dict[str, Any], biases: Any, layout: PoolLayout) -> None:
+    if (said["groups"], said["recipes"]) != (layout.config.groups, layout.config.recipes):
+        raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
+    if said["bank"] != layout.bank:
+        raise other_bank(f"the tasks in {path}", said["bank"], layout.versions)
+    if biases != layout.biases():
+        raise RecastBankError(
+            f"the tasks in {path} have coefficients of biases that are not the pool's\n  file: {biases}\n"
+            f"  pool: {layout.biases()}"
+        )
+    recorded = said["base_fingerprint"] or {}
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+        raise RecastLoadError(f"the fingerprints in {path} are damaged: expected one for each module")
+    layout.check_fingerprint(str(path), recorded)
+
+
+def _empty_head(saved: Mapping[str, Any], id2label: Any, layout: PoolLayout) -> PreparedHead:
+    config = RecastConfig(
+        num_classes=saved["classes"],
+        id2label=id2label,
+        head_module=saved["module"],
+        head_type=saved["type"],
+        head_dtype=saved["dtype"],
+    )
+    head = prepare_head(layout.backbone, config)
+    assert head is not None
+    head.labels = Labels(config.num_classes, config.id2label)
+    return head
+
+
+def _read_heads(
+    saved: Any, labels: Any, tensors: Mapping[str, Tensor], layout: PoolLayout, kinds: HeadKinds, count: int
+) -> dict[int, StoredHead]:
+    heads: dict[int, StoredHead] = {}
+    known = [Labels(entry["classes"], _id2label(entry["id2label"])) for entry in labels]
+    for number, kind_saved in enumerate(saved):
+        prefix = f"heads.{number}."
+        rows = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        places, own = rows.pop("places").tolist(), rows.pop("labels").tolist()
+        empty = _empty_head(kind_saved, None, layout)
+        shapes = {key: (len(places), *value.shape) for key, value in empty.module.state_dict().items()}
+        if {key: tuple(value.shape) for key, value in rows.items()} != shapes or len(own) != len(places):
+            raise RecastLoadError(
+                f"the classifiers of kind {number} are damaged or do not fit the model\n"
+                f"  in the file: { {key: tuple(value.shape) for key, value in rows.items()} }\n  expected:    {shapes}"
+            )
+        kind = kinds.kind_of(empty)
+        values = [kinds.kept_rows(rows[key], dtype) for key, dtype in zip(kind.keys, kind.dtypes, strict=True)]
+        for position, (place, label) in enumerate(zip(places, own, strict=True)):
+            if not 0 <= place < count or place in heads or known[label].num_classes != kind_saved["classes"]:
+                raise RecastLoadError(f"the classifier of place {place} among {count} tasks is damaged")
+            one = tuple(value[position] for value in values)
+            heads[place] = StoredHead(kind, one, kinds.labels(known[label]), empty.stored_dtype)
+    return heads
+
+
+def _id2label(saved: Any) -> dict[int, str] | None:
+    return None if saved is None else {int(key): str(value) for key, value in saved.items()}
+
+
+def _read_remembered(tensors: Mapping[str, Tensor], count: int) -> dict[int, TaskFeatures]:
+    if "remembered.places" not in tensors:
+        return {}
+    places, counts, samples, prototypes, scatter = (
+        tensors[f"remembered.{key}"] for key in ("places", "counts", "samples", "prototypes", "scatter")
+    )
+    pieces = prototypes.split(counts.tolist())
+    if not all(0 <= place < count for place in places.tolist()) or prototypes.shape[1:] != scatter.shape[1:]:
+        raise RecastLoadError("what is remembered for routing is damaged")
+    return {
+        place: TaskFeatures(piece.clone(), spread.clone(), number)
+        for place, piece, spread, number in zip(places.tolist(), pieces, scatter, samples.tolist(), strict=True)
+    }
+
+
+def _read_first_format(
+    tasks: PackedTasks, said: dict[str, Any], tensors: Mapping[str, Tensor], layout: PoolLayout, kinds: HeadKinds
+) -> None:
+    for place, samples in said["remembered"].items():
+        known = TaskFeatures(tensors[f"prototypes.{place}"], tensors[f"scatter.{place}"], samples)
+        tasks.remembered[int(place)] = known
+    for place, saved in said["heads"].items():
+        prefix = f"head.{place}."
+        try:
+            head = _empty_head(saved, _id2label(saved["id2label"]), layout)
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            head.module.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise RecastLoadError(f"the head of task {place} is damaged or does not fit the model: {error}") from error
+        tasks.heads[int(place)] = kinds.stored(head)

@@ -1,0 +1,172 @@
+"""Classifiers of a pool's tasks: tensors by task, and one module for all that are alike.
+
+Of 100,000 tasks the classifiers are what takes memory, so a task's is two tensors and no module. Its tensors are never written
+to: a call that holds them computes with them to its end, whatever becomes of the task. A classifier that is trained, or that
+somebody asked for, is a module of its own from then on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..parts.head_building import Labels, PreparedHead
+
+Call = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class HeadKind:
+    """What classifiers of one place, class and size have in common.
+
+    Attributes:
+        name: of the module in the plain model.
+        empty: the module, its tensors on the meta device.
+        keys: of its tensors.
+        dtypes: in which they are computed with.
+    """
+
+    name: str
+    empty: nn.Module
+    keys: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    def module(self, tensors: Iterable[Tensor]) -> nn.Module:
+        """A module with these tensors (not copies of them)."""
+        made = copy.deepcopy(self.empty)
+        made.load_state_dict(dict(zip(self.keys, tensors, strict=True)), assign=True)
+        return made
+
+    def call(self, tensors: tuple[Tensor, ...]) -> Call:
+        """What computes with these tensors."""
+        if type(self.empty) is not nn.Linear:
+            return self.module(tensors)
+        weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
+        return lambda x: F.linear(x, weight, bias)
+
+
+class StoredHead:
+    """The classifier of one task.
+
+    Args:
+        kind: what it is.
+        tensors: its numbers, in the order of the kind's keys; maybe in half precision.
+        labels: of the task.
+        stored_dtype: in which it is saved; None is that of the tensors.
+    """
+
+    __slots__ = ("kind", "labels", "live", "stored_dtype", "tensors")
+
+    def __init__(
+        self, kind: HeadKind, tensors: tuple[Tensor, ...], labels: Labels, stored_dtype: torch.dtype | None = None
+    ) -> None:
+        self.kind, self.tensors, self.labels, self.stored_dtype = kind, tensors, labels, stored_dtype
+        self.live: nn.Module | None = None  # the module, once it may be trained or written to
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors by their names in the module, in the dtypes of the computation."""
+        if self.live is not None:
+            return {key: value.detach() for key, value in self.live.state_dict().items()}
+        return dict(zip(self.kind.keys, self._as_computed(), strict=True))
+
+    def call(self) -> Call:
+        """What computes with it as it is now."""
+        return self.live if self.live is not None else self.kind.call(self._as_computed())
+
+    def module(self) -> nn.Module:
+        """The module, which can be trained and written to."""
+        if self.live is None:
+            self.live = self.kind.module(tensor.clone() for tensor in self._as_computed())
+            self.tensors = ()
+        return self.live
+
+    def prepared(self) -> PreparedHead:
+        """To be put into a model: nobody writes to it."""
+        module = self.live if self.live is not None else self.kind.module(self._as_computed())
+        return PreparedHead(self.kind.name, module, self.labels, self.stored_dtype)
+
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that are in memory for it."""
+        return tuple(self.live.state_dict().values()) if self.live is not None else self.tensors
+
+    def follow(self, fn: Callable[[Tensor], Tensor], kinds: dict[int, tuple[torch.dtype, ...]]) -> None:
+        """Do what ``nn.Module.to`` does; a tensor that is kept in half precision changes its device alone."""
+        if self.live is not None:
+            self.live._apply(fn)
+            return
+        moved = (
+            fn(tensor) if tensor.dtype == before else tensor.to(fn(torch.empty(0, device=tensor.device)).device)
+            for tensor, before in zip(self.tensors, kinds[id(self.kind)], strict=True)
+        )
+        self.tensors = tuple(moved)
+
+    def _as_computed(self) -> tuple[Tensor, ...]:
+        return tuple(t.to(dtype) for t, dtype in zip(self.tensors, self.kind.dtypes, strict=True))
+
+
+class HeadKinds:
+    """The kinds of a pool's classifiers and their labels, each once.
+
+    Args:
+        dtype: in which classifiers are kept; None keeps them as they come, or as they will be saved where that loses nothing.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._kinds: dict[tuple[Any, ...], HeadKind] = {}
+        self._labels: dict[str, Labels] = {}
+
+    def stored(self, head: PreparedHead) -> StoredHead:
+        """A classifier as a pool keeps it."""
+        state = {key: value.detach() for key, value in head.module.state_dict().items()}
+        kind = self.kind_of(head)
+        tensors = tuple(self.kept(value, head.stored_dtype) for value in state.values())
+        return StoredHead(kind, tensors, self.labels(head.labels), head.stored_dtype)
+
+    def kind_of(self, head: PreparedHead) -> HeadKind:
+        """What a classifier is."""
+        state = head.module.state_dict()
+        key = (head.name, str(head.module), tuple((k, tuple(v.shape), v.dtype) for k, v in state.items()))
+        if key not in self._kinds:
+            empty = copy.deepcopy(head.module).to("meta").requires_grad_(False)
+            self._kinds[key] = HeadKind(head.name, empty, tuple(state), tuple(v.dtype for v in state.values()))
+        return self._kinds[key]
+
+    def kept(self, value: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
+        """A tensor of its own in the dtype that it is kept in."""
+        if value.is_floating_point():
+            if self.dtype is not None:
+                return value.to(self.dtype, copy=True)
+            if stored_dtype is not None and torch.equal(narrow := value.to(stored_dtype), value):
+                return narrow.clone() if narrow is value else narrow
+        return value.clone()
+
+    def kept_rows(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same for tensors ``(classifiers, ...)`` of a file, which are computed with in another dtype maybe."""
+        if not values.is_floating_point() or not dtype.is_floating_point:
+            return values.to(dtype)
+        wanted = self.dtype or (values.dtype if values.dtype.itemsize <= dtype.itemsize else dtype)
+        return values.to(wanted)
+
+    def labels(self, labels: Labels) -> Labels:
+        """The same labels, held once for all tasks that have them."""
+        return self._labels.setdefault(repr(labels), labels)
+
+    def follow(self, fn: Callable[[Tensor], Tensor], heads: Iterable[StoredHead]) -> None:
+        """Do with all classifiers what ``nn.Module.to`` and its kin do with the model."""
+        before = {id(kind): kind.dtypes for kind in self._kinds.values()}
+        for head in heads:
+            head.follow(fn, before)
+        for kind in self._kinds.values():
+            kind.dtypes = tuple(fn(torch.empty(0, dtype=dtype)).dtype for dtype in kind.dtypes)
+        kinds = list(self._kinds.values())
+        self._kinds = {}
+        for kind in kinds:
+            shapes = ((k, tuple(v.shape), d) for (k, v), d in zip(kind.empty.state_dict().items(), kind.dtypes, strict=True))
+            self._kinds[(kind.name, str(kind.empty), tuple(shapes))] = kind

@@ -1,0 +1,247 @@
+"""What the tasks of one pool have in common: which numbers a row holds, on which banks, and how a task is read into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..banks.grown_bank import GrownBank
+from ..composition.compose import average_sets
+from ..composition.fingerprint import same_weight
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
+from ..layer import recast_layers
+from ..names import COEFFICIENTS, MODEL_PREFIX
+from ..parts import PARTS, BiasConfig
+from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_entry, bias_owners
+from ..tasks.arithmetic import refusals_to_combine, shown
+from ..tasks.files import check_entries
+
+
+class PoolLayout:
+    """The layout of a pool's rows.
+
+    Args:
+        backbone: the model that holds the slot.
+        config: of the slot.
+        slot: the adapter that all tasks are like.
+
+    Attributes:
+        slices: columns of a row, by target module and by the names of biases.
+        width: numbers of one task.
+    """
+
+    def __init__(self, backbone: nn.Module, config: RecastConfig, slot: str) -> None:
+        self.backbone, self.config, self.slot = backbone, config, slot
+        self.layers = {name: layer for name, layer in recast_layers(backbone).items() if slot in layer.recast_bank}
+        self.bias_owners = bias_owners(backbone, slot)
+        sizes = {name: layer.recast_bank[slot].num_templates for name, layer in self.layers.items()}
+        sizes.update({name: owner.offset.numel() for name, owner in self.bias_owners.items()})
+        self.slices: dict[str, slice] = {}
+        self.width = 0
+        for name, size in sizes.items():
+            self.slices[name] = slice(self.width, self.width + size)
+            self.width += size
+
+    # ---------------------------------------------------------------- banks
+
+    @property
+    def bank(self) -> str | None:
+        """Fingerprint of the stored bank that the config names."""
+        return bank_fingerprint(self.config)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Fingerprints of the stored bank that the tasks are on, and of its earlier versions; empty for other banks."""
+        for layer in self.layers.values():
+            bank = layer.recast_bank[self.slot]
+            if isinstance(bank, GrownBank):
+                return (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
+            if bank.stored is not None and bank.recipe is None:
+                return (str(bank.stored["fingerprint"]),)
+        return ()
+
+    @property
+    def bias_versions(self) -> tuple[str | None, ...]:
+        """Fingerprints of the bank of biases that the tasks are on, and of its earlier versions; (None,) without one."""
+        bank = bias_bank_of(self.backbone, self.slot)
+        return (None,) if bank is None else (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
+
+    def biases(self) -> dict[str, Any]:
+        """Which coefficients of biases a row holds, and on which bank; empty without any."""
+        sizes = {name: owner.offset.numel() for name, owner in self.bias_owners.items()}
+        return {"bank": self.bias_versions[0], "coefficients": sizes} if sizes else {}
+
+    # ---------------------------------------------------------------- does a task fit?
+
+    def check_config(self, what: str, config: RecastConfig) -> None:
+        """Refuse a saved task with other targets or banks, or made for other pretrained weights."""
+        if config.groups != self.config.groups or config.recipes != self.config.recipes:
+            raise _other_layout(f"the task at {what!r}", config, self.config)
+        self._check_bank(f"the task at {what!r}", config)
+        self.check_biases(f"the task at {what!r}", config)
+        self.check_fingerprint(what, config.base_fingerprint or {})
+
+    def check_biases(self, what: str, config: RecastConfig) -> None:
+        """Refuse coefficients of biases that the pool's are not; a task without any has zeros there."""
+        partner = bias_config(config)
+        if partner is None:
+            return
+        own = bias_config(self.config)
+        reference = config.partner_bank("bias")
+        given = None if reference is None else reference["fingerprint"]
+        if own is None or given not in self.bias_versions or (given is None and partner.target_modules != own.target_modules):
+            raise RecastBankError(
+                f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(config)}\n"
+                f"  pool: {_shown_biases(self.config)}\nMake a pool for it: TaskPool(model, like=<a task with its layout>)."
+            )
+
+    def check_fingerprint(self, what: str, recorded: Mapping[str, str]) -> None:
+        """Refuse what was made for other pretrained weights."""
+        own = self.config.base_fingerprint or {}
+        differ = [name for name in own if name in recorded and not same_weight(recorded[name], own[name])]
+        if differ:
+            raise RecastBaseMismatchError(
+                f"{what} was made for other pretrained weights: {len(differ)} of {len(own)} modules differ "
+                f"({', '.join(differ[:3])}, ...). Load the weights that it was made for."
+            )
+
+    def _check_bank(self, what: str, config: RecastConfig) -> None:
+        fingerprint = bank_fingerprint(config)
+        if fingerprint not in (self.versions or (None,)):
+            raise other_bank(what, fingerprint, self.versions)
+
+    # ---------------------------------------------------------------- reading a task
+
+    def row_of(self, what: str, entries: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], has_biases: bool) -> Tensor:
+        """A task's row, from the entries of its file.
+
+        Args:
+            what: is said in errors.
+            entries: by their names in the file.
+            own: shapes of further entries that the task has.
+            has_biases: whether it has coefficients of biases.
+
+        Raises:
+            RecastLoadError: if entries are missing, unknown, or of another shape.
+        """
+        entries = dict(entries)
+        keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": self.slices[name] for name in self.layers}
+        # the number of sets may differ from task to task: what is stored is their mean
+        shapes: dict[str, tuple[int, ...]] = {
+            key: (entries[key].shape[0] if key in entries and entries[key].ndim == 2 else 1, part.stop - part.start)
+            for key, part in keys.items()
+        }
+        shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
+        if self.versions:
+            entries = {key: self._extended(value, keys[key]) if key in keys else value for key, value in entries.items()}
+        biases = {bias_entry(name): self.slices[name] for name in self.bias_owners} if has_biases else {}
+        for key, part in biases.items():
+            shapes[key] = (part.stop - part.start,)
+            if key in entries and entries[key].ndim == 1 and len(self.bias_versions) > 1:
+                entries[key] = F.pad(entries[key], (0, max(0, part.stop - part.start - len(entries[key]))))
+        check_entries(what, entries, shapes)
+        row = torch.zeros(self.width)
+        for key, part in keys.items():
+            row[part] = average_sets(entries[key].float())
+        for key, part in biases.items():
+            row[part] = entries[key].float()
+        return row
+
+    def has_biases(self, entries: Mapping[str, Tensor]) -> bool:
+        """Whether there are coefficients of biases among the entries of a task."""
+        return any(bias_entry(key) in entries for key in self.bias_owners)
+
+    def row_of_adapter(self, adapter: str, config: RecastConfig) -> Tensor:
+        """The row of a task that the model has.
+
+        Raises:
+            RecastBankError: if it has other targets or banks.
+            RecastConfigError: if it owns what a pool cannot hold.
+        """
+        if config.groups != self.config.groups:
+            raise _other_layout(f"task {adapter!r} of the model", config, self.config)
+        refuse(adapter, refusals_to_combine(self.backbone, adapter, config))
+        self._check_bank(f"task {adapter!r} of the model", config)
+        row = torch.zeros(self.width)
+        for name, layer in self.layers.items():
+            values = layer.recast_coefficients[adapter].detach().float().cpu()
+            row[self.slices[name]] = average_sets(self._extended(values, self.slices[name]))
+        for name, offset in bias_coefficients(self.backbone, adapter).items():
+            start = self.slices[name].start
+            row[start : start + len(offset)] = offset.detach().float().cpu()
+        return row
+
+    def _extended(self, values: Tensor, part: slice) -> Tensor:
+        """Coefficients of a task on an earlier version of a grown bank: zero for the templates that came later."""
+        lacking = part.stop - part.start - values.shape[-1]
+        return F.pad(values, (0, lacking)) if self.versions and lacking > 0 else values
+
+
+def same_layout(first: RecastConfig, second: RecastConfig) -> bool:
+    """Whether tasks with these configs can be in one pool."""
+    return _layout_of(first) == _layout_of(second)
+
+
+def refuse_parts(name: str, config: RecastConfig) -> None:
+    """Refuse a task whose config asks for what a pool cannot hold."""
+    refuse(name, [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None])
+
+
+def refuse(name: str, refusals: Sequence[str]) -> None:
+    """Refuse a task for what it owns, if there is anything."""
+    if refusals:
+        raise RecastConfigError(
+            f"a pool cannot hold task {name!r}: it owns {shown(refusals)} beside its coefficients and its classifier. "
+            "Keep it as an adapter (model.load_adapter)."
+        )
+
+
+def bank_fingerprint(config: RecastConfig) -> str | None:
+    """Of the stored bank that a config names."""
+    reference = config.bank_reference
+    return None if reference is None else reference["fingerprint"]
+
+
+def bias_config(config: RecastConfig) -> BiasConfig | None:
+    """What a config says of coefficients of biases."""
+    return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
+
+
+def other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:
+    """Says that something is on another bank than the pool."""
+    return RecastBankError(
+        f"{what} has another template bank than the pool\n  bank of the task: {fingerprint or 'no stored bank'}\n"
+        f"  bank of the pool: {own[0] if own else 'no stored bank'}{' or an earlier version' if len(own) > 1 else ''}\n"
+        "Make a pool for it: TaskPool(model, like=<a task on its bank>)."
+    )
+
+
+def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
+    partner = bias_config(config)
+    biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
+    return config.groups, config.recipes, bank_fingerprint(config), biases
+
+
+def _shown_biases(config: RecastConfig) -> str:
+    partner, bank = bias_config(config), config.partner_bank("bias")
+    if partner is None:
+        return "none"
+    if bank is not None:
+        return f"those of the bank {bank['name'] or 'in memory'}, fingerprint {bank['fingerprint']}"
+    return f"one for each bias of {partner.target_modules or 'all layers'}"
+
+
+def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastBankError:
+    theirs = sorted(m for members in (config.groups or {}).values() for m in members)
+    ours = sorted(m for members in (own.groups or {}).values() for m in members)
+    return RecastBankError(
+        f"{what} has other target modules or banks than the pool\n"
+        f"  task: {len(config.groups or {})} banks, {len(theirs)} modules ({', '.join(theirs[:2])}, ...)\n"
+        f"  pool: {len(own.groups or {})} banks, {len(ours)} modules ({', '.join(ours[:2])}, ...)\n"
+        "Make a pool for it: TaskPool(model, like=<a task with its layout>)."
+    )

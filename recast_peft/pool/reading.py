@@ -1,0 +1,92 @@
+"""A task for a pool, read from where it lies: a folder, the Hub, the model, a state dict, a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor
+
+from ..config import RecastConfig
+from ..errors import RecastConfigError, RecastLoadError
+from ..hub.transfer import fetch_task
+from ..names import MODEL_PREFIX
+from ..parts.head_building import PreparedHead, prepare_head
+from ..tasks.arithmetic import head_of_adapter
+from .layout import PoolLayout, bias_config, refuse_parts
+
+Read = tuple[Tensor, PreparedHead | None]
+
+
+def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source: Any, hub_kwargs: dict[str, Any]) -> Read:
+    """The row ``(numbers per task,)`` and the head of a task; see ``TaskPool.add``.
+
+    Args:
+        layout: of the pool.
+        configs: of the model's tasks.
+        name: of the task.
+        source: where it lies.
+        hub_kwargs: for a task on the Hub.
+    """
+    given = configs.get(source) if isinstance(source, str) else source
+    if isinstance(given, RecastConfig):
+        refuse_parts(name, given)
+        layout.check_biases(f"task {name!r}", given)
+    if source is None or isinstance(source, RecastConfig):
+        return torch.zeros(layout.width), None if source is None else prepare_head(layout.backbone, source)
+    if isinstance(source, Mapping):
+        entries = dict(source)
+        return layout.row_of(f"task {name!r}", entries, {}, layout.has_biases(entries)), None
+    if isinstance(source, str) and source in configs:
+        return layout.row_of_adapter(source, configs[source]), head_of_adapter(layout.backbone, source)
+    if not isinstance(source, (str, Path)):
+        raise RecastConfigError(
+            f"source is a {type(source).__name__}: expected a folder or a name on the Hub, a task of the model, a state dict, "
+            "a RecastConfig, or None"
+        )
+    return _read_saved(layout, name, source, hub_kwargs)
+
+
+def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: dict[str, Any]) -> Read:
+    folder = str(fetch_task(source, **hub_kwargs))
+    config = RecastConfig.from_pretrained(folder)
+    refuse_parts(name, config)
+    layout.check_config(str(source), config)
+    entries = load_peft_weights(folder, device="cpu")
+    head = prepare_head(layout.backbone, config)
+    shapes = {} if head is None else head.shapes()
+    values = layout.row_of(f"the task at {str(source)!r}", entries, shapes, bias_config(config) is not None)
+    if head is not None:
+        prefix = f"{MODEL_PREFIX}{head.name}."
+        head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})
+        head.module.requires_grad_(False)
+    return values, head
+
+
+def read_folder(layout: PoolLayout, configs: Mapping[str, Any], folder: str | Path) -> list[tuple[str, Tensor, Any]]:
+    """Name, row and head of every task saved in a folder, in alphabetical order.
+
+    Raises:
+        RecastLoadError: if there is none, saying where they may lie instead.
+    """
+    root = Path(folder)
+    paths = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
+    if not paths:
+        raise RecastLoadError(f"{folder} holds no saved task (no folder with an {CONFIG_NAME} in it){_where_instead(root)}")
+    # a task of the model may have the same name: what lies in the folder is meant
+    return [(path.name, *read_task(layout, configs, path.name, path, {})) for path in paths]
+
+
+def _where_instead(root: Path) -> str:
+    if not root.is_dir():
+        return ": there is no such folder"
+    if (root / CONFIG_NAME).is_file():
+        return f": it is a saved task itself; put it in with pool.add({root.name!r}, {str(root)!r})"
+    deeper = sorted({path.parent.parent for path in root.glob(f"*/*/{CONFIG_NAME}")})
+    if deeper:
+        return f": its folders hold some, load_folder takes one of them: {', '.join(map(str, deeper[:3]))}"
+    return ""

@@ -1,0 +1,237 @@
+"""What is resident in a pool: tasks put in from anywhere, trained, and written to one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..config import RecastConfig
+from ..errors import RecastConfigError
+from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
+from .files import PackedTasks, read_pool, write_pool
+from .heads import HeadKinds
+from .layout import PoolLayout
+from .reading import read_folder, read_task
+from .table import TaskTable
+
+
+class ResidentTasks(TaskTable):
+    """Tasks of one layout, their classifiers, and what is remembered of them; a base class of ``TaskPool``.
+
+    Args:
+        layout: of the tasks.
+        configs: of the model's own tasks, which can be put in by name.
+        make_place_for: lets the model have a classifier for each task in a place.
+        head_dtype: in which classifiers are kept; None keeps every bit.
+        serial: number of the pool among those of its model.
+    """
+
+    def __init__(
+        self,
+        layout: PoolLayout,
+        configs: Mapping[str, Any],
+        make_place_for: Callable[[str], None],
+        head_dtype: torch.dtype | str | None,
+        serial: int,
+    ) -> None:
+        self._layout, self._configs, self._make_place_for = layout, configs, make_place_for
+        self._kinds = HeadKinds(_head_dtype(head_dtype))
+        super().__init__(layout.width, next(iter(layout.layers.values())).weight_device, serial)
+
+    # ---------------------------------------------------------------- what is in it
+
+    def coefficients(self, name: str) -> dict[str, Tensor]:
+        """A task's coefficients ``(templates,)`` by target module; those of biases by the name of their (first) bias."""
+        with self.lock:
+            row = self.table[self.row(name)].detach().clone()
+        return {module: row[part].clone() for module, part in self._layout.slices.items()}
+
+    def part_of(self, module_name: str) -> slice | None:
+        """The columns of a target module in the table, or of the coefficients of a bias by its name."""
+        return self._layout.slices.get(module_name)
+
+    def head(self, row: int) -> nn.Module | None:
+        """The classifier of the task in a row as a module that can be written to, or None if it has none."""
+        with self.lock:
+            stored = self._heads.get(row)
+            return None if stored is None else stored.module()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes in memory of the coefficients, the classifiers, and what is remembered for routing."""
+        with self.lock:
+            heads = [tensor for head in self._heads.values() for tensor in head.held()]
+            known = [tensor for k in self._remembered.values() for tensor in (k.prototypes, k.scatter)]
+        tensors = {"coefficients": [self.table.detach()], "heads": heads, "remembered": known}
+        return {key: sum(t.numel() * t.element_size() for t in values) for key, values in tensors.items()}
+
+    def nbytes(self) -> int:
+        """Bytes of the table and the heads; ``sizes`` has them one by one."""
+        sizes = self.sizes()
+        return sizes["coefficients"] + sizes["heads"]
+
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Do with table and heads what ``nn.Module.to`` and its kin do with the model; the model calls it."""
+        with self.lock:
+            self.follow_table(fn)
+            self._kinds.follow(fn, self._heads.values())
+
+    # ---------------------------------------------------------------- putting tasks in and taking them out
+
+    def add(self, name: str, source: str | Path | Mapping[str, Tensor] | RecastConfig | None = None, **hub_kwargs: Any) -> int:
+        """Put a task in.
+
+        Args:
+            name: of the task.
+            source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as a task file holds
+                it, or a config for a fresh task (with a head, if it says so); None is a fresh task without a head.
+            hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like, as for ``AutoRecastModel.from_pretrained``.
+
+        Returns:
+            the row.
+
+        Raises:
+            RecastConfigError: if the name is taken or cannot be used, or a number is not finite.
+            RecastBankError: if the task has other target modules or banks.
+            RecastLoadError: if its file is damaged, or was made for other pretrained weights.
+            RecastHubError: if its repository cannot be reached or read.
+        """
+        self.check_new_name(name)
+        with torch.inference_mode(False), torch.no_grad():
+            values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
+            return self._put(name, values, head)
+
+    def _put(self, name: str, values: Tensor, head: Any) -> int:
+        if head is None:
+            return self.add_row(name, values)
+        self._make_place_for(head.name)
+        with self.lock:
+            stored = self._kinds.stored(head)
+        return self.add_row(name, values, stored)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        heads: str | None = None,
+    ) -> int:
+        """Put in a weighted combination of tasks of the pool; the arguments are those of ``RecastModel.add_weighted_adapter``.
+
+        Returns:
+            the row.
+
+        Raises:
+            RecastConfigError: if an argument cannot be used; the pool is left as it was.
+        """
+        check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
+        with torch.inference_mode(False), torch.no_grad():
+            with self.lock:
+                rows = {name: self.row(name) for name in adapters}
+                stored = {name: self._heads.get(row) for name, row in rows.items()}
+                prepared = {name: None if head is None else head.prepared() for name, head in stored.items()}
+                numbers = [self.table.detach()[row].clone() for row in rows.values()]
+            values = combine_rows(numbers, weights, combination_type, density, majority_sign_method)
+            head = combine_heads(prepared, weights, heads)
+            self.check_new_name(adapter_name)
+            return self._put(adapter_name, values, head)
+
+    def load_folder(self, folder: str | Path) -> list[str]:
+        """Put in every task saved in a folder (each in a folder of its own, named as the task).
+
+        Returns:
+            the names, in alphabetical order. Nothing is put in if one of them cannot be read.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            read = read_folder(self._layout, self._configs, folder)
+            for _, _, head in read:
+                if head is not None:
+                    self._make_place_for(head.name)
+            with self.lock:
+                names = [name for name, _, _ in read]
+                heads = {i: self._kinds.stored(head) for i, (_, _, head) in enumerate(read) if head is not None}
+                self.add_rows(names, torch.stack([values for _, values, _ in read]), heads)
+        return names
+
+    def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """What ``model(x, task_ids=...)`` trains: the table, and the heads of the given tasks (None: of all).
+
+        Put all tasks in first: a table that has to grow is a new tensor.
+
+        Raises:
+            RecastConfigError: in a run of several processes, each of which would train a pool of its own.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RecastConfigError(
+                "a pool is no part of the model, so no wrapper (DistributedDataParallel, FSDP, DeepSpeed) averages the "
+                "gradients of its table and classifiers, and each process would train other numbers: train a pool in one "
+                "process, or the tasks one by one as adapters"
+            )
+        rows = list(self._heads) if names is None else [self.row(name) for name in names]
+        heads = [parameter for row in rows if (head := self.head(row)) is not None for parameter in head.parameters()]
+        return [self.table, *heads]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Make the table and the heads trainable, or not."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    # ---------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> None:
+        """Write all tasks to one safetensors file: the table, the names, the heads, and what is remembered for routing.
+
+        A task without a head takes its coefficients (4 bytes each) and its name. The file is written whole or not at all.
+
+        Raises:
+            RecastConfigError: if a task holds numbers that are not finite.
+        """
+        with self.lock, torch.no_grad():
+            rows = [row for row, name in enumerate(self._names) if name is not None]
+            at = {row: place for place, row in enumerate(rows)}
+            tasks = PackedTasks(
+                self.names,
+                self.table.detach()[rows].cpu(),
+                {at[row]: self._heads[row] for row in rows if row in self._heads},
+                {at[row]: self._remembered[row] for row in rows if row in self._remembered},
+            )
+        write_pool(path, tasks, self._layout)
+
+    def load(self, path: str | Path, skip_damaged: bool = False) -> list[str]:
+        """Put in all tasks of a file that ``save`` wrote.
+
+        Args:
+            path: of the file.
+            skip_damaged: leave out tasks with numbers that are not finite, where otherwise nothing is put in.
+
+        Returns:
+            their names.
+
+        Raises:
+            RecastLoadError: if the file is damaged or does not fit the model; nothing is put in then.
+            RecastConfigError: if the pool has one of the tasks already.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            tasks = read_pool(path, self._layout, self._kinds, skip_damaged)
+            for name in {head.kind.name for head in tasks.heads.values()}:
+                self._make_place_for(name)
+            with self.lock:
+                start = self.add_rows(tasks.names, tasks.table, tasks.heads)
+                self._remembered.update({start + place: known for place, known in tasks.remembered.items()})
+        return tasks.names
+
+
+def _head_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise RecastConfigError(f"head_dtype={given!r}: expected a floating-point dtype such as 'float16', or None")
+    return dtype

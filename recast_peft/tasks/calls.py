@@ -1,0 +1,198 @@
+"""What every call of a RECAST model passes through: a task for each sample, and the lock between calls and verbs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..composition.calls import Calls
+from ..composition.lazy_weight import model_reads
+from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
+from ..errors import RecastConfigError
+from ..layer import RecastLayer, recast_layers
+from ..names import BASE_ADAPTER
+from . import verbs
+
+TASK_ARGUMENTS = ("adapter_names", "task_ids")
+REPEATING = ("num_beams", "num_return_sequences")  # arguments of generate that repeat each sample
+
+
+def waits_for_calls(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """A verb of the model that no call of another thread runs beside."""
+
+    @functools.wraps(verb)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.calls.change():
+            return verb(self, *args, **kwargs)
+
+    return waiting
+
+
+class TaskCalls:
+    """The side of ``RecastModel`` that calls see; a base class of it."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    training: bool
+    task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first
+    pools_made = 0  # each has a number of its own, which its tasks' numbers carry
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls = Calls()
+        self._guards: list[Any] = []  # handles of what refuses arguments that the plain model would swallow
+        super().__init__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes; ``adapter_names`` or ``task_ids`` give each sample its own task."""
+        tasks = {n: kwargs.pop(n) for n in TASK_ARGUMENTS if n in kwargs and not _names(self.model.forward, n)}
+        with self._enable_peft_forward_hooks(**tasks):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the plain model; one of its methods that takes any keywords takes a task for each sample too."""
+        found = super().__getattr__(name)  # type: ignore[misc]
+        if not inspect.ismethod(found) or found.__self__ is not self.__dict__["_modules"].get("model"):
+            return found
+        return self._with_task_arguments(found) if _takes_any_keyword(found) else found
+
+    def _with_task_arguments(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tasks = {name: kwargs.pop(name) for name in TASK_ARGUMENTS if name in kwargs and not _names(method, name)}
+            if all(value is None for value in tasks.values()):
+                return method(*args, **kwargs)
+            with self._enable_peft_forward_hooks(**tasks):
+                return method(*args, **kwargs)
+
+        return call
+
+    def guard_calls(self) -> None:
+        """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks."""
+        if not self._guards:
+            for module in (self.model, *self.model.children()):
+                if module is self.model or (_takes_any_keyword(module.forward) and _holds_layers(module)):
+                    self._guards.append(module.register_forward_pre_hook(_Guard(self.calls), with_kwargs=True))
+
+    def remove_guards(self) -> None:
+        """Undo ``guard_calls``."""
+        while self._guards:
+            self._guards.pop().remove()
+
+    @waits_for_calls
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)  # type: ignore[misc]
+
+    # ---------------------------------------------------------------- a task for each sample
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
+        repeats = _repeats(kwargs)
+        with self.calls.call():
+            batch = current_batch()
+            if adapter_names is not None or task_ids is not None:
+                with self.samples_with_tasks(self._mixed_batch(adapter_names, task_ids, repeats)):
+                    yield
+            elif batch is not None and repeats > 1:  # text is generated in a block
+                with mixed_batch(replace(batch, beams=repeats)):
+                    yield
+            else:
+                self.calls.check_no_block_elsewhere()
+                with model_reads():
+                    yield
+
+    def with_own_repeats(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of ``generate`` that say how often samples are repeated, also where the model's own config says so."""
+        own = getattr(self.model, "generation_config", None)
+        if own is None or kwargs.get("generation_config") is not None:
+            return kwargs
+        own_repeats = {name: getattr(own, name, None) for name in REPEATING}
+        return {**{name: count for name, count in own_repeats.items() if (count or 1) > 1}, **kwargs}
+
+    @contextmanager
+    def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
+        """Give every sample its own task until the block ends, also in modules that tasks own whole.
+
+        Raises:
+            RecastBankError: if the tasks are a pool's, and an ordinary task has parts of its own active.
+        """
+        verbs.check_batch(self.model, batch)
+        disabled = any(layer._disable_adapters for layer in recast_layers(self.model).values())
+        with mixed_batch(replace(batch, is_off=self.calls.is_off(disabled))):
+            yield
+
+    def _mixed_batch(self, adapter_names: Any, task_ids: Any, repeats: int) -> MixedBatch:
+        if task_ids is None:
+            self._check_mixed_batch(adapter_names)
+            return MixedBatch(names=tuple(adapter_names), beams=repeats)
+        if adapter_names is not None:
+            raise ValueError("adapter_names and task_ids were both given; give one of them")
+        return self.pool_in_use(task_ids).mixed_batch_of(task_ids, repeats)
+
+    def pool_in_use(self, task_ids: Any = None) -> Any:
+        """The TaskPool that ``task_ids`` refer to: the numbers of its tasks say so, names are those of the latest pool.
+
+        Raises:
+            RecastConfigError: if the model has none, or not that one.
+        """
+        if not self.task_pool:
+            raise RecastConfigError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
+        latest = next((pool for pool in self.task_pool if pool.slot in self.peft_config), self.task_pool[0])
+        if torch.compiler.is_compiling() or len(self.task_pool) == self.pools_made == 1:
+            return latest
+        return latest.pool_of(task_ids, self.task_pool)
+
+    def _check_mixed_batch(self, adapter_names: Any) -> None:
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+            raise TypeError(f"adapter_names should be a list with a name for each sample, got {adapter_names!r}.")
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_ADAPTER})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)} "
+                f"(the model has {', '.join(self.peft_config)})"
+            )
+
+
+class _Guard:
+    """Stands before the plain model."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = [name for name in TASK_ARGUMENTS if kwargs.get(name) is not None and not _names(module.forward, name)]
+        if given:
+            raise RecastConfigError(
+                f"{given[0]} was given to the plain {type(module).__name__}, which knows nothing of tasks: call the PEFT model "
+                "with it (model(...), model.generate(...), or another method by way of the PEFT model)"
+            )
+        self.calls.check_no_block_elsewhere()
+
+
+def _repeats(kwargs: dict[str, Any]) -> int:
+    """How often ``generate`` repeats each sample."""
+    config = kwargs.get("generation_config")
+    counts = [kwargs[name] if name in kwargs else getattr(config, name, 1) for name in REPEATING]
+    return max([1, *(count for count in counts if isinstance(count, int))])
+
+
+def _takes_any_keyword(function: Callable[..., Any]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+def _names(function: Callable[..., Any], argument: str) -> bool:
+    """Whether a function has an argument of this name of its own."""
+    return argument in inspect.signature(function).parameters
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(isinstance(m, RecastLayer) for m in module.modules())
