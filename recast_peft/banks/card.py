@@ -47,9 +47,13 @@ def push_bank_to_hub(
         bank: a stored bank.
         repo_id: the repository, made if it does not exist.
         base_model: the repository of the backbone that the bank stands for, for the card.
-        license: of the bank, for the card.
-        commit_message, commit_description, private, token, revision, create_pr: as everywhere in ``huggingface_hub``; a
-            revision that does not exist is made as a branch.
+        license: licence of the bank, for the card.
+        commit_message: first line of the commit.
+        commit_description: what stands below it.
+        private: whether a repository that is made here is private.
+        token: access token of the Hub; None takes the one that you are logged in with.
+        revision: branch to push to, made if it does not exist.
+        create_pr: open a pull request instead of writing to the branch.
 
     Returns:
         the commit.

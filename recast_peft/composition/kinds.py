@@ -209,7 +209,7 @@ CONVOLUTION = LayerKind(
     is_read_lazily=True,
 )
 
-KINDS: tuple[LayerKind, ...] = (
+KINDS: list[LayerKind] = [
     LINEAR,
     TRANSPOSED_LINEAR,
     CONVOLUTION,
@@ -250,11 +250,18 @@ KINDS: tuple[LayerKind, ...] = (
         channels=1,
         reads_sum="drop",
     ),
-)
+]
 """Row for row a kind of module."""
 
 _BY_FORWARD: dict[Callable, LayerKind | None] = {cls.forward: kind for kind in KINDS for cls in kind.classes}
 _BY_NAME = {name: kind for kind in KINDS for name in kind.names}
+
+
+def register_kind(kind: LayerKind) -> None:
+    """Make a kind of module known that is not listed above, such as one of a model of your own."""
+    KINDS.append(kind)
+    _BY_FORWARD.update({cls.forward: kind for cls in kind.classes})
+    _BY_NAME.update({name: kind for name in kind.names})
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

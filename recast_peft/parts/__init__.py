@@ -18,7 +18,7 @@ from .partner import PartnerPart
 from .piggyback import PiggybackConfig
 from .saved import NormsPart, SavedPart
 
-PARTS: tuple[TaskPart, ...] = (
+PARTS: list[TaskPart] = [
     LoraPart(),
     HeadPart(),
     SavedPart(),
@@ -28,7 +28,7 @@ PARTS: tuple[TaskPart, ...] = (
     BiasPart(),
     PartnerPart(CLRConfig),
     PartnerPart(PiggybackConfig),
-)
+]
 
 __all__ = [
     "PARTNERS",
