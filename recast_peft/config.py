@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .banks.files import StoredBank
 from .composition.coefficient_gradients import AUTO
@@ -20,6 +21,9 @@ from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
+from .storage.atomic import write_json
+from .storage.json_reader import parse_json
+from .storage.pairs import read_companion
 
 DEFAULT_GROUP_SIZE = 2
 TARGET_SHORTHANDS = ("all-linear", "all-attention", "all-mlp", "all-conv")
@@ -225,15 +229,14 @@ class RecastConfig(PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read ``adapter_config.json``; a file that is not a JSON object raises a RecastConfigError."""
+        path = Path(path_json_file)
         try:
-            content = super().from_json_file(path_json_file, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecastConfigError(f"{path_json_file} is not valid JSON: {error}") from error
-        except TypeError as error:  # PEFT looks for a key in what may be a bare number
-            raise RecastConfigError(f"{path_json_file} holds no JSON object: {error}") from error
-        if not isinstance(content, dict):
-            raise RecastConfigError(f"{path_json_file} holds a {type(content).__name__}; a JSON object is expected")
-        return content
+            content = read_companion(path.with_name(SAFETENSORS_WEIGHTS_NAME), path)
+        except OSError as error:
+            raise RecastConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+        values = dict(parse_json(content, str(path), error=RecastConfigError))
+        values.pop("runtime_config", None)  # as in PEFT
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as ``adapter_config.json`` holds them: a task's record lies among what was chosen."""
@@ -258,15 +261,13 @@ class RecastConfig(PeftConfig):
         PEFT calls this last when it saves a model. ``options.record.AFTER_SAVING`` is called with the folder then, which writes
         the model card where a task's numbers lie beside the config.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        path = os.path.join(save_directory, CONFIG_NAME)
+        with TemporaryDirectory() as folder:
+            super().save_pretrained(folder, **kwargs)
+            content = json.loads(Path(folder, CONFIG_NAME).read_text())
         own = {f.name for f in fields(RecastConfig)} - {f.name for f in fields(PeftConfig)}
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
         # names without a value would outweigh a task's numbers
         kept = {name: value for name, value in content.items() if value is not None or name not in own}
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(kept, file, indent=2, sort_keys=True)
+        write_json(Path(save_directory, CONFIG_NAME), kept, sort_keys=True)
         for hook in AFTER_SAVING:
             hook(save_directory)
 

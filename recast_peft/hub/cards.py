@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import RecastLoadError
 from ..names import METHOD_NAME, role_of
 from ..options.record import hub_repository
 from ..storage.cards import CARD_NAME, PAPER, code, hub_link, merge_card, one_line, own_part, plain, quoted, table
 from ..storage.json_reader import Fields
+from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
 from .task_files import TaskSizes, has_task_numbers, read_task_config, task_sizes, tasks_inside
 
@@ -32,7 +33,10 @@ PIPELINES = {
 
 
 def write_card_of_saved_task(folder: str | os.PathLike) -> None:
-    """Write the model card of a folder in which a config was just written, where a task's numbers lie beside it."""
+    """Where a task's numbers lie beside a config that was just written: give them a checksum, and write the model card."""
+    numbers = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if numbers.is_file():
+        seal(numbers, Path(folder, CONFIG_NAME))
     if has_task_numbers(folder):
         write_model_card(folder)
 

@@ -23,6 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..storage.cards import CARD_NAME
+from ..storage.pairs import staged_pairs
 from .cards import write_model_card, write_repository_card
 from .task_files import has_task_numbers
 from .transfer import push_tasks_to_hub, task_names
@@ -44,21 +45,28 @@ class TaskModel:
     ) -> None:
         """As in PEFT, but for the adapter that a pool writes into, which is saved only if it is selected.
 
-        A folder with several tasks gets a card that lists them. In a checkpoint of the Trainer (a folder named
-        ``checkpoint-<step>``) the active task's files are also put in the root, where the Trainer looks for the best model.
+        The files are written beside their places and moved there at the end: what fails, or a kill, leaves the folder as it
+        was, and processes that save to one folder do not disturb each other. A folder with several tasks gets a card that lists
+        them. In a checkpoint of the Trainer (a folder named ``checkpoint-<step>``) the active task's files are also put in the
+        root, where the Trainer looks for the best model.
         """
         names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
-        )
-        if not is_main_process:
+        if not is_main_process or os.path.isfile(save_directory):  # PEFT says that the latter is no folder
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
+            )
             return
-        inside = [name for name in names if name != DEFAULT and has_task_numbers(Path(save_directory, name))]
-        if inside:
-            write_repository_card(save_directory, inside)
-        if _is_checkpoint(save_directory) and DEFAULT not in names:
-            for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
-                _copy_task(Path(save_directory, active), Path(save_directory))
+        with staged_pairs(save_directory, {SAFETENSORS_WEIGHTS_NAME: CONFIG_NAME}) as folder:
+            _copy_cards(Path(save_directory), folder, names)
+            super().save_pretrained(  # type: ignore[misc]
+                str(folder), safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
+            )
+            inside = [name for name in names if name != DEFAULT and has_task_numbers(folder / name)]
+            if inside:
+                write_repository_card(folder, inside)
+            if _is_checkpoint(save_directory) and DEFAULT not in names:
+                for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
+                    _copy_task(folder / active, folder)
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT, but a task of the model is read from its own folder in a checkpoint of the Trainer.
@@ -99,7 +107,7 @@ class TaskModel:
         """As in PEFT; where a task lies already, our card is written (the Trainer asks for it after saving)."""
         if (Path(output_dir) / CONFIG_NAME).is_file() and has_task_numbers(output_dir):
             write_model_card(output_dir)
-        else:
+        elif not Path(output_dir, CARD_NAME).is_file():  # else our part is put into it when a task is saved
             super().create_or_update_model_card(output_dir)  # type: ignore[misc]
 
     def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> CommitInfo:
@@ -112,6 +120,14 @@ class TaskModel:
 def _is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether a folder is one of those that the Trainer makes while it trains."""
     return Path(folder).is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
+
+
+def _copy_cards(source: Path, target: Path, names: list[str]) -> None:
+    """Lay the cards that are there already beside what is about to be saved, so that what their owner wrote stays."""
+    for place in ("", *names):
+        if (source / place / CARD_NAME).is_file():
+            (target / place).mkdir(exist_ok=True)
+            shutil.copyfile(source / place / CARD_NAME, target / place / CARD_NAME)
 
 
 def _copy_task(source: Path, target: Path) -> None:

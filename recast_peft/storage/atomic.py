@@ -67,8 +67,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any, *, sort_keys: bool = False) -> None:
-    """Write a value as JSON, indented, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+    """Write a value as JSON, indented, whole or not at all; it ends with its last bracket, so that a cut is noticed."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys))
 
 
 # ---------------------------------------------------------------- a folder

@@ -96,7 +96,7 @@ def staged_pairs(folder: str | os.PathLike, pairs: Mapping[str, str]) -> Iterato
             companion = path.with_name(pairs[path.name])
             if companion not in files:
                 continue
-            _seal(source / path, source / companion)
+            seal(source / path, source / companion)
             replace_pair(source / path, target / path, source / companion, target / companion)
             files = [other for other in files if other not in (path, companion)]
         move_files(source, target, files)
@@ -105,10 +105,14 @@ def staged_pairs(folder: str | os.PathLike, pairs: Mapping[str, str]) -> Iterato
         yield inside
 
 
-def _seal(file: Path, companion: Path) -> None:
+def seal(file: Path, companion: Path) -> None:
+    """Put a checksum, and the id of its companion, into the metadata of a safetensors file that has none."""
+    metadata, named = read_metadata(file), companion_id(companion) or ""
+    if CHECKSUM in metadata and metadata.get(COMPANION) == named:
+        return
     content = read_tensors(file, floating=False, finite=False)
     tensors = {key: tensor.clone() for key, tensor in content.tensors.items()}  # not the file that is about to be replaced
-    write_tensors(file, tensors, {**content.metadata, COMPANION: companion_id(companion) or ""})
+    write_tensors(file, tensors, {**content.metadata, COMPANION: named})
 
 
 def _waiting(companion: Path, named: str) -> Path:

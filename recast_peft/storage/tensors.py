@@ -7,10 +7,12 @@ than the file has. Here come the kinds of numbers that are expected, that they a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,8 +64,21 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
     with staged(path) as beside:
         try:
             save_file(plain, beside, metadata=texts)
+            _sort_metadata(beside)
         except SafetensorError as error:  # a full disk
             raise OSError(f"{os.fspath(path)} could not be written: {error}. What was there before is as it was.") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the texts of a file in order: safetensors writes them in one that differs from time to time."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def read_tensors(

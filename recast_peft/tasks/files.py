@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, pl
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, read_tensors
+from ..storage.transfer import fetch_file
 from .state import backbone_of, put_in, shared_entries, task_entries
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,9 +59,13 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
 
 
 def _read(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[str, Tensor]:
-    local = Path(folder, hub_kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
-    if local.is_file():
-        return read_tensors(local, what, floating=False, finite=False).tensors  # masks are bits; check_entries says more
+    given = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
+    try:
+        path = fetch_file(folder, SAFETENSORS_WEIGHTS_NAME, hub_kwargs.get("subfolder"), given)
+    except RecastError:
+        pass  # an older format, or PEFT says why it is not there
+    else:
+        return read_tensors(path, what, floating=False, finite=False).tensors  # masks are bits; check_entries says more
     try:
         return load_peft_weights(folder, device="cpu", **hub_kwargs)
     except RecastError:

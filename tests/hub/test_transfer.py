@@ -63,7 +63,7 @@ def learn(model: PeftModel, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith(f".{name}") and "recast_" in key:
+            if f".{name}." in f"{key}." and "recast_" in key:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 

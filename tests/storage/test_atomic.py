@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
-    assert file.read_text() == '{\n  "value": 1\n}\n'
+    assert file.read_text() == '{\n  "value": 1\n}'
     assert names(tmp_path) == ["a.json"]
 
 

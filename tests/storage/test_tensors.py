@@ -41,6 +41,14 @@ def test_the_round_trip(tmp_path: Path) -> None:
     assert read_shapes(file) == {"a": (3, 4), "b": (5,), "c": (0, 2)}
 
 
+def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
+    texts = {f"key {i} é \n": "x" * i for i in range(20)}
+    for name in "ab":
+        write_tensors(tmp_path / name, tensors(), texts)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert texts.items() <= read_tensors(tmp_path / "a").metadata.items()
+
+
 def test_tensors_that_share_memory_are_stored_one_by_one(tmp_path: Path) -> None:
     whole = torch.arange(6.0)
     write_tensors(tmp_path / "x", {"whole": whole, "part": whole[2:4], "turned": whole.view(2, 3).T})
