@@ -21,6 +21,7 @@ from .errors import (
 from .growth.adapters import CompressedAdapters, compress_adapters
 from .growth.biases import grow_bias_bank
 from .growth.fitting import fit_bank
+from .growth.practice import KnownPictures, MissingWords, PracticeFamily, PracticeTask, practice_bank
 from .growth.random import random_bank
 from .growth.report import GrowthReport, growth_report
 from .growth.weights import extend_bank, grow_bank
@@ -56,10 +57,14 @@ __all__ = [
     "CLRConfig",
     "CompressedAdapters",
     "GrowthReport",
+    "KnownPictures",
     "LoraConversionReport",
     "MimicryReport",
+    "MissingWords",
     "PartnerConfig",
     "PiggybackConfig",
+    "PracticeFamily",
+    "PracticeTask",
     "RecastBankError",
     "RecastBaseMismatchError",
     "RecastCompatibilityError",
@@ -94,6 +99,7 @@ __all__ = [
     "load_compressed_model",
     "mimicry_report",
     "plan_recast",
+    "practice_bank",
     "push_bank_to_hub",
     "push_task_to_hub",
     "push_tasks_to_hub",

@@ -57,7 +57,7 @@ def grow_bias_bank(
     """
     check_plain(model, "grow_bias_bank")
     check_sources(sources, num_templates=num_templates, group_size=group_size)
-    places = _places(model, target_modules)
+    places = bias_places(model, target_modules)
     biases = {place.name: cast(Tensor, place.module.bias) for place in places}
     vectors = [moves_by_source(model, source, _named(biases)) for source in sources]
     moved = {name for vector in vectors for name, move in vector.items() if bool(move.any())}
@@ -96,7 +96,8 @@ def bias_moves(
     return {name: _joined(group.members, group.widths or (), vectors) for name, group in groups.items()}
 
 
-def _places(model: nn.Module, target_modules: Sequence[str] | str | None) -> list[Candidate]:
+def bias_places(model: nn.Module, target_modules: Sequence[str] | str | None = None) -> list[Candidate]:
+    """The modules whose biases take part: those that are named, or all layers and norms in the model's numbered blocks."""
     candidates, heads = find_candidates(model), head_names(model)
     partner = BiasConfig(target_modules=target_modules)  # type: ignore[arg-type]
     if target_modules is not None:

@@ -1,0 +1,178 @@
+"""Practice tasks are made of unlabelled data alone, and what training on them moves is in the bank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import outputs, tiny_vit, vit_input
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from recast_peft import (
+    BiasConfig,
+    KnownPictures,
+    MissingWords,
+    PracticeTask,
+    RecastConfig,
+    RecastConfigError,
+    get_recast_model,
+    growth_report,
+    practice_bank,
+)
+from recast_peft.growth import practice
+from recast_peft.growth.practice import mean_features
+
+MASK, PAD = 1, 0
+
+
+def texts(count: int = 200, length: int = 12, words: int = 30) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 2 + words, (count, length), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[::3, 8:], mask[::3, 8:] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertModel(BertConfig(vocab_size=40, max_position_embeddings=20, **sizes), add_pooling_layer=False).eval()
+
+
+class Halves:
+    """A family of one's own: is the first half of the tokens larger than the second, along a direction that is drawn?"""
+
+    def make(self, data: Any, generator: torch.Generator) -> PracticeTask:
+        direction = torch.randn(data.shape[2], generator=generator)
+        score = data @ direction  # (examples, tokens)
+        return PracticeTask("halves", data, (score[:, :2].mean(1) > score[:, 2:].mean(1)).long())
+
+
+class TestMissingWords:
+    def test_the_word_is_gone_and_the_others_are_not(self) -> None:
+        data = texts()
+        family = MissingWords(MASK, (PAD,), words=4, examples=10, least=5)
+        task = family.make(data, torch.Generator().manual_seed(1))
+        assert set(task.labels.tolist()) == {0, 1, 2, 3}
+        rows = {tuple(row.tolist()): row for row in data["input_ids"]}
+        gone: dict[int, set[int]] = {label: set() for label in range(4)}
+        made = (task.inputs["input_ids"], task.inputs["attention_mask"], task.labels.tolist())
+        for hidden, mask, label in zip(*made, strict=True):
+            assert (hidden == MASK).any()
+            (own,) = (row for row in rows.values() if bool(((hidden == row) | (hidden == MASK)).all()))
+            gone[label] |= set(own[hidden == MASK].tolist())
+            assert torch.equal(mask, (own != PAD).long())
+        assert all(len(words) == 1 for words in gone.values())  # one word for each class
+        words = set().union(*gone.values())
+        assert len(words) == 4
+        assert not words & {MASK, PAD}
+        assert not torch.isin(task.inputs["input_ids"], torch.tensor(sorted(words))).any()
+
+    def test_another_call_is_another_task_and_the_data_stay(self) -> None:
+        data, generator = texts(), torch.Generator().manual_seed(1)
+        before = data["input_ids"].clone()
+        family = MissingWords(MASK, (PAD,), words=4, least=5)
+        first, second = family.make(data, generator), family.make(data, generator)
+        assert not torch.equal(first.inputs["input_ids"], second.inputs["input_ids"])
+        assert torch.equal(data["input_ids"], before)
+
+    def test_too_few_words(self) -> None:
+        with pytest.raises(RecastConfigError, match=r"only \d+ words stand in that many of 200 texts"):
+            MissingWords(MASK, words=50).make(texts(), torch.Generator())
+        with pytest.raises(RecastConfigError, match="needs tokens"):
+            MissingWords(MASK).make(torch.randn(3, 4), torch.Generator())
+
+
+class TestKnownPictures:
+    def test_views_of_one_picture_are_alike(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(6, 3, 4, 4, generator=generator)
+        images = nn.functional.interpolate(images, size=32, mode="bilinear")  # smooth, as pictures are
+        task = KnownPictures(pictures=4, views=5, crop=0.9, colour=0.02, noise=0.01).make(images, generator)
+        assert task.inputs.shape == (20, 3, 32, 32)
+        assert task.num_classes == 4
+        apart = torch.cdist(task.inputs.flatten(1), images.flatten(1)).argmin(1)
+        mirrored = torch.cdist(task.inputs.flip(3).flatten(1), images.flatten(1))
+        nearest = torch.minimum(torch.cdist(task.inputs.flatten(1), images.flatten(1)), mirrored).argmin(1).view(4, 5)
+        assert (nearest == nearest[:, :1]).all()
+        assert len(set(nearest[:, 0].tolist())) == 4
+        assert (apart.view(4, 5) != nearest).any()  # some are mirrored
+        assert not torch.equal(task.inputs[0], task.inputs[1])
+
+    def test_too_few_or_no_pictures(self) -> None:
+        with pytest.raises(RecastConfigError, match="at least so many pictures"):
+            KnownPictures(pictures=7).make(torch.randn(6, 3, 8, 8), torch.Generator())
+
+
+class TestTheBank:
+    def test_of_biases_spans_what_training_moved(self) -> None:
+        model = bert()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        family = MissingWords(MASK, (PAD,), words=4, examples=10, least=5)
+        bank = practice_bank(model, texts(), family, tasks=3, epochs=2, progress=False)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert not any(p.grad is not None for p in model.parameters())
+        report = growth_report(bank)
+        assert all(group.num_grown == 3 and group.energy[-1] == pytest.approx(1) for group in report.groups)
+        assert len(bank.mimicry["sources"]) == 3
+        assert all(source.startswith("missing words") for source in bank.mimicry["sources"])
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], partners=[BiasConfig(bank=bank)]))
+        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert numbers == 2 * 2 + 2 * 3  # a group of two queries; two blocks with three templates
+
+    def test_follows_from_the_seed(self) -> None:
+        def made(seed: int) -> str:
+            family = MissingWords(MASK, (PAD,), words=4, examples=5, least=5)
+            model, state = bert(), torch.get_rng_state()
+            bank = practice_bank(model, texts(), family, tasks=2, epochs=3, seed=seed, progress=False)
+            assert torch.equal(torch.get_rng_state(), state)
+            return bank.fingerprint
+
+        assert made(0) == made(0) != made(1)
+
+    def test_of_weights_with_a_family_of_ones_own(self) -> None:
+        config = RecastConfig(target_modules=["qkv", "fc1"], group_size=1)
+        x = torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(0))
+        bank = practice_bank(tiny_vit(), x, Halves(), tasks=2, of="weights", config=config, epochs=3, progress=False)
+        assert not bank.is_of_biases
+        model = get_recast_model(tiny_vit(), RecastConfig(bank=bank), "task").eval()
+        assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit().eval(), vit_input()))
+        assert {group.num_grown for group in growth_report(bank).groups} == {2}
+
+    def test_training_learns_the_task(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        losses, original = [], practice.F.cross_entropy
+
+        def note(logits: Tensor, labels: Tensor) -> Tensor:
+            loss = original(logits, labels)
+            losses.append(float(loss.detach()))
+            return loss
+
+        monkeypatch.setattr(practice.F, "cross_entropy", note)
+        x = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(0))
+        practice_bank(tiny_vit(), x, Halves(), tasks=1, epochs=15, lr=0.03, seed=5, progress=False)
+        assert len(losses) == 15 * 2
+        assert losses[0] == pytest.approx(math.log(2))
+        assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+    def test_wrong_arguments(self) -> None:
+        family = MissingWords(MASK)
+        for fields, message in (
+            ({"of": "heads"}, "of='heads'"),
+            ({"tasks": 0}, "tasks=0"),
+            ({"epochs": True}, "epochs=True"),
+        ):
+            with pytest.raises(RecastConfigError, match=message):
+                practice_bank(bert(), texts(), family, progress=False, **fields)
+        with pytest.raises(RecastConfigError, match="plain pretrained model"):
+            practice_bank(get_recast_model(bert(), RecastConfig(target_modules=["query"])), texts(), family, progress=False)
+
+
+def test_features_are_means_over_what_is_attended_to() -> None:
+    data = {key: value[:3] for key, value in texts().items()}
+    found = mean_features(bert(), data)
+    hidden = bert()(**data).last_hidden_state
+    torch.testing.assert_close(found[0], hidden[0, :8].mean(0))
+    torch.testing.assert_close(found[1], hidden[1].mean(0))
