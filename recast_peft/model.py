@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .banks.files import StoredBank
 from .banks.template_bank import move_in_place
+from .composition.merging import refresh
 from .config import RecastConfig
 from .errors import RecastConfigError
 from .layer import RecastLayer, recast_layers
@@ -165,6 +166,9 @@ class RecastModel(TaskCalls, BaseTuner):
     @waits_for_calls
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
         super()._apply(fn, recurse)
+        for layer in recast_layers(self.model).values():
+            if layer.is_stale:  # merged, and rounded
+                refresh(layer)
         for pool in self.task_pool:  # no module of the model, but it follows the model's device and dtype
             pool.follow(fn)
         return self

@@ -237,17 +237,16 @@ def _without_task(model: nn.Module, layers: dict[str, RecastLayer]) -> Iterator[
 def _composing(layers: dict[str, RecastLayer], mimicked: bool) -> Iterator[None]:
     """Inside, every layer computes with what its bank reproduces, or with its pretrained weight."""
     for layer in layers.values():
-        # a layer looks its ``compose`` up on itself first
-        layer.__dict__["compose"] = _mimicked(layer) if mimicked else (lambda adapters, layer=layer: layer.pretrained_weight)
+        layer.instead = _mimicked(layer) if mimicked else (lambda layer=layer: layer.pretrained_weight)
     try:
         yield
     finally:
         for layer in layers.values():
-            del layer.__dict__["compose"]
+            layer.instead = None
 
 
 def _mimicked(layer: RecastLayer) -> Any:
-    def compose(adapters: Any) -> Tensor:
+    def compose() -> Tensor:
         if not layer.compressed_bank:
             return layer.pretrained_weight
         bank = layer.compressed_bank[0]

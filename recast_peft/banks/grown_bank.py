@@ -86,10 +86,6 @@ class GrownBank(TemplateBank):
         plain = super().get_templates(device) if self.plain else []
         return [*plain, *(t if t.device == device else t.to(device) for t in self.grown.dense())]
 
-    def sources(self) -> list[Tensor]:
-        """The tensors that hold the templates."""
-        return [*(super().sources() if self.plain else []), *self.grown.tensors]
-
     def product_terms(
         self, member: str, offsets: Tensor, device: torch.device
     ) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:

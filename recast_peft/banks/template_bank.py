@@ -139,10 +139,6 @@ class TemplateBank(nn.Module):
             templates = list(self.templates.unbind(0))
         return [t if t.device == device else t.to(device) for t in templates]
 
-    def sources(self) -> list[Tensor]:
-        """The tensors that hold the templates: as long as none of them changes, no template does."""
-        return [layer.pretrained_weight for layer in self.layers] if self.templates is None else [self.templates]
-
     def product_terms(
         self, member: str, offsets: Tensor, device: torch.device
     ) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:

@@ -12,6 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether this is inside of a transform of functions (``torch.func``: ``grad``, ``vmap``, ...) or forward-mode autograd."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return (active is not None and active()) or forward_ad._current_level >= 0
+
+
+def needs_plain_operations() -> bool:
+    """Whether only operations that torch itself differentiates may be used: for compilers, tracers and function transforms."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
 
 
 def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -61,7 +73,7 @@ def compose_weight(
         dtype = templates[0].dtype if anchor is None else anchor.dtype
     tensors = templates if anchor is None else [anchor, *templates]
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (coefficients, *tensors))
-    if not recorded or torch.compiler.is_compiling():  # a compiler forms the inner products by itself
+    if not recorded or needs_plain_operations():  # a compiler forms the inner products by itself
         return _composed(coefficients, dtype, anchor is not None, tensors)
     return _Compose.apply(coefficients, dtype, anchor is not None, *tensors)
 
@@ -94,8 +106,9 @@ def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Ten
         total = torch.mul(templates[0].to(work), factors[0], out=out)
     else:
         total = torch.addcmul(anchor.to(work), templates[0], factors[0], out=out)
+    apart = out is None and is_transformed()  # a transform may give the factors a dimension that the sum has not got yet
     for template, factor in zip(templates[1:], factors[1:], strict=True):
-        total.addcmul_(template, factor)
+        total = torch.addcmul(total, template, factor) if apart else total.addcmul_(template, factor)
     return total
 
 

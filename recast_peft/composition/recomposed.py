@@ -7,7 +7,6 @@ weight's size, or as many of the input's, live for a moment in the backward pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coefficient_gradients import FEWEST_ROWS, Estimate, draw_rows, is_faster_in_bfloat16, with_known_sum
-from .compose import compose_weight, composition_dtype, template_inner_products
+from .coefficient_gradients import AUTO, EXACT, is_faster_in_bfloat16, with_known_sum
+from .compose import compose_weight, composition_dtype, needs_plain_operations, template_inner_products
 from .kinds import Gradients, LayerKind, kind_of
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -30,7 +29,7 @@ def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: S
     A compiler decides by itself what it computes again. Templates that are trained themselves, tensors of other classes, and
     convolutions that pad or unsqueeze before they convolve take the ordinary call.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or needs_plain_operations():
         return False
     kind = kind_of(module)
     if kind is None or kind.gradients is None:
@@ -48,7 +47,7 @@ def call_recomposed(
     anchor: Tensor | None,
     templates: Sequence[Tensor],
     coefficients: Tensor,
-    estimate: Estimate | None = None,
+    way: str = EXACT,
 ) -> Tensor:
     """What a module computes with the weight ``anchor + sum_i coefficients[i] * templates[i]``.
 
@@ -59,7 +58,7 @@ def call_recomposed(
         anchor: shaped like the weight, or None for zero.
         templates: n tensors shaped like the weight.
         coefficients: ``(n,)``.
-        estimate: how the gradient of the coefficients is estimated where that saves a product; None forms the exact one.
+        way: how the gradient of the coefficients is formed, as ``RecastConfig.coefficient_gradient`` says.
 
     Returns:
         the module's output, differentiable in the input, the coefficients and the module's bias.
@@ -73,7 +72,7 @@ def call_recomposed(
     # which of the templates is the anchor itself: nothing is kept twice
     places = tuple(place for place, template in enumerate(templates) if template is anchor)
     anchor = None if anchor is None else anchor.detach()
-    return _Recomposed.apply(module, call, places, estimate, x, bias, coefficients, anchor, *weights)
+    return _Recomposed.apply(module, call, places, way, x, bias, coefficients, anchor, *weights)
 
 
 class _Recomposed(torch.autograd.Function):
@@ -85,14 +84,14 @@ class _Recomposed(torch.autograd.Function):
         module: nn.Module,
         call: Callable[[nn.Module, Tensor, Tensor], Tensor],
         places: tuple[int, ...],
-        estimate: Estimate | None,
+        way: str,
         x: Tensor,
         bias: Tensor | None,
         coefficients: Tensor,
         anchor: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.module, ctx.places, ctx.estimate, ctx.x_shape = module, places, estimate, x.shape
+        ctx.module, ctx.places, ctx.way, ctx.x_shape = module, places, way, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, coefficients, anchor, *weights)
         weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
         if not torch.is_autocast_enabled(x.device.type):
@@ -112,7 +111,7 @@ class _Recomposed(torch.autograd.Function):
             grad_bias = grad.sum([d for d in range(grad.ndim) if d != channels]).to(ctx.module.bias.dtype)
         layer = _Layer(ctx.module, templates, coefficients, anchor, ctx.places)
         if not torch.is_grad_enabled():  # an estimate is not differentiated again
-            layer.estimate = ctx.estimate
+            layer.way = ctx.way
         rows = _rows_with_gradient(ctx.module, grad)
         if rows is None:
             grad_x, grad_coefficients = layer.gradients(grad, x, ctx.x_shape, needs_x, needs_coefficients)
@@ -138,7 +137,7 @@ class _Layer:
     coefficients: Tensor
     anchor: Tensor | None
     places: tuple[int, ...]  # of the anchor among the templates
-    estimate: Estimate | None = None
+    way: str = EXACT
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, x_shape: torch.Size, needs_x: bool, needs_coefficients: bool
@@ -155,18 +154,16 @@ class _Layer:
             weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
             grad_x = rules.of_input(self.module, grad, weight, x_shape)
             del weight
-        if needs_coefficients:
+        if needs_coefficients and x is not None:
             grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
             grad_coefficients = template_inner_products(grad_weight, self.templates)
         return grad_x, grad_coefficients
 
     def _can_estimate(self, grad: Tensor, x: Tensor) -> bool:
         """Whether the estimate that is asked for saves anything: one template needs no product of its own."""
-        if self.estimate is None or (len(self.templates) == 1 and (self.anchor is None or bool(self.places))):
+        if self.way == EXACT or (len(self.templates) == 1 and (self.anchor is None or bool(self.places))):
             return False
-        if self.estimate.share is None:
-            return grad.dtype == x.dtype == torch.float32 and (not self.estimate.if_faster or self._is_faster(grad))
-        return len(_rows(self.module, x)) >= FEWEST_ROWS
+        return grad.dtype == x.dtype == torch.float32 and (self.way != AUTO or self._is_faster(grad))
 
     def _is_faster(self, grad: Tensor) -> bool:
         weight = self.templates[0]
@@ -186,22 +183,9 @@ class _Layer:
         terms, factors = list(self.templates), self._factors()
         if self.anchor is not None and not self.places:
             terms, factors = [*terms, self.anchor], torch.cat([factors, torch.ones_like(factors[:1])])
-        if self.estimate is not None and self.estimate.share is not None:
-            grad, x = self._drawn(grad, x, self.estimate)
-        else:
-            grad, x = grad.bfloat16(), x.bfloat16()
-        grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
+        grad_weight = rules.of_weight(self.module, grad.bfloat16(), x.bfloat16(), self.templates[0].shape)
         found = with_known_sum(template_inner_products(grad_weight, terms), factors, total)
         return grad_x, found[: len(self.templates)]
-
-    def _drawn(self, grad: Tensor, x: Tensor, estimate: Estimate) -> tuple[Tensor, Tensor]:
-        """The rows that stand for all of them; the gradient's are weighted."""
-        assert estimate.share is not None
-        grad, x = _rows(self.module, grad), _rows(self.module, x)
-        importance = _norms(grad) * _norms(x)
-        rows, weights = draw_rows(importance, math.ceil(estimate.share * len(x)), estimate.start)
-        drawn = grad[rows]
-        return drawn * weights.to(drawn.dtype).view(-1, *[1] * (drawn.ndim - 1)), x[rows]
 
     def _factors(self) -> Tensor:
         """What every template is multiplied by in the composed weight, ``(n,)``."""
@@ -253,15 +237,6 @@ def _gradients(module: nn.Module) -> Gradients:
     gradients = _kind(module).gradients
     assert gradients is not None
     return gradients
-
-
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """Samples of a convolution, rows ``(rows, features)`` of a linear layer."""
-    return x.reshape(-1, x.shape[-1]) if _gradients(module).by_row else x
-
-
-def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), dtype=composition_dtype(rows.dtype))
 
 
 def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:

@@ -117,7 +117,7 @@ class Stacked(Mixed):
     def get_base_weight(self) -> Tensor:
         """The weight that the layer computes with: the composed one, differentiable."""
         layer: RecastLayer = self.__dict__["_recast_layer"]
-        if layer._held is None and layer in inner_layers(self):  # type: ignore[arg-type]
+        if layer.held is None and layer in inner_layers(self):  # type: ignore[arg-type]
             return layer.weight
         return super().get_base_weight()  # type: ignore[misc]
 

@@ -11,12 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import converted, layers_of, randomise, seeded
-from test_cached_weights import compositions  # noqa: F401
 from torch import Tensor, nn
 from transformers import T5Config, T5Model
 
 from recast_peft import RecastConfig, RecastLayer, get_recast_model
+from recast_peft.composition import composed
 from recast_peft.composition.lazy_weight import model_reads
+
+
+@pytest.fixture
+def compositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every composition of a weight."""
+    made: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(1)
+        return compose(*args, **kwargs)
+
+    compose = composed.compose_weight
+    monkeypatch.setattr(composed, "compose_weight", counted)
+    return made
 
 
 def read() -> tuple[RecastLayer, Tensor, Tensor]:
@@ -29,7 +43,7 @@ def read() -> tuple[RecastLayer, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_what_is_known_is_told_without_composing(compositions: list[int]) -> None:  # noqa: F811
+def test_what_is_known_is_told_without_composing(compositions: list[int]) -> None:
     _, expected, weight = read()
     compositions.clear()
     assert (weight.dtype, weight.device, weight.shape) == (expected.dtype, expected.device, expected.shape)
@@ -95,7 +109,7 @@ def test_where_gradients_are_recorded_the_weight_is_an_ordinary_tensor_with_one(
 
 
 @torch.no_grad()
-def test_t5_reads_a_dtype_and_pays_one_composition_a_call(compositions: list[int]) -> None:  # noqa: F811
+def test_t5_reads_a_dtype_and_pays_one_composition_a_call(compositions: list[int]) -> None:
     config = T5Config(
         vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
     )

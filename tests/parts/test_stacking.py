@@ -147,7 +147,7 @@ def check(name: str, order: str) -> None:
         both.base_model.unmerge_adapter()
         torch.testing.assert_close(outputs(both, x), expected, **close)
         for key, layer in layers_of(both).items():
-            assert torch.equal(layer._weight_parameter, pristine[key])
+            assert torch.equal(layer.weight_parameter, pristine[key])
     plain = both.base_model.merge_and_unload()
     assert not any(isinstance(m, BaseTunerLayer) for m in plain.modules())
     torch.testing.assert_close(outputs(plain, x), expected, **close)
@@ -308,7 +308,7 @@ class TestProtection:
         before = neighbour.compose(["task"]).detach().clone()
         layers[0].merge()
         assert torch.equal(neighbour.compose(["task"]), before)
-        assert not torch.equal(layers_of(model)["blocks.0.attn.proj"]._weight_parameter, tiny_vit().blocks[0].attn.proj.weight)
+        assert not torch.equal(layers_of(model)["blocks.0.attn.proj"].weight_parameter, tiny_vit().blocks[0].attn.proj.weight)
 
     def test_the_base_comes_back_to_the_last_bit(self, both):
         task, model = both
@@ -380,8 +380,8 @@ class TestProtection:
             if hasattr(module, "lora_A"):
                 module.merge()
         torch.testing.assert_close(outputs(twin, vit_input()), live)
-        assert all(layer._held is None for layer in layers_of(model).values())
-        assert all(layer._held is not None for layer in layers_of(twin).values())
+        assert all(layer.held is None for layer in layers_of(model).values())
+        assert all(layer.held is not None for layer in layers_of(twin).values())
 
     def test_the_file_of_a_lora_around_is_that_of_the_lora_alone(self, tmp_path):
         alone = with_method(tiny_vit().double(), "LORA")
@@ -440,7 +440,7 @@ class TestOtherModules:
         both.unmerge_adapter()
         pretrained = seeded(kind.build)
         for key, layer in layers_of(both).items():
-            assert torch.equal(layer._weight_parameter, pretrained.get_parameter(f"{key}.weight"))
+            assert torch.equal(layer.weight_parameter, pretrained.get_parameter(f"{key}.weight"))
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_multi_head_attention_is_refused(self, order):

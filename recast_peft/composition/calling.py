@@ -1,0 +1,180 @@
+"""One call of a layer: which way it takes to compute with a composed weight.
+
+A module of a known kind is called by a plain function that is given the weight; where gradients are recorded it composes the
+weight again in the backward pass (recomposed.py). Any other module is called as it is, with its weight exchanged for the call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .coefficient_gradients import EXACT
+from .compose import needs_plain_operations
+from .kinds import is_lazily_readable, kind_of
+from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
+from .mixed_batch import current_batch
+from .recomposed import call_recomposed, can_recompose
+
+Terms = tuple[Tensor | None, list[Tensor], Tensor]
+"""Anchor, templates and coefficients of a weight."""
+
+
+class ComposedLayer(Protocol):
+    """What the functions of this package know of a layer; ``RecastLayer`` is one."""
+
+    base_layer: Any
+    weight_name: str
+    module_name: str
+    recast_masks: Any
+    recast_coefficients: Any
+    coefficient_gradients: dict[str, str]
+    merged_adapters: list[str]
+    other_layers: list[Any]
+    training: bool
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]: ...
+    @property
+    def weight_dtype(self) -> torch.dtype: ...
+    @property
+    def weight_device(self) -> torch.device: ...
+    @property
+    def pretrained(self) -> Tensor | None: ...
+    @property
+    def weight_parameter(self) -> Tensor | None: ...
+    def compose(self, adapters: Sequence[str]) -> Tensor: ...
+    def effective_weight(self) -> Tensor: ...
+    def with_coefficients(self, adapters: Sequence[str]) -> list[str]: ...
+    def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] = ...) -> Terms | None: ...
+    def tasks_in_force(self) -> list[str]: ...
+    def modules(self) -> Any: ...
+
+
+# Weights are exchanged for a call by one thread at a time: another one would take the exchanged weight for the module's own,
+# and put it back for good.
+_EXCHANGE = threading.RLock()
+
+
+def call(
+    layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any], values: Mapping[str, Tensor] | None = None
+) -> Any:
+    """What the wrapped module computes with the weight of the given tasks.
+
+    Args:
+        layer: the layer.
+        adapters: the tasks; those without coefficients here add nothing.
+        args: of the call.
+        kwargs: of the call.
+        values: coefficients by task in place of those that the layer holds now.
+    """
+    if layer.instead is not None:
+        return call_with(layer, layer.instead(), args, kwargs)
+    if not torch.is_grad_enabled() and not values:
+        return call_with(layer, layer.compose(adapters), args, kwargs)
+    direct = direct_call(layer, args, kwargs)
+    is_masked = any(name in layer.recast_masks for name in adapters)
+    if direct is not None and not is_masked:
+        terms: Terms | None = layer.terms(adapters, values or {})
+        if terms is not None and can_recompose(layer.base_layer, args[0], *terms):
+            return call_recomposed(layer.base_layer, direct, args[0], *terms, _gradient_way(layer, adapters))
+    return call_with(layer, layer.compose(adapters, values=values or {}), args, kwargs)
+
+
+def _gradient_way(layer: ComposedLayer, adapters: Sequence[str]) -> str:
+    """How the coefficients' gradient is formed: exactly, unless all active tasks ask for the same estimate."""
+    asked = {layer.coefficient_gradients.get(name, EXACT) for name in layer.with_coefficients(adapters)}
+    return asked.pop() if len(asked) == 1 else EXACT
+
+
+def direct_call(layer: ComposedLayer, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
+    """The plain function that stands for a call of the wrapped module, if there is one."""
+    if len(args) != 1 or kwargs or is_hooked(layer.base_layer):
+        return None
+    kind = kind_of(layer.base_layer)
+    return None if kind is None else kind.call
+
+
+def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the wrapped module computes with a weight."""
+    base = layer.base_layer
+    direct = direct_call(layer, args, kwargs)
+    if direct is not None:
+        return direct(base, marked_as_pretrained(layer, weight), args[0])
+    if weight is layer.weight_parameter:
+        return base(*args, **kwargs)
+    weight = marked_as_pretrained(layer, weight)
+    if torch.compiler.is_compiling():
+        return _call_exchanged(layer, weight, args, kwargs)
+    with _EXCHANGE:
+        return _call_exchanged(layer, weight, args, kwargs)
+
+
+def _call_exchanged(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    base = layer.base_layer
+    if layer.weight_name in base.__dict__:  # FSDP puts the gathered weight here, in front of the parameter
+        gathered = base.__dict__[layer.weight_name]
+        base.__dict__[layer.weight_name] = weight
+        try:
+            return base(*args, **kwargs)
+        finally:
+            base.__dict__[layer.weight_name] = gathered
+    depth = len(layer.other_layers) and sum(other in layer.modules() for other in layer.other_layers)
+    name = "base_layer." * depth + layer.weight_name  # inside layers of other methods
+    return torch.func.functional_call(base, {name: weight}, args, kwargs)
+
+
+def marked_as_pretrained(layer: ComposedLayer, weight: Tensor) -> Tensor:
+    """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are.
+
+    torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only marked so
+    does the composed weight give the unconverted model's output to the last bit. Under autocast the product gets a copy that is
+    never marked, and of a marked weight autocast would keep that copy until its block ends.
+    """
+    own = weight is layer.weight_parameter or weight is layer.pretrained
+    if not own and not torch.is_grad_enabled() and not needs_plain_operations() and not _is_cast(weight):
+        weight.requires_grad_()
+    return weight
+
+
+def _is_cast(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+
+
+def lazy_weight(layer: ComposedLayer) -> Tensor | None:
+    """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
+    if not is_lazily_readable(layer.base_layer):
+        return None
+    known = (layer.weight_shape, layer.weight_dtype, layer.weight_device)
+    if current_batch() is not None and is_read_by_the_model():
+        return LazyWeight(layer.effective_weight, *known)  # raises if it is used
+    if not is_read_lazily() or layer.merged_adapters:
+        return None
+    tasks = layer.tasks_in_force()
+    if any(name in layer.recast_masks for name in tasks):
+        return None
+    # as they are now
+    values = {name: layer.recast_coefficients[name].detach().clone() for name in layer.with_coefficients(tasks)}
+    if not values:
+        return None
+
+    def compose() -> Tensor:
+        with torch.no_grad():
+            return marked_as_pretrained(layer, layer.compose(tasks, values=values))  # type: ignore[call-arg]
+
+    return LazyWeight(compose, *known)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something beside the module's own forward runs when it is called."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

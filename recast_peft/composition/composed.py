@@ -1,0 +1,242 @@
+"""ComposedModule: a module whose weight is composed from templates and coefficients, and what it answers for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import RecastBankError
+from . import merging
+from .calling import Terms, lazy_weight, marked_as_pretrained
+from .compose import average_sets, compose_into, compose_weight
+from .mixed_batch import current_batch
+from .recomputation import CallHistory
+
+# Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
+_NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class ComposedModule(nn.Module):
+    """A module around another one, whose weight is composed from the templates of a bank.
+
+    Whoever reads its ``weight`` (or, of a multi-head attention, ``in_proj_weight``) gets the composed weight, differentiable;
+    any other attribute that it lacks is the wrapped module's.
+
+    Args:
+        base_layer: the module to wrap.
+        module_name: its name in the plain model.
+        weight_name: the parameter that is composed.
+    """
+
+    recast_coefficients: Any  # task -> (sets, templates)
+    recast_masks: Any  # task -> what changes its composed weight; see parts/piggyback.py
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+
+    def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str) -> None:
+        super().__init__()
+        self.module_name = module_name
+        self.other_layers: list[Any] = []  # layers of PEFT's other methods around or inside this one; see stacking.py
+        self.held: tuple[str, ...] | None = None  # tasks in the weight that those are merged into; None: none is merged
+        self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
+        self.base_layer = base_layer
+        self.weight_name = weight_name
+        self.recast_bank: dict[str, Any] = {}  # task -> bank; a plain dict: the bank belongs to the group
+        self.compressed_bank: tuple[Any, ...] = ()  # empty, or the one bank that stands for the weight
+        self.kept_weight: tuple[nn.Parameter | None] | None = None  # the pretrained weight while something is merged
+        self.merged_adapters: list[str] = []
+        self.is_stale = False  # whether what is merged has to be composed once more
+        self.instead: Callable[[], Tensor] | None = None  # composes another weight in place of the tasks', for measuring
+        self.history = CallHistory()
+
+    # ---------------------------------------------------------------- the pretrained weight
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether a compressed bank stands for the pretrained weight."""
+        return bool(self.compressed_bank)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the pretrained weight was given up for the compressed bank."""
+        return bool(self.compressed_bank) and self.pretrained is None
+
+    @property
+    def pretrained(self) -> nn.Parameter | None:
+        """The pretrained weight, also while something is merged, in any thread; None if it was released."""
+        return merging.pretrained_parameter(self)
+
+    @property
+    def pretrained_weight(self) -> Tensor:
+        """The pretrained weight, also while something is merged into the wrapped module.
+
+        Raises:
+            RecastBankError: if it was released when the bank was compressed.
+        """
+        weight = self.pretrained
+        if weight is None:
+            raise RecastBankError(
+                f"the pretrained weight of {self.module_name} was released when its bank was compressed; "
+                "convert with keep_base_weights=True to keep it"
+            )
+        return weight
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self._bank_templates.shape[1:] if self.compressed_bank else self.pretrained_weight.shape)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the weight."""
+        return (self._bank_templates if self.compressed_bank else self.pretrained_weight).dtype
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Device of the weight."""
+        weight = self.weight_parameter
+        return self._bank_templates.device if weight is None else weight.device
+
+    @property
+    def _bank_templates(self) -> Tensor:
+        templates = self.compressed_bank[0].templates
+        assert templates is not None
+        return templates
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost module. PEFT's own asks every module for an attribute that it lacks, which is slow at every call."""
+        base = self._modules["base_layer"]
+        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base  # type: ignore[return-value]
+
+    @property
+    def weight_parameter(self) -> nn.Parameter | None:
+        """What lies in the wrapped module now: the pretrained weight, a merged one, or nothing."""
+        return self.get_base_layer()._parameters.get(self.weight_name)
+
+    def set_weight_parameter(self, parameter: nn.Parameter | None) -> None:
+        """Put a parameter into the wrapped module."""
+        self.get_base_layer()._parameters[self.weight_name] = parameter
+
+    def release_pretrained_weight(self) -> None:
+        """Give up the pretrained weight of a member of a compressed bank."""
+        assert self.compressed_bank
+        assert not self.merged
+        self.set_weight_parameter(None)
+
+    # ---------------------------------------------------------------- the composed weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that a call would use now: composed, differentiable."""
+        if self.weight_name != "weight":
+            raise AttributeError(f"{type(self.base_layer).__name__} has no attribute 'weight'")
+        lazy = None if self.held is not None else lazy_weight(self)
+        return self.effective_weight() if lazy is None else lazy
+
+    def effective_weight(self) -> Tensor:
+        """The weight that a call would use now.
+
+        Raises:
+            RecastBankError: inside a mixed batch, in which there is no one weight for all samples.
+        """
+        if current_batch() is not None:
+            raise RecastBankError(
+                f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
+                "another task for each sample: pass one task at a time instead of adapter_names"
+            )
+        if self.held is not None:
+            merging.check_held(self)
+        if self.is_stale:
+            merging.refresh(self)
+        if self.held is not None or (self.merged and not self.disable_adapters):
+            return self.weight_parameter  # type: ignore[return-value]
+        return marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.active_adapters))
+
+    def compose(self, adapters: Sequence[str], out: Tensor | None = None, values: Mapping[str, Tensor] = _NOTHING) -> Tensor:
+        """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.
+
+        Args:
+            adapters: the tasks.
+            out: a tensor to write the weight into, where nothing is differentiated.
+            values: coefficients by task in place of those that the layer holds now.
+
+        Returns:
+            shaped like the weight and in its dtype; for no task at all the pretrained weight itself, or what the
+            compressed bank makes of it where that was released.
+        """
+        masks = [self.recast_masks[name] for name in adapters if name in self.recast_masks]
+        terms = self.terms(adapters, values)
+        if out is not None and not masks and terms is not None:
+            return compose_into(out, *terms)
+        weight = self.pretrained_weight if terms is None else compose_weight(*terms)
+        for mask in masks:
+            weight = mask(weight)
+        return weight if out is None else out.copy_(weight)
+
+    def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] = _NOTHING) -> Terms | None:
+        """Anchor, templates and coefficients of the tasks' weight; None for the pretrained weight alone."""
+        names = self.with_coefficients(adapters)
+        device = self.weight_device
+        offsets = {name: average_sets(values.get(name, self.recast_coefficients[name])) for name in names}
+        if self.compressed_bank and (names or self.is_released):
+            bank = self.compressed_bank[0]
+            coefficients = sum(offsets.values(), bank.base_of(self.module_name))
+            return None, bank.get_templates(device), coefficients.to(device)
+        if not names:
+            return None
+        banks = {id(bank): bank for bank in (self.recast_bank[name] for name in names)}
+        parts: dict[int, Tensor] = {}
+        for name, offset in offsets.items():
+            key = id(self.recast_bank[name])
+            parts[key] = parts[key] + offset if key in parts else offset
+        coefficients = torch.cat(list(parts.values())) if len(parts) > 1 else parts[key]
+        templates = [template for bank in banks.values() for template in bank.get_templates(device)]
+        return self.pretrained_weight, templates, coefficients.to(device)
+
+    def has_task(self, adapter: str) -> bool:
+        """Whether a task changes this weight."""
+        return adapter in self.recast_coefficients or adapter in self.recast_masks
+
+    def present(self, adapters: Sequence[str]) -> list[str]:
+        """Those of the given tasks that change this weight."""
+        return [name for name in adapters if self.has_task(name) and name != self.idle_slot]
+
+    def with_coefficients(self, adapters: Sequence[str]) -> list[str]:
+        """Those of the given tasks that have coefficients here."""
+        return [name for name in self.present(adapters) if name in self.recast_coefficients]
+
+    def tasks_in_force(self) -> list[str]:
+        """The tasks that a call would compute with now."""
+        return [] if self.disable_adapters else self.present(self.merged_adapters or self.active_adapters)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""
+        if adapter in self.recast_masks:
+            return self.compose([adapter]) - self.compose([])
+        if adapter not in self.recast_coefficients:
+            return torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.weight_device)
+        device = self.weight_device
+        offsets = average_sets(self.recast_coefficients[adapter]).to(device)
+        return compose_weight(None, self.recast_bank[adapter].get_templates(device), offsets, self.weight_dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        for kind in ("_modules", "_buffers"):  # what a call asks for most; torch's own look-up takes several times as long
+            held = self.__dict__.get(kind)
+            if held is not None and name in held:
+                return held[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name in _NOT_FORWARDED or name.startswith("__"):
+                raise
+            if name == self.__dict__.get("weight_name") and name != "weight":
+                return self.effective_weight()
+            return getattr(base, name)

@@ -1,0 +1,195 @@
+"""A composed weight in place of the pretrained one, and back.
+
+A merged weight is a parameter of its own, put where the pretrained one was. The pretrained parameter is never written to: it is
+kept beside, and comes back as the very object that it was. The merged one knows which parameter it stands for, so that whoever
+finds it, in any thread and at any moment, finds the pretrained weight as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..errors import RecastBankError
+
+STANDS_FOR = "recast_stands_for"  # attribute of a merged parameter: the pretrained one, or None if that was released
+_NONE = object()
+
+
+def pretrained_parameter(layer: Any) -> nn.Parameter | None:
+    """The pretrained weight of a layer, whatever is merged; None if it was released for a compressed bank."""
+    found = layer.weight_parameter
+    mark = getattr(found, STANDS_FOR, _NONE)
+    if mark is not _NONE:
+        return mark  # type: ignore[return-value]
+    kept = layer.kept_weight  # a copy of a parameter has no mark
+    return found if kept is None else kept[0]
+
+
+def put_weight(layer: Any, weight: Tensor) -> None:
+    """Put a composed weight into the wrapped module, and keep the pretrained one beside it."""
+    pretrained = layer.weight_parameter
+    # a tensor of its own, also where the composed weight is the pretrained one itself
+    merged = nn.Parameter(weight.detach().clone() if weight is pretrained else weight, requires_grad=False)
+    setattr(merged, STANDS_FOR, pretrained)
+    layer.kept_weight = (pretrained,)
+    layer.set_weight_parameter(merged)
+
+
+def take_weight(layer: Any) -> None:
+    """Put the pretrained parameter back, or take the merged one out where that was released."""
+    layer.set_weight_parameter(pretrained_parameter(layer))
+    layer.kept_weight = None
+
+
+def follow(layer: Any, fn: Any) -> None:
+    """Let the pretrained weight that is kept follow a ``Module.to`` or its kin.
+
+    What is merged is composed again at its first use, if numbers were rounded: the pretrained weights of neighbours, of which
+    it is composed, follow one after the other.
+    """
+    kept = layer.kept_weight
+    if kept is None or kept[0] is None:
+        layer.is_stale = layer.is_stale or kept is not None
+        return
+    before = kept[0].dtype
+    kept[0].data = fn(kept[0].data)
+    layer.is_stale = layer.is_stale or kept[0].dtype != before
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """A block in which nothing is recorded, and whose tensors can be trained with later: also inside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def refresh(layer: Any) -> None:
+    """Compose what is merged once more, after pretrained weights were rounded."""
+    layer.is_stale = False
+    if layer.merged and layer.held is None:
+        with torch.no_grad():
+            layer.weight_parameter.data = layer.compose(layer.merged_adapters)
+
+
+def merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """See ``RecastLayer.merge``."""
+    adapter_names = check_adapters_to_merge(layer, adapter_names)
+    new = layer.present(adapter_names)
+    if not new:
+        return
+    merged = [*layer.merged_adapters, *new]
+    if layer.held is not None:
+        check_held(layer, merged)
+        layer.merged_adapters = merged
+        return
+    with _apart():
+        weight = layer.compose(merged)
+    if safe_merge and not torch.isfinite(weight).all():
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
+    if layer.merged:
+        layer.weight_parameter.data = weight
+    else:
+        put_weight(layer, weight)
+    layer.is_stale = False
+    layer.merged_adapters = merged
+
+
+def merge_in_place(layer: Any, adapter_names: Sequence[str]) -> None:
+    """See ``RecastLayer.merge_in_place``."""
+    present = layer.present(adapter_names)
+    if layer.held is not None:
+        raise _held_error(layer, present)
+    if not layer.merged:
+        layer.merge(adapter_names=present)
+        return
+    with torch.no_grad():
+        layer.compose(present, out=layer.weight_parameter.data)
+    layer.is_stale = False
+    layer.merged_adapters = present
+
+
+def unmerge(layer: Any) -> None:
+    """See ``RecastLayer.unmerge``."""
+    if layer.merged and layer.held is None:
+        take_weight(layer)
+    layer.merged_adapters = []  # where others are merged on top the weight goes back when those are unmerged
+
+
+@contextmanager
+def written_by_others(layer: Any) -> Iterator[None]:
+    """A block in which a layer of another method writes into the innermost weight: it gets a tensor of its own.
+
+    The tensor holds the weight of the active tasks, so that what is merged on it is right for any method. It stays for as long
+    as something of another method is merged.
+    """
+    if layer.held is None:
+        held = tuple(layer.merged_adapters or layer.tasks_in_force())
+        if not layer.merged:
+            with _apart():
+                put_weight(layer, layer.compose(held))
+        layer.held = held
+    try:
+        yield
+    finally:
+        if not any(other.merged for other in layer.other_layers):
+            if layer.merged:
+                with torch.no_grad():
+                    layer.weight_parameter.data = layer.compose(layer.merged_adapters)
+            else:
+                take_weight(layer)
+            layer.held = None
+
+
+def check_held(layer: Any, wanted: Sequence[str] | None = None) -> None:
+    """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones.
+
+    Raises:
+        RecastBankError: naming both.
+    """
+    for other in layer.other_layers:
+        if other.merged and other.disable_adapters:
+            other.unmerge()
+    wanted = layer.tasks_in_force() if wanted is None else wanted
+    if layer.held is not None and set(layer.held) != set(wanted):
+        raise _held_error(layer, wanted)
+
+
+def _held_error(layer: Any, wanted: Sequence[str]) -> RecastBankError:
+    merged = sorted({name for other in layer.other_layers for name in other.merged_adapters})
+    return RecastBankError(
+        f"adapters of another method ({', '.join(merged)}) are merged into {layer.module_name} on top of other tasks\n"
+        f"  tasks merged below:  {', '.join(layer.held or ()) or 'none'}\n"
+        f"  tasks wanted now:    {', '.join(wanted) or 'none'}\n"
+        "Unmerge them first (unmerge_adapter of the model that they belong to), change the tasks, and merge again."
+    )
+
+
+def unload(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """See ``RecastLayer.unload_and_optionally_merge_module``."""
+    inside = [other for other in layer.other_layers if other in layer.modules()]
+    if merge:
+        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if layer.is_stale:
+            refresh(layer)
+        for other in inside:
+            other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    else:
+        for other in inside:
+            other.unmerge_if_merged()
+        layer.unmerge()
+    base = layer.get_base_layer()
+    if layer.weight_parameter is None:
+        with torch.no_grad():
+            layer.set_weight_parameter(nn.Parameter(layer.compose([]), requires_grad=False))
+    for name, child in base.named_children():  # a multi-head attention may have a wrapped output projection
+        if isinstance(child, type(layer)):
+            setattr(base, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+    if hasattr(layer.weight_parameter, STANDS_FOR):  # from now on it is an ordinary parameter
+        delattr(layer.weight_parameter, STANDS_FOR)
+    return base

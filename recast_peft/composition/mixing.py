@@ -1,0 +1,115 @@
+"""A layer's call in which every sample has its own task.
+
+Either n products serve all samples, whose results each sample mixes by its own coefficients, or a weight is composed for each
+task that occurs; whichever costs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecastBankError
+from ..names import BASE_ADAPTER
+from .calling import call, call_with, direct_call
+from .compose import compose_weight, mix_by_sample
+from .kinds import add_bias, positions_of
+from .mixed_batch import NO_TASK, MixedBatch
+
+# Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
+# examples/benchmarks/mixed_batch.py.
+PRODUCT_LIMIT = 64
+
+
+def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the wrapped module computes with each sample's own weight.
+
+    Raises:
+        RecastBankError: if the module cannot be called so.
+    """
+    if isinstance(layer.base_layer, nn.MultiheadAttention) or not args or not isinstance(args[0], Tensor):
+        raise RecastBankError(
+            f"{layer.module_name} ({type(layer.base_layer).__name__}) cannot have another task for each sample: "
+            "pass one task at a time instead of adapter_names"
+        )
+    if batch.pool is not None:
+        return _call_from_pool(layer, batch, args, kwargs)
+    # tasks without coefficients here share the base's rows
+    rows: dict[str, list[int]] = {}
+    for key, indices in batch.rows(len(args[0])).items():
+        name = str(key)
+        rows.setdefault(name if layer.has_task(name) else BASE_ADAPTER, []).extend(indices)
+    return _call_by_rows(layer, batch, [(layer.compose([name]), indices) for name, indices in rows.items()], args, kwargs)
+
+
+def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Every sample with its own row of a pool's table."""
+    x = args[0]
+    offsets = batch.offsets(layer.module_name, len(x))  # (samples, templates)
+    if offsets is None:
+        return call(layer, [], args, kwargs)
+    assert batch.pool is not None
+    bank = layer.recast_bank[batch.pool.slot]
+    direct = direct_call(layer, args, kwargs)
+    keeps_base = layer.is_compressed and not layer.is_released  # the pretrained weight is no mix of the templates then
+    if direct is not None and not keeps_base:
+        terms, scale, pairs = bank.product_terms(layer.module_name, offsets, layer.weight_device)
+        if products_are_cheaper(layer.base_layer, x, len(terms), batch):  # low-rank pairs cost next to nothing
+            mixed = _mixed_products(layer.base_layer, direct, x, terms, scale)
+            return mixed if pairs is None else pairs.add_to(mixed, x)
+    templates = bank.get_templates(layer.weight_device)
+    anchor = None if layer.compressed_bank else layer.pretrained_weight
+    base = bank.base_row(layer.module_name, offsets) if anchor is None else offsets.new_zeros(())
+    weights = []
+    for key, indices in batch.rows(len(x)).items():
+        offset = offsets[indices[0]]
+        if key == NO_TASK and not layer.is_released:
+            weights.append((layer.pretrained_weight, indices))
+        else:
+            weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
+    return _call_by_rows(layer, batch, weights, args, kwargs)
+
+
+def _mixed_products(
+    module: nn.Module, direct: Callable[..., Tensor], x: Tensor, terms: Sequence[Tensor], scale: Tensor | None
+) -> Tensor:
+    """The output with each sample's own mix of weights; a single weight is scaled by way of the input."""
+    if len(terms) > 1:
+        assert scale is not None
+        return add_bias(mix_by_sample(lambda term: direct(module, term, x, False), terms, scale), module)
+    if scale is not None:
+        x = x * scale.view(len(x), *[1] * (x.ndim - 1)).to(x.dtype)
+    return direct(module, terms[0], x)
+
+
+def products_are_cheaper(module: nn.Module, x: Tensor, templates: int, batch: MixedBatch) -> bool:
+    """Whether n products for the whole batch cost less than composing a weight for each task.
+
+    Composing touches n weights a task; n products do (n - 1) more multiplications with every position of its samples. On an
+    accelerator what counts is that a weight for each task means a handful of kernels for each. A compiled region takes the
+    products always: which samples share a task is not known when it is compiled.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    tasks = max(1, len(batch.rows(len(x))))
+    if x.device.type != "cpu":
+        return tasks > 1
+    return positions_of(module, x) / tasks * (templates - 1) < PRODUCT_LIMIT * templates
+
+
+def _call_by_rows(
+    layer: Any, batch: MixedBatch, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    x, *rest = args
+    if len(weights) == 1:
+        return call_with(layer, weights[0][0], args, kwargs)
+    parts, order = [], []
+    for weight, indices in weights:
+        parts.append(call_with(layer, weight, (x[batch.index(indices, x.device)], *rest), kwargs))
+        order += indices
+    # back to the order of the samples
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts)[batch.index(inverse, x.device)]

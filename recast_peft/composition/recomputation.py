@@ -1,0 +1,232 @@
+"""What is computed again in the backward pass is computed as in its forward pass.
+
+Gradient checkpointing calls modules a second time while gradients flow back. By then another task may be active, coefficients
+may have moved on, and the call's mixed batch is over. So a layer notes with what it computes, whenever that changes, beside
+torch's count of recorded operations; in the backward pass the operation whose gradient is being formed tells which note holds.
+Nothing is noted where nothing can be computed again: gradients are recorded and nobody takes hold of what they need.
+
+It rests on private functions of torch, all of them in this file: the number of the running backward pass, the operation in it,
+and the counter of operations.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RecastBankError
+from .calling import call, call_with
+from .mixed_batch import MixedBatch
+from .mixing import call_mixed
+
+MOST_NOTES = 64  # of each thread
+MOST_THREADS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class CallState:
+    """With what a layer computes in a call.
+
+    Attributes:
+        tasks: whose weight it is.
+        merged: whether they are merged.
+        held: the tasks below what another method merged.
+        mixed: whether every sample has its own task.
+        batch: that says which; None where it was not kept.
+        versions: how often each of the tasks' parameters was written to, and whether it is trained.
+        recorded: whether gradients were recorded, so that those of the forward pass are the ones that flow.
+        values: the tasks' coefficients at that time, where they were kept.
+    """
+
+    tasks: tuple[str, ...]
+    merged: bool = False
+    held: tuple[str, ...] | None = None
+    mixed: bool = False
+    batch: MixedBatch | None = None
+    versions: tuple[tuple[int, bool], ...] = ()
+    recorded: bool = False
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def is_same(self, other: CallState) -> bool:
+        """Whether a call computes the same in both states."""
+        return (
+            self.tasks == other.tasks
+            and self.versions == other.versions
+            and self.batch is other.batch
+            and (self.merged, self.held, self.mixed) == (other.merged, other.held, other.mixed)
+        )
+
+
+class CallHistory:
+    """The states that a layer computed in, by thread, each with the count of operations from which on it held."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, deque[tuple[int, CallState]]] = {}
+
+    def __deepcopy__(self, memo: Any) -> CallHistory:
+        return CallHistory()
+
+    def __reduce__(self) -> tuple:
+        return CallHistory, ()
+
+    def note(self, state: CallState) -> None:
+        """Note that calls of this thread compute in a state from now on."""
+        notes = self._notes.get(get_ident())
+        if notes is None:
+            if len(self._notes) >= MOST_THREADS:
+                self._notes.clear()
+            notes = self._notes[get_ident()] = deque(maxlen=MOST_NOTES)
+        notes.append((torch._C._autograd._get_sequence_nr(), state))
+
+    def note_again(self, state: CallState) -> None:
+        """Note a state that was recalled, for checkpoints inside of what is computed again; in the thread that noted it."""
+        if get_ident() in self._notes and self.is_news(state):
+            self.note(state)
+
+    def is_news(self, state: CallState) -> bool:
+        """Whether this thread's latest call computed in another state."""
+        notes = self._notes.get(get_ident())
+        return not notes or not notes[-1][1].is_same(state)
+
+    def recall(self) -> CallState | None:
+        """The state of the call that is being computed again; None if nothing was noted.
+
+        Raises:
+            RecastBankError: if too much has changed since.
+        """
+        node = torch._C._current_autograd_node()
+        if not self._notes or node is None:
+            return None
+        # an operation that calls modules itself gets its number before they are called
+        now = node._sequence_nr() + 1
+        own = self._notes.get(get_ident())
+        threads = [own] if own else list(self._notes.values())  # an accelerator's gradients are formed in a thread of their own
+        found = [self._at(list(notes), now) for notes in threads]
+        if any(not state.is_same(found[0]) for state in found[1:]):
+            raise RecastBankError(
+                "a checkpointed call is computed again in the backward pass, but several threads have called the model with "
+                "different tasks since: train in one thread alone, or turn gradient checkpointing off"
+            )
+        return found[0]
+
+    @staticmethod
+    def _at(notes: list[tuple[int, CallState]], count: int) -> CallState:
+        place = bisect_right(notes, count, key=lambda note: note[0]) - 1
+        if place < 0 and len(notes) == MOST_NOTES:
+            raise RecastBankError(
+                f"a checkpointed call is computed again in the backward pass, but tasks or coefficients have changed "
+                f"{MOST_NOTES} times since: call backward() earlier, or turn gradient checkpointing off"
+            )
+        return notes[max(0, place)][1]
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass is running in this thread, so that a call computes something again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_recomputed() -> bool:
+    """Whether what is computed now may be computed again in the backward pass.
+
+    One kind of checkpointing records no gradient in the forward pass, as evaluation does; the other one takes hold of every
+    tensor that the backward pass needs.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
+    """The state in which a call has to be computed again; None for any call that computes with what the layer holds now.
+
+    Args:
+        layer: the layer; what it computes with is noted where it may be needed.
+        batch: the mixed batch of the call.
+
+    Raises:
+        RecastBankError: if it cannot be computed as in the forward pass.
+    """
+    if is_recomputing():
+        past = layer.history.recall()
+        if past is None:
+            return None
+        layer.history.note_again(past)
+        if past.is_same(_state_of(layer, batch)):
+            return None
+        _check(layer, past)
+        return past
+    if may_be_recomputed():
+        state = _state_of(layer, batch)
+        if layer.history.is_news(state):
+            layer.history.note(_with_values(layer, state))
+    return None
+
+
+def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the wrapped module computed in a state; gradients flow to the coefficients that the layer holds now."""
+    if past.batch is not None:
+        return call_mixed(layer, past.batch, args, kwargs)
+    values = {}
+    if past.versions != _versions(layer, past.tasks):
+        for name in layer.with_coefficients(past.tasks):
+            parameter, value = layer.recast_coefficients[name], past.values[name]
+            # as often saved for the backward pass as it was, also where the parameter is frozen by now
+            values[name] = value.clone().requires_grad_() if past.recorded else value + (parameter - parameter.detach())
+    if past.merged:
+        with torch.no_grad():
+            weight = layer.compose(past.tasks, values=values)
+        return call_with(layer, weight, args, kwargs)
+    return call(layer, past.tasks, args, kwargs, values)
+
+
+def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
+    if layer.is_off(batch):
+        return CallState((), held=layer.held)
+    if batch is not None:
+        return CallState((), held=layer.held, mixed=True, batch=batch if torch.is_grad_enabled() else None)
+    tasks = tuple(layer.tasks_in_force())
+    versions = _versions(layer, tasks)
+    return CallState(tasks, bool(layer.merged_adapters), layer.held, versions=versions, recorded=torch.is_grad_enabled())
+
+
+def _parameters(layer: Any, name: str) -> list[Tensor]:
+    masks = layer.recast_masks[name].parameters() if name in layer.recast_masks else ()
+    return [*([layer.recast_coefficients[name]] if name in layer.recast_coefficients else ()), *masks]
+
+
+def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...]:
+    parameters = (p for name in tasks for p in _parameters(layer, name))
+    return tuple((-1 if p.is_inference() else p._version, p.requires_grad) for p in parameters)
+
+
+def _with_values(layer: Any, state: CallState) -> CallState:
+    if not (torch.is_grad_enabled() or layer.training):
+        return state
+    kept = [name for name in layer.with_coefficients(state.tasks) if name not in layer.recast_masks]
+    return replace(state, values={name: layer.recast_coefficients[name].detach().clone() for name in kept})
+
+
+def _check(layer: Any, past: CallState) -> None:
+    known = {name for name in past.tasks if layer.has_task(name)}
+    what: str | None = None
+    if past.held != layer.held:
+        what = "an adapter of another method was merged or unmerged"
+    elif past.mixed and past.batch is None:
+        what = "a mixed batch is over, which checkpointing forgets with use_reentrant=True and not with use_reentrant=False"
+    elif known != set(past.tasks):
+        what = f"the task {min(set(past.tasks) - known)!r} was deleted"
+    elif past.versions != _versions(layer, past.tasks) and set(past.values) != set(past.tasks):
+        what = "parameters of the task were written to"
+    if what is None:
+        return
+    raise RecastBankError(
+        f"{layer.module_name} is computed again in the backward pass (gradient checkpointing), but since its forward pass "
+        f"{what}. Call backward() before anything is changed, or turn gradient checkpointing off"
+    )
