@@ -90,8 +90,8 @@ class RecastConfig(PeftConfig):
         train_coefficients: False leaves the coefficients at zero, so that the task trains its partners, head and norms alone.
         coefficient_gradient: how training forms the gradient of the coefficients: ``"exact"``; ``"bfloat16"``: the product that
             only they need is formed in bfloat16, which is faster where the hardware has such products; ``"auto"``: that for
-            layers in float32 on a processor where it is faster, else the exact one; or a share of the tokens from which it is
-            estimated without bias, such as 0.25. It concerns layers with two templates and more, and nothing but training.
+            layers in float32 on a processor where it is faster, else the exact one. It concerns layers with two templates and
+            more, and nothing but training.
         seed: seeds whatever is random about the task's start.
         groups: written when a task is created: the members of every bank by name. Given, they are used as they are.
         recipes: written when a task is created: for every compressed bank ``{"mix": (templates, layers), "base": (layers,
@@ -161,8 +161,8 @@ class RecastConfig(PeftConfig):
         default=None, metadata={"help": "What the task trains beside its coefficients, such as [AdaptFormerConfig()]."}
     )
     train_coefficients: bool = field(default=True, metadata={"help": "False leaves the coefficients at zero."})
-    coefficient_gradient: str | float = field(
-        default=AUTO, metadata={"help": "'auto', 'exact', 'bfloat16', or a share of the tokens to estimate the gradient from."}
+    coefficient_gradient: str = field(
+        default=AUTO, metadata={"help": "How gradients of coefficients are formed: 'auto', 'exact' or 'bfloat16'."}
     )
     seed: int = field(default=0, metadata={"help": "Seeds whatever is random about the task's start."})
     groups: dict[str, list[str]] | None = decided()

@@ -91,7 +91,6 @@ ROWS: dict[str, list[Method]] = {
     ],
     "RECAST, estimated gradients": [
         recast_method("RECAST, 48, bfloat16 gradient", {"target_modules": TARGETS, "coefficient_gradient": "bfloat16"}, 0.05),
-        recast_method("RECAST, 48, 1/4 of the tokens", {"target_modules": TARGETS, "coefficient_gradient": 0.25}, 0.05),
     ],
     "RECAST with biases": [
         recast_with_biases("fc1", target_modules=["fc1"], group_size=1),

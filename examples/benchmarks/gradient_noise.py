@@ -2,11 +2,11 @@
 
     python examples/benchmarks/gradient_noise.py
 
-The demo's backbone on one of its tasks. The gradient of all coefficients for one batch is formed exactly, from shares of the
-tokens, and in bfloat16; its error is the norm of the difference, as a share of the exact gradient's norm, root mean square over
-draws and batches. Beside it stands the noise of batches: how far the exact gradient of one batch is from the mean over all of
-them. Both are measured on a fresh task and on one that was trained for some passes. Their ratio, squared, is how much the
-estimate adds to the variance of a training step.
+The demo's backbone on one of its tasks. The gradient of all coefficients for one batch is formed exactly and in bfloat16; its
+error is the norm of the difference, as a share of the exact gradient's norm, root mean square over batches. Beside it stands
+the noise of batches: how far the exact gradient of one batch is from the mean over all of them. Both are measured on a fresh
+task and on one that was trained for some passes. Their ratio, squared, is how much the estimate adds to the variance of a
+training step.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ from training import Schedule, recast_groups, train_groups
 from recast_peft import RecastConfig, get_recast_model
 
 TARGETS = ["qkv", "fc1", "fc2"]
-WAYS: dict[str, str | float] = {
-    "1/2 of the tokens": 0.5,
-    "1/4 of the tokens": 0.25,
-    "1/8 of the tokens": 0.125,
+WAYS: dict[str, str] = {
     "bfloat16": "bfloat16",
 }
 
@@ -41,7 +38,7 @@ def coefficients_of(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if "recast_coefficients" in name]
 
 
-def build(task: Task, way: str | float, state: dict[str, Tensor] | None = None) -> nn.Module:
+def build(task: Task, way: str, state: dict[str, Tensor] | None = None) -> nn.Module:
     """The task on a fresh backbone, with what was trained before."""
     config = RecastConfig(num_classes=task.num_classes, target_modules=TARGETS, coefficient_gradient=way)
     model = get_recast_model(load_backbone(), config)
@@ -56,7 +53,7 @@ def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, coefficients_of(model))])
 
 
-def errors(task: Task, state: dict[str, Tensor] | None, batches: int, draws: int, batch_size: int) -> list[Row]:
+def errors(task: Task, state: dict[str, Tensor] | None, batches: int, batch_size: int) -> list[Row]:
     """One row a way."""
     order = torch.randperm(len(task.train_labels), generator=torch.Generator().manual_seed(0))
     rows = [part for part in order.split(batch_size) if len(part) == batch_size][:batches]
@@ -68,11 +65,7 @@ def errors(task: Task, state: dict[str, Tensor] | None, batches: int, draws: int
     found = []
     for name, way in WAYS.items():
         model = build(task, way, state)
-        squares = [
-            (gradient(model, *part) - own).square().sum()
-            for part, own in zip(parts, exact, strict=True)
-            for _ in range(1 if way == "bfloat16" else draws)
-        ]
+        squares = [(gradient(model, *part) - own).square().sum() for part, own in zip(parts, exact, strict=True)]
         error = torch.stack(squares).mean().sqrt() / size
         added = float((error / noise).square())
         found.append({"gradient": name, "error": float(error), "noise of batches": float(noise), "variance added": added})
@@ -84,12 +77,11 @@ def main(given: list[str] | None = None) -> Tables:
     parser = arguments(__doc__)
     parser.add_argument("--task", default="operators")
     parser.add_argument("--batches", type=int, default=10)
-    parser.add_argument("--draws", type=int, default=10, help="of tokens, for each batch")
     parser.add_argument("--epochs", type=int, default=3, help="that the trained task was trained for")
     options = start(parser, given)
     per_class = 40
     if options.quick:
-        options.batches, options.draws, options.epochs, per_class = 2, 2, 1, 8
+        options.batches, options.epochs, per_class = 2, 1, 8
     task = load_task(options.task, 0, per_class, 1)
     schedule = Schedule()
     model = build(task, "exact")
@@ -98,7 +90,7 @@ def main(given: list[str] | None = None) -> Tables:
     states = {"a fresh task": fresh, f"after {options.epochs} passes": model.state_dict()}
     tables = {
         f"gradients of {sum(p.numel() for p in coefficients_of(model))} coefficients, {options.task}, {when}": errors(
-            task, state, options.batches, options.draws, schedule.batch_size
+            task, state, options.batches, schedule.batch_size
         )
         for when, state in states.items()
     }

@@ -1,10 +1,9 @@
-"""A forward pass with a task in force beside the plain model and PEFT's methods: live, kept and merged.
+"""A forward pass with a task in force beside the plain model and PEFT's methods: live and merged.
 
     python examples/benchmarks/inference.py                      # ViT-Small at 224, batch 1 and 8, qkv, then fc1 + fc2
     python examples/benchmarks/inference.py --targets qkv --batches 1 --rounds 40
 
 live    weights are composed in every call (of the others: whatever the method computes beside the layer)
-cached  RECAST inside ``with model.cached_weights():``
 merged  after ``merge_adapter()``
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,8 +22,8 @@ LIVE = ["RECAST", ON_BIASES, "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2
 MERGED = ["RECAST", ON_BIASES, "LoRA r=8"]
 
 
-def variants(targets: list[str], x: torch.Tensor, options: Namespace, blocks: ExitStack) -> dict[str, Callable[[], Any]]:
-    """Every forward pass by its name, the plain one first; ``blocks`` holds the block in which weights are cached."""
+def variants(targets: list[str], x: torch.Tensor, options: Namespace) -> dict[str, Callable[[], Any]]:
+    """Every forward pass by its name, the plain one first."""
 
     def ready(model: nn.Module) -> Callable[[], Any]:
         randomise(model)
@@ -39,10 +37,6 @@ def variants(targets: list[str], x: torch.Tensor, options: Namespace, blocks: Ex
     calls: dict[str, Callable[[], Any]] = {"plain": ready(backbone(name))}
     for method in chosen(LIVE):
         calls[f"{method}, live"] = ready(adapted(method, targets, name))
-    if not options.graphs and chosen(["RECAST"]):  # what is kept is compared by the host
-        kept = adapted("RECAST", targets, name)
-        calls["RECAST, cached"] = ready(kept)
-        blocks.enter_context(kept.cached_weights())  # type: ignore[operator]
     for method in chosen(MERGED):
         model = adapted(method, targets, name)
         calls[f"{method}, merged"] = ready(model)
@@ -53,8 +47,7 @@ def variants(targets: list[str], x: torch.Tensor, options: Namespace, blocks: Ex
 @torch.no_grad()
 def measure(targets: list[str], x: torch.Tensor, options: Namespace) -> list[Row]:
     """One row a variant: milliseconds, and the ratio to the plain model."""
-    with ExitStack() as blocks:
-        timed = compare(options.rounds, variants(targets, x, options, blocks), repeat=options.repeat)
+    timed = compare(options.rounds, variants(targets, x, options), repeat=options.repeat)
     return [{"forward pass": key, "ms": t.seconds * 1e3, "ratio to plain": t.ratio} for key, t in timed.items()]
 
 

@@ -36,7 +36,6 @@ CONFIGS: dict[str, Callable[[list[str]], Any]] = {
 ESTIMATED: dict[str, Callable[[list[str]], Any]] = {
     "RECAST, exact gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="exact"),
     "RECAST, bfloat16 gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="bfloat16"),
-    "RECAST, 1/4 of the tokens": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient=0.25),
 }
 """RECAST with gradients of its coefficients that cost less; it differs from "RECAST" in training alone."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from .recomputation import CallHistory
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
 _NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
-_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class ComposedModule(nn.Module):
@@ -159,7 +157,7 @@ class ComposedModule(nn.Module):
             return self.weight_parameter  # type: ignore[return-value]
         return marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.active_adapters))
 
-    def compose(self, adapters: Sequence[str], out: Tensor | None = None, values: Mapping[str, Tensor] = _NOTHING) -> Tensor:
+    def compose(self, adapters: Sequence[str], out: Tensor | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.
 
         Args:
@@ -180,11 +178,11 @@ class ComposedModule(nn.Module):
             weight = mask(weight)
         return weight if out is None else out.copy_(weight)
 
-    def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] = _NOTHING) -> Terms | None:
+    def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] | None = None) -> Terms | None:
         """Anchor, templates and coefficients of the tasks' weight; None for the pretrained weight alone."""
         names = self.with_coefficients(adapters)
         device = self.weight_device
-        offsets = {name: average_sets(values.get(name, self.recast_coefficients[name])) for name in names}
+        offsets = {name: average_sets((values or {}).get(name, self.recast_coefficients[name])) for name in names}
         if self.compressed_bank and (names or self.is_released):
             bank = self.compressed_bank[0]
             coefficients = sum(offsets.values(), bank.base_of(self.module_name))

@@ -7,11 +7,12 @@ bounded: whatever is wrong ends in one error that names the field.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..banks.files import StoredBank
-from ..composition.coefficient_gradients import AUTO, BFLOAT16, EXACT, is_coefficient_gradient
+from ..composition.coefficient_gradients import AUTO, GRADIENT_CHOICES, is_coefficient_gradient
 from ..errors import RecastConfigError
 from ..mimicry import resolve_method
 from ..validation import Unexpected, is_int, is_number, shown
@@ -214,10 +215,13 @@ def mimicry(value: Any) -> str | dict[str, Any]:
     return value if isinstance(value, str) else method.to_dict()
 
 
-def coefficient_gradient(value: Any) -> str | float:
+def coefficient_gradient(value: Any) -> str:
     """How gradients of coefficients are formed."""
+    if isinstance(value, float) and 0 < value < 1:  # in tasks that earlier versions stored; it is about their training alone
+        warnings.warn("gradients of coefficients are no longer estimated from a share of the tokens: 'auto'", stacklevel=2)
+        return AUTO
     if not is_coefficient_gradient(value):
-        raise Unexpected(f"{AUTO!r}, {EXACT!r}, {BFLOAT16!r}, or a share above 0 and below 1")
+        raise Unexpected(f"one of {', '.join(map(repr, GRADIENT_CHOICES))}")
     return value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -309,7 +308,7 @@ class TestBenchmarks:
         for rows in tables.values():
             names = [row["forward pass"] for row in rows]
             assert names[0] == "plain"
-            assert {"RECAST, live", "RECAST, cached", "RECAST, merged", "LoRA r=8, live"} <= set(names)
+            assert {"RECAST, live", "RECAST, merged", "LoRA r=8, live"} <= set(names)
             assert rows[0]["ratio to plain"] == 1
             assert all(row["ms"] > 0 for row in rows)
 
@@ -317,30 +316,29 @@ class TestBenchmarks:
         import inference
         from rivals import backbone, images
 
-        from recast_peft import layer
+        from recast_peft.composition import composed as module
 
         made = []
-        compose = layer.compose_weight
-        monkeypatch.setattr(layer, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
+        compose = module.compose_weight
+        monkeypatch.setattr(module, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
         composed = {}
-        with torch.no_grad(), ExitStack() as blocks:
+        with torch.no_grad():
             options = inference.parser().parse_args(["--model", "test_vit"])
-            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), options, blocks)
+            calls = inference.variants(["qkv"], images(backbone("test_vit"), 1), options)
             plain = calls["plain"]()
-            for name in ("RECAST, live", "RECAST, cached", "RECAST, merged"):
+            for name in ("RECAST, live", "RECAST, merged"):
                 assert not torch.equal(calls[name](), plain)  # each draws a task of its own
                 made.clear()
                 calls[name]()
                 composed[name] = len(made)
-        assert composed == {"RECAST, live": 6, "RECAST, cached": 0, "RECAST, merged": 0}
+        assert composed == {"RECAST, live": 6, "RECAST, merged": 0}
 
-    def test_estimated_gradients_are_nearer_the_more_they_read(self, tmp_path):
+    def test_estimated_gradients_are_near_the_exact_ones(self, tmp_path):
         import gradient_noise
 
         for rows in gradient_noise.main(["--quick", "--output", str(tmp_path)]).values():
             error = {row["gradient"]: row["error"] for row in rows}
             assert 0 < error["bfloat16"] < 0.05
-            assert 0 < error["1/2 of the tokens"] < error["1/4 of the tokens"] < error["1/8 of the tokens"]
 
     def test_swaps_compile_once(self, tmp_path):
         import swaps
