@@ -30,7 +30,7 @@ from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .integrations.compressed import load_compressed_model, save_compressed_model
 from .layer import RecastLayer
 from .model import RecastModel
-from .optim import create_recast_optimizer
+from .optim import create_recast_optimizer, find_coefficient_lr
 from .options.record import AFTER_SAVING
 from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
 from .parts.discriminant import fit_discriminant_head
@@ -88,6 +88,7 @@ __all__ = [
     "convert_to_lora",
     "create_recast_optimizer",
     "extend_bank",
+    "find_coefficient_lr",
     "fit_bank",
     "fit_discriminant_head",
     "fit_prototypes",

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from models import converted, layers_of, vit_input
+from models import converted, layers_of, randomise, tiny_vit, vit_input
 from torch import nn
 
-from recast_peft import RecastConfigError, create_recast_optimizer
+from recast_peft import (
+    BiasConfig,
+    RecastConfig,
+    RecastConfigError,
+    create_recast_optimizer,
+    find_coefficient_lr,
+    get_recast_model,
+)
+from recast_peft.optim import default_coefficient_lr
 
 
 def test_every_trained_parameter_is_in_one_group_and_coefficients_do_not_decay() -> None:
@@ -37,3 +49,113 @@ def test_a_step_of_sgd_moves_coefficients_by_their_own_rate() -> None:
 def test_a_model_without_coefficients_is_refused() -> None:
     with pytest.raises(RecastConfigError, match="trains no RECAST coefficients"):
         create_recast_optimizer(nn.Linear(2, 2), lr=0.1)
+
+
+# ---------------------------------------------------------------- rates
+
+
+class Convs(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "rate"),
+    [
+        (lambda: tiny_vit(depth=4), {}, 0.05),  # 16 numbers: 0.13 / (0.5 * 4) = 0.065 is above the most
+        (lambda: tiny_vit(depth=24), {}, 0.13 / (0.5 * 48**0.5)),  # groups of 1
+        (lambda: tiny_vit(depth=48), {}, 0.13 / (0.5 * 2 * 48**0.5)),  # two layers share each number
+        (lambda: tiny_vit(depth=24), {"num_coefficient_sets": 2, "group_size": 1}, 0.13 / (0.5 * 48**0.5)),  # sets are averaged
+        (lambda: Convs(16), {"group_size": 1}, 0.13 / (1.5 * 4)),
+        (lambda: Convs(16), {"group_size": 4}, 0.13 / (1.5 * 8)),
+        (lambda: tiny_vit(), {"train_coefficients": False, "partners": [BiasConfig()]}, 0.05),
+    ],
+)
+def test_the_default_rate_falls_with_what_the_coefficients_move(
+    model: Callable[[], nn.Module], config: dict[str, Any], rate: float
+) -> None:
+    converted_model = get_recast_model(model(), RecastConfig(**config))
+    assert default_coefficient_lr(converted_model) == pytest.approx(rate)
+    assert create_recast_optimizer(converted_model, lr=1.0).param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_a_rate_that_was_found_moves_the_features_as_far_as_was_asked() -> None:
+    model = get_recast_model(tiny_vit(depth=6), RecastConfig(num_classes=3))
+    randomise(model, size=0.02)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mode = model.training
+    for batch in (vit_input(8), (vit_input(8), torch.zeros(8))):
+        rate = find_coefficient_lr(model, batch, change=0.01)
+    assert model.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    features = []
+    model.get_base_model().blocks[-1].register_forward_hook(lambda module, args, output: features.append(output.detach()))
+    generator = torch.Generator().manual_seed(5)
+    model.eval()(vit_input(8))
+    changes = []
+    for _ in range(10):
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if value.requires_grad and "recast_coefficients" in name:
+                    signs = torch.randint(0, 2, value.shape, generator=generator) * 2.0 - 1.0
+                    value.copy_(before[name] + rate * signs)
+        model(vit_input(8))
+        changes.append(float((features[-1] - features[0]).norm() / features[0].norm()))
+    assert sum(changes) / 10 == pytest.approx(0.01, rel=0.5)
+
+
+def test_no_rate_is_found_where_nothing_is_trained() -> None:
+    with pytest.raises(RecastConfigError, match="trains no RECAST coefficients"):
+        find_coefficient_lr(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+# ---------------------------------------------------------------- what goes wrong in silence
+
+
+def train_a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(vit_input()).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_task_that_is_activated_later_is_missed() -> None:
+    model = converted("one", depth=2, num_classes=3)
+    optimizer = create_recast_optimizer(model, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_a_step(model, optimizer)
+    model.add_adapter("two", RecastConfig(target_modules=["qkv"], num_classes=3))
+    model.set_adapter("two")
+    with pytest.warns(UserWarning, match="2 trainable parameters of coefficients.*after set_adapter"):
+        train_a_step(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        train_a_step(model, optimizer)
+
+
+def test_a_merged_task_is_not_trained_in_silence() -> None:
+    model = converted(depth=2, num_classes=3)
+    optimizer = create_recast_optimizer(model, lr=0.1)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="merged into 2 layers.*unmerge_adapter"):
+        train_a_step(model, optimizer)
+
+
+def test_a_headless_backbone_without_classes_says_so() -> None:
+    timm = pytest.importorskip("timm")
+    model = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig())
+    with pytest.warns(UserWarning, match="has no classifier.*num_classes"):
+        create_recast_optimizer(model, lr=0.1)
+    outer = nn.Sequential(model, nn.Linear(64, 2))
+    with_classes = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig(num_classes=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_recast_optimizer(with_classes, lr=0.1)
+        create_recast_optimizer(outer, lr=0.1)
