@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .banks.files import StoredBank
 from .composition.coefficient_gradients import AUTO
 from .errors import RecastConfigError
 from .mimicry import MimicryMethod, resolve_method
+from .names import METHOD_NAME
 from .options.checks import check_config
 from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
-from .storage.atomic import write_json
+from .storage.atomic import write_text
 from .storage.json_reader import parse_json
 from .storage.pairs import read_companion
+from .validation import shown
 
 DEFAULT_GROUP_SIZE = 2
 TARGET_SHORTHANDS = ("all-linear", "all-attention", "all-mlp", "all-conv")
@@ -40,140 +43,113 @@ PAPER_SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class RecastConfig(PeftConfig):
-    """Configuration of one RECAST task.
+    """Configuration of one RECAST task: what its user chooses, and the record of what a conversion decided.
 
     Args:
-        target_modules: which modules are composed from templates: a list of names, a regular expression that matches whole
-            names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes of
-            a transformer the layers of its feed-forward blocks (its attention projections where it has none), else the
-            convolutions, else the linear layers. Neither None nor a shorthand picks a classifier head.
-        exclude_modules: names, or a regular expression, of modules to leave out.
-        layers_to_transform: restrict the targets to these layer indices.
-        layers_pattern: the name of the module list that ``layers_to_transform`` counts in.
-        modules_to_save: further modules that are trained and stored whole with the task, such as a classifier.
-        bias: ``"none"``, ``"all"`` or ``"recast_only"``: which biases are trained and stored with the task.
-        init_weights: True starts at the pretrained weights (all offsets zero); False at random
-            offsets of size 0.1 to 0.2, drawn by a generator that ``seed`` and the task's name seed, and a LoRA part at
-            random too (meant for tests).
-        group_size: how many consecutive layers of one role and shape share a bank (2 unless ``num_groups`` is given). A
-            remainder makes a smaller group; a lone layer has a bank of its own with one template.
-        num_groups: instead of ``group_size``: into how many groups the layers of each role and shape are divided.
-        num_templates: templates in a bank. None takes as many as the group has layers: the pretrained weights themselves
-            are the templates and nothing is approximated. Fewer compress the model.
-        num_coefficient_sets: how many coefficient sets are trained and averaged (K of the paper, section 3.1).
-        mimicry: the method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name,
-            option: value, ...}``, or the options object itself (``Gradient(steps=500)``), which is stored as a dictionary.
-        lora_config: a low-rank part of the same task: a ``LoraConfig``, or a dictionary of its fields. Its ``target_modules``
-            may differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and
-            ``inference_mode`` are given here, for both parts.
-        max_coefficients: a budget of coefficients per task (heads, biases and a LoRA part aside), which the plan keeps by
-            choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given (the paper's
-            parametric scaling). None keeps to 48 where none of these, ``num_groups`` and ``num_templates`` is given: on large
-            models by groups of one layer, and offsets that consecutive layers share.
-        coefficient_sharing: ``"roles"``: the layers of the same place in depth share their offsets across roles (query,
-            key, value, ...); ``"blocks"``: the members of a bank share them; ``"all"``: both; a number: so many
-            consecutive banks of a role share them. None: every layer has its own.
-        bank: a stored template bank to use: a ``StoredBank``, the name of a bank file (a folder or a repository), or
-            ``{"name": ..., "fingerprint": ...}``, which is what a task stores. Its groups are used as they are.
-        keep_base_weights: keep the pretrained weights beside a compressed bank, so that disabling or unloading the task
+        target_modules: modules that are composed from templates: a list of names, a regular expression that matches whole
+            names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes the feed-forward
+            layers of a transformer (its attention projections where it has none), else the convolutions, else the linear
+            layers. Neither None nor a shorthand picks a classifier head.
+        exclude_modules: modules to leave out: a list of names, or a regular expression.
+        layers_to_transform: layer indices, counted from 0; only modules in these layers are targets.
+        layers_pattern: name of the module list that ``layers_to_transform`` counts in.
+        modules_to_save: names of further modules that are trained and stored whole with the task.
+        bias: which biases are trained and stored with the task: ``"none"``, ``"all"`` or ``"recast_only"``.
+        init_weights: True starts at the pretrained weights (all offsets zero). False, meant for tests, starts at random offsets
+            of size 0.1 to 0.2, from a generator that ``seed`` and the task's name seed, and at a random LoRA part.
+        group_size: number of consecutive layers of one role and shape that share a template bank; 2 unless ``num_groups`` is
+            given. A remainder makes a smaller group; a lone layer has a bank with one template.
+        num_groups: number of groups into which the layers of each role and shape are divided, instead of ``group_size``.
+        num_templates: number of templates in a bank. None takes as many as the group has layers, so that the pretrained weights
+            themselves are the templates and nothing is approximated. Fewer compress the model.
+        num_coefficient_sets: number of coefficient sets that are trained and averaged (K of the paper, section 3.1).
+        mimicry: method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name, option:
+            value, ...}``, or the options object itself (``Gradient(steps=500)``), which is stored as a dictionary.
+        lora_config: low-rank part of the same task: a ``LoraConfig``, or a dictionary of its fields. Its ``target_modules`` may
+            differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and ``inference_mode`` are
+            given to the RecastConfig, for both parts.
+        max_coefficients: largest number of trainable coefficients of the task (heads, biases and a LoRA part aside). The plan
+            keeps it by choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. None
+            means 48 where none of these, ``num_groups`` and ``num_templates`` is given, else no limit.
+        coefficient_sharing: layers that share their offsets: ``"roles"``: those of the same place in depth across roles (query,
+            key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that
+            many consecutive banks of a role. None: every layer has its own.
+        bank: stored template bank that the task is on: a ``StoredBank``, the name of a bank file (a folder or a repository), or
+            ``{"name": ..., "fingerprint": ...}``, which is what a task stores. Its groups are used as they are. The config of a
+            stored task is handed its bank here where the bank lies elsewhere than the task says.
+        keep_base_weights: True keeps the pretrained weights beside a compressed bank, so that disabling or unloading the task
             gives the pretrained model instead of its compressed form.
-        num_classes: gives the task a classifier of its own with this many classes; None leaves the model's alone.
-        id2label: names of the classes by number; stands for ``num_classes`` too.
-        head_module: the name of the classifier, where timm's and transformers' conventions do not tell.
-        head_init: ``"fresh"``, or ``"copy"`` to start at the model's own classifier of the same size.
-        head_type: ``"linear"`` (trained), or ``"prototypes"``: nearest class mean, filled by ``fit_prototypes``.
-        head_dtype: store the classifier in ``"float16"`` or ``"bfloat16"``; None stores it as it is trained.
-        train_norms: the task owns all normalisation layers, parameters and running statistics. Otherwise they stay the
-            pretrained model's, and running statistics do not move while a task is trained.
-        partners: what the task trains beside its coefficients: ``AdaptFormerConfig``, ``CLRConfig``, ``PiggybackConfig``, each
-            as an object, a name or a dictionary.
+        num_classes: number of classes of a classifier that the task owns; None leaves the model's own alone.
+        id2label: names of the task's classes by class number; also gives ``num_classes``.
+        head_module: name of the classifier, where timm's and transformers' conventions do not tell.
+        head_init: start of the classifier: ``"fresh"``, or ``"copy"`` of the model's own classifier of the same size.
+        head_type: kind of classifier: ``"linear"`` (trained), or ``"prototypes"`` (nearest class mean, see ``fit_prototypes``).
+        head_dtype: precision in which the classifier is stored: ``"float16"`` or ``"bfloat16"``; None is that of training.
+        train_norms: True gives the task all normalisation layers, with parameters and running statistics. Otherwise they stay
+            the pretrained model's, and running statistics do not move while a task is trained.
+        partners: what the task trains beside its coefficients: a list of ``AdaptFormerConfig``, ``BiasConfig``, ``CLRConfig``,
+            ``PiggybackConfig``, each as an object, a name or a dictionary.
         train_coefficients: False leaves the coefficients at zero, so that the task trains its partners, head and norms alone.
-        coefficient_gradient: how training forms the gradient of the coefficients: ``"exact"``; ``"bfloat16"``: the product that
-            only they need is formed in bfloat16, which is faster where the hardware has such products; ``"auto"``: that for
-            layers in float32 on a processor where it is faster, else the exact one. It concerns layers with two templates and
-            more, and nothing but training.
-        seed: seeds whatever is random about the task's start.
-        groups: written when a task is created: the members of every bank by name. Given, they are used as they are.
-        recipes: written when a task is created: for every compressed bank ``{"mix": (templates, layers), "base": (layers,
-            templates)}``, from which the bank is rebuilt out of the pretrained weights.
-        base_fingerprint: written when a task is created: a fingerprint of the pretrained weight of each target module.
-        backbone: written when a task is created: how its timm or transformers model is found again (library, name,
-            revision, class, input size, number of classes, ...); see ``AutoRecastModel``.
-        fidelity: written when a task on compressed banks is saved: how well they reproduce the pretrained weights.
-        results: what was measured of the task, by name, such as ``{"accuracy": 0.93}``: stored with it and shown in its
-            model card.
+        coefficient_gradient: way in which training forms the gradient of the coefficients: ``"exact"``; ``"bfloat16"``: the
+            product that only they need is formed in bfloat16, which is faster where the hardware has such products; ``"auto"``:
+            that for layers in float32 on a processor where it is faster, else the exact one. It concerns layers with two
+            templates and more, and nothing but training.
+        seed: random seed for whatever of the task's start is random, such as a fresh classifier.
+        groups: module names of every template bank, by the bank's name; given by a user they are used as they are, otherwise
+            the conversion decides them.
+        recipes: ``{"mix": (templates, layers), "base": (layers, templates)}`` of every compressed bank, from which it is
+            rebuilt out of the pretrained weights; decided by the conversion.
+        base_fingerprint: fingerprint of the pretrained weight of each target module; decided by the conversion.
+        backbone: how the timm or transformers model is found again (library, name, revision, class, input size, ...), for
+            ``AutoRecastModel``; found by the conversion unless it is given.
+        fidelity: how well compressed banks reproduce the pretrained weights; measured by the conversion.
+        results: what was measured of the task, by name, such as ``{"accuracy": 0.93}``: stored with it and shown in its model
+            card.
+
+    Attributes:
+        record: what a conversion decided or a file holds; None for a config that no model has used. ``groups``, ``recipes``,
+            ``base_fingerprint``, ``backbone``, ``fidelity``, ``num_coefficient_sets``, ``coefficient_sharing`` and
+            ``lora_config`` read as it has them. A config that is used for another model describes a new task and gets a new
+            record; the record of a stored task is followed.
 
     Raises:
         RecastConfigError: naming the field and its value, if a value cannot be used.
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names, a regular expression, or 'all-linear', 'all-attention', 'all-mlp', 'all-conv'."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of modules to leave out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Restrict the targets to these layer indices."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "The name of the module list that layers_to_transform counts in."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and stored whole with the task."}
-    )
-    bias: str = field(default="none", metadata={"help": "Which biases are trained: 'none', 'all' or 'recast_only'."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "True starts at the pretrained weights; False at random offsets (for tests)."}
-    )
-    group_size: int | None = field(
-        default=None, metadata={"help": "Consecutive layers that share a bank (2 unless num_groups is given)."}
-    )
-    num_groups: int | None = field(
-        default=None, metadata={"help": "Instead of group_size: groups for the layers of each role and shape."}
-    )
-    num_templates: int | None = field(
-        default=None, metadata={"help": "Templates in a bank; None is as many as the group has layers, which is exact."}
-    )
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    init_weights: bool = True
+    group_size: int | None = None
+    num_groups: int | None = None
+    num_templates: int | None = None
     num_coefficient_sets: int = decided(1)
-    mimicry: str | dict[str, Any] | MimicryMethod = field(
-        default="closed_form",
-        metadata={"help": "How templates and base coefficients are found: a name, or a dictionary with 'method' and options."},
-    )
+    mimicry: str | dict[str, Any] | MimicryMethod = "closed_form"
     lora_config: LoraConfig | dict[str, Any] | None = decided()
-    max_coefficients: int | None = field(
-        default=None, metadata={"help": "A budget of coefficients per task that the plan keeps by choosing the sizes."}
-    )
+    max_coefficients: int | None = None
     coefficient_sharing: str | int | None = decided()
-    bank: dict[str, str | None] | str | StoredBank | None = field(
-        default=None, metadata={"help": "A stored template bank: its name, or {'name': ..., 'fingerprint': ...}."}
-    )
-    keep_base_weights: bool = field(default=False, metadata={"help": "Keep the pretrained weights beside a compressed bank."})
-    num_classes: int | None = field(default=None, metadata={"help": "Classes of the task's own classifier."})
-    id2label: dict[int, str] | None = field(default=None, metadata={"help": "Names of the task's classes by number."})
-    head_module: str | None = field(default=None, metadata={"help": "Name of the classifier, if it is not found."})
-    head_init: str = field(default="fresh", metadata={"help": "'fresh', or 'copy' of the model's own classifier."})
-    head_type: str = field(default="linear", metadata={"help": "'linear', or 'prototypes' (nearest class mean)."})
-    head_dtype: str | None = field(default=None, metadata={"help": "Store the classifier in 'float16' or 'bfloat16'."})
-    train_norms: bool = field(default=False, metadata={"help": "The task owns all normalisation layers."})
-    partners: list[PartnerConfig | dict[str, Any] | str] | None = field(
-        default=None, metadata={"help": "What the task trains beside its coefficients, such as [AdaptFormerConfig()]."}
-    )
-    train_coefficients: bool = field(default=True, metadata={"help": "False leaves the coefficients at zero."})
-    coefficient_gradient: str = field(
-        default=AUTO, metadata={"help": "How gradients of coefficients are formed: 'auto', 'exact' or 'bfloat16'."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seeds whatever is random about the task's start."})
+    bank: dict[str, str | None] | str | StoredBank | None = None
+    keep_base_weights: bool = False
+    num_classes: int | None = None
+    id2label: dict[int, str] | None = None
+    head_module: str | None = None
+    head_init: str = "fresh"
+    head_type: str = "linear"
+    head_dtype: str | None = None
+    train_norms: bool = False
+    partners: list[PartnerConfig | dict[str, Any] | str] | None = None
+    train_coefficients: bool = True
+    coefficient_gradient: str = AUTO
+    seed: int = 0
     groups: dict[str, list[str]] | None = decided()
     recipes: dict[str, dict[str, list[list[float]]]] | None = decided()
     base_fingerprint: dict[str, str] | None = decided()
     backbone: dict[str, Any] | None = decided()
     fidelity: dict[str, float] | None = decided()
-    results: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What was measured of the task, by name; shown in its model card."}
-    )
-
+    results: dict[str, Any] | None = None
     record: TaskRecord | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -198,14 +174,9 @@ class RecastConfig(PeftConfig):
         return cls(**{**PAPER_SETTINGS[name], "num_coefficient_sets": 2, **fields})
 
     def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except RecastConfigError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise RecastConfigError(f"RecastConfig(task_type={self.task_type!r:.200}): {error}") from error
-        self.peft_type = peft_type()
         check_config(self)
+        super().__post_init__()
+        self.peft_type = peft_type()
         self.record = from_fields(
             {f.name: getattr(self, f.name) for f in fields(self)},
             {p.method: p.bank_reference for p in self.partners or () if p.bank_reference is not None},  # type: ignore
@@ -228,15 +199,22 @@ class RecastConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read ``adapter_config.json``; a file that is not a JSON object raises a RecastConfigError."""
+        """Read ``adapter_config.json``.
+
+        Raises:
+            RecastConfigError: if the file holds no JSON object with texts for its keys, is too large or nested too deeply.
+        """
         path = Path(path_json_file)
         try:
-            content = read_companion(path.with_name(SAFETENSORS_WEIGHTS_NAME), path)
+            read = read_companion(path.with_name(SAFETENSORS_WEIGHTS_NAME), path)
         except OSError as error:
             raise RecastConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-        values = dict(parse_json(content, str(path), error=RecastConfigError))
-        values.pop("runtime_config", None)  # as in PEFT
-        return values
+        content = dict(parse_json(read, str(path), error=RecastConfigError))
+        content.pop("runtime_config", None)  # as PEFT does: it is of no use in a file
+        method = content.get("peft_type", METHOD_NAME.upper())
+        if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & content.keys():
+            raise RecastConfigError(f"{path_json_file} is no config of a method that PEFT knows: peft_type={shown(method)}")
+        return content
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as ``adapter_config.json`` holds them: a task's record lies among what was chosen."""
@@ -261,13 +239,15 @@ class RecastConfig(PeftConfig):
         PEFT calls this last when it saves a model. ``options.record.AFTER_SAVING`` is called with the folder then, which writes
         the model card where a task's numbers lie beside the config.
         """
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         with TemporaryDirectory() as folder:
             super().save_pretrained(folder, **kwargs)
             content = json.loads(Path(folder, CONFIG_NAME).read_text())
+        # fields without a value would outweigh a task's numbers
         own = {f.name for f in fields(RecastConfig)} - {f.name for f in fields(PeftConfig)}
-        # names without a value would outweigh a task's numbers
         kept = {name: value for name, value in content.items() if value is not None or name not in own}
-        write_json(Path(save_directory, CONFIG_NAME), kept, sort_keys=True)
+        write_text(Path(save_directory, CONFIG_NAME), json.dumps(kept, indent=2, sort_keys=True))
         for hook in AFTER_SAVING:
             hook(save_directory)
 

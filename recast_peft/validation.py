@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import RecastConfigError
 
 T = TypeVar("T")
+
+MOST_NAMES = 200_000
+LONGEST_NAME = 2_000
+DEEPEST = 12  # of dictionaries and lists in each other
+
+Check = Callable[[Any], Any]
+
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 4, 120, 200
@@ -106,3 +114,105 @@ def resolve_options(field: str, given: Any, kind: type[T], known: Mapping[str, t
         return of_kind(**options)
     except TypeError as error:
         raise RecastConfigError(f"{field}={shown(given)}: an option is of the wrong type ({error})") from error
+
+
+def optional(check: Check) -> Check:
+    """A check that lets None pass."""
+    return lambda value: None if value is None else check(value)
+
+
+def flag(value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise Unexpected("True or False")
+    return value
+
+
+def text(value: Any) -> str:
+    """A text that is no document."""
+    if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
+        raise Unexpected(f"a text of 1 to {LONGEST_NAME:,} characters")
+    return value
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Check:
+    """A whole number within bounds."""
+
+    def check(value: Any) -> int:
+        if not is_int(value) or not least <= value <= most:
+            raise Unexpected(f"a whole number of at least {least}" + ("" if most == 2**31 - 1 else f" and at most {most:,}"))
+        return value
+
+    return check
+
+
+def one_of(*choices: Any) -> Check:
+    """One of a few values."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise Unexpected(f"one of {', '.join(map(repr, choices))}")
+        return value
+
+    return check
+
+
+def names(value: Any) -> list[str]:
+    """A list of names, as a new list whose order does not come from a set."""
+    if not isinstance(value, (list, tuple, set, frozenset)) or len(value) > MOST_NAMES:
+        raise Unexpected(f"a list of at most {MOST_NAMES:,} names, or None")
+    if not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in value):
+        raise Unexpected(f"a list of names of at most {LONGEST_NAME:,} characters")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+def names_or_text(value: Any) -> list[str] | str:
+    """A list of names, or one text."""
+    return text(value) if isinstance(value, str) else names(value)
+
+
+def names_or_pattern(value: Any) -> list[str] | str:
+    """A list of names, or a regular expression."""
+    if not isinstance(value, str):
+        return names(value)
+    try:
+        re.compile(text(value))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Unexpected(f"names in a list, or a regular expression, which this is not: {error}") from error
+    return value
+
+
+def indices(value: Any) -> list[int] | int:
+    """A layer index, or a list of them."""
+    listed: Any = [value] if is_int(value) else value
+    is_listed = isinstance(listed, (list, tuple, range)) and len(listed) <= MOST_NAMES
+    if not is_listed or not all(is_int(index) and index >= 0 for index in listed):
+        raise Unexpected("a layer index, or a list of them, counted from 0")
+    return value if isinstance(value, int) else list(listed)
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if not is_number(value):
+        raise Unexpected("a finite number")
+    return value
+
+
+def share(value: Any) -> float:
+    """A number from 0 to below 1."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise Unexpected("a number from 0 to below 1")
+    return value
+
+
+def plain(value: Any, depth: int = DEEPEST) -> Any:
+    """A value that JSON can hold, as a copy."""
+    if isinstance(value, Mapping) and depth:
+        if not all(isinstance(key, str) for key in value):
+            raise Unexpected("texts as the keys of dictionaries")
+        return {key: plain(inner, depth - 1) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)) and depth:
+        return [plain(inner, depth - 1) for inner in value]
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise Unexpected(f"what JSON can hold, at most {DEEPEST} levels deep, not a {type(value).__name__} in it")
+    return value

@@ -28,8 +28,8 @@ from ..growth.weights import extend_bank, grow_bank
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating
 from ..names import check_adapter_name
-from ..options.partner import is_count
 from ..parts import BiasConfig
+from ..validation import checked_count
 from .matrix import AccuracyMatrix
 
 
@@ -177,8 +177,7 @@ def learn_in_sequence(
 
 def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow: Growth, grow_every: int) -> nn.Module:
     """A plain copy of the backbone, to grow a bank for."""
-    if not is_count(grow_every):
-        raise RecastConfigError(f"grow_every={grow_every!r}: expected a whole number of at least 1")
+    checked_count("grow_every", grow_every)
     configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
     if grow.source is None and not any(own is not None and own.lora_config is not None for own in configs.values()):
         raise RecastConfigError(

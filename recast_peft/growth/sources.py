@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError, RecastConfigError, RecastError
 from ..layer import RecastLayer
-from ..options.partner import is_count
 from ..planning.candidates import Candidate
+from ..validation import checked_count
 
 Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
 CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
@@ -39,8 +39,8 @@ def check_sizes(**sizes: int | None) -> None:
         RecastConfigError: naming the size and its value.
     """
     for name, value in sizes.items():
-        if value is not None and not is_count(value):
-            raise RecastConfigError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+        if value is not None:
+            checked_count(name, value)
 
 
 def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
+from ..validation import is_int, shown
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,13 @@ class MimicryMethod:
             RecastConfigError: naming the option, its value, and what was expected.
         """
         if not holds:
-            raise RecastConfigError(f"mimicry {self.name}({option}={getattr(self, option)!r}): expected {expected}")
+            raise RecastConfigError(f"mimicry {self.name}({option}={shown(getattr(self, option))}): expected {expected}")
 
     def check_counts(self, *options: str, least: int = 1) -> None:
         """Refuse options that are no whole numbers from ``least`` on."""
         for option in options:
             value = getattr(self, option)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            self.check(option, is_whole and value >= least, f"a whole number from {least}")
+            self.check(option, is_int(value) and value >= least, f"a whole number from {least}")
 
 
 def local_generator(seed: int, label: str, device: torch.device) -> torch.Generator:

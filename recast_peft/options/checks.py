@@ -6,103 +6,55 @@ bounded: whatever is wrong ends in one error that names the field.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from peft import TaskType
 
 from ..banks.files import StoredBank
 from ..composition.coefficient_gradients import AUTO, GRADIENT_CHOICES, is_coefficient_gradient
 from ..errors import RecastConfigError
 from ..mimicry import resolve_method
-from ..validation import Unexpected, is_int, is_number, shown
+from ..validation import (
+    LONGEST_NAME,
+    Check,
+    Unexpected,
+    flag,
+    indices,
+    is_int,
+    is_number,
+    names,
+    names_or_pattern,
+    names_or_text,
+    one_of,
+    optional,
+    plain,
+    shown,
+    text,
+    whole,
+)
 from .lora import checked_lora_config
 from .partner import resolve_partners
 
 BIAS_CHOICES = ("none", "all", "recast_only")
 SHARING_CHOICES = ("roles", "blocks", "all")
 
-MOST_NAMES = 200_000
-LONGEST_NAME = 2_000
 MOST_CLASSES = 10_000_000
 MOST_SETS = 10_000
-DEEPEST = 12  # of dictionaries and lists in each other
-
-Check = Callable[[Any], Any]
 
 
-def optional(check: Check) -> Check:
-    """A check that lets None pass."""
-    return lambda value: None if value is None else check(value)
-
-
-def flag(value: Any) -> bool:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise Unexpected("True or False")
+def task_type(value: Any) -> Any:
+    """One of PEFT's kinds of task."""
+    if not isinstance(value, str) or value not in list(TaskType):
+        raise Unexpected(f"one of {', '.join(TaskType)}, or None")
     return value
-
-
-def text(value: Any) -> str:
-    """A text that is no document."""
-    if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
-        raise Unexpected(f"a text of 1 to {LONGEST_NAME:,} characters")
-    return value
-
-
-def whole(least: int, most: int = 2**31 - 1) -> Check:
-    """A whole number within bounds."""
-
-    def check(value: Any) -> int:
-        if not is_int(value) or not least <= value <= most:
-            raise Unexpected(f"a whole number of at least {least}" + ("" if most == 2**31 - 1 else f" and at most {most:,}"))
-        return value
-
-    return check
-
-
-def one_of(*choices: Any) -> Check:
-    """One of a few values."""
-
-    def check(value: Any) -> Any:
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise Unexpected(f"one of {', '.join(map(repr, choices))}")
-        return value
-
-    return check
 
 
 def sharing(value: Any) -> str | int:
     """Which layers share their offsets."""
-    if is_int(value) and value > 1:
-        return value
-    if value not in SHARING_CHOICES:
+    if value not in SHARING_CHOICES and not (is_int(value) and 1 < value < 2**31):
         raise Unexpected(f"one of {', '.join(map(repr, SHARING_CHOICES))}, or a number of consecutive banks, at least 2")
-    return value
-
-
-def names(value: Any) -> list[str]:
-    """A list of names, as a new list whose order does not come from a set."""
-    if not isinstance(value, (list, tuple, set, frozenset)) or len(value) > MOST_NAMES:
-        raise Unexpected(f"a list of at most {MOST_NAMES:,} names, or None")
-    if not all(isinstance(name, str) and 0 < len(name) <= LONGEST_NAME for name in value):
-        raise Unexpected(f"a list of names of at most {LONGEST_NAME:,} characters")
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-
-
-def names_or_text(value: Any) -> list[str] | str:
-    """A list of names, or one text."""
-    return text(value) if isinstance(value, str) else names(value)
-
-
-def names_or_pattern(value: Any) -> list[str] | str:
-    """A list of names, or a regular expression."""
-    if not isinstance(value, str):
-        return names(value)
-    try:
-        re.compile(text(value))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise Unexpected(f"names in a list, or a regular expression, which this is not: {error}") from error
     return value
 
 
@@ -114,15 +66,6 @@ def targets(value: Any) -> list[str] | str:
     return checked
 
 
-def indices(value: Any) -> list[int] | int:
-    """A layer index, or a list of them."""
-    listed: Any = [value] if is_int(value) else value
-    is_listed = isinstance(listed, (list, tuple, range)) and len(listed) <= MOST_NAMES
-    if not is_listed or not all(is_int(index) and index >= 0 for index in listed):
-        raise Unexpected("a layer index, or a list of them, counted from 0")
-    return value if isinstance(value, int) else list(listed)
-
-
 def labels(value: Any) -> dict[int, str]:
     """Names by class number; JSON turns the numbers into strings."""
     if not isinstance(value, Mapping) or len(value) > MOST_CLASSES:
@@ -132,19 +75,6 @@ def labels(value: Any) -> dict[int, str]:
         if not is_number_ or not isinstance(name, (str, int, float)):
             raise Unexpected("a dictionary from class numbers to names")
     return {int(key): str(name) for key, name in value.items()}
-
-
-def plain(value: Any, depth: int = DEEPEST) -> Any:
-    """A value that JSON can hold, as a copy."""
-    if isinstance(value, Mapping) and depth:
-        if not all(isinstance(key, str) for key in value):
-            raise Unexpected("texts as the keys of dictionaries")
-        return {key: plain(inner, depth - 1) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) and depth:
-        return [plain(inner, depth - 1) for inner in value]
-    if value is not None and not isinstance(value, (str, int, float, bool)):
-        raise Unexpected(f"what JSON can hold, at most {DEEPEST} levels deep, not a {type(value).__name__} in it")
-    return value
 
 
 def results(value: Any) -> dict[str, Any]:
@@ -226,6 +156,9 @@ def coefficient_gradient(value: Any) -> str:
 
 
 CHECKS: dict[str, Check] = {
+    "task_type": optional(task_type),
+    "peft_version": optional(text),
+    "auto_mapping": optional(results),
     "base_model_name_or_path": optional(text),
     "revision": optional(text),
     "inference_mode": flag,

@@ -8,6 +8,22 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
+from ..validation import (
+    Check,
+    Unexpected,
+    flag,
+    indices,
+    names_or_pattern,
+    names_or_text,
+    number,
+    optional,
+    share,
+    shown,
+    whole,
+)
+
+MOST_RANK = 65_536
+
 # what the RecastConfig around it says for the whole task
 OWNED_BY_TASK = ("bias", "modules_to_save", "inference_mode")
 # what is stored once, with the task
@@ -48,17 +64,24 @@ def checked_lora_config(value: Any, task_type: Any) -> LoraConfig:
         ValueError: saying what was expected instead; the caller names the field.
     """
     if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("the fields of a LoraConfig by their names")
         kind = value.get("peft_type", PeftType.LORA)
         if str(getattr(kind, "value", kind)) != PeftType.LORA.value:
             raise ValueError(f"a LoraConfig, and this is a config of {kind}")
         try:
             config = LoraConfig.from_peft_type(**{**copy.deepcopy(dict(value)), "peft_type": PeftType.LORA})
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # PEFT's own checks meet whatever a file holds
             raise ValueError(f"the fields of a LoraConfig: {error}") from error
     elif type(value) is LoraConfig:
         config = copy.deepcopy(value)
     else:
         raise ValueError(f"a LoraConfig, a dictionary of its fields, or None, not a {type(value).__name__}")
+    for name, check in _CHECKS.items():
+        try:
+            check(getattr(config, name))
+        except Unexpected as error:
+            raise ValueError(f"{error} as its {name}, not {shown(getattr(config, name))}") from error
     _check_fields(config, task_type)
     config.inference_mode = False
     config.base_model_name_or_path = config.revision = config.auto_mapping = None
@@ -86,8 +109,37 @@ def _check_fields(config: LoraConfig, task_type: Any) -> None:
             raise ValueError(f"no {name} in it: {reason}")
     if config._custom_modules:
         raise ValueError("no custom modules in it: they cannot be stored with the task")
-    if not isinstance(config.r, int) or isinstance(config.r, bool) or config.r < 1:
-        raise ValueError(f"a rank of at least 1 in it, not r={config.r!r}")
+
+
+def _by_pattern(check: Check) -> Check:
+    """Values by regular expressions that match names of modules."""
+
+    def of_all(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise Unexpected("a dictionary by names or regular expressions")
+        for pattern, inner in value.items():
+            names_or_pattern([pattern] if not isinstance(pattern, str) else pattern)
+            check(inner)
+        return value
+
+    return of_all
+
+
+_CHECKS: dict[str, Check] = {
+    "r": whole(1, MOST_RANK),
+    "lora_alpha": number,
+    "lora_dropout": share,
+    "target_modules": optional(names_or_pattern),
+    "exclude_modules": optional(names_or_pattern),
+    "layers_to_transform": optional(indices),
+    "layers_pattern": optional(names_or_text),
+    "rank_pattern": optional(_by_pattern(whole(1, MOST_RANK))),
+    "alpha_pattern": optional(_by_pattern(number)),
+    "use_dora": flag,
+    "use_rslora": flag,
+    "lora_bias": flag,
+    "fan_in_fan_out": flag,
+}
 
 
 def stored_lora_config(config: LoraConfig) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import RecastConfigError
-from ..validation import is_count, is_number, resolve_options, shown
+from ..validation import resolve_options, shown
 from .record import Reference
 
-__all__ = ["PARTNERS", "Candidate", "PartnerConfig", "is_count", "is_number", "resolve_partners"]
+__all__ = ["PARTNERS", "Candidate", "PartnerConfig", "resolve_partners"]
 
 
 class Candidate(Protocol):
@@ -30,6 +30,10 @@ class Candidate(Protocol):
     @property
     def weight_name(self) -> str | None:
         """The parameter that it computes with; None if it has none."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why its weight cannot be composed; None if it can."""
 
 
 PARTNERS: dict[str, type[PartnerConfig]] = {}

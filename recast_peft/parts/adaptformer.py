@@ -10,17 +10,15 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..composition.kinds import CONVOLUTION, family_of, in_and_out_features
-from ..options.partner import PartnerConfig, is_count, is_number
-
-if TYPE_CHECKING:
-    from ..planning.candidates import Candidate
+from ..options.partner import Candidate, PartnerConfig
+from ..validation import is_count, is_number
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|Mlp|MLP|FFN|FeedForward|GLU|Glu")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,9 @@ from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError, RecastConfigError
 from ..options.checks import bank
-from ..options.partner import PartnerConfig
+from ..options.partner import Candidate, PartnerConfig
 from ..options.record import Reference, reference_of
 from ..validation import Unexpected
-
-if TYPE_CHECKING:
-    from ..planning.candidates import Candidate
 
 
 def channels_of(module: nn.Module) -> int | None:

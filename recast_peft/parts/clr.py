@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options.partner import PartnerConfig, is_count
-
-if TYPE_CHECKING:
-    from ..planning.candidates import Candidate
+from ..options.partner import Candidate, PartnerConfig
+from ..validation import is_count
 
 
 @dataclass(frozen=True, kw_only=True)

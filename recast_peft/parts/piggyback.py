@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RecastLoadError
-from ..options.partner import PartnerConfig, is_number
-
-if TYPE_CHECKING:
-    from ..planning.candidates import Candidate
+from ..options.partner import Candidate, PartnerConfig
+from ..validation import is_number
 
 # Bit i of a byte stands for the i-th of eight entries.
 _PLACES = tuple(range(8))

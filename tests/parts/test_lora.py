@@ -603,7 +603,7 @@ class TestRefusals:
             ({"modules_to_save": ["head"]}, "to the RecastConfig"),
             ({"inference_mode": True}, "to the RecastConfig"),
             ({"task_type": "SEQ_CLS"}, "task_type"),
-            ({"r": 0}, "rank of at least 1"),
+            ({"r": 0}, "at least 1 and at most 65,536 as its r"),
         ],
     )
     @pytest.mark.filterwarnings("ignore")
