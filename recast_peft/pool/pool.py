@@ -69,7 +69,8 @@ class TaskPool(ResidentTasks):
         layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True)
         was_there = slot in tuner.peft_config
         if not was_there:
-            model.add_adapter(slot, layout)
+            with torch.inference_mode(False):
+                model.add_adapter(slot, layout)
         config = cast(RecastConfig, tuner.peft_config[slot])
         if not same_layout(layout, config):
             raise RecastConfigError(
