@@ -31,7 +31,7 @@ class Entry:
         attribute: its name in the module.
         pack: what is stored in place of the tensor; None stores it as it is.
         unpack: the inverse of ``pack``.
-        packed_shape: of what ``pack`` gives.
+        packed_shape: shape of what ``pack`` gives.
         file_name: what a file calls it, where that is not its name in the plain model; reading takes both.
     """
 
@@ -87,7 +87,7 @@ def module_entries(name: str, module: nn.Module, **options: Any) -> Iterator[Ent
     """The entries of a module that a task owns whole: its parameters and the buffers that a state dict has.
 
     Args:
-        name: of the module in the plain model.
+        name: name of the module in the plain model.
         module: that the task owns.
         options: for every entry, such as ``pack``.
     """
@@ -104,7 +104,7 @@ class TaskHolder:
     A kind of part says here what is different about it; whoever goes through a model asks every holder the same.
 
     Attributes:
-        module_name: of its place in the plain model.
+        module_name: name of its place in the plain model.
     """
 
     module_name: str

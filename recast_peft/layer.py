@@ -49,7 +49,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
         base_layer: the module to wrap.
         module_name: its name in the plain model.
         weight_name: the parameter that is composed.
-        fingerprint: of the pretrained weight.
+        fingerprint: fingerprint of the pretrained weight.
     """
 
     adapter_layer_names = ("recast_coefficients", "recast_masks")

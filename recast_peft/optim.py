@@ -44,7 +44,7 @@ def default_coefficient_lr(model: nn.Module) -> float:
     """A learning rate for the coefficients that a model trains, from their number and from what they move.
 
     Args:
-        model: with an active RECAST task.
+        model: model with an active RECAST task.
 
     Returns:
         ``COEFFICIENT_LR``, or less for a task whose coefficients would move the features by more than ``FEATURE_CHANGE``.
@@ -63,7 +63,7 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
     """Measure the learning rate at which one step moves the features of a batch by a certain share of their norm.
 
     Args:
-        model: with an active RECAST task that is not merged; it is left as it is.
+        model: model with an active RECAST task that is not merged; it is left as it is.
         batch: a tensor, a mapping of keyword arguments, or a tuple ``(inputs, labels, ...)`` as a ``DataLoader`` yields it.
         change: the share.
 
@@ -127,14 +127,14 @@ def create_recast_optimizer(
     not decayed either, since a decayed mask would be one that loses its entries.
 
     Args:
-        model: with a RECAST task that is trained.
-        optimizer_cls: of torch or made like one.
-        lr: of everything else that is trained: classifier, norms, biases.
-        coefficient_lr: of the coefficients, those of biases (``BiasConfig``) among them. None is
+        model: model with a RECAST task that is trained.
+        optimizer_cls: optimiser class, of torch or made like one.
+        lr: learning rate of everything else that is trained: classifier, norms, biases.
+        coefficient_lr: learning rate of the coefficients, those of biases (``BiasConfig``) among them. None is
             ``default_coefficient_lr(model)``; ``find_coefficient_lr`` measures it on a batch.
-        lora_lr: of the LoRA part; None is ``lr``.
-        partner_lr: of the task's partners; None is ``lr``, and for coefficients of biases ``coefficient_lr``.
-        kwargs: for the optimiser (``weight_decay``, ``betas``, ...).
+        lora_lr: learning rate of the LoRA part; None is ``lr``.
+        partner_lr: learning rate of the task's partners; None is ``lr``, and for coefficients of biases ``coefficient_lr``.
+        kwargs: further arguments of the optimiser (``weight_decay``, ``betas``, ...).
 
     Raises:
         RecastConfigError: if the model trains neither coefficients nor partners.

@@ -137,7 +137,7 @@ class AccuracyMatrix:
         Args:
             path: where to save it; None does not save.
             axes: matplotlib axes to draw in; None makes a figure.
-            digits: of the numbers in the cells.
+            digits: number of digits of the numbers in the cells.
 
         Returns:
             the matplotlib axes.

@@ -32,7 +32,7 @@ class ModuleFidelity:
         module: name of the target module.
         bank: name of its bank.
         exact: whether the pretrained weight itself is in the bank, so that nothing is approximated.
-        cosine: of the angle between composed and pretrained weight; None if the pretrained weight is not known any more.
+        cosine: cosine of the angle between composed and pretrained weight; None if the pretrained weight is not known any more.
         relative_error: Frobenius norm of the difference in units of the pretrained weight's.
         energy_kept: 1 - relative_error squared.
     """
@@ -50,7 +50,7 @@ class FeatureFidelity:
     """How near one output is to the pretrained model's on a batch.
 
     Attributes:
-        name: of the block; ``"output"`` for the model's own output.
+        name: name of the block; ``"output"`` for the model's own output.
         cosine: mean over the samples of the cosine of the flattened features.
         relative_error: norm of the difference in units of the pretrained features' norm.
     """
@@ -136,8 +136,8 @@ def mimicry_report(
 
     Args:
         model: a converted model, as ``get_recast_model`` returns it.
-        batch: an input (see :func:`recast_peft.features.call_arguments`): also compare what every block and the whole model
-            give for it.
+        batch: input of the model, a tensor, a dictionary or a pair: with it, what every block and the whole model give is
+            compared too.
         reference: the plain pretrained model. It is needed for the features where the pretrained weights were released;
             the figures of the weights were taken when the bank was built.
         adapter_name: whose banks; None means the active task.

@@ -30,11 +30,11 @@ class ScalingRow:
         targets: how the target modules were asked for.
         group_size: layers of a group at most.
         num_groups: G, banks in all.
-        num_templates: n, templates of a full group.
-        num_coefficient_sets: K.
+        num_templates: templates of a full group.
+        num_coefficient_sets: coefficient sets that are averaged (K of the paper).
         num_coefficients: numbers per task.
-        model_bytes: of the model after the conversion.
-        relative_error: of all target weights together, in closed form; 0 for exact banks, None if it was not asked for.
+        model_bytes: bytes of the model after the conversion.
+        relative_error: error of all target weights together, in closed form; 0 for exact banks, None if it was not asked for.
     """
 
     targets: str
@@ -115,9 +115,10 @@ def scaling_table(
     Args:
         model: plain, with its pretrained weights.
         targets: what to target: a config (its targets are used), a value of ``target_modules``, or a list of such.
-        group_sizes: of the groups; one that is larger than every run of layers is left out.
-        templates: n; None means 1, half the group and the whole group. Those above the group's size are left out.
-        coefficient_sets: K.
+        group_sizes: sizes of the groups; one that is larger than every run of layers is left out.
+        templates: numbers of templates; None means 1, half the group and the whole group. Those above the group's size are
+            left out.
+        coefficient_sets: numbers of coefficient sets (K of the paper).
         fidelity: also compute the error of the closed form, from the inner products of the weights alone.
 
     Returns:

@@ -131,7 +131,7 @@ def learn_in_sequence(
         train: is called with the model, whose new task is active and alone trainable, and with the task; any training loop.
         evaluate: is called with the model and the task, and returns an accuracy. The task's adapter is active, the model in
             evaluation mode, gradients are off.
-        config: of every task, or by name; None is ``RecastConfig()``.
+        config: config of every task, or by name; None is ``RecastConfig()``.
         evaluate_unseen: also evaluate tasks before they are learned, for forward transfer: with the adapter learned last, and
             before the first one with the backbone as it is. It makes sense where tasks share a head.
         grow: grows a bank from the tasks; each task is learned on the bank as it stands then, and stays on that version. The

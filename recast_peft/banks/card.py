@@ -86,7 +86,7 @@ def write_bank_card(
         folder: that ``StoredBank.save`` wrote.
         repo_id: where it will lie; None is the folder's own name.
         base_model: the repository of the backbone, if there is one.
-        license: of the bank; None leaves what the card says already.
+        license: licence of the bank; None leaves what the card says already.
 
     Returns:
         the path of the card. Of a card that is there already, the text outside our part and the metadata stay.

@@ -38,12 +38,12 @@ class StoredBank:
     """Template banks of a whole model, as a bank file holds them.
 
     Attributes:
-        groups: by bank name.
-        base_fingerprint: of the pretrained weights that the bank stands for, by module name.
+        groups: what every bank holds, by its name.
+        base_fingerprint: fingerprints of the pretrained weights that the bank stands for, by module name.
         mimicry: the method that made it, with its options.
         name: where it is stored, a folder or a repository; None while it is in memory alone.
         version: counts the states of a bank that grows; each has a fingerprint of its own.
-        fingerprint: of templates and base coefficients: 16 hexadecimal digits.
+        fingerprint: fingerprint of templates and base coefficients: 16 hexadecimal digits.
         history: earlier versions of a bank that grew: ``{"version": ..., "fingerprint": ..., "templates": {group: count}}``
             with the count of grown templates. Every version holds the templates of the one before first.
     """
@@ -146,6 +146,14 @@ class StoredBank:
 
 def load_bank(name: str | Path, *, revision: str | None = None, token: str | None = None) -> StoredBank:
     """Read a bank file from a folder, or from a repository on the Hub.
+
+    Args:
+        name: folder, or name of a repository.
+        revision: branch, tag or commit of the repository; None is its main branch.
+        token: access token of the Hub; None takes the one that you are logged in with.
+
+    Returns:
+        the bank, under this name.
 
     Raises:
         RecastBankError: if there is none.

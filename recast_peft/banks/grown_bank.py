@@ -19,12 +19,12 @@ class GrownBank(TemplateBank):
     """The templates of one group: the members' pretrained weights (unless they are left out), then the grown ones.
 
     Args:
-        name: of the bank.
+        name: name of the bank.
         members: names of the group's target modules, in the order of their depth.
         layers: the members' layers, in the same order.
         grown: the grown templates; they are held in the weights' dtype.
         stored: ``{"name": ..., "fingerprint": ...}`` of the bank file; one dictionary for all of its banks.
-        version: of the bank file.
+        version: version of the bank file.
         history: its earlier versions.
         made: how it was made, for its card.
     """

@@ -23,7 +23,7 @@ class GrownTemplates:
     Attributes:
         tensors: one ``(templates, *weight_shape)``, or two factors ``(templates, rows, rank)`` and ``(templates, rank,
             columns)`` of the weight as a matrix (all dimensions but the first taken together).
-        weight_shape: of every member's weight.
+        weight_shape: shape of every member's weight.
         plain: whether the members' pretrained weights are templates too; they come first then.
         energy: share of the sources' squared norm that the first 1, 2, ... templates keep; for information.
     """
@@ -126,10 +126,10 @@ def principal_components(
 
     Args:
         moves: task vectors, each ``(*shape)``.
-        shape: of a template.
-        dtype: of the templates.
+        shape: shape of a template.
+        dtype: dtype of the templates.
         count: components at most; None takes all.
-        rank: of low-rank pairs; None keeps templates dense.
+        rank: rank of low-rank pairs; None keeps templates dense.
         plain: whether the members' own weights are templates too.
     """
     if not moves:
@@ -161,7 +161,7 @@ def factorise(templates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Args:
         templates: ``(templates, *weight_shape)``.
-        rank: of the pairs; at most the smaller side of the weight as a matrix.
+        rank: rank of the pairs; at most the smaller side of the weight as a matrix.
 
     Returns:
         ``(templates, rows, rank)`` and ``(templates, rank, columns)``, the singular values divided evenly between them.

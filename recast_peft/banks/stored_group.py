@@ -106,7 +106,7 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
     Args:
         bank: its name.
         entry: the description.
-        tensors: of the whole file.
+        tensors: tensors of the whole file.
         what: the file is called in messages.
 
     Raises:

@@ -30,7 +30,7 @@ class TemplateBank(nn.Module):
     """The templates of one group.
 
     Args:
-        name: of the bank.
+        name: name of the bank.
         members: names of the group's target modules, in the order of their depth.
         layers: the members' layers, in the same order.
         recipe: how templates are mixed from the pretrained weights; ``build`` does it.
@@ -147,7 +147,7 @@ class TemplateBank(nn.Module):
         Args:
             member: the target module.
             offsets: ``(samples, templates)``.
-            device: of the terms.
+            device: device of the terms.
 
         Returns:
             n tensors shaped like the weight, their coefficients ``(samples, n)`` (None: one tensor, as it is), and the

@@ -68,8 +68,8 @@ def call(
     Args:
         layer: the layer.
         adapters: the tasks; those without coefficients here add nothing.
-        args: of the call.
-        kwargs: of the call.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
         values: coefficients by task in place of those that the layer holds now.
     """
     if layer.instead is not None:

@@ -45,9 +45,9 @@ def is_faster_in_bfloat16(device: torch.device, rows: int, multiplications: int)
     """Whether the product for the coefficients is formed faster in bfloat16 than in float32.
 
     Args:
-        device: of the layer.
+        device: device of the layer.
         rows: tokens; of a convolution, positions of its output.
-        multiplications: of the product.
+        multiplications: number of multiplications of the product.
     """
     is_large = rows >= FASTER_ROWS and multiplications >= FASTER_MULTIPLICATIONS
     return is_large and device.type == "cpu" and processor_multiplies_bfloat16()

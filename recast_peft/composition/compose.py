@@ -52,7 +52,7 @@ def compose_weight(
         anchor: the tensor that zero coefficients give, shaped like the weight, or None for zero.
         templates: n tensors shaped like the weight, in any floating dtype.
         coefficients: ``(n,)``.
-        dtype: of the result; None means that of the anchor (or of the first template).
+        dtype: dtype of the result; None means that of the anchor (or of the first template).
 
     Returns:
         The composed weight. Sums are formed in float32 (float64 if an argument is), whatever the dtype of the weights.

@@ -125,14 +125,14 @@ class LayerKind:
     """What is known about a kind of module.
 
     Attributes:
-        name: of the kind.
+        name: name of the kind.
         classes: modules whose forward is that of one of these compute exactly as the kind does.
         names: such classes by module and name, for libraries that are not imported for it.
         family: modules that are instances of one of these hold their weight as the kind does; empty: ``classes``.
         channels: the dimension of the output (and the input) along which features, and so the bias, lie.
         widths: what it calls the numbers of its in and out features; where it has no such attributes its weight's shape tells.
         call: what it computes with a given weight, ``call(module, weight, x, bias=True)``; None: it is called as it is.
-        gradients: of that product; None leaves them to autograd.
+        gradients: gradients of that product; None leaves them to autograd.
         rows: what its weight is multiplied with, ``rows(module, x)`` ``(places, fan in)``; None: not known.
         is_transposed: whether the weight is ``(in, out)`` and not ``(out, in)``.
         takes_low_rank: whether a low-rank pair beside it is two small products.

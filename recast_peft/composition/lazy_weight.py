@@ -61,9 +61,9 @@ class LazyWeight(Tensor):
 
     Args:
         compose: makes the tensor.
-        shape: of the tensor.
-        dtype: of the tensor.
-        device: of the tensor.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        device: device of the tensor.
     """
 
     _compose: Callable[[], Tensor]

@@ -52,8 +52,8 @@ class CompressedAdapters:
         bank: the templates, to be given as ``RecastConfig(bank=...)``, saved and pushed.
         coefficients: by adapter and by module ``(templates,)``.
         errors: by adapter: the norm of the difference of all weights, in units of what the adapter does to them.
-        bytes_before: of all the adapters' matrices.
-        bytes_after: of the bank and of all coefficients.
+        bytes_before: bytes of all the adapters' matrices.
+        bytes_after: bytes of the bank and of all coefficients.
         left_out: by adapter, what it has beside low-rank matrices on the target modules, and so is lost.
     """
 
@@ -131,7 +131,7 @@ def compress_adapters(
         config: its targets and groups are used; the members of a group share templates. None takes all modules that an
             adapter moves, each a group.
         num_templates: templates of a group at most; an adapter has as many coefficients for each module.
-        rank: of a template's low-rank pair; None is the largest rank of the adapters. A larger one keeps more of
+        rank: rank of a template's low-rank pair; None is the largest rank of the adapters. A larger one keeps more of
             components that mix several adapters.
         progress: show a progress bar over the groups, where they take over two seconds.
 

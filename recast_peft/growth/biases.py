@@ -40,7 +40,7 @@ def grow_bias_bank(
         model: plain, with its pretrained weights; it is not changed.
         sources: as for ``grow_bank``: adapters that trained biases (``bias="all"`` of any method of PEFT, ``BiasConfig``), or
             fine-tuned forms of the model.
-        num_templates: of a group at most; None takes all principal components, as many as there are sources.
+        num_templates: number of templates of a group at most; None takes all principal components, one for each source.
         group_size: blocks whose biases share templates and coefficients: a task trains (blocks / group_size) x templates
             numbers.
         target_modules: the modules whose biases take part: names, or a regular expression for whole names. None takes those

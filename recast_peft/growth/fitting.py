@@ -33,7 +33,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
         model: plain, with its pretrained weights; it is not changed.
         config: its targets, groups, templates and ``mimicry`` are used.
         batches: a few inputs, for a method that needs data; read more than once, so a list or a ``DataLoader``. For what a
-            batch may be see :func:`recast_peft.features.call_arguments`.
+            batch may be see :func:`recast_peft.mimicry.features.call_arguments`.
 
     Returns:
         the bank, to be given as ``RecastConfig(bank=...)``, saved and pushed.
@@ -145,7 +145,7 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
         model: it is run in evaluation mode on every batch.
         targets: linear layers and convolutions; of a convolution x is the patch under the kernel, and the groups of a
             grouped one are averaged.
-        batches: of inputs.
+        batches: batches of inputs.
 
     Returns:
         ``(fan_in, fan_in)`` in float32 by name; None, with a warning, for a module that is never called or of another kind.

@@ -75,7 +75,7 @@ class MissingWords:
     Args:
         mask_token_id: what stands in place of the word.
         special_token_ids: tokens that are no words, of padding and the ends of a text.
-        words: classes of a task.
+        words: number of words to tell apart, the classes of a task.
         examples: texts of each class at most.
         least: texts that a word must stand in to be asked for.
         text: the name of the model's argument that holds the tokens ``(texts, length)``.
@@ -128,8 +128,8 @@ class KnownPictures:
     """Pictures: which of a few pictures is it, that was cut, turned over, shifted in colour and made noisy?
 
     Args:
-        pictures: classes of a task.
-        views: of each picture.
+        pictures: number of pictures to tell apart, the classes of a task.
+        views: number of views of each picture.
         crop: the smallest side of a cut, in units of the picture's.
         colour: standard deviation of a channel's factor and offset, in units of the picture's standard deviation.
         noise: standard deviation of the noise, likewise.

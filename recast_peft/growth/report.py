@@ -61,9 +61,14 @@ class GrowthReport:
 
 
 def growth_report(bank: StoredBank) -> GrowthReport:
-    """How much of its sources a grown bank keeps, group by group and per number of templates.
+    """How much of its sources a grown bank keeps, group by group and by the number of templates.
 
-    Of a bank that was extended, the energy of every template is that of the sources it was made from.
+    Args:
+        bank: bank that ``grow_bank``, ``grow_bias_bank``, ``extend_bank`` or ``practice_bank`` made. In one that was extended,
+            each template is counted against the sources that it was made from.
+
+    Returns:
+        the report; ``print`` shows it as a table.
 
     Raises:
         RecastBankError: if the bank was not grown.

@@ -27,7 +27,7 @@ def build_backbone(
     """Build the backbone that a task names.
 
     Args:
-        description: of :func:`describe_backbone`, as it was stored with the task.
+        description: description of :func:`describe_backbone`, as it was stored with the task.
         given: a model, which is used as it is; keyword arguments for ``timm.create_model`` or for the transformers class's
             ``from_pretrained``, which go before the recorded ones; or the path of a local checkpoint (for timm a file or
             folder, for transformers a folder).

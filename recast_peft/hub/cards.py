@@ -54,9 +54,9 @@ def write_model_card(
     Args:
         folder: a saved task: ``adapter_config.json`` and its file of numbers.
         repo_id: where it will lie, for the lines that say how to load it; None is the folder's own name.
-        subfolder: of the repository.
+        subfolder: subfolder of the repository.
         results: measured values by name; they go before those in the config.
-        license: of the task; None leaves what the card says already, else takes what is known of the backbone.
+        license: licence of the task; None leaves what the card says already, else takes what is known of the backbone.
 
     Returns:
         the path of the card. Of a card that is there already, the text outside our part and the metadata stay.

@@ -107,7 +107,7 @@ def timm_arguments(description: Mapping[str, Any], given: Collection[str] = ()) 
     """The arguments of ``timm.create_model`` that a file may choose.
 
     Args:
-        description: of the file.
+        description: description of the file.
         given: arguments that the caller gives; those of the file do not matter then.
 
     Raises:

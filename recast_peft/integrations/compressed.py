@@ -85,8 +85,8 @@ def load_compressed_model(
             ``accelerate.init_empty_weights()``, which keeps buffers that are not stored) no memory is spent on weights that
             are not needed.
         path: the folder.
-        config: of the first task; its bank is set. None means ``RecastConfig()``.
-        adapter_name: of the first task.
+        config: config of the first task; its bank is set. None means ``RecastConfig()``.
+        adapter_name: name of the first task.
         kwargs: passed on to ``get_recast_model``.
 
     Raises:

@@ -58,7 +58,7 @@ class MimicryMethod:
     default and of a type that JSON knows.
 
     Class attributes:
-        name: by which a config names the method.
+        name: name by which a config names the method.
         in_span: it returns a :class:`Recipe`, so that a bank is rebuilt from the base model and needs no file.
         fits_full_banks: it also fits banks with as many templates as layers, for which no fit is needed.
         needs_data: it needs a few batches, so that it runs in ``fit_bank`` alone.

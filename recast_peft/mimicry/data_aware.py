@@ -28,7 +28,7 @@ class DataAware(MimicryMethod):
     """Least change of every layer's output on given batches; run by ``fit_bank(model, config, batches)``.
 
     Args:
-        sweeps: of alternating least squares at most.
+        sweeps: number of sweeps of alternating least squares at most.
         tolerance: stop when a sweep lowers the error by less than this share.
         ridge: share of the mean diagonal of S_l that is added to it, so that directions without data keep their weight.
         normalize: count the error of every layer in units of its own output's size.
@@ -37,7 +37,7 @@ class DataAware(MimicryMethod):
         distill_steps: steps of layer-wise distillation afterwards, which tune templates and base coefficients until the
             features of every block are those of the pretrained model. They take most of the time and, for Adam, memory of
             several times the templates in float32; 0 leaves the fit at its algebra, which a large model needs.
-        distill_learning_rate: of Adam in the distillation, in units of the templates' root mean square.
+        distill_learning_rate: learning rate of Adam in the distillation, in units of the templates' root mean square.
         max_moment_bytes: second moments held at once; with more, the batches are read several times.
         progress: show a progress bar for what takes over two seconds.
     """

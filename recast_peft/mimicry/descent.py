@@ -38,9 +38,9 @@ def descend(
         target: the same as rows, ``(layers, numbers)`` in float32.
         templates: ``(templates, numbers)``, trained.
         coefficients: gives ``(layers, templates)``, differentiable in what else is trained.
-        optimizer: of all that is trained.
-        schedule: of its learning rate; it steps with it.
-        steps: of the optimiser.
+        optimizer: optimiser of all that is trained.
+        schedule: schedule of its learning rate; it steps with it.
+        steps: number of steps of the optimiser.
         loss: a name in ``LOSSES``.
         noise: is drawn in every step and added to the coefficients, ``(layers, templates)``; steps are judged without it.
         loss_scale: a factor on the loss.

@@ -16,7 +16,7 @@ class Fidelity:
     """How near one reproduced weight is to the pretrained one.
 
     Attributes:
-        cosine: of the angle between the two, flattened.
+        cosine: cosine of the angle between the two, flattened.
         relative_error: Frobenius norm of their difference, in units of the pretrained weight's.
     """
 

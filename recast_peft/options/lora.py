@@ -58,7 +58,7 @@ def checked_lora_config(value: Any, task_type: Any) -> LoraConfig:
 
     Args:
         value: a ``LoraConfig``, or a dictionary of its fields.
-        task_type: of the task.
+        task_type: task type of the task.
 
     Raises:
         ValueError: saying what was expected instead; the caller names the field.

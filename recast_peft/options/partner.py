@@ -94,8 +94,8 @@ class PartnerConfig:
 
         Args:
             module: the plain module that stands at the place.
-            shape: of its weight; None if it has none.
-            generator: of whatever is random.
+            shape: shape of its weight; None if it has none.
+            generator: generator of whatever is random.
             like: ``device`` and ``dtype`` of the parameters.
         """
         raise NotImplementedError

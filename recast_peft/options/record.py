@@ -81,7 +81,7 @@ def from_fields(fields: Mapping[str, Any], partner_banks: Mapping[str, Reference
     """The record of a stored task.
 
     Args:
-        fields: of a config, as a file holds them.
+        fields: fields of a config, as a file holds them.
         partner_banks: the stored banks that its partners name, by the partner's name.
 
     Returns:
@@ -141,7 +141,7 @@ def bank_to_use(given: Any, record: TaskRecord | None, partner: str | None = Non
 
     Args:
         given: the config's bank: an object in memory, a name or a reference.
-        record: of a stored task; None for a new one.
+        record: record of a stored task; None for a new one.
         partner: the partner that the bank is for; None for the bank of the coefficients.
 
     Returns:

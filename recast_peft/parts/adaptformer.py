@@ -30,8 +30,8 @@ class AdaptFormerConfig(PartnerConfig, method="adaptformer"):
     Args:
         target_modules: the modules that it stands beside; None takes the MLP of every block.
         bottleneck: width between ``down`` and ``up``.
-        scale: factor on the branch.
-        dropout: in the bottleneck, in training; 0.1 in the authors' code.
+        scale: factor on the branch's output.
+        dropout: probability of dropout in the bottleneck, in training; 0.1 in the authors' code.
         layer_norm: normalise the branch's input by a norm of its own, for models that do not normalise before the MLP.
 
     Raises:

@@ -38,7 +38,7 @@ class Request:
 
     Attributes:
         model: the backbone, with or without other tasks; it is not touched.
-        config: of the task.
+        config: config of the task.
         targets: names of the modules that get coefficients.
         counting: whether the pieces are only counted: then they are made on the meta device.
     """
@@ -98,7 +98,7 @@ class TaskPart:
 
         Args:
             request: what the task asks for.
-            pieces: of this part.
+            pieces: pieces of this part.
             owned: names of the modules that the task owns whole.
             compressed: names of the modules for whose weight a compressed bank stands.
 

@@ -25,7 +25,7 @@ class CLRConfig(PartnerConfig, method="clr"):
 
     Args:
         target_modules: the convolutions that it follows; None takes all of the model but for its head.
-        kernel_size: of the depth-wise convolution, an odd number.
+        kernel_size: size of the depth-wise convolution, an odd number.
         pointwise_kernel_size: the same after 1x1 convolutions: 3 as after all others, 1 for one factor a channel; None leaves
             them out (the authors' code has all three).
 

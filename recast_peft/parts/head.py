@@ -164,7 +164,14 @@ def join_logits(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
 
 
 def split_logits(logits: Tensor) -> list[Tensor]:
-    """Cut the padding off the logits of a mixed batch: one tensor ``(..., classes)`` a sample."""
+    """Cut the padding off the logits of a batch in which every sample has its own task.
+
+    Args:
+        logits: ``(samples, ..., classes)`` of ``model(x, task_ids=...)``; narrower classifiers are padded with -inf.
+
+    Returns:
+        one tensor ``(..., classes)`` a sample, as wide as its task's classifier.
+    """
     real = torch.isfinite(logits).flatten(1, -2).any(dim=1) if logits.ndim > 2 else torch.isfinite(logits)
     return [row[..., : int(count)] for row, count in zip(logits, real.sum(dim=-1), strict=True)]
 

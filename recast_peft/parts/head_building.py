@@ -49,10 +49,10 @@ class PreparedHead:
     """A task's head, ready to be put in.
 
     Attributes:
-        name: of the module in the plain model.
+        name: name of the module in the plain model.
         module: the new head.
-        labels: of the task.
-        stored_dtype: in which the head is saved; None is the dtype it is trained in.
+        labels: labels of the task.
+        stored_dtype: dtype in which the head is saved; None is the dtype it is trained in.
     """
 
     name: str

@@ -37,7 +37,7 @@ class LoraParts:
 
     Attributes:
         tasks: the configs of the model's adapters by name: the very dictionary of the tuner.
-        configs: of the parts, by the name of the task, with their targets named.
+        configs: configs of the parts, by the name of the task, with their targets named.
     """
 
     tasks: Mapping[str, PeftConfig]

@@ -29,7 +29,7 @@ class LoraPlan:
 
     Attributes:
         targets: names of its target modules in the plain model.
-        entry_shapes: of its parameters, by the keys under which a task's file holds them.
+        entry_shapes: shapes of its parameters, by the keys under which a task's file holds them.
         config: with its targets named, as it is stored with the task.
     """
 
@@ -61,7 +61,7 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
 
     Args:
         model: a plain model, or one with tasks.
-        config: of the task.
+        config: config of the task.
         recast_targets: names of the modules that get coefficients; the LoRA part's targets too, unless it names others.
 
     Returns:
@@ -199,7 +199,7 @@ def lora_entries(module_name: str, layer: Any, key: str) -> Iterator[Entry]:
     """The tensors of one adapter in a LoRA layer, by the names that PEFT's files give them.
 
     Args:
-        module_name: of the layer in the plain model.
+        module_name: name of the layer in the plain model.
         layer: PEFT's.
         key: under which the layer holds the adapter.
     """

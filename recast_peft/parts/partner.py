@@ -35,10 +35,10 @@ class PreparedPartner:
     """A task's partner at one place, ready to be put in.
 
     Attributes:
-        config: of the partner.
+        config: config of the partner.
         candidate: the place.
         module: what the task trains there.
-        fingerprint: of the pretrained weight, where the partner acts on one that no layer of ours composes yet.
+        fingerprint: fingerprint of the pretrained weight, where the partner acts on one that no layer of ours composes yet.
     """
 
     config: PartnerConfig
@@ -280,7 +280,7 @@ def partner_of_entry(key: str, numbers: int) -> tuple[str, int] | None:
     """The partner that an entry of a task's file belongs to, and how many numbers (of a mask: bits) it holds.
 
     Args:
-        key: of the entry.
+        key: key of the entry.
         numbers: in it.
 
     Returns:

@@ -28,7 +28,7 @@ class PiggybackConfig(PartnerConfig, method="piggyback"):
 
     Args:
         target_modules: the modules whose weight is masked; None takes the task's own target modules.
-        initial_score: of every entry, above the threshold: the mask starts at all ones.
+        initial_score: score of every entry, above the threshold: the mask starts at all ones.
         threshold: entries whose score is not above it are zero.
 
     Raises:

@@ -84,7 +84,7 @@ def class_statistics(
     Args:
         model: as it stands.
         head: the module whose input, ``(examples, features)``, counts.
-        classes: of the task.
+        classes: classes of the task.
         features: that reach the head.
         batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name).
         products: whether outer products are kept too.

@@ -2,7 +2,7 @@
 
 Such a layer merges by writing into the innermost module's weight, which is a template of the whole group. So whenever one is
 put around or inside a RecastLayer its class is exchanged for a subclass of itself that, for as long as something of it is
-merged, gives it a tensor of its own to write into: the weight of the RECAST tasks in force. The pretrained weight stays
+merged, gives it a tensor of its own to write into: the weight of the RECAST active tasks. The pretrained weight stays
 apart, and comes back, bit for bit, when the other layer is unmerged.
 """
 

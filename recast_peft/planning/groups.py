@@ -20,14 +20,14 @@ class PlannedGroup:
     """One bank to be: layers of one role and shape that share templates.
 
     Attributes:
-        name: of the bank, made from the members' names (``blocks.{0,1}.attn.qkv``).
+        name: name of the bank, made from the members' names (``blocks.{0,1}.attn.qkv``).
         members: names of the target modules, in the order of their depth.
-        shape: of every member's weight.
-        dtype: of every member's weight.
+        shape: shape of every member's weight.
+        dtype: dtype of every member's weight.
         num_templates: templates in the bank; at most one for each member, unless the bank was grown.
         num_coefficient_sets: K, the sets that each member trains.
         fitted: whether the templates are fitted or stored, even where there are as many as members.
-        grown_bytes: of the grown templates; None for a bank that was not grown.
+        grown_bytes: bytes of the grown templates; None for a bank that was not grown.
     """
 
     name: str
@@ -92,7 +92,7 @@ def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | int | None
     """For every target the one whose offsets it uses: itself, if nothing is shared.
 
     Args:
-        groups: of the plan.
+        groups: groups of the plan.
         sharing: ``"roles"``: the first target of the same block, place in its bank and number of templates;
             ``"blocks"``: the first member of its bank; ``"all"``: both; a number: of so many consecutive banks of its role
             the first; None: itself.
@@ -132,7 +132,7 @@ def sharing_of(groups: Sequence[PlannedGroup], owned: Mapping[str, int]) -> str 
     """Which way of sharing explains the parameters that a task's layers have in common.
 
     Args:
-        groups: of the task.
+        groups: groups of the task.
         owned: for each target module something that says which parameter it uses.
 
     Returns:

@@ -24,7 +24,7 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     """Names of the modules that turn features into predictions, by timm's and transformers' conventions and by name.
 
     Args:
-        model: with wrappers around it or in it, or without.
+        model: model with wrappers around it or in it, or without.
         head_module: a module that is known to be one.
     """
     model = unwrapped(model)

@@ -129,7 +129,7 @@ class Slot:
             part.unmerge()
 
     def _show(self, head: StoredHead | None) -> None:
-        """Put a classifier in force; of every other place the model's own."""
+        """Make a classifier active; at every other place the model's own."""
         shown = None if head is None else task_head(self.layout.backbone, head.kind.name)
         for wrapper in self._heads:
             if wrapper is not shown and self.name in wrapper._active_adapter:

@@ -28,8 +28,8 @@ def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, b
     """Gather the tasks of a call, once for all layers.
 
     Args:
-        table: of the pool.
-        slot: of the pool.
+        table: table of the pool.
+        slot: slot of the pool.
         slices: columns by module.
         tasks: ``(samples,)`` numbers from ``ids``, or a list of such numbers or of names.
         beams: how often generation repeats a sample.
@@ -100,7 +100,7 @@ def pool_of(tasks: Any, pools: Sequence[Any]) -> Any:
 
     Args:
         tasks: as a call is given them; names are those of the first pool.
-        pools: of the model, the latest first.
+        pools: pools of the model, the latest first.
 
     Raises:
         RecastConfigError: if there is no such pool, or several are meant.

@@ -159,9 +159,9 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     """Read and check a file of tasks.
 
     Args:
-        path: of the file.
-        layout: of the pool.
-        kinds: of the pool.
+        path: path of the file.
+        layout: layout of the pool.
+        kinds: kinds of the pool.
         skip_damaged: leave out tasks with numbers that are not finite.
 
     Raises:

@@ -26,10 +26,10 @@ class HeadKind:
     """What classifiers of one place, class and size have in common.
 
     Attributes:
-        name: of the module in the plain model.
+        name: name of the module in the plain model.
         empty: the module, its tensors on the meta device.
-        keys: of its tensors.
-        dtypes: in which they are computed with.
+        keys: keys of its tensors.
+        dtypes: dtypes in which they are computed with.
     """
 
     name: str
@@ -57,8 +57,8 @@ class StoredHead:
     Args:
         kind: what it is.
         tensors: its numbers, in the order of the kind's keys; maybe in half precision.
-        labels: of the task.
-        stored_dtype: in which it is saved; None is that of the tensors.
+        labels: labels of the task.
+        stored_dtype: dtype in which it is saved; None is that of the tensors.
     """
 
     __slots__ = ("kind", "labels", "live", "stored_dtype", "tensors")

@@ -27,7 +27,7 @@ class PoolLayout:
 
     Args:
         backbone: the model that holds the slot.
-        config: of the slot.
+        config: config of the slot.
         slot: the adapter that all tasks are like.
 
     Attributes:

@@ -43,7 +43,7 @@ class TaskPool(ResidentTasks):
         model: a PEFT model with at least one RECAST task; all tasks of the pool have that task's target modules and banks.
         like: the task whose layout the pool takes; None is the first one.
         slot: the name of the adapter that the pool adds to the model and writes the active task into.
-        head_dtype: in which classifiers are kept in memory, such as ``torch.float16`` or its name; they compute in the
+        head_dtype: dtype in which classifiers are kept in memory, such as ``torch.float16`` or its name; they compute in the
             model's own. None keeps every bit.
 
     Attributes:
@@ -128,7 +128,7 @@ class TaskPool(ResidentTasks):
         """Make a task active, in all threads; calls that are on their way end first.
 
         Args:
-            name: of the task.
+            name: name of the task.
             merge: write its composed weights into the modules (in place: the same storage for every task), so that the model
                 runs at the plain model's speed. Otherwise the weights are composed as they are used.
         """
@@ -210,7 +210,7 @@ class TaskPool(ResidentTasks):
         """Remember what a task's samples look like to the pretrained model, so that ``route`` can choose it.
 
         Args:
-            name: of the task.
+            name: name of the task.
             inputs: samples ``(samples, ...)``, or a dictionary of such tensors that the model takes by name.
             labels: ``(samples,)`` classes; given, each class has a prototype of its own.
 

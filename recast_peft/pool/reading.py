@@ -26,9 +26,9 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
     """The row ``(numbers per task,)`` and the head of a task; see ``TaskPool.add``.
 
     Args:
-        layout: of the pool.
-        configs: of the model's tasks.
-        name: of the task.
+        layout: layout of the pool.
+        configs: configs of the model's tasks.
+        name: name of the task.
         source: where it lies.
         hub_kwargs: for a task on the Hub.
     """

@@ -24,10 +24,10 @@ class ResidentTasks(TaskTable):
     """Tasks of one layout, their classifiers, and what is remembered of them; a base class of ``TaskPool``.
 
     Args:
-        layout: of the tasks.
-        configs: of the model's own tasks, which can be put in by name.
+        layout: layout of the tasks.
+        configs: configs of the model's own tasks, which can be put in by name.
         make_place_for: lets the model have a classifier for each task in a place.
-        head_dtype: in which classifiers are kept; None keeps every bit.
+        head_dtype: dtype in which classifiers are kept; None keeps every bit.
         serial: number of the pool among those of its model.
     """
 
@@ -86,7 +86,7 @@ class ResidentTasks(TaskTable):
         """Put a task in.
 
         Args:
-            name: of the task.
+            name: name of the task.
             source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as a task file holds
                 it, or a config for a fresh task (with a head, if it says so); None is a fresh task without a head.
             hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like, as for ``AutoRecastModel.from_pretrained``.
@@ -210,7 +210,7 @@ class ResidentTasks(TaskTable):
         """Put in all tasks of a file that ``save`` wrote.
 
         Args:
-            path: of the file.
+            path: path of the file.
             skip_damaged: leave out tasks with numbers that are not finite, where otherwise nothing is put in.
 
         Returns:

@@ -48,7 +48,7 @@ class TaskTable:
 
     Args:
         width: numbers of one task.
-        device: of the table.
+        device: device of the table.
         serial: number of the pool among those of its model.
 
     Attributes:
@@ -142,7 +142,7 @@ class TaskTable:
         """Put a task in.
 
         Args:
-            name: of the task.
+            name: name of the task.
             values: ``(numbers per task,)``.
             head: its classifier.
 
@@ -162,7 +162,7 @@ class TaskTable:
         """Put several tasks in, one after the other; all of them or none.
 
         Args:
-            names: of the tasks.
+            names: names of the tasks.
             values: ``(tasks, numbers per task)``.
             heads: their classifiers, by their places among the names.
 

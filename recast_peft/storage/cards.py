@@ -71,7 +71,7 @@ def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_giv
     """Put our part into a card and keep what its owner wrote around it; writing the same twice changes nothing.
 
     Args:
-        path: of the card, which is made if it is missing.
+        path: path of the card, which is made if it is missing.
         data: metadata; it goes before what is there, but for a license that is not given.
         part: our part of the text.
         license_is_given: whether the license of ``data`` goes before the one that is there.

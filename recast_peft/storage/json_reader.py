@@ -29,10 +29,10 @@ def read_json(
     """Read a file that holds a JSON object.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: it is called in messages; None is its path.
-        max_bytes: of the file.
-        max_depth: of lists and objects in each other.
+        max_bytes: largest size in bytes of the file.
+        max_depth: largest depth of lists and objects in each other.
         error: what is raised.
 
     Raises:

@@ -49,7 +49,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
     """Write tensors whole or not at all, with a checksum.
 
     Args:
-        path: of the file; its folder is made if it is missing.
+        path: path of the file; its folder is made if it is missing.
         tensors: by name, on any device; those that share memory are stored one by one.
         metadata: texts by name.
     """
@@ -92,7 +92,7 @@ def read_tensors(
     """Read a whole safetensors file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: it is called in messages; None is its path.
         floating: refuse all but float64, float32, float16 and bfloat16; integers, bits and 8-bit floats are named.
         finite: refuse infinity and NaN.

@@ -38,7 +38,7 @@ def fetch_file(name: str, file: str, subfolder: str | None = None, hub_kwargs: M
     Args:
         name: a folder, or a repository on the Hub.
         file: in it.
-        subfolder: of the folder or the repository.
+        subfolder: subfolder of the folder or the repository.
         hub_kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Raises:

@@ -116,7 +116,7 @@ def combine_heads(heads: dict[str, PreparedHead | None], weights: Sequence[float
     """The classifier of a combined task.
 
     Args:
-        heads: of the tasks by name, copies that may be kept; None for a task without one.
+        heads: heads of the tasks by name, copies that may be kept; None for a task without one.
         weights: one for each task.
         choice: ``"none"``: the model's own; ``"first"``: the first task's; ``"linear"``: the weighted sum of the heads, for
             tasks that name the same classes (seeds of one task); None if no task has a head.

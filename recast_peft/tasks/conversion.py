@@ -44,7 +44,7 @@ class PreparedLayer:
         child_name: the target's name in it.
         original: what stands there before.
         visible_key: the module name at which PEFT's loop comes by.
-        bank: of the new task.
+        bank: bank of the new task.
     """
 
     layer: RecastLayer

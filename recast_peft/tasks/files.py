@@ -30,7 +30,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
 
     Args:
         model: as it is before the task.
-        config: of the task.
+        config: config of the task.
         plan: what it targets.
         own: shapes of what the task brings beside its coefficients, by the names of the plain model.
 
@@ -86,7 +86,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
 
     Args:
         model: a ``PeftModel``, or a model with tasks.
-        config: of the task.
+        config: config of the task.
         adapter_name: the task.
         state_dict: the entries by the names that a file has.
 
@@ -122,7 +122,7 @@ def called(key: str, renamed: Callable[[str], str | None] | None) -> str:
     """The key of an entry as a model has it whose modules have other names than the task's file gives them.
 
     Args:
-        key: of the entry in the file.
+        key: key of the entry in the file.
         renamed: how a module is called in the model; None if all have the names of the file.
     """
     if renamed is None:

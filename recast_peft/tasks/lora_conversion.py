@@ -34,7 +34,7 @@ class LayerConversion:
 
     Attributes:
         module: name of the target module.
-        rank: of the LoRA.
+        rank: rank of the LoRA.
         full_rank: the rank from which the LoRA is exact: the smaller side of the weight.
         relative_error: Frobenius norm of what is missing, in units of what the task adds.
         energy_kept: 1 - relative_error squared.
@@ -55,8 +55,8 @@ class LoraConversionReport:
 
     Attributes:
         layers: one row for each target module.
-        recast_numbers: coefficients of the task.
-        lora_numbers: numbers of the LoRA, modules that are saved whole aside.
+        recast_numbers: trainable parameters of the task, its coefficients.
+        lora_numbers: parameters of the LoRA, modules that are saved whole aside.
     """
 
     layers: tuple[LayerConversion, ...]
@@ -99,10 +99,11 @@ def convert_to_lora(
     and reports the errors.
 
     Args:
-        model: with a RECAST task on linear layers and exact banks.
-        rank: of every layer; or a share of the energy in (0, 1], for which each layer gets the smallest rank that keeps it.
+        model: model with a RECAST task on linear layers and exact banks.
+        rank: rank of every layer; or a share of the energy in (0, 1], for which each layer gets the smallest rank that
+            keeps it.
         adapter_name: the task.
-        progressbar: show one.
+        progressbar: show a progress bar over the layers.
 
     Returns:
         the LoRA's config, its state dict as a file holds it, and the errors.
@@ -154,7 +155,15 @@ def convert_to_lora(
 def save_as_lora(
     path: str | os.PathLike, model: PeftModel, rank: int | float, adapter_name: str = "default", progressbar: bool = False
 ) -> LoraConversionReport:
-    """Write a task as a LoRA that PEFT and LoRA servers load; the arguments are those of ``convert_to_lora``.
+    """Write a task as a LoRA that PEFT and LoRA servers load; see ``convert_to_lora`` for what can be converted.
+
+    Args:
+        path: folder of the LoRA, made if missing.
+        model: model with a RECAST task on linear layers and exact banks; it is not changed.
+        rank: rank of every layer; or a share of the energy in (0, 1], for which each layer gets the smallest rank that
+            keeps it.
+        adapter_name: name of the task.
+        progressbar: show a progress bar over the layers.
 
     Returns:
         the errors, which are also written to ``conversion.txt`` beside the LoRA.

@@ -38,8 +38,8 @@ class PreparedTask:
         plan: what it targets, in which groups.
         layers: by module name.
         banks: the compressed and grown banks that are new.
-        pieces: of every part, what it gets.
-        fingerprints: of the pretrained weights of its target modules.
+        pieces: pieces of every part, what it gets.
+        fingerprints: fingerprints of the pretrained weights of its target modules.
         renamed: how a module that the task's file names is called in the model, where that has other names.
         is_same_base: whether these are the weights that the task was made for.
     """

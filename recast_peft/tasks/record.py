@@ -24,7 +24,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
     """What a conversion is about to decide for a task.
 
     Args:
-        config: of the task.
+        config: config of the task.
         prepared: the task, ready to be put in.
         backbone: how the backbone is found again.
     """
@@ -50,9 +50,9 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     """What a model says of a task that it has, for the task's file.
 
     Args:
-        config: of the task; its user may since have put it on another model.
-        model: with the task.
-        adapter_name: of the task.
+        config: config of the task; its user may since have put it on another model.
+        model: model with the task.
+        adapter_name: name of the task.
     """
     backbone = backbone_of(model)
     layers = {n: layer for n, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}

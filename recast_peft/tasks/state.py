@@ -43,7 +43,7 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
     Args:
         model: a ``PeftModel``, or a model with tasks.
         adapter_name: the task.
-        config: of the task.
+        config: config of the task.
         state_dict: of the model, where its values were gathered from several processes; what it lacks is taken from the model.
     """
     given = {plain_name(key): value for key, value in state_dict.items()}
