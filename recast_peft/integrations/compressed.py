@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..auto import get_recast_model
-from ..banks.files import StoredBank, load_bank
+from ..banks.files import BANK_WEIGHTS, StoredBank, load_bank
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastLoadError
 from ..layer import recast_layers
 from ..names import BANK_CONTAINER, PREFIX, plain_name
+from ..storage.json_reader import parse_json
+from ..storage.pairs import TRIES, companion_of, staged_pairs
+from ..storage.tensors import TensorFile, checksum, read_tensors, write_tensors
 from ..tasks.banks import stored_bank_of
 
 REST_WEIGHTS = "recast_backbone.safetensors"
+BANK = "recast_bank_checksum"  # the entry of its metadata that says which bank it belongs to
 
 
 def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str | None = None) -> StoredBank:
@@ -54,7 +58,7 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
             f"the bank of {grown[0]} adds to the pretrained weights, so the model has no compressed form: save the bank "
             "with model.save_bank(folder) and the tasks with model.save_pretrained(folder)"
         )
-    bank = stored_bank_of(model, adapter_name or model.active_adapter).save(path)
+    bank = stored_bank_of(model, adapter_name or model.active_adapter)
     replaced = {
         f"{layer.module_name}.{layer.weight_name}" for layer in layers.values() if layer.is_compressed and not layer.is_released
     }
@@ -71,8 +75,11 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
             continue
         stored[place] = name
         rest[name] = value.detach().cpu().contiguous().clone()  # parts of one storage are stored one by one
-    save_file(rest, Path(path) / REST_WEIGHTS, metadata={"format": "pt", "tied": json.dumps(tied)})
-    return bank
+    with staged_pairs(path, {BANK_WEIGHTS: REST_WEIGHTS}) as folder:
+        bank.save(folder)
+        texts = {"tied": json.dumps(tied), BANK: checksum(bank.tensors())}
+        write_tensors(folder / REST_WEIGHTS, rest, texts)
+    return bank.under(str(path))
 
 
 def load_compressed_model(
@@ -92,43 +99,104 @@ def load_compressed_model(
     Raises:
         RecastLoadError: if the files are damaged or do not fit, or a tensor of the backbone stays without numbers.
     """
-    bank = load_bank(path)
-    try:
-        with safe_open(Path(path) / REST_WEIGHTS, framework="pt") as file:
-            rest = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            rest.update({name: rest[other] for name, other in json.loads(file.metadata()["tied"]).items()})
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RecastLoadError(f"{REST_WEIGHTS} in {str(path)!r} cannot be read: {error}") from error
-    released = {}
-    for group in bank.groups.values():
-        if group.templates is not None:
-            released.update(dict.fromkeys(group.members, group.templates))
-    parameters = {name: parameter for name, parameter in backbone.named_parameters() if name not in rest}
-    for name in parameters:
-        module_name, _, weight_name = name.rpartition(".")
-        if module_name not in released or weight_name not in ("weight", "in_proj_weight"):
-            raise RecastLoadError(f"{str(path)!r} has no {name}: it was made from another architecture")
-        templates = released[module_name]
-        if templates.shape[1:] != parameters[name].shape:
-            raise RecastLoadError(
-                f"{name} has another shape\n  stored: {tuple(templates.shape[1:])}\n  model:  {tuple(parameters[name].shape)}"
-            )
-        empty = nn.Parameter(torch.zeros((), dtype=templates.dtype).expand(templates.shape[1:]), requires_grad=False)
-        setattr(empty, PLACEHOLDER, bank.base_fingerprint.get(module_name, ""))
-        backbone.get_submodule(module_name)._parameters[weight_name] = empty
-    try:
-        backbone.load_state_dict(rest, strict=False, assign=True)
-    except RuntimeError as error:
-        raise RecastLoadError(f"{str(path)!r} does not fit the backbone: {error}") from error
-    if hasattr(backbone, "tie_weights"):
-        backbone.tie_weights()  # type: ignore[operator]
-    empty_names = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
-    if empty_names:
-        raise RecastLoadError(
-            f"{', '.join(empty_names[:3])} of the backbone hold no numbers and are not stored: build it with "
-            "accelerate.init_empty_weights(), which keeps such buffers, or without the meta device"
-        )
+    bank, rest = _read(Path(path))
+    empty = _placeholders(backbone, bank, rest, str(path))
+    _check_fit(backbone, rest, {*rest, *empty}, str(path))
     config = RecastConfig() if config is None else copy.deepcopy(config)
     config.bank = bank  # type: ignore[assignment]
     config.keep_base_weights = False
-    return get_recast_model(backbone, config, adapter_name, **kwargs)
+    with _put_back_on_failure(backbone):
+        for name, parameter in empty.items():
+            module_name, _, weight_name = name.rpartition(".")
+            backbone.get_submodule(module_name)._parameters[weight_name] = parameter
+        backbone.load_state_dict(rest, strict=False, assign=True)
+        if hasattr(backbone, "tie_weights"):
+            backbone.tie_weights()  # type: ignore[operator]
+        return get_recast_model(backbone, config, adapter_name, **kwargs)
+
+
+@contextmanager
+def _put_back_on_failure(backbone: nn.Module) -> Iterator[None]:
+    """A block after which a model holds its own parameters and buffers again, the same objects, if the block fails."""
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in backbone.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, parameters, buffers in before:
+            module._parameters, module._buffers = parameters, buffers
+        raise
+
+
+def _read(folder: Path) -> tuple[StoredBank, dict[str, Tensor]]:
+    """The bank of a compressed model, and the rest of its backbone, both of one moment.
+
+    Raises:
+        RecastLoadError: if one of them is damaged, or they are of different models.
+    """
+    what = f"{REST_WEIGHTS} in {str(folder)!r}"
+    for attempt in range(TRIES):
+        bank = load_bank(folder)
+        try:
+            file = read_tensors(companion_of(folder / BANK_WEIGHTS, folder / REST_WEIGHTS), what, floating=False)
+        except RecastLoadError:
+            if attempt + 1 < TRIES and not (folder / REST_WEIGHTS).is_file():
+                continue  # another process is just putting it in its place
+            raise
+        if file.metadata.get(BANK) in (None, checksum(bank.tensors())):  # files of earlier versions do not say
+            return bank, _with_tied(file, what)
+    raise RecastLoadError(
+        f"{what} belongs to another bank than the one beside it\n  checksum of its bank: {file.metadata.get(BANK)}\n"
+        f"  bank beside it:       {checksum(bank.tensors())}\nStore the compressed model again; nothing was loaded."
+    )
+
+
+def _with_tied(file: TensorFile, what: str) -> dict[str, Tensor]:
+    tied = parse_json(file.metadata.get("tied", "{}"), f"'tied' of {what}")
+    for name in tied:
+        if name in file.tensors or tied.text(name) not in file.tensors:
+            raise RecastLoadError(f"{what} ties {name!r} to {tied[name]!r}, which it does not hold. Fetch it again.")
+    return {**file.tensors, **{name: file.tensors[tied[name]] for name in tied}}
+
+
+def _placeholders(backbone: nn.Module, bank: StoredBank, rest: Mapping[str, Tensor], path: str) -> dict[str, nn.Parameter]:
+    """Parameters without memory of their own for the weights that the bank stands for, by name; nothing is changed."""
+    released: dict[str, Tensor] = {}
+    for group in bank.groups.values():
+        if group.templates is not None:
+            released.update(dict.fromkeys(group.members, group.templates))
+    empty = {}
+    for name, parameter in backbone.named_parameters():
+        if name in rest:
+            continue
+        module_name, _, weight_name = name.rpartition(".")
+        if module_name not in released or weight_name not in ("weight", "in_proj_weight"):
+            raise RecastLoadError(f"{path!r} has no {name}: it was made from another architecture")
+        templates = released[module_name]
+        if templates.shape[1:] != parameter.shape:
+            raise RecastLoadError(
+                f"{name} has another shape\n  stored: {tuple(templates.shape[1:])}\n  model:  {tuple(parameter.shape)}"
+            )
+        empty[name] = nn.Parameter(torch.zeros((), dtype=templates.dtype).expand(templates.shape[1:]), requires_grad=False)
+        setattr(empty[name], PLACEHOLDER, bank.base_fingerprint.get(module_name, ""))
+    return empty
+
+
+def _check_fit(backbone: nn.Module, rest: Mapping[str, Tensor], filled: set[str], path: str) -> None:
+    """Refuse what does not fit the backbone, before it is touched."""
+    own = backbone.state_dict()
+    unknown = sorted(set(rest) - set(own))
+    if unknown:
+        raise RecastLoadError(f"{path!r} does not fit the backbone, which has no {unknown[0]} (and {len(unknown) - 1} others)")
+    for name, tensor in rest.items():
+        if tensor.shape != own[name].shape or tensor.is_floating_point() != own[name].is_floating_point():
+            raise RecastLoadError(
+                f"{path!r} does not fit the backbone: {name}\n  stored: {tuple(tensor.shape)}, {tensor.dtype}\n"
+                f"  model:  {tuple(own[name].shape)}, {own[name].dtype}"
+            )
+    held = (*backbone.named_parameters(), *backbone.named_buffers())
+    hollow = [name for name, tensor in held if tensor.is_meta and name not in filled]
+    if hollow:
+        raise RecastLoadError(
+            f"{', '.join(hollow[:3])} of the backbone hold no numbers and are not stored: build it with "
+            "accelerate.init_empty_weights(), which keeps such buffers, or without the meta device"
+        )

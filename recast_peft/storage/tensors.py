@@ -24,6 +24,7 @@ from .atomic import staged
 
 CHECKSUM = "recast_checksum"  # the entry of a file's metadata
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TRIES = 50  # to read a file that is replaced again and again
 _CHUNK = 1 << 22  # numbers that are looked at in one go
 
 
@@ -104,9 +105,7 @@ def read_tensors(
     """
     what = what or str(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors, metadata = _of_one_moment(path)
     except Exception as reason:  # safetensors and torch have a kind of error for each kind of damage
         raise _unreadable(what, reason, error) from reason
     if floating:
@@ -116,6 +115,27 @@ def read_tensors(
     content = TensorFile(tensors, metadata)
     _check_content(what, content, error)
     return content
+
+
+def _of_one_moment(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of a file that another process may replace meanwhile: it is opened once for each of the two."""
+    for attempt in range(TRIES):
+        before = os.stat(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except Exception:
+            if attempt + 1 < TRIES and not _same_file(before, os.stat(path)):
+                continue
+            raise
+        if _same_file(before, os.stat(path)):
+            break
+    return tensors, metadata
+
+
+def _same_file(before: os.stat_result, after: os.stat_result) -> bool:
+    return (before.st_ino, before.st_mtime_ns, before.st_size) == (after.st_ino, after.st_mtime_ns, after.st_size)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

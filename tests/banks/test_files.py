@@ -416,8 +416,24 @@ class TestCompressedModel:
         with pytest.raises(RecastLoadError, match="another architecture"):
             load_compressed_model(tiny_vit(depth=6), tmp_path)
         (tmp_path / "recast_backbone.safetensors").unlink()
-        with pytest.raises(RecastLoadError, match="cannot be read"):
+        with pytest.raises(RecastLoadError, match="damaged or incomplete"):
             load_compressed_model(tiny_vit(), tmp_path)
+
+    def test_beside_another_bank_is_refused(self, tmp_path: Path) -> None:
+        save_compressed_model(fitted(), tmp_path)
+        fitted(seed=1).save_bank(tmp_path)  # over the bank of the compressed model
+        with pytest.raises(RecastLoadError, match="belongs to another bank"):
+            load_compressed_model(tiny_vit(), tmp_path)
+
+    def test_that_fails_leaves_the_backbone_as_it_was(self, tmp_path: Path) -> None:
+        save_compressed_model(fitted(), tmp_path)
+        plain = tiny_vit(seed=9)
+        before = {name: (id(p), p.clone()) for name, p in plain.named_parameters()}
+        with pytest.raises(RecastConfigError):
+            load_compressed_model(plain, tmp_path, adapter_name="a.b/../c")
+        after = dict(plain.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(id(after[name]) == identity and torch.equal(after[name], p) for name, (identity, p) in before.items())
 
     def test_stores_tied_weights_once(self, tmp_path: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
