@@ -1,16 +1,11 @@
-"""The main job: learn several tasks one after the other on one backbone, and say honestly what their numbers buy.
+"""The main job on real pretrained weights: learn tasks one after the other, and say honestly what their numbers buy and cost.
 
     python examples/demo.py --output demo_output
 
-It converts a pretrained backbone (plan and fidelity are printed), learns the tasks as RECAST tasks, saves each, reloads all
-of them into a fresh backbone, swaps between them, and shows the accuracy of every task after every task. Beside it the same
-tasks are learned with a linear probe, with PEFT's LoRA, and with RECAST on a bank of biases that was grown from the
-pretraining's own characters. What is shown is written as text, JSON and a picture.
-
-By default everything is embedded: a small vision transformer pretrained on printed glyphs, and tasks of handwriting, other
-scripts and symbols. With a network, any other backbone and data do as well:
-
-    python examples/demo.py --backbone vit_small_patch16_224.augreg_in21k --dataset Flowers102 --dataset CIFAR10
+Two backbones that other people trained, MiniLM (sentences) and an ImageNet EfficientNet-Lite0 (pictures), each with tasks of
+real data (``examples/worlds``). For each backbone the tasks are learned in sequence with RECAST, saved, reloaded into a fresh
+backbone, swapped, and mixed in one batch. Beside it every task is learned with a linear probe and with PEFT's LoRA of rank 8
+and 1: the same examples, epochs, batches, schedule and classifier. Table, picture and figures go to the output folder.
 """
 
 from __future__ import annotations
@@ -19,220 +14,225 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
-import torch
-from glyph_backbone import load_backbone
-from glyphs import TASKS, Task, load_task
-from peft import PeftModel
-from practice_bank import load_practice_bank
-from torch import nn
-from training import Schedule, recast_groups, test_accuracy, train_groups, train_lora, train_probe, train_recast
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from recast_peft import BiasConfig, RecastConfig, TaskPool, mimicry_report, plan_recast
+import torch
+from frontier import PROBE, run
+from peft import PeftModel
+from torch import Tensor, nn
+from worlds import WORLDS, Split, Task, World
+from worlds.training import accuracy, train
+
+from recast_peft import RecastConfig, TaskPool, create_recast_optimizer, plan_recast
 from recast_peft.analysis.matrix import AccuracyMatrix
 from recast_peft.analysis.sequence import learn_in_sequence
 
-DEFAULT_TASKS = ("handwriting", "greek", "cyrillic", "hebrew", "operators", "arrows")
-HEAD_DECAY = 10.0  # of every classifier: with 60 images a class it overfits otherwise (docs/accuracy.md)
-ON_BANK = "RECAST, bank"
-BANK_LR = 0.158  # of coefficients on a bank of biases (docs/grown_banks.md)
-TASK_FILES = ("adapter_config.json", "adapter_model.safetensors")
+RECAST = "RECAST"
+RIVALS = (PROBE, "LoRA r=1", "LoRA r=8")
+RATES = {PROBE: 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
+SHORT = {"text": ("field", "type", "kind"), "pictures": ("digits", "icons", "scripts")}  # tasks of the demo
+EPOCHS = {"text": 3, "pictures": 8}
+
+
+@dataclass
+class Result:
+    """What a method reached on each task, and what a task of it costs beside the classifier."""
+
+    trainable: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    accuracies: dict[str, float] = field(default_factory=dict)
+
+
+def scores_of(model: nn.Module, split: Split, **more: object) -> Tensor:
+    """Class scores of a model with its own classifier."""
+    return model(*split.inputs, **more)
+
+
+def coefficients(model: nn.Module) -> list[nn.Parameter]:
+    """What a RECAST task trains beside its classifier."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and "recast_" in name]
+
+
+def learn(world: World, tasks: dict[str, Task], seed: int, result: Result) -> tuple[PeftModel, AccuracyMatrix]:
+    """Learn the tasks one after the other with RECAST, as it is."""
+
+    def train_task(model: PeftModel, task: Task) -> None:
+        model.eval()  # statistics of batch norms and dropout as they were: every method learns like this
+        started = time.perf_counter()
+        numbers = coefficients(model)
+        result.trainable = sum(p.numel() for p in numbers)
+        own = {id(p) for p in numbers}
+        for parameter in model.parameters():  # every method's classifier begins at zero
+            if parameter.requires_grad and id(parameter) not in own:
+                nn.init.zeros_(parameter)
+        optimizer = create_recast_optimizer(model, lr=world.head_lr)
+        optimizer.param_groups.sort(key=lambda group: bool({id(p) for p in group["params"]} & own))  # the classifier first
+        train(partial(scores_of, model), optimizer, task.train, world, world.epochs, seed, f"{RECAST} {task.name}")
+        result.seconds += time.perf_counter() - started
+
+    def test_task(model: nn.Module, task: Task) -> float:
+        return accuracy(partial(scores_of, model), task.test) / 100
+
+    configs = {
+        name: RecastConfig(num_classes=len(task.classes), head_module=world.head, seed=seed) for name, task in tasks.items()
+    }
+    return learn_in_sequence(world.backbone(), tasks, train_task, test_task, config=configs, progress=False)
+
+
+def reload(world: World, folder: Path, tasks: dict[str, Task]) -> PeftModel:
+    """A fresh backbone with all saved tasks."""
+    first, *others = tasks
+    model = PeftModel.from_pretrained(world.backbone(), folder / first, first)
+    for name in others:
+        model.load_adapter(folder / name, name)
+    return model.eval()
+
+
+def coefficient_bytes(folder: Path) -> int:
+    """Bytes of a saved task without its classifier: its config, and its numbers with their names."""
+    from safetensors.torch import load_file, save
+
+    entries = {name: value for name, value in load_file(folder / "adapter_model.safetensors").items() if "recast_" in name}
+    return (folder / "adapter_config.json").stat().st_size + len(save(entries))
+
+
+@torch.no_grad()
+def mixed_batch(pool: TaskPool, model: PeftModel, tasks: dict[str, Task], size: int = 24) -> float:
+    """One batch with samples of all tasks: the largest difference to each sample's own task alone."""
+    each = min(size // len(tasks), *(len(task.test) for task in tasks.values()))
+    drawn = [(name, place) for place in range(each) for name in tasks]
+    rows = [tasks[name].test[place : place + 1] for name, place in drawn]
+    inputs = tuple(torch.cat(values) for values in zip(*(row.inputs for row in rows), strict=True))
+    mixed = model(*inputs, task_ids=pool.ids([name for name, _ in drawn]))
+    difference = 0.0
+    for row, (name, _) in enumerate(drawn):
+        with pool.use(name):
+            alone = model(*(values[row : row + 1] for values in inputs))[0]
+        difference = max(difference, float((mixed[row, : len(alone)] - alone).abs().max()))
+    return difference
+
+
+def swap_time(pool: TaskPool, tasks: dict[str, Task], times: int = 60) -> float:
+    """Microseconds (a median) to make another task active."""
+    measured = []
+    for name, _ in zip(cycle(tasks), range(times), strict=False):
+        started = time.perf_counter()
+        pool.activate(name)
+        measured.append(time.perf_counter() - started)
+    pool.deactivate()
+    return 1e6 * sorted(measured)[times // 2]
+
+
+def table(results: dict[str, Result]) -> str:
+    """A row for each method."""
+    tasks = list(results[RECAST].accuracies)
+    lines = ["method".ljust(12) + "trainable".rjust(11) + "bytes".rjust(10) + "seconds".rjust(9)]
+    lines[0] += "".join(task.rjust(10) for task in (*tasks, "mean"))
+    for name, one in results.items():
+        found = [one.accuracies[task] for task in tasks]
+        cost = f"{one.trainable:>11,}{one.bytes:>10,}{one.seconds / len(tasks):>9.1f}"
+        lines.append(name.ljust(12) + cost + "".join(f"{value:>10.1f}" for value in (*found, sum(found) / len(found))))
+    lines.append(
+        "(of a task, its classifier aside: trainable parameters, bytes on disk, seconds of training; accuracy in percent)"
+    )
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, dict[str, Result]], path: Path) -> None:
+    """Bars of the methods by task, a panel for each backbone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(6.5 * len(found), 4.5), layout="constrained", squeeze=False)
+    for panel, (world, results) in zip(panels[0], found.items(), strict=True):
+        width = 0.8 / len(results)
+        for i, (method, one) in enumerate(results.items()):
+            places = [x + (i - (len(results) - 1) / 2) * width for x in range(len(one.accuracies))]
+            panel.bar(places, list(one.accuracies.values()), width, label=f"{method}: {one.trainable:,} parameters")
+        panel.set_xticks(range(len(one.accuracies)), list(one.accuracies))
+        panel.set_ylabel("test accuracy in percent")
+        panel.set_title(world)
+        panel.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show_world(world: World, tasks: dict[str, Task], options: argparse.Namespace, say) -> dict[str, Result]:
+    """Everything about one backbone."""
+    results: dict[str, Result] = {RECAST: Result()}
+    recast, folder = results[RECAST], options.output / world.name
+    plain = world.backbone()
+    plan, whole = plan_recast(plain, RecastConfig()), sum(p.numel() for p in plain.parameters())
+    say(f"\n== {world.name}: {type(plain).__name__} of {whole:,} parameters ==")
+    say(f"RECAST as it is: {plan.num_coefficients} numbers for each task on {len(plan.groups)} banks")
+    model, matrix = learn(world, tasks, options.seed, recast)
+    recast.accuracies = {name: 100 * float(matrix.values[-1][j]) for j, name in enumerate(tasks)}
+    say(f"\nAccuracy on each task after each task:\n{matrix}")
+    model.save_pretrained(folder, selected_adapters=list(tasks))
+    recast.bytes = coefficient_bytes(folder / next(iter(tasks)))
+    fresh = reload(world, folder, tasks)
+    again = {}
+    for name, task in tasks.items():
+        fresh.set_adapter(name)
+        again[name] = accuracy(partial(scores_of, fresh), task.test)
+    same = all(abs(again[name] - recast.accuracies[name]) < 1e-4 for name in tasks)
+    say(f"Saved and reloaded into a fresh backbone: {'the same' if same else 'OTHER'} accuracies on all {len(tasks)} tasks")
+    pool = TaskPool(fresh)
+    for name in tasks:
+        pool.add(name, name)
+    say(f"All tasks in one batch: every sample as with its own task alone, to {mixed_batch(pool, fresh, tasks):.0e}")
+    say(f"Another task becomes active in {swap_time(pool, tasks):.0f} microseconds")
+    for method in options.methods:
+        results[method] = one = Result()
+        for name, task in tasks.items():
+            found = run(world, task, method, options.seed, RATES[method], progress=True)
+            one.accuracies[name] = found.accuracy
+            one.trainable, one.bytes, one.seconds = found.trainable, found.bytes, one.seconds + found.seconds
+    say(f"\n{table(results)}")
+    return results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for tasks, table and picture")
-    parser.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), choices=list(TASKS), help="embedded tasks, in order")
-    parser.add_argument("--train-per-class", type=int, default=60)
-    parser.add_argument("--test-per-class", type=int, default=60)
-    parser.add_argument("--epochs", type=int, default=Schedule.epochs)
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--methods", nargs="*", default=list(RIVALS), choices=RIVALS, help="beside RECAST")
+    parser.add_argument("--train", type=int, default=480, help="most examples of a task to learn from")
+    parser.add_argument("--test", type=int, default=400, help="most examples of a task to test on")
+    parser.add_argument("--epochs", type=int, help="instead of the demo's own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backbone", help="a timm or transformers name, or a folder, instead of the embedded backbone")
-    parser.add_argument("--untrained", action="store_true", help="with --backbone: random weights, for trying the path out")
-    parser.add_argument(
-        "--dataset", action="append", help="a torchvision or datasets name, or a folder of images; may be given several times"
-    )
-    parser.add_argument("--limit", type=int, default=2000, help="with --dataset: most images for training, and for the test")
     return parser.parse_args(arguments)
 
 
-def sources(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dict[str, Task]]:
-    """A function that makes a fresh backbone, and the tasks by name."""
-    if arguments.backbone is None and arguments.dataset is None:
-        sizes = {"train_per_class": arguments.train_per_class, "test_per_class": arguments.test_per_class}
-        return load_backbone, {name: load_task(name, seed=arguments.seed, **sizes) for name in arguments.tasks}
-    if arguments.backbone is None or arguments.dataset is None:
-        raise SystemExit("--backbone and --dataset go together: the embedded ones fit each other alone")
-    from named_sources import load_named_backbone, load_named_task  # needs torchvision, and a network for most names
-
-    make_backbone = partial(load_named_backbone, arguments.backbone, pretrained=not arguments.untrained)
-    preprocessing = make_backbone()
-    tasks = [load_named_task(name, preprocessing, arguments.limit, arguments.seed) for name in arguments.dataset]
-    return make_backbone, {task.name: task for task in tasks}
-
-
-def size_of(folder: Path) -> tuple[int, int]:
-    """Bytes of a saved task: all of it, and of the coefficients alone (4 bytes a number)."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        shapes = [file.get_slice(key).get_shape() for key in file.keys() if ".recast_" in key]  # noqa: SIM118
-    numbers = sum(torch.Size(shape).numel() for shape in shapes)
-    return sum((folder / name).stat().st_size for name in TASK_FILES), 4 * numbers
-
-
-def learn(
-    make_backbone: Callable[[], nn.Module], tasks: dict[str, Task], schedule: Schedule
-) -> tuple[PeftModel, AccuracyMatrix]:
-    """Learn the tasks one after the other with RECAST."""
-
-    def train(model: PeftModel, task: Task) -> None:
-        groups = recast_groups(model, schedule)
-        train_groups(model, groups, task.train_images, task.train_labels, schedule, schedule.epochs, f"RECAST {task.name}")
-
-    configs = {name: RecastConfig(num_classes=task.num_classes, seed=schedule.seed) for name, task in tasks.items()}
-    return learn_in_sequence(make_backbone(), tasks, train, test_accuracy, config=configs)
-
-
-def on_bank(make_backbone: Callable[[], nn.Module], task: Task, schedule: Schedule) -> tuple[float, int]:
-    """RECAST with a scale for each ``fc1`` and the templates of the bank of biases: test accuracy, and the numbers trained."""
-    partner = BiasConfig(bank=load_practice_bank())
-    fields = {"target_modules": ["fc1"], "group_size": 1, "partners": [partner]}
-    config = RecastConfig(num_classes=task.num_classes, seed=schedule.seed, **fields)  # type: ignore[arg-type]
-    fast = replace(schedule, coefficient_lr=BANK_LR)
-    _, found, numbers = train_recast(make_backbone, task, fast, config, f"{ON_BANK} {task.name}")
-    return found, numbers
-
-
-def reload(make_backbone: Callable[[], nn.Module], folder: Path, tasks: dict[str, Task]) -> PeftModel:
-    """A fresh backbone with all saved tasks."""
-    first, *others = tasks
-    model = PeftModel.from_pretrained(make_backbone(), folder / first, first)
-    for name in others:
-        model.load_adapter(folder / name, name)
-    return model.eval()
-
-
-def swap_times(model: PeftModel, tasks: dict[str, Task]) -> dict[str, float]:
-    """Microseconds (medians of 50) to put another task in force: composed as used, and merged."""
-    pool = TaskPool(model)
-    for name in tasks:
-        pool.add(name, name)
-    names = list(tasks)
-    result = {}
-    for label, merge in (("live", False), ("merged", True)):
-        pool.activate(names[0], merge=merge)
-        times = []
-        for i in range(50):
-            start = time.perf_counter()
-            pool.activate(names[(i + 1) % len(names)], merge=merge)
-            times.append(time.perf_counter() - start)
-        result[label] = sorted(times)[len(times) // 2] * 1e6
-    pool.deactivate()
-    return result
-
-
-def compare_table(results: dict[str, dict[str, float]], classes: dict[str, int], numbers: dict[str, int]) -> str:
-    """Test accuracy in percent, a row for each task and a column for each method."""
-    methods = list(numbers)
-    lines = ["task".ljust(14) + "classes".rjust(8) + "".join(m.rjust(16) for m in methods)]
-    lines.append("numbers trained".ljust(22) + "".join(f"{numbers[m]:,}".rjust(16) for m in methods))
-    for task, row in results.items():
-        lines.append(task.ljust(14) + str(classes[task]).rjust(8) + "".join(f"{100 * row[m]:.1f}".rjust(16) for m in methods))
-    means = {m: sum(row[m] for row in results.values()) / len(results) for m in methods}
-    lines.append("mean".ljust(22) + "".join(f"{100 * means[m]:.1f}".rjust(16) for m in methods))
-    lines.append(
-        "(numbers trained: beside the classifier, which every method trains; the probe is the better of a short and a long run)"
-    )
-    return "\n".join(lines)
-
-
-def draw(results: dict[str, dict[str, float]], numbers: dict[str, int], matrix: AccuracyMatrix, path: Path) -> None:
-    """Bars of the methods by task, and the accuracy matrix beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (bars, grid) = plt.subplots(1, 2, figsize=(13, 4.8), width_ratios=(1.3, 1), layout="constrained")
-    width = 0.8 / len(numbers)
-    for i, (method, count) in enumerate(numbers.items()):
-        heights = [100 * row[method] for row in results.values()]
-        places = [x + (i - (len(numbers) - 1) / 2) * width for x in range(len(results))]
-        bars.bar(places, heights, width, label=f"{method} ({count:,} numbers)")
-    bars.set_xticks(range(len(results)), list(results))
-    bars.set_ylabel("test accuracy in percent")
-    bars.set_ylim(bottom=max(0, min(100 * min(row.values()) for row in results.values()) - 10))
-    bars.legend(loc="lower right")
-    bars.set_title("One backbone, one task after the other")
-    matrix.plot(axes=grid)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def main(arguments: list[str] | None = None) -> dict[str, object]:
-    """Run the demo; returns what is also written as JSON."""
-    options = parse(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1" if options.backbone is None else "0")
-    started = time.perf_counter()
-    schedule = Schedule(epochs=options.epochs, seed=options.seed, head_decay=HEAD_DECAY)
-    make_backbone, tasks = sources(options)
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
+    """Run the demo; the results by world and method, which are also written."""
+    options, started, text = parse(arguments), time.perf_counter(), []
     options.output.mkdir(parents=True, exist_ok=True)
-    text: list[str] = []
 
     def say(what: object) -> None:
         text.append(str(what))
         print(what, flush=True)
 
-    say("The plan (nothing is touched yet):")
-    plain = make_backbone()
-    say(plan_recast(plain, RecastConfig()))
-    model, matrix = learn(make_backbone, tasks, schedule)
-    say(f"\nFidelity of the converted backbone:\n{mimicry_report(model)}")
-    model.save_pretrained(options.output / "tasks", selected_adapters=list(tasks))
-    say("\nSaved tasks (config and weights; the classifier is most of it):")
-    for name in tasks:
-        whole, coefficients = size_of(options.output / "tasks" / name)
-        say(f"  {name:14}{whole:>8,} bytes, of which coefficients {coefficients:>4}")
-
-    fresh = reload(make_backbone, options.output / "tasks", tasks)
-    again = {}
-    for name, task in tasks.items():
-        fresh.set_adapter(name)
-        again[name] = test_accuracy(fresh, task)
-    same = all(again[name] == matrix.values[-1][j] for j, name in enumerate(tasks))
-    say(f"\nReloaded into a fresh backbone: {'the same accuracies' if same else 'OTHER accuracies'} on all {len(tasks)} tasks")
-    say(f"\nAccuracy on each task after each task:\n{matrix}")
-    swaps = swap_times(fresh, tasks)
-    say(f"\nTime of a swap: {swaps['live']:.0f} microseconds live, {swaps['merged']:.0f} with the weights merged")
-
-    recast_numbers = sum(p.numel() for n, p in model.named_parameters() if f"recast_coefficients.{next(iter(tasks))}" in n)
-    lora_name = f"LoRA r={options.rank}"
-    has_bank = options.backbone is None  # the bank was made for the embedded backbone
-    numbers = {"linear probe": 0, "RECAST": recast_numbers, **({ON_BANK: 0} if has_bank else {}), lora_name: 0}
-    results: dict[str, dict[str, float]] = {}
-    for j, (name, task) in enumerate(tasks.items()):
-        probe, _ = train_probe(make_backbone(), task, schedule, f"linear probe {name}")
-        _, lora, numbers[lora_name] = train_lora(make_backbone, task, schedule, options.rank, f"LoRA {name}")
-        results[name] = {"linear probe": probe, "RECAST": float(matrix.values[-1][j]), lora_name: lora}
-        if has_bank:
-            results[name][ON_BANK], numbers[ON_BANK] = on_bank(make_backbone, task, schedule)
-    classes = {name: task.num_classes for name, task in tasks.items()}
-    say("\nTest accuracy in percent:\n" + compare_table(results, classes, numbers))
-    seconds = time.perf_counter() - started
-    say(f"\n{seconds:.0f} seconds in all; table, picture and tasks are in {options.output}")
-
-    draw(results, numbers, matrix, options.output / "demo.png")
-    summary = {"results": results, "numbers": numbers, "matrix": matrix.to_dict(), "swap_us": swaps, "seconds": seconds}
+    found = {}
+    for name in options.worlds:
+        world = replace(WORLDS[name], epochs=options.epochs or EPOCHS[name])
+        tasks = {task: world.tasks[task]().limited(options.train, options.test) for task in SHORT[name]}
+        found[name] = show_world(world, tasks, options, say)
+    say(f"\n{time.perf_counter() - started:.0f} seconds in all; table, picture and tasks are in {options.output}")
+    draw(found, options.output / "demo.png")
+    summary = {world: {method: vars(one) for method, one in results.items()} for world, results in found.items()}
     (options.output / "demo.txt").write_text("\n".join(text) + "\n")
     (options.output / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+    return found
 
 
 if __name__ == "__main__":

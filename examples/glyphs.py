@@ -1,17 +1,8 @@
-"""Small image-classification tasks that need no download: printed glyphs and handwritten digits.
+"""Printed glyphs for tests of mimicry on a backbone that was pretrained on them (``glyph_backbone.py``); no download.
 
-Printed glyphs come from the fonts that matplotlib ships, handwritten digits from scikit-learn. Every image is grey,
-28 x 28 and distorted at random (turned, scaled, thickened, blurred, noised, partly covered, crossed by stray strokes),
-so that few training images do not suffice to learn a task from pixels. Randomness comes from local, seeded generators.
-
-The characters used for pretraining (Latin, Georgian, Canadian syllabics, Tifinagh, ...) and those of the tasks are
-disjoint, and look-alikes (Latin ``P`` and Cyrillic ``Р``) are removed by comparing the drawn bitmaps. Two tasks,
-``lettering`` and ``damage``, show characters known from pretraining but ask a new question about them.
-
-Typical use::
-
-    task = load_task("greek", seed=0)
-    task.train_images.shape  # (classes * train_per_class, 1, 28, 28)
+Glyphs come from the fonts that matplotlib ships. Every image is grey, 28 x 28 and distorted at random (turned, scaled,
+thickened, blurred, noised, partly covered, crossed by stray strokes). Randomness comes from local, seeded generators. The
+characters of pretraining and those of the tasks are disjoint, and look-alikes are removed by comparing the drawn bitmaps.
 """
 
 # ruff: noqa: RUF001 (characters of other scripts are the data here)
@@ -47,12 +38,8 @@ SANS_FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans
 SERIF_FACES = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
 MONO_FACES = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
 STIX_FACES = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
-_REGULAR_FACES = (SANS_FACES[0], SERIF_FACES[0], MONO_FACES[0], STIX_FACES[0])
 FACES = SANS_FACES + SERIF_FACES + MONO_FACES + STIX_FACES
 """Every face glyphs are drawn with, if it has the character."""
-
-LATIN_LETTERS = "ABDEFGHKLMNPQRTUWYabdefghijkmnpqrtuy"
-"""Basic Latin letters whose two cases do not look alike once scaled to the same size."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +68,6 @@ class Distortion:
     """Largest side of the square covered with paper, as a fraction of the image side."""
     strokes: int = 0
     """Number of stray strokes across the image."""
-    negative: bool = False
-    """Whether ink and paper change places."""
 
 
 PRETRAINING_DISTORTION = Distortion()
@@ -124,15 +109,12 @@ class TaskDescription:
         class_names: one name for each label.
         bitmaps: gives the undistorted bitmaps of a class, uint8 (bitmaps, 48, 48).
         distortions: one for each class.
-        separate_bitmaps: whether no bitmap may serve both training and test (each is a sample of its own); otherwise
-            both use the same drawn glyphs and only the distortions differ.
     """
 
     description: str
     class_names: tuple[str, ...]
     bitmaps: Callable[[int], Tensor]
     distortions: tuple[Distortion, ...]
-    separate_bitmaps: bool = False
 
 
 # ---- drawing ----
@@ -209,22 +191,6 @@ def glyph_bitmaps(characters: str, faces: tuple[str, ...] = FACES) -> Tensor:
     if not bitmaps:
         raise ValueError(f"none of the faces {faces} has a glyph for any of {characters!r}")
     return torch.stack(bitmaps)
-
-
-@cache
-def handwritten_bitmaps(digit: int) -> Tensor:
-    """Return the handwritten samples of a digit from scikit-learn, enlarged from 8 x 8.
-
-    Returns:
-        uint8, (samples, 48, 48).
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    samples = torch.from_numpy(digits.images[digits.target == digit]).float().unsqueeze(1) / 16  # (samples, 1, 8, 8)
-    enlarged = F.interpolate(samples, size=(40, 40), mode="bicubic", align_corners=False).clamp(0, 1)
-    margin = (CANVAS_SIZE - 40) // 2
-    return (F.pad(enlarged, [margin] * 4).squeeze(1) * 255).round().to(torch.uint8)
 
 
 # ---- distorting ----
@@ -313,8 +279,6 @@ def distort(bitmaps: Tensor, distortion: Distortion, generator: torch.Generator)
         images = _occlude(images, distortion.occlusion, generator)
     images = _blur(images, _uniform(count, distortion.blur, generator))
     images = images * _uniform(count, distortion.contrast, generator).view(-1, 1, 1, 1)
-    if distortion.negative:
-        images = 1 - images
     noise = torch.empty_like(images).normal_(generator=generator)
     images = images + noise * _uniform(count, distortion.noise, generator).view(-1, 1, 1, 1)
     return (images - 0.15) / 0.3
@@ -349,32 +313,6 @@ _WORN = Distortion(
     occlusion=0.3,
 )
 
-_CLEAN = Distortion(
-    rotation=(-6.0, 6.0),
-    stretch=0.05,
-    shear=0.03,
-    thickness=(-0.15, 0.15),
-    blur=(0.0, 0.3),
-    noise=(0.0, 0.05),
-    contrast=(0.85, 1.0),
-    occlusion=0.1,
-)
-
-_LETTERINGS = {face: (face,) for face in (*SANS_FACES, *SERIF_FACES, *STIX_FACES)}
-
-_DAMAGES = {
-    "none": _CLEAN,
-    "turned left": replace(_CLEAN, rotation=(-50.0, -15.0)),
-    "turned right": replace(_CLEAN, rotation=(15.0, 50.0)),
-    "small": replace(_CLEAN, scale=(0.5, 0.75)),
-    "thin": replace(_CLEAN, thickness=(-1.0, -0.6)),
-    "thick": replace(_CLEAN, thickness=(0.9, 1.8)),
-    "blurred": replace(_CLEAN, blur=(0.8, 1.0)),
-    "noisy": replace(_CLEAN, noise=(0.15, 0.3)),
-    "pale": replace(_CLEAN, contrast=(0.3, 0.6)),
-    "struck": replace(_CLEAN, strokes=2),
-}
-
 _RESERVED = {
     "digits": "0123456789",
     "greek": "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπρστφχψω",
@@ -387,38 +325,10 @@ _RESERVED = {
 """Characters that pretraining never shows, nor any character that looks like one of them; tasks choose from them."""
 
 TASKS: dict[str, TaskDescription] = {
-    "handwriting": TaskDescription(
-        description="handwritten digits on grainy paper",
-        class_names=tuple("0123456789"),
-        bitmaps=handwritten_bitmaps,
-        distortions=(replace(_WORN, noise=(0.15, 0.3)),) * 10,
-        separate_bitmaps=True,
-    ),
     "greek": _glyph_task("Greek letters on very grainy paper", "ΓΔΘΛΞΠΣΦΨΩαβδζηλξω", replace(_WORN, noise=(0.25, 0.4))),
     "cyrillic": _glyph_task("Cyrillic letters, crossed out", "БДЖЗИЛУЦЧШЪЫЭЮЯЄЉЋ", replace(_WORN, strokes=3)),
-    "armenian": _glyph_task(
-        "Armenian letters, ink and paper swapped",
-        "ԲԳԴԵԶԷԸԹԺԻԽԾԿՁՃՄՅՆ",
-        replace(_WORN, negative=True, occlusion=0.2),
-    ),
     "hebrew": _glyph_task(
         "Hebrew letters on grainy paper, struck", "אבגדהוזחטךכלמנסעפץצקשת", replace(_WORN, noise=(0.15, 0.3), strokes=1)
-    ),
-    "operators": _glyph_task(
-        "mathematical operators, crossed out", "∀∂∃∇∈∏∑√∝∞∠∩∪∫≈≠≡≤⊂⊕", replace(_WORN, noise=(0.1, 0.2), strokes=3)
-    ),
-    "arrows": _glyph_task("arrows, struck", "←↑→↓↔↕↖↗↘↙↩↪↺↻⇄⇅⇐⇑⇒⇓", replace(_WORN, strokes=1)),
-    "lettering": TaskDescription(
-        description="family, weight and slant of a Latin letter",
-        class_names=tuple(_LETTERINGS),
-        bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS, tuple(_LETTERINGS.values())[label]),
-        distortions=(_CLEAN,) * len(_LETTERINGS),
-    ),
-    "damage": TaskDescription(
-        description="what happened to a Latin letter",
-        class_names=tuple(_DAMAGES),
-        bitmaps=lambda label: glyph_bitmaps(LATIN_LETTERS, _REGULAR_FACES),
-        distortions=tuple(_DAMAGES.values()),
     ),
 }
 """Every task by name."""
@@ -429,22 +339,6 @@ def _choose(bitmaps: Tensor, count: int, generator: torch.Generator) -> Tensor:
     rounds = -(-count // len(bitmaps))
     order = torch.cat([torch.randperm(len(bitmaps), generator=generator) for _ in range(rounds)])
     return bitmaps[order[:count]]
-
-
-def _split_bitmaps(
-    description: TaskDescription, label: int, train: int, test: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Choose the bitmaps of one class for training, (train, 48, 48), and for the test, (test, 48, 48)."""
-    bitmaps = description.bitmaps(label)
-    if not description.separate_bitmaps:
-        return _choose(bitmaps, train, generator), _choose(bitmaps, test, generator)
-    if train + test > len(bitmaps):
-        raise ValueError(
-            f"class {description.class_names[label]!r} has {len(bitmaps)} images\n"
-            f"but train_per_class + test_per_class is {train + test}; ask for fewer"
-        )
-    chosen = _choose(bitmaps, train + test, generator)
-    return chosen[:train], chosen[train:]
 
 
 def load_task(name: str, seed: int = 0, train_per_class: int = 40, test_per_class: int = 40) -> Task:
@@ -473,7 +367,8 @@ def _draw_task(name: str, description: TaskDescription, seed: int, train_per_cla
     generator = torch.Generator().manual_seed((zlib.crc32(name.encode()) << 16) + seed)
     train_images, test_images = [], []
     for label, distortion in enumerate(description.distortions):
-        train, test = _split_bitmaps(description, label, train_per_class, test_per_class, generator)
+        bitmaps = description.bitmaps(label)
+        train, test = (_choose(bitmaps, count, generator) for count in (train_per_class, test_per_class))
         train_images.append(distort(train, distortion, generator))
         test_images.append(distort(test, distortion, generator))
     labels = torch.arange(len(description.class_names))
@@ -579,39 +474,3 @@ def pretraining_batches(
     for _ in range(batches):
         chosen = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         yield distort(bitmaps[chosen], distortion, generator), labels[chosen]
-
-
-# ---- practice ----
-
-PRACTICE_CLASSES = 18
-_ROUGH = Distortion(
-    rotation=(-20.0, 20.0),
-    scale=(0.65, 1.05),
-    stretch=0.24,
-    shear=0.24,
-    shift=0.2,
-    thickness=(-1.0, 1.45),
-    blur=(0.0, 1.0),
-    noise=(0.0, 0.24),
-    contrast=(0.4, 1.0),
-    occlusion=0.5,
-)
-"""The ranges of pretraining, about twice as wide."""
-
-
-def practice_task(index: int, seed: int = 0, train_per_class: int = 40, test_per_class: int = 40) -> Task:
-    """Draw the images of a practice task: characters of pretraining, worn more than pretraining shows them.
-
-    Whoever has pretrained a backbone has the data for such tasks, before there is any other.
-
-    Args:
-        index: which characters, and how many stray strokes cross them: none, one or two in turn.
-        seed: the same seed gives the same images.
-        train_per_class: training images of each class.
-        test_per_class: test images of each class.
-    """
-    characters = pretraining_characters()
-    order = torch.randperm(len(characters), generator=torch.Generator().manual_seed(index))[:PRACTICE_CLASSES]
-    chosen = "".join(characters[i] for i in order.tolist())
-    description = _glyph_task("characters of pretraining, worn", chosen, replace(_ROUGH, strokes=index % 3))
-    return _draw_task(f"practice-{index}", description, seed, train_per_class, test_per_class)

