@@ -50,6 +50,9 @@ class RecastConfig(PeftConfig):
             names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes the feed-forward
             layers of a transformer (its attention projections where it has none), else the convolutions, else the linear
             layers. Neither None nor a shorthand picks a classifier head.
+        target_parameters: parameters that are composed although no module of their own holds them, by their names or endings
+            (``["experts.down_proj"]``): the fused experts of a mixture. A module has one of them at most. Given without
+            ``target_modules``, they are the only targets.
         exclude_modules: modules to leave out: a list of names, or a regular expression.
         layers_to_transform: layer indices, counted from 0; only modules in these layers are targets.
         layers_pattern: name of the module list that ``layers_to_transform`` counts in.
@@ -117,6 +120,9 @@ class RecastConfig(PeftConfig):
     """
 
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters without a module of their own, such as the fused experts of a mixture."}
+    )
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -285,7 +291,7 @@ class RecastConfig(PeftConfig):
 
     def layout(self, **fields: Any) -> RecastConfig:
         """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
-        same = ("target_modules", "groups", "recipes", "keep_base_weights", "head_module", "base_fingerprint")
+        same = ("target_modules", "target_parameters", "groups", "recipes", "keep_base_weights", "head_module", "base_fingerprint")
         biases = [copy.deepcopy(p) for p in self.partners or () if isinstance(p, PartnerConfig) and p.acts_on == "bias"]
         own = {name: copy.deepcopy(getattr(self, name)) for name in same}
         config = RecastConfig(**{**own, "bank": self.bank_reference, "partners": biases, **fields})

@@ -99,7 +99,8 @@ class RecastModel(TaskCalls, BaseTuner):
         """PEFT's own loop over the modules, on a copy of the config: it condenses names, and saves modules whole by itself."""
         config = cast(RecastConfig, self.peft_config[adapter_name])
         trained = [(p, p.requires_grad) for m in model.modules() if isinstance(m, TaskModule) for p in m.parameters()]
-        working = config.as_chosen(modules_to_save=None, target_modules=list(prepared.plan.targets), exclude_modules=None)
+        own = {"modules_to_save": None, "target_modules": list(prepared.plan.targets), "target_parameters": None}
+        working = config.as_chosen(**own, exclude_modules=None)
         self._prepared = prepared
         self.peft_config[adapter_name] = working
         try:

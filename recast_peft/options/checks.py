@@ -163,6 +163,7 @@ CHECKS: dict[str, Check] = {
     "revision": optional(text),
     "inference_mode": flag,
     "target_modules": optional(targets),
+    "target_parameters": optional(names),
     "exclude_modules": optional(names_or_pattern),
     "layers_to_transform": optional(indices),
     "layers_pattern": optional(names_or_text),

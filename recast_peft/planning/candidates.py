@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +58,19 @@ class Candidate:
         return getattr(self.module, self.weight_name)
 
 
-def find_candidates(model: nn.Module) -> list[Candidate]:
-    """All modules of a model in the order of their definition, each with the reason why it cannot be a target, if any."""
+def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[Candidate]:
+    """All modules of a model in the order of their definition, each with the reason why it cannot be a target, if any.
+
+    Args:
+        model: a plain model, or one with tasks.
+        parameters: names, or endings of names, of parameters that are composed in modules which have no weight.
+    """
     owners = _parameter_owners(model)
     places = _module_places(model)
     candidates = []
     for name, visible, path in _walk(model):
         module = visible.get_base_layer() if isinstance(visible, BaseTunerLayer) else visible
-        weight_name, reason = _weight_of(visible, module)
+        weight_name, reason = _named_parameter(visible, module, name, parameters) or _weight_of(visible, module)
         if weight_name is not None and reason is None:
             reason = _sharing(module, weight_name, owners, places[id(visible)])
         candidates.append(Candidate(name, module, visible, weight_name, reason, path))
@@ -112,11 +117,32 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
     if name in _released(visible):
         return name, None
     if fused := fused_experts(module):
-        reason = f"{kind} holds the weights of its experts in fused parameters ({', '.join(fused)}), not in modules"
+        reason = (
+            f"{kind} holds the weights of its experts in fused parameters ({', '.join(fused)}), not in modules: name one "
+            "with target_parameters"
+        )
         return None, reason
     if torch.nn.utils.parametrize.is_parametrized(module, name):
         return name, "its weight is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
     return None, None
+
+
+def _named_parameter(
+    visible: nn.Module, module: nn.Module, name: str, parameters: Collection[str]
+) -> tuple[str, str | None] | None:
+    """The parameter of a module that was named, and why it cannot be composed; None if none was."""
+    if not parameters:
+        return None
+    own = [key for key in module._parameters if any(f".{name}.{key}".endswith(f".{wanted}") for wanted in parameters)]
+    if not own:
+        return None
+    layer = composed_layer(visible)
+    held = own[0] if layer is None else str(layer.weight_name)
+    if len(own) > 1 or held != own[0]:
+        both = " and ".join(dict.fromkeys((*own, held)))
+        return own[0], f"{both} are of one module, of which one can be composed: name one of them in target_parameters"
+    weight = module._parameters[held]
+    return held, None if weight is None else _why_unfit(weight, type(module).__name__)
 
 
 def _why_unfit(weight: Tensor, kind: str) -> str | None:

@@ -29,17 +29,47 @@ def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate
     Raises:
         RecastTargetError: if nothing matches, or a module that was asked for by name is not there or cannot be a target.
     """
-    candidates = find_candidates(model)
+    candidates = find_candidates(model, config.target_parameters or ())
     if config.groups is not None:
         return _by_name(candidates, [m for members in config.groups.values() for m in members]), {}
     heads = head_names(model, config.head_module)
-    if config.target_modules is None or (isinstance(config.target_modules, str) and config.target_modules in SHORTHANDS):
-        targets, skipped = _by_shorthand(candidates, config, heads)
+    if config.target_parameters is not None:
+        targets, skipped = _with_parameters(candidates, config, heads)
     else:
-        targets, skipped = _by_pattern(candidates, config)
+        targets, skipped = _by_module(candidates, config, heads)
     if not targets:
         raise _nothing_matches(candidates, config, skipped)
     return targets, skipped
+
+
+def _by_module(candidates: list[Candidate], config: RecastConfig, heads: set[str]) -> tuple[list[Candidate], dict[str, str]]:
+    if config.target_modules is None or (isinstance(config.target_modules, str) and config.target_modules in SHORTHANDS):
+        return _by_shorthand(candidates, config, heads)
+    return _by_pattern(candidates, config)
+
+
+def _with_parameters(
+    candidates: list[Candidate], config: RecastConfig, heads: set[str]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The modules whose parameters were named, and those that ``target_modules`` names beside them."""
+    wanted = config.target_parameters or []
+    names = {f"{c.name}.{key}": c for c in candidates for key in c.module._parameters}
+    unknown = [name for name in wanted if not any(f".{known}".endswith(f".{name}") for known in names)]
+    if unknown:
+        near = sorted({hit for name in unknown for hit in difflib.get_close_matches(name, names, n=3, cutoff=0.3)})
+        raise RecastTargetError(
+            f"the model has no parameter called {' or '.join(map(repr, unknown))}\n  target_parameters: {wanted}\n"
+            f"  near: {', '.join(near) or 'none'}"
+        )
+    named = [c for known, c in names.items() if any(f".{known}".endswith(f".{name}") for name in wanted)]
+    chosen = {c.name for c in named if not _left_out(config, c.name) and _is_kept(config, c.name)}
+    if refused := {c.name: c.reason for c in named if c.name in chosen and c.reason is not None}:
+        raise _cannot_be_targets(refused)
+    skipped: dict[str, str] = {}
+    if config.target_modules is not None:
+        others, skipped = _by_module(candidates, config, heads)
+        chosen.update(c.name for c in others)
+    return [c for c in candidates if c.name in chosen], skipped
 
 
 def _by_name(candidates: list[Candidate], names: list[str]) -> list[Candidate]:
