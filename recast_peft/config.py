@@ -291,7 +291,8 @@ class RecastConfig(PeftConfig):
 
     def layout(self, **fields: Any) -> RecastConfig:
         """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
-        same = ("target_modules", "target_parameters", "groups", "recipes", "keep_base_weights", "head_module", "base_fingerprint")
+        targets = ("target_modules", "target_parameters", "head_module")
+        same = (*targets, "groups", "recipes", "keep_base_weights", "base_fingerprint")
         biases = [copy.deepcopy(p) for p in self.partners or () if isinstance(p, PartnerConfig) and p.acts_on == "bias"]
         own = {name: copy.deepcopy(getattr(self, name)) for name in same}
         config = RecastConfig(**{**own, "bank": self.bank_reference, "partners": biases, **fields})
