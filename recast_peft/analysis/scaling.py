@@ -113,7 +113,7 @@ def scaling_table(
     """List what conversions of a model would cost and give; the model is not changed.
 
     Args:
-        model: plain, with its pretrained weights.
+        model: plain model with its pretrained weights.
         targets: what to target: a config (its targets are used), a value of ``target_modules``, or a list of such.
         group_sizes: sizes of the groups; one that is larger than every run of layers is left out.
         templates: numbers of templates; None means 1, half the group and the whole group. Those above the group's size are

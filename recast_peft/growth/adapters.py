@@ -125,7 +125,7 @@ def compress_adapters(
     """Turn LoRAs of one model into a bank of templates and a few coefficients for each of them, without training.
 
     Args:
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         adapters: LoRAs, each a folder, a repository on the Hub, a ``PeftModel`` (its active adapter) or ``(peft_model, name)``;
             by the names that the tasks are to have, or a list.
         config: its targets and groups are used; the members of a group share templates. None takes all modules that an

@@ -37,7 +37,7 @@ def grow_bias_bank(
     """Make a bank whose templates are the directions in which sources moved the biases of a model.
 
     Args:
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         sources: as for ``grow_bank``: adapters that trained biases (``bias="all"`` of any method of PEFT, ``BiasConfig``), or
             fine-tuned forms of the model.
         num_templates: number of templates of a group at most; None takes all principal components, one for each source.

@@ -30,7 +30,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     """Fit the template banks of a config without converting the model.
 
     Args:
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         config: its targets, groups, templates and ``mimicry`` are used.
         batches: a few inputs, for a method that needs data; read more than once, so a list or a ``DataLoader``. For what a
             batch may be see :func:`recast_peft.mimicry.features.call_arguments`.

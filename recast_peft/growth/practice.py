@@ -191,7 +191,7 @@ def practice_bank(
     """Grow a bank from practice tasks, which are made of unlabelled data and trained one after the other.
 
     Args:
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments.
         family: how practice tasks are made of them, or several that take turns: :class:`MissingWords`, :class:`KnownPictures`,
             or a class of your own with a method ``make``.

@@ -30,7 +30,7 @@ def random_bank(
     """Make a bank of random templates, for trials and benchmarks of cost: as large as a grown one, and of no use to a task.
 
     Args:
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         config: its targets and groups are used; None takes a group for each module.
         num_templates: random templates of each group.
         rank: stores each template as a low-rank pair; None stores them dense.

@@ -75,7 +75,7 @@ def moves_by_source(model: nn.Module, source: Source, parameters: Mapping[str, t
     """How far a source moved parameters.
 
     Args:
-        model: plain, with its pretrained weights.
+        model: plain model with its pretrained weights.
         source: see ``grow_bank``.
         parameters: by module name: the parameter's name in the plain model, and its pretrained value.
 

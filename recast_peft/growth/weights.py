@@ -35,7 +35,7 @@ def grow_bank(
     """Make a bank whose templates are the directions in which sources moved the model.
 
     Args:
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         sources: each of them an adapter of PEFT that can be merged (a folder or a repository, or a loaded model with the
             adapter's name: ``(peft_model, "name")``; RECAST tasks are adapters too), or a fine-tuned form of the model (a
             module, a state dict, a safetensors file or a folder with ``model.safetensors``).
@@ -84,7 +84,7 @@ def extend_bank(
 
     Args:
         bank: as ``grow_bank``, ``grow_bias_bank`` or this function made it; it is not changed.
-        model: plain, with its pretrained weights; it is not changed.
+        model: plain model with its pretrained weights; it is not changed.
         sources: as for ``grow_bank``.
         num_templates: new templates of a group at most; None takes all principal components.
 
