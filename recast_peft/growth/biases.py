@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import principal_components
 from ..composition.fingerprint import weight_fingerprint
+from ..composition.kinds import kind_of
 from ..errors import RecastBankError
 from ..names import bank_name, block_of, role_of
 from ..parts import BiasConfig
@@ -33,8 +34,11 @@ def grow_bias_bank(
     num_templates: int | None = None,
     group_size: int = 1,
     target_modules: Sequence[str] | str | None = None,
+    scales: bool = False,
 ) -> StoredBank:
     """Make a bank whose templates are the directions in which sources moved the biases of a model.
+
+    The shift of a norm is a bias as well, so that this serves CNNs too, whose convolutions have none.
 
     Args:
         model: plain model with its pretrained weights; it is not changed.
@@ -45,6 +49,7 @@ def grow_bias_bank(
             numbers.
         target_modules: the modules whose biases take part: names, or a regular expression for whole names. None takes those
             of all layers and norms in the model's numbered blocks.
+        scales: the scales of the norms among them take part too: a template spans them and the biases together.
 
     Returns:
         the bank, version 1, to be given as ``BiasConfig(bank=...)``, saved and pushed. A template is as long as the root mean
@@ -59,7 +64,9 @@ def grow_bias_bank(
     check_sources(sources, num_templates=num_templates, group_size=group_size)
     places = bias_places(model, target_modules)
     biases = {place.name: cast(Tensor, place.module.bias) for place in places}
-    vectors = [moves_by_source(model, source, _named(biases)) for source in sources]
+    if scales:
+        biases |= {f"{place.name}.weight": place.module.weight for place in places if is_norm(place.module)}  # type: ignore[misc]
+    vectors = [_moves(model, source, biases) for source in sources]
     moved = {name for vector in vectors for name, move in vector.items() if bool(move.any())}
     if not moved:
         raise RecastBankError(
@@ -67,7 +74,8 @@ def grow_bias_bank(
             'Give adapters that trained biases (bias="all" in their configs, or the partner BiasConfig), or fine-tuned models.'
         )
     groups = {}
-    for name, members in _groups(places, moved, group_size or 1).items():
+    for name, modules in _groups(places, moved, group_size or 1).items():
+        members = (*modules, *(f"{module}.weight" for module in modules if f"{module}.weight" in biases))
         widths = tuple(biases[member].numel() for member in members)
         moves = _joined(members, widths, vectors)
         grown = principal_components(moves, (sum(widths),), torch.float32, num_templates, None, False)
@@ -92,7 +100,7 @@ def bias_moves(
             bias = bias_of(places, member, width)
             check_bias(member, bias, fingerprints[member])
             biases[member] = bias
-    vectors = [moves_by_source(model, source, _named(biases)) for source in sources]
+    vectors = [_moves(model, source, biases) for source in sources]
     return {name: _joined(group.members, group.widths or (), vectors) for name, group in groups.items()}
 
 
@@ -107,15 +115,35 @@ def bias_places(model: nn.Module, target_modules: Sequence[str] | str | None = N
     return [c for c in outside if partner.refusal(c) is None]
 
 
-def _named(biases: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    return {name: (f"{name}.bias", bias) for name, bias in biases.items()}
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm whose scale multiplies what it puts out, channel by channel, before its bias is added."""
+    kind, scale, bias = kind_of(module), module._parameters.get("weight"), module._parameters.get("bias")
+    return (
+        kind is not None
+        and kind.name.startswith("norm")
+        and scale is not None
+        and bias is not None
+        and scale.shape == bias.shape
+    )
+
+
+def _moves(model: nn.Module, source: Source, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far a source moved biases, and scales of norms, by a bank's members."""
+    places = {name: None for name in biases if not name.endswith(".weight") or name.removesuffix(".weight") not in biases}
+    named = {name: (f"{name}.bias" if name in places else name, bias) for name, bias in biases.items()}
+    moves = moves_by_source(model, source, named)
+    for name, move in moves.items():
+        if name not in places:  # a channel with a scale of zero shows nothing of itself in the output, so it stays
+            scale = biases[name].detach().float().cpu().abs()
+            move[scale < 1e-2 * scale.square().mean().sqrt()] = 0.0
+    return moves
 
 
 def _groups(places: Sequence[Candidate], moved: set[str], size: int) -> dict[str, tuple[str, ...]]:
     """Members of every group: the modules of consecutive blocks that differ in their number alone."""
     blocks: dict[str, list[str]] = {}
     for place in places:
-        if place.name in moved:
+        if place.name in moved or f"{place.name}.weight" in moved:
             blocks.setdefault(block_of(place.name), []).append(place.name)
     runs: dict[str, list[str]] = {}
     for block in blocks:

@@ -29,7 +29,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
 from ..tasks.plan import plan_recast
-from .biases import bias_places, grow_bias_bank
+from .biases import bias_places, grow_bias_bank, is_norm
 from .sources import check_plain, check_sizes
 from .weights import grow_bank
 
@@ -181,6 +181,7 @@ def practice_bank(
     config: RecastConfig | None = None,
     num_templates: int | None = None,
     group_size: int = 1,
+    scales: bool = False,
     epochs: int = 4,
     batch_size: int = 32,
     lr: float = 3e-3,
@@ -201,6 +202,7 @@ def practice_bank(
         config: for ``"weights"``: targets and groups, as for ``grow_bank``.
         num_templates: templates of a group at most; None takes all principal components, as many as tasks.
         group_size: for ``"biases"``: blocks that share templates and coefficients.
+        scales: for ``"biases"``: the scales of norms are trained too, and take part in the templates.
         epochs: passes over the examples of each task.
         batch_size: examples of a step.
         lr: learning rate at its height; it rises over a tenth of the steps and falls to zero.
@@ -229,11 +231,11 @@ def practice_bank(
         names.append(task.name)
         copied = copy.deepcopy(model)
         targets = [target.name for target in plan.candidates] if plan is not None else None
-        moved.append(_trained(copied, task, targets, epochs, batch_size, lr, features or mean_features, generator))
+        moved.append(_trained(copied, task, targets, scales, epochs, batch_size, lr, features or mean_features, generator))
     if plan is not None:
         bank = grow_bank(model, moved, config, num_templates=num_templates)
     else:
-        bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size)
+        bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
     made = dict(bank.mimicry) if isinstance(bank.mimicry, Mapping) else {}
     return replace(bank, mimicry={**made, "sources": names})
 
@@ -257,6 +259,7 @@ def _trained(
     model: nn.Module,
     task: PracticeTask,
     targets: list[str] | None,
+    scales: bool,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -273,6 +276,8 @@ def _trained(
     else:
         for place in bias_places(model):
             place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
+            if scales and is_norm(place.module):
+                place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
     free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     with evaluating(trained):
         _train(trained, free, task, epochs, batch_size, lr, features, generator)

@@ -114,19 +114,45 @@ class BiasCoefficient(nn.Module):
         """What comes to a bias, in the dtype of the offset."""
         return self.offset * bias.to(self.offset.dtype)
 
-    def forward(self, y: Tensor, bias: Tensor) -> Tensor:
-        """The output ``y`` of the module as it would be with the task's bias."""
-        change = self.change(bias)
-        if self.channels > 0 and y.ndim > 2:
-            change = change.view(-1, *[1] * (y.ndim - 2))
-        return y + change.to(y.dtype)
+    def scale_change(self) -> Tensor | None:
+        """What comes to the scale of a norm; None where the task leaves it."""
+        return None
 
-    def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    def scale_templates(self) -> Tensor | None:
+        """The templates ``(templates, channels)`` of a norm's scale, if the task moves it."""
+        return None
+
+    def forward(self, y: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The output ``y`` of the module as it would be with the task's bias (and the task's scale of a norm)."""
+        changed = y + self._along(self.change(bias), y).to(y.dtype)
+        growth = self.scale_change()
+        return changed if growth is None else changed + self._scaled(y, bias, scale, self._along(_share(growth, scale), y))
+
+    def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
         changes = offsets @ self.templates(bias).to(offsets)
         ones = [1] * (y.ndim - 2)
         shape = (len(y), -1, *ones) if self.channels > 0 else (len(y), *ones, changes.shape[1])
-        return y + changes.view(shape).to(y.dtype)
+        changed = y + changes.view(shape).to(y.dtype)
+        templates = self.scale_templates()
+        if templates is None:
+            return changed
+        return changed + self._scaled(y, bias, scale, _share(offsets @ templates.to(offsets), scale).view(shape))
+
+    def _along(self, values: Tensor, y: Tensor) -> Tensor:
+        """Values ``(channels,)`` shaped so that they can be added to an output."""
+        return values.view(-1, *[1] * (y.ndim - 2)) if self.channels > 0 and y.ndim > 2 else values
+
+    def _scaled(self, y: Tensor, bias: Tensor, scale: Tensor | None, share: Tensor) -> Tensor:
+        """What a norm's output grows by where its scale grows by a share of itself: the bias is no part of that."""
+        assert scale is not None
+        return (y - self._along(bias, y).to(y.dtype)) * share.to(y.dtype)
+
+
+def _share(growth: Tensor, scale: Tensor | None) -> Tensor:
+    """What a scale grows by, in units of itself; where it is zero a bank of scales has nothing to add."""
+    assert scale is not None
+    return growth / torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 class BiasTemplates(nn.Module):
@@ -134,14 +160,17 @@ class BiasTemplates(nn.Module):
 
     Attributes:
         bank: that they are from.
+        scales: of a norm whose scale the bank moves too: its templates, ``(templates, channels)``.
     """
 
     templates: Tensor
+    scales: Tensor | None
 
-    def __init__(self, bank: StoredBank, templates: Tensor, device: torch.device) -> None:
+    def __init__(self, bank: StoredBank, templates: Tensor, device: torch.device, scales: Tensor | None = None) -> None:
         super().__init__()
         self.bank = bank
         self.register_buffer("templates", templates.to(device), persistent=False)
+        self.register_buffer("scales", None if scales is None else scales.to(device), persistent=False)
 
 
 class BiasMix(BiasCoefficient):
@@ -164,17 +193,37 @@ class BiasMix(BiasCoefficient):
         return self.shared[0].templates
 
     def change(self, bias: Tensor) -> Tensor:
+        return self._mixed(self.shared[0].templates)
+
+    def scale_templates(self) -> Tensor | None:
+        return self.shared[0].scales
+
+    def scale_change(self) -> Tensor | None:
+        scales = self.shared[0].scales
+        return None if scales is None else self._mixed(scales)
+
+    def _mixed(self, templates: Tensor) -> Tensor:
         offset = (self.owners[0] if self.owners else self).offset
-        return offset @ self.shared[0].templates.to(offset.dtype)
+        return offset @ templates.to(offset.dtype)
+
+
+def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:
+    """The norm whose scale a bank's member is; None for a member that is a module, of whose bias the templates are."""
+    norm = member.removesuffix(".weight")
+    return norm if member not in places and norm != member and norm in places else None
 
 
 def bias_of(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
-    """The bias of a bank's member in a model.
+    """The bias of a bank's member in a model, or the scale of a norm for a member that is one.
 
     Raises:
         RecastBankError: if there is none, or it has another width.
     """
-    bias = places[member].module._parameters.get("bias") if member in places else None
+    norm = scaled_by(member, places)
+    if norm is not None:
+        bias = places[norm].module._parameters.get("weight")
+    else:
+        bias = places[member].module._parameters.get("bias") if member in places else None
     if bias is None or bias.numel() != width:
         has = "no such bias" if bias is None else f"{bias.numel()} numbers"
         raise RecastBankError(

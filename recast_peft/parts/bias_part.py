@@ -19,7 +19,7 @@ from ..options.partner import PartnerConfig
 from ..options.record import bank_to_use
 from ..planning.candidates import Candidate
 from .base import Request, device_and_dtype
-from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, check_bias
+from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, check_bias, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix, partner_holders
 
 HOW_TO_GIVE = (
@@ -38,10 +38,12 @@ class TaskBiases(TaskPartners):
 
     adds_when_merged = True
     pretrained_bias: Tensor | None
+    pretrained_scale: Tensor | None
 
     def __init__(self, place: str, method: str) -> None:
         super().__init__(place, method)
         self.register_buffer("pretrained_bias", None, persistent=False)
+        self.register_buffer("pretrained_scale", None, persistent=False)
         self.banks = nn.ModuleDict()  # fingerprint -> templates of this bias
 
     def _coefficient(self, adapter_name: str) -> BiasCoefficient:
@@ -96,6 +98,14 @@ class TaskBiases(TaskPartners):
         """The bias as it was before any task was merged."""
         return self._bias if self.pretrained_bias is None else self.pretrained_bias
 
+    @property
+    def _scale(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.hosts[0].weight)
+
+    def pretrained_scale_of_norm(self) -> Tensor:
+        """The scale of a norm as it was before any task was merged."""
+        return self._scale if self.pretrained_scale is None else self.pretrained_scale
+
     def attach(self, place: nn.Module, visible: nn.Module) -> None:
         kind = kind_of(place)
         self.hosts = (place,)
@@ -111,20 +121,27 @@ class TaskBiases(TaskPartners):
         return super().adapt(x, y)
 
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
-        return y if self._merged is not None else self._coefficient(adapter_name)(y, self._bias)
+        if self._merged is not None:
+            return y
+        module = self._coefficient(adapter_name)
+        return module(y, self._bias, None if module.scale_templates() is None else self._scale)
 
     def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
         """The output with every sample's own row of a pool's table; what is merged is no part of any sample's task."""
         if self.pretrained_bias is not None:
-            back = self.pretrained_bias - self._bias
             module = cast(BiasCoefficient, next(iter(self.modules_to_save.values())))
-            y = y + (back.view(-1, *[1] * (y.ndim - 2)) if module.channels > 0 else back).to(y.dtype)
+            if self.pretrained_scale is not None:
+                merged = module._along(self._bias, y).to(y.dtype)
+                y = (y - merged) * module._along(self.pretrained_scale / self._scale, y).to(y.dtype) + merged
+            y = y + module._along(self.pretrained_bias - self._bias, y).to(y.dtype)
         slot = batch.pool.slot if batch.pool is not None else ""
         if not self.has_task(slot):
             return y
         offsets = batch.offsets(self.key_of(slot), len(y))
         assert offsets is not None
-        return self._coefficient(slot).by_sample(y, self.pretrained(), offsets)
+        module = self._coefficient(slot)
+        scale = None if module.scale_templates() is None else self.pretrained_scale_of_norm()
+        return module.by_sample(y, self.pretrained(), offsets, scale)
 
     # ---------------------------------------------------------------- merging
 
@@ -136,21 +153,28 @@ class TaskBiases(TaskPartners):
         """
         new = [name for name in adapter_names if name in self._adapters]
         if new:
-            composed = self._composed(new)
-            if safe_merge and not torch.isfinite(composed).all():
+            composed, scale = self._composed(new), self._composed_scale(new)
+            if safe_merge and not all(torch.isfinite(t).all() for t in (composed, scale) if t is not None):
                 raise ValueError(f"NaNs detected in the merged biases. The adapter {new[-1]} seems to be broken")
             pretrained = self.pretrained() if self.pretrained_bias is not None else self._bias.data
             self.pretrained_bias, self._bias.data = pretrained, composed
+            if scale is not None:
+                kept = self._scale.data if self.pretrained_scale is None else self.pretrained_scale
+                self.pretrained_scale, self._scale.data = kept, scale
         super().merge(adapter_names)
 
     def merge_in_place(self, adapter_name: str) -> None:
         """Merge a task in place of what is merged now, into the same storage."""
-        if self.pretrained_bias is None or not self.has_task(adapter_name):
+        scale = self._composed_scale([adapter_name]) if self.has_task(adapter_name) else None
+        is_there = self.pretrained_bias is not None and (scale is None) == (self.pretrained_scale is None)
+        if not is_there or not self.has_task(adapter_name):
             self.unmerge()
             self.merge([adapter_name])
             return
         with torch.no_grad():
             self._bias.data.copy_(self._composed([adapter_name]))
+            if scale is not None:
+                self._scale.data.copy_(scale)
         self._merged = [adapter_name]
 
     def _composed(self, adapter_names: Sequence[str]) -> Tensor:
@@ -159,10 +183,21 @@ class TaskBiases(TaskPartners):
             changes = torch.stack([self._coefficient(name).change(pretrained) for name in adapter_names])
             return (pretrained + changes.sum(0)).to(pretrained.dtype)
 
+    def _composed_scale(self, adapter_names: Sequence[str]) -> Tensor | None:
+        """The scale of a norm with what tasks add to it; None if they leave it."""
+        with torch.no_grad():
+            changes = [change for n in adapter_names if (change := self._coefficient(n).scale_change()) is not None]
+            if not changes:
+                return None
+            pretrained = self.pretrained_scale_of_norm().detach()
+            return (pretrained + torch.stack(changes).sum(0)).to(pretrained.dtype)
+
     def unmerge(self) -> None:
         """Put the pretrained bias back: the very tensor that was there before."""
         if self.pretrained_bias is not None:
             self._bias.data, self.pretrained_bias = self.pretrained_bias, None
+        if self.pretrained_scale is not None:
+            self._scale.data, self.pretrained_scale = self.pretrained_scale, None
         super().unmerge()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -219,7 +254,18 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
     held = {h.place: h for h in partner_holders(request.model) if isinstance(h, TaskBiases)}
     for group in bank.groups.values():
         owner: BiasMix | None = None
+        scales: dict[str, Tensor] = {}
         for member, templates in group.biases().items():
+            norm = scaled_by(member, places)
+            if norm is not None:
+                scale = bias_of(places, member, templates.shape[1])
+                kept = held[norm].pretrained_scale_of_norm() if norm in held else scale
+                if not request.counting and not kept.is_meta:
+                    check_bias(member, kept, bank.base_fingerprint[member])
+                scales[norm] = templates
+        for member, templates in group.biases().items():
+            if scaled_by(member, places) is not None:
+                continue
             bias = bias_of(places, member, templates.shape[1])
             refusal = partner.refusal(places[member])
             if refusal is not None:
@@ -230,7 +276,9 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
             like = device_and_dtype(request.model, places[member].module, request.counting)
             channels = channels_of(places[member].module)
             assert channels is not None
-            module = BiasMix(channels, BiasTemplates(bank, templates, like["device"]), member, owner, **like)
+            module = BiasMix(
+                channels, BiasTemplates(bank, templates, like["device"], scales.get(member)), member, owner, **like
+            )
             owner = owner or module
             yield PreparedPartner(partner, places[member], module.train(places[member].module.training))
 
