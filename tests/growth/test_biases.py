@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -512,8 +513,12 @@ class TestRefusals:
 
     def test_a_damaged_bank_file(self, tmp_path: Path) -> None:
         grown().save(tmp_path)
-        text = (tmp_path / BANK_CONFIG).read_text()
-        (tmp_path / BANK_CONFIG).write_text(text.replace('"widths"', '"breadths"'))
+        described = json.loads((tmp_path / BANK_CONFIG).read_text().replace('"widths"', '"breadths"'))
+        with pytest.raises(RecastLoadError, match="is not what was written"):
+            (tmp_path / BANK_CONFIG).write_text(json.dumps(described))
+            load_bank(tmp_path)
+        described.pop("checksum")
+        (tmp_path / BANK_CONFIG).write_text(json.dumps(described))
         with pytest.raises(RecastLoadError, match="lacks or misstates 'widths'"):
             load_bank(tmp_path)
 
@@ -805,8 +810,8 @@ class TestOnTheHub:
         token = os.environ["HF_TOKEN"]
         monkeypatch.delenv("HF_TOKEN")
         with pytest.raises(RecastHubError, match="private or gated"):
-            AutoRecastModel.from_pretrained(tmp_path / "task", cache_dir=tmp_path / "fresh")
-        again = AutoRecastModel.from_pretrained(tmp_path / "task", token=token, cache_dir=tmp_path / "fresh")
+            AutoRecastModel.from_pretrained(tmp_path / "task", backbone=backbone, cache_dir=tmp_path / "fresh")
+        again = AutoRecastModel.from_pretrained(tmp_path / "task", backbone=backbone, token=token, cache_dir=tmp_path / "fresh")
         x = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
             assert torch.equal(again(x).last_hidden_state, model(x).last_hidden_state)
