@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import math
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from models import converted, tiny_vit
-from peft import PeftConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
 
 from recast_peft import RecastConfig, RecastConfigError, RecastError, get_recast_model
 
+FIXTURES = Path(__file__).parent / "fixtures"
 GROUPS = {"bank": ["a", "b"]}
 
 
@@ -63,11 +66,76 @@ class TestAValueThatCannotBeMeant:
             ("backbone", {"library": None}),
             ("backbone", {"name": "vit"}),
             ("results", [0.9]),
+            ("results", {"accuracy": object()}),
+            ("results", {1: 2}),
+            ("fidelity", {"mean_cosine": math.nan}),
+            ("backbone", {"library": "timm", "name": {1, 2}}),
+            ("task_type", "SEQ"),
+            ("task_type", ["SEQ_CLS"]),
+            ("base_model_name_or_path", 3),
+            ("revision", ["main"]),
+            ("auto_mapping", "a"),
+            ("bank", {}),
+            ("bank", {"name": None, "fingerprint": None}),
+            ("bank", {"name": 3}),
+            ("bank", {"names": "a"}),
+            ("bank", ""),
+            ("bank", 3),
+            ("num_classes", 10**9),
+            ("num_classes", 0),
+            ("num_coefficient_sets", 10**6),
+            ("seed", 2**70),
+            ("coefficient_sharing", "rows"),
+            ("coefficient_sharing", 1),
+            ("head_init", "old"),
+            ("head_type", None),
+            ("head_dtype", "int8"),
+            ("head_module", ""),
+            ("id2label", {"9" * 5000: "a"}),
+            ("id2label", {0: [[]]}),
+            ("target_modules", "a" * 5000),
+            ("target_modules", "(" * 900),
+            ("exclude_modules", ["a" * 5000]),
+            ("layers_to_transform", [10**6] * 200_001),
+            ("coefficient_gradient", 2.0),
+            ("max_coefficients", 0),
         ],
     )
     def test_is_refused_by_name(self, field: str, value: Any) -> None:
         with pytest.raises(RecastConfigError, match=rf"{field}={'.*' if isinstance(value, dict) else ''}"):
             RecastConfig(**{field: value})
+
+    @pytest.mark.parametrize(
+        "lora",
+        [
+            {"r": 0},
+            {"r": 10**9},
+            {"r": "8"},
+            {"lora_alpha": None},
+            {"lora_dropout": 1.5},
+            {"target_modules": {"a": 1}},
+            {"target_modules": "("},
+            {"rank_pattern": {"(": 3}},
+            {"rank_pattern": {"a": 10**9}},
+            {"alpha_pattern": {"a": "b"}},
+            {"use_dora": "yes"},
+            {"r": {"r": {}}},
+            {3: 4},
+            {"peft_type": ["LORA"]},
+            {"no_such_field": 1},
+            17,
+        ],
+    )
+    def test_is_refused_in_a_lora_part(self, lora: Any) -> None:
+        with pytest.raises(RecastConfigError, match="lora_config"):
+            RecastConfig(lora_config=lora)
+
+    @pytest.mark.parametrize(
+        ("classes", "labels"), [(3, {0: "a", 1: "b"}), (2, {0: "a", 2: "b"}), (None, {1: "a"}), (None, {})]
+    )
+    def test_is_refused_for_labels_that_leave_classes_out(self, classes: int | None, labels: dict[int, str]) -> None:
+        with pytest.raises(RecastConfigError, match="name every class once"):
+            RecastConfig(num_classes=classes, id2label=labels)
 
     @pytest.mark.parametrize("members", [None, [], "ab", [1], {"a": 1}])
     def test_is_refused_in_groups(self, members: Any) -> None:
@@ -210,6 +278,15 @@ class TestAConfig:
         config = converted().peft_config["default"]
         assert copy.deepcopy(config).to_dict() == config.to_dict()
 
+    @pytest.mark.parametrize("name", ["gbank", {"name": "gbank"}])
+    def test_keeps_a_bank_as_it_was_given(self, name: Any) -> None:
+        assert RecastConfig(bank=name).bank == name
+
+    def test_its_results_can_be_set(self) -> None:
+        config = RecastConfig(results={"accuracy": 0.5})
+        config.results = {"accuracy": 0.75}
+        assert config.to_dict()["results"] == {"accuracy": 0.75}
+
 
 class TestAConfigFile:
     @pytest.mark.parametrize(
@@ -233,3 +310,71 @@ class TestAConfigFile:
         path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
         with pytest.warns(UserWarning, match="from_the_future"):
             assert RecastConfig.from_pretrained(tmp_path).target_modules == ["qkv"]
+
+    @pytest.mark.parametrize(
+        "content", [{"peft_type": 3}, {"peft_type": ["A"]}, {"peft_type": "NONE"}, {"cls": 1}, {"self": 1}]
+    )
+    def test_of_no_method_that_is_known_is_refused(self, tmp_path: Path, content: dict[str, Any]) -> None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(RecastConfigError, match="no config of a method"):
+            RecastConfig.from_pretrained(tmp_path)
+
+    def test_of_a_lora_is_read_as_one(self, tmp_path: Path) -> None:
+        LoraConfig(r=3).save_pretrained(tmp_path)
+        assert type(RecastConfig.from_pretrained(tmp_path)) is LoraConfig
+
+    def test_is_not_written_in_the_place_of_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(AssertionError, match="should be a directory"):
+            RecastConfig().save_pretrained(str(tmp_path / "file"))
+
+    def test_damaged_anywhere_gives_one_clear_error_or_a_config(self, tmp_path: Path) -> None:
+        fields = json.loads((FIXTURES / "lorap" / "adapter_config.json").read_text())
+        fields.update(json.loads((FIXTURES / "partners" / "adapter_config.json").read_text()))
+        fields["results"] = {"accuracy": 0.5}
+        places = list(places_in(fields))
+        draw = random.Random(0)
+        refused = 0
+        for _ in range(300):
+            damaged = copy.deepcopy(fields)
+            *path, last = draw.choice(places)
+            inside = damaged
+            for key in path:
+                inside = inside[key]
+            inside[last] = copy.deepcopy(draw.choice(ODD))
+            (tmp_path / "adapter_config.json").write_text(json.dumps(damaged))
+            try:
+                config = RecastConfig.from_pretrained(tmp_path)
+            except RecastError as error:
+                refused += 1
+                assert len(str(error)) < 3000
+                continue
+            if isinstance(config, RecastConfig):  # else its method is another one
+                config.save_pretrained(tmp_path)
+                assert RecastConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+        assert refused > 100
+
+
+ODD: list[Any] = [
+    *(None, True, 0, -1, 1.5, 10**30, math.nan, "", "x", "\0", "(" * 500, "a" * 5000, "LORA", "bias"),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        {"a": None},
+        [1, "a"],
+        {"method": 3},
+        [[[[[[[[[[[[[[1]]]]]]]]]]]]]],
+        {"name": 3},
+        {"x": {"y": [1]}},
+    ),
+]
+
+
+def places_in(value: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside of lists and dictionaries."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield (*path, key)
+        yield from places_in(inner, *path, key)
