@@ -55,6 +55,9 @@ class ComposedLayer(Protocol):
     def modules(self) -> Any: ...
 
 
+# Attribute of a weight that is in the place of the pretrained one: the pretrained one, or None if that was released.
+STANDS_FOR = "recast_stands_for"
+
 # Weights are exchanged for a call by one thread at a time: another one would take the exchanged weight for the module's own,
 # and put it back for good.
 _EXCHANGE = threading.RLock()
@@ -110,6 +113,8 @@ def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[st
     weight = marked_as_pretrained(layer, weight)
     if torch.compiler.is_compiling():
         return _call_exchanged(layer, weight, args, kwargs)
+    if weight is not layer.pretrained:
+        setattr(weight, STANDS_FOR, layer.pretrained)  # for threads that look for the pretrained weight meanwhile
     with _EXCHANGE:
         return _call_exchanged(layer, weight, args, kwargs)
 

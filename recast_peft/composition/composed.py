@@ -20,6 +20,10 @@ from .recomputation import CallHistory
 _NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
 
 
+class _ReleasedWeightError(RecastBankError, AttributeError):
+    """An AttributeError as well, for whoever asks a module for all of its attributes (torch.jit does)."""
+
+
 class ComposedModule(nn.Module):
     """A module around another one, whose weight is composed from the templates of a bank.
 
@@ -80,29 +84,31 @@ class ComposedModule(nn.Module):
         """
         weight = self.pretrained
         if weight is None:
-            raise RecastBankError(
-                f"the pretrained weight of {self.module_name} was released when its bank was compressed; "
-                "convert with keep_base_weights=True to keep it"
-            )
+            raise self._released_error()
         return weight
+
+    def _released_error(self) -> _ReleasedWeightError:
+        return _ReleasedWeightError(
+            f"the pretrained weight of {self.module_name} was released when its bank was compressed; "
+            "convert with keep_base_weights=True to keep it"
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return tuple(self._bank_templates.shape[1:] if self.compressed_bank else self.pretrained_weight.shape)
+        return tuple(self._bank_templates().shape[1:] if self.compressed_bank else self.pretrained_weight.shape)
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """Dtype of the weight."""
-        return (self._bank_templates if self.compressed_bank else self.pretrained_weight).dtype
+        return (self._bank_templates() if self.compressed_bank else self.pretrained_weight).dtype
 
     @property
     def weight_device(self) -> torch.device:
         """Device of the weight."""
         weight = self.weight_parameter
-        return self._bank_templates.device if weight is None else weight.device
+        return self._bank_templates().device if weight is None else weight.device
 
-    @property
     def _bank_templates(self) -> Tensor:
         templates = self.compressed_bank[0].templates
         assert templates is not None
@@ -235,6 +241,8 @@ class ComposedModule(nn.Module):
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name in _NOT_FORWARDED or name.startswith("__"):
                 raise
+            if name == "pretrained_weight":
+                raise self._released_error() from None
             if name == self.__dict__.get("weight_name") and name != "weight":
                 return self.effective_weight()
             return getattr(base, name)

@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import RecastBankError
+from .calling import STANDS_FOR
 
-STANDS_FOR = "recast_stands_for"  # attribute of a merged parameter: the pretrained one, or None if that was released
 _NONE = object()
 
 

@@ -11,7 +11,7 @@ and the counter of operations.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -64,11 +64,18 @@ class CallState:
         )
 
 
+@dataclass(eq=False)
+class _Note:
+    state: CallState
+    first: int
+    last: int
+
+
 class CallHistory:
-    """The states that a layer computed in, by thread, each with the count of operations from which on it held."""
+    """The states that a layer computed in, by thread, each with the counts of operations at its first and latest call."""
 
     def __init__(self) -> None:
-        self._notes: dict[int, deque[tuple[int, CallState]]] = {}
+        self._notes: dict[int, deque[_Note]] = {}
 
     def __deepcopy__(self, memo: Any) -> CallHistory:
         return CallHistory()
@@ -83,7 +90,8 @@ class CallHistory:
             if len(self._notes) >= MOST_THREADS:
                 self._notes.clear()
             notes = self._notes[get_ident()] = deque(maxlen=MOST_NOTES)
-        notes.append((torch._C._autograd._get_sequence_nr(), state))
+        count = torch._C._autograd._get_sequence_nr()
+        notes.append(_Note(state, count, count))
 
     def note_again(self, state: CallState) -> None:
         """Note a state that was recalled, for checkpoints inside of what is computed again; in the thread that noted it."""
@@ -91,9 +99,12 @@ class CallHistory:
             self.note(state)
 
     def is_news(self, state: CallState) -> bool:
-        """Whether this thread's latest call computed in another state."""
+        """Whether this thread's latest call computed in another state; if not, this call is added to its note."""
         notes = self._notes.get(get_ident())
-        return not notes or not notes[-1][1].is_same(state)
+        if not notes or not notes[-1].state.is_same(state):
+            return True
+        notes[-1].last = torch._C._autograd._get_sequence_nr()
+        return False
 
     def recall(self) -> CallState | None:
         """The state of the call that is being computed again; None if nothing was noted.
@@ -104,11 +115,13 @@ class CallHistory:
         node = torch._C._current_autograd_node()
         if not self._notes or node is None:
             return None
-        # an operation that calls modules itself gets its number before they are called
         now = node._sequence_nr() + 1
+        # an operation that calls modules itself got its number before they were called; else it followed on them
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        follows = hooks is not None and type(node).__name__ != "CheckpointFunctionBackward"
         own = self._notes.get(get_ident())
         threads = [own] if own else list(self._notes.values())  # an accelerator's gradients are formed in a thread of their own
-        found = [self._at(list(notes), now) for notes in threads]
+        found = [self._at(list(notes), now, follows) for notes in threads]
         if any(not state.is_same(found[0]) for state in found[1:]):
             raise RecastBankError(
                 "a checkpointed call is computed again in the backward pass, but several threads have called the model with "
@@ -117,14 +130,17 @@ class CallHistory:
         return found[0]
 
     @staticmethod
-    def _at(notes: list[tuple[int, CallState]], count: int) -> CallState:
-        place = bisect_right(notes, count, key=lambda note: note[0]) - 1
-        if place < 0 and len(notes) == MOST_NOTES:
+    def _at(notes: list[_Note], count: int, follows: bool) -> CallState:
+        if follows:
+            place = bisect_right(notes, count, key=lambda note: note.first) - 1
+        else:
+            place = min(bisect_left(notes, count, key=lambda note: note.last), len(notes) - 1)
+        if notes[0].first > count and len(notes) == MOST_NOTES:
             raise RecastBankError(
                 f"a checkpointed call is computed again in the backward pass, but tasks or coefficients have changed "
                 f"{MOST_NOTES} times since: call backward() earlier, or turn gradient checkpointing off"
             )
-        return notes[max(0, place)][1]
+        return notes[max(0, place)].state
 
 
 def is_recomputing() -> bool:
@@ -190,7 +206,9 @@ def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
     if layer.is_off(batch):
         return CallState((), held=layer.held)
     if batch is not None:
-        return CallState((), held=layer.held, mixed=True, batch=batch if torch.is_grad_enabled() else None)
+        tasks = tuple(dict.fromkeys(name for name in batch.names if layer.has_task(name)))
+        kept = batch if torch.is_grad_enabled() else None
+        return CallState(tasks, held=layer.held, mixed=True, batch=kept, versions=_versions(layer, tasks))
     tasks = tuple(layer.tasks_in_force())
     versions = _versions(layer, tasks)
     return CallState(tasks, bool(layer.merged_adapters), layer.held, versions=versions, recorded=torch.is_grad_enabled())
@@ -207,7 +225,7 @@ def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...
 
 
 def _with_values(layer: Any, state: CallState) -> CallState:
-    if not (torch.is_grad_enabled() or layer.training):
+    if state.mixed or not (torch.is_grad_enabled() or layer.training):
         return state
     kept = [name for name in layer.with_coefficients(state.tasks) if name not in layer.recast_masks]
     return replace(state, values={name: layer.recast_coefficients[name].detach().clone() for name in kept})
@@ -223,7 +241,7 @@ def _check(layer: Any, past: CallState) -> None:
     elif known != set(past.tasks):
         what = f"the task {min(set(past.tasks) - known)!r} was deleted"
     elif past.versions != _versions(layer, past.tasks) and set(past.values) != set(past.tasks):
-        what = "parameters of the task were written to"
+        what = "parameters of the task were written to, or frozen"
     if what is None:
         return
     raise RecastBankError(
