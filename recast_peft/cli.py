@@ -20,6 +20,7 @@ from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
 from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
+from .integrations.serving.start import serve_folder
 from .parts import PartnerConfig
 from .tasks.plan import plan_recast
 
@@ -67,7 +68,26 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--backbone", help="a local checkpoint of the backbone, where the task's own record is not enough")
     merge.add_argument("--output", type=Path, required=True, help="a new folder")
     merge.set_defaults(run=_merge)
+
+    serve = commands.add_parser("serve", help="answer requests of all tasks in a folder over HTTP")
+    serve.add_argument("folder", type=Path, help="of saved tasks, one in a folder each")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--tokens", type=Path, help="JSON of tenants by token; without it anybody sees all tasks")
+    serve.add_argument("--backbone", help="a local checkpoint of the backbone, where the tasks' own record is not enough")
+    serve.add_argument("--head-dtype", help="in which classifiers are kept in memory, such as float16")
+    serve.add_argument("--max-batch", type=int, default=32, help="most requests that are computed together")
+    serve.add_argument("--max-queue", type=int, default=1024, help="most requests that wait")
+    serve.add_argument("--max-body", type=int, default=16 << 20, help="bytes of a request")
+    serve.add_argument("--timeout", type=float, default=30.0, help="seconds that a request may wait")
+    serve.add_argument("--reload-seconds", type=float, default=5.0, help="how often the folder is looked at")
+    serve.set_defaults(run=_serve)
     return parser
+
+
+def _serve(options: argparse.Namespace) -> None:
+    given = {key: value for key, value in vars(options).items() if key not in ("command", "run", "folder")}
+    serve_folder(options.folder, **given)
 
 
 def _plan(options: argparse.Namespace) -> None:

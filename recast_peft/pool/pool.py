@@ -176,8 +176,12 @@ class TaskPool(ResidentTasks):
 
     @contextmanager
     def _block(self, batch: MixedBatch) -> Iterator[None]:
-        with self._tuner.calls.block(), self._tuner.samples_with_tasks(batch):
+        with self._tuner.calls.block(), self.held(batch):
             yield
+
+    def held(self, batch: MixedBatch) -> AbstractContextManager[None]:
+        """A block for one call with tasks that ``mixed_batch_of`` gathered; they may have been removed since."""
+        return self._tuner.samples_with_tasks(batch)
 
     def mixed_batch_of(self, task_ids: Any, beams: int = 1) -> MixedBatch:
         """The coefficients and classifiers of each sample, gathered once for all layers.
@@ -247,7 +251,7 @@ class TaskPool(ResidentTasks):
         """
 
         def without_tasks(samples: int) -> AbstractContextManager[None]:
-            return self._tuner.samples_with_tasks(self.mixed_batch_of([None] * samples))
+            return self.held(self.mixed_batch_of([None] * samples))
 
         return base_features(self._tuner, self._layout.config.head_module, inputs, without_tasks)
 

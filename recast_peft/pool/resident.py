@@ -14,7 +14,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
 from .files import PackedTasks, read_pool, write_pool
-from .heads import HeadKinds
+from .heads import HeadKinds, StoredHead
 from .layout import PoolLayout
 from .reading import read_folder, read_task
 from .table import TaskTable
@@ -103,15 +103,34 @@ class ResidentTasks(TaskTable):
         self.check_new_name(name)
         with torch.inference_mode(False), torch.no_grad():
             values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
-            return self._put(name, values, head)
+            return self.add_row(name, values, self._stored(head))
 
-    def _put(self, name: str, values: Tensor, head: Any) -> int:
+    def replace(self, name: str, source: Any, **hub_kwargs: Any) -> int:
+        """Put a task in the place of one of the same name, in one step: the arguments and errors are those of ``add``.
+
+        Calls that are on their way end with the former task; whatever is wrong with the new one, the former stays. An active
+        task stays active as it was until it is activated again.
+
+        Returns:
+            the row, which is another one.
+        """
+        self.row(name)
+        with torch.inference_mode(False), torch.no_grad():
+            values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
+            return self.replace_row(name, values, self._stored(head))
+
+    def _stored(self, head: Any) -> StoredHead | None:
         if head is None:
-            return self.add_row(name, values)
+            return None
         self._make_place_for(head.name)
         with self.lock:
-            stored = self._kinds.stored(head)
-        return self.add_row(name, values, stored)
+            return self._kinds.stored(head)
+
+    def labels(self, name: str) -> dict[int, str] | None:
+        """Names of a task's classes, or None if it has none of its own."""
+        with self.lock:
+            head = self._heads.get(self.row(name))
+        return None if head is None else head.labels.id2label
 
     def add_weighted_adapter(
         self,
@@ -142,7 +161,7 @@ class ResidentTasks(TaskTable):
             values = combine_rows(numbers, weights, combination_type, density, majority_sign_method)
             head = combine_heads(prepared, weights, heads)
             self.check_new_name(adapter_name)
-            return self._put(adapter_name, values, head)
+            return self.add_row(adapter_name, values, self._stored(head))
 
     def load_folder(self, folder: str | Path) -> list[str]:
         """Put in every task saved in a folder (each in a folder of its own, named as the task).

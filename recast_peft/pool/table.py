@@ -158,6 +158,25 @@ class TaskTable:
             self._occupy(row, name, head)
         return row
 
+    def replace_row(self, name: str, values: Tensor, head: StoredHead | None = None) -> int:
+        """Put a task in the place of one of the same name, in one step; calls that hold the former end with it.
+
+        Returns:
+            the row, which is another one.
+
+        Raises:
+            RecastConfigError: if there is no such task, or a number is not finite; the former stays.
+        """
+        check_finite(name, values, head)
+        with self.lock:
+            former = self.row(name)
+            row = self._free.pop() if self._free else self._new_rows(1)
+            with torch.no_grad():
+                self.table[row] = values.to(self.table.device)
+            self._occupy(row, name, head)  # who asks for the name meanwhile gets the one or the other
+            self._vacate(former)
+        return row
+
     def add_rows(self, names: Sequence[str], values: Tensor, heads: dict[int, StoredHead]) -> int:
         """Put several tasks in, one after the other; all of them or none.
 
@@ -186,6 +205,9 @@ class TaskTable:
         name = self._names[row]
         assert name is not None
         del self._rows[name]
+        self._vacate(row)
+
+    def _vacate(self, row: int) -> None:
         self._names[row] = None
         self._ids[row] = self._numbers[row] = NOBODY
         self._heads.pop(row, None)

@@ -1,0 +1,74 @@
+"""Who may see which tasks: bearer tokens of tenants and administrators."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import RecastConfigError
+from ...storage.json_reader import Fields, read_json
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """What a token stands for.
+
+    Attributes:
+        name: for logs.
+        tasks: that it sees; None is all of them.
+        admin: whether it may put tasks in and take them out.
+    """
+
+    name: str
+    tasks: frozenset[str] | None = None
+    admin: bool = False
+
+    def sees(self, task: str) -> bool:
+        """Whether a task is its business."""
+        return self.tasks is None or task in self.tasks
+
+
+ANYBODY = Tenant("anybody", None, False)
+
+
+class Tenants:
+    """Tokens and their tenants. Tokens are kept as SHA-256 hashes alone.
+
+    Args:
+        by_token: tenants by their tokens, or by ``sha256:<hash of the token>``.
+    """
+
+    def __init__(self, by_token: Mapping[str, Tenant]) -> None:
+        if not by_token:
+            raise RecastConfigError("no token was given: nobody could ask for anything")
+        self._by_hash = {_stored(token): tenant for token, tenant in by_token.items()}
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> Tenants:
+        """Read tenants from JSON: ``{"sha256:...": {"name": "ada", "tasks": ["cats"], "admin": false}}``."""
+        fields = read_json(path, error=RecastConfigError)
+        return cls({token: _tenant(fields.object(token)) for token in fields})
+
+    def of(self, authorization: str | None) -> Tenant | None:
+        """The tenant of a request's ``Authorization`` header; None if its token is nobody's."""
+        kind, _, token = (authorization or "").partition(" ")
+        if kind.lower() != "bearer" or not token:
+            return None
+        return self._by_hash.get(_hash(token.strip()))
+
+
+def _tenant(fields: Fields) -> Tenant:
+    tasks: Any = fields.texts("tasks", None)
+    return Tenant(fields.text("name", "tenant"), None if tasks is None else frozenset(tasks), fields.flag("admin", False))
+
+
+def _stored(token: str) -> str:
+    return token if re.fullmatch(r"sha256:[0-9a-f]{64}", token) else _hash(token)
+
+
+def _hash(token: str) -> str:
+    return f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"

@@ -1,0 +1,82 @@
+"""From a folder of tasks to a server of them: the backbone is found by the first task that can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+
+from ...auto import AutoRecastModel
+from ...errors import RecastConfigError, RecastError
+from ...pool.pool import TaskPool
+from .batcher import TaskServer
+from .store import TaskStore
+
+
+def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | None = None) -> TaskStore:
+    """A pool of the tasks in a folder.
+
+    Args:
+        folder: of saved tasks, one in a folder each.
+        backbone: as for ``AutoRecastModel.from_pretrained``; None finds the one that the tasks name.
+        head_dtype: in which classifiers are kept, as for ``TaskPool``.
+
+    Raises:
+        RecastConfigError: if no task in the folder can be read; the reasons are in the message.
+    """
+    reasons = []
+    for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")):
+        try:
+            model = AutoRecastModel.from_pretrained(path.parent, backbone=backbone, adapter_name="layout")
+        except RecastError as error:
+            reasons.append(f"{path.parent.name}: {error}")
+            continue
+        pool = TaskPool(model, like="layout", head_dtype=head_dtype)
+        pool.deactivate()
+        store = TaskStore(folder, pool)
+        store.refresh()
+        return store
+    raise RecastConfigError(f"{folder} holds no task that can be served" + "".join(f"\n  {reason}" for reason in reasons[:5]))
+
+
+def serve_folder(
+    folder: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tokens: str | Path | None = None,
+    backbone: Any = None,
+    head_dtype: str | None = None,
+    reload_seconds: float = 5.0,
+    max_body: int = 16 << 20,
+    **options: Any,
+) -> None:
+    """Serve the tasks of a folder over HTTP until the process is told to stop (SIGINT, SIGTERM); what waits is answered first.
+
+    Args:
+        folder: of saved tasks.
+        host: to listen at.
+        port: to listen at.
+        tokens: a file of tenants, see ``Tenants.from_file``; without one anybody sees all tasks, and nobody changes them.
+        backbone: as for ``open_folder``.
+        head_dtype: as for ``open_folder``.
+        reload_seconds: how often the folder is looked at for tasks that came, changed or went.
+        max_body: bytes of a request.
+        options: of ``TaskServer``.
+
+    Raises:
+        RecastConfigError: if FastAPI, uvicorn or prometheus_client is missing, or nothing can be served.
+    """
+    try:
+        import uvicorn
+
+        from .access import Tenants
+        from .app import task_app
+    except ImportError as error:
+        raise RecastConfigError(f"serving needs more packages ({error}): pip install 'recast_peft[serving]'") from error
+    tenants = None if tokens is None else Tenants.from_file(tokens)
+    store = open_folder(folder, backbone=backbone, head_dtype=head_dtype)
+    server = TaskServer(store.pool, **options)
+    app = task_app(server, store, tenants=tenants, max_body=max_body, reload_seconds=reload_seconds)
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)

@@ -1,0 +1,246 @@
+"""TaskStore: a folder of tasks that a pool follows while it serves; with the versions before, to go back to.
+
+    FOLDER/<task>/                       the task as save_pretrained writes it
+    FOLDER/.versions/<task>/<number>/    what it was before
+
+A task that comes or changes is read and checked whole before anybody sees it; one that cannot be read leaves the former in
+service, and says why in ``problems``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import threading
+import uuid
+import zipfile
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ...errors import RecastConfigError, RecastError, RecastLoadError
+from ...names import check_adapter_name
+from ...pool.pool import TaskPool
+
+VERSIONS = ".versions"
+FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+MAX_TASK_BYTES = 256 << 20
+
+
+class TaskStore:
+    """The tasks of a folder, in a pool.
+
+    Args:
+        folder: of saved tasks, one in a folder each; made if it is missing.
+        pool: that they are put in.
+        keep: versions before the present one that are kept of each task.
+    """
+
+    def __init__(self, folder: str | os.PathLike, pool: TaskPool, keep: int = 5) -> None:
+        self.folder, self.pool, self.keep = Path(folder), pool, keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.problems: dict[str, str] = {}  # tasks that could not be read, and why
+        self._lock = threading.RLock()
+        self._seen: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._missed: set[str] = set()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._finish_moves()
+
+    # ---------------------------------------------------------------- following the folder
+
+    def refresh(self) -> list[str]:
+        """Look for tasks that came, changed or went since, and follow them; one that cannot be read changes nothing.
+
+        A task is gone when it was missing twice: another process may be putting a new one in its place.
+
+        Returns:
+            names of the tasks that are different now.
+        """
+        changed = []
+        with self._lock:
+            found = {path.parent.name: _stamp(path.parent) for path in sorted(self.folder.glob(f"*/{CONFIG_NAME}"))}
+            for name, stamp in found.items():
+                if self._seen.get(name) != stamp:
+                    self._seen[name] = stamp
+                    if self._take(name):
+                        changed.append(name)
+            missing = {name for name in self._seen if name not in found}
+            gone, self._missed = missing & self._missed, missing - self._missed
+            for name in sorted(gone):
+                del self._seen[name]
+                self.problems.pop(name, None)
+                if name in self.pool:
+                    self.pool.remove(name)
+                    changed.append(name)
+        return changed
+
+    def _take(self, name: str) -> bool:
+        try:
+            self._put(name, self.folder / name)
+        except RecastError as error:
+            self.problems[name] = str(error)
+            return False
+        except Exception as error:  # a bad task never takes the service down
+            self.problems[name] = f"{type(error).__name__}: {error}"
+            return False
+        self.problems.pop(name, None)
+        return True
+
+    def _put(self, name: str, folder: Path) -> None:
+        check_adapter_name(name)
+        if name in self.pool:
+            self.pool.replace(name, folder)
+        else:
+            self.pool.add(name, folder)
+
+    def follow(self, seconds: float) -> None:
+        """Refresh every so many seconds in a thread, until ``close``."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._follow, args=(seconds,), name="recast-task-store", daemon=True)
+            self._thread.start()
+
+    def _follow(self, seconds: float) -> None:
+        while not self._stop.wait(seconds):
+            try:
+                self.refresh()
+            except OSError as error:  # the folder cannot be listed now
+                self.problems[""] = str(error)
+
+    def close(self) -> None:
+        """Follow the folder no more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    # ---------------------------------------------------------------- changing it
+
+    def upload(self, name: str, content: bytes) -> None:
+        """Take a task in from the bytes of a zip file with its config and its tensors; the former becomes a version.
+
+        Raises:
+            RecastLoadError: if the bytes are no such file.
+            RecastError: whatever is wrong with the task; the former stays in service.
+        """
+        check_adapter_name(name)
+        _check_plain(name)
+        incoming = self.folder / VERSIONS / f".incoming-{uuid.uuid4().hex}"
+        task = incoming / name
+        try:
+            task.mkdir(parents=True)
+            for file, data in _unpacked(content).items():
+                (task / file).write_bytes(data)
+            with self._lock:
+                self._put(name, task)  # checks it whole, and puts it into service
+                if (self.folder / name).is_dir():
+                    self._retire(name)
+                os.replace(task, self.folder / name)
+                self._seen[name] = _stamp(self.folder / name)
+                self.problems.pop(name, None)
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Take a task out of service; it stays as a version that can be rolled back to.
+
+        Raises:
+            RecastConfigError: if there is no such task.
+        """
+        with self._lock:
+            self._check_known(name)
+            if name in self.pool:
+                self.pool.remove(name)
+            self._retire(name)
+            self._seen.pop(name, None)
+            self.problems.pop(name, None)
+
+    def versions(self, name: str) -> list[int]:
+        """Numbers of the versions before the present one, the oldest first."""
+        _check_plain(name)
+        return sorted(int(path.name) for path in (self.folder / VERSIONS / name).glob("*") if path.name.isdigit())
+
+    def rollback(self, name: str) -> int:
+        """Put the version before in service; the present one becomes the latest version.
+
+        Returns:
+            the number of the version that is in service now.
+
+        Raises:
+            RecastConfigError: if there is none.
+        """
+        with self._lock:
+            known = self.versions(name)
+            if not known:
+                raise RecastConfigError(f"the task {name!r} has no version before this one")
+            before = self.folder / VERSIONS / name / str(known[-1])
+            staged = before.with_name(f".back-{uuid.uuid4().hex}") / name
+            staged.parent.mkdir()
+            os.replace(before, staged)
+            try:
+                self._put(name, staged)
+            except BaseException:
+                os.replace(staged, before)
+                staged.parent.rmdir()
+                raise
+            if (self.folder / name).is_dir():
+                self._retire(name)
+            os.replace(staged, self.folder / name)
+            staged.parent.rmdir()
+            self._seen[name] = _stamp(self.folder / name)
+            return known[-1]
+
+    def _finish_moves(self) -> None:
+        """Put into place what a process that was killed had taken the former away for."""
+        for task in self.folder.glob(f"{VERSIONS}/.incoming-*/*"), self.folder.glob(f"{VERSIONS}/*/.back-*/*"):
+            for staged in task:
+                was_checked = (self.folder / VERSIONS / staged.name).is_dir()
+                if was_checked and not (self.folder / staged.name).exists() and len(_stamp(staged)) == len(FILES):
+                    os.replace(staged, self.folder / staged.name)
+                shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def _retire(self, name: str) -> None:
+        place = self.folder / VERSIONS / name
+        place.mkdir(parents=True, exist_ok=True)
+        numbers = self.versions(name)
+        os.replace(self.folder / name, place / str(max(numbers, default=0) + 1))
+        for old in self.versions(name)[: -self.keep or None]:
+            shutil.rmtree(place / str(old), ignore_errors=True)
+
+    def _check_known(self, name: str) -> None:
+        _check_plain(name)
+        if not (self.folder / name).is_dir():
+            raise RecastConfigError(f"the folder has no task {name!r}")
+
+
+def _check_plain(name: str) -> None:
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise RecastConfigError(f"name={name!r}: expected the name of a folder")
+
+
+def _stamp(folder: Path) -> tuple[tuple[int, int], ...]:
+    """What tells a changed task: times and sizes of its files."""
+    stats = [(folder / file).stat() for file in FILES if (folder / file).is_file()]
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
+
+
+def _unpacked(content: bytes) -> dict[str, bytes]:
+    """The two files of a task in a zip file, at its top or in one folder; nothing else is read, and no path is followed."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            found = {Path(info.filename).name: info for info in archive.infolist() if Path(info.filename).name in FILES}
+            missing = [file for file in FILES if file not in found]
+            if missing or sum(info.file_size for info in found.values()) > MAX_TASK_BYTES:
+                what = f"lacks {', '.join(missing)}" if missing else f"holds more than {MAX_TASK_BYTES:,} bytes"
+                raise RecastLoadError(f"the uploaded zip file {what}; expected a task's {' and '.join(FILES)}")
+            return {name: _read(archive, info) for name, info in found.items()}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+        raise RecastLoadError(f"what was uploaded is no zip file of a task: {error}") from error
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as file:
+        data = file.read(MAX_TASK_BYTES + 1)
+    if len(data) > MAX_TASK_BYTES:  # whatever its header says
+        raise RecastLoadError(f"the uploaded {info.filename} holds more than {MAX_TASK_BYTES:,} bytes")
+    return data
