@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RecastSequenceError
-from .metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
+from .metrics import average_accuracy, average_incremental_accuracy, backward_transfer, forgetting, forward_transfer
 
 
 class AccuracyMatrix:
@@ -59,12 +59,13 @@ class AccuracyMatrix:
         """The measures that what was recorded allows, taken after the last task learned.
 
         Returns:
-            ``average_accuracy``, ``backward_transfer``, ``forgetting`` and ``forward_transfer``, or those of them that can be
-            had.
+            ``average_accuracy``, ``average_incremental_accuracy``, ``backward_transfer``, ``forgetting`` and
+            ``forward_transfer``, or those of them that can be had.
         """
         last = self.learned - 1
         measures: dict[str, Callable[[], float]] = {
             "average_accuracy": lambda: average_accuracy(self.values, last),
+            "average_incremental_accuracy": lambda: average_incremental_accuracy(self.values, last),
             "backward_transfer": lambda: backward_transfer(self.values, last),
             "forgetting": lambda: forgetting(self.values, last),
             "forward_transfer": lambda: forward_transfer(self.values, self.baseline, last),

@@ -4,6 +4,7 @@
 
 - Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017 (arXiv 1706.08840), section 2, for R,
   the average accuracy, backward transfer and forward transfer;
+- Rebuffi et al., CVPR 2017 (arXiv 1611.07725), for the average incremental accuracy;
 - Chaudhry, Dokania, Ajanthan and Torr, "Riemannian Walk for Incremental Learning", ECCV 2018 (arXiv 1801.10112),
   for forgetting.
 """
@@ -28,6 +29,16 @@ def average_accuracy(matrix: ArrayLike, after: int | None = None) -> float:
     """
     R, last = _checked(matrix, after)
     return float(_entries(R, [(last, j) for j in range(last + 1)]).mean())
+
+
+def average_incremental_accuracy(matrix: ArrayLike, after: int | None = None) -> float:
+    """Mean of the average accuracies after each task: ``1/T sum_k (1/(k+1) sum_{j<=k} R[k, j])``.
+
+    Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017 (arXiv 1611.07725), section 4.1.
+    Arguments and errors as for :func:`average_accuracy`.
+    """
+    R, last = _checked(matrix, after)
+    return float(np.mean([average_accuracy(R, k) for k in range(last + 1)]))
 
 
 def backward_transfer(matrix: ArrayLike, after: int | None = None) -> float:

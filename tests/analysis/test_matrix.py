@@ -33,13 +33,19 @@ class TestTheMatrix:
     def test_summarises_all_that_was_recorded(self) -> None:
         assert filled().summary() == {
             "average_accuracy": pytest.approx(0.70),
+            "average_incremental_accuracy": pytest.approx(0.825),
             "backward_transfer": pytest.approx(-0.20),
             "forgetting": pytest.approx(0.225),
             "forward_transfer": pytest.approx(0.225),
         }
 
     def test_summarises_what_there_is(self) -> None:
-        assert set(filled(LOWER, None).summary()) == {"average_accuracy", "backward_transfer", "forgetting"}
+        assert set(filled(LOWER, None).summary()) == {
+            "average_accuracy",
+            "average_incremental_accuracy",
+            "backward_transfer",
+            "forgetting",
+        }
         assert AccuracyMatrix(["a", "b"]).summary() == {}
 
     def test_summarises_a_sequence_that_is_not_finished(self) -> None:

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recast_peft import RecastSequenceError
-from recast_peft.analysis.metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
+from recast_peft.analysis.metrics import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+)
 
 # Rows are states after tasks 1, 2, 3; columns are tasks. By hand, from the papers' formulas:
 #   ACC  = (0.70 + 0.60 + 0.80) / 3                                   = 0.70
@@ -27,12 +33,14 @@ LOWER = [[0.9, nan, nan], [0.9, 0.8, nan], [0.9, 0.8, 0.5]]
 class TestTheMeasures:
     def test_are_those_worked_out_by_hand(self) -> None:
         assert average_accuracy(FORGETFUL) == pytest.approx(0.70)
+        assert average_incremental_accuracy(FORGETFUL) == pytest.approx((0.90 + 0.875 + 0.70) / 3)
         assert backward_transfer(FORGETFUL) == pytest.approx(-0.20)
         assert forward_transfer(FORGETFUL, BASELINE) == pytest.approx(0.225)
         assert forgetting(FORGETFUL) == pytest.approx(0.225)
 
     def test_are_those_worked_out_by_hand_after_two_tasks(self) -> None:
         assert average_accuracy(FORGETFUL, after=1) == pytest.approx(0.875)
+        assert average_incremental_accuracy(FORGETFUL, after=1) == pytest.approx((0.90 + 0.875) / 2)
         assert backward_transfer(FORGETFUL, after=1) == pytest.approx(0.05)
         assert forward_transfer(FORGETFUL, BASELINE, after=1) == pytest.approx(0.20)
         assert forgetting(FORGETFUL, after=1) == pytest.approx(-0.05)

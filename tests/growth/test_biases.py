@@ -519,7 +519,7 @@ class TestRefusals:
             load_bank(tmp_path)
         described.pop("checksum")
         (tmp_path / BANK_CONFIG).write_text(json.dumps(described))
-        with pytest.raises(RecastLoadError, match="lacks or misstates 'widths'"):
+        with pytest.raises(RecastLoadError, match="has no 'widths'"):
             load_bank(tmp_path)
 
     def test_what_takes_coefficients_alone(self) -> None:

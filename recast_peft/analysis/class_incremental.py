@@ -1,0 +1,120 @@
+"""A classifier of all classes so far in closed form, for whoever is not told the task: random features and ridge regression.
+
+Features of a frozen model are projected at random, rectified, and the classes are read off by least squares. What is kept of
+the examples are two sums, so that learning tasks one after the other gives the very classifier that learning them at once
+gives, and nothing is forgotten.
+
+Source: McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023
+(arXiv 2307.02251).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import RecastSequenceError
+from ..validation import is_count
+
+RIDGES = tuple(10.0**power for power in range(-6, 7))
+HELD_OUT = 5  # one example in so many judges the ridge
+
+
+class IncrementalClassifier:
+    """Tells all classes apart that it was shown, task after task.
+
+    Args:
+        features: numbers in a sample's features.
+        projections: random features; None takes the features themselves.
+        ridge: added to the diagonal of the Gram matrix, in units of its mean diagonal; None chooses it anew with each task, by
+            the squared error on a fifth of the task's examples.
+        seed: random seed for the projections.
+
+    Attributes:
+        classes: names (whole numbers or strings) in the order in which they came.
+        weight: ``(random features, classes)`` in float64.
+    """
+
+    def __init__(self, features: int, *, projections: int | None = 2000, ridge: float | None = None, seed: int = 0) -> None:
+        for name, value in (("features", features), ("projections", projections)):
+            if value is not None and not is_count(value):
+                raise RecastSequenceError(f"{name}={value!r}: expected a whole number of at least 1")
+        if ridge is not None and not ridge > 0:
+            raise RecastSequenceError(f"ridge={ridge!r}: expected a number above 0, or None")
+        self.features, self.ridge = features, ridge
+        self.classes: list[int | str] = []
+        generator = torch.Generator().manual_seed(seed)
+        self._projection = None if projections is None else torch.randn(features, projections, generator=generator).double()
+        width = features if projections is None else projections
+        self._gram = torch.zeros(width, width, dtype=torch.float64)
+        self._sums = torch.zeros(width, 0, dtype=torch.float64)
+        self.weight = torch.zeros(width, 0, dtype=torch.float64)
+
+    def learn(self, features: Tensor, labels: Tensor, classes: list[int | str] | None = None) -> None:
+        """Add the examples of a task; classes that were seen before may come again.
+
+        Args:
+            features: ``(examples, features)`` of the frozen model.
+            labels: ``(examples,)``, whole numbers.
+            classes: the name of each number; None takes the numbers themselves.
+
+        Raises:
+            RecastSequenceError: if shapes do not fit, or a label has no name.
+        """
+        hidden = self._hidden(features)
+        numbers = labels.tolist()
+        if labels.shape != features.shape[:1] or not numbers:
+            raise RecastSequenceError(
+                f"one label for each example is needed\n  labels:   {tuple(labels.shape)}\n  examples: {len(features)}"
+            )
+        if classes is not None and not 0 <= min(numbers) <= max(numbers) < len(classes):
+            raise RecastSequenceError(f"labels are {min(numbers)} to {max(numbers)}, and classes names {len(classes)}")
+        names = numbers if classes is None else [classes[number] for number in numbers]
+        self.classes += [name for name in dict.fromkeys(names) if name not in self.classes]
+        wanted = torch.zeros(len(names), len(self.classes), dtype=torch.float64)
+        wanted[torch.arange(len(names)), [self.classes.index(name) for name in names]] = 1.0
+        self._sums = torch.cat(
+            [self._sums, self._sums.new_zeros(len(self._sums), wanted.shape[1] - self._sums.shape[1])], dim=1
+        )
+        ridge = self.ridge or self._best_ridge(hidden, wanted)
+        self._add(hidden, wanted)
+        self.weight = self._solved(self._gram, self._sums, ridge)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores ``(samples, classes)`` of all classes so far, about 1 for a sample's own and 0 for the others."""
+        return self._hidden(features) @ self.weight
+
+    def predict(self, features: Tensor) -> list[int | str]:
+        """The class of each sample.
+
+        Raises:
+            RecastSequenceError: if nothing was learned yet.
+        """
+        if not self.classes:
+            raise RecastSequenceError("nothing was learned yet: call learn(features, labels) first")
+        return [self.classes[place] for place in self.logits(features).argmax(1).tolist()]
+
+    def _hidden(self, features: Tensor) -> Tensor:
+        if features.ndim != 2 or features.shape[1] != self.features:
+            raise RecastSequenceError(f"features have shape {tuple(features.shape)}; expected (samples, {self.features})")
+        x = features.detach().cpu().double()
+        return x if self._projection is None else torch.relu(x @ self._projection)
+
+    def _add(self, hidden: Tensor, wanted: Tensor) -> None:
+        self._gram += hidden.T @ hidden
+        self._sums += hidden.T @ wanted
+
+    def _best_ridge(self, hidden: Tensor, wanted: Tensor) -> float:
+        order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))
+        judged = order % HELD_OUT == 0
+        if not judged.any() or judged.all():
+            return 1e-2
+        gram = self._gram + hidden[~judged].T @ hidden[~judged]
+        sums = self._sums + hidden[~judged].T @ wanted[~judged]
+        errors = [(hidden[judged] @ self._solved(gram, sums, ridge) - wanted[judged]).square().mean() for ridge in RIDGES]
+        return RIDGES[int(torch.stack(errors).argmin())]
+
+    @staticmethod
+    def _solved(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:
+        diagonal = torch.eye(len(gram), dtype=gram.dtype) * ridge * gram.diagonal().mean()
+        return torch.linalg.solve(gram + diagonal, sums)
