@@ -36,7 +36,7 @@ RECAST = "RECAST"
 RIVALS = (PROBE, "LoRA r=1", "LoRA r=8")
 RATES = {PROBE: 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
 SHORT = {"text": ("field", "type", "kind"), "pictures": ("digits", "icons", "scripts")}  # tasks of the demo
-EPOCHS = {"text": 3, "pictures": 8}
+EPOCHS = {"text": 3, "pictures": 6}
 
 
 @dataclass
@@ -206,8 +206,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for tasks, table and picture")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--methods", nargs="*", default=list(RIVALS), choices=RIVALS, help="beside RECAST")
-    parser.add_argument("--train", type=int, default=480, help="most examples of a task to learn from")
-    parser.add_argument("--test", type=int, default=400, help="most examples of a task to test on")
+    parser.add_argument("--train", type=int, default=400, help="most examples of a task to learn from")
+    parser.add_argument("--test", type=int, default=300, help="most examples of a task to test on")
     parser.add_argument("--epochs", type=int, help="instead of the demo's own")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)

@@ -8,10 +8,12 @@ import frontier
 import pytest
 import torch
 from frontier import REFERENCE, Run
-from worlds import PICTURES
+from worlds import PICTURES, TEXT, text
 from worlds.base import Split, Task
 from worlds.pictures import category_icons, make_task
 from worlds.training import accuracy, fresh_classifier, train
+
+from recast_peft import MissingWords
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,20 @@ def test_the_best_rate_and_the_share_are_those_worked_out_by_hand():
     assert found["RECAST"].accuracies == {"a": 56.0, "b": 53.0}
     assert found["RECAST"].share == pytest.approx(30.0)
     assert found["IA3"].share is None
+
+
+def test_a_bank_is_practised_once_without_labels(monkeypatch):
+    sentences = text.make_task("kind", text.by_kind, 30, 1)
+    hidden = replace(sentences, train=Split(sentences.train.inputs, torch.zeros(0)))
+    monkeypatch.setattr(frontier, "WORLDS", {"text": replace(TEXT, tasks={"kind": lambda: hidden})})
+    monkeypatch.setattr(frontier, "BANKS", {})
+    family = MissingWords(103, (0, 101, 102), words=2, examples=4, least=2)
+    monkeypatch.setattr(frontier, "PRACTICE", {"tasks": 2, "epochs": 3, "family": family, "progress": False})
+    first, second = (frontier.practised(TEXT) for _ in range(2))
+    assert first.partners[0].bank is second.partners[0].bank
+    model = frontier.get_recast_model(TEXT.backbone(), first)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == 12 + 2 * 6  # a scale for each MLP weight, a number for each task's template in each block
 
 
 def test_the_loop_learns_and_keeps_the_order(icons):
