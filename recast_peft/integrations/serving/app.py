@@ -112,6 +112,8 @@ class _Service:
     async def health(self) -> dict[str, Any]:
         """Whether the server works, and how many tasks it has."""
         problems = 0 if self.store is None else len(self.store.problems)
+        if not self.server.is_alive:
+            raise HTTPException(503, "the server is stopping, or its thread is gone")
         return {"status": "ok", "tasks": len(self.server.pool), "tasks_that_cannot_be_read": problems}
 
     async def metrics(self) -> PlainTextResponse:

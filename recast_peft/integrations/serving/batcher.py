@@ -139,6 +139,11 @@ class TaskServer:
         """Answer a request in asyncio; see ``submit``. Cancelling it takes it out of the queue."""
         return await asyncio.wrap_future(self.submit(task, sample, timeout))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are being answered."""
+        return self._thread.is_alive() and not self._closed
+
     def stats(self) -> dict[str, int]:
         """Counts since the start: requests that were answered, failed, timed out or were refused; batches and their samples."""
         with self._changed:
