@@ -2,12 +2,14 @@
 
 recast-peft plan vit_small_patch16_224 --target-modules qkv
 recast-peft inspect user/task
+recast-peft verify folder
 recast-peft merge user/task --output plain
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +22,13 @@ from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
 from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
+from .hub.verify import ERROR, INFO, WARNING, verify_folder
 from .integrations.serving.start import serve_folder
 from .parts import PartnerConfig
+from .storage.cards import one_line
 from .tasks.plan import plan_recast
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -31,15 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of this library are printed without a traceback.
 
     Returns:
-        the exit status: 0, or 1 after an error.
+        the exit status: 0, 1 after an error, 3 if ``verify`` found nothing worse than warnings.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except RecastError as error:
-        print(f"recast-peft {options.command}: {error}", file=sys.stderr)
+        print(f"recast-peft {options.command}: {_printable(error)}", file=sys.stderr)
         return 1
-    return 0
+
+
+def _printable(value: Any) -> str:
+    """A text from a file without what would steer a terminal; the lines stay."""
+    return "\n".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line) for line in str(value).split("\n"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--subfolder")
     inspect.add_argument("--revision")
     inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser(
+        "verify", help="check tasks, banks, compressed models and pools in a folder: 0 fine, 1 unusable, 3 warnings"
+    )
+    verify.add_argument("folder", type=Path)
+    verify.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
+    verify.set_defaults(run=_verify)
 
     merge = commands.add_parser("merge", help="write a task's model as a plain checkpoint, which needs this library no more")
     merge.add_argument("task", help="a folder, or a name on the Hub")
@@ -150,9 +166,18 @@ def _inspect(options: argparse.Namespace) -> None:
         ("size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
     ]
     width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name.ljust(width)}  {value}" for name, value in lines))
+    print("\n".join(f"{name.ljust(width)}  {one_line(value)}" for name, value in lines))
     for name, group in (config.groups or {}).items():
-        print(f"  {name}: {len(group)} modules")
+        print(f"  {one_line(name)}: {len(group)} modules")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    findings = verify_folder(options.folder)
+    for finding in findings:
+        if finding.level != INFO or not options.quiet:
+            print(_printable(f"{finding.level.ljust(7)}  {finding.place}: {finding.text}"))
+    levels = {finding.level for finding in findings}
+    return 1 if ERROR in levels else 3 if WARNING in levels else 0
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .grown_templates import PARTS, GrownTemplates, LowRankSum, has_low_rank_product, low_rank_sum
-from .template_bank import TemplateBank
-
-if TYPE_CHECKING:
-    from ..layer import RecastLayer
+from .template_bank import Member, TemplateBank
 
 
 class GrownBank(TemplateBank):
@@ -33,7 +30,7 @@ class GrownBank(TemplateBank):
         self,
         name: str,
         members: Sequence[str],
-        layers: Sequence[RecastLayer],
+        layers: Sequence[Member],
         grown: GrownTemplates,
         stored: dict[str, str | None],
         version: int = 1,

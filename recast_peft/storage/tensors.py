@@ -24,6 +24,7 @@ from .atomic import staged
 
 CHECKSUM = "recast_checksum"  # the entry of a file's metadata
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LARGEST = 100.0  # of coefficients; 1 moves a weight by as much as the weight itself
 TRIES = 50  # to read a file that is replaced again and again
 _CHUNK = 1 << 22  # numbers that are looked at in one go
 
@@ -201,6 +202,12 @@ def _finite(tensor: Tensor) -> bool:
     if flat.element_size() == 1:
         flat = flat.float()  # torch compares no 8-bit floats
     return all(bool(torch.isfinite(flat[start : start + _CHUNK]).all()) for start in range(0, flat.numel(), _CHUNK))
+
+
+def outliers(tensors: Mapping[str, Tensor], largest: float = LARGEST) -> dict[str, float]:
+    """Coefficients that only a damaged file holds: by name the largest one of each tensor that exceeds ``largest``."""
+    sizes = {key: float(tensor.abs().max()) for key, tensor in tensors.items() if tensor.numel()}
+    return {key: size for key, size in sizes.items() if size > largest}
 
 
 def check_shapes(

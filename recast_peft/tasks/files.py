@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..holders import Entry
 from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
-from ..storage.tensors import FLOATING, read_tensors
+from ..storage.tensors import FLOATING, outliers, read_tensors
 from ..storage.transfer import fetch_file
 from .state import backbone_of, put_in, shared_entries, task_entries
 
@@ -55,6 +56,12 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
     given = {called(plain_name(key), record.renamed): value for key, value in _read(folder, hub_kwargs, what).items()}
     optional = _optional(model, config, plan.targets)
     check_entries(what, given, shapes, optional)
+    for key, value in outliers({key: tensor for key, tensor in given.items() if COEFFICIENTS in key}).items():
+        warnings.warn(
+            f"{what} holds a coefficient of {value:.4g} in {key}: no task that was trained has one as large as that. The file "
+            "may be damaged; fetch it again.",
+            stacklevel=2,
+        )
     return given
 
 
