@@ -10,23 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .banks.files import StoredBank
 from .composition.coefficient_gradients import AUTO
 from .errors import RecastConfigError
 from .mimicry import MimicryMethod, resolve_method
-from .names import METHOD_NAME
 from .options.checks import check_config
+from .options.config_file import read_fields, write_fields
 from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
-from .storage.atomic import write_text
-from .storage.json_reader import parse_json
-from .storage.pairs import read_companion
-from .validation import shown
 
 DEFAULT_GROUP_SIZE = 2
 TARGET_SHORTHANDS = ("all-linear", "all-attention", "all-mlp", "all-conv")
@@ -84,6 +80,10 @@ class RecastConfig(PeftConfig):
             gives the pretrained model instead of its compressed form.
         num_classes: number of classes of a classifier that the task owns; None leaves the model's own alone.
         id2label: names of the task's classes by class number; also gives ``num_classes``.
+        problem_type: kind of loss of the task's classifier in transformers models: ``"regression"``,
+            ``"single_label_classification"`` or ``"multi_label_classification"``. None takes the model's own where that has
+            as many outputs, else what transformers guesses from the first labels. What ``model.config`` says while the task
+            is active is stored with it.
         head_module: name of the classifier, where timm's and transformers' conventions do not tell.
         head_init: start of the classifier: ``"fresh"``, or ``"copy"`` of the model's own classifier of the same size.
         head_type: kind of classifier: ``"linear"`` (trained), or ``"prototypes"`` (nearest class mean, see ``fit_prototypes``).
@@ -111,9 +111,9 @@ class RecastConfig(PeftConfig):
 
     Attributes:
         record: what a conversion decided or a file holds; None for a config that no model has used. ``groups``, ``recipes``,
-            ``base_fingerprint``, ``backbone``, ``fidelity``, ``num_coefficient_sets``, ``coefficient_sharing`` and
-            ``lora_config`` read as it has them. A config that is used for another model describes a new task and gets a new
-            record; the record of a stored task is followed.
+            ``base_fingerprint``, ``backbone``, ``fidelity``, ``problem_type``, ``num_coefficient_sets``,
+            ``coefficient_sharing`` and ``lora_config`` read as it has them. A config that is used for another model describes a
+            new task and gets a new record; the record of a stored task is followed.
 
     Raises:
         RecastConfigError: naming the field and its value, if a value cannot be used.
@@ -141,6 +141,7 @@ class RecastConfig(PeftConfig):
     keep_base_weights: bool = False
     num_classes: int | None = None
     id2label: dict[int, str] | None = None
+    problem_type: str | None = decided()
     head_module: str | None = None
     head_init: str = "fresh"
     head_type: str = "linear"
@@ -210,17 +211,7 @@ class RecastConfig(PeftConfig):
         Raises:
             RecastConfigError: if the file holds no JSON object with texts for its keys, is too large or nested too deeply.
         """
-        path = Path(path_json_file)
-        try:
-            read = read_companion(path.with_name(SAFETENSORS_WEIGHTS_NAME), path)
-        except OSError as error:
-            raise RecastConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-        content = dict(parse_json(read, str(path), error=RecastConfigError))
-        content.pop("runtime_config", None)  # as PEFT does: it is of no use in a file
-        method = content.get("peft_type", METHOD_NAME.upper())
-        if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & content.keys():
-            raise RecastConfigError(f"{path_json_file} is no config of a method that PEFT knows: peft_type={shown(method)}")
-        return content
+        return read_fields(path_json_file)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as ``adapter_config.json`` holds them: a task's record lies among what was chosen."""
@@ -249,11 +240,7 @@ class RecastConfig(PeftConfig):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         with TemporaryDirectory() as folder:
             super().save_pretrained(folder, **kwargs)
-            content = json.loads(Path(folder, CONFIG_NAME).read_text())
-        # fields without a value would outweigh a task's numbers
-        own = {f.name for f in fields(RecastConfig)} - {f.name for f in fields(PeftConfig)}
-        kept = {name: value for name, value in content.items() if value is not None or name not in own}
-        write_text(Path(save_directory, CONFIG_NAME), json.dumps(kept, indent=2, sort_keys=True))
+            write_fields(save_directory, json.loads(Path(folder, CONFIG_NAME).read_text()))
         for hook in AFTER_SAVING:
             hook(save_directory)
 

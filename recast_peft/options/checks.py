@@ -38,6 +38,7 @@ from .lora import checked_lora_config
 from .partner import resolve_partners
 
 BIAS_CHOICES = ("none", "all", "recast_only")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 SHARING_CHOICES = ("roles", "blocks", "all")
 
 MOST_CLASSES = 10_000_000
@@ -182,6 +183,7 @@ CHECKS: dict[str, Check] = {
     "keep_base_weights": flag,
     "num_classes": optional(whole(1, MOST_CLASSES)),
     "id2label": optional(labels),
+    "problem_type": optional(one_of(*PROBLEM_TYPES)),
     "head_module": optional(text),
     "head_init": one_of("fresh", "copy"),
     "head_type": one_of("linear", "prototypes"),
@@ -240,6 +242,11 @@ def _check_sizes(config: Any) -> None:
 
 
 def _check_classes(config: Any) -> None:
+    if config.problem_type is not None and config.num_classes is None and config.id2label is None:
+        raise RecastConfigError(
+            f"RecastConfig(problem_type={config.problem_type!r}): expected num_classes too, since it is the kind of loss of "
+            "the task's own classifier. Without one the loss is that of the model: set model.config.problem_type."
+        )
     if config.id2label is None:
         return
     if config.num_classes is None:

@@ -23,6 +23,7 @@ DECIDED = (
     "num_coefficient_sets",
     "coefficient_sharing",
     "lora_config",
+    "problem_type",
     "backbone",
     "fidelity",
 )
@@ -43,6 +44,7 @@ class TaskRecord:
         num_coefficient_sets: coefficient sets of every layer.
         coefficient_sharing: which layers share their offsets; None for none.
         lora_config: the LoRA part with the target modules that were found; None for a task without one.
+        problem_type: kind of loss of the task's own classifier; None leaves it to transformers.
         backbone: how the timm or transformers model is found again; None for other models.
         fidelity: how well compressed banks reproduce the pretrained weights; None where it was not measured.
         is_stored: the task was read from a file, or from what a file holds. Such a record is kept when its config is put on
@@ -60,6 +62,7 @@ class TaskRecord:
     num_coefficient_sets: int = 1
     coefficient_sharing: str | int | None = None
     lora_config: LoraConfig | None = None
+    problem_type: str | None = None
     backbone: dict[str, Any] | None = None
     fidelity: dict[str, float] | None = None
     is_stored: bool = False

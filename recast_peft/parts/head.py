@@ -35,11 +35,15 @@ class TaskHead(TaskModule):
         self._owner = (owner,)  # in a tuple: the head is a part of its owner, not the other way round
         self._labels: dict[str, Labels] = {}
         self._base_labels = read_labels(owner)
+        self._named: str | None = None  # the task whose labels the model shows; None for its own
         self._stored_dtype: dict[str, torch.dtype] = {}
 
     def put(self, adapter_name: str, head: PreparedHead, active: bool = False, inference_mode: bool = False) -> None:
         """Give a task its head."""
-        self._labels[adapter_name] = head.labels
+        same = head.labels.num_classes == self._base_labels.num_classes
+        inherited = self._base_labels.problem_type if same else None
+        labels = head.labels
+        self._labels[adapter_name] = dataclasses.replace(labels, problem_type=labels.problem_type or inherited)
         if head.stored_dtype is not None:
             self._stored_dtype[adapter_name] = head.stored_dtype
         self.add(adapter_name, head.module, active, inference_mode)
@@ -57,10 +61,11 @@ class TaskHead(TaskModule):
 
         A head like the one in the slot is copied into it, so that a compiled model goes on; another one takes its place.
         """
+        self._note_problem_type()
         self._merged = None
         if head is None:
             self._active_adapter = []
-            self.show_labels()
+            self._write_labels()
             return
         present = self.modules_to_save[slot] if self.has_task(slot) else None
         if present is not None and present is not head.module and _alike(present, head.module):
@@ -69,11 +74,12 @@ class TaskHead(TaskModule):
         elif present is not head.module:
             self.put(slot, dataclasses.replace(head, module=copy.deepcopy(head.module).requires_grad_(False)))
         self._active_adapter = [slot]
-        self.show_labels()
+        self._write_labels()
 
     def prepared(self, name: str, adapter_name: str) -> PreparedHead:
         """A copy of a task's head, to be put elsewhere."""
         module = copy.deepcopy(self.modules_to_save[adapter_name]).requires_grad_(False)
+        self._note_problem_type()
         labels = self._labels.get(adapter_name, self._base_labels)
         return PreparedHead(name, module, labels, self._stored_dtype.get(adapter_name))
 
@@ -104,14 +110,39 @@ class TaskHead(TaskModule):
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        self._note_problem_type()
         names = [name for name in self._adapters if self.modules_to_save[name] is module]
         write_labels(self._owner[0], self._labels.get(names[0], self._base_labels) if names else self._base_labels)
         return module
 
     def show_labels(self) -> None:
         """Let the model's config name the classes of the head that is called."""
+        self._note_problem_type()
+        self._write_labels()
+
+    def problem_type(self, adapter_name: str) -> str | None:
+        """The kind of loss of a task, as it was given, found on the model, or set in the model's config since."""
+        self._note_problem_type()
+        return self._labels[adapter_name].problem_type if adapter_name in self._labels else None
+
+    def _note_problem_type(self) -> None:
+        """Keep the kind of loss that the model's config says now, a user's or a guess, for the head that is shown."""
+        if not hasattr(getattr(self._owner[0], "config", None), "id2label"):
+            return
+        now = read_labels(self._owner[0])
+        shown = self._base_labels if self._named is None else self._labels.get(self._named)
+        if shown is None or now.num_classes != shown.num_classes:
+            return  # the task was deleted
+        shown = dataclasses.replace(shown, problem_type=now.problem_type)
+        if self._named is None:
+            self._base_labels = shown
+        else:
+            self._labels[self._named] = shown
+
+    def _write_labels(self) -> None:
         task = self.shown_task
-        write_labels(self._owner[0], self._base_labels if task is None else self._labels.get(task, self._base_labels))
+        self._named = task if task in self._labels else None
+        write_labels(self._owner[0], self._base_labels if self._named is None else self._labels[self._named])
 
     def entries(self, adapter_name: str) -> Iterable[Entry]:
         dtype = self._stored_dtype.get(adapter_name)
@@ -188,6 +219,12 @@ def task_head(model: nn.Module, name: str) -> TaskHead:
         wrapper = TaskHead(present, name, model)
     put_at(model, name, wrapper)
     return wrapper
+
+
+def problem_type_of(model: nn.Module, adapter_name: str) -> str | None:
+    """The kind of loss that a task's own classifier is trained with; None if it has none, or transformers is to guess."""
+    heads = (m for m in model.modules() if isinstance(m, TaskHead) and m.has_task(adapter_name))
+    return next((head.problem_type(adapter_name) for head in heads), None)
 
 
 class HeadPart(TaskPart):

@@ -37,7 +37,7 @@ class PrototypeHead(nn.Module):
 
 @dataclass(frozen=True)
 class Labels:
-    """What a model says of its classes: their number, and their names if there are any."""
+    """What a model says of its classes: their number, their names if there are any, and the kind of loss (transformers')."""
 
     num_classes: int | None
     id2label: dict[int, str] | None = None
@@ -133,7 +133,7 @@ def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False)
         module = build_head(model, original, name, config)
     module.train(original.training)
     stored = None if config.head_dtype is None else getattr(torch, config.head_dtype)
-    return PreparedHead(name, module, Labels(config.num_classes, config.id2label), stored)
+    return PreparedHead(name, module, Labels(config.num_classes, config.id2label, config.problem_type), stored)
 
 
 def build_head(

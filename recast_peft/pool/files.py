@@ -118,7 +118,8 @@ def _head_tensors(heads: Mapping[int, StoredHead]) -> tuple[dict[str, Tensor], l
             given = heads[place].labels
             if repr(given) not in labels:
                 labels[repr(given)] = len(all_labels)
-                all_labels.append({"classes": given.num_classes, "id2label": given.id2label})
+                kind = {} if given.problem_type is None else {"problem_type": given.problem_type}
+                all_labels.append({"classes": given.num_classes, "id2label": given.id2label, **kind})
             own.append(labels[repr(given)])
         for key, rows in _stacked([heads[place] for place in places]).items():
             tensors[f"heads.{number}.{key}"] = rows
@@ -252,7 +253,7 @@ def _read_heads(
     saved: Any, labels: Any, tensors: Mapping[str, Tensor], layout: PoolLayout, kinds: HeadKinds, count: int
 ) -> dict[int, StoredHead]:
     heads: dict[int, StoredHead] = {}
-    known = [Labels(entry["classes"], _id2label(entry["id2label"])) for entry in labels]
+    known = [Labels(entry["classes"], _id2label(entry["id2label"]), _problem_type(entry)) for entry in labels]
     for number, kind_saved in enumerate(saved):
         prefix = f"heads.{number}."
         rows = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -272,6 +273,10 @@ def _read_heads(
             one = tuple(value[position] for value in values)
             heads[place] = StoredHead(kind, one, kinds.labels(known[label]), empty.stored_dtype)
     return heads
+
+
+def _problem_type(saved: Mapping[str, Any]) -> str | None:
+    return RecastConfig(num_classes=1, problem_type=saved.get("problem_type")).problem_type
 
 
 def _id2label(saved: Any) -> dict[int, str] | None:

@@ -273,7 +273,7 @@ def add_combined(
         base_model_name_or_path=first.base_model_name_or_path,
         head_type=first.head_type if head is not None else "linear",
         head_dtype=next((config.head_dtype for config in configs.values() if head is not None), None),
-        **({} if head is None else {"num_classes": head.labels.num_classes, "id2label": head.labels.id2label}),
+        **({} if head is None else dataclasses.asdict(head.labels)),
     )
     tuner.peft_config[adapter_name] = config
     try:

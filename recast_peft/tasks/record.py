@@ -12,6 +12,7 @@ from ..banks.template_bank import TemplateBank
 from ..config import RecastConfig
 from ..layer import RecastLayer, recast_layers
 from ..options.record import TaskRecord, mean_fidelity
+from ..parts.head import problem_type_of
 from ..parts.lora import lora_config_of
 from ..planning.groups import PlannedGroup, sharing_of
 from .backbone import describe_backbone
@@ -39,6 +40,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
         num_coefficient_sets=plan.num_coefficient_sets,
         coefficient_sharing=plan.coefficient_sharing,
         lora_config=None if plan.lora is None else plan.lora.config,
+        problem_type=config.problem_type,
         backbone=(config.backbone if prepared.is_same_base else None) or backbone,
         fidelity=config.fidelity,
         is_stored=config.is_stored_task,
@@ -75,6 +77,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         num_coefficient_sets=max(sets, default=config.num_coefficient_sets),
         coefficient_sharing=_sharing_of(layers, banks, adapter_name),
         lora_config=lora_config_of(backbone, adapter_name),
+        problem_type=problem_type_of(backbone, adapter_name),
         backbone=config.as_chosen().backbone or describe_backbone(backbone, config.revision),
         fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
         is_stored=config.is_stored_task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -415,3 +417,89 @@ class TestNorms:
         assert any(key.endswith("running_mean") for key in stored)
         again = PeftModel.from_pretrained(backbone(), tmp_path).eval()
         assert torch.equal(again(x), live)
+
+
+class TestTheKindOfLoss:
+    """What transformers calls ``problem_type`` decides the loss; it belongs to the task whose head is called."""
+
+    IDS = torch.randint(3, 40, (4, 5), generator=torch.Generator().manual_seed(5))
+    TARGETS = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
+
+    def bert(self, **fields: Any) -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        return BertForSequenceClassification(BertConfig(vocab_size=40, **sizes, **{"num_labels": 3, **fields})).eval()
+
+    def loss_of(self, model: nn.Module) -> str:
+        out = model(input_ids=self.IDS, labels=self.TARGETS)
+        losses = {"regression": mse_loss, "multi_label_classification": binary_cross_entropy_with_logits}
+        (kind,) = (kind for kind, loss in losses.items() if torch.allclose(out.loss, loss(out.logits, self.TARGETS)))
+        return kind
+
+    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+    def test_is_the_models_own_for_as_many_outputs(self, kind: str) -> None:
+        model = get_recast_model(self.bert(problem_type=kind), RecastConfig(num_classes=3)).eval()
+        assert (model.config.problem_type, self.loss_of(model)) == (kind, kind)
+        model.add_adapter("two", RecastConfig(num_classes=2))
+        model.set_adapter("two")
+        assert model.config.problem_type is None  # other outputs mean another problem
+        with model.disable_adapter():
+            assert model.config.problem_type == kind
+
+    def test_is_the_tasks_if_it_is_given(self) -> None:
+        config = RecastConfig(num_classes=3, problem_type="regression")
+        model = get_recast_model(self.bert(problem_type="multi_label_classification"), config).eval()
+        assert self.loss_of(model) == "regression"
+        with model.disable_adapter():
+            assert self.loss_of(model) == "multi_label_classification"
+        assert self.loss_of(model) == "regression"
+
+    def test_set_on_the_model_stays_with_the_active_task(self, tmp_path: Path) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3), "one").eval()
+        model.config.problem_type = "regression"
+        model.add_adapter("two", RecastConfig(num_classes=3))
+        assert self.loss_of(model) == "regression"
+        with model.disable_adapter():
+            assert model.config.problem_type is None
+        model.set_adapter("two")
+        assert self.loss_of(model) == "multi_label_classification"  # transformers' guess, which is now that of task two
+        model.set_adapter("one")
+        assert self.loss_of(model) == "regression"
+        model.save_pretrained(tmp_path)
+        assert model.peft_config["one"].problem_type == "regression"
+        for name, kind in (("one", "regression"), ("two", "multi_label_classification")):
+            assert RecastConfig.from_pretrained(tmp_path / name).problem_type == kind
+            loaded = PeftModel.from_pretrained(self.bert(), tmp_path / name, name).eval()
+            assert (loaded.config.problem_type, self.loss_of(loaded)) == (kind, kind)
+        model.set_adapter("two")
+        model.delete_adapter("one")
+        assert model.config.problem_type == "multi_label_classification"
+        assert model.unload().config.problem_type is None
+
+    def test_goes_with_a_merged_model(self) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"))
+        assert self.loss_of(model.merge_and_unload().eval()) == "regression"
+
+    def test_is_kept_by_a_pool_and_its_file(self, tmp_path: Path) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"), "one").eval()
+        pool = TaskPool(model)
+        pool.add("stored", "one")
+        pool.add("other", RecastConfig(num_classes=3))
+        pool.save(tmp_path / "pool.safetensors")
+        again = TaskPool(get_recast_model(self.bert(), RecastConfig(num_classes=3), "one").eval())
+        again.load(tmp_path / "pool.safetensors")
+        for each in (pool, again):
+            for name, kind in (("stored", "regression"), ("other", "multi_label_classification"), ("stored", "regression")):
+                each.activate(name)
+                assert self.loss_of(each.model) == kind
+
+    def test_of_a_timm_model_is_kept_with_the_task(self, tmp_path: Path) -> None:
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, problem_type="regression"))
+        model.save_pretrained(tmp_path)
+        assert RecastConfig.from_pretrained(tmp_path).problem_type == "regression"
+
+    def test_without_a_head_of_the_task_is_refused(self) -> None:
+        with pytest.raises(RecastConfigError, match="expected num_classes too"):
+            RecastConfig(problem_type="regression")
+        with pytest.raises(RecastConfigError, match="problem_type='ranking'"):
+            RecastConfig(num_classes=3, problem_type="ranking")

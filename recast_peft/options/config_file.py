@@ -1,0 +1,44 @@
+"""``adapter_config.json``: read with care, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..errors import RecastConfigError
+from ..names import METHOD_NAME
+from ..storage.atomic import write_text
+from ..storage.json_reader import parse_json
+from ..storage.pairs import read_companion
+from ..validation import shown
+
+
+def read_fields(file: str | os.PathLike) -> dict[str, Any]:
+    """The fields that a file holds, of the method that it names.
+
+    Raises:
+        RecastConfigError: if it holds no JSON object, is too large or nested too deeply, or is of a method that PEFT lacks.
+    """
+    path = Path(file)
+    try:
+        content = read_companion(path.with_name(SAFETENSORS_WEIGHTS_NAME), path)
+    except OSError as error:
+        raise RecastConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    values = dict(parse_json(content, str(path), error=RecastConfigError))
+    values.pop("runtime_config", None)  # as PEFT does: it is of no use in a file
+    method = values.get("peft_type", METHOD_NAME.upper())
+    if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & values.keys():
+        raise RecastConfigError(f"{path} is no config of a method that PEFT knows: peft_type={shown(method)}")
+    return values
+
+
+def write_fields(folder: str | os.PathLike, values: Mapping[str, Any]) -> None:
+    """Write the fields of a config, without those of RECAST's own that are None: they would outweigh a task's numbers."""
+    kept = {name: value for name, value in values.items() if value is not None or name in PeftConfig.__dataclass_fields__}
+    write_text(Path(folder, CONFIG_NAME), json.dumps(kept, indent=2, sort_keys=True))
