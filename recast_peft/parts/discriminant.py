@@ -13,7 +13,7 @@ for large-dimensional covariance matrices", Journal of Multivariate Analysis 88,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -21,8 +21,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
-from ..mimicry.features import device_of, evaluating
 from .head import TaskHead
+from .prototypes import check_every_class, check_labels, read_head_inputs
 
 Shrinkage = float | Literal["auto"]
 
@@ -99,11 +99,9 @@ def discriminants(features: Tensor, labels: Tensor, classes: int, shrinkage: Shr
         RecastTargetError: if a label is none of the classes, a class has no example, or the covariance has no inverse.
     """
     check_shrinkage(shrinkage)
-    _check_labels(labels, classes)
+    check_labels(labels, classes)
     shares = torch.bincount(labels, minlength=classes).double() / len(labels)
-    empty = (shares == 0).nonzero().flatten().tolist()
-    if empty:
-        raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")
+    check_every_class(shares)
     means = torch.stack([features[labels == c].double().mean(0) for c in range(classes)])  # (classes, features)
     covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     for c in range(classes):
@@ -150,14 +148,6 @@ def _shrunk(away: Tensor) -> Tensor:
     return (1 - share) * away.T @ away / len(away) + share * mean * torch.diag(size.square())
 
 
-def _check_labels(labels: Tensor, classes: int) -> None:
-    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        found = f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none"
-        raise RecastTargetError(
-            f"labels must be numbers of the task's classes\n  labels:  {found}\n  classes: 0 to {classes - 1}"
-        )
-
-
 def _check_invertible(covariance: Tensor, features: Tensor, classes: int, shrinkage: Shrinkage) -> None:
     rounding = 1e-12 * float(features.double().square().mean())  # of sums in float64
     if torch.linalg.eigvalsh(covariance)[0] > rounding:
@@ -177,40 +167,13 @@ def _check_invertible(covariance: Tensor, features: Tensor, classes: int, shrink
 
 def _gathered(model: nn.Module, head: nn.Linear, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """What reaches a task's classifier, ``(examples, features)``, and the labels ``(examples,)``, on the CPU."""
-    pairs = [(features.cpu(), labels.cpu()) for features, labels in _inputs_of(model, head, batches)]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    shape = (head.out_features, head.in_features)
+    read_head_inputs(model, head, shape, batches, lambda features, labels: pairs.append((features, labels)))
     if not pairs:
         raise RecastTargetError("batches hold no example")
     features, labels = (torch.cat(column) for column in zip(*pairs, strict=True))
-    _check_labels(labels, head.out_features)
     return features, labels
-
-
-def _inputs_of(model: nn.Module, head: nn.Linear, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    device = device_of(model)
-
-    def here(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                if isinstance(batch, dict):
-                    labels = batch["labels"]
-                    model(**{key: here(value) for key, value in batch.items() if key != "labels"})
-                else:
-                    inputs, labels = batch
-                    model(here(inputs))
-                given = seen.pop()
-                if given.shape != (len(labels), head.in_features):
-                    raise RecastTargetError(
-                        f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
-                        f"  labels:    {tuple(labels.shape)}"
-                    )
-                yield given, labels
-    finally:
-        handle.remove()
 
 
 def _share_right(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> float:

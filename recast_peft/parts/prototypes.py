@@ -1,9 +1,8 @@
-"""Prototypes: a head that is filled instead of trained, and what is collected of the features of labelled examples."""
+"""Prototypes: a head that is filled instead of trained, and how what reaches a head is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,85 +37,80 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
     if heads[0].disable_adapters or name not in heads[0].active_adapters:
         raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
     classes, features = head.prototypes.shape
-    found = class_statistics(model, head, classes, features, batches)
+    counts = torch.zeros(classes, dtype=torch.float64)
+    sums = torch.zeros(classes, features, dtype=torch.float64)
+
+    def add(given: Tensor, labels: Tensor) -> None:
+        sums.index_add_(0, labels, given.double())
+        counts.add_(torch.bincount(labels, minlength=classes))
+
+    read_head_inputs(model, head, (classes, features), batches, add)
+    check_every_class(counts)
     with torch.no_grad():
-        head.prototypes.copy_(found.sums / found.counts[:, None])
+        head.prototypes.copy_(sums / counts[:, None])
     return head.prototypes.detach().clone()
 
 
-@dataclass(frozen=True, eq=False)
-class ClassStatistics:
-    """What is kept of the features of labelled examples, in float64.
-
-    Attributes:
-        counts: ``(classes,)`` the examples of each class.
-        sums: ``(classes, features)`` of their features.
-        products: ``(features, features)`` sum of the outer products of all features, where it was asked for.
-    """
-
-    counts: Tensor
-    sums: Tensor
-    products: Tensor | None = None
-
-    def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add examples ``(examples, features)`` with their labels ``(examples,)``.
-
-        Raises:
-            RecastTargetError: if a label is none of the classes.
-        """
-        if labels.min() < 0 or labels.max() >= len(self.sums):
-            raise RecastTargetError(
-                f"labels must be numbers of the task's classes\n  labels:  {int(labels.min())} to {int(labels.max())}\n"
-                f"  classes: 0 to {len(self.sums) - 1}"
-            )
-        labels, features = labels.cpu(), features.detach().to("cpu", torch.float64)
-        self.sums.index_add_(0, labels, features)
-        self.counts.add_(torch.bincount(labels, minlength=len(self.sums)))
-        if self.products is not None:
-            self.products.addmm_(features.T, features)
-
-
-def class_statistics(
-    model: nn.Module, head: nn.Module, classes: int, features: int, batches: Iterable[Any], products: bool = False
-) -> ClassStatistics:
-    """Run a model in evaluation mode and collect what reaches its head.
+def read_head_inputs(
+    model: nn.Module,
+    head: nn.Module,
+    shape: tuple[int, int],
+    batches: Iterable[Any],
+    take: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Run a model in evaluation mode and hand on what reaches its head, batch by batch.
 
     Args:
         model: as it stands.
         head: the module whose input, ``(examples, features)``, counts.
-        classes: classes of the task.
-        features: that reach the head.
+        shape: classes of the task, and features that reach the head.
         batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name).
-        products: whether outer products are kept too.
+        take: is called with ``(examples, features)`` and ``(examples,)`` labels, both on the CPU.
 
     Raises:
-        RecastTargetError: if a label is none of the classes, a class has no example, or the head sees more than one vector an
-            example.
+        RecastTargetError: if a label is none of the classes, or the head sees more than one vector an example.
     """
-    found = ClassStatistics(
-        torch.zeros(classes, dtype=torch.float64),
-        torch.zeros(classes, features, dtype=torch.float64),
-        torch.zeros(features, features, dtype=torch.float64) if products else None,
-    )
+    classes, features = shape
     seen: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
-                labels = _run(model, batch)
-                given = seen.pop()
+                labels = _run(model, batch).cpu()
+                given = seen.pop().cpu()
                 if given.shape != (len(labels), features):
                     raise RecastTargetError(
                         f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
                         f"  labels:    {tuple(labels.shape)}"
                     )
-                found.add(given, labels)
+                check_labels(labels, classes)
+                take(given, labels)
     finally:
         handle.remove()
-    empty = (found.counts == 0).nonzero().flatten().tolist()
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no numbers of the classes.
+
+    Raises:
+        RecastTargetError: naming both.
+    """
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        found = f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none"
+        raise RecastTargetError(
+            f"labels must be numbers of the task's classes\n  labels:  {found}\n  classes: 0 to {classes - 1}"
+        )
+
+
+def check_every_class(counts: Tensor) -> None:
+    """Refuse classes without an example; counts ``(classes,)``.
+
+    Raises:
+        RecastTargetError: naming the first of them.
+    """
+    empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")
-    return found
 
 
 def _run(model: nn.Module, batch: Any) -> Tensor:
