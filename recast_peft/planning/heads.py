@@ -16,8 +16,9 @@ _HEAD_FIRST = re.compile(
 _HEAD_LAST = re.compile(r"^(lm_head|embed_out|qa_outputs|last_linear|vocab_projector|distillation_classifier)$")
 # Detectors, segmenters and the like, which put their heads anywhere but into a repeated block.
 _HEAD_ANYWHERE = re.compile(
-    r"^(?!conv_)(\w+_)?heads?$|^rpn$|^\w+_classifier$|^(class|cls|bbox|box|mask)_(predictor|embed|score|pred)$"
+    r"^(?!conv_)(\w+_)?heads?\d*$|^rpn$|^\w+_classifier$|^(class|cls|bbox|box|mask)_(predictor|embed|score|pred)$"
 )
+_HEAD_CLASS = re.compile(r"(?<!Attention)(?<!Attn)Heads?$")
 
 
 def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
@@ -44,12 +45,11 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     classifier = convention.get("classifier") if isinstance(convention, dict) else None
     names.update([classifier] if isinstance(classifier, str) else classifier or ())
-    names.update(name for name, _ in modules if _is_called_a_head(name.split(".")))
+    names.update(name for name, module in modules if _is_called_a_head(name.split("."), type(module).__name__))
     return {name for name in (*names, head_module or "") if name}
 
 
-def _is_called_a_head(parts: list[str]) -> bool:
-    in_a_block = any(part.isdigit() for part in parts[:-1])
-    return bool(
-        _HEAD_FIRST.match(parts[0]) or _HEAD_LAST.match(parts[-1]) or (_HEAD_ANYWHERE.match(parts[-1]) and not in_a_block)
-    )
+def _is_called_a_head(parts: list[str], kind: str) -> bool:
+    in_a_block = any(part.isdigit() for part in parts)
+    anywhere = _HEAD_ANYWHERE.match(parts[-1]) or _HEAD_CLASS.search(kind)
+    return bool(_HEAD_FIRST.match(parts[0]) or _HEAD_LAST.match(parts[-1]) or (anywhere and not in_a_block))

@@ -53,9 +53,7 @@ def is_convolution(candidate: Candidate) -> bool:
 
 def _block_kind(candidate: Candidate) -> str | None:
     """``"attention"``, ``"mlp"`` or None: what the nearest module above that says anything is."""
-    names = ["", *candidate.name.split(".")[:-1]]
-    modules = [module for _, module in candidate.path if held_name(module) is None]
-    words = [(name, type(module).__name__) for name, module in zip(names, modules, strict=True)][:0:-1]
+    words = _words_above(candidate)
     for place, here in enumerate(words):
         if any(map(_CHANNEL_ATTENTION.search, here)):
             return None
@@ -66,6 +64,18 @@ def _block_kind(candidate: Candidate) -> str | None:
             above = words[place + 1] if place + 1 < len(words) else ()
             return None if any(map(_CHANNEL_ATTENTION.search, above)) else "attention"
     return None
+
+
+def _words_above(candidate: Candidate) -> list[tuple[str, str]]:
+    """Names and class names of the modules around one, the nearest first; what a wrapper holds has the wrapper's name."""
+    words: list[tuple[str, str]] = []
+    outer: str | None = None
+    for slot, module in candidate.path:
+        name = slot if outer is None else outer
+        outer = name if held_name(module) is not None else None
+        if outer is None:
+            words.append((name, type(module).__name__))
+    return words[:0:-1]  # without the model itself
 
 
 def _is_attention(candidate: Candidate) -> bool:

@@ -72,3 +72,26 @@ def test_a_module_of_that_name_is_no_wrapper() -> None:
     model.module = nn.Linear(2, 2)
     assert unwrapped(model) is model
     assert [c.name for c in find_candidates(model)] == ["module"]
+
+
+class Inner(nn.Module):
+    """A user's own wrapper."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.inner = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [Inner, checkpoint_wrapper, lambda block: checkpoint_wrapper(Inner(block))])
+def test_a_wrapper_around_the_blocks_of_a_converted_model_changes_no_plan(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(), "first")
+    blocks = model.get_base_model().blocks
+    for i, block in enumerate(blocks):
+        blocks[i] = wrap(block)
+    model.add_adapter("second", RecastConfig())
+    assert model.peft_config["second"].groups == model.peft_config["first"].groups
+    model.add_adapter("third", RecastConfig(target_modules="all-linear"))
+    assert len(layers_of(model)) == 16

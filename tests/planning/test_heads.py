@@ -22,7 +22,7 @@ def nested(name: str, module: nn.Module) -> nn.Module:
 
 ELSEWHERE = (
     "segmentation_head bbox_head.cls roi_heads.box_predictor.cls_score rpn.conv decoder.head class_embed keypoint_head head "
-    "class_labels_classifier bbox_predictor classifier fc"
+    "class_labels_classifier bbox_predictor classifier fc head1 cls_head2.conv"
 )
 
 
@@ -34,6 +34,23 @@ def test_heads_of_models_from_elsewhere_are_no_targets(name: str) -> None:
         assert plan.targets == ("body.0", "body.1")
         assert "head" in plan.skipped[name]
     assert name in plan_recast(model, RecastConfig(target_modules=[name])).targets  # it was asked for
+
+
+class PointHead(nn.Sequential):
+    """A head by its class, whatever it is called."""
+
+
+class SelfAttentionHead(nn.Sequential):
+    """A part of an attention."""
+
+
+def test_a_class_that_is_called_a_head_is_one() -> None:
+    model = nested("points", PointHead(nn.Conv2d(4, 4, 3)))
+    model.mixer = SelfAttentionHead(nn.Conv2d(4, 4, 3))
+    model.stages = nn.ModuleList([PointHead(nn.Conv2d(4, 4, 3))])
+    plan = plan_recast(model, RecastConfig(target_modules="all-conv"))
+    assert plan.targets == ("body.0", "body.1", "mixer.0", "stages.0.0")
+    assert "'points'" in plan.skipped["points.0"]
 
 
 @pytest.mark.parametrize("name", ["ahead", "body.heads_up", "rpn_free", "blocks.0.head"])
