@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own, made on the first call.
-#   make demo         install, then the main job: learn tasks on the embedded backbone, compare, print, draw
+#   make demo         install, then the main job: learn tasks on pretrained models, compare, print, draw
 #   make test         install, then all tests
 #   make quality      linter and type checker
 #   make benchmarks   time, memory and files beside PEFT's methods, about a quarter of an hour
