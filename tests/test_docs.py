@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from hub_server import HubServer, connect, folder_content
+from test_layers import ROOMS
 from timm.models import save_for_hf
 
 import recast_peft
@@ -175,3 +176,9 @@ def test_the_tree_holds_nothing_large():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
     large = [name for name in listed if name and (ROOT / name).exists() and (ROOT / name).stat().st_size > 2_000_000]
     assert not large
+
+
+def test_the_architecture_page_lists_the_rooms_in_the_order_of_imports():
+    table = (ROOT / "docs" / "explanation" / "architecture.md").read_text().split("## Three ways")[0].split("|---|---|")[1]
+    rooms = [room for cell in re.findall(r"^\| (.*?) \|", table, flags=re.MULTILINE) for room in re.findall(r"`(\w+)/?`", cell)]
+    assert rooms == [room for room in ROOMS if not room.startswith("_")]
