@@ -78,17 +78,20 @@ def recast(**fields: object) -> Callable[[World], peft.PeftConfig]:
     return lambda world: RecastConfig(**fields)  # type: ignore[arg-type]
 
 
-PRACTICE: dict[str, object] = {"tasks": 12, "family": MissingWords(103, (0, 101, 102))}  # MiniLM's [MASK], [PAD], [CLS], [SEP]
+PRACTICE: dict[str, object] = {"tasks": 12}
 BANKS: dict[str, StoredBank] = {}  # by world; a bank is made once
 
 
 def practised(world: World) -> peft.PeftConfig:
     """RECAST on a bank of biases that practice tasks made of the world's training texts; their labels are not read."""
     if world.name not in BANKS:
-        texts = [task().train.inputs for task in WORLDS[world.name].tasks.values()]
+        texts = [task().train.inputs for task in world.tasks.values()]
         ids, mask = (torch.cat(parts) for parts in zip(*texts, strict=True))
-        data = {"input_ids": ids, "attention_mask": mask}
-        BANKS[world.name] = practice_bank(WORLDS[world.name].backbone(), data, **PRACTICE)  # type: ignore[arg-type]
+        family, data = (
+            MissingWords(world.special_tokens[0], world.special_tokens[1:]),
+            {"input_ids": ids, "attention_mask": mask},
+        )
+        BANKS[world.name] = practice_bank(world.backbone(), data, **{"family": family, **PRACTICE})  # type: ignore[arg-type]
     return RecastConfig(target_modules="all-mlp", group_size=1, partners=[BiasConfig(bank=BANKS[world.name])])
 
 
@@ -142,15 +145,17 @@ def stored_bytes(model: nn.Module) -> int:
         return sum(file.stat().st_size for file in Path(folder).rglob("*.*") if file.suffix in (".json", ".safetensors"))
 
 
-def run(world: World, task: Task, method: str, seed: int, rate: float, progress: bool = False) -> Run:
+def run(
+    world: World, task: Task, method: str, seed: int, rate: float, progress: bool = False, device: torch.device | str = "cpu"
+) -> Run:
     """Train a method on a task and test it."""
     torch.manual_seed(seed)
-    model, started = adapted(world, method), time.perf_counter()
-    head, free = fresh_classifier(world, len(task.classes)), [p for p in model.parameters() if p.requires_grad]
+    model, started = adapted(world, method).to(device), time.perf_counter()
+    head, free = fresh_classifier(world, len(task.classes)).to(device), [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, object]] = [{"params": list(head.parameters()), "lr": world.head_lr}]
     if free:
         groups.append({"params": free, "lr": rate, "weight_decay": 0.0})
-    learn, check = task.train, task.test
+    learn, check = task.train.to(device), task.test.to(device)
     if not free:  # a frozen backbone is asked once
         learn, check = (features(model, split) for split in (learn, check))
 
@@ -275,6 +280,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--every-rate", action="store_true", help="also a third and three times each learning rate")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only-show", action="store_true", help="train nothing")
     return parser.parse_args(arguments)
 
@@ -292,7 +298,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
             continue
         if name not in tasks:
             tasks[name] = world.tasks[name]()
-        one = run(world, tasks[name], method, seed, rate, progress=True)
+        one = run(world, tasks[name], method, seed, rate, progress=True, device=options.device)
         print(f"{world.name:9}{name:10}{method:32}{one.accuracy:6.2f} %{one.trainable:>9,}{one.seconds:>8} s", flush=True)
         with file.open("a") as stream:
             stream.write(json.dumps(asdict(one)) + "\n")

@@ -28,6 +28,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device | str) -> Split:
+        """The split on a device."""
+        return Split(tuple(values.to(device) for values in self.inputs), self.labels.to(device))
+
     def __getitem__(self, rows: Tensor | slice) -> Split:
         return Split(tuple(values[rows] for values in self.inputs), self.labels[rows])
 
@@ -60,6 +64,7 @@ class World:
         head_lr: learning rate of the classifier, the same for every method.
         lora_targets: what LoRA and its kin adapt here.
         batch_size: examples in a step.
+        special_tokens: of texts: what stands for a word that was taken out, then tokens that are no words.
     """
 
     name: str
@@ -71,6 +76,7 @@ class World:
     head_lr: float
     lora_targets: Sequence[str] | str
     batch_size: int = 32
+    special_tokens: tuple[int, ...] = ()
 
 
 def draw_evenly(

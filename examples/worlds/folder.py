@@ -80,6 +80,7 @@ def folder_worlds(folder: str | Path) -> dict[str, World]:
             TEXT,
             backbone=partial(_encoder, folder / "minilm.safetensors"),
             tasks={name: partial(_text_task, folder, name) for name in texts},
+            special_tokens=(1, 0, 2, 3),  # [UNK]: a smaller vocabulary may lack [MASK]
         ),
         PICTURES.name: replace(
             PICTURES,

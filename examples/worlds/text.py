@@ -173,4 +173,5 @@ TEXT = World(
     epochs=4,
     head_lr=2e-2,
     lora_targets=["query", "value"],
+    special_tokens=(103, 0, 100, 101, 102),  # [MASK], then [PAD], [UNK], [CLS], [SEP]
 )

@@ -69,11 +69,11 @@ def test_the_best_rate_and_the_share_are_those_worked_out_by_hand():
 def test_a_bank_is_practised_once_without_labels(monkeypatch):
     sentences = text.make_task("kind", text.by_kind, 30, 1)
     hidden = replace(sentences, train=Split(sentences.train.inputs, torch.zeros(0)))
-    monkeypatch.setattr(frontier, "WORLDS", {"text": replace(TEXT, tasks={"kind": lambda: hidden})})
+    world = replace(TEXT, tasks={"kind": lambda: hidden})
     monkeypatch.setattr(frontier, "BANKS", {})
-    family = MissingWords(103, (0, 101, 102), words=2, examples=4, least=2)
+    family = MissingWords(*TEXT.special_tokens[:1], TEXT.special_tokens[1:], words=2, examples=4, least=2)
     monkeypatch.setattr(frontier, "PRACTICE", {"tasks": 2, "epochs": 3, "family": family, "progress": False})
-    first, second = (frontier.practised(TEXT) for _ in range(2))
+    first, second = (frontier.practised(world) for _ in range(2))
     assert first.partners[0].bank is second.partners[0].bank
     model = frontier.get_recast_model(TEXT.backbone(), first)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -157,4 +157,4 @@ def test_tasks_of_a_folder(tmp_path):
         with torch.no_grad():
             features = world.backbone()(*task.test.inputs)
         assert features.shape == (len(task.test), WORLDS[world.name].width)
-    assert replace(found["text"], backbone=TEXT.backbone, tasks=TEXT.tasks) == TEXT
+    assert replace(found["text"], backbone=TEXT.backbone, tasks=TEXT.tasks, special_tokens=TEXT.special_tokens) == TEXT
