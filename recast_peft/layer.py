@@ -112,6 +112,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
                     parameter.requires_grad_(True)
                 self._disable_adapters, self._trainable = False, []
                 return
+            self.unmerge()
             own = (*self.recast_coefficients.parameters(), *self.recast_masks.parameters())
             self._trainable = [parameter for parameter in own if parameter.requires_grad]
             super().enable_adapters(False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain
 from .parts.base import Place
 from .parts.lora import switched_off
 from .parts.saved import freeze_running_statistics
-from .parts.wrapper import TaskModule, check_one_owner
+from .parts.wrapper import check_one_owner
 from .planning.groups import coefficient_owners
 from .tasks import verbs
 from .tasks.arithmetic import add_combined
@@ -98,7 +98,9 @@ class RecastModel(TaskCalls, BaseTuner):
     ) -> None:
         """PEFT's own loop over the modules, on a copy of the config: it condenses names, and saves modules whole by itself."""
         config = cast(RecastConfig, self.peft_config[adapter_name])
-        trained = [(p, p.requires_grad) for m in model.modules() if isinstance(m, TaskModule) for p in m.parameters()]
+        # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
+        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        trained = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         own = {"modules_to_save": None, "target_modules": list(prepared.plan.targets), "target_parameters": None}
         working = config.as_chosen(**own, exclude_modules=None)
         self._prepared = prepared

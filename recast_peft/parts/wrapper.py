@@ -76,7 +76,9 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the tasks on or off; what was frozen before is frozen afterwards."""
+        """Switch the tasks on or off: nothing is merged afterwards, and what was frozen before is frozen again."""
+        if not enabled:
+            self.unmerge()
         if not enabled and not self._disable_adapters:
             self._trainable = [p for p in self.modules_to_save.parameters() if p.requires_grad]
             self.modules_to_save.requires_grad_(False)
