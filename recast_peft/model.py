@@ -26,6 +26,7 @@ from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain
 from .parts.base import Place
 from .parts.lora import switched_off
 from .parts.saved import freeze_running_statistics
+from .parts.stacking import Adding, TaskConfigs
 from .parts.wrapper import check_one_owner
 from .planning.groups import coefficient_owners
 from .tasks import verbs
@@ -55,6 +56,18 @@ class RecastModel(TaskCalls, BaseTuner):
     _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configs of the model's adapters by name; those that other methods add are looked at as they come in."""
+        held = vars(self).get("_task_configs")
+        if held is None:  # PEFT asks before it has set any, and finds those of an adapter that the model has already
+            raise AttributeError("peft_config")
+        return held
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        self._task_configs = configs if isinstance(configs, TaskConfigs) else TaskConfigs(configs)
 
     @waits_for_calls
     def inject_adapter(
@@ -185,6 +198,7 @@ class RecastModel(TaskCalls, BaseTuner):
         Raises:
             RecastConfigError: naming the tasks and the module.
         """
+        Adding.end()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         check_one_owner(self.model, names)
         super().set_adapter(adapter_name, inference_mode)

@@ -28,7 +28,7 @@ from ..layer import RecastLayer
 from ..names import BASE_ADAPTER
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
-from .stacking import Mixed, inner_layers, making_part, mix_in
+from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
 
 @dataclass
@@ -112,7 +112,7 @@ class PartLayer(Mixed, TaskHolder):
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         if not making_part.get():
-            raise RecastTargetError(
+            raise Adding.refuse(
                 "a LoRA cannot share its targets with the LoRA part of RECAST tasks, which has layers there already: give it "
                 "other target_modules, give the task another lora_config, or merge_and_unload one of the two first"
             )
@@ -351,6 +351,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
 
 
 def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
+    stack_around(layer, layer.base_layer)
     mix_in(layer, PartLayer, outermost=True)
     layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())

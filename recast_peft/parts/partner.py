@@ -27,6 +27,7 @@ from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.heads import head_names
 from .base import Place, Request, TaskPart, device_and_dtype
 from .places import places_of
+from .stacking import stack_around
 from .wrapper import TaskModule
 
 
@@ -124,6 +125,7 @@ class PartnerPart(TaskPart):
             assert piece.fingerprint is not None
             layer = RecastLayer(piece.candidate.visible, piece.place, piece.candidate.weight_name, piece.fingerprint)
             layer.train(piece.candidate.visible.training)
+            stack_around(layer, piece.candidate.visible)
             layer._active_adapter = list(place.tuner.active_adapters)
             put_at(place.model, piece.place, layer)
         layer.recast_masks[place.adapter_name] = piece.module

@@ -8,8 +8,6 @@ apart, and comes back, bit for bit, when the other layer is unmerged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -159,7 +157,7 @@ def _refuse_variants(other: Any, layer: RecastLayer) -> None:
         return
     variants = getattr(other, "lora_variant", None)
     if variants:
-        raise RecastTargetError(
+        raise Adding.refuse(
             f"{type(next(iter(variants.values()))).__name__.removesuffix('LinearVariant')} reads the pretrained weight itself "
             f"and cannot stand on {layer.module_name}, whose weight RECAST composes: use a plain LoraConfig, or "
             "merge_and_unload one of the two first"
@@ -171,74 +169,113 @@ def _refuse_variants(other: Any, layer: RecastLayer) -> None:
 BLIND = ("adalora", "frod", "pvera", "randlora", "supertuning", "tinylora", "vera")
 
 
-class Beside(Mixed):
-    """A tuner of another method on a model with RECAST tasks: what is refused there leaves the model as it was."""
+class TaskConfigs(dict[str, Any]):
+    """The configs of a model's adapters: PEFT puts those of all methods into one dictionary, before it makes their layers.
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self._check_name(adapter_name)
-        with _wholly_or_not(self, adapter_name):
-            super()._pre_injection_hook(model, config, adapter_name)  # type: ignore[misc]
+    So this is where an adapter of another method is added to a model with RECAST tasks: what cannot be is refused here, before
+    anything is changed, and its layers are looked at as they are made.
+    """
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with _wholly_or_not(self, adapter_name):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
+    def __setitem__(self, name: str, config: Any) -> None:
+        if not isinstance(config, RecastConfig) and any(isinstance(own, RecastConfig) for own in self.values()):
+            method = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+            self._check(name, method)
+            Adding(self, name).start()
+        super().__setitem__(name, config)
 
-    def _check_name(self, adapter_name: str) -> None:
-        # PEFT keeps the configs of all wrappers of a model in one dictionary, and has written the new one over the old
-        before = self.__dict__.pop("_configs_before", {})
-        if isinstance(before.get(adapter_name), RecastConfig):
-            self.peft_config[adapter_name] = before[adapter_name]  # type: ignore[attr-defined]
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Set several configs."""
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
+
+    def _check(self, name: str, method: str) -> None:
+        if isinstance(self.get(name), RecastConfig):
             raise RecastTargetError(
-                f"adapter_name={adapter_name!r}: a RECAST task of this model has this name; give the adapter of "
-                f"{method_of(self)} another one"  # type: ignore[arg-type]
+                f"adapter_name={name!r}: a RECAST task of this model has this name; give the adapter of {method} another one"
+            )
+        if method in BLIND:
+            hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
+            raise RecastTargetError(
+                f"{method} cannot stand around RECAST's layers: it finds no module or config there that it knows.{hint} Or "
+                "merge_and_unload the RECAST tasks first."
             )
 
 
-@contextmanager
-def _wholly_or_not(tuner: Any, adapter_name: str) -> Iterator[None]:
-    before = [(module, dict(module._modules)) for module in tuner.model.modules()]
-    try:
-        yield
-    except (AttributeError, TypeError, ValueError) as error:
-        method = method_of(tuner)
-        for module, children in before:
-            module._modules = children
-        forget_absent_layers(tuner.model)
-        tuner.peft_config.pop(adapter_name, None)
-        if method not in BLIND or isinstance(error, RecastTargetError):
-            raise
-        hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
-        raise RecastTargetError(
-            f"{method} cannot stand around RECAST's layers: it finds no module or config there that it knows.{hint} Or "
-            f"merge_and_unload the RECAST tasks first.\n{method} says: {error}"
-        ) from error
+class Adding:
+    """The time in which PEFT makes the layers of another method's adapter on a model with RECAST tasks.
+
+    torch tells of every module that gets a child; what it tells is listened to for this time alone. What is refused is taken
+    back.
+    """
+
+    current: Adding | None = None
+
+    def __init__(self, configs: TaskConfigs, adapter_name: str) -> None:
+        self.configs, self.adapter_name = configs, adapter_name
+        self.replaced: list[tuple[nn.Module, str, nn.Module | None]] = []
+        self.layers: list[RecastLayer] = []
+
+    def start(self) -> None:
+        """Listen from now on."""
+        Adding.end()
+        Adding.current, self.handle = self, register_module_module_registration_hook(self._notice)
+
+    @classmethod
+    def refuse(cls, reason: str) -> RecastTargetError:
+        """Take back what was made so far; the error is to be raised."""
+        if cls.current is not None:
+            cls.current._take_back()
+        return RecastTargetError(reason)
+
+    @classmethod
+    def end(cls) -> None:
+        """Listen no longer."""
+        if cls.current is not None:
+            cls.current.handle.remove()
+            cls.current = None
+
+    def _notice(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        if isinstance(child, BaseTuner):  # PEFT's model has its tuner: all layers are made
+            Adding.end()
+        elif isinstance(child, BaseTunerLayer):
+            self.replaced.append((parent, name, parent._modules.get(name)))
+        if name == "base_layer" and isinstance(parent, BaseTunerLayer):
+            try:
+                self.layers += stack_around(parent, child)
+            except RecastTargetError:
+                self._take_back()
+                raise
+
+    def _take_back(self) -> None:
+        Adding.end()
+        for parent, name, before in reversed(self.replaced):
+            if before is not None:
+                parent._modules[name] = before
+        made = {id(parent) for parent, _, _ in self.replaced} | {id(child) for child, _, _ in self.replaced}
+        for layer in self.layers:
+            layer.other_layers = [other for other in layer.other_layers if id(other) not in made]
+        self.configs.pop(self.adapter_name, None)
 
 
-def forget_absent_layers(model: nn.Module) -> None:
-    """Make RECAST's layers forget layers of other methods that are no longer in the model."""
-    present = {id(module) for module in model.modules()}
-    for layer in model.modules():
-        if isinstance(layer, RecastLayer):
-            layer.other_layers = [other for other in layer.other_layers if id(other) in present]
+def stack_around(outer: nn.Module, inner: nn.Module) -> list[RecastLayer]:
+    """Let layers of other methods, around or inside a RecastLayer, merge into tensors of their own from now on.
 
+    Args:
+        outer: a layer that is being put around ``inner``.
+        inner: what it wraps, layer by layer.
 
-def _notice(parent: nn.Module, name: str, child: nn.Module) -> None:
-    """Called by torch whenever a module gets a child."""
-    if name == "model" and isinstance(parent, BaseTuner):
-        is_of_peft = type(parent).__module__.startswith("peft.")
-        if is_of_peft and any(isinstance(module, RecastLayer) for module in child.modules()):
-            mix_in(parent, Beside)
-            parent.__dict__["_configs_before"] = dict(getattr(child, "peft_config", {}))
-        return
-    if name != "base_layer" or not isinstance(parent, BaseTunerLayer):
-        return
-    chain = [parent, *inner_layers(child)]
+    Returns:
+        the layer of RECAST among them, if there is one.
+
+    Raises:
+        RecastTargetError: if another method cannot stand there.
+    """
+    chain = [outer, *inner_layers(inner)]
     recast = [layer for layer in chain if isinstance(layer, RecastLayer)]
-    if not recast:
-        return
-    for layer in chain:
+    for layer in chain if recast else ():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, (RecastLayer, Stacked)):
             _stack(layer, recast[-1], "around" if chain.index(layer) < chain.index(recast[-1]) else "inside")
+    return recast[-1:]
 
 
 def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
@@ -262,6 +299,3 @@ def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
     other.__dict__["_recast_layer"] = layer
     mix_in(other, Stacked)
     layer.other_layers.append(other)
-
-
-register_module_module_registration_hook(_notice)

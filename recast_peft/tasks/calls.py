@@ -18,6 +18,7 @@ from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
 from ..layer import RecastLayer, recast_layers
 from ..names import BASE_ADAPTER
+from ..parts.stacking import Adding
 from . import verbs
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")
@@ -93,6 +94,7 @@ class TaskCalls:
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        Adding.end()
         adapter_names, task_ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
         repeats = _repeats(kwargs)
         with self.calls.call():

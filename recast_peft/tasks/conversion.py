@@ -21,6 +21,7 @@ from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX
+from ..parts.stacking import stack_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup
 from ..planning.plan import RecastPlan
@@ -140,6 +141,7 @@ def prepare_layers(targets: list[Candidate], fingerprints: dict[str, str]) -> di
             assert target.weight_name is not None
             layer = RecastLayer(target.visible, target.name, target.weight_name, fingerprints[target.name])
             layer.train(target.visible.training)
+            stack_around(layer, target.visible)
         prepared[target.name] = PreparedLayer(layer, parent, child_name, original if new else layer, _visible_key(target), None)
         if not new:
             prepared[target.name].child_name = _holder(parent, child_name, layer)[1]

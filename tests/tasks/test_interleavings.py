@@ -22,7 +22,8 @@ from torch import Tensor
 from recast_peft import RecastConfigError, get_recast_model
 from recast_peft.config import RecastConfig
 
-NAMES = [*"0 1 blocks mlp fc1 head weight bias model norm training keys default v1.2".split(), "a b"]
+_NAMES = "0 1 blocks mlp fc1 head weight bias model norm training keys default v1.2"
+NAMES = [*_NAMES.split(), "a b"]
 SEQUENCES = int(os.environ.get("RECAST_SEQUENCES", "60"))
 STEPS = 12
 PER_TEST = 20
