@@ -193,7 +193,8 @@ def practice_bank(
 
     Args:
         model: plain model with its pretrained weights; it is not changed.
-        data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments.
+        data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments. A model in half
+            precision is trained in float32, so floating numbers are expected in float32.
         family: how practice tasks are made of them, or several that take turns: :class:`MissingWords`, :class:`KnownPictures`,
             or a class of your own with a method ``make``.
         tasks: how many are trained.
@@ -230,6 +231,8 @@ def practice_bank(
         task = families[index % len(families)].make(data, generator)
         names.append(task.name)
         copied = copy.deepcopy(model)
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copied.parameters()):
+            copied = copied.float()  # small steps would be rounded away
         targets = [target.name for target in plan.candidates] if plan is not None else None
         moved.append(_trained(copied, task, targets, scales, epochs, batch_size, lr, features or mean_features, generator))
     if plan is not None:

@@ -2,7 +2,7 @@
 
 RECAST composes weights and keeps every bias (paper, section 3.1). Here a task also owns one number for every bias, in the same
 terms: the pretrained bias is the only template, the number is the offset to its coefficient, and zero changes nothing. It is
-our own addition, no paper's; docs/what_was_tried.md has what it earned. With a bank of biases (``grow_bias_bank``) the
+our own addition, no paper's; docs/results/glyphs.md has what it earned. With a bank of biases (``grow_bias_bank``) the
 templates are those of the bank instead, each of which spans the biases of a whole block.
 """
 

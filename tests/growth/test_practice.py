@@ -123,6 +123,17 @@ class TestTheBank:
         numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert numbers == 2 * 2 + 2 * 3  # a group of two queries; two blocks with three templates
 
+    def test_of_a_model_in_half_precision(self) -> None:
+        family = MissingWords(MASK, (PAD,), words=4, examples=10, least=5)
+        model = bert().bfloat16()
+        bank = practice_bank(model, texts(), family, tasks=2, epochs=2, lr=1e-4, progress=False)
+        assert model.dtype == torch.bfloat16
+        for group in bank.groups.values():  # steps of 1e-4, far below the rounding of a bias of 0.1 in bfloat16
+            assert group.grown is not None
+            assert 0 < float(torch.stack(group.grown.dense()).abs().max()) < 1e-2
+        adapted = get_recast_model(model, RecastConfig(target_modules=["query"], partners=[BiasConfig(bank=bank)]))
+        assert torch.isfinite(adapted(**texts(3)).last_hidden_state).all()
+
     def test_follows_from_the_seed(self) -> None:
         def made(seed: int) -> str:
             family = MissingWords(MASK, (PAD,), words=4, examples=5, least=5)
