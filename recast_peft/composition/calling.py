@@ -18,6 +18,8 @@ from .compose import needs_plain_operations
 from .kinds import is_lazily_readable, kind_of
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
+from .outputs import call_from_outputs, computes_from_outputs
+from .quantised import quantised_by
 from .recomposed import call_recomposed, can_recompose
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
@@ -77,6 +79,10 @@ def call(
     """
     if layer.instead is not None:
         return call_with(layer, layer.instead(), args, kwargs)
+    if len(args) == 1 and not kwargs and computes_from_outputs(layer, adapters):
+        return call_from_outputs(layer, adapters, args[0], values)
+    if not adapters and quantised_by(layer.get_base_layer()) is not None:
+        return layer.base_layer(*args, **kwargs)
     if not torch.is_grad_enabled() and not values:
         return call_with(layer, layer.compose(adapters), args, kwargs)
     direct = direct_call(layer, args, kwargs)

@@ -14,6 +14,7 @@ from . import merging
 from .calling import Terms, lazy_weight, marked_as_pretrained
 from .compose import average_sets, compose_into, compose_weight
 from .mixed_batch import current_batch
+from .quantised import device_of_weight
 from .recomputation import CallHistory
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
@@ -107,7 +108,9 @@ class ComposedModule(nn.Module):
     def weight_device(self) -> torch.device:
         """Device of the weight."""
         weight = self.weight_parameter
-        return self._bank_templates().device if weight is None else weight.device
+        if weight is not None:
+            return weight.device
+        return self._bank_templates().device if self.compressed_bank else device_of_weight(self.get_base_layer())
 
     def _bank_templates(self) -> Tensor:
         templates = self.compressed_bank[0].templates

@@ -23,6 +23,9 @@ LOG_STEP = 256.0  # steps of the stored base-2 logarithm of the root mean square
 PROJECTION_STEP = 4096.0  # steps of a stored projection in units of its standard deviation
 LOG_TOLERANCE = 0.02
 PROJECTION_TOLERANCE = 0.015
+# of a weight and its form in 4 bits, whose error is a tenth of the weight; of other weights every projection is off by about 1
+COARSE_LOG_TOLERANCE = 0.15
+COARSE_PROJECTION_TOLERANCE = 0.4
 
 
 def weight_fingerprint(weight: Tensor) -> str:
@@ -56,6 +59,13 @@ def weight_fingerprint(weight: Tensor) -> str:
     numbers = [log_rms * LOG_STEP, *(projections * PROJECTION_STEP).tolist()]
     quantised = np.clip(np.rint(numbers), -32767, 32767).astype("<i2")
     return base64.b64encode(quantised.tobytes()).decode().rstrip("=")
+
+
+def is_coarser_form(first: str, second: str) -> bool:
+    """Whether two fingerprints may be of one weight, of which one form is quantised to few bits."""
+    a, b = _decode(first), _decode(second)
+    close_size = abs(a[0] - b[0]) <= COARSE_LOG_TOLERANCE * LOG_STEP
+    return bool(close_size and np.all(np.abs(a[1:] - b[1:]) <= COARSE_PROJECTION_TOLERANCE * PROJECTION_STEP))
 
 
 def same_weight(first: str, second: str) -> bool:

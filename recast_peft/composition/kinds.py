@@ -213,6 +213,18 @@ KINDS: list[LayerKind] = [
     LINEAR,
     TRANSPOSED_LINEAR,
     CONVOLUTION,
+    LayerKind(
+        name="quantised linear",
+        names=(
+            "bitsandbytes.nn.modules.Linear4bit",
+            "bitsandbytes.nn.modules.Linear8bitLt",
+            "hqq.core.quantize.HQQLinear",
+            "optimum.quanto.nn.qlinear.QLinear",
+        ),
+        call=_linear,
+        rows=_rows_of_linear,
+        takes_low_rank=True,
+    ),
     LayerKind(name="embedding", classes=(nn.Embedding,), takes_lora=lambda module: True),
     LayerKind(name="attention", family=(nn.MultiheadAttention,), rows=_rows_of_linear),
     LayerKind(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError
 from .calling import STANDS_FOR
+from .outputs import is_out_of_reach
+from .quantised import dequantised, quantised_by
 
 _NONE = object()
 
@@ -24,6 +26,8 @@ _NONE = object()
 def pretrained_parameter(layer: Any) -> nn.Parameter | None:
     """The pretrained weight of a layer, whatever is merged; None if it was released for a compressed bank."""
     found = layer.weight_parameter
+    if not layer.compressed_bank and quantised_by(layer.get_base_layer()) is not None:
+        return dequantised(layer.get_base_layer())  # type: ignore[return-value]
     mark = getattr(found, STANDS_FOR, _NONE)
     if mark is not _NONE:
         return mark  # type: ignore[return-value]
@@ -32,13 +36,33 @@ def pretrained_parameter(layer: Any) -> nn.Parameter | None:
 
 
 def put_weight(layer: Any, weight: Tensor) -> None:
-    """Put a composed weight into the wrapped module, and keep the pretrained one beside it."""
+    """Put a composed weight into the wrapped module, and keep the pretrained one beside it.
+
+    Raises:
+        RecastBankError: if the pretrained one cannot be replaced.
+    """
+    check_writable(layer)
     pretrained = layer.weight_parameter
     # a tensor of its own, also where the composed weight is the pretrained one itself
     merged = nn.Parameter(weight.detach().clone() if weight is pretrained else weight, requires_grad=False)
     setattr(merged, STANDS_FOR, pretrained)
     layer.kept_weight = (pretrained,)
     layer.set_weight_parameter(merged)
+
+
+def check_writable(layer: Any) -> None:
+    """Refuse to merge where no weight can be put.
+
+    Raises:
+        RecastBankError: saying why.
+    """
+    if is_out_of_reach(layer):
+        library = quantised_by(layer.get_base_layer())
+        what = "offloaded, and is on a device during its calls alone" if library is None else f"quantised by {library}"
+        raise RecastBankError(
+            f"nothing can be merged into {layer.module_name}: its weight is {what}. The task computes unmerged as well; "
+            "for a merged model load the task on the base in float32, bfloat16 or float16"
+        )
 
 
 def take_weight(layer: Any) -> None:
@@ -88,6 +112,7 @@ def merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None
         check_held(layer, merged)
         layer.merged_adapters = merged
         return
+    check_writable(layer)
     with _apart():
         weight = layer.compose(merged)
     if safe_merge and not torch.isfinite(weight).all():

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
 from ..holders import TaskHolder
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
@@ -53,8 +54,10 @@ class Candidate:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that is composed (None while a compressed bank stands for it)."""
+        """The parameter that is composed (None while a compressed bank stands for it), or what a quantised one stands for."""
         assert self.weight_name is not None
+        if quantised_by(self.module) is not None:
+            return dequantised(self.module)
         return getattr(self.module, self.weight_name)
 
 
@@ -109,6 +112,8 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
         name = "in_proj_weight"
         if module._parameters.get(name) is None and name not in _released(visible):
             return name, "its query, key and value have different sizes; only the fused projection is supported"
+    if quantised_by(module) is not None:
+        return name, None
     if any(getattr(module, n, None) is not None for n in ("qweight", "W_q", "quant_state")):
         return name, f"{kind} is quantized, which is not supported yet; load the model without quantization"
     weight = module._parameters.get(name)

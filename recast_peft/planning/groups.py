@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 
 from ..banks.files import StoredBank
+from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, role_of
@@ -154,6 +155,8 @@ def count_coefficients(groups: Sequence[PlannedGroup], sharing: str | int | None
 
 def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
     weight = target.module._parameters.get(target.weight_name or "")
+    if quantised_by(target.module) is not None:  # packed, it has another shape
+        weight = target.weight  # type: ignore[assignment]
     if weight is None:  # a compressed bank stands for it
         layer = composed_layer(target.visible)
         return layer.weight_shape, layer.weight_dtype

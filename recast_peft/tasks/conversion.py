@@ -6,6 +6,7 @@ Nothing here changes the model but ``install_banks``, which the tuner calls when
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER, TemplateBank
-from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..composition.fingerprint import is_coarser_form, same_weight, weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..layer import RecastLayer, recast_layers
@@ -99,8 +100,16 @@ def base_fingerprints(targets: list[Candidate]) -> dict[str, str]:
     return result
 
 
-def check_fingerprints(config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None) -> bool:
-    """Refuse a task that was learned on other pretrained weights.
+def check_fingerprints(
+    config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None, quantised: Collection[str] = ()
+) -> bool:
+    """Refuse a task that was learned on other pretrained weights; on their quantised form it is taken, with a warning.
+
+    Args:
+        config: of the task.
+        actual: the fingerprints of the model's modules.
+        entries: of the task's file.
+        quantised: the modules whose weights are quantised.
 
     Returns:
         whether the weights are those that the task was made for; a task that has learned nothing yet only warns if not.
@@ -111,6 +120,14 @@ def check_fingerprints(config: RecastConfig, actual: dict[str, str], entries: di
     recorded = config.base_fingerprint or {}
     differ = [name for name in actual if name in recorded and not same_weight(recorded[name], actual[name])]
     if not differ:
+        return True
+    coarser = [name for name in differ if name in quantised and is_coarser_form(recorded[name], actual[name])]
+    if len(coarser) == len(differ):
+        warnings.warn(
+            f"the task was learned on weights that are quantised otherwise here ({len(coarser)} of {len(actual)} modules): "
+            "what it computes differs by what the quantisation changes",
+            stacklevel=2,
+        )
         return True
     if entries is not None and not any(value.any() for key, value in entries.items() if f".{PREFIX}" in key):
         warnings.warn(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..banks.template_bank import TemplateBank
+from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..layer import recast_layers
 from ..names import bank_name
@@ -91,7 +92,8 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     request = Request(model, config, plan.targets, counting=True)
     counted = pieces_of(request)
     entries = check_task_file(model, config, plan, _shapes(counted))
-    is_same_base = check_fingerprints(config, fingerprints, entries)
+    quantised = {target.name for target in targets if quantised_by(target.module) is not None}
+    is_same_base = check_fingerprints(config, fingerprints, entries, quantised)
     layers = prepare_layers(targets, fingerprints)
     banks = prepare_banks(plan, config, layers)
     compressed = {name for name, layer in layers.items() if layer.bank is not None and not layer.bank.is_anchored}

@@ -1,0 +1,66 @@
+"""A layer computed from outputs: no weight is composed, and none has to be readable.
+
+    y = base((1 + d_own) x) + sum over neighbours i of d_i T_i(x)
+
+with T_i the product of a neighbour's module, called as it is, without its bias. The layer's own coefficient scales the input,
+so that a fresh task changes nothing to the last bit. Gradients flow through the modules' own, whatever their weights are:
+quantised, or brought from elsewhere for the time of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .compose import average_sets
+from .quantised import quantised_by
+
+
+def is_out_of_reach(layer: Any) -> bool:
+    """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
+    base = layer.get_base_layer()
+    weight = base._parameters.get(layer.weight_name)
+    return quantised_by(base) is not None or (weight is not None and weight.is_meta and hasattr(base, "_hf_hook"))
+
+
+def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
+    """Whether a call of a layer takes the way from outputs: its weight is out of reach, and every template is a neighbour's."""
+    names = layer.with_coefficients(adapters)
+    if not names or any(name in layer.recast_masks for name in adapters) or layer.compressed_bank:
+        return False
+    return all(layer.recast_bank[name].is_exact for name in names) and is_out_of_reach(layer)
+
+
+def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What the wrapped module computes with the weight of the given tasks.
+
+    Args:
+        layer: for which ``computes_from_outputs`` holds.
+        adapters: the tasks.
+        x: the input.
+        values: coefficients by task in place of those that the layer holds now.
+    """
+    scale: Tensor | None = None
+    factors: dict[int, tuple[Any, Tensor]] = {}
+    for name in layer.with_coefficients(adapters):
+        offsets = average_sets((values or {}).get(name, layer.recast_coefficients[name])).to(x.device)
+        for neighbour, offset in zip(layer.recast_bank[name].layers, offsets.unbind(), strict=True):
+            if neighbour is layer:
+                scale = offset if scale is None else scale + offset
+            else:
+                known = factors.get(id(neighbour))
+                factors[id(neighbour)] = (neighbour, offset if known is None else known[1] + offset)
+    y = layer.base_layer(x if scale is None else x * (1 + scale))
+    for neighbour, factor in factors.values():
+        y = y + factor * _product(neighbour, x)
+    return y
+
+
+def _product(neighbour: Any, x: Tensor) -> Tensor:
+    base = neighbour.get_base_layer()
+    y, bias = base(x), getattr(base, "bias", None)
+    if bias is not None and bias.is_meta:  # it is on a device during the call alone
+        return y - base(x.new_zeros((*[1] * (x.ndim - 1), x.shape[-1])))
+    return y if bias is None else y - bias
