@@ -166,7 +166,8 @@ def create_recast_optimizer(
     }
     groups = [{"params": parameters, **options[name]} for name, parameters in parts.items() if parameters]
     optimizer = optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
-    optimizer.register_step_pre_hook(_StepCheck(model))
+    if isinstance(optimizer, Optimizer):
+        optimizer.register_step_pre_hook(_StepCheck(model))
     return optimizer
 
 
@@ -189,13 +190,19 @@ class _StepCheck:
     """Before each step: what is trained now is what the optimiser holds, and has a gradient. It speaks once."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
+        first = next(iter(recast_layers(model).values()), None)
+        self.model, self.first = weakref.ref(model), None if first is None else weakref.ref(first)
+        self.seen: Any = None  # one layer tells whether tasks were activated or merged since
         self.has_spoken = False
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        model = self.model()
-        if model is None or self.has_spoken:
+        model, first = self.model(), None if self.first is None else self.first()
+        if model is None or first is None or self.has_spoken:
             return
+        now = tuple(first.active_adapters), first.merged
+        if now == self.seen:
+            return
+        self.seen = now
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         strangers = [p for _, p in _trained(model) if id(p) not in held]
         merged = [name for name, layer in recast_layers(model).items() if layer.merged]

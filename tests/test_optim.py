@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -159,3 +160,12 @@ def test_a_headless_backbone_without_classes_says_so() -> None:
         warnings.simplefilter("error")
         create_recast_optimizer(with_classes, lr=0.1)
         create_recast_optimizer(outer, lr=0.1)
+
+
+def test_the_check_costs_no_walk_over_the_model_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(depth=2, num_classes=3)
+    optimizer = create_recast_optimizer(model, lr=0.1)
+    train_a_step(model, optimizer)
+    monkeypatch.setattr("recast_peft.optim.recast_layers", None)  # a walk would fail
+    train_a_step(model, optimizer)
+    copy.deepcopy(optimizer).step()
