@@ -85,6 +85,8 @@ class Bottleneck(nn.Module):
         # without torch's own start, which would draw from the global generator
         self.down_projection = nn.utils.skip_init(nn.Linear, width, config.bottleneck, **like)
         self.up_projection = nn.utils.skip_init(nn.Linear, config.bottleneck, width, **like)
+        if self.down_projection.weight.is_meta:  # it is only counted
+            return
         with torch.no_grad():  # section 3.2: down by Kaiming, up zero, so that the branch starts at zero
             drawn = torch.empty(self.down_projection.weight.shape)
             nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)

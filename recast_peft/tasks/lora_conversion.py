@@ -136,7 +136,7 @@ def convert_to_lora(
         )
     if config.bias != "none":
         raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
-    with _targets_named(config, sorted(layers)):
+    with _targets_named(model, adapter_name, sorted(layers)):
         lora_config, state = peft_convert_to_lora(model, rank, adapter_name, progressbar)
     lora_config.target_modules = sorted(layers)
     state = {_lora_key(key): value for key, value in state.items()}
@@ -187,15 +187,15 @@ def _check_rank(rank: int | float, full_rank: int) -> None:
 
 
 @contextmanager
-def _targets_named(config: RecastConfig, names: list[str]) -> Iterator[None]:
-    """Let PEFT read the task's targets as a list of names for a while."""
+def _targets_named(model: PeftModel, adapter_name: str, names: list[str]) -> Iterator[None]:
+    """Let PEFT read a config of the task that lists its targets by name for a while."""
+    config = cast(RecastConfig, model.peft_config[adapter_name])
     fields = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None}
-    before = {name: getattr(config, name) for name in fields}
     try:
-        config.__dict__.update(fields)
+        model.peft_config[adapter_name] = config.as_chosen(**fields)
         yield
     finally:
-        config.__dict__.update(before)
+        model.peft_config[adapter_name] = config
 
 
 def _lora_key(key: str) -> str:

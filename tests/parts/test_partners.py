@@ -1107,3 +1107,16 @@ class TestBesideALoraPart:
         for name, parameter in task.named_parameters():
             if parameter.requires_grad:
                 assert rates[id(parameter)] == next(rate for key, rate in expected.items() if key in name)
+
+
+def test_sizes_of_a_stored_config_are_not_built_before_they_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], partners=["adaptformer"]))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    stored = json.loads(path.read_text())
+    stored["partners"][0]["bottleneck"] = 10**11  # more than any machine has
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RecastLoadError, match="wrongly shaped"):
+        PeftModel.from_pretrained(tiny_vit(), tmp_path)
