@@ -196,8 +196,20 @@ class RecastConfig(PeftConfig):
         The record of the returned config says where it came from, so that the file of coefficients beside it is checked before
         a model is touched.
         """
-        config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, RecastConfig) and config.record is not None:
+        try:
+            config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, KeyError, AttributeError) as error:  # PEFT looks for its own keys first
+            raise RecastConfigError(
+                f"the config of the task at {pretrained_model_name_or_path!r} cannot be used: {error}. Fetch it again."
+            ) from error
+        if isinstance(config, RecastConfig) and config.record is None:
+            numbers = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+            if numbers.is_file():
+                raise RecastConfigError(
+                    f"the config beside {numbers} does not say what the task's conversion decided (groups, base_fingerprint): "
+                    "it is damaged. Fetch it again."
+                )
+        elif isinstance(config, RecastConfig):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             if subfolder is not None:
                 hub_kwargs["subfolder"] = subfolder

@@ -27,7 +27,7 @@ from ..layer import recast_layers
 from ..names import BANK_CONTAINER, PREFIX, plain_name
 from ..storage.json_reader import parse_json
 from ..storage.pairs import TRIES, companion_of, staged_pairs
-from ..storage.tensors import TensorFile, checksum, read_tensors, write_tensors
+from ..storage.tensors import FLOATING, TensorFile, checksum, read_tensors, write_tensors
 from ..tasks.banks import stored_bank_of
 
 REST_WEIGHTS = "recast_backbone.safetensors"
@@ -188,7 +188,8 @@ def _check_fit(backbone: nn.Module, rest: Mapping[str, Tensor], filled: set[str]
     if unknown:
         raise RecastLoadError(f"{path!r} does not fit the backbone, which has no {unknown[0]} (and {len(unknown) - 1} others)")
     for name, tensor in rest.items():
-        if tensor.shape != own[name].shape or tensor.is_floating_point() != own[name].is_floating_point():
+        is_number = tensor.dtype in FLOATING if own[name].is_floating_point() else not tensor.is_floating_point()
+        if tensor.shape != own[name].shape or not is_number:
             raise RecastLoadError(
                 f"{path!r} does not fit the backbone: {name}\n  stored: {tuple(tensor.shape)}, {tensor.dtype}\n"
                 f"  model:  {tuple(own[name].shape)}, {own[name].dtype}"

@@ -1,0 +1,131 @@
+"""A process that saves again and again is killed: what lies in the folder is whole, and of one moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_vit
+from peft import PeftModel
+
+from recast_peft import RecastConfig, TaskPool, get_recast_model, load_bank, random_bank, save_compressed_model
+from recast_peft.hub.task_files import read_task_config
+from recast_peft.integrations.compressed import _read
+from recast_peft.storage.tensors import read_tensors
+
+KILLS = 15  # of each kind
+QKV = {"target_modules": ["qkv"]}
+
+
+def fill(model: PeftModel, value: int) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "recast_coefficients" in name:
+                parameter.fill_(value)
+
+
+class Tasks:
+    def __init__(self) -> None:
+        self.model = get_recast_model(tiny_vit(), RecastConfig(**QKV, num_classes=3), "task")
+
+    def save(self, folder: Path, value: int) -> None:
+        fill(self.model, value)
+        self.model.peft_config["task"].results = {"value": value, **{f"more {i}": "x" * 100 for i in range(value)}}
+        self.model.save_pretrained(str(folder))
+
+    def read(self, folder: Path) -> set[int]:
+        config = read_task_config(folder / "task")
+        tensors = read_tensors(folder / "task" / "adapter_model.safetensors").tensors
+        numbers = {float(t.max()) for key, t in tensors.items() if "coefficients" in key}
+        assert (folder / "task" / "README.md").read_text(encoding="utf-8").endswith("-->\n")
+        return {config.object("results").integer("value", 0, 9), *map(int, numbers)}
+
+
+class Banks:
+    def __init__(self) -> None:
+        self.banks = [random_bank(tiny_vit(), RecastConfig(**QKV), num_templates=2, seed=value) for value in range(3)]
+
+    def save(self, folder: Path, value: int) -> None:
+        self.banks[value].save(folder)
+
+    def read(self, folder: Path) -> set[int]:
+        fingerprint = load_bank(folder).fingerprint
+        json.loads((folder / "recast_bank.json").read_text())
+        return {value for value, bank in enumerate(self.banks) if bank.fingerprint == fingerprint}
+
+
+class Models:
+    def __init__(self) -> None:
+        self.models = [get_recast_model(tiny_vit(seed=value), RecastConfig(**QKV, num_templates=1)) for value in range(3)]
+        for value, model in enumerate(self.models):
+            with torch.no_grad():
+                next(p for name, p in model.named_parameters() if name.endswith("mlp.fc1.bias")).fill_(value)
+
+    def save(self, folder: Path, value: int) -> None:
+        save_compressed_model(self.models[value], folder)
+
+    def read(self, folder: Path) -> set[int]:
+        bank, rest = _read(folder)  # refuses a bank beside another backbone
+        assert bank.fingerprint
+        return {int(next(t for name, t in rest.items() if name.endswith("mlp.fc1.bias"))[0])}
+
+
+class Pools:
+    def __init__(self) -> None:
+        self.pool = TaskPool(get_recast_model(tiny_vit(), RecastConfig(**QKV), "first"))
+        self.pool.add("first", "first")
+
+    def save(self, folder: Path, value: int) -> None:
+        self.pool.table.data.fill_(value)
+        folder.mkdir(exist_ok=True)
+        self.pool.save(folder / "pool.safetensors")
+
+    def read(self, folder: Path) -> set[int]:
+        return {int(read_tensors(folder / "pool.safetensors", floating=False).tensors["coefficients"].max())}
+
+
+KINDS: dict[str, Callable[[], Any]] = {"task": Tasks, "bank": Banks, "compressed model": Models, "packed pool": Pools}
+
+
+def save_for_ever(kind: Any, folder: Path, started: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    value = 1
+    while True:
+        value = 3 - value
+        kind.save(folder, value)
+        started.set()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes are killed by signals")
+@pytest.mark.parametrize("name", KINDS)
+def test_old_or_new_and_never_torn(name: str, tmp_path: Path) -> None:
+    kind, rng = KINDS[name](), random.Random(name)
+    context = multiprocessing.get_context("fork")
+    kind.save(tmp_path / "out", 1)
+    seen: set[int] = set()
+    for _ in range(KILLS):
+        started = context.Event()
+        process = context.Process(target=save_for_ever, args=(kind, tmp_path / "out", started), daemon=True)
+        process.start()
+        assert started.wait(60)
+        time.sleep(rng.random() * 0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found = kind.read(tmp_path / "out")
+        assert len(found) == 1, found
+        assert found <= {1, 2}
+        seen |= found
+    assert seen == {1, 2}
+    kind.save(tmp_path / "out", 1)  # what is left over does not matter to the next one
+    assert kind.read(tmp_path / "out") == {1}
