@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .banks.files import StoredBank
 from .composition.coefficient_gradients import AUTO
