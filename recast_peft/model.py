@@ -195,6 +195,10 @@ class RecastModel(TaskCalls, BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make tasks active, with all of their parts; several that own the same module are refused before anything changes.
 
+        Args:
+            adapter_name: name of the task, or names of several.
+            inference_mode: freeze them instead of making them trainable.
+
         Raises:
             RecastConfigError: naming the tasks and the module.
         """
@@ -206,7 +210,11 @@ class RecastModel(TaskCalls, BaseTuner):
 
     @waits_for_calls
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is."""
+        """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is.
+
+        Args:
+            adapter_name: name of the task.
+        """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         active = [name for name in self.active_adapters if name != adapter_name]
@@ -333,7 +341,17 @@ class RecastModel(TaskCalls, BaseTuner):
     def push_bank_to_hub(
         self, repo_id: str, adapter_name: str | None = None, *, of: str = "weights", **kwargs: Any
     ) -> StoredBank:
-        """Upload the template banks of a task to a repository on the Hub; see ``save_bank`` and ``StoredBank.push_to_hub``."""
+        """Upload the template banks of a task to a repository on the Hub; tasks that are saved afterwards name it.
+
+        Args:
+            repo_id: the repository, made if it does not exist.
+            adapter_name: name of the task; None means the active one.
+            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
+            kwargs: further arguments of :func:`recast_peft.push_bank_to_hub`, such as ``private`` and ``token``.
+
+        Returns:
+            the stored bank, under the repository's name.
+        """
         return remember_stored_bank(self, stored_bank(self, adapter_name, of).push_to_hub(repo_id, **kwargs))
 
     def forget_unfilled(self, adapter_name: str, undo: bool) -> None:

@@ -54,7 +54,11 @@ class ScalingRow:
 
 @dataclass(frozen=True)
 class ScalingTable:
-    """The alternatives; ``print(table)`` shows them, ``table.plot()`` draws them."""
+    """What ``scaling_table`` found; ``print(table)`` shows it, ``table.plot()`` draws it.
+
+    Attributes:
+        rows: the alternatives, in the order of numbers per task.
+    """
 
     rows: tuple[ScalingRow, ...]
 

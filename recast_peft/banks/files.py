@@ -88,7 +88,14 @@ class StoredBank:
         return {key: tensor for name, group in self.groups.items() for key, tensor in group.named(name).items()}
 
     def at(self, fingerprint: str | None) -> StoredBank | None:
-        """This bank as it was when it had a fingerprint (None: as it is), in the same memory; None if it never had."""
+        """An earlier version of this bank, in the same memory.
+
+        Args:
+            fingerprint: fingerprint of that version; None is the bank as it is.
+
+        Returns:
+            the version, or None if the bank never had this fingerprint.
+        """
         if fingerprint in (None, self.fingerprint):
             return self
         for place, entry in enumerate(self.history):
@@ -107,7 +114,10 @@ class StoredBank:
         return None
 
     def save(self, path: str | Path) -> StoredBank:
-        """Write the bank file into a folder, which is made if missing; a bank that is there is replaced in one step.
+        """Write the bank file into a folder; a bank that is there is replaced in one step.
+
+        Args:
+            path: the folder, made if missing.
 
         Returns:
             the same bank under the folder's name.
@@ -132,7 +142,11 @@ class StoredBank:
         return self.under(str(path))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> StoredBank:
-        """Upload the bank file with its card to a repository; see ``push_bank_to_hub`` for the arguments.
+        """Upload the bank file with its card to a repository.
+
+        Args:
+            repo_id: the repository, made if it does not exist.
+            options: further arguments of :func:`recast_peft.push_bank_to_hub`, such as ``private`` and ``token``.
 
         Returns:
             the same bank under the repository's name.
@@ -140,7 +154,11 @@ class StoredBank:
         return self.under(push_bank_to_hub(self, repo_id, **options).repo_url.repo_id)
 
     def under(self, name: str | None) -> StoredBank:
-        """The same bank under another name."""
+        """The same bank under another name.
+
+        Args:
+            name: folder or repository where it is stored; None while it is in memory alone.
+        """
         return replace(self, name=name)
 
 

@@ -35,7 +35,12 @@ class GrownGroup:
 
 @dataclass(frozen=True)
 class GrowthReport:
-    """What ``growth_report`` found; ``print(report)`` shows it as a table, ``analysis.plotting.plot_growth`` as a picture."""
+    """What ``growth_report`` found; ``print(report)`` shows it as a table, ``analysis.plotting.plot_growth`` as a picture.
+
+    Attributes:
+        groups: one row for each group that has grown templates.
+        version: version of the bank.
+    """
 
     groups: tuple[GrownGroup, ...]
     version: int

@@ -114,7 +114,11 @@ class TaskPool(ResidentTasks):
         return self._slot.active
 
     def remove(self, name: str) -> None:
-        """Take a task out; if it was active, the pretrained model is. Calls that hold it compute with it to their end."""
+        """Take a task out; if it was active, the pretrained model is. Calls that hold it compute with it to their end.
+
+        Args:
+            name: name of the task.
+        """
         row = self.row(name)
         if self.active == name:
             self.deactivate()
@@ -146,7 +150,12 @@ class TaskPool(ResidentTasks):
 
     @contextmanager
     def use(self, name: str, merge: bool = False) -> Iterator[None]:
-        """Make a task active until the block ends, and then what was before (an ordinary adapter too), also after errors."""
+        """Make a task active until the block ends, and then what was before (an ordinary adapter too), also after errors.
+
+        Args:
+            name: name of the task.
+            merge: write its composed weights into the modules, as in ``activate``.
+        """
         with self._slot.kept_aside() as (before, merged):
             try:
                 self.activate(name, merge=merge)
