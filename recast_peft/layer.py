@@ -65,6 +65,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
         self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
         self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
         self._disable_adapters = False
+        self.stands_aside = False  # tasks are merged that have nothing here, so that the active ones do not act
         self._switched_off = False  # inside RecastModel.disable_part("recast")
         self._active_adapter = []
         self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
@@ -72,6 +73,11 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
             self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
 
     # ---------------------------------------------------------------- tasks
+
+    @property
+    def acting_adapters(self) -> list[str]:
+        """The active tasks; none while tasks are merged that have nothing here."""
+        return [] if self.stands_aside else self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
@@ -113,6 +119,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
                 self._disable_adapters, self._trainable = False, []
                 return
             self.unmerge()
+            self.stands_aside = False
             own = (*self.recast_coefficients.parameters(), *self.recast_masks.parameters())
             self._trainable = [parameter for parameter in own if parameter.requires_grad]
             super().enable_adapters(False)
@@ -228,7 +235,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
             return call_mixed(self, batch, args, kwargs)
         if self.merged:
             return self._call_merged(args, kwargs)
-        return call(self, self.active_adapters, args, kwargs)
+        return call(self, self.acting_adapters, args, kwargs)
 
     def _call_merged(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.is_stale:

@@ -53,6 +53,7 @@ class RecastModel(TaskCalls, BaseTuner):
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
     _prepared: PreparedTask | None = None  # while a task is put in
+    _keeps_active = False  # while a task is put in beside others
     _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion
@@ -116,14 +117,14 @@ class RecastModel(TaskCalls, BaseTuner):
         trained = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         own = {"modules_to_save": None, "target_modules": list(prepared.plan.targets), "target_parameters": None}
         working = config.as_chosen(**own, exclude_modules=None)
-        self._prepared = prepared
+        self._prepared, self._keeps_active = prepared, not is_first
         self.peft_config[adapter_name] = working
         try:
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
             )
         finally:
-            self.peft_config[adapter_name] = config
+            self.peft_config[adapter_name], self._keeps_active = config, False
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
@@ -202,6 +203,8 @@ class RecastModel(TaskCalls, BaseTuner):
         Raises:
             RecastConfigError: naming the tasks and the module.
         """
+        if self._keeps_active:  # PEFT sets the active tasks again whenever one is added, which would unmerge them
+            return
         Adding.end()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         check_one_owner(self.model, names)

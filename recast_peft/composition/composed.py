@@ -40,6 +40,7 @@ class ComposedModule(nn.Module):
     recast_coefficients: Any  # task -> (sets, templates)
     recast_masks: Any  # task -> what changes its composed weight; see parts/piggyback.py
     active_adapters: Any
+    acting_adapters: Any
     disable_adapters: Any
     merged: Any
 
@@ -164,7 +165,7 @@ class ComposedModule(nn.Module):
             merging.refresh(self)
         if self.held is not None or (self.merged and not self.disable_adapters):
             return self.weight_parameter  # type: ignore[return-value]
-        return marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.active_adapters))
+        return marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.acting_adapters))
 
     def compose(self, adapters: Sequence[str], out: Tensor | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.
@@ -221,7 +222,7 @@ class ComposedModule(nn.Module):
 
     def tasks_in_force(self) -> list[str]:
         """The tasks that a call would compute with now."""
-        return [] if self.disable_adapters else self.present(self.merged_adapters or self.active_adapters)
+        return [] if self.disable_adapters else self.present(self.merged_adapters or self.acting_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""

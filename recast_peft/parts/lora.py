@@ -65,6 +65,7 @@ class PartLayer(Mixed, TaskHolder):
 
     base_layer: nn.Module
     module_name: str
+    stands_aside = False  # tasks are merged that have no part here
     active_adapters: list[str]
     lora_variant: dict[str, Any]
     merged: bool
@@ -120,7 +121,7 @@ class PartLayer(Mixed, TaskHolder):
 
     @property
     def disable_adapters(self) -> bool:
-        return self._disable_adapters or self.__dict__.get("_switched_off", False)
+        return self._disable_adapters or self.stands_aside or self.__dict__.get("_switched_off", False)
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""

@@ -27,6 +27,7 @@ def task_modules(model: nn.Module) -> list[TaskModule]:
 
 def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: bool) -> None:
     """Make the tasks' parts active beside their coefficients, which PEFT's own verb reaches."""
+    _bring_back(model)
     for module in task_modules(model):
         module.set_adapter(list(adapter_names), inference_mode)
     for layer in part_layers(model):
@@ -115,6 +116,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, othe
 
 def _merge_all(model: nn.Module, wanted: list[str], safe_merge: bool) -> None:
     for layer in (*recast_layers(model).values(), *part_layers(model)):
+        layer.stands_aside = not any(map(layer.has_task, wanted))
         new = [name for name in wanted if layer.has_task(name) and name not in layer.merged_adapters]
         if new:
             with onload_layer(layer):
@@ -127,10 +129,16 @@ def unmerge(model: nn.Module) -> None:
     """Put everything back that was there before tasks were merged, to the last bit."""
     for module in task_modules(model):
         module.unmerge()
+    _bring_back(model)
     for layer in (*part_layers(model), *_layers_of_others(model), *recast_layers(model).values()):
         if layer.merged:
             with onload_layer(layer):
                 layer.unmerge()
+
+
+def _bring_back(model: nn.Module) -> None:
+    for layer in (*part_layers(model), *recast_layers(model).values()):
+        layer.stands_aside = False
 
 
 def _layers_of_others(model: nn.Module) -> list[Any]:
