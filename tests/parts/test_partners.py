@@ -1109,9 +1109,7 @@ class TestBesideALoraPart:
                 assert rates[id(parameter)] == next(rate for key, rate in expected.items() if key in name)
 
 
-def test_sizes_of_a_stored_config_are_not_built_before_they_are_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_of_a_stored_config_are_not_built_before_they_are_checked(tmp_path: Path) -> None:
     model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], partners=["adaptformer"]))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
