@@ -31,6 +31,7 @@ class Slot:
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
         self._keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
         self._heads: list[TaskHead] = [m for m in layout.backbone.modules() if isinstance(m, TaskHead)]
+        self._places: set[str] = set()  # names of the modules in whose place they stand
         self.holds: str | None = None  # the task that is written into it
 
     @property
@@ -103,9 +104,11 @@ class Slot:
 
     def make_place_for(self, head_name: str) -> None:
         """Let the model have a classifier for each task in this place."""
-        wrapper = task_head(self.layout.backbone, head_name)
-        if not any(known is wrapper for known in self._heads):
-            self._heads.append(wrapper)
+        if head_name not in self._places:
+            self._places.add(head_name)
+            wrapper = task_head(self.layout.backbone, head_name)
+            if not any(known is wrapper for known in self._heads):
+                self._heads.append(wrapper)
 
     def _make_active(self) -> None:
         if not self.is_active():
