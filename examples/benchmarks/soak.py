@@ -1,0 +1,155 @@
+"""Eight clients on one server while tasks come, change, go and are rolled back; every answer is held against a reference.
+
+    python examples/benchmarks/soak.py                 # ten minutes
+    python examples/benchmarks/soak.py --seconds 60
+
+Prints how many requests were answered, the errors by kind (only those that were provoked may appear: requests for tasks that
+are gone, inputs of a wrong shape), and the memory of the process at the beginning and at the end. Exits with 1 if an answer is
+wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import torch
+from rivals import QUICK, backbone, images
+from swaps import TARGETS
+from timing import Row, Tables, arguments, finish, start
+from torch import Tensor
+
+from recast_peft import RecastConfig, RecastError, TaskPool, get_recast_model
+from recast_peft.integrations.serving import TaskServer, TaskStore
+
+TASKS, CLIENTS = 12, 8
+
+
+def packed_task(name: str, seed: int, folder: Path, options: Namespace) -> bytes:
+    """A saved task with random numbers as a zip file."""
+    model = get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS, num_classes=2 + seed % 5), name)
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if f".{name}" in key:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(folder / str(seed))
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for path in (folder / str(seed) / name).iterdir():
+            archive.write(path, path.name)
+    return content.getvalue()
+
+
+class Soak:
+    """One run."""
+
+    def __init__(self, folder: Path, options: Namespace) -> None:
+        self.options = options
+        model = get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS), "layout").eval()
+        self.pool = TaskPool(model)
+        self.pool.deactivate()
+        self.store = TaskStore(folder / "live", self.pool)
+        self.image = images(backbone(options.model), 1)[0]
+        self.uploads: dict[str, list[bytes]] = {}
+        self.right: dict[str, list[Tensor]] = {}
+        for i in range(TASKS):
+            name = f"task-{i}"
+            self.uploads[name] = [packed_task(name, 2 * i + version, folder, options) for version in range(2)]
+            self.right[name] = []
+            for content in self.uploads[name]:
+                self.store.upload(name, content)
+                self.right[name].append(model(self.image[None], task_ids=[name])[0])
+        self.wrong: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.end = time.monotonic() + options.seconds
+
+    def count(self, what: str) -> None:
+        with self.lock:
+            self.counts[what] += 1
+
+    def client(self, seed: int, server: TaskServer) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < self.end:
+            name = rng.choice([*self.right])
+            is_bad = rng.random() < 0.02
+            try:
+                output = server(name, self.image[:, :7, :9] if is_bad else self.image).output
+            except RecastError as error:
+                was_provoked = is_bad or "no task" in str(error) or "was removed" in str(error)
+                self.count(f"provoked: {type(error).__name__}" if was_provoked else "ERROR")
+                continue
+            self.count("answered")
+            if not any(output.shape == y.shape and torch.allclose(output, y, atol=1e-4) for y in self.right[name]):
+                self.wrong.append(name)
+
+    def operator(self) -> None:
+        rng = random.Random(99)
+        while time.monotonic() < self.end:
+            name = rng.choice([*self.right])
+            verb = rng.choice(["upload", "upload", "rollback", "remove"])
+            if verb == "upload" or name not in self.pool:
+                self.store.upload(name, rng.choice(self.uploads[name]))
+            elif verb == "rollback":
+                self.store.rollback(name)
+            else:
+                self.store.remove(name)
+            self.count(f"operator: {verb}")
+            time.sleep(0.01)
+
+    def run(self) -> list[Row]:
+        """Run it, and give what happened."""
+        samples: list[float] = []
+        with TaskServer(self.pool) as server:
+            threads = [threading.Thread(target=self.client, args=(i, server)) for i in range(CLIENTS)]
+            threads.append(threading.Thread(target=self.operator))
+            for thread in threads:
+                thread.start()
+            while time.monotonic() < self.end:
+                time.sleep(min(1.0, self.options.seconds / 10))
+                samples.append(resident_megabytes())
+            for thread in threads:
+                thread.join()
+        quarter = max(1, len(samples) // 4)
+        self.counts["wrong answers"] = len(self.wrong)
+        rows: list[Row] = [{"what": what, "number": float(count)} for what, count in sorted(self.counts.items())]
+        rows.append({"what": "MB of the process, first quarter", "number": sum(samples[:quarter]) / quarter})
+        rows.append({"what": "MB of the process, last quarter", "number": sum(samples[-quarter:]) / quarter})
+        return rows
+
+
+def resident_megabytes() -> float:
+    """Memory of this process, as Linux counts it; zero elsewhere."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+    except OSError:
+        return 0.0
+
+
+@torch.no_grad()
+def main(given: list[str] | None = None) -> Tables:
+    """Run, print, write."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default=QUICK, help="of timm (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    options = start(parser, given)
+    if options.quick:
+        options.seconds = 3.0
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(Path(folder), options)
+        tables = finish("soak", options, {f"{options.seconds:.0f} seconds, {options.model}, {CLIENTS} clients": soak.run()})
+    if soak.wrong or soak.counts["ERROR"]:
+        sys.exit(1)
+    return tables
+
+
+if __name__ == "__main__":
+    main()
