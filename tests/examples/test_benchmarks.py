@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,37 @@ class TestBenchmarks:
 
         tables = mixed_batch.main(["--quick", "--output", str(tmp_path)])
         assert [len(rows) for rows in tables.values()] == [4, 4]
+
+    def test_a_fleet_of_one_and_of_thirty_tasks(self, tmp_path):
+        import fleet
+
+        uniform, zipf, sizes = fleet.main(["--quick", "--output", str(tmp_path)]).values()
+        servers = ["plain model", *["RECAST pool", "LoRA r=8, all in memory", "LoRA r=8, 25 slots"] * 2]
+        for rows in (uniform, zipf):
+            assert sorted(row["server"] for row in rows) == sorted(servers)
+            assert all(0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"] for row in rows)
+        assert [row["tasks"] for row in sizes] == [1, 30]
+        assert sizes[1]["MB of classifiers"] == pytest.approx(30 * sizes[0]["MB of classifiers"])
+        assert (tmp_path / "fleet_curves.png").is_file()
+
+    def test_zipf_asks_for_few_tasks_and_uniform_traffic_for_all(self):
+        import fleet
+
+        asked = {kind: Counter(itertools.islice(fleet.traffic(50, kind), 5000)) for kind in ("uniform", "zipf")}
+        assert {*asked["uniform"]} == {*range(50)}
+        assert max(asked["uniform"].values()) < 200
+        assert max(asked["zipf"].values()) > 1000
+
+    def test_a_soak_finds_no_wrong_answer_and_would_find_one(self, monkeypatch, tmp_path):
+        import soak
+
+        (rows,) = soak.main(["--quick", "--output", str(tmp_path)]).values()
+        counts = {row["what"]: row["number"] for row in rows}
+        assert counts["answered"] > 10
+        assert counts["wrong answers"] == 0
+        monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: False)
+        with pytest.raises(SystemExit):
+            soak.main(["--quick"])
 
     def test_files_grow_with_the_numbers_that_a_method_trains(self, tmp_path):
         import files
