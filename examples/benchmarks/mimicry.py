@@ -1,9 +1,9 @@
 """All mimicry methods side by side: time, error and cosine of the weights, error of the features, accuracy.
 
     python examples/benchmarks/mimicry.py random     # MLP of ViT-Small's shape, random weights, groups of 2, n = 2 and n = 1
-    python examples/benchmarks/mimicry.py trained    # the demo's backbone: n = L/2, on data that nothing was fitted to
+    python examples/benchmarks/mimicry.py trained    # the glyph backbone: n = L/2, on data that nothing was fitted to
 
-On random weights the features are those of a random batch. On the demo's backbone ``data_aware`` is fitted to pretraining
+On random weights the features are those of a random batch. On the glyph backbone ``data_aware`` is fitted to pretraining
 images; features and accuracy (of a linear probe that was fitted to the pretrained model's features) are measured on the test
 images of tasks whose characters pretraining never showed.
 """
@@ -113,7 +113,7 @@ def random_setting(depth: int, seed: int) -> tuple[nn.Module, list[Tensor], Tens
 
 
 def trained_setting(tasks: tuple[str, ...], seed: int) -> tuple[nn.Module, list[Tensor], Tensor, Callable[[nn.Module], float]]:
-    """The demo's backbone, pretraining images to fit to, and the accuracy over test images of several tasks."""
+    """The glyph backbone, pretraining images to fit to, and the accuracy over test images of several tasks."""
     from glyph_backbone import load_backbone
     from glyphs import load_task, pretraining_batches
 

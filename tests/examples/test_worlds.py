@@ -86,6 +86,14 @@ class TestTasks:
         assert len(sentences["field"].classes) == 14
         assert sentences["kind"].classes == ("class", "function", "method", "property")
 
+    def test_a_sentence_of_two_classes_is_in_neither(self):
+        common = ["It stands in both.", "IT STANDS IN BOTH."]
+        made = {name: [*[f"{name} number {i}" for i in range(5)], both] for name, both in zip("ab", common, strict=True)}
+        task = text.make_task("made", lambda: made, 3, 9)
+        assert len(task.train) + len(task.test) == 10
+        both = text.encode(common)[0][0].tolist()
+        assert both not in [row.tolist() for split in (task.train, task.test) for row in split.inputs[0]]
+
     def test_a_library_does_not_name_itself(self):
         found = text.by_library()
         assert all(len(values) > 300 for values in found.values())
