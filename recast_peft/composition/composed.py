@@ -87,6 +87,8 @@ class ComposedModule(nn.Module):
         weight = self.pretrained
         if weight is None:
             raise self._released_error()
+        if type(weight) is not nn.Parameter and hasattr(weight, "full_tensor"):  # FSDP2 and tensor parallelism: a shard is here
+            return weight.full_tensor()
         return weight
 
     def _released_error(self) -> _ReleasedWeightError:
@@ -192,7 +194,7 @@ class ComposedModule(nn.Module):
         """Anchor, templates and coefficients of the tasks' weight; None for the pretrained weight alone."""
         names = self.with_coefficients(adapters)
         device = self.weight_device
-        offsets = {name: average_sets((values or {}).get(name, self.recast_coefficients[name])) for name in names}
+        offsets = {name: average_sets((values or {}).get(name, self.coefficients(name))) for name in names}
         if self.compressed_bank and (names or self.is_released):
             bank = self.compressed_bank[0]
             coefficients = sum(offsets.values(), bank.base_of(self.module_name))
@@ -219,6 +221,13 @@ class ComposedModule(nn.Module):
     def with_coefficients(self, adapters: Sequence[str]) -> list[str]:
         """Those of the given tasks that have coefficients here."""
         return [name for name in self.present(adapters) if name in self.recast_coefficients]
+
+    def coefficients(self, name: str) -> Tensor:
+        """The coefficients of a task, ``(sets, templates)``; as they were offloaded, if accelerate has done so."""
+        own = self.recast_coefficients[name]
+        hook = getattr(self.recast_coefficients.holder(name), "_hf_hook", None) if own.is_meta else None
+        kept = getattr(hook, "weights_map", None)
+        return own if kept is None else kept["offsets"]
 
     def tasks_in_force(self) -> list[str]:
         """The tasks that a call would compute with now."""

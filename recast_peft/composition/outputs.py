@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compose import average_sets
 from .quantised import quantised_by
@@ -21,8 +21,13 @@ from .quantised import quantised_by
 def is_out_of_reach(layer: Any) -> bool:
     """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
     base = layer.get_base_layer()
-    weight = base._parameters.get(layer.weight_name)
-    return quantised_by(base) is not None or (weight is not None and weight.is_meta and hasattr(base, "_hf_hook"))
+    return quantised_by(base) is not None or _is_offloaded(base)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings a module's weight for each of its calls, and takes it away again."""
+    hook = module.__dict__.get("_hf_hook")
+    return hook is not None and any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
 
 def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
@@ -45,7 +50,7 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
     scale: Tensor | None = None
     factors: dict[int, tuple[Any, Tensor]] = {}
     for name in layer.with_coefficients(adapters):
-        offsets = average_sets((values or {}).get(name, layer.recast_coefficients[name])).to(x.device)
+        offsets = average_sets((values or {}).get(name, layer.coefficients(name))).to(x.device)
         for neighbour, offset in zip(layer.recast_bank[name].layers, offsets.unbind(), strict=True):
             if neighbour is layer:
                 scale = offset if scale is None else scale + offset
