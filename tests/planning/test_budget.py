@@ -120,6 +120,25 @@ def test_a_way_of_sharing_is_known_by_what_it_shares(depth: int, count: int, siz
     assert coefficient_owners(groups, found) == owners
 
 
+def test_roles_with_few_banks_share_in_one_sequence() -> None:
+    model = nn.Sequential()
+    for name in ("a", "b", "c"):
+        model.add_module(name, nn.Linear(2, 2))
+    model.deep = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    config = RecastConfig(target_modules=r"[abc]|deep\.\d", group_size=1, coefficient_sharing=2)
+    plan = plan_recast(model, config)
+    owners = coefficient_owners(plan.groups, 2)
+    assert owners == {
+        "a": "a",
+        "b": "a",
+        "c": "c",
+        "deep.0": "deep.0",
+        "deep.1": "deep.0",
+        "deep.2": "deep.2",
+        "deep.3": "deep.2",
+    }
+
+
 @pytest.mark.parametrize("value", [1, 0, -2, 2.0, True, "2", "layers"])
 def test_sharing_of_no_kind_is_refused(value: Any) -> None:
     with pytest.raises(RecastConfigError, match="coefficient_sharing"):

@@ -95,3 +95,12 @@ def test_a_wrapper_around_the_blocks_of_a_converted_model_changes_no_plan(wrap: 
     assert model.peft_config["second"].groups == model.peft_config["first"].groups
     model.add_adapter("third", RecastConfig(target_modules="all-linear"))
     assert len(layers_of(model)) == 16
+
+
+def test_what_a_wrapper_holds_is_known_by_the_wrappers_name() -> None:
+    def block() -> nn.ModuleDict:
+        layers = {name: nn.Sequential(nn.Linear(4, 4)) for name in ("attn", "ffn")}  # nothing but their names tells them apart
+        return nn.ModuleDict({name: checkpoint_wrapper(layer) for name, layer in layers.items()})
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()])})
+    assert plan_recast(model, RecastConfig()).targets == ("blocks.0.ffn.0", "blocks.1.ffn.0")

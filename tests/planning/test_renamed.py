@@ -148,6 +148,16 @@ def test_what_the_weights_do_not_tell_is_not_guessed() -> None:
         assert find_renamed(twice, *stored(tiny_vit()), {"^blocks": "teacher.blocks"})["blocks.0.mlp.fc1"].startswith("teacher")
 
 
+def test_a_module_that_is_where_it_was_is_not_taken_for_its_copy() -> None:
+    model = tiny_vit()
+    model.tail = model.blocks[2:]
+    model.blocks = model.blocks[:2]
+    model.average = copy.deepcopy(model.blocks)
+    with pytest.warns(UserWarning, match=FOUND):
+        found = find_renamed(model, *stored(tiny_vit()))
+    assert found == {f"blocks.{i}.mlp.{fc}": f"tail.{i - 2}.mlp.{fc}" for i in (2, 3) for fc in ("fc1", "fc2")}
+
+
 def test_equal_weights_are_told_apart_by_the_others() -> None:
     alone, outer = tiny_vit(), Outer()
     with torch.no_grad():
