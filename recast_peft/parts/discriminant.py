@@ -106,14 +106,15 @@ def discriminants(features: Tensor, labels: Tensor, classes: int, shrinkage: Shr
     covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     for c in range(classes):
         away = features[labels == c].double() - means[c]
-        covariance += shares[c] * (_shrunk(away) if shrinkage == "auto" else away.T @ away / len(away))
+        covariance += shares[c] * (_shrunk(away, means[c]) if shrinkage == "auto" else away.T @ away / len(away))
     if shrinkage != "auto":
         sphere = torch.eye(len(covariance), dtype=torch.float64) * covariance.diagonal().mean()
         covariance = (1 - shrinkage) * covariance + shrinkage * sphere
-    _check_invertible(covariance, features, classes, shrinkage)
     centre = shares @ means
     away = means - centre  # as seen from the centre, where the least digits are lost
-    weight = torch.linalg.solve(covariance, away.T).T
+    told = ~_constant(features)  # nothing can be told by the others: they get no weight
+    weight = torch.zeros_like(means)
+    weight[:, told] = _solved(covariance[told][:, told], away[:, told].T, len(features), classes, shrinkage).T
     bias = shares.log() - (weight * (away / 2 + centre)).sum(1)
     return weight - weight.mean(0), bias - bias.mean()
 
@@ -137,32 +138,44 @@ def ledoit_wolf_shrinkage(away: Tensor) -> float:
     return float((noise.clamp_min(0) / distance).clamp_max(1)) if distance > 1e-12 * square else 0.0
 
 
-def _shrunk(away: Tensor) -> Tensor:
+def _shrunk(away: Tensor, mean: Tensor) -> Tensor:
     """The covariance of one class, shrunk with its features in units of their standard deviations."""
     size = away.square().mean(0).sqrt()
-    is_constant = size <= 1e-9 * size.max()
+    is_constant = size <= 1e-12 * mean.abs()  # but for rounding in float64
     size = size.masked_fill(is_constant, 1.0)
     scaled = (away / size).masked_fill(is_constant, 0.0)
     share = ledoit_wolf_shrinkage(scaled)
-    mean = scaled.square().mean()
-    return (1 - share) * away.T @ away / len(away) + share * mean * torch.diag(size.square())
+    return (1 - share) * away.T @ away / len(away) + share * scaled.square().mean() * torch.diag(size.square())
 
 
-def _check_invertible(covariance: Tensor, features: Tensor, classes: int, shrinkage: Shrinkage) -> None:
-    rounding = 1e-12 * float(features.double().square().mean())  # of sums in float64
-    if torch.linalg.eigvalsh(covariance)[0] > rounding:
-        return
-    constant = (covariance.diagonal() <= rounding).nonzero().flatten().tolist()
+def _constant(features: Tensor) -> Tensor:
+    """Which features are the same in all examples, up to the rounding of float32: ``(features,)``."""
+    x = features.double()
+    return x.std(0, correction=0) <= 1e-6 * x.square().mean(0).sqrt()
+
+
+def _solved(covariance: Tensor, right: Tensor, examples: int, classes: int, shrinkage: Shrinkage) -> Tensor:
+    """``covariance^-1 right``; features may be of very different sizes.
+
+    Raises:
+        RecastTargetError: if there is no feature, or the covariance has no inverse.
+    """
+    if not len(covariance):
+        raise RecastTargetError("all features are the same in all examples: look at what reaches the classifier")
+    size = covariance.diagonal().sqrt()
+    constant = (size == 0).nonzero().flatten().tolist()
     if constant:
         raise RecastTargetError(
-            f"{len(constant)} of {len(covariance)} features are the same in all examples of a class (features {constant[:5]}): "
-            "nothing can be told by them. Give more or other examples, or a shrinkage above 0; if all features are the same, "
-            "look at what reaches the classifier."
+            f"{len(constant)} features are the same in all examples of a class and differ between classes, so no covariance "
+            "can be formed: give more examples, or a shrinkage above 0"
         )
-    raise RecastTargetError(
-        f"{len(features)} examples of {classes} classes with {len(covariance)} features do not determine a covariance with "
-        f"shrinkage={shrinkage!r}: give more examples, or a larger shrinkage"
-    )
+    scaled = covariance / size / size[:, None]
+    if not torch.linalg.eigvalsh(scaled)[0] > 1e-12:
+        raise RecastTargetError(
+            f"{examples} examples of {classes} classes with {len(covariance)} features do not determine a covariance with "
+            f"shrinkage={shrinkage!r}: give more examples, or a larger shrinkage"
+        )
+    return torch.linalg.solve(scaled, right / size[:, None]) / size[:, None]
 
 
 def _gathered(model: nn.Module, head: nn.Linear, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:

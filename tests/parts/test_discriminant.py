@@ -109,13 +109,27 @@ class TestDiscriminants:
         constant = torch.full((len(labels), 1), 4.0, dtype=torch.float64)
         wide = torch.cat([features, constant], dim=1)
         weight, bias = discriminants(wide, labels, 3)
-        assert weight[:, 5].abs().max() < 1e-9
+        assert not weight[:, 5].any()
         peer = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(wide, labels)
         assert torch.allclose((wide @ weight.T + bias).softmax(1), torch.from_numpy(peer.predict_proba(wide)), atol=1e-9)
-        with pytest.raises(RecastTargetError, match=r"1 of 6 features are the same .* \(features \[5\]\)"):
-            discriminants(torch.cat([features, constant], dim=1), labels, 3, 0.0)
-        with pytest.raises(RecastTargetError, match=r"5 of 5 features are the same"):
+        weight, bias = discriminants(wide, labels, 3, 0.0)
+        alone, alone_bias = discriminants(features, labels, 3, 0.0)
+        assert not weight[:, 5].any()
+        assert torch.allclose(weight[:, :5], alone)
+        assert torch.allclose(bias, alone_bias)
+        with pytest.raises(RecastTargetError, match="all features are the same in all examples"):
             discriminants(torch.ones(len(labels), 5), labels, 3)
+        with pytest.raises(RecastTargetError, match="1 features are the same in all examples of a class"):
+            discriminants(torch.cat([features, labels[:, None].double()], dim=1), labels, 3, 0.0)
+
+    @pytest.mark.parametrize("shrinkage", [0.0, "auto"])
+    def test_the_size_of_a_feature_does_not_matter(self, shrinkage):
+        features, labels = examples()
+        sizes = torch.tensor([1, 1e-9, 1e6, 1, 1e-3], dtype=torch.float64)
+        weight, bias = discriminants(features, labels, 3, shrinkage)
+        other, other_bias = discriminants(features * sizes, labels, 3, shrinkage)
+        assert torch.allclose(other * sizes, weight)
+        assert torch.allclose(other_bias, bias)
 
     def test_too_few_examples_need_shrinkage(self):
         features, labels = examples()
