@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..names import METHOD_NAME
 from ..storage.atomic import write_text
 from ..storage.json_reader import parse_json
 from ..storage.pairs import read_companion
+from ..storage.patterns import check_pattern
 from ..validation import shown
 
 
@@ -35,7 +36,27 @@ def read_fields(file: str | os.PathLike) -> dict[str, Any]:
     method = values.get("peft_type", METHOD_NAME.upper())
     if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & values.keys():
         raise RecastConfigError(f"{path} is no config of a method that PEFT knows: peft_type={shown(method)}")
+    for where, pattern in _patterns(values):
+        check_pattern(pattern, f"{where} of {path}", RecastConfigError)
     return values
+
+
+def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The regular expressions of a config that will be run; a stored task's targets are its groups, by name."""
+    lora, partners = values.get("lora_config"), values.get("partners")
+    within = {
+        "": {} if values.get("groups") else values,
+        "lora_config.": lora,
+        **{f"partners[{place}].": partner for place, partner in enumerate(partners if isinstance(partners, list) else ())},
+    }
+    for prefix, fields in within.items():
+        if not isinstance(fields, Mapping):
+            continue
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            given = fields.get(name)
+            listed = [given] if isinstance(given, str) else list(given) if isinstance(given, (dict, list)) else []
+            is_pattern = isinstance(given, (str, dict)) or name == "layers_pattern"  # a list holds plain names
+            yield from ((prefix + name, text) for text in listed if is_pattern and isinstance(text, str))
 
 
 def write_fields(folder: str | os.PathLike, values: Mapping[str, Any]) -> None:

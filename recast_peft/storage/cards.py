@@ -41,8 +41,9 @@ def plain(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """A value in the type of code."""
-    return f"`{_unmarked(one_line(value)).replace('`', '').replace('|', chr(92) + '|')}`"
+    """A value in the type of code, where neither a backtick nor a bracket of HTML can be escaped."""
+    text = one_line(value).replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}").replace("`", "'")
+    return f"`{text.replace('|', chr(92) + '|')}`"
 
 
 def quoted(value: Any) -> str:

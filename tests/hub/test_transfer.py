@@ -397,6 +397,18 @@ class TestAPool:
         assert pool.names == ["flowers", "cars"]
 
 
+def test_a_push_that_fails_leaves_nothing_in_the_config(hub: HubServer) -> None:
+    model = make_model("flowers")
+    model.peft_config["flowers"].results = {"accuracy": 0.1}
+    hub.failing["/commit/"] = 400
+    with pytest.raises(RecastHubError):
+        push_task_to_hub(model, "ada/flowers", results={"accuracy": 0.9, "loss": 1.0})
+    assert model.peft_config["flowers"].results == {"accuracy": 0.1}
+    hub.failing.clear()
+    push_task_to_hub(model, "ada/flowers", results={"accuracy": 0.9})
+    assert model.peft_config["flowers"].results == {"accuracy": 0.9}
+
+
 class TestTheCard:
     def save(self, folder: Path, **fields: Any) -> str:
         config = RecastConfig(**fields)

@@ -1,0 +1,53 @@
+"""Regular expressions from files end soon, or are not run."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from recast_peft.errors import RecastLoadError
+from recast_peft.storage.patterns import check_pattern
+
+NAME = "a" * 60 + "." + "b" * 40
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(.*\.)?layer\d+\.[1-9]\d*\.conv[12]",
+        "all-linear",
+        r"blocks\.[01]\..*qkv",
+        r".*\.(q|v)_proj",
+        r"(a|b){1,3}c",
+        r"(?:x\d{1,2}\.)?fc[12]",
+        "",
+    ],
+)
+def test_what_people_write_is_let_pass(pattern: str) -> None:
+    check_pattern(pattern, "it")
+    begun = time.perf_counter()
+    re.fullmatch(pattern, NAME)
+    assert time.perf_counter() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(([a-z0-9.]+)+)+\Z!",
+        r"(a*)*b",
+        r"(a|a)*(a|a)*(a|a)*(a|a)*b",
+        r".*.*.*.*x",
+        r"(?:a{1,50}){1,50}b",
+        r"(?=(a+)+b)",
+        r"(a+)\1b",
+        r"(?P<x>(?:a+?)+)",
+        "(" * 500,
+        "[",
+        "a" * 1001,
+    ],
+)
+def test_what_may_take_for_ever_is_refused(pattern: str) -> None:
+    with pytest.raises(RecastLoadError, match="the LoRA part's targets is the regular expression"):
+        check_pattern(pattern, "the LoRA part's targets")
