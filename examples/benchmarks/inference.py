@@ -1,4 +1,4 @@
-"""A forward pass with a task in force beside the plain model and PEFT's methods: live and merged.
+"""A forward pass with an active task beside the plain model and PEFT's methods: live and merged.
 
     python examples/benchmarks/inference.py                      # ViT-Small at 224, batch 1 and 8, qkv, then fc1 + fc2
     python examples/benchmarks/inference.py --targets qkv --batches 1 --rounds 40

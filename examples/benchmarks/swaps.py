@@ -1,4 +1,4 @@
-"""Putting another task in force: a pool of RECAST tasks beside PEFT's adapters.
+"""Making another task active: a pool of RECAST tasks beside PEFT's adapters.
 
     python examples/benchmarks/swaps.py
 

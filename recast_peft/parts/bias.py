@@ -160,7 +160,7 @@ class BiasTemplates(nn.Module):
 
     Attributes:
         bank: that they are from.
-        scales: of a norm whose scale the bank moves too: its templates, ``(templates, channels)``.
+        scales: scales of a norm whose scale the bank moves too: its templates, ``(templates, channels)``.
     """
 
     templates: Tensor

@@ -114,7 +114,7 @@ class HeadKinds:
     """The kinds of a pool's classifiers and their labels, each once.
 
     Args:
-        dtype: in which classifiers are kept; None keeps them as they come, or as they will be saved where that loses nothing.
+        dtype: dtype of kept classifiers; None keeps them as they come, or as they will be saved where that loses nothing.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:

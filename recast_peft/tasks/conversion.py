@@ -106,9 +106,9 @@ def check_fingerprints(
     """Refuse a task that was learned on other pretrained weights; on their quantised form it is taken, with a warning.
 
     Args:
-        config: of the task.
+        config: config of the task.
         actual: the fingerprints of the model's modules.
-        entries: of the task's file.
+        entries: entries of the task's file.
         quantised: the modules whose weights are quantised.
 
     Returns:

@@ -648,7 +648,7 @@ class TestFindingTheTask:
         pool.remember("task2", self.clouds(0), torch.arange(20) % 2)
         pool.remember("task0", self.clouds(1))
         mixed = torch.cat([self.clouds(0)[:5] + 0.1, self.clouds(1)[:5] - 0.1])
-        pool.activate("task1", merge=True)  # routing looks at the pretrained model, whatever is in force
+        pool.activate("task1", merge=True)  # routing looks at the pretrained model, whatever is active
         assert pool.route(mixed).tolist() == [2] * 5 + [0] * 5
         logits = model(mixed, task_ids=pool.route(mixed))
         assert torch.allclose(logits[:5], model(mixed[:5], task_ids=pool.ids(["task2"] * 5)), atol=1e-5)

@@ -50,8 +50,8 @@ def task_app(
     """An application around a server.
 
     Args:
-        server: of the tasks; it is closed when the application stops, after the requests that wait are answered.
-        store: of the tasks' files; None is an application without uploads.
+        server: server of the tasks; it is closed when the application stops, after the requests that wait are answered.
+        store: store of the tasks' files; None is an application without uploads.
         tenants: whose tokens may see which tasks; None lets anybody see all tasks, and nobody change them.
         max_body: bytes of a request.
         max_upload: bytes of an uploaded task.

@@ -39,7 +39,7 @@ class Answer:
 
     Attributes:
         task: that answered; None is the pretrained model.
-        output: of the sample, without a batch dimension and without padding to other tasks' classes.
+        output: output of the sample, without a batch dimension and without padding to other tasks' classes.
         label: name of the most likely class, if the task names its classes.
         batch: how many requests were computed together.
     """
@@ -63,7 +63,7 @@ class TaskServer:
     """A front of a pool for many clients at once; use it as a context manager, or close it.
 
     Args:
-        pool: of the tasks; its model is put in evaluation mode.
+        pool: pool of the tasks; its model is put in evaluation mode.
         max_batch: most requests that are computed together.
         wait: seconds that a request waits for others to come.
         max_queue: most requests that wait; further ones are refused at once.

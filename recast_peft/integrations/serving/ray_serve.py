@@ -25,11 +25,11 @@ class TaskReplica:
     """One replica; by handle: ``await handle.predict.remote("cats", sample)``, over HTTP: ``{"task": ..., "inputs": ...}``.
 
     Args:
-        folder: of saved tasks.
+        folder: folder of saved tasks.
         backbone: as for ``open_folder``; None finds the one that the tasks name.
-        head_dtype: in which classifiers are kept.
+        head_dtype: dtype in which classifiers are kept.
         reload_seconds: how often the folder is looked at; None never does.
-        options: of ``TaskServer``.
+        options: options of ``TaskServer``.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ def ray_application(
     """The tasks of a folder as a Ray Serve application, for ``serve.run``.
 
     Args:
-        folder: of saved tasks, readable wherever a replica runs.
+        folder: folder of saved tasks, readable wherever a replica runs.
         backbone: as for ``open_folder``, or a function that makes it in the replica.
-        head_dtype: in which classifiers are kept.
+        head_dtype: dtype in which classifiers are kept.
         reload_seconds: how often each replica looks at the folder.
         deployment: options of ``serve.deployment``: ``num_replicas``, ``autoscaling_config``, ``ray_actor_options`` and so on.
-        options: of ``TaskServer``.
+        options: options of ``TaskServer``.
     """
     chosen = {"max_ongoing_requests": 2 * options.get("max_batch", 32), **(deployment or {})}
     replica = serve.deployment(**chosen)(TaskReplica)

@@ -18,9 +18,9 @@ def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | N
     """A pool of the tasks in a folder.
 
     Args:
-        folder: of saved tasks, one in a folder each.
+        folder: folder of saved tasks, one in a folder each.
         backbone: as for ``AutoRecastModel.from_pretrained``; None finds the one that the tasks name.
-        head_dtype: in which classifiers are kept, as for ``TaskPool``.
+        head_dtype: dtype in which classifiers are kept, as for ``TaskPool``.
 
     Raises:
         RecastConfigError: if no task in the folder can be read; the reasons are in the message.
@@ -55,7 +55,7 @@ def serve_folder(
     """Serve the tasks of a folder over HTTP until the process is told to stop (SIGINT, SIGTERM); what waits is answered first.
 
     Args:
-        folder: of saved tasks.
+        folder: folder of saved tasks.
         host: to listen at.
         port: to listen at.
         tokens: a file of tenants, see ``Tenants.from_file``; without one anybody sees all tasks, and nobody changes them.
@@ -63,7 +63,7 @@ def serve_folder(
         head_dtype: as for ``open_folder``.
         reload_seconds: how often the folder is looked at for tasks that came, changed or went.
         max_body: bytes of a request.
-        options: of ``TaskServer``.
+        options: options of ``TaskServer``.
 
     Raises:
         RecastConfigError: if FastAPI, uvicorn or prometheus_client is missing, or nothing can be served.

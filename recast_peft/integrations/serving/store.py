@@ -32,7 +32,7 @@ class TaskStore:
     """The tasks of a folder, in a pool.
 
     Args:
-        folder: of saved tasks, one in a folder each; made if it is missing.
+        folder: folder of saved tasks, one in a folder each; made if it is missing.
         pool: that they are put in.
         keep: versions before the present one that are kept of each task.
     """
