@@ -1,0 +1,148 @@
+"""A task's file holds what the task owns, under the plain model's names, whatever the task is called and whatever wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import outputs, tiny_vit, vit_input
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from recast_peft import RecastConfig, RecastLayer, RecastLoadError, RecastTargetError, get_recast_model
+
+PARTS = {
+    "coefficients": {},
+    "head": {"num_classes": 5},
+    "LoRA": {"lora_config": {"r": 2, "target_modules": ["qkv"]}},
+    "norms": {"train_norms": True},
+    "saved module": {"modules_to_save": ["head"]},
+    "biases": {"bias": "all"},
+    "partners": {"partners": ["adaptformer", "bias", "piggyback"]},
+    "shared": {"coefficient_sharing": "all", "target_modules": ["qkv", "fc1"]},
+}
+NAMES = ["0", "1", "mlp", "head", "weight", "bias", "model", "norm", "training", "v1.2", "recast_coefficients"]
+
+
+def learned(model: PeftModel, seed: int = 3) -> PeftModel:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model.eval()
+
+
+def saved(model: PeftModel, name: str, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder if name == "default" else folder / name
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_saved_whole_and_loads(part: str, name: str, tmp_path: Path) -> None:
+    reference = set(
+        load_file(
+            saved(get_recast_model(tiny_vit(), RecastConfig(**PARTS[part])), "default", tmp_path) / "adapter_model.safetensors"
+        )
+    )
+    model = learned(get_recast_model(tiny_vit(), RecastConfig(**PARTS[part]), name))
+    folder = saved(model, name, tmp_path / "named")
+    assert set(load_file(folder / "adapter_model.safetensors")) == reference
+    expected = outputs(model, vit_input())
+    assert torch.equal(outputs(PeftModel.from_pretrained(tiny_vit(), str(folder), name).eval(), vit_input()), expected)
+    other = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc2"]), "other")
+    other.load_adapter(str(folder), name)
+    other.set_adapter(name)
+    assert torch.equal(outputs(other.eval(), vit_input()), expected)
+
+
+class Around(nn.Module):
+    """What a user may put around a block."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "checkpointed": checkpoint_wrapper,
+    "compiled": lambda block: torch.compile(block, backend="eager"),
+    "a user's own module": Around,
+}
+
+
+def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = WRAPPERS[wrapper](block)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*other names in this model")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_file_of_a_wrapped_model_fits_the_plain_one(wrapper: str, when: str, tmp_path: Path) -> None:
+    backbone = wrapped(tiny_vit(), wrapper) if when == "before" else tiny_vit()
+    model = get_recast_model(backbone, RecastConfig(num_classes=5, target_modules=["qkv", "fc1"]), "task")
+    if when == "after":
+        wrapped(model.get_base_model(), wrapper)
+    learned(model)
+    folder = saved(model, "task", tmp_path)
+    expected = outputs(model, vit_input())
+    for other in (tiny_vit(), wrapped(tiny_vit(), wrapper)):
+        assert torch.equal(outputs(PeftModel.from_pretrained(other, str(folder), "task").eval(), vit_input()), expected)
+    names = set(load_file(folder / "adapter_model.safetensors"))
+    if wrapper != "a user's own module" or when == "after":  # whose names before the conversion nobody knows
+        plain = get_recast_model(tiny_vit(), RecastConfig(num_classes=5, target_modules=["qkv", "fc1"]), "task")
+        assert names == set(load_file(saved(plain, "task", tmp_path / "plain") / "adapter_model.safetensors"))
+
+
+def test_values_that_were_gathered_from_several_processes_are_taken() -> None:
+    model = learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task"))
+    gathered = {key: value + 1 if "offsets" in key else value for key, value in model.state_dict().items()}
+    own, given = get_peft_model_state_dict(model, adapter_name="task"), get_peft_model_state_dict(model, gathered, "task")
+    assert own.keys() == given.keys()
+    assert all(torch.equal(given[key], own[key] + (1 if "coefficients" in key else 0)) for key in own)
+
+
+@pytest.mark.parametrize(
+    "replace", [lambda m: setattr(m, "head", nn.Linear(8, 4)), lambda m: setattr(m, "head", nn.Identity())]
+)
+def test_a_head_that_was_replaced_is_not_left_out_in_silence(replace: Callable[[nn.Module], None], tmp_path: Path) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task")
+    replace(model.get_base_model())
+    with pytest.raises(RecastTargetError, match="no longer in the model"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "integers", "unexpected"])
+def test_a_file_that_is_refused_while_it_is_put_in_leaves_nothing(damage: str, tmp_path: Path) -> None:
+    folder = saved(learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task")), "task", tmp_path)
+    model = get_recast_model(tiny_vit(), RecastConfig(), "first")
+    entries = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.head.weight"
+    change = {
+        "shape": {key: torch.zeros(6, 8)},
+        "integers": {key: torch.zeros(5, 8, dtype=torch.int8)},
+        "unexpected": {"base_model.model.head.other": torch.zeros(2)},
+        "missing": {},
+    }[damage]
+    bad = {**entries, **change}
+    if damage == "missing":
+        del bad[key]
+    config = RecastConfig.from_pretrained(str(folder))
+    config.record = replace(config.record, origin=None)  # so that the file is not checked before
+    model.add_adapter("second", config)
+    with pytest.raises(RecastLoadError, match="Nothing was loaded"):
+        set_peft_model_state_dict(model, bad, "second")
+    assert list(model.peft_config) == ["first"]
+    assert not any("second" in m.recast_coefficients for m in model.modules() if isinstance(m, RecastLayer))
+    model.load_adapter(str(folder), "second")
+    assert list(model.peft_config) == ["first", "second"]
