@@ -22,6 +22,7 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..config import RecastConfig
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
 from .cards import write_model_card, write_repository_card
@@ -76,6 +77,9 @@ class TaskModel:
         """
         if _is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
+        file = Path(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
+        if file.is_file():
+            RecastConfig.from_json_file(str(file))  # says what is wrong with it before PEFT looks for keys in it
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
