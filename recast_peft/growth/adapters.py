@@ -267,7 +267,7 @@ def _name_of(adapter: Adapter) -> str:
         return adapter[1]
     if isinstance(adapter, PeftModel):
         return _active_of(adapter)
-    return Path(adapter).name.replace(".", "-")
+    return Path(adapter).name
 
 
 def _active_of(model: PeftModel) -> str:

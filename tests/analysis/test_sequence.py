@@ -121,7 +121,7 @@ class TestLearningInSequence:
 
     def test_goes_on_with_a_model_that_has_tasks(self) -> None:
         model = get_recast_model(TinyModel(), CONFIG, adapter_name="first")
-        before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".first")}
+        before = {k: v.clone() for k, v in model.state_dict().items() if ".first." in k}
         same, matrix = learn_in_sequence(model, make_tasks("one"), train, evaluate, config={"one": CONFIG}, progress=False)
         assert same is model
         assert matrix.learned == 1
@@ -149,9 +149,9 @@ class TestLearningInSequence:
             learn_in_sequence(model, make_tasks("two", "one"), train, evaluate, progress=False)
         assert list(model.peft_config) == ["one"]
 
-    def test_refuses_names_that_peft_cannot_store_before_it_starts(self) -> None:
-        with pytest.raises(RecastConfigError, match="no dot"):
-            learn_in_sequence(TinyModel(), make_tasks("one", "t.wo"), rough_training, evaluate, progress=False)
+    def test_refuses_names_that_cannot_be_stored_before_it_starts(self) -> None:
+        with pytest.raises(RecastConfigError, match="without slashes"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "t/wo"), rough_training, evaluate, progress=False)
 
     def test_refuses_a_task_without_a_config(self) -> None:
         with pytest.raises(RecastSequenceError, match="'two'"):
