@@ -66,6 +66,11 @@ class PartLayer(Mixed, TaskHolder):
     base_layer: nn.Module
     module_name: str
     stands_aside = False  # tasks are merged that have no part here
+    _parts: LoraParts | None = None
+    _by_weight = False  # computed by the weight, where the pair beside the module says something else
+    _switched_off = False  # inside RecastModel.disable_part("lora")
+    _trainable: list[nn.Parameter] = []  # before the tasks were switched off
+    _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
     active_adapters: list[str]
     lora_variant: dict[str, Any]
     merged: bool
@@ -74,7 +79,7 @@ class PartLayer(Mixed, TaskHolder):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active tasks; names that are no tasks are those of another wrapper's adapters, which are no business here."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        parts = self.__dict__.get("_parts")
+        parts = self._parts
         if parts is None or not names or any(isinstance(parts.tasks.get(name), RecastConfig) for name in names):
             super().set_adapter(_keys(names), inference_mode)  # type: ignore[misc]
 
@@ -83,12 +88,13 @@ class PartLayer(Mixed, TaskHolder):
         if enabled != self._disable_adapters:
             return
         if not enabled:
-            self.__dict__["_trainable"] = [p for p in self.own_parameters() if p.requires_grad]
+            self._trainable = [p for p in self.own_parameters() if p.requires_grad]
             super().enable_adapters(False)  # type: ignore[misc]
             return
         self._disable_adapters = False
-        for parameter in self.__dict__.pop("_trainable", ()):
+        for parameter in self._trainable:
             parameter.requires_grad_(True)
+        self._trainable = []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task's part; which task is active next says the model's own verb."""
@@ -121,12 +127,12 @@ class PartLayer(Mixed, TaskHolder):
 
     @property
     def disable_adapters(self) -> bool:
-        return self._disable_adapters or self.stands_aside or self.__dict__.get("_switched_off", False)
+        return self._disable_adapters or self.stands_aside or self._switched_off
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
         plain = super().get_base_layer()  # type: ignore[misc]
-        layer = self.__dict__.get("_recast_layer")
+        layer = next(iter(self.recast_beside), None)
         if layer is None or not _computing.get() or layer not in inner_layers(self.base_layer):
             return plain
         return layer
@@ -140,10 +146,9 @@ class PartLayer(Mixed, TaskHolder):
         new = [name for name in wanted if name in self._get_available_adapters()]  # type: ignore[attr-defined]
         if not new:
             return
-        kept = self.__dict__.setdefault("_kept", [])
-        if not kept:
-            kept.extend(self._written_parameters())
-            for parameter, values in kept:
+        if not self._kept:
+            self._kept = self._written_parameters()
+            for parameter, values in self._kept:
                 parameter.data = values.clone()
         try:
             super().merge(safe_merge=safe_merge, adapter_names=new)  # type: ignore[misc]
@@ -167,20 +172,21 @@ class PartLayer(Mixed, TaskHolder):
 
     def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
-        layer = self.__dict__.get("_recast_layer")
+        layer = next(iter(self.recast_beside), None)
         composed = None if layer is None else layer.weight_name
         parameters = self.get_base_layer()._parameters.items()
         return [(parameter, parameter.data) for name, parameter in parameters if parameter is not None and name != composed]
 
     def _put_back(self) -> None:
-        for parameter, values in self.__dict__.pop("_kept", []):
+        for parameter, values in self._kept:
             parameter.data = values
+        self._kept = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        kept = [fn(values) for _, values in self.__dict__.get("_kept", [])]
+        kept = [fn(values) for _, values in self._kept]
         super()._apply(fn, recurse)  # type: ignore[misc]
         if kept:
-            self.__dict__["_kept"] = [(p, values) for (p, _), values in zip(self.__dict__["_kept"], kept, strict=True)]
+            self._kept = [(p, values) for (p, _), values in zip(self._kept, kept, strict=True)]
         return self  # type: ignore[return-value]
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
@@ -218,7 +224,7 @@ class PartLayer(Mixed, TaskHolder):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
         batch = current_batch()
-        if self.__dict__.get("_by_weight") and not (self.disable_adapters or self.merged):
+        if self._by_weight and not (self.disable_adapters or self.merged):
             if batch is None:
                 return torch.func.functional_call(self.get_base_layer(), {"weight": self.weight}, (x, *args), kwargs)
             if batch.pool is None:
@@ -356,7 +362,7 @@ def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
     mix_in(layer, PartLayer, outermost=True)
     layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())
-    composed = layer.__dict__.get("_recast_layer")
+    composed = next(iter(layer.recast_beside), None)
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
         layer._move_adapter_to_device_of_base_layer(key, composed.weight_device)
 
@@ -383,11 +389,11 @@ def switched_off(model: nn.Module, part: str) -> Iterator[None]:
 
 @contextmanager
 def _without(layers: Sequence[nn.Module]) -> Iterator[None]:
-    before = [layer.__dict__.get("_switched_off", False) for layer in layers]
+    before = [layer._switched_off for layer in layers]
     try:
         for layer in layers:
-            layer.__dict__["_switched_off"] = True
+            layer._switched_off = True
         yield
     finally:
         for layer, value in zip(layers, before, strict=True):
-            layer.__dict__["_switched_off"] = value
+            layer._switched_off = value

@@ -70,6 +70,8 @@ def method_of(layer: nn.Module) -> str:
 class Mixed:
     """What a layer of another method does differently here; its class becomes a subclass of itself with such mixins."""
 
+    recast_beside: tuple[RecastLayer, ...] = ()  # the layer of ours around or inside this one
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new_mixed, (type(self)._plain_class, type(self)._mixins), self.__dict__  # type: ignore[attr-defined]
 
@@ -97,31 +99,31 @@ class Stacked(Mixed):
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         super().update_layer(*args, **kwargs)  # type: ignore[misc]
-        _refuse_variants(self, self.__dict__["_recast_layer"])
+        _refuse_variants(self, self.recast_beside[0])
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        with self.__dict__["_recast_layer"].written_by_others():
+        with self.recast_beside[0].written_by_others():
             super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self) -> None:
-        with self.__dict__["_recast_layer"].written_by_others():
+        with self.recast_beside[0].written_by_others():
             super().unmerge()  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        layer: RecastLayer = self.__dict__["_recast_layer"]
+        layer = self.recast_beside[0]
         return layer.weight if layer in inner_layers(self) else super().weight  # type: ignore
 
     def get_base_weight(self) -> Tensor:
         """The weight that the layer computes with: the composed one, differentiable."""
-        layer: RecastLayer = self.__dict__["_recast_layer"]
+        layer = self.recast_beside[0]
         if layer.held is None and layer in inner_layers(self):  # type: ignore[arg-type]
             return layer.weight
         return super().get_base_weight()  # type: ignore[misc]
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Give back the innermost module: with everything that stands on it merged, or with nothing."""
-        layer: RecastLayer = self.__dict__["_recast_layer"]
+        layer = self.recast_beside[0]
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
@@ -296,6 +298,6 @@ def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
             "merge_and_unload, if it is to stay) before RECAST is put on the model"
         )
     _refuse_variants(other, layer)
-    other.__dict__["_recast_layer"] = layer
+    other.recast_beside = (layer,)  # in a tuple: it is no child
     mix_in(other, Stacked)
     layer.other_layers.append(other)
