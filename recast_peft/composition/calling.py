@@ -20,7 +20,7 @@ from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs
 from .quantised import quantised_by
-from .recomposed import call_recomposed, can_recompose
+from .recomposed import call_recomposed, can_recompose, scaled, scales_input
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
 """Anchor, templates and coefficients of a weight."""
@@ -83,14 +83,16 @@ def call(
         return call_from_outputs(layer, adapters, args[0], values)
     if not adapters and quantised_by(layer.get_base_layer()) is not None:
         return layer.base_layer(*args, **kwargs)
-    if not torch.is_grad_enabled() and not values:
-        return call_with(layer, layer.compose(adapters), args, kwargs)
     direct = direct_call(layer, args, kwargs)
     is_masked = any(name in layer.recast_masks for name in adapters)
-    if direct is not None and not is_masked:
-        terms: Terms | None = layer.terms(adapters, values)
-        if terms is not None and can_recompose(layer.base_layer, args[0], *terms):
+    terms: Terms | None = None if direct is None or is_masked else layer.terms(adapters, values)
+    if direct is not None and terms is not None:
+        anchor, templates, coefficients = terms
+        if can_recompose(layer.base_layer, args[0], *terms):
             return call_recomposed(layer.base_layer, direct, args[0], *terms, _gradient_way(layer, adapters))
+        if anchor is not None and not torch.is_grad_enabled() and scales_input(args[0], anchor, templates):
+            weight = marked_as_pretrained(layer, anchor.detach())
+            return direct(layer.base_layer, weight, scaled(args[0], coefficients))
     return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
 
 

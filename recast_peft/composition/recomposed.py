@@ -40,6 +40,16 @@ def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: S
     return kind.gradients.fits(module, x) and (x.requires_grad or coefficients.requires_grad)
 
 
+def scales_input(x: Tensor, anchor: Tensor | None, templates: Sequence[Tensor]) -> bool:
+    """Whether a weight is its only template, and larger than the input: scaling the input gives the same product for less."""
+    return anchor is not None and len(templates) == 1 and templates[0] is anchor and x.numel() < anchor.numel()
+
+
+def scaled(x: Tensor, offset: Tensor) -> Tensor:
+    """The input with which the pretrained weight gives what the weight times ``1 + offset`` gives; zero changes nothing."""
+    return x * (1 + offset.to(composition_dtype(offset.dtype, x.dtype)))[0]
+
+
 def call_recomposed(
     module: nn.Module,
     call: Callable[[nn.Module, Tensor, Tensor], Tensor],
@@ -93,7 +103,10 @@ class _Recomposed(torch.autograd.Function):
     ) -> Tensor:
         ctx.module, ctx.places, ctx.way, ctx.x_shape = module, places, way, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, coefficients, anchor, *weights)
-        weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
+        if scales_input(x, anchor, _templates(anchor, weights, places)):
+            weight, x = anchor.detach(), scaled(x, coefficients)  # type: ignore[union-attr]
+        else:
+            weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
         if not torch.is_autocast_enabled(x.device.type):
             weight.requires_grad_()  # torch chooses among matrix products by this mark; autocast would keep a copy for it
         y = call(module, weight, x)
