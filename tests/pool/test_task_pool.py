@@ -27,7 +27,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import recast_peft.layer
 from recast_peft import (
     RecastBankError,
     RecastBaseMismatchError,
@@ -39,7 +38,7 @@ from recast_peft import (
     get_recast_model,
     mimicry_report,
 )
-from recast_peft.composition import mixed_batch
+from recast_peft.composition import mixed_batch, mixing
 from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT
 from recast_peft.parts.head import split_logits
 from recast_peft.parts.prototypes import fit_prototypes
@@ -254,7 +253,7 @@ class TestOneTask:
 class TestMixedBatch:
     @pytest.mark.parametrize("limit", [0, 10**9], ids=["composed for each task", "products of the whole batch"])
     def test_every_sample_gets_its_own_task(self, images, monkeypatch, limit):
-        monkeypatch.setattr(recast_peft.layer, "PRODUCT_LIMIT", limit)
+        monkeypatch.setattr(mixing, "PRODUCT_LIMIT", limit)
         model, pool = model_with_pool(3)
         base = small_vit()(images)
         names = ["task1", "task0", None, "task2", "task1", None]
@@ -265,7 +264,7 @@ class TestMixedBatch:
 
     @pytest.mark.parametrize("limit", [0, 10**9], ids=["composed for each task", "products of the whole batch"])
     def test_convolutions_with_bias_padding_and_groups(self, monkeypatch, limit):
-        monkeypatch.setattr(recast_peft.layer, "PRODUCT_LIMIT", limit)
+        monkeypatch.setattr(mixing, "PRODUCT_LIMIT", limit)
         torch.manual_seed(0)
         layers = [nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode="reflect") for _ in range(2)]
         model = get_recast_model(nn.Sequential(*layers, nn.Flatten()), RecastConfig(groups={"convs": ["0", "1"]})).eval()
