@@ -32,7 +32,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from rivals import CONFIGS, MODEL, QUICK, backbone, images
 from swaps import TARGETS
-from timing import Row, Tables, arguments, finish, start
+from timing import Row, Tables, arguments, compare, finish, start
 from torch import Tensor
 
 from recast_peft import RecastConfig, TaskPool, get_recast_model
@@ -122,6 +122,12 @@ def pooled(pool: TaskPool, x: Tensor) -> Answers:
     return lambda tasks: pool.model(x[: len(tasks)], task_ids=pool.ids([f"task-{task}" for task in tasks]))
 
 
+def full_batches(answers: Answers, tasks: int, options: Namespace) -> Callable[[], Any]:
+    """A full batch of tasks that are drawn anew each time."""
+    asked = traffic(tasks, "uniform")
+    return lambda: answers(list(itertools.islice(asked, options.batch)))
+
+
 def resident_loras(tasks: int, x: Tensor, options: Namespace) -> tuple[Answers, PeftModel]:
     """All adapters in memory, mixed batches."""
     model = get_peft_model(backbone(options.model), CONFIGS["LoRA r=8"](TARGETS), "a0").eval()
@@ -191,10 +197,12 @@ def measure(options: Namespace) -> Tables:
         kind: [row("plain model", 1, base, kind, rate, 0.0, options)] for kind in ("uniform", "zipf")
     }
     sizes: list[Row] = []
+    full: dict[str, Callable[[], Any]] = {"plain model": lambda: base([0] * options.batch)}
     for tasks in options.tasks:
         pool = pool_of(tasks, options)
+        full[f"RECAST pool, {tasks:,} tasks"] = full_batches(pooled(pool, x), tasks, options)
         held = {key: size / 2**20 for key, size in pool.sizes().items()}
-        for kind, rows in by_kind.items():
+        for kind, rows in by_kind.items() if not options.only_batches else ():
             rows.append(row("RECAST pool", tasks, pooled(pool, x), kind, rate, sum(held.values()), options))
         begin = time.perf_counter()
         for i in range(1000):
@@ -209,7 +217,10 @@ def measure(options: Namespace) -> Tables:
                 "us to look a name up": 1e3 * (time.perf_counter() - begin),
             }
         )
-        del pool
+    timed = compare(options.rounds, full)
+    in_turns: list[Row] = [{"batch": who, "ms": t.seconds * 1e3, "ratio to plain": t.ratio} for who, t in timed.items()]
+    if options.only_batches:
+        return {f"a full batch of {options.batch}, {options.model}, qkv": in_turns, f"a pool, {options.model}": sizes}
     for tasks in [tasks for tasks in options.tasks if tasks <= options.most_loras]:
         answers, model = resident_loras(tasks, x, options)
         size = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name) / 2**20
@@ -221,7 +232,11 @@ def measure(options: Namespace) -> Tables:
             for kind, rows in by_kind.items():
                 rows.append(row(f"LoRA r=8, {SLOTS} slots", tasks, slots, kind, rate, float("nan"), options))
     about = f"{options.model}, qkv, batches of up to {options.batch}, {rate:.0f} requests/s in the open loop"
-    return {**{f"{kind} traffic, {about}": rows for kind, rows in by_kind.items()}, f"a pool, {options.model}": sizes}
+    return {
+        **{f"{kind} traffic, {about}": rows for kind, rows in by_kind.items()},
+        f"a full batch of {options.batch}, {options.model}, qkv": in_turns,
+        f"a pool, {options.model}": sizes,
+    }
 
 
 def draw(tables: Tables, path: Path) -> None:
@@ -258,11 +273,14 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument(
         "--most-loras", type=int, default=32, help="LoRAs that are held in memory at most (default: %(default)s)"
     )
+    parser.add_argument("--rounds", type=int, default=5)
+    about = "full batches timed in turns alone, which a busy machine disturbs least (with --clock cpu)"
+    parser.add_argument("--only-batches", action="store_true", help=about)
     options = start(parser, given)
     if options.quick:
-        options.model, options.tasks, options.seconds, options.batch = QUICK, [1, 30], 0.2, 4
+        options.model, options.tasks, options.seconds, options.batch, options.rounds = QUICK, [1, 30], 0.2, 4, 1
     tables = measure(options)
-    if options.output:
+    if options.output and not options.only_batches:
         options.output.mkdir(parents=True, exist_ok=True)
         draw(tables, options.output / "fleet_curves.png")
     return finish("fleet", options, tables)

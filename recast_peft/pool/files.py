@@ -32,6 +32,7 @@ from .layout import PoolLayout, other_bank
 from .routing import TaskFeatures
 
 FORMATS = ("recast-task-pool-1", "recast-task-pool-2")
+AT_ONCE = 1024  # classifiers that are looked at together
 LAYOUT = ("groups", "recipes", "base_fingerprint", "bank", "heads", "remembered")  # JSON in the file's metadata
 
 
@@ -47,7 +48,15 @@ class PackedTasks:
     def damaged(self) -> list[int]:
         """Places of tasks with numbers that are not finite."""
         bad = {*(~torch.isfinite(self.table).all(dim=1)).nonzero().flatten().tolist()}
-        bad |= {place for place, head in self.heads.items() if not all(torch.isfinite(t).all() for t in head.held())}
+        by_kind: dict[int, list[int]] = {}
+        for place, head in self.heads.items():
+            by_kind.setdefault(id(head.kind), []).append(place)
+        for places in by_kind.values():
+            for start in range(0, len(places), AT_ONCE):
+                some = places[start : start + AT_ONCE]
+                for tensors in zip(*(self.heads[place].held() for place in some), strict=True):
+                    finite = torch.isfinite(torch.stack(tensors)).flatten(1).all(dim=1).tolist()
+                    bad |= {place for place, is_finite in zip(some, finite, strict=True) if not is_finite}
         return sorted(bad)
 
     def without(self, places: Sequence[int]) -> PackedTasks:

@@ -88,11 +88,12 @@ class TestBenchmarks:
     def test_a_fleet_of_one_and_of_thirty_tasks(self, tmp_path):
         import fleet
 
-        uniform, zipf, sizes = fleet.main(["--quick", "--output", str(tmp_path)]).values()
+        uniform, zipf, batches, sizes = fleet.main(["--quick", "--output", str(tmp_path)]).values()
         servers = ["plain model", *["RECAST pool", "LoRA r=8, all in memory", "LoRA r=8, 25 slots"] * 2]
         for rows in (uniform, zipf):
             assert sorted(row["server"] for row in rows) == sorted(servers)
             assert all(0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"] for row in rows)
+        assert [row["batch"] for row in batches] == ["plain model", "RECAST pool, 1 tasks", "RECAST pool, 30 tasks"]
         assert [row["tasks"] for row in sizes] == [1, 30]
         assert sizes[1]["MB of classifiers"] == pytest.approx(30 * sizes[0]["MB of classifiers"])
         assert (tmp_path / "fleet_curves.png").is_file()
