@@ -6,9 +6,7 @@ and what fails after that is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,33 +14,27 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .banks.files import StoredBank
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
 from .config import RecastConfig
-from .errors import RecastConfigError
 from .layer import RecastLayer, recast_layers
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
 from .parts.base import Place
-from .parts.lora import switched_off
 from .parts.saved import freeze_running_statistics
-from .parts.stacking import Adding, TaskConfigs
-from .parts.wrapper import check_one_owner
+from .parts.stacking import TaskConfigs
 from .planning.groups import coefficient_owners
-from .tasks import verbs
-from .tasks.arithmetic import add_combined
 from .tasks.backbone import describe_backbone
-from .tasks.banks import remember_stored_bank, stored_bank
 from .tasks.calls import TaskCalls, waits_for_calls
 from .tasks.conversion import install_banks, share_coefficients
 from .tasks.files import load_into
 from .tasks.preparation import PreparedTask, prepare_task
 from .tasks.record import planned_record, record_of_task
 from .tasks.state import gathered
+from .tasks.tuner_verbs import TaskVerbs
 from .tasks.undo import Snapshot, undone_on_failure
 
 
-class RecastModel(TaskCalls, BaseTuner):
+class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     """The tuner that puts RECAST tasks on a model (RECAST, ICLR 2025, section 3): ``model.base_model`` of a ``PeftModel``.
 
     It is made by :func:`get_recast_model` or PEFT's own functions. Whatever is wrong is said as a ``RecastError`` before the
@@ -190,172 +182,7 @@ class RecastModel(TaskCalls, BaseTuner):
             pool.follow(fn)
         return self
 
-    # ---------------------------------------------------------------- activating and merging
-
-    @waits_for_calls
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make tasks active, with all of their parts; several that own the same module are refused before anything changes.
-
-        Args:
-            adapter_name: name of the task, or names of several.
-            inference_mode: freeze them instead of making them trainable.
-
-        Raises:
-            RecastConfigError: naming the tasks and the module.
-        """
-        if self._keeps_active:  # PEFT sets the active tasks again whenever one is added, which would unmerge them
-            return
-        Adding.end()
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        check_one_owner(self.model, names)
-        super().set_adapter(adapter_name, inference_mode)
-        verbs.activate(self.model, names, inference_mode)
-
-    @waits_for_calls
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is.
-
-        Args:
-            adapter_name: name of the task.
-        """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"Adapter {adapter_name} does not exist")
-        active = [name for name in self.active_adapters if name != adapter_name]
-        inference_mode = verbs.is_frozen(self.model, self.active_adapters)
-        verbs.delete(self.model, adapter_name)
-        del self.peft_config[adapter_name]
-        if not active:
-            active = [name for name, config in self.peft_config.items() if isinstance(config, RecastConfig)][:1]
-        self.active_adapter = active
-        self.set_adapter(active, inference_mode)
-
-    @waits_for_calls
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge tasks, with all of their parts; what fails leaves nothing merged that was not merged before.
-
-        Args:
-            adapter_names: the tasks; None means the active ones. Until they are unmerged, the model computes what it would
-                compute with these tasks active, classifier and norms included.
-            safe_merge: refuse weights and biases that are not finite.
-
-        Raises:
-            RecastConfigError: if a task is unknown, or several own the same module.
-            RecastBankError: if a task has a part that no weight can hold; nothing is changed then.
-        """
-        self._check_merge_allowed()
-        verbs.merge(self.model, self._tasks_to_merge(adapter_names), safe_merge, adapter_names)
-
-    @waits_for_calls
-    def unmerge_adapter(self) -> None:
-        """Put the pretrained weights back, to the last bit."""
-        verbs.unmerge(self.model)
-
-    def _tasks_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
-        check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
-        verbs.check_mergeable(self.model, names)
-        return names
-
-    @contextmanager
-    def disable_part(self, part: str) -> Iterator[None]:
-        """Compute without one of the two parts of the tasks until the block ends; the other stays as it is.
-
-        Args:
-            part: ``"recast"`` switches the coefficients off, ``"lora"`` the LoRA part.
-
-        Raises:
-            RecastConfigError: if there is no such part, or tasks are merged.
-        """
-        with switched_off(self.model, part):
-            yield
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
-
-    @waits_for_calls
-    def _unload_and_optionally_merge(  # type: ignore[override]
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        names = self._tasks_to_merge(adapter_names) if merge else None
-        with verbs.taken_apart(self, names, safe_merge):
-            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        self.remove_guards()
-        return model
-
-    # ---------------------------------------------------------------- arithmetic on tasks
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        *,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        heads: str | None = None,
-    ) -> None:
-        """Add a task that is a weighted combination of others; it is not made active.
-
-        Args:
-            adapters: tasks on the same banks.
-            weights: one for each, of any sign: ``[1, 1]`` adds tasks, ``[-1]`` forgets one, ``[1 - t, t]`` interpolates,
-                ``[1/3, 1/3, 1/3]`` averages seeds.
-            adapter_name: the new task's name.
-            combination_type: ``"linear"`` (exact: the weights' differences to the base are summed), ``"ties"`` or
-                ``"magnitude_prune"``; see ``arithmetic.combine_rows``.
-            density: the share of each task's numbers that ``"ties"`` and ``"magnitude_prune"`` keep.
-            majority_sign_method: for ``"ties"``: ``"total"`` or ``"frequency"``.
-            heads: the new task's classifier where tasks have their own: ``"first"``, ``"linear"`` or ``"none"``.
-
-        Raises:
-            RecastConfigError: if an argument cannot be used, a task is unknown or owns parts that cannot be combined.
-            RecastBankError: if the tasks are on different banks.
-        """
-        chosen = (combination_type, density, majority_sign_method, heads)
-        add_combined(self, adapters, weights, adapter_name, *chosen)
-
     # ---------------------------------------------------------------- files
-
-    def save_bank(self, path: str | Path, adapter_name: str | None = None, *, of: str = "weights") -> StoredBank:
-        """Write the template banks of a task into a folder, once for all tasks on them; ``load_bank`` reads it.
-
-        Args:
-            path: the folder; tasks that are saved from now on name their bank by it.
-            adapter_name: the task; None means the active one.
-            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
-
-        Returns:
-            the stored bank.
-
-        Raises:
-            RecastBankError: if the banks follow from the pretrained weights and need no file, or there is no bank of biases.
-            RecastConfigError: if ``of`` is something else.
-        """
-        return remember_stored_bank(self, stored_bank(self, adapter_name, of).save(path))
-
-    def push_bank_to_hub(
-        self, repo_id: str, adapter_name: str | None = None, *, of: str = "weights", **kwargs: Any
-    ) -> StoredBank:
-        """Upload the template banks of a task to a repository on the Hub; tasks that are saved afterwards name it.
-
-        Args:
-            repo_id: the repository, made if it does not exist.
-            adapter_name: name of the task; None means the active one.
-            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
-            kwargs: further arguments of :func:`recast_peft.push_bank_to_hub`, such as ``private`` and ``token``.
-
-        Returns:
-            the stored bank, under the repository's name.
-        """
-        return remember_stored_bank(self, stored_bank(self, adapter_name, of).push_to_hub(repo_id, **kwargs))
 
     def forget_unfilled(self, adapter_name: str, undo: bool) -> None:
         """Say that a task's file was put in, or that it could not be: then the model is as it was before the task."""

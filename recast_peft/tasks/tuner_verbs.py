@@ -1,0 +1,199 @@
+"""What is done to the tasks of a ``RecastModel``: activating, merging, deleting, combining, storing their banks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..banks.files import StoredBank
+from ..config import RecastConfig
+from ..errors import RecastConfigError
+from ..parts.lora import switched_off
+from ..parts.stacking import Adding
+from ..parts.wrapper import check_one_owner
+from . import verbs
+from .arithmetic import add_combined
+from .banks import remember_stored_bank, stored_bank
+from .calls import waits_for_calls
+
+
+class TaskVerbs:
+    """The verbs of ``RecastModel`` that concern all parts of tasks; a base class of it."""
+
+    model: nn.Module
+    peft_config: dict[str, Any]
+    active_adapter: Any
+    active_adapters: Any
+    _check_merge_allowed: Any
+    _keeps_active = False  # while a task is put in beside others
+
+    # ---------------------------------------------------------------- activating and merging
+
+    @waits_for_calls
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make tasks active, with all of their parts; several that own the same module are refused before anything changes.
+
+        Args:
+            adapter_name: name of the task, or names of several.
+            inference_mode: freeze them instead of making them trainable.
+
+        Raises:
+            RecastConfigError: naming the tasks and the module.
+        """
+        if self._keeps_active:  # PEFT sets the active tasks again whenever one is added, which would unmerge them
+            return
+        Adding.end()
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        check_one_owner(self.model, names)
+        super().set_adapter(adapter_name, inference_mode)  # type: ignore[misc]
+        verbs.activate(self.model, names, inference_mode)
+
+    @waits_for_calls
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is.
+
+        Args:
+            adapter_name: name of the task.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        inference_mode = verbs.is_frozen(self.model, self.active_adapters)
+        verbs.delete(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        if not active:
+            active = [name for name, config in self.peft_config.items() if isinstance(config, RecastConfig)][:1]
+        self.active_adapter = active
+        self.set_adapter(active, inference_mode)
+
+    @waits_for_calls
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge tasks, with all of their parts; what fails leaves nothing merged that was not merged before.
+
+        Args:
+            adapter_names: the tasks; None means the active ones. Until they are unmerged, the model computes what it would
+                compute with these tasks active, classifier and norms included.
+            safe_merge: refuse weights and biases that are not finite.
+
+        Raises:
+            RecastConfigError: if a task is unknown, or several own the same module.
+            RecastBankError: if a task has a part that no weight can hold; nothing is changed then.
+        """
+        self._check_merge_allowed()
+        verbs.merge(self.model, self._tasks_to_merge(adapter_names), safe_merge, adapter_names)
+
+    @waits_for_calls
+    def unmerge_adapter(self) -> None:
+        """Put the pretrained weights back, to the last bit."""
+        verbs.unmerge(self.model)
+
+    def _tasks_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
+        check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
+        verbs.check_mergeable(self.model, names)
+        return names
+
+    @contextmanager
+    def disable_part(self, part: str) -> Iterator[None]:
+        """Compute without one of the two parts of the tasks until the block ends; the other stays as it is.
+
+        Args:
+            part: ``"recast"`` switches the coefficients off, ``"lora"`` the LoRA part.
+
+        Raises:
+            RecastConfigError: if there is no such part, or tasks are merged.
+        """
+        with switched_off(self.model, part):
+            yield
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    @waits_for_calls
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        names = self._tasks_to_merge(adapter_names) if merge else None
+        with verbs.taken_apart(self, names, safe_merge):
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self.remove_guards()
+        return model
+
+    # ---------------------------------------------------------------- arithmetic on tasks
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        heads: str | None = None,
+    ) -> None:
+        """Add a task that is a weighted combination of others; it is not made active.
+
+        Args:
+            adapters: tasks on the same banks.
+            weights: one for each, of any sign: ``[1, 1]`` adds tasks, ``[-1]`` forgets one, ``[1 - t, t]`` interpolates,
+                ``[1/3, 1/3, 1/3]`` averages seeds.
+            adapter_name: the new task's name.
+            combination_type: ``"linear"`` (exact: the weights' differences to the base are summed), ``"ties"`` or
+                ``"magnitude_prune"``; see ``arithmetic.combine_rows``.
+            density: the share of each task's numbers that ``"ties"`` and ``"magnitude_prune"`` keep.
+            majority_sign_method: for ``"ties"``: ``"total"`` or ``"frequency"``.
+            heads: the new task's classifier where tasks have their own: ``"first"``, ``"linear"`` or ``"none"``.
+
+        Raises:
+            RecastConfigError: if an argument cannot be used, a task is unknown or owns parts that cannot be combined.
+            RecastBankError: if the tasks are on different banks.
+        """
+        chosen = (combination_type, density, majority_sign_method, heads)
+        add_combined(self, adapters, weights, adapter_name, *chosen)
+
+    # ---------------------------------------------------------------- files
+
+    def save_bank(self, path: str | Path, adapter_name: str | None = None, *, of: str = "weights") -> StoredBank:
+        """Write the template banks of a task into a folder, once for all tasks on them; ``load_bank`` reads it.
+
+        Args:
+            path: the folder; tasks that are saved from now on name their bank by it.
+            adapter_name: the task; None means the active one.
+            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
+
+        Returns:
+            the stored bank.
+
+        Raises:
+            RecastBankError: if the banks follow from the pretrained weights and need no file, or there is no bank of biases.
+            RecastConfigError: if ``of`` is something else.
+        """
+        return remember_stored_bank(self, stored_bank(self, adapter_name, of).save(path))
+
+    def push_bank_to_hub(
+        self, repo_id: str, adapter_name: str | None = None, *, of: str = "weights", **kwargs: Any
+    ) -> StoredBank:
+        """Upload the template banks of a task to a repository on the Hub; tasks that are saved afterwards name it.
+
+        Args:
+            repo_id: the repository, made if it does not exist.
+            adapter_name: name of the task; None means the active one.
+            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
+            kwargs: further arguments of :func:`recast_peft.push_bank_to_hub`, such as ``private`` and ``token``.
+
+        Returns:
+            the stored bank, under the repository's name.
+        """
+        return remember_stored_bank(self, stored_bank(self, adapter_name, of).push_to_hub(repo_id, **kwargs))
