@@ -160,7 +160,7 @@ def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None
 
 def _fetched_bank(reference: Any, folder: str, hub: dict[str, Any]) -> StoredBank | None:
     """The bank of a reference, from the Hub; None if it names none, or one that lies on this machine."""
-    name = reference.get("name") if isinstance(reference, dict) else None
+    name: Any = reference.get("name") if isinstance(reference, dict) else None
     if not is_hub_name(name) or any(Path(folder, place).exists() for place in (name, BANK_CONFIG)):
         return None  # the conversion finds it
     return load_bank(fetch_together(name, BANK_CONFIG, BANK_WEIGHTS, hub_kwargs=hub)).under(name)

@@ -46,7 +46,7 @@ class Entry:
     @property
     def tensor(self) -> Tensor:
         """The tensor as it lies in the module."""
-        held = self.module._parameters.get(self.attribute)
+        held: Tensor | None = self.module._parameters.get(self.attribute)
         if held is None:
             held = self.module._buffers.get(self.attribute)
         return getattr(self.module, self.attribute) if held is None else held

@@ -165,6 +165,7 @@ def _grown(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: str) -
     if not shape or first is None or first.ndim < 1 or (factored and first.ndim != 3):
         raise RecastLoadError(f"{what} lacks {names[0]}, or it or its shape {shape} cannot be used. Fetch it again.")
     count = len(first)
+    expected: dict[str, tuple[int, ...]]
     if factored:
         rank = first.shape[2]
         expected = {names[0]: (count, shape[0], rank), names[1]: (count, rank, math.prod(shape[1:]))}
@@ -179,7 +180,7 @@ def _recipe(entry: Fields, layers: int, templates: int) -> Recipe | None:
     if stored is None:
         return None
     for key, rows, columns in (("mix", templates, layers), ("base", layers, templates)):
-        matrix = stored.get(key)
+        matrix: Any = stored.get(key)
         fits = (
             isinstance(matrix, list) and len(matrix) == rows and all(isinstance(r, list) and len(r) == columns for r in matrix)
         )

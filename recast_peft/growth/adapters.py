@@ -350,13 +350,17 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
             raise RecastBankError(
                 f"the adapter {name!r} does not fit the model at {module}\n  adapter: {given}\n  model:   {wanted}"
             )
-        size += sum(p.numel() * p.element_size() for p in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight))
+        size += sum(p.numel() * p.element_size() for p in map(_weight_of, (layer.lora_A[adapter], layer.lora_B[adapter])))
         if layer.lora_B[adapter].bias is not None:
             beside.append(f"the bias of {module}")
     return {module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside)
 
 
-def _pair(layer: LoraLayer, adapter: str) -> Pair:
+def _weight_of(part: Any) -> Tensor:
+    return part.weight
+
+
+def _pair(layer: Any, adapter: str) -> Pair:
     """What a LoRA adds to a weight, as a product of two matrices in float32 on the CPU."""
     right, left = (part[adapter].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))
     if right.ndim > 2:

@@ -114,13 +114,13 @@ class MissingWords:
             own = own[torch.randperm(len(own), generator=generator)[: self.examples]]
             rows.append(own)
             labels.append(torch.full((len(own),), label))
-        row, label = torch.cat(rows).to(tokens.device), torch.cat(labels)
+        row, answers = torch.cat(rows).to(tokens.device), torch.cat(labels)
         kept = tokens[row]
-        gone = words[chosen.to(words.device)][label.to(words.device)]
+        gone = words[chosen.to(words.device)][answers.to(words.device)]
         hidden = torch.where(kept == gone[:, None], torch.full_like(kept, self.mask_token_id), kept)
         inputs = {key: value[row] for key, value in data.items()} if isinstance(data, Mapping) else {}
         names = ", ".join(str(int(words[word])) for word in chosen[:3])
-        return PracticeTask(f"missing words: tokens {names}, ...", {**inputs, self.text: hidden}, label)
+        return PracticeTask(f"missing words: tokens {names}, ...", {**inputs, self.text: hidden}, answers)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def write_repository_card(
     first = configs[inside[0]]
     rows = []
     for subfolder, config in configs.items():
-        results = config.object("results", None) or {}
+        results: Any = config.object("results", None) or {}
         measured = ", ".join(f"{plain(key)} {plain(value)}" for key, value in results.items())
         link = f"[{plain(subfolder)}](<{_link(subfolder)}/{CARD_NAME}>)" if _link(subfolder) != subfolder else ""
         rows.append(

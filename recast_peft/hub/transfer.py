@@ -131,7 +131,7 @@ def push_tasks_to_hub(
 def _push(model: PeftModel, repo_id: str, names: Sequence[str], license: str | None, commit: Mapping[str, Any]) -> CommitInfo:
     with TemporaryDirectory() as folder:
         saved = Path(folder, "saved")
-        PeftModel.save_pretrained(model, str(saved), selected_adapters=names)
+        PeftModel.save_pretrained(model, str(saved), selected_adapters=list(names))
         for card in saved.rglob(CARD_NAME):
             card.unlink()
         if len(names) == 1 and names[0] != "default":

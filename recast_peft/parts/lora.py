@@ -66,7 +66,7 @@ class PartLayer(Mixed, TaskHolder):
     base_layer: nn.Module
     module_name: str
     stands_aside = False  # tasks are merged that have no part here
-    _parts: LoraParts | None = None
+    _parts: Any = None  # LoraParts, once the layer is a part
     _by_weight = False  # computed by the weight, where the pair beside the module says something else
     _switched_off = False  # inside RecastModel.disable_part("lora")
     _trainable: list[nn.Parameter] = []  # before the tasks were switched off
@@ -388,7 +388,7 @@ def switched_off(model: nn.Module, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def _without(layers: Sequence[nn.Module]) -> Iterator[None]:
+def _without(layers: Sequence[Any]) -> Iterator[None]:
     before = [layer._switched_off for layer in layers]
     try:
         for layer in layers:

@@ -280,7 +280,7 @@ def stack_around(outer: nn.Module, inner: nn.Module) -> list[RecastLayer]:
     return recast[-1:]
 
 
-def _stack(other: nn.Module, layer: RecastLayer, place: str) -> None:
+def _stack(other: Any, layer: RecastLayer, place: str) -> None:
     method = method_of(other)
     places = STACKABLE.get(method, ())
     if place not in places:

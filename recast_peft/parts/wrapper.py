@@ -132,7 +132,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
     def refusal_to_pool(self, adapter_name: str) -> str | None:
         return f"{self.module_name} whole ({self.what})" if self.has_task(adapter_name) else None
 
-    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapter_state_dict(self, adapter_name: str, state_dict: Any = None) -> dict[str, Tensor]:
         """Nothing: a task's tensors are gathered by identity (tasks/state.py)."""
         return {}
 

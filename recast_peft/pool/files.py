@@ -111,7 +111,7 @@ def _head_tensors(heads: Mapping[int, StoredHead]) -> tuple[dict[str, Tensor], l
     tensors: dict[str, Tensor] = {}
     kinds = []
     labels: dict[str, int] = {}
-    all_labels = []
+    all_labels: list[Any] = []
     for number, places in enumerate(by_kind.values()):
         first = heads[places[0]]
         kinds.append(

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import RecastError, RecastLoadError
 
 try:
-    from re import _constants as codes
+    from re import _constants as codes  # type: ignore[attr-defined]
     from re import _parser as parser  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
     import sre_constants as codes  # type: ignore[no-redef]

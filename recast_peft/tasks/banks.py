@@ -133,7 +133,7 @@ def remember_stored_bank(tuner: Any, stored: StoredBank) -> StoredBank:
     if not stored.is_of_biases:
         remember_bank_name(tuner.model, stored)
     for config in tuner.peft_config.values() if stored.is_of_biases else ():
-        record = getattr(config, "record", None)
+        record: Any = getattr(config, "record", None)
         for partner, reference in () if record is None else record.partner_banks.items():
             if stored.at(reference["fingerprint"]) is not None:
                 banks = {**record.partner_banks, partner: {**reference, "name": stored.name}}

@@ -39,7 +39,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
         partner_banks=prepared.partner_banks,
         num_coefficient_sets=plan.num_coefficient_sets,
         coefficient_sharing=plan.coefficient_sharing,
-        lora_config=None if plan.lora is None else plan.lora.config,
+        lora_config=getattr(plan.lora, "config", None),
         problem_type=config.problem_type,
         backbone=(config.backbone if prepared.is_same_base else None) or backbone,
         fidelity=config.fidelity,

@@ -29,6 +29,7 @@ class TaskVerbs:
     active_adapter: Any
     active_adapters: Any
     _check_merge_allowed: Any
+    remove_guards: Any
     _keeps_active = False  # while a task is put in beside others
 
     # ---------------------------------------------------------------- activating and merging
@@ -126,7 +127,7 @@ class TaskVerbs:
     ) -> nn.Module:
         names = self._tasks_to_merge(adapter_names) if merge else None
         with verbs.taken_apart(self, names, safe_merge):
-            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
         self.remove_guards()
         return model
 
