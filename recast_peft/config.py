@@ -57,13 +57,13 @@ class RecastConfig(PeftConfig):
         init_weights: True starts at the pretrained weights (all offsets zero). False, meant for tests, starts at random offsets
             of size 0.1 to 0.2, from a generator that ``seed`` and the task's name seed, and at a random LoRA part.
         group_size: number of consecutive layers of one role and shape that share a template bank; 2 unless ``num_groups`` is
-            given. A remainder makes a smaller group; a lone layer has a bank with one template.
+            given. A remainder makes a smaller group; a lone layer has one template.
         num_groups: number of groups into which the layers of each role and shape are divided, instead of ``group_size``.
         num_templates: number of templates in a bank. None takes as many as the group has layers, so that the pretrained weights
             themselves are the templates and nothing is approximated. Fewer compress the model.
         num_coefficient_sets: number of coefficient sets that are trained and averaged (K of the paper, section 3.1).
         mimicry: method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name, option:
-            value, ...}``, or the options object itself (``Gradient(steps=500)``), which is stored as a dictionary.
+            value, ...}``, or the options object itself (``Gradient(steps=500)``).
         lora_config: low-rank part of the same task: a ``LoraConfig``, or a dictionary of its fields. Its ``target_modules`` may
             differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and ``inference_mode`` are
             given to the RecastConfig, for both parts.
@@ -71,49 +71,44 @@ class RecastConfig(PeftConfig):
             keeps it by choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. None
             means 48 where none of these, ``num_groups`` and ``num_templates`` is given, else no limit.
         coefficient_sharing: layers that share their offsets: ``"roles"``: those of the same place in depth across roles (query,
-            key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that
-            many consecutive banks of a role. None: every layer has its own.
+            key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that many consecutive banks of a
+            role. None: every layer has its own.
         bank: stored template bank that the task is on: a ``StoredBank``, the name of a bank file (a folder or a repository), or
-            ``{"name": ..., "fingerprint": ...}``, which is what a task stores. Its groups are used as they are. The config of a
-            stored task is handed its bank here where the bank lies elsewhere than the task says.
+            ``{"name": ..., "fingerprint": ...}``, as a task stores it. Its groups are used as they are. The config of a stored
+            task is handed its bank here where the bank lies elsewhere than the task says.
         keep_base_weights: True keeps the pretrained weights beside a compressed bank, so that disabling or unloading the task
             gives the pretrained model instead of its compressed form.
         num_classes: number of classes of a classifier that the task owns; None leaves the model's own alone.
         id2label: names of the task's classes by class number; also gives ``num_classes``.
         problem_type: kind of loss of the task's classifier in transformers models: ``"regression"``,
             ``"single_label_classification"`` or ``"multi_label_classification"``. None takes the model's own where that has
-            as many outputs, else what transformers guesses from the first labels. What ``model.config`` says while the task
-            is active is stored with it.
+            as many outputs, else what transformers guesses from the first labels.
         head_module: name of the classifier, where timm's and transformers' conventions do not tell.
         head_init: start of the classifier: ``"fresh"``, or ``"copy"`` of the model's own classifier of the same size.
         head_type: kind of classifier: ``"linear"`` (trained), or ``"prototypes"`` (nearest class mean, see ``fit_prototypes``).
         head_dtype: precision in which the classifier is stored: ``"float16"`` or ``"bfloat16"``; None is that of training.
         train_norms: True gives the task all normalisation layers, with parameters and running statistics. Otherwise they stay
             the pretrained model's, and running statistics do not move while a task is trained.
-        partners: what the task trains beside its coefficients: a list of ``AdaptFormerConfig``, ``BiasConfig``, ``CLRConfig``,
-            ``PiggybackConfig``, each as an object, a name or a dictionary.
-        train_coefficients: False leaves the coefficients at zero, so that the task trains its partners, head and norms alone.
+        partners: what the task trains beside its coefficients: a list of ``AdaptFormerConfig``, ``BiasConfig``, ``CLRConfig``
+            and ``PiggybackConfig``, or their names or dictionaries.
+        train_coefficients: False leaves the coefficients at zero and trains partners, head and norms alone.
         coefficient_gradient: way in which training forms the gradient of the coefficients: ``"exact"``; ``"bfloat16"``: the
             product that only they need is formed in bfloat16, which is faster where the hardware has such products; ``"auto"``:
-            that for layers in float32 on a processor where it is faster, else the exact one. It concerns layers with two
-            templates and more, and nothing but training.
+            that for layers in float32 on a processor where it is faster, else the exact one. It concerns only training.
         seed: random seed for whatever of the task's start is random, such as a fresh classifier.
-        groups: module names of every template bank, by the bank's name; given by a user they are used as they are, otherwise
-            the conversion decides them.
+        groups: module names of every template bank, by the bank's name; used as given, else the conversion decides them.
         recipes: ``{"mix": (templates, layers), "base": (layers, templates)}`` of every compressed bank, from which it is
             rebuilt out of the pretrained weights; decided by the conversion.
         base_fingerprint: fingerprint of the pretrained weight of each target module; decided by the conversion.
-        backbone: how the timm or transformers model is found again (library, name, revision, class, input size, ...), for
-            ``AutoRecastModel``; found by the conversion unless it is given.
+        surroundings_fingerprint: that of all else of the model but its classifier; decided by the conversion.
+        backbone: how the timm or transformers model is found again, for ``AutoRecastModel``; found unless it is given.
         fidelity: how well compressed banks reproduce the pretrained weights; measured by the conversion.
-        results: what was measured of the task, by name, such as ``{"accuracy": 0.93}``: stored with it and shown in its model
-            card.
+        results: what was measured of the task, such as ``{"accuracy": 0.93}``: stored with it and shown in its model card.
 
     Attributes:
-        record: what a conversion decided or a file holds; None for a config that no model has used. ``groups``, ``recipes``,
-            ``base_fingerprint``, ``backbone``, ``fidelity``, ``problem_type``, ``num_coefficient_sets``,
-            ``coefficient_sharing`` and ``lora_config`` read as it has them. A config that is used for another model describes a
-            new task and gets a new record; the record of a stored task is followed.
+        record: what a conversion decided or a file holds; None for a config that no model has used. The fields that it decides
+            read as it has them. A config that is used for another model describes a new task and gets a new record; the record
+            of a stored task is followed.
 
     Raises:
         RecastConfigError: naming the field and its value, if a value cannot be used.
@@ -154,6 +149,7 @@ class RecastConfig(PeftConfig):
     groups: dict[str, list[str]] | None = decided()
     recipes: dict[str, dict[str, list[list[float]]]] | None = decided()
     base_fingerprint: dict[str, str] | None = decided()
+    surroundings_fingerprint: str | None = decided()
     backbone: dict[str, Any] | None = decided()
     fidelity: dict[str, float] | None = decided()
     results: dict[str, Any] | None = None
@@ -191,11 +187,7 @@ class RecastConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> RecastConfig:
-        """Read the config of a saved task from a folder or a repository on the Hub.
-
-        The record of the returned config says where it came from, so that the file of coefficients beside it is checked before
-        a model is touched.
-        """
+        """Read the config of a saved task from a folder or a repository on the Hub; its record says where it came from."""
         try:
             config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, KeyError, AttributeError) as error:  # PEFT looks for its own keys first
@@ -205,10 +197,8 @@ class RecastConfig(PeftConfig):
         if isinstance(config, RecastConfig) and config.record is None:
             numbers = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
             if numbers.is_file():
-                raise RecastConfigError(
-                    f"the config beside {numbers} does not say what the task's conversion decided (groups, base_fingerprint): "
-                    "it is damaged. Fetch it again."
-                )
+                what = "does not say what the task's conversion decided (groups, base_fingerprint): it is damaged"
+                raise RecastConfigError(f"the config beside {numbers} {what}. Fetch it again.")
         elif isinstance(config, RecastConfig):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             if subfolder is not None:
@@ -243,11 +233,7 @@ class RecastConfig(PeftConfig):
         return copy.deepcopy(values)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; fields of RECAST that are None are left out of it.
-
-        PEFT calls this last when it saves a model. ``options.record.AFTER_SAVING`` is called with the folder then, which writes
-        the model card where a task's numbers lie beside the config.
-        """
+        """Write ``adapter_config.json`` without the fields of RECAST that are None, then call ``AFTER_SAVING``."""
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         with TemporaryDirectory() as folder:

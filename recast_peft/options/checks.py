@@ -195,6 +195,7 @@ CHECKS: dict[str, Check] = {
     "groups": optional(groups),
     "recipes": optional(recipes),
     "base_fingerprint": optional(fingerprints),
+    "surroundings_fingerprint": optional(text),
     "backbone": optional(backbone),
     "fidelity": optional(fidelity),
     "results": optional(results),

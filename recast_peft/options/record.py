@@ -20,6 +20,7 @@ DECIDED = (
     "groups",
     "recipes",
     "base_fingerprint",
+    "surroundings_fingerprint",
     "num_coefficient_sets",
     "coefficient_sharing",
     "lora_config",
@@ -46,6 +47,8 @@ class TaskRecord:
         lora_config: the LoRA part with the target modules that were found; None for a task without one.
         problem_type: kind of loss of the task's own classifier; None leaves it to transformers.
         backbone: how the timm or transformers model is found again; None for other models.
+        surroundings_fingerprint: one weak fingerprint of what the model has beside its targets and its classifier; None in
+            files of earlier versions.
         fidelity: how well compressed banks reproduce the pretrained weights; None where it was not measured.
         is_stored: the task was read from a file, or from what a file holds. Such a record is kept when its config is put on
             another model; any other is dropped then, and the config describes a new task.
@@ -65,6 +68,7 @@ class TaskRecord:
     problem_type: str | None = None
     backbone: dict[str, Any] | None = None
     fidelity: dict[str, float] | None = None
+    surroundings_fingerprint: str | None = None
     is_stored: bool = False
     origin: tuple[str, dict[str, Any]] | None = None
     renamed: Callable[[str], str | None] | None = None

@@ -29,6 +29,7 @@ from .conversion import (
     prepare_layers,
 )
 from .files import check_task_file
+from .surroundings import surroundings_fingerprint, warn_of_other_surroundings
 
 
 @dataclass
@@ -41,6 +42,7 @@ class PreparedTask:
         banks: the compressed and grown banks that are new.
         pieces: pieces of every part, what it gets.
         fingerprints: fingerprints of the pretrained weights of its target modules.
+        surroundings: a fingerprint of what the model has beside the targets.
         renamed: how a module that the task's file names is called in the model, where that has other names.
         is_same_base: whether these are the weights that the task was made for.
     """
@@ -50,6 +52,7 @@ class PreparedTask:
     banks: list[TemplateBank]
     pieces: list[tuple[Any, list[Any]]]
     fingerprints: dict[str, str]
+    surroundings: str | None = None
     renamed: Callable[[str], str | None] | None = None
     is_same_base: bool = True
 
@@ -94,6 +97,11 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     entries = check_task_file(model, config, plan, _shapes(counted))
     quantised = {target.name for target in targets if quantised_by(target.module) is not None}
     is_same_base = check_fingerprints(config, fingerprints, entries, quantised)
+    surroundings = config.surroundings_fingerprint
+    if config.record is None or not config.record.is_stored:
+        surroundings = surroundings_fingerprint(model, plan.targets)
+    elif is_same_base and config.record.renamed is None:
+        warn_of_other_surroundings(model, plan.targets, surroundings)
     layers = prepare_layers(targets, fingerprints)
     banks = prepare_banks(plan, config, layers)
     compressed = {name for name, layer in layers.items() if layer.bank is not None and not layer.bank.is_anchored}
@@ -104,7 +112,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     pieces = pieces_of(replace(request, counting=False))
     lora = next((piece for part, own in pieces for piece in own if part.name == "lora"), None)
     renamed = None if config.record is None else config.record.renamed
-    return PreparedTask(replace(plan, lora=lora), layers, banks, pieces, fingerprints, renamed, is_same_base)
+    return PreparedTask(replace(plan, lora=lora), layers, banks, pieces, fingerprints, surroundings, renamed, is_same_base)
 
 
 def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:

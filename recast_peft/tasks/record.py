@@ -34,6 +34,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
     return TaskRecord(
         groups={group.name: list(group.members) for group in plan.groups},
         base_fingerprint=prepared.fingerprints,
+        surroundings_fingerprint=prepared.surroundings,
         recipes=recipes_of(banks),
         bank=reference_of(banks),
         partner_banks=prepared.partner_banks,
@@ -71,6 +72,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     return TaskRecord(
         groups={name: list(bank.members) for name, bank in banks.items()},
         base_fingerprint={name: layer.fingerprint for name, layer in layers.items()},
+        surroundings_fingerprint=config.surroundings_fingerprint,
         recipes=recipes_of(banks),
         bank=reference,
         partner_banks={} if config.record is None else config.record.partner_banks,

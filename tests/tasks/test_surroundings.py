@@ -1,0 +1,80 @@
+"""What a model has beside a task's targets: another running statistic is warned of, another dtype is not."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from peft import PeftModel
+from torch import nn
+
+from recast_peft import RecastConfig, get_recast_model
+from recast_peft.tasks.surroundings import surroundings_fingerprint
+
+
+def backbone(num_classes: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=num_classes).train()
+    model(torch.randn(4, 3, 32, 32))
+    return model.eval()
+
+
+def shift_statistics(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var *= 1.2
+            module.running_mean += 0.1
+    return model
+
+
+def shift_norms(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data += torch.randn(module.bias.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    return model
+
+
+def loads_with(model: nn.Module, folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(model, str(folder))
+    return [str(entry.message) for entry in seen if "other weights, norms" in str(entry.message)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    get_recast_model(backbone(), RecastConfig()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", [shift_statistics, shift_norms])
+def test_other_norms_are_warned_of(change: Callable[[nn.Module], nn.Module], folder: Path) -> None:
+    assert len(loads_with(change(backbone()), folder)) == 1
+
+
+def test_the_same_model_is_not(folder: Path) -> None:
+    assert loads_with(backbone(), folder) == []
+    assert loads_with(backbone(7), folder) == []  # a classifier is no part of it
+    assert loads_with(backbone().to(torch.bfloat16), folder) == []
+
+
+def test_a_file_without_the_fingerprint_is_taken(folder: Path) -> None:
+    config = RecastConfig.from_pretrained(str(folder))
+    assert config.surroundings_fingerprint is not None
+    text = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(text.replace(f'"{config.surroundings_fingerprint}"', "null"))
+    assert loads_with(shift_statistics(backbone()), folder) == []
+
+
+def test_tasks_on_a_model_do_not_change_it() -> None:
+    model = backbone()
+    plain = surroundings_fingerprint(model, [])
+    targets = get_recast_model(copy.deepcopy(model), RecastConfig(train_norms=True, num_classes=3, partners=["bias"]), "task")
+    assert surroundings_fingerprint(targets.get_base_model(), []) == plain
+    targets.merge_adapter()
+    assert surroundings_fingerprint(targets.get_base_model(), []) is None
