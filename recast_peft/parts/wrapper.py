@@ -28,6 +28,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
     """
 
     what = "modules_to_save"  # for messages
+    other_param_names = ("modules_to_save",)  # what is no weight of the base, for PEFT
     adds_when_merged = False  # whether what several tasks have here adds, once it is merged
 
     def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
@@ -74,6 +75,15 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in owners and not inference_mode)
         self._active_adapter = names
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """Asked by PEFT before it activates tasks: the one that has a module here; unlike PEFT's, none may be activated."""
+        return super().check_set_adapter(adapter_name) if adapter_name else None
+
+    @property
+    def active_adapters(self) -> list[str]:  # type: ignore[override]
+        """The active tasks that have something here."""
+        return [name for name in self._active_adapter if name in self._adapters]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the tasks on or off: nothing is merged afterwards, and what was frozen before is frozen again."""
@@ -197,4 +207,4 @@ def check_one_owner(model: nn.Module, adapter_names: Sequence[str], merging: boo
         if isinstance(module, ModulesToSaveWrapper) and not (merging and getattr(module, "adds_when_merged", False)):
             owners = [name for name in adapter_names if name in module._adapters]
             if len(owners) > 1:
-                raise several_owners(owners, f"{type(module).__name__} {getattr(module, 'module_name', '')!r}")
+                raise several_owners(owners, f"ModulesToSaveWrapper {getattr(module, 'module_name', '')!r}")

@@ -83,9 +83,13 @@ def _read(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[str, Te
 
 def _optional(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> Shapes:
     """What a file may hold of the base: its biases if asked for, and embeddings, which PEFT stores once they were resized."""
-    biased = [(name, module) for name, module in biased_modules(model, config.bias, targets)]
-    biases = {f"{MODEL_PREFIX}{name}.bias": tuple(module._parameters["bias"].shape) for name, module in biased}  # type: ignore
-    return {**biases, **{key: tuple(tensor.shape) for key, tensor in shared_entries(model).items()}}
+    shared = {key: tuple(tensor.shape) for key, tensor in shared_entries(model).items()}
+    return {**_biases(model, config.bias, targets), **shared}
+
+
+def _biases(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Shapes:
+    biased = biased_modules(model, bias, targets)
+    return {f"{MODEL_PREFIX}{name}.bias": tuple(module._parameters["bias"].shape) for name, module in biased}  # type: ignore
 
 
 def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         renamed = None if config.record is None else config.record.renamed
         given = {called(_prefixed(plain_name(key)), renamed): value for key, value in state_dict.items()}
         entries = task_entries(model, adapter_name, config)
-        optional = _optional(backbone_of(model), config, ())
+        optional = {**_biases(backbone_of(model), "all"), **_optional(backbone_of(model), config, ())}  # as PEFT takes them
         wanted = _wanted(entries, given, optional)
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
         values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}

@@ -14,16 +14,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..holders import Entry, entries_of
+from ..holders import Entry, entries_of, unwrapped
 from ..names import MODEL_PREFIX, plain_name
 from ..parts import PARTS
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The backbone in a ``PeftModel`` or a tuner; any other model itself."""
-    if isinstance(model, PeftModel):
-        return model.get_base_model()
-    return model
+    """The backbone in a ``PeftModel``, whatever is around it (FSDP, ``torch.compile``); any other model itself."""
+    inner = unwrapped(model)
+    return inner.get_base_model() if isinstance(inner, PeftModel) else model
 
 
 def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> dict[str, Entry]:

@@ -62,10 +62,13 @@ class TaskVerbs:
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name]
         inference_mode = verbs.is_frozen(self.model, self.active_adapters)
         verbs.delete(self.model, adapter_name)
         del self.peft_config[adapter_name]
+        if not was_active:  # and what is merged stays so
+            return
         if not active:
             active = [name for name, config in self.peft_config.items() if isinstance(config, RecastConfig)][:1]
         self.active_adapter = active
@@ -93,7 +96,7 @@ class TaskVerbs:
         verbs.unmerge(self.model)
 
     def _tasks_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        names = verbs.tasks_in_force(self.model, self.active_adapters) if adapter_names is None else list(adapter_names)
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,8 @@ def delete(model: nn.Module, adapter_name: str) -> None:
         RecastConfigError: if it is merged.
     """
     if adapter_name in merged_tasks(model):
-        raise RecastConfigError(f"task {adapter_name!r} is merged: call unmerge_adapter() before it is deleted")
+        said = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."  # PEFT's words
+        raise RecastConfigError(f"{said} (Call unmerge_adapter().)")
     for holder in holders(model):
         if isinstance(holder, RecastLayer):  # PEFT would choose the next active task here, layer by layer
             holder._active_adapter = [name for name in holder.active_adapters if name != adapter_name]
@@ -68,6 +70,12 @@ def merged_tasks(model: nn.Module) -> list[str]:
     merged = [name for layer in recast_layers(model).values() for name in layer.merged_adapters]
     shown = [name for module in task_modules(model) for name in module._merged or ()]
     return list(dict.fromkeys([*merged, *shown]))
+
+
+def tasks_in_force(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
+    """The active tasks: those of the model, and those that layers were given by themselves, as PEFT's users do for several."""
+    of_layers = (name for layer in recast_layers(model).values() for name in layer.active_adapters if layer.has_task(name))
+    return list(dict.fromkeys([*adapter_names, *of_layers]))
 
 
 def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
@@ -99,6 +107,8 @@ def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, othe
         others: the adapters that layers of other methods merge; None means their active ones.
     """
     before = merged_tasks(model)
+    if before and not set(adapter_names) - set(before):
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)  # as PEFT's own methods say
     wanted = [*before, *(name for name in adapter_names if name not in before)]
     for part in part_layers(model):  # a LoRA part is merged on top of its task's coefficients, whatever was merged before
         part.unmerge()
