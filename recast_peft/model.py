@@ -30,6 +30,7 @@ from .tasks.files import load_into
 from .tasks.preparation import PreparedTask, prepare_task
 from .tasks.record import planned_record, record_of_task
 from .tasks.state import gathered
+from .tasks.transformers_loading import hand_back_loading, take_over_loading
 from .tasks.tuner_verbs import TaskVerbs
 from .tasks.undo import Snapshot, undone_on_failure
 
@@ -98,6 +99,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
             self._prepared = None
         if record.is_stored and not any(not bank.is_anchored for bank in prepared.banks):
             self._unfilled = {**self._unfilled, adapter_name: snapshot}
+        if record.is_stored:
+            take_over_loading(model, config, adapter_name, self.forget_unfilled)
 
     def _put_layers(
         self, model: nn.Module, adapter_name: str, prepared: PreparedTask, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
@@ -186,6 +189,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
 
     def forget_unfilled(self, adapter_name: str, undo: bool) -> None:
         """Say that a task's file was put in, or that it could not be: then the model is as it was before the task."""
+        hand_back_loading(self.model)
         snapshot = self._unfilled.get(adapter_name)
         self._unfilled = {name: held for name, held in self._unfilled.items() if name != adapter_name}
         if snapshot is not None and undo:

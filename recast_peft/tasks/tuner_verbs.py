@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,9 @@ class TaskVerbs:
             return
         if not active:
             active = [name for name, config in self.peft_config.items() if isinstance(config, RecastConfig)][:1]
+            if active:
+                said = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}."
+                warnings.warn(said, stacklevel=4)  # PEFT's words
         self.active_adapter = active
         self.set_adapter(active, inference_mode)
 

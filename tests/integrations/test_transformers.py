@@ -13,7 +13,13 @@ import pytest
 import torch
 from models import layers_of, randomise, reference_model, seeded
 from packaging.version import Version
-from peft import AutoPeftModelForSequenceClassification, PeftModel, PeftModelForSequenceClassification, TaskType
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+    PeftModelForSequenceClassification,
+    TaskType,
+    get_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,7 +38,7 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from recast_peft import RecastBaseMismatchError, RecastConfig, RecastError, get_recast_model
+from recast_peft import RecastBaseMismatchError, RecastConfig, RecastError, RecastLoadError, get_recast_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore:Already found a `peft_config`")
 # a release of transformers may ask for a PEFT that is not out yet, and then refuses its own verbs
@@ -278,6 +284,35 @@ class TestAdapterVerbs:
         loaded = bert()
         loaded.load_adapter(str(tmp_path), "mine")
         assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+
+    def test_load_a_classifier_and_norms_with_the_coefficients(self, tmp_path: Path) -> None:
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], num_classes=5, train_norms=True)).eval()
+        randomise(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        model.save_pretrained(tmp_path)
+        loaded = bert()
+        loaded.load_adapter(str(tmp_path), "task.of.mine")
+        assert call(loaded, input_ids=IDS).shape == (len(IDS), 5)
+        assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
+        assert "_load_pretrained_model" not in vars(loaded)
+
+    def test_load_all_of_a_task_or_nothing(self, tmp_path: Path) -> None:
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"]))
+        randomise(model)
+        state = get_peft_model_state_dict(model)
+        state.pop(next(iter(state)))
+        model.save_pretrained(tmp_path)
+        other = bert()
+        start = call(other, input_ids=IDS)
+        with pytest.raises(RecastLoadError, match="missing"):
+            other.load_adapter(
+                peft_config=RecastConfig.from_pretrained(str(tmp_path)), adapter_state_dict=state, adapter_name="mine"
+            )
+        assert not layers_of(other)
+        assert torch.equal(call(other, input_ids=IDS), start)
 
     def test_refuse_the_wrong_base(self, tmp_path: Path) -> None:
         model = get_recast_model(bert(), RecastConfig(target_modules=["query"]))
