@@ -403,7 +403,7 @@ class TestBesideOtherBanks:
         file = tmp_path / BANK_CONFIG
         content = {key: value for key, value in json.loads(file.read_text()).items() if key != "checksum"}
         file.write_text(json.dumps(content).replace('"plain": true', '"plain": false'))
-        with pytest.raises(RecastLoadError, match="lacks or misstates"):
+        with pytest.raises(RecastLoadError, match="lacks .*only_grown"):
             load_bank(tmp_path)
 
 
