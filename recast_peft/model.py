@@ -20,6 +20,7 @@ from .config import RecastConfig
 from .layer import RecastLayer, recast_layers
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
 from .parts.base import Place
+from .parts.base_biases import train_biases
 from .parts.saved import freeze_running_statistics
 from .parts.stacking import TaskConfigs
 from .planning.groups import coefficient_owners
@@ -90,6 +91,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                 share_coefficients(model, adapter_name, owners)
                 active = adapter_name in self.active_adapters
                 prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
+                train_biases(model, config.bias, config.inference_mode)
             config.record = record
             self.guard_calls()
         except BaseException:

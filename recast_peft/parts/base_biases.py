@@ -13,6 +13,7 @@ from ..config import RecastConfig
 from ..holders import Entry, plain_modules, unwrapped_module
 from ..layer import recast_layers
 from .base import TaskPart
+from .lora import part_layers
 
 
 class BaseBiasesPart(TaskPart):
@@ -21,7 +22,7 @@ class BaseBiasesPart(TaskPart):
     name = "biases"
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterator[Entry]:
-        composed = recast_layers(model)
+        composed = _with_layers(model)
         for name, module in biased_modules(model, config.bias):
             # PEFT's files name the bias of a target as it lies in the tuner's layer
             file_name = f"{name}.base_layer.bias" if name in composed else None
@@ -36,13 +37,23 @@ def biased_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -
 
     Args:
         model: the backbone.
-        bias: ``"none"``, ``"all"`` or ``"recast_only"``: those of the modules that have coefficients.
+        bias: ``"none"``, ``"all"`` or ``"recast_only"``: those of the modules that have coefficients or a LoRA part.
         targets: names of modules that are going to have some.
     """
     if bias == "none":
         return
-    composed = {*recast_layers(model), *targets}
+    composed = {*_with_layers(model), *targets}
     for name, present in plain_modules(model).items():
         module = unwrapped_module(present)
         if module._parameters.get("bias") is not None and (bias == "all" or name in composed):
             yield name, module
+
+
+def _with_layers(model: nn.Module) -> set[str]:
+    return {*recast_layers(model), *(layer.module_name for layer in part_layers(model))}
+
+
+def train_biases(model: nn.Module, bias: str, inference_mode: bool) -> None:
+    """Let a task's biases learn, in the modules of both of its parts and whichever tasks were there before."""
+    for _, module in biased_modules(model, bias):
+        module._parameters["bias"].requires_grad_(not inference_mode)  # type: ignore[union-attr]

@@ -1,0 +1,68 @@
+"""The model's own biases, trained and stored with a task."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import seeded
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from recast_peft import RecastConfig, RecastPeftModel, get_recast_model
+
+
+class ThreeLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)).relu())
+
+
+def three_layers() -> ThreeLayers:
+    with seeded(0):
+        return ThreeLayers()
+
+
+def trained(model: RecastPeftModel) -> set[str]:
+    names = (n for n, p in model.get_base_model().named_parameters() if p.requires_grad and n.endswith(".bias"))
+    return {name.replace(".base_layer", "") for name in names}
+
+
+def config(bias: str, **fields: object) -> RecastConfig:
+    return RecastConfig(target_modules=["first"], lora_config={"target_modules": ["second"]}, bias=bias, **fields)
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ("none", set()),
+        ("recast_only", {"first.bias", "second.bias"}),
+        ("all", {"first.bias", "second.bias", "third.bias"}),
+    ],
+)
+def test_those_of_both_parts_are_trained_and_stored(bias: str, expected: set[str]) -> None:
+    model = get_recast_model(three_layers(), config(bias))
+    assert trained(model) == expected
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad):
+            parameter.add_(0.5)
+    state = get_peft_model_state_dict(model)
+    stored = {k.removeprefix("base_model.model.").replace(".base_layer", "") for k in state if k.endswith(".bias")}
+    assert stored == expected
+    other = get_recast_model(three_layers(), config(bias))
+    set_peft_model_state_dict(other, state)
+    x = torch.ones(2, 8)
+    assert torch.equal(other(x), model(x))
+
+
+def test_those_of_a_later_task_learn_too() -> None:
+    model = get_recast_model(three_layers(), config("none"), "plain")
+    model.add_adapter("with_biases", config("recast_only"))
+    model.set_adapter("with_biases")
+    assert trained(model) == {"first.bias", "second.bias"}
+
+
+def test_those_of_a_frozen_task_do_not_learn() -> None:
+    assert trained(get_recast_model(three_layers(), config("all", inference_mode=True))) == set()
