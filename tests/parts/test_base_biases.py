@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from models import seeded
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastPeftModel, get_recast_model
+from recast_peft import RecastConfig, get_recast_model
 
 
 class ThreeLayers(nn.Module):
@@ -21,11 +21,10 @@ class ThreeLayers(nn.Module):
 
 
 def three_layers() -> ThreeLayers:
-    with seeded(0):
-        return ThreeLayers()
+    return seeded(ThreeLayers)
 
 
-def trained(model: RecastPeftModel) -> set[str]:
+def trained(model: PeftModel) -> set[str]:
     names = (n for n, p in model.get_base_model().named_parameters() if p.requires_grad and n.endswith(".bias"))
     return {name.replace(".base_layer", "") for name in names}
 
