@@ -289,6 +289,20 @@ class TestABackboneThatIsGiven:
         with pytest.raises(RecastConfigError, match="backbone="):
             AutoRecastModel.from_pretrained(task, backbone=given)
 
+    def test_can_have_a_classifier_that_the_task_s_has_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        bare = timm.create_model("test_resnet", num_classes=0).eval()
+        whole = timm.create_model("test_resnet").eval()
+        whole.load_state_dict(bare.state_dict(), strict=False)
+        model = learned(bare, num_classes=3)
+        model.save_pretrained(tmp_path / "task")
+        torch.save(whole.state_dict(), tmp_path / "whole.pth")
+        torch.save({k: v for k, v in whole.state_dict().items() if "layer1" not in k}, tmp_path / "part.pth")
+        loaded = AutoRecastModel.from_pretrained(tmp_path / "task", backbone=tmp_path / "whole.pth")
+        assert torch.equal(output(loaded), output(model))
+        with pytest.raises(RecastLoadError, match=r"lacks or has besides layer1"):
+            AutoRecastModel.from_pretrained(tmp_path / "task", backbone=tmp_path / "part.pth")
+
     def test_at_a_path_where_there_is_nothing_is_refused(self, task: Path) -> None:
         with pytest.raises(RecastLoadError, match="no checkpoint at"):
             AutoRecastModel.from_pretrained(task, backbone="nowhere.pth")

@@ -137,7 +137,7 @@ def _build_timm(
         name = timm_name(description["architecture"], registered)
     else:
         name = timm_name(name, registered)
-    model = timm.create_model(name, **keywords)
+    model = _created(name, keywords)
     for key, actual in (("class", type(model).__name__), ("global_pool", getattr(model, "global_pool", None))):
         if key in description and key not in own and description[key] != actual:
             raise RecastLoadError(
@@ -149,6 +149,25 @@ def _build_timm(
     is_new = "checkpoint_path" not in keywords and getattr(model, "num_classes", None) not in (0, pretrained.get("num_classes"))
     prefixes = ([classifier] if isinstance(classifier, str) else list(classifier or ())) if is_new else []
     return model, [key for key in model.state_dict() if any(key.startswith(f"{prefix}.") for prefix in prefixes)]
+
+
+def _created(name: str, keywords: dict[str, Any]) -> nn.Module:
+    """timm's model; into one without a classifier a checkpoint is loaded without that of the checkpoint, and nothing else."""
+    import timm
+
+    if keywords.get("num_classes") != 0 or "checkpoint_path" not in keywords:
+        return timm.create_model(name, **keywords)
+    file = str(keywords["checkpoint_path"])
+    model = timm.create_model(name, **{key: value for key, value in keywords.items() if key != "checkpoint_path"})
+    config: Any = model.pretrained_cfg
+    classifier = config.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    keys = timm.models.load_checkpoint(model, file, strict=False)
+    odd = [] if keys is None else [*keys.missing_keys, *(k for k in keys.unexpected_keys if not k.startswith(heads))]
+    if odd:
+        more = ", ..." if len(odd) > 4 else ""
+        raise RecastLoadError(f"the checkpoint {file} is of another model: it lacks or has besides {', '.join(odd[:4])}{more}")
+    return model
 
 
 def _timm_source(description: dict[str, Any], name: str, hub_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:

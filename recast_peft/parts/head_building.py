@@ -90,7 +90,8 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
         if name not in modules:
             raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {_top_level(model)}")
         return name
-    get_classifier = getattr(model, "get_classifier", None)
+    # transformers has timm's models inside a model of its own
+    get_classifier = getattr(model, "get_classifier", None) or getattr(modules.get("timm_model"), "get_classifier", None)
     if callable(get_classifier):
         classifier = get_classifier()
         if isinstance(classifier, (tuple, list)):
@@ -106,9 +107,10 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
             return key
     found = [key for key in modules if key in head_names(model) and isinstance(modules[key], nn.Linear)]
     if len(found) != 1:
+        last = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-3:]
         raise RecastTargetError(
             f"num_classes was given, but the model's classifier is not known ({len(found)} modules look like one: {found}): "
-            f"name it with head_module=; top level: {_top_level(model)}"
+            f"name it with head_module=; last linear layers: {', '.join(last) or 'none'}; top level: {_top_level(model)}"
         )
     return found[0]
 

@@ -31,6 +31,8 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -488,3 +490,14 @@ class TestTrainer:
         trainer.train()
         best = min(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_the_classifier_of_a_timm_model_inside_a_transformers_model_is_found() -> None:
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=4)
+    model = get_recast_model(TimmWrapperForImageClassification(config), RecastConfig(num_classes=3))
+    assert "timm_model.fc" in {name.partition(".modules_to_save")[0] for name in heads_of(model)}
+    assert model(torch.ones(1, 3, 160, 160)).logits.shape == (1, 3)
+
+
+def heads_of(model: PeftModel) -> list[str]:
+    return [name for name, _ in model.get_base_model().named_parameters() if ".modules_to_save." in name]
