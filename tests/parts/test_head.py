@@ -100,7 +100,7 @@ class TestSwitching:
         learn_something(two_tasks, "plain")
         before = two_tasks(images)
         trained = [name for name, p in two_tasks.named_parameters() if p.requires_grad]
-        with pytest.raises(RecastConfigError, match="TaskHead 'head', got flowers, cars.*add_weighted_adapter"):
+        with pytest.raises(RecastConfigError, match="ModulesToSaveWrapper 'head', got flowers, cars.*add_weighted_adapter"):
             two_tasks.base_model.set_adapter(["plain", "flowers", "cars"])
         assert two_tasks.active_adapters == ["flowers"]
         assert torch.equal(two_tasks(images), before)
