@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from .hub.task_files import task_entries
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
 from .names import check_adapter_name, plain_name
-from .parts import BiasConfig
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together
 
@@ -152,9 +152,9 @@ def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None
         config.bank = fetched  # type: ignore[assignment]
     partners: list[Any] = list(config.partners or [])
     for place, partner in enumerate(partners):
-        fetched = _fetched_bank(partner.bank, folder, hub) if isinstance(partner, BiasConfig) else None
+        fetched = _fetched_bank(partner.bank_reference, folder, hub)
         if fetched is not None:
-            partners[place] = BiasConfig(bank=fetched)
+            partners[place] = replace(partner, bank=fetched)
             config.partners = partners
 
 

@@ -29,6 +29,7 @@ from ..layer import RecastLayer
 from ..mimicry.features import evaluating
 from ..names import check_adapter_name
 from ..parts import BiasConfig
+from ..parts.bias_part import bias_config
 from ..validation import checked_count
 from .matrix import AccuracyMatrix
 
@@ -212,7 +213,7 @@ def _add_task(
 ) -> PeftModel:
     own = copy.deepcopy(config[name] if isinstance(config, Mapping) else config) or RecastConfig()
     if bank is not None and bank.is_of_biases:
-        others = [partner for partner in own.partners or () if not isinstance(partner, BiasConfig)]
+        others = [partner for partner in own.partners or () if partner is not bias_config(own)]
         own.partners = [*others, BiasConfig(bank=bank)]
     elif bank is not None:
         own.bank = bank  # type: ignore[assignment]
@@ -224,7 +225,8 @@ def _add_task(
 
 
 def _bias_bank_in(config: RecastConfig) -> Any:
-    return next((partner.bank for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
+    partner = bias_config(config)
+    return None if partner is None else partner.bank
 
 
 @contextmanager

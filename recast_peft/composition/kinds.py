@@ -7,6 +7,7 @@ module does with it). A module of no kind can still be a target: it is called as
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ def _convolution(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True
 # ---------------------------------------------------------------- gradients of these products
 
 
-class Gradients:
+class Gradients(ABC):
     """Gradients of a product by its input and by its weight."""
 
     by_row = True  # whether every position along the leading dimensions is computed alone
@@ -46,13 +47,13 @@ class Gradients:
         """Whether the rules hold for this module and input."""
         return True
 
+    @abstractmethod
     def of_input(self, module: Any, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of the given shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def of_weight(self, module: Any, grad: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
         """The gradient of the weight."""
-        raise NotImplementedError
 
 
 class _LinearGradients(Gradients):

@@ -32,7 +32,7 @@ def resolve_method(mimicry: str | dict[str, Any] | MimicryMethod) -> MimicryMeth
     Raises:
         RecastConfigError: if there is no such method or option, or a value cannot be used.
     """
-    return resolve_options("mimicry", mimicry, MimicryMethod, METHODS)
+    return resolve_options("mimicry", mimicry, MimicryMethod, METHODS)  # type: ignore[type-abstract]
 
 
 __all__ = [

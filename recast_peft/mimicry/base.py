@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -51,7 +52,7 @@ class FittedTemplates:
 
 
 @dataclass(frozen=True)
-class MimicryMethod:
+class MimicryMethod(ABC):
     """Options of one way to find templates and base coefficients; a subclass is a method.
 
     A new method is a subclass in a file of its own and one row in ``METHODS``. Its fields are its options, each with a
@@ -69,6 +70,7 @@ class MimicryMethod:
     fits_full_banks: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 
+    @abstractmethod
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
     ) -> Recipe | FittedTemplates:
@@ -80,7 +82,6 @@ class MimicryMethod:
             label: the group's name: shown in the progress bar, and part of the seed.
             moments: for a method that ``needs_data``: the second moment ``(fan_in, fan_in)`` of each layer's input.
         """
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a config stores them: ``{"method": name, option: value, ...}``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
@@ -41,7 +42,7 @@ PARTNERS: dict[str, type[PartnerConfig]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartnerConfig:
+class PartnerConfig(ABC):
     """Options of one partner; a subclass is a kind of partner, under the name that it gives: ``class Mine(PartnerConfig,
     method="mine")``.
 
@@ -81,14 +82,15 @@ class PartnerConfig:
         # an order that comes from a set would differ from run to run
         object.__setattr__(self, "target_modules", tuple(sorted(names) if isinstance(names, (set, frozenset)) else names))
 
+    @abstractmethod
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         """Whether the partner stands here if no target modules are named; ``targets`` are those of the task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refusal(self, candidate: Candidate) -> str | None:
         """Why the partner cannot stand here; None if it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
         """A fresh module for one task at one place: it changes nothing yet.
 
@@ -98,7 +100,6 @@ class PartnerConfig:
             generator: generator of whatever is random.
             like: ``device`` and ``dtype`` of the parameters.
         """
-        raise NotImplementedError
 
     @property
     def bank_reference(self) -> Reference | None:
@@ -134,7 +135,8 @@ def resolve_partners(partners: Any) -> list[PartnerConfig]:
     """
     if not isinstance(partners, (list, tuple)):
         raise RecastConfigError(f"partners={shown(partners)}: expected a list of partners, such as [AdaptFormerConfig()]")
-    resolved = [resolve_options("partners", partner, PartnerConfig, PARTNERS) for partner in partners]
+    kind: Any = PartnerConfig  # abstract
+    resolved: list[PartnerConfig] = [resolve_options("partners", partner, kind, PARTNERS) for partner in partners]
     methods = [partner.method for partner in resolved]
     double = sorted({method for method in methods if methods.count(method) > 1})
     if double:

@@ -283,6 +283,11 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
             yield PreparedPartner(partner, places[member], module.train(places[member].module.training))
 
 
+def bias_config(config: RecastConfig) -> BiasConfig | None:
+    """What a config says of coefficients of biases."""
+    return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
+
+
 def bias_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
     """The bank of a task's coefficients of biases; None if each bias is its own template."""
     held = [h for h in partner_holders(model) if isinstance(h, TaskBiases) and h.has_task(adapter_name)]

@@ -207,6 +207,11 @@ def split_logits(logits: Tensor) -> list[Tensor]:
     return [row[..., : int(count)] for row, count in zip(logits, real.sum(dim=-1), strict=True)]
 
 
+def task_heads(model: nn.Module) -> list[TaskHead]:
+    """Every place of a model where tasks have classifiers of their own."""
+    return [module for module in model.modules() if isinstance(module, TaskHead)]
+
+
 def task_head(model: nn.Module, name: str) -> TaskHead:
     """The container of all tasks' heads; it is put in place of the model's own head if it is not there yet."""
     present = plain_modules(model)[name]

@@ -18,6 +18,11 @@ TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc"
 HEAD_STD = 0.02  # standard deviation of a fresh head's weights
 
 
+def head_type(head: nn.Module) -> str:
+    """What ``RecastConfig.head_type`` calls a classifier: ``"linear"`` or ``"prototypes"``."""
+    return "prototypes" if isinstance(head, PrototypeHead) else "linear"
+
+
 class PrototypeHead(nn.Module):
     """Nearest class mean: logits are negative squared distances to one prototype a class; nothing is trained.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import RecastConfigError
 from ..model import RecastModel
 from ..parts.bias_part import bias_holders
-from ..parts.head import TaskHead, task_head
+from ..parts.head import TaskHead, task_head, task_heads
 from .heads import StoredHead
 from .layout import PoolLayout
 
@@ -30,7 +30,7 @@ class Slot:
         layers = layout.layers.values()
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
         self._keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
-        self._heads: list[TaskHead] = [m for m in layout.backbone.modules() if isinstance(m, TaskHead)]
+        self._heads: list[TaskHead] = task_heads(layout.backbone)
         self._places: set[str] = set()  # names of the modules in whose place they stand
         self.holds: str | None = None  # the task that is written into it
 

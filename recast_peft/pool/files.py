@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastError, RecastLoadError
-from ..parts.head_building import Labels, PreparedHead, PrototypeHead, prepare_head
+from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
 from ..storage.tensors import read_tensors, write_tensors
 from .heads import HeadKinds, StoredHead
@@ -117,7 +117,7 @@ def _head_tensors(heads: Mapping[int, StoredHead]) -> tuple[dict[str, Tensor], l
         kinds.append(
             {
                 "module": first.kind.name,
-                "type": "prototypes" if isinstance(first.kind.empty, PrototypeHead) else "linear",
+                "type": head_type(first.kind.empty),
                 "dtype": None if first.stored_dtype is None else str(first.stored_dtype).removeprefix("torch."),
                 "classes": first.labels.num_classes,
             }

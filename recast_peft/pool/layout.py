@@ -16,8 +16,8 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..layer import recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX
-from ..parts import PARTS, BiasConfig
-from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_entry, bias_owners
+from ..parts import PARTS
+from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
 
@@ -205,11 +205,6 @@ def bank_fingerprint(config: RecastConfig) -> str | None:
     """Of the stored bank that a config names."""
     reference = config.bank_reference
     return None if reference is None else reference["fingerprint"]
-
-
-def bias_config(config: RecastConfig) -> BiasConfig | None:
-    """What a config says of coefficients of biases."""
-    return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
 
 
 def other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:

@@ -15,9 +15,10 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastLoadError
 from ..hub.transfer import fetch_task
 from ..names import MODEL_PREFIX
+from ..parts.bias_part import bias_config
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
-from .layout import PoolLayout, bias_config, refuse_parts
+from .layout import PoolLayout, refuse_parts
 
 Read = tuple[Tensor, PreparedHead | None]
 

@@ -22,7 +22,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import holders
 from ..parts import PARTS
-from ..parts.head import TaskHead, task_head
+from ..parts.head import task_head, task_heads
 from ..parts.head_building import PreparedHead
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
@@ -239,7 +239,7 @@ def write_row(model: nn.Module, adapter: str, row: Tensor) -> None:
 
 def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:
     """A copy of the classifier of a model's task, or None if it has none."""
-    heads = [m for m in model.modules() if isinstance(m, TaskHead) and m.has_task(adapter)]
+    heads = [head for head in task_heads(model) if head.has_task(adapter)]
     return heads[0].prepared(heads[0].module_name, adapter) if heads else None
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..names import unwrapped
-from ..parts.head import TaskHead
+from ..parts.head import task_heads
 from ..storage.paths import is_hub_name
 from ..storage.transfer import commit_of
 
@@ -110,7 +110,7 @@ def _describe_timm(model: nn.Module, pretrained: dict[str, Any], revision: str |
 
 def _own_classes(model: nn.Module, shown: int | None) -> int | None:
     """Classes of the model's own classifier; what it says of itself may be those of the active task's."""
-    head = next((m for m in model.modules() if isinstance(m, TaskHead)), None)
+    head = next(iter(task_heads(model)), None)
     return shown if head is None else head._base_labels.num_classes
 
 
