@@ -359,12 +359,3 @@ HOW_TO_LOAD = (
     "  config.bank = load_bank(folder_or_repository)\n"
     "  model = PeftModel.from_pretrained(backbone, task, config=config)"
 )
-
-
-def check_reference(reference: Any) -> str | None:
-    """What is wrong with the bank that a config names, or None."""
-    if not isinstance(reference, Mapping) or not set(reference) <= {"name", "fingerprint"} or not any(reference.values()):
-        return "the name of a bank file, a StoredBank, or {'name': ..., 'fingerprint': ...}"
-    if not all(value is None or isinstance(value, str) for value in reference.values()):
-        return "texts as 'name' and 'fingerprint'"
-    return None

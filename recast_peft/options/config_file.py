@@ -37,7 +37,7 @@ def read_fields(file: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & values.keys():
         raise RecastConfigError(f"{path} is no config of a method that PEFT knows: peft_type={shown(method)}")
     for where, pattern in _patterns(values):
-        check_pattern(pattern, f"{where} of {path}", RecastConfigError)
+        check_pattern(pattern, f"{where} of {path}")
     return values
 
 

@@ -67,9 +67,3 @@ def _outermost(candidates: list[Candidate]) -> list[Candidate]:
 
 def _lies_in(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
-
-
-def _is_under(place: str, saved: str) -> bool:
-    """Whether ``modules_to_save``, which names the ends of module names, copies the module at a place."""
-    parts = place.split(".")
-    return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import RecastError, RecastLoadError
+from ..validation import is_int, is_number, shown
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 64
@@ -22,8 +23,6 @@ def read_json(
     path: str | os.PathLike,
     what: str | None = None,
     *,
-    max_bytes: int = MAX_BYTES,
-    max_depth: int = MAX_DEPTH,
     error: type[RecastError] = RecastLoadError,
 ) -> Fields:
     """Read a file that holds a JSON object.
@@ -31,8 +30,6 @@ def read_json(
     Args:
         path: path of the file.
         what: it is called in messages; None is its path.
-        max_bytes: largest size in bytes of the file.
-        max_depth: largest depth of lists and objects in each other.
         error: what is raised.
 
     Raises:
@@ -41,45 +38,31 @@ def read_json(
     what = what or str(path)
     try:
         with open(path, "rb") as file:
-            content = file.read(max_bytes + 1)
+            content = file.read(MAX_BYTES + 1)
     except OSError as reason:
         raise error(f"{what} cannot be read: {reason.strerror or reason}") from reason
-    return parse_json(content, what, max_bytes=max_bytes, max_depth=max_depth, error=error)
+    return parse_json(content, what, error=error)
 
 
-def parse_json(
-    content: bytes | str,
-    what: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_depth: int = MAX_DEPTH,
-    error: type[RecastError] = RecastLoadError,
-) -> Fields:
+def parse_json(content: bytes | str, what: str, *, error: type[RecastError] = RecastLoadError) -> Fields:
     """Read a JSON object from memory; see :func:`read_json`."""
-    value = parse_value(content, what, max_bytes=max_bytes, max_depth=max_depth, error=error)
+    value = parse_value(content, what, error=error)
     if not isinstance(value, dict):
         raise error(f"{what} holds {_kind(value)} where a JSON object is expected. Fetch it again.")
     return Fields(value, what, error)
 
 
-def parse_value(
-    content: bytes | str,
-    what: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    max_depth: int = MAX_DEPTH,
-    error: type[RecastError] = RecastLoadError,
-) -> Any:
+def parse_value(content: bytes | str, what: str, *, error: type[RecastError] = RecastLoadError) -> Any:
     """Read any JSON value from memory; see :func:`read_json`."""
-    if len(content) > max_bytes:
-        raise error(f"{what} is larger than {max_bytes:,} bytes, the most that is read of a JSON text")
+    if len(content) > MAX_BYTES:
+        raise error(f"{what} is larger than {MAX_BYTES:,} bytes, the most that is read of a JSON text")
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as reason:
         cause = "it is nested too deeply" if isinstance(reason, RecursionError) else reason
         raise error(f"{what} is not valid JSON: {cause}. Fetch it again.") from reason
-    _check(value, what, max_depth, error)
+    _check(value, what, error)
     return value
 
 
@@ -91,10 +74,10 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _check(value: Any, what: str, max_depth: int, error: type[RecastError]) -> None:
+def _check(value: Any, what: str, error: type[RecastError]) -> None:
     """Refuse what is nested too deeply, and texts that UTF-8 cannot hold (half a pair of surrogates)."""
     level = [value]
-    for _ in range(max_depth + 1):
+    for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for item in level:
             if isinstance(item, str) and not item.isascii():
@@ -110,7 +93,7 @@ def _check(value: Any, what: str, max_depth: int, error: type[RecastError]) -> N
         level = below
         if not level:
             return
-    raise error(f"{what} is not valid JSON: lists and objects stand in each other more than {max_depth} deep")
+    raise error(f"{what} is not valid JSON: lists and objects stand in each other more than {MAX_DEPTH} deep")
 
 
 def _kind(value: Any) -> str:
@@ -157,16 +140,16 @@ class Fields(Mapping[str, Any]):
             key,
             default,
             f"a whole number from {low:,} to {high:,}",
-            lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+            lambda value: is_int(value) and low <= value <= high,
         )
 
     def number(self, key: str, default: Any = _ABSENT) -> float:
         """A finite number."""
-        return self._get(key, default, "a finite number", _is_number)
+        return self._get(key, default, "a finite number", is_number)
 
     def numbers(self, key: str, default: Any = _ABSENT) -> list[float]:
         """A list of finite numbers."""
-        return self._get(key, default, "a list of finite numbers", lambda value: _all_in(value, _is_number))
+        return self._get(key, default, "a list of finite numbers", lambda value: _all_in(value, is_number))
 
     def integers(self, key: str, low: int, high: int, default: Any = _ABSENT) -> list[int]:
         """A list of whole numbers within bounds."""
@@ -174,7 +157,7 @@ class Fields(Mapping[str, Any]):
             key,
             default,
             f"a list of whole numbers from {low:,} to {high:,}",
-            lambda value: _all_in(value, lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high),
+            lambda value: _all_in(value, lambda v: is_int(v) and low <= v <= high),
         )
 
     def texts(self, key: str, default: Any = _ABSENT) -> list[str]:
@@ -214,14 +197,8 @@ class Fields(Mapping[str, Any]):
         if not fits(value):
             if value is None and default is None:
                 return None
-            shown = repr(value)
-            shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
-            raise self.error(f"{key!r} of {self.what} is {shown}; expected {expected}. Fetch it again.")
+            raise self.error(f"{key!r} of {self.what} is {shown(value)}; expected {expected}. Fetch it again.")
         return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _all_in(value: Any, fits: Any) -> bool:

@@ -8,27 +8,30 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import RecastError, RecastLoadError
+from ..errors import RecastLoadError
 
 
-def inside(folder: str | os.PathLike, name: str, what: str, error: type[RecastError] = RecastLoadError) -> Path:
+def inside(folder: str | os.PathLike, name: str, what: str) -> Path:
     """The path of a name from a file, below the folder that the file lies in.
 
     Args:
         folder: that must not be left.
         name: as it stands in the file.
         what: the name is of, in messages.
-        error: what is raised.
 
     Raises:
-        RecastLoadError: (or ``error``) if the name is empty or absolute, goes up, or leads out of the folder by a link.
+        RecastLoadError: if the name is empty or absolute, goes up, or leads out of the folder by a link.
     """
     if not name or is_absolute(name) or goes_up(name) or "\0" in name:
-        raise error(f"{what} is {name!r}, which is no place below {os.fspath(folder)}: names in files stay in their folder")
+        raise RecastLoadError(
+            f"{what} is {name!r}, which is no place below {os.fspath(folder)}: names in files stay in their folder"
+        )
     path = Path(folder, name)
     root = os.path.realpath(folder)
     if os.path.commonpath([root, os.path.realpath(path)]) != root:
-        raise error(f"{what} is {name!r}, a link that leads out of {os.fspath(folder)}: names in files stay in their folder")
+        raise RecastLoadError(
+            f"{what} is {name!r}, a link that leads out of {os.fspath(folder)}: names in files stay in their folder"
+        )
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..errors import RecastError, RecastLoadError
+from ..errors import RecastConfigError
 
 try:
     from re import _constants as codes  # type: ignore[attr-defined]
@@ -20,16 +20,15 @@ REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, getattr(codes, "POSSESSIVE_REPEAT
 FEW = 16  # a repeat of up to so many is not open
 
 
-def check_pattern(pattern: str, what: str, error: type[RecastError] = RecastLoadError) -> None:
+def check_pattern(pattern: str, what: str) -> None:
     """Refuse a regular expression that may take for ever: open repeats within each other, or many of them.
 
     Args:
         pattern: as it stands in the file.
         what: it is called in messages.
-        error: what is raised.
 
     Raises:
-        RecastLoadError: (or ``error``) if it is too long, no regular expression, or may take long.
+        RecastConfigError: if it is too long, no regular expression, or may take long.
     """
     cause = f"it has more than {LONGEST} characters"
     if len(pattern) <= LONGEST:
@@ -39,7 +38,7 @@ def check_pattern(pattern: str, what: str, error: type[RecastError] = RecastLoad
         except (re.error, RecursionError, OverflowError) as reason:
             cause = f"it is none ({reason})"
     if cause:
-        raise error(f"{what} is the regular expression {pattern[:80]!r}, which is not run from a file: {cause}")
+        raise RecastConfigError(f"{what} is the regular expression {pattern[:80]!r}, which is not run from a file: {cause}")
 
 
 def _danger(parsed: Any) -> str:
@@ -54,11 +53,7 @@ def _open_repeats(item: Any, depth: int) -> Any:
     if isinstance(item, (parser.SubPattern, list)):
         for part in item:
             yield from _open_repeats(part, depth)
-    elif (
-        isinstance(item, tuple)
-        and item
-        and item[0] in (codes.MAX_REPEAT, codes.MIN_REPEAT, getattr(codes, "POSSESSIVE_REPEAT", 0))
-    ):
+    elif isinstance(item, tuple) and item and item[0] in REPEATS:
         _, (_, most, inside) = item
         is_open = most == codes.MAXREPEAT or most > FEW
         if is_open:

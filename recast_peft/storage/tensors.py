@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import RecastError, RecastLoadError
+from ..errors import RecastLoadError
 from .atomic import staged
 
 CHECKSUM = "recast_checksum"  # the entry of a file's metadata
@@ -89,7 +89,6 @@ def read_tensors(
     *,
     floating: bool = True,
     finite: bool = True,
-    error: type[RecastError] = RecastLoadError,
 ) -> TensorFile:
     """Read a whole safetensors file.
 
@@ -98,23 +97,22 @@ def read_tensors(
         what: it is called in messages; None is its path.
         floating: refuse all but float64, float32, float16 and bfloat16; integers, bits and 8-bit floats are named.
         finite: refuse infinity and NaN.
-        error: what is raised.
 
     Raises:
-        RecastLoadError: (or ``error``) if the file cannot be read, does not hold what is expected, or its checksum is of
+        RecastLoadError: if the file cannot be read, does not hold what is expected, or its checksum is of
             another content. A file without a checksum (of earlier versions) is read.
     """
     what = what or str(path)
     try:
         tensors, metadata = _of_one_moment(path)
     except Exception as reason:  # safetensors and torch have a kind of error for each kind of damage
-        raise _unreadable(what, reason, error) from reason
+        raise _unreadable(what, reason) from reason
     if floating:
-        check_floating(what, tensors, error)
+        check_floating(what, tensors)
     if finite:
-        check_finite(what, tensors, error)
+        check_finite(what, tensors)
     content = TensorFile(tensors, metadata)
-    _check_content(what, content, error)
+    _check_content(what, content)
     return content
 
 
@@ -148,48 +146,48 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return {}
 
 
-def read_shapes(
-    path: str | os.PathLike, what: str | None = None, *, error: type[RecastError] = RecastLoadError
-) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: str | os.PathLike, what: str | None = None) -> dict[str, tuple[int, ...]]:
     """Shapes by name; no number is read.
 
     Raises:
-        RecastLoadError: (or ``error``) if the file cannot be read.
+        RecastLoadError: if the file cannot be read.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except Exception as reason:
-        raise _unreadable(what or str(path), reason, error) from reason
+        raise _unreadable(what or str(path), reason) from reason
 
 
-def _unreadable(what: str, reason: Exception, error: type[RecastError]) -> RecastError:
-    return error(f"{what} is damaged or incomplete: {reason}\nNothing was loaded; fetch it again.")
+def _unreadable(what: str, reason: Exception) -> RecastLoadError:
+    return RecastLoadError(f"{what} is damaged or incomplete: {reason}\nNothing was loaded; fetch it again.")
 
 
-def check_floating(what: str, tensors: Mapping[str, Tensor], error: type[RecastError] = RecastLoadError) -> None:
+def check_floating(what: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers of a kind that no weight or coefficient has.
 
     Raises:
-        RecastLoadError: (or ``error``) naming the first such tensor and its dtype.
+        RecastLoadError: naming the first such tensor and its dtype.
     """
     wrong = [key for key, tensor in tensors.items() if tensor.dtype not in FLOATING]
     if wrong:
-        raise error(
+        raise RecastLoadError(
             f"{what} holds numbers of another kind{_and_more(wrong)}\n  {wrong[0]}: {_name(tensors[wrong[0]].dtype)}\n"
             f"  expected: {', '.join(map(_name, FLOATING))}\nNothing was loaded; fetch it again."
         )
 
 
-def check_finite(what: str, tensors: Mapping[str, Tensor], error: type[RecastError] = RecastLoadError) -> None:
+def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse infinity and NaN.
 
     Raises:
-        RecastLoadError: (or ``error``) naming the first tensor that holds one.
+        RecastLoadError: naming the first tensor that holds one.
     """
     wrong = not_finite(tensors)
     if wrong:
-        raise error(f"{what} holds infinity or NaN in {wrong[0]}{_and_more(wrong)}\nNothing was loaded; fetch it again.")
+        raise RecastLoadError(
+            f"{what} holds infinity or NaN in {wrong[0]}{_and_more(wrong)}\nNothing was loaded; fetch it again."
+        )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -214,39 +212,27 @@ def check_shapes(
     what: str,
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
-    error: type[RecastError] = RecastLoadError,
 ) -> None:
     """Refuse missing tensors and other shapes.
 
     Raises:
-        RecastLoadError: (or ``error``) with both shapes of the first that differs.
+        RecastLoadError: with both shapes of the first that differs.
     """
     missing = [key for key in expected if key not in tensors]
     if missing:
-        raise error(f"{what} lacks {missing[0]}{_and_more(missing)}\nNothing was loaded; fetch it again.")
+        raise RecastLoadError(f"{what} lacks {missing[0]}{_and_more(missing)}\nNothing was loaded; fetch it again.")
     wrong = [key for key, shape in expected.items() if tuple(tensors[key].shape) != tuple(shape)]
     if wrong:
-        raise error(
+        raise RecastLoadError(
             f"{what} holds another shape{_and_more(wrong)}\n  {wrong[0]}: {tuple(tensors[wrong[0]].shape)}\n"
             f"  expected: {tuple(expected[wrong[0]])}\nNothing was loaded; fetch it again."
         )
 
 
-def check_checksum(
-    what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], error: type[RecastError] = RecastLoadError
-) -> None:
-    """Refuse tensors that are not those that a file's checksum was made of; a file without one is let pass.
-
-    Raises:
-        RecastLoadError: (or ``error``) with both checksums.
-    """
-    _check_content(what, TensorFile(dict(tensors), dict(metadata)), error)
-
-
-def _check_content(what: str, file: TensorFile, error: type[RecastError]) -> None:
+def _check_content(what: str, file: TensorFile) -> None:
     stored = file.metadata.get(CHECKSUM)
     if stored is not None and stored != file.content:
-        raise error(
+        raise RecastLoadError(
             f"{what} is damaged: its numbers are not those that were written\n  checksum in the file:   {stored}\n"
             f"  checksum of the numbers: {file.content}\nNothing was loaded; fetch it again."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from recast_peft.errors import RecastConfigError, RecastLoadError
+from recast_peft.storage import json_reader
 from recast_peft.storage.json_reader import parse_json, parse_value, read_json
 
 BAD = {
@@ -37,16 +38,17 @@ def test_bad_json_is_one_kind_of_error(kind: str, tmp_path: Path) -> None:
         read_json(file, error=RecastConfigError)
 
 
-def test_a_file_that_is_too_large_or_missing(tmp_path: Path) -> None:
+def test_a_file_that_is_too_large_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.json"
     with pytest.raises(RecastLoadError, match="cannot be read"):
         read_json(file)
     with pytest.raises(RecastLoadError, match="cannot be read"):
         read_json(tmp_path)
     file.write_text('{"a": "' + "x" * 200 + '"}')
-    assert read_json(file, max_bytes=300).text("a") == "x" * 200
+    assert read_json(file).text("a") == "x" * 200
+    monkeypatch.setattr(json_reader, "MAX_BYTES", 100)
     with pytest.raises(RecastLoadError, match="larger than 100 bytes"):
-        read_json(file, max_bytes=100)
+        read_json(file)
 
 
 def test_values_by_kind() -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from recast_peft.errors import RecastLoadError
+from recast_peft.errors import RecastConfigError
 from recast_peft.storage.patterns import check_pattern
 
 NAME = "a" * 60 + "." + "b" * 40
@@ -49,5 +49,5 @@ def test_what_people_write_is_let_pass(pattern: str) -> None:
     ],
 )
 def test_what_may_take_for_ever_is_refused(pattern: str) -> None:
-    with pytest.raises(RecastLoadError, match="the LoRA part's targets is the regular expression"):
+    with pytest.raises(RecastConfigError, match="the LoRA part's targets is the regular expression"):
         check_pattern(pattern, "the LoRA part's targets")

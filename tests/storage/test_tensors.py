@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recast_peft.errors import RecastBankError, RecastLoadError
+from recast_peft.errors import RecastLoadError
 from recast_peft.storage.tensors import (
     CHECKSUM,
     check_shapes,
@@ -127,8 +127,8 @@ def test_damaged_files_are_one_kind_of_error(kind: str, tmp_path: Path) -> None:
 
 def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(RecastBankError):
-            read_tensors(path, error=RecastBankError)
+        with pytest.raises(RecastLoadError):
+            read_tensors(path)
 
 
 def test_shapes_are_compared() -> None:
