@@ -7,9 +7,9 @@ part adds what no module of its own holds. A new part is a subclass in a file of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +18,24 @@ from ..config import RecastConfig
 from ..holders import Entry
 
 
-class Piece(Protocol):
-    """What a task gets at one place, ready to be put in."""
+class Piece:
+    """What a task gets at one place, ready to be put in.
 
-    @property
-    def place(self) -> str:
-        """The module of the plain model that it belongs to."""
+    Attributes:
+        place: the module of the plain model that it belongs to.
+        module: what holds its tensors.
+    """
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    place: str
+    module: nn.Module
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its entries by the names that a task's file has."""
+        return {f"{self.place}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
 
     def num_parameters(self) -> int:
         """The parameters that a task trains there."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
 
 
 @dataclass(frozen=True)

@@ -200,12 +200,6 @@ class TaskBiases(TaskPartners):
             self._scale.data, self.pretrained_scale = self.pretrained_scale, None
         super().unmerge()
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch the tasks on or off; what is merged comes out of the bias when they are switched off."""
-        if not enabled:
-            self.unmerge()
-        super().enable_adapters(enabled)
-
 
 class BiasPart(PartnerPart):
     """Coefficients of biases: one for each, or those of the templates of a bank."""
@@ -233,8 +227,7 @@ def _bank_of(request: Request, partner: BiasConfig) -> StoredBank:
     record = request.config.record
     named = bank_to_use(partner.bank, record, partner.method)
     assert named is not None
-    held = [h for h in partner_holders(request.model) if isinstance(h, TaskBiases)]
-    banks = [cast(BiasTemplates, templates).bank for holder in held for templates in holder.banks.values()]
+    banks = [cast(BiasTemplates, t).bank for holder in bias_holders(request.model) for t in holder.banks.values()]
     if isinstance(named, StoredBank):
         bank = named
     else:
@@ -251,7 +244,7 @@ def _bank_of(request: Request, partner: BiasConfig) -> StoredBank:
 def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates: list[Candidate]) -> Iterator[PreparedPartner]:
     """What a task trains on a bank of biases: the first bias of every group owns the group's coefficients."""
     places = {candidate.name: candidate for candidate in candidates}
-    held = {h.place: h for h in partner_holders(request.model) if isinstance(h, TaskBiases)}
+    held = {holder.place: holder for holder in bias_holders(request.model)}
     for group in bank.groups.values():
         owner: BiasMix | None = None
         scales: dict[str, Tensor] = {}
@@ -290,14 +283,14 @@ def bias_config(config: RecastConfig) -> BiasConfig | None:
 
 def bias_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
     """The bank of a task's coefficients of biases; None if each bias is its own template."""
-    held = [h for h in partner_holders(model) if isinstance(h, TaskBiases) and h.has_task(adapter_name)]
-    modules = (holder.modules_to_save[adapter_name] for holder in held)
-    return next((module.shared[0].bank for module in modules if isinstance(module, BiasMix)), None)
+    shared = (holder.bank_of(adapter_name) for holder in bias_holders(model))
+    return next((templates.bank for templates in shared if templates is not None), None)
 
 
-def bias_holders(model: nn.Module, adapter_name: str) -> list[TaskBiases]:
-    """What holds a task's coefficients of biases, one for each bias."""
-    return [h for h in partner_holders(model) if isinstance(h, TaskBiases) and h.has_task(adapter_name)]
+def bias_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskBiases]:
+    """What holds coefficients of biases, one for each bias; of one task, or of all."""
+    held = [holder for holder in partner_holders(model) if isinstance(holder, TaskBiases)]
+    return held if adapter_name is None else [holder for holder in held if holder.has_task(adapter_name)]
 
 
 def bias_owners(model: nn.Module, adapter_name: str) -> dict[str, BiasCoefficient]:

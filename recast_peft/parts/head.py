@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,28 +84,10 @@ class TaskHead(TaskModule):
 
     # ---------------------------------------------------------------- tasks
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode)
-        self._freeze_prototypes()
-        self.show_labels()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.show_labels()
-
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
-        super().delete_adapter(adapter_name, new_active_adapters)
         self._labels.pop(adapter_name, None)
         self._stored_dtype.pop(adapter_name, None)
-        self.show_labels()
-
-    def merge(self, adapter_names: Any, safe_merge: bool = False) -> None:
-        super().merge(adapter_names)
-        self.show_labels()
-
-    def unmerge(self) -> None:
-        super().unmerge()
-        self.show_labels()
+        super().delete_adapter(adapter_name, new_active_adapters)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
@@ -115,8 +96,11 @@ class TaskHead(TaskModule):
         write_labels(self._owner[0], self._labels.get(names[0], self._base_labels) if names else self._base_labels)
         return module
 
-    def show_labels(self) -> None:
-        """Let the model's config name the classes of the head that is called."""
+    def changed(self) -> None:
+        """Let the model's config name the classes of the head that is called; prototypes are never trained."""
+        for module in self.modules_to_save.values():
+            if isinstance(module, PrototypeHead):
+                module.prototypes.requires_grad_(False)
         self._note_problem_type()
         self._write_labels()
 
@@ -159,11 +143,6 @@ class TaskHead(TaskModule):
 
     def _joined(self, parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
         return join_logits(parts, samples)
-
-    def _freeze_prototypes(self) -> None:
-        for module in self.modules_to_save.values():
-            if isinstance(module, PrototypeHead):
-                module.prototypes.requires_grad_(False)
 
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:
@@ -228,7 +207,7 @@ def task_head(model: nn.Module, name: str) -> TaskHead:
 
 def problem_type_of(model: nn.Module, adapter_name: str) -> str | None:
     """The kind of loss that a task's own classifier is trained with; None if it has none, or transformers is to guess."""
-    heads = (m for m in model.modules() if isinstance(m, TaskHead) and m.has_task(adapter_name))
+    heads = (head for head in task_heads(model) if head.has_task(adapter_name))
     return next((head.problem_type(adapter_name) for head in heads), None)
 
 
@@ -244,7 +223,7 @@ class HeadPart(TaskPart):
 
     def install(self, place: Place, pieces: list[PreparedHead]) -> None:
         for head in pieces:
-            task_head(place.model, head.name).put(place.adapter_name, head, place.active, place.inference_mode)
+            task_head(place.model, head.place).put(place.adapter_name, head, place.active, place.inference_mode)
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
         """None beside those of ``TaskHead``; a head that was replaced since is refused.
@@ -252,8 +231,7 @@ class HeadPart(TaskPart):
         Raises:
             RecastTargetError: if the task's head is no longer in the model.
         """
-        heads = [m for m in model.modules() if isinstance(m, TaskHead)]
-        if config.num_classes is not None and not any(head.has_task(adapter_name) for head in heads):
+        if config.num_classes is not None and not any(head.has_task(adapter_name) for head in task_heads(model)):
             raise RecastTargetError(
                 f"the head of task {adapter_name!r} ({config.num_classes} classes) is no longer in the model: another module "
                 "was put in its place after the conversion (reset_classifier, or an assignment), which belongs to no task and "

@@ -13,6 +13,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, unwrapped_module, without_numbers
 from ..planning.heads import head_names
+from .base import Piece
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
 HEAD_STD = 0.02  # standard deviation of a fresh head's weights
@@ -50,32 +51,22 @@ class Labels:
 
 
 @dataclass
-class PreparedHead:
+class PreparedHead(Piece):
     """A task's head, ready to be put in.
 
     Attributes:
-        name: name of the module in the plain model.
+        place: the module of the plain model whose place it takes.
         module: the new head.
         labels: labels of the task.
         stored_dtype: dtype in which the head is saved; None is the dtype it is trained in.
     """
 
-    name: str
+    place: str
     module: nn.Module
     labels: Labels
     stored_dtype: torch.dtype | None
 
-    @property
-    def place(self) -> str:
-        """The module of the plain model whose place it takes."""
-        return self.name
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is stored, by the names that the task file has."""
-        return {f"{self.name}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
-
     def num_parameters(self) -> int:
-        """The parameters that a task trains here."""
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
 

@@ -21,10 +21,11 @@ from ..errors import RecastTargetError
 from ..holders import Entry, module_entries
 from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.targets import find_targets
+from .base import Piece
 
 
 @dataclass(frozen=True)
-class LoraPlan:
+class LoraPlan(Piece):
     """The LoRA part to be.
 
     Attributes:
@@ -37,22 +38,15 @@ class LoraPlan:
     entry_shapes: dict[str, tuple[int, ...]] = field(repr=False)
     config: LoraConfig = field(repr=False)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its entries by the names that a task's file has."""
-        return self.entry_shapes
-
     @property
-    def place(self) -> str:
+    def place(self) -> str:  # type: ignore[override]
         """The first target module."""
         return self.targets[0]
 
-    def num_parameters(self) -> int:
-        """Parameters of the part."""
-        return self.num_numbers
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.entry_shapes
 
-    @property
-    def num_numbers(self) -> int:
-        """Numbers of the part."""
+    def num_parameters(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.entry_shapes.values())
 
 

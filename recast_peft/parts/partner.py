@@ -25,14 +25,14 @@ from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
 from ..options.partner import PARTNERS, PartnerConfig
 from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.heads import head_names
-from .base import Place, Request, TaskPart, device_and_dtype
+from .base import Piece, Place, Request, TaskPart, device_and_dtype
 from .places import places_of
 from .stacking import stack_around
 from .wrapper import TaskModule
 
 
 @dataclass
-class PreparedPartner:
+class PreparedPartner(Piece):
     """A task's partner at one place, ready to be put in.
 
     Attributes:
@@ -48,23 +48,14 @@ class PreparedPartner:
     fingerprint: str | None = None
 
     @property
-    def place(self) -> str:
+    def place(self) -> str:  # type: ignore[override]
         """The module of the plain model that it stands at."""
         return self.candidate.name
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its entries by the names that the task's file has."""
-        if self.config.acts_on == "weight":
-            return {
-                f"{self.place}.{RecastLayer.MASKS}.{key}": shape
-                for key, shape in self.config.stored_shapes(self.module).items()
-            }
-        prefix = entry_prefix(self.place, self.config.method)
+        is_mask = self.config.acts_on == "weight"
+        prefix = f"{self.place}.{RecastLayer.MASKS}" if is_mask else entry_prefix(self.place, self.config.method)
         return {f"{prefix}.{key}": shape for key, shape in self.config.stored_shapes(self.module).items()}
-
-    def num_parameters(self) -> int:
-        """The parameters that a task trains there."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
 
 
 def entry_prefix(place: str, method: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastTargetError
 from ..mimicry.features import device_of, evaluating
-from .head import TaskHead
+from .head import task_heads
 from .head_building import PrototypeHead
 
 
@@ -29,7 +29,7 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
         RecastTargetError: if the task has no prototypes or is not active, a label is none of its classes, or a class has
             no example.
     """
-    heads = [m for m in model.modules() if isinstance(m, TaskHead)]
+    heads = task_heads(model)
     name = adapter_name or (heads[0].active_adapters[0] if heads and heads[0].active_adapters else None)
     head = heads[0].modules_to_save[name] if heads and name is not None and name in heads[0].modules_to_save else None
     if not isinstance(head, PrototypeHead):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..holders import plain_modules, put_at, unwrapped_module
-from .base import Place, Request, TaskPart
+from .base import Piece, Place, Request, TaskPart
 from .wrapper import TaskModule
 
 
 @dataclass(frozen=True)
-class SavedModule:
+class SavedModule(Piece):
     """A module of the model of which a task gets a copy.
 
     Attributes:
@@ -26,14 +26,6 @@ class SavedModule:
 
     place: str
     module: nn.Module
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its entries by the names that a task's file has."""
-        return {f"{self.place}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
-
-    def num_parameters(self) -> int:
-        """The parameters that a task trains there."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
 
 
 class SavedPart(TaskPart):

@@ -75,6 +75,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in owners and not inference_mode)
         self._active_adapter = names
+        self.changed()
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """Asked by PEFT before it activates tasks: the one that has a module here; unlike PEFT's, none may be activated."""
@@ -97,6 +98,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
                 parameter.requires_grad_(True)
             self._trainable = []
         self._disable_adapters = not enabled
+        self.changed()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         """Delete a task's module; which task is active next says the model's own verb."""
@@ -104,14 +106,20 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
             self._adapters.discard(adapter_name)
             del self.modules_to_save[adapter_name]
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
+        self.changed()
 
     def merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
         """Call the named tasks' module while they are merged, whichever task is active."""
         self._merged = list(adapter_names)
+        self.changed()
 
     def unmerge(self) -> None:
         """Call the active task's module again."""
         self._merged = None
+        self.changed()
+
+    def changed(self) -> None:
+        """Called after another module may be the one that is called."""
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]

@@ -26,9 +26,8 @@ class LoraPart(Protocol):
     def targets(self) -> tuple[str, ...]:
         """Names of its target modules."""
 
-    @property
-    def num_numbers(self) -> int:
-        """Numbers of the part."""
+    def num_parameters(self) -> int:
+        """The parameters that a task trains in it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class RecastPlan:
     @property
     def num_lora_numbers(self) -> int:
         """Numbers of the task's LoRA part."""
-        return 0 if self.lora is None else self.lora.num_numbers
+        return 0 if self.lora is None else self.lora.num_parameters()
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -132,10 +132,10 @@ class HeadKinds:
     def kind_of(self, head: PreparedHead) -> HeadKind:
         """What a classifier is."""
         state = head.module.state_dict()
-        key = (head.name, str(head.module), tuple((k, tuple(v.shape), v.dtype) for k, v in state.items()))
+        key = (head.place, str(head.module), tuple((k, tuple(v.shape), v.dtype) for k, v in state.items()))
         if key not in self._kinds:
             empty = copy.deepcopy(head.module).to("meta").requires_grad_(False)
-            self._kinds[key] = HeadKind(head.name, empty, tuple(state), tuple(v.dtype for v in state.values()))
+            self._kinds[key] = HeadKind(head.place, empty, tuple(state), tuple(v.dtype for v in state.values()))
         return self._kinds[key]
 
     def kept(self, value: Tensor, stored_dtype: torch.dtype | None) -> Tensor:

@@ -62,7 +62,7 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     shapes = {} if head is None else head.shapes()
     values = layout.row_of(f"the task at {str(source)!r}", entries, shapes, bias_config(config) is not None)
     if head is not None:
-        prefix = f"{MODEL_PREFIX}{head.name}."
+        prefix = f"{MODEL_PREFIX}{head.place}."
         head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})
         head.module.requires_grad_(False)
     return values, head

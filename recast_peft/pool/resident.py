@@ -122,7 +122,7 @@ class ResidentTasks(TaskTable):
     def _stored(self, head: Any) -> StoredHead | None:
         if head is None:
             return None
-        self._make_place_for(head.name)
+        self._make_place_for(head.place)
         with self.lock:
             return self._kinds.stored(head)
 
@@ -173,7 +173,7 @@ class ResidentTasks(TaskTable):
             read = read_folder(self._layout, self._configs, folder)
             for _, _, head in read:
                 if head is not None:
-                    self._make_place_for(head.name)
+                    self._make_place_for(head.place)
             with self.lock:
                 names = [name for name, _, _ in read]
                 heads = {i: self._kinds.stored(head) for i, (_, _, head) in enumerate(read) if head is not None}

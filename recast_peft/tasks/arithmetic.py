@@ -283,4 +283,4 @@ def add_combined(
         raise
     write_row(model, adapter_name, row)
     if head is not None:
-        task_head(model, head.name).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())
+        task_head(model, head.place).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())
