@@ -22,7 +22,7 @@ from .hub.peft_models import with_task_verbs
 from .hub.task_files import task_entries
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
-from .names import check_adapter_name, plain_name
+from .names import MODEL_PREFIX, check_adapter_name, plain_name
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together
 
@@ -60,6 +60,15 @@ def get_recast_model(
             "model.load_adapter(path, name), or get the plain model back with model.unload()"
         )
     return with_task_verbs(get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs))
+
+
+def with_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PeftModel:
+    """A model with one more task, which is active: a plain model is converted, one with tasks is used as it is."""
+    if not isinstance(model, PeftModel):
+        return get_recast_model(model, config, adapter_name)
+    model.add_adapter(adapter_name, config)
+    model.set_adapter(adapter_name)
+    return model
 
 
 class AutoRecastModel:
@@ -170,7 +179,7 @@ def _uncovered(missing: list[str], folder: str) -> list[str]:
     """Parameters that no checkpoint gave and that the task does not bring either."""
     if not missing:
         return []
-    brought = {plain_name(key.removeprefix("base_model.model.")) for key in task_entries(folder)}
+    brought = {plain_name(key.removeprefix(MODEL_PREFIX)) for key in task_entries(folder)}
     owners = {key.rpartition(".")[0] for key in brought}
     return [key for key in missing if key not in brought and key.rpartition(".")[0] not in owners]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RecastSequenceError
+from ..planning.table import aligned
 from .metrics import average_accuracy, average_incremental_accuracy, backward_transfer, forgetting, forward_transfer
 
 
@@ -84,11 +85,7 @@ class AccuracyMatrix:
         if not np.isnan(self.baseline).all():
             rows.append(["before", *(self._cell(value, digits) for value in self.baseline)])
         rows += [[f"after {n}", *(self._cell(v, digits) for v in row)] for n, row in zip(self.tasks, self.values, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows)
         lines += [f"{name.replace('_', ' ')}: {value:+.{digits}f}" for name, value in self.summary().items()]
         return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..auto import get_recast_model
+from ..auto import with_task
 from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastSequenceError
@@ -217,11 +217,7 @@ def _add_task(
         own.partners = [*others, BiasConfig(bank=bank)]
     elif bank is not None:
         own.bank = bank  # type: ignore[assignment]
-    if not isinstance(model, PeftModel):
-        return get_recast_model(model, own, adapter_name=name)
-    model.add_adapter(name, own)
-    model.set_adapter(name)
-    return model
+    return with_task(model, own, name)
 
 
 def _bias_bank_in(config: RecastConfig) -> Any:

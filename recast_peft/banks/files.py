@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..composition.fingerprint import same_weight
 from ..errors import RecastBankError, RecastError, RecastHubError, RecastLoadError
 from ..storage.atomic import locked, write_json
 from ..storage.json_reader import Fields, parse_json, read_json
@@ -112,6 +113,25 @@ class StoredBank:
                     history=self.history[:place],
                 )
         return None
+
+    def check_base(self, member: str, fingerprint: str, error: type[RecastError] = RecastBankError) -> None:
+        """Refuse a model that is not the one that the bank was made for.
+
+        Args:
+            member: a module of the bank.
+            fingerprint: that of the module in the model.
+            error: what is raised.
+
+        Raises:
+            RecastBankError: (or ``error``) naming the module, with both fingerprints.
+        """
+        if not same_weight(self.base_fingerprint[member], fingerprint):
+            kind = "biases" if self.is_of_biases else "weights"
+            raise error(
+                f"the bank {self.name or 'in memory'} was made for other pretrained {kind}; {member} differs\n"
+                f"  fingerprint in the bank:  {self.base_fingerprint[member]}\n  fingerprint of the model: {fingerprint}\n"
+                f"Load the model that the bank was made for, or make a bank for this one."
+            )
 
     def save(self, path: str | Path) -> StoredBank:
         """Write the bank file into a folder; a bank that is there is replaced in one step.

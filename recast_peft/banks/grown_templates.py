@@ -135,20 +135,32 @@ def principal_components(
     if not moves:
         tensors = _tensors_of(torch.zeros((0, *shape)), rank, dtype)
         return GrownTemplates(tensors, tuple(shape), plain)
-    gram = gram_matrix(moves)  # (vectors, vectors)
+    mix = principal_mix(gram_matrix(moves), count)
+    flat = torch.stack([move.reshape(-1) for move in moves]).double()
+    templates = (mix.T @ flat.cpu()).float().reshape(-1, *shape)
+    tensors = _tensors_of(templates, rank, dtype)
+    grown = GrownTemplates(tensors, tuple(shape), plain)
+    return replace(grown, energy=energy_kept(moves, grown))
+
+
+def principal_mix(gram: Tensor, count: int | None) -> Tensor:
+    """How vectors are mixed to their principal components, each of the root mean square norm of the vectors.
+
+    Args:
+        gram: inner products ``(vectors, vectors)`` in float64.
+        count: components at most; None takes all that are more than rounding.
+
+    Returns:
+        ``(vectors, components)``, the largest component first.
+    """
     values, mix = torch.linalg.eigh(gram)
     values, mix = values.flip(0), mix.flip(1)
     kept = int((values > NEGLIGIBLE * values.sum()).sum())
     kept = min(kept, count or kept)
-    size = (values.sum() / len(moves)).sqrt()  # the root mean square norm of the task vectors
+    size = (values.sum() / len(gram)).sqrt()
     # the sign of a component is free: its largest share is positive
     signs = torch.gather(mix, 0, mix.abs().argmax(0, keepdim=True)).sign()[0]
-    scale = (signs * size / values.clamp_min(1e-300).sqrt())[:kept]
-    flat = torch.stack([move.reshape(-1) for move in moves]).double()
-    templates = ((mix[:, :kept] * scale).T @ flat.cpu()).float().reshape(kept, *shape)
-    tensors = _tensors_of(templates, rank, dtype)
-    grown = GrownTemplates(tensors, tuple(shape), plain)
-    return replace(grown, energy=energy_kept(moves, grown))
+    return mix[:, :kept] * (signs * size / values.clamp_min(1e-300).sqrt())[:kept]
 
 
 def _tensors_of(templates: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -183,17 +183,14 @@ LINEAR = LayerKind(
     is_read_lazily=True,
 )
 
-TRANSPOSED_LINEAR = LayerKind(
+TRANSPOSED_LINEAR = replace(
+    LINEAR,
     name="transposed linear",
     classes=(Conv1D,),
     widths=("nx", "nf"),
     call=_transposed_linear,
     gradients=_TransposedLinearGradients(),
-    rows=_rows_of_linear,
     is_transposed=True,
-    takes_low_rank=True,
-    takes_lora=lambda module: True,
-    is_read_lazily=True,
 )
 
 CONVOLUTION = LayerKind(

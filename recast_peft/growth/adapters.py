@@ -27,9 +27,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..auto import get_recast_model
+from ..auto import with_task
 from ..banks.files import StoredBank, StoredGroup
-from ..banks.grown_templates import NEGLIGIBLE, GrownTemplates
+from ..banks.grown_templates import GrownTemplates, principal_mix
 from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
@@ -89,11 +89,7 @@ class CompressedAdapters:
             raise RecastConfigError(f"the model has a task {taken[0]!r} already: delete_adapter first")
         for name, numbers in self.coefficients.items():
             config = RecastConfig(bank=bank)  # type: ignore[arg-type]
-            if isinstance(model, PeftModel):
-                model.add_adapter(name, config)
-                model.set_adapter(name)
-            else:
-                model = get_recast_model(model, config, name)
+            model = with_task(model, config, name)
             with torch.no_grad():
                 for module, layer in recast_layers(model).items():
                     if name in layer.recast_coefficients:
@@ -195,18 +191,13 @@ def _fitted(
     planned: PlannedGroup, moves: Sequence[Pair], count: int, rank: int
 ) -> tuple[GrownTemplates, list[Tensor], list[float]]:
     """Templates of one group, and for each move its coefficients and the squared norm that they give."""
-    values, mix = torch.linalg.eigh(_inner_products(moves, moves))
-    values, mix = values.flip(0), mix.flip(1)
-    total = float(values.clamp_min(0).sum())
-    count = min(count, int((values > NEGLIGIBLE * total).sum()))
-    size = (total / len(moves)) ** 0.5  # the root mean square norm of the moves: a template is as large
-    signs = torch.gather(mix, 0, mix.abs().argmax(0, keepdim=True)).sign()[0]
-    weights = (mix * signs)[:, :count] * size / values[:count].clamp_min(1e-300).sqrt()
-    templates = _rounded(moves, weights, rank)
+    gram = _inner_products(moves, moves)
+    total = float(gram.trace())
+    templates = _rounded(moves, principal_mix(gram, count), rank)
     own = _inner_products(templates, templates)  # (templates, templates)
     seen = _inner_products(templates, moves)  # (templates, moves)
     shares = []
-    for first in range(1, count + 1):
+    for first in range(1, len(templates) + 1):
         best = torch.linalg.lstsq(own[:first, :first], seen[:first], driver="gelsd").solution
         shares.append(float((best * seen[:first]).sum()) / total)
     numbers = torch.linalg.lstsq(own, seen, driver="gelsd").solution
@@ -350,14 +341,11 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
             raise RecastBankError(
                 f"the adapter {name!r} does not fit the model at {module}\n  adapter: {given}\n  model:   {wanted}"
             )
-        size += sum(p.numel() * p.element_size() for p in map(_weight_of, (layer.lora_A[adapter], layer.lora_B[adapter])))
+        both: Any = (layer.lora_A[adapter], layer.lora_B[adapter])
+        size += sum(part.weight.numel() * part.weight.element_size() for part in both)
         if layer.lora_B[adapter].bias is not None:
             beside.append(f"the bias of {module}")
     return {module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside)
-
-
-def _weight_of(part: Any) -> Tensor:
-    return part.weight
 
 
 def _pair(layer: Any, adapter: str) -> Pair:

@@ -20,7 +20,7 @@ from ..composition.kinds import kind_of
 from ..errors import RecastBankError
 from ..names import bank_name, block_of, role_of
 from ..parts import BiasConfig
-from ..parts.bias import bias_of, check_bias
+from ..parts.bias import bias_of
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
@@ -85,9 +85,7 @@ def grow_bias_bank(
     return StoredBank(groups, fingerprints, made)
 
 
-def bias_moves(
-    groups: Mapping[str, StoredGroup], model: nn.Module, sources: Sequence[Source], fingerprints: Mapping[str, str]
-) -> dict[str, list[Tensor]]:
+def bias_moves(bank: StoredBank, model: nn.Module, sources: Sequence[Source]) -> dict[str, list[Tensor]]:
     """How far sources moved the biases of a bank's groups: by group the task vectors that are not zero.
 
     Raises:
@@ -95,13 +93,12 @@ def bias_moves(
     """
     places = {candidate.name: candidate for candidate in find_candidates(model)}
     biases = {}
-    for group in groups.values():
+    for group in bank.groups.values():
         for member, width in zip(group.members, group.widths or (), strict=True):
-            bias = bias_of(places, member, width)
-            check_bias(member, bias, fingerprints[member])
-            biases[member] = bias
+            biases[member] = bias_of(places, member, width)
+            bank.check_base(member, weight_fingerprint(biases[member]))
     vectors = [_moves(model, source, biases) for source in sources]
-    return {name: _joined(group.members, group.widths or (), vectors) for name, group in groups.items()}
+    return {name: _joined(group.members, group.widths or (), vectors) for name, group in bank.groups.items()}
 
 
 def bias_places(model: nn.Module, target_modules: Sequence[str] | str | None = None) -> list[Candidate]:

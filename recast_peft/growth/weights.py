@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
-from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
@@ -97,18 +97,13 @@ def extend_bank(
     """
     check_sources(sources, num_templates=num_templates)
     if bank.is_of_biases:
-        return _next_version(bank, bias_moves(bank.groups, model, sources, bank.base_fingerprint), sources, num_templates)
+        return _next_version(bank, bias_moves(bank, model, sources), sources, num_templates)
     if not any(group.grown is not None for group in bank.groups.values()):
         raise RecastBankError("extend_bank needs a bank that grow_bank made; this one has no grown templates")
     config = RecastConfig(groups={name: list(group.members) for name, group in bank.groups.items()})
     targets = {target.name: target for target in plan_recast(model, config).candidates}
-    for name, fingerprint in bank.base_fingerprint.items():
-        if not same_weight(fingerprint, weight_fingerprint(targets[name].weight)):
-            raise RecastBankError(
-                f"the bank {bank.name or 'in memory'} was made for other pretrained weights; {name} differs\n"
-                f"  fingerprint in the bank:  {fingerprint}\n"
-                f"  fingerprint of the model: {weight_fingerprint(targets[name].weight)}"
-            )
+    for name in bank.base_fingerprint:
+        bank.check_base(name, weight_fingerprint(targets[name].weight))
     vectors = [task_vectors(model, source, targets) for source in sources]
     moves = {name: _moves_of(group.members, vectors) for name, group in bank.groups.items()}
     return _next_version(bank, moves, sources, num_templates)

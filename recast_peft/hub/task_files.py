@@ -72,7 +72,13 @@ def task_entries(folder: str | os.PathLike) -> dict[str, int]:
     file = numbers_file(Path(folder))
     if file is None:
         raise RecastLoadError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: it is no saved task")
-    return _entry_sizes(file)
+    if file.name == SAFETENSORS_WEIGHTS_NAME:
+        return {key: torch.Size(shape).numel() for key, shape in read_shapes(file).items()}
+    try:
+        entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return {str(key): value.numel() for key, value in entries.items()}
+    except Exception as error:  # pickle has a kind of error for each kind of damage
+        raise RecastLoadError(f"{file} is damaged or incomplete: {error}\nNothing was loaded; fetch it again.") from error
 
 
 def task_sizes(folder: Path) -> TaskSizes:
@@ -95,21 +101,6 @@ def task_sizes(folder: Path) -> TaskSizes:
     if not read_task_config(folder).get("train_coefficients", True):
         coefficients = 0  # they are there, at zero
     return TaskSizes(coefficients, lora, partners, others, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
-
-
-def _entry_sizes(file: Path) -> dict[str, int]:
-    """How many numbers each entry of a file has; the numbers themselves are not read from a safetensors file.
-
-    Raises:
-        RecastLoadError: if the file is damaged.
-    """
-    if file.name == SAFETENSORS_WEIGHTS_NAME:
-        return {key: torch.Size(shape).numel() for key, shape in read_shapes(file).items()}
-    try:
-        entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return {str(key): value.numel() for key, value in entries.items()}
-    except Exception as error:  # pickle has a kind of error for each kind of damage
-        raise RecastLoadError(f"{file} is damaged or incomplete: {error}\nNothing was loaded; fetch it again.") from error
 
 
 def read_task_config(folder: Path) -> Fields:

@@ -50,14 +50,11 @@ class AutoEncoder(MimicryMethod):
         self.check_counts("hidden_size", "features", "steps")
         self.check("learning_rate", self.learning_rate > 0, "a number above 0")
 
+    @torch.enable_grad()
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
     ) -> FittedTemplates:
         """Train one bank; see :meth:`MimicryMethod.fit`."""
-        with torch.enable_grad():
-            return self._fit(weights, num_templates, label)
-
-    def _fit(self, weights: Sequence[Tensor], num_templates: int, label: str) -> FittedTemplates:
         target = flatten(weights)  # (layers, numbers)
         generator = local_generator(self.seed, label, target.device)
         seen = F.adaptive_avg_pool1d(target[:, None], min(self.features, target.shape[1]))[:, 0]  # (layers, features)

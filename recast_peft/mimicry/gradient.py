@@ -89,14 +89,11 @@ class Gradient(MimicryMethod):
             raise RecastConfigError(f"Gradient.paper({backbone!r}): expected one of {', '.join(PAPER)}")
         return cls(**{**PAPER[backbone], **options})
 
+    @torch.enable_grad()
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
     ) -> FittedTemplates:
         """Train one bank; see :meth:`MimicryMethod.fit`."""
-        with torch.enable_grad():
-            return self._fit(weights, num_templates, label)
-
-    def _fit(self, weights: Sequence[Tensor], num_templates: int, label: str) -> FittedTemplates:
         target = flatten(weights)  # (layers, numbers)
         generator = local_generator(self.seed, label, target.device)
         templates, sets = self._begin(weights, target, num_templates, generator)

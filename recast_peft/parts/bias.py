@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..banks.files import StoredBank
-from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError, RecastConfigError
 from ..options.checks import bank
@@ -230,17 +229,3 @@ def bias_of(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
             f"the bank of biases does not fit the model at {member}\n  bank:  {width} numbers\n  model: {has}"
         )
     return bias
-
-
-def check_bias(member: str, bias: Tensor, fingerprint: str) -> None:
-    """Refuse a bias that is not the one that a bank was made for.
-
-    Raises:
-        RecastBankError: naming the module.
-    """
-    own = weight_fingerprint(bias)
-    if not same_weight(fingerprint, own):
-        raise RecastBankError(
-            f"the bank was made for other pretrained biases; {member} differs\n"
-            f"  fingerprint in the bank:  {fingerprint}\n  fingerprint of the model: {own}"
-        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..banks.files import StoredBank, find_bank
+from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import kind_of
 from ..composition.mixed_batch import MixedBatch, current_batch
 from ..config import RecastConfig
@@ -19,7 +20,7 @@ from ..options.partner import PartnerConfig
 from ..options.record import bank_to_use
 from ..planning.candidates import Candidate
 from .base import Request, device_and_dtype
-from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, check_bias, scaled_by
+from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix, partner_holders
 
 HOW_TO_GIVE = (
@@ -254,7 +255,7 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
                 scale = bias_of(places, member, templates.shape[1])
                 kept = held[norm].pretrained_scale_of_norm() if norm in held else scale
                 if not request.counting and not kept.is_meta:
-                    check_bias(member, kept, bank.base_fingerprint[member])
+                    bank.check_base(member, weight_fingerprint(kept))
                 scales[norm] = templates
         for member, templates in group.biases().items():
             if scaled_by(member, places) is not None:
@@ -265,7 +266,7 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
                 raise RecastTargetError(f"partner bias cannot stand at {member}, which its bank names: {refusal}")
             pretrained = held[member].pretrained() if member in held else bias
             if not request.counting and not pretrained.is_meta:
-                check_bias(member, pretrained, bank.base_fingerprint[member])
+                bank.check_base(member, weight_fingerprint(pretrained))
             like = device_and_dtype(request.model, places[member].module, request.counting)
             channels = channels_of(places[member].module)
             assert channels is not None

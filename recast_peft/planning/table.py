@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as text: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    """Cells as text, with a line below the header."""
+    first, *others = aligned([header, *rows])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join([first, "  ".join("-" * width for width in widths), *others])
 
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join((first, *rest)).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import current_batch
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import plain_modules
+from ..mimicry.features import evaluating
 from ..model import RecastModel
 from ..parts.head_building import find_head
 
@@ -65,12 +66,9 @@ def _head(model: nn.Module, name: str | None) -> nn.Module | None:
 @contextmanager
 def _in_evaluation_mode(tuner: RecastModel) -> Iterator[None]:
     """A call in evaluation mode; where a module is in training mode no other call runs beside it."""
-    training = [module for module in tuner.model.modules() if module.training]
-    with tuner.calls.change() if training else tuner.calls.call():
-        for module in training:
-            module.training = False
-        try:
+    if any(module.training for module in tuner.model.modules()):
+        with tuner.calls.change(), evaluating(tuner.model):
             yield
-        finally:
-            for module in training:
-                module.training = True
+    else:
+        with tuner.calls.call():
+            yield

@@ -139,9 +139,8 @@ class ResidentTasks(TaskTable):
         adapter_name: str,
         combination_type: str = "linear",
         *,
-        density: float | None = None,
-        majority_sign_method: str = "total",
         heads: str | None = None,
+        **options: Any,
     ) -> int:
         """Put in a weighted combination of tasks of the pool; the arguments are those of ``RecastModel.add_weighted_adapter``.
 
@@ -151,14 +150,14 @@ class ResidentTasks(TaskTable):
         Raises:
             RecastConfigError: if an argument cannot be used; the pool is left as it was.
         """
-        check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
+        check_combination(adapters, weights, combination_type, heads=heads, **options)
         with torch.inference_mode(False), torch.no_grad():
             with self.lock:
                 rows = {name: self.row(name) for name in adapters}
                 stored = {name: self._heads.get(row) for name, row in rows.items()}
                 prepared = {name: None if head is None else head.prepared() for name, head in stored.items()}
                 numbers = [self.table.detach()[row].clone() for row in rows.values()]
-            values = combine_rows(numbers, weights, combination_type, density, majority_sign_method)
+            values = combine_rows(numbers, weights, combination_type, **options)
             head = combine_heads(prepared, weights, heads)
             self.check_new_name(adapter_name)
             return self.add_row(adapter_name, values, self._stored(head))

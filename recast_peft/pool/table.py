@@ -152,11 +152,7 @@ class TaskTable:
         check_finite(name, values, head)
         with self.lock:
             self.check_new_name(name)
-            row = self._free.pop() if self._free else self._new_rows(1)
-            with torch.no_grad():
-                self.table[row] = values.to(self.table.device)
-            self._occupy(row, name, head)
-        return row
+            return self._put(name, values, head)
 
     def replace_row(self, name: str, values: Tensor, head: StoredHead | None = None) -> int:
         """Put a task in the place of one of the same name, in one step; calls that hold the former end with it.
@@ -170,11 +166,15 @@ class TaskTable:
         check_finite(name, values, head)
         with self.lock:
             former = self.row(name)
-            row = self._free.pop() if self._free else self._new_rows(1)
-            with torch.no_grad():
-                self.table[row] = values.to(self.table.device)
-            self._occupy(row, name, head)  # who asks for the name meanwhile gets the one or the other
+            row = self._put(name, values, head)  # who asks for the name meanwhile gets the one or the other
             self._vacate(former)
+        return row
+
+    def _put(self, name: str, values: Tensor, head: StoredHead | None) -> int:
+        row = self._free.pop() if self._free else self._new_rows(1)
+        with torch.no_grad():
+            self.table[row] = values.to(self.table.device)
+        self._occupy(row, name, head)
         return row
 
     def add_rows(self, names: Sequence[str], values: Tensor, heads: dict[int, StoredHead]) -> int:

@@ -206,11 +206,8 @@ def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) ->
 def _members(bank: Any) -> str:
     if bank is None:
         return "no bank"
-    return (
-        f"{bank.num_templates} templates of {', '.join(bank.members)}"
-        if isinstance(bank, TemplateBank)
-        else "templates of biases"
-    )
+    is_of_weights = isinstance(bank, TemplateBank)
+    return f"{bank.num_templates} templates of {', '.join(bank.members)}" if is_of_weights else "templates of biases"
 
 
 def task_coefficients(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
@@ -244,17 +241,10 @@ def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:
 
 
 def add_combined(
-    tuner: Any,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: str,
-    heads: str | None,
+    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, heads: str | None, **options: Any
 ) -> None:
     """Put a combined task on a model; see ``RecastModel.add_weighted_adapter`` for the arguments and what is raised."""
-    check_combination(adapters, weights, combination_type, density, majority_sign_method, heads)
+    check_combination(adapters, weights, heads=heads, **options)
     known = {name: config for name, config in tuner.peft_config.items() if isinstance(config, RecastConfig)}
     unknown = [name for name in adapters if name not in known]
     if unknown or adapter_name in tuner.peft_config:
@@ -264,7 +254,7 @@ def add_combined(
     configs = {name: known[name] for name in adapters}
     check_combinable(model, configs)
     head = combine_heads({name: head_of_adapter(model, name) for name in adapters}, weights, heads)
-    row = combine_rows([task_row(model, name) for name in adapters], weights, combination_type, density, majority_sign_method)
+    row = combine_rows([task_row(model, name) for name in adapters], weights, **options)
     sharing = {config.coefficient_sharing for config in configs.values()}
     first = configs[adapters[0]]
     config = first.layout(

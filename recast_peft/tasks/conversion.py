@@ -42,9 +42,8 @@ class PreparedLayer:
 
     Attributes:
         layer: new, or the one that is there already.
-        parent: the plain module that holds the target.
-        child_name: the target's name in it.
-        original: what stands there before.
+        parent: the module that holds the target, or the layer that is there already.
+        child_name: its name in it.
         visible_key: the module name at which PEFT's loop comes by.
         bank: bank of the new task.
     """
@@ -52,7 +51,6 @@ class PreparedLayer:
     layer: RecastLayer
     parent: nn.Module
     child_name: str
-    original: nn.Module
     visible_key: str
     bank: TemplateBank | None = None
 
@@ -74,13 +72,10 @@ class PreparedLayer:
         setattr(self.parent, self.child_name, self.layer)
 
 
-def _existing(target: Candidate) -> RecastLayer | None:
-    return composed_layer(target.visible)
-
-
 def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:
     """Refuse a task name that the targets have already."""
-    taken = [t.name for t in targets if (layer := _existing(t)) is not None and adapter_name in layer.recast_coefficients]
+    layers = {target.name: composed_layer(target.visible) for target in targets}
+    taken = [name for name, layer in layers.items() if layer is not None and adapter_name in layer.recast_coefficients]
     if taken:
         raise RecastConfigError(
             f"the model is converted already and has a task {adapter_name!r} (on {taken[0]} and {len(taken) - 1} other "
@@ -92,7 +87,7 @@ def base_fingerprints(targets: list[Candidate]) -> dict[str, str]:
     """Fingerprints of the targets' pretrained weights by module name."""
     result = {}
     for target in targets:
-        layer = _existing(target)
+        layer = composed_layer(target.visible)
         if layer is not None:
             result[target.name] = layer.fingerprint
         else:  # a placeholder for a weight that a stored bank stands for says whose place it holds
@@ -149,29 +144,17 @@ def prepare_layers(targets: list[Candidate], fingerprints: dict[str, str]) -> di
     """Make a layer for every target that has none; the model is not touched."""
     prepared = {}
     for target in targets:
-        layer = _existing(target)
-        parent = target.path[-1][1]
-        child_name = target.slot
-        original = target.visible
-        new = layer is None
+        layer, parent, child_name = composed_layer(target.visible), target.path[-1][1], target.slot
         if layer is None:
             assert target.weight_name is not None
             layer = RecastLayer(target.visible, target.name, target.weight_name, fingerprints[target.name])
             layer.train(target.visible.training)
             stack_around(layer, target.visible)
-        prepared[target.name] = PreparedLayer(layer, parent, child_name, original if new else layer, _visible_key(target), None)
-        if not new:
-            prepared[target.name].child_name = _holder(parent, child_name, layer)[1]
-            prepared[target.name].parent = _holder(parent, child_name, layer)[0]
+        else:
+            while getattr(parent, child_name) is not layer:  # another tuner's layer stands around it
+                parent, child_name = getattr(parent, child_name), "base_layer"
+        prepared[target.name] = PreparedLayer(layer, parent, child_name, _visible_key(target))
     return prepared
-
-
-def _holder(parent: nn.Module, child_name: str, layer: RecastLayer) -> tuple[nn.Module, str]:
-    """The module that holds an existing layer directly (another tuner's layer may stand around it)."""
-    holder, name = parent, child_name
-    while getattr(holder, name) is not layer:
-        holder, name = getattr(holder, name), "base_layer"
-    return holder, name
 
 
 def _visible_key(target: Candidate) -> str:
@@ -188,18 +171,17 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
 
     What takes long or can fail happens here; the templates of recipes are built later, one group after the other.
     """
-    _check_bank_base(plan, prepared)
+    if plan.bank is not None:
+        for name in (name for name in prepared if name in plan.bank.base_fingerprint):
+            plan.bank.check_base(name, prepared[name].layer.fingerprint, RecastBaseMismatchError)
     new: list[TemplateBank] = []
     fitted: dict[str, FittedTemplates] = {}
     for group in plan.groups:
         layers = [prepared[name].layer for name in group.members]
-        if group.is_grown:
-            _prepare_grown(group, plan.bank, layers, prepared, new)
-            continue
-        bank = _bank_in_use(group, config, layers)
+        bank = _grown_bank(group, plan.bank, layers, new) if group.is_grown else _bank_in_use(group, config, layers)
         if bank is None:
-            found = _found_templates(group, plan, config, layers)
             stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
+            found = _found_templates(group, stored_group, config, layers)
             recipe = found if isinstance(found, Recipe) else stored_group.recipe if stored_group is not None else None
             if isinstance(found, FittedTemplates):
                 fitted[group.name] = found
@@ -215,14 +197,10 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
     return new
 
 
-def _prepare_grown(
-    group: PlannedGroup,
-    stored: StoredBank | None,
-    layers: list[RecastLayer],
-    prepared: dict[str, PreparedLayer],
-    new: list[TemplateBank],
-) -> None:
-    """Give the layers of a group their grown bank, the one of an earlier task where there is one."""
+def _grown_bank(
+    group: PlannedGroup, stored: StoredBank | None, layers: list[RecastLayer], new: list[TemplateBank]
+) -> GrownBank:
+    """The grown bank of a group, that of an earlier task where there is one; another is added to the new ones."""
     assert stored is not None
     released = [layer.module_name for layer in layers if layer.is_compressed]
     if released:
@@ -233,17 +211,14 @@ def _prepare_grown(
     held = [bank for layer in layers for bank in layer.recast_bank.values() if isinstance(bank, GrownBank)]
     same = [bank for bank in held if bank.members == group.members and bank.fingerprint == stored.fingerprint]
     if same:
-        bank = same[0]
-    else:
-        grown = stored.groups[group.name].grown
-        assert grown is not None
-        # one dictionary for all banks of a file, so that they learn its name together
-        references = (b.stored for b in new if b.stored is not None)
-        reference = next(references, None) or stored.reference
-        bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history, stored.mimicry)
-        new.append(bank)
-    for name in group.members:
-        prepared[name].bank = bank
+        return same[0]
+    grown = stored.groups[group.name].grown
+    assert grown is not None
+    # one dictionary for all banks of a file, so that they learn its name together
+    reference = next((b.stored for b in new if b.stored is not None), None) or stored.reference
+    bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history, stored.mimicry)
+    new.append(bank)
+    return bank
 
 
 def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:
@@ -262,19 +237,6 @@ def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: R
         )
 
 
-def _check_bank_base(plan: RecastPlan, prepared: dict[str, PreparedLayer]) -> None:
-    """Refuse a stored bank that stands for other pretrained weights."""
-    recorded = {} if plan.bank is None else plan.bank.base_fingerprint
-    for name, layer in ((name, p.layer) for name, p in prepared.items()):
-        if name in recorded and not same_weight(recorded[name], layer.fingerprint):
-            assert plan.bank is not None
-            raise RecastBaseMismatchError(
-                f"the template bank {plan.bank.name or 'in memory'} was made for other pretrained weights; {name} differs\n"
-                f"  fingerprint in the bank:  {recorded[name]}\n  fingerprint of the model: {layer.fingerprint}\n"
-                "Load the weights that the bank was made for, or make a bank for these with fit_bank."
-            )
-
-
 def share_coefficients(model: nn.Module, adapter_name: str, owners: dict[str, str]) -> None:
     """Let layers of a task use the coefficients of their owners: one parameter in several layers.
 
@@ -290,10 +252,9 @@ def share_coefficients(model: nn.Module, adapter_name: str, owners: dict[str, st
 
 
 def _found_templates(
-    group: PlannedGroup, plan: RecastPlan, config: RecastConfig, layers: list[RecastLayer]
+    group: PlannedGroup, stored_group: StoredGroup | None, config: RecastConfig, layers: list[RecastLayer]
 ) -> Recipe | FittedTemplates | None:
     """What makes a group's templates: a stored bank, a stored recipe, or the mimicry method; None for an exact bank."""
-    stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
     if stored_group is not None and stored_group.templates is not None:
         assert stored_group.base is not None
         return FittedTemplates(stored_group.templates, stored_group.base)

@@ -168,8 +168,8 @@ class TaskVerbs:
             RecastConfigError: if an argument cannot be used, a task is unknown or owns parts that cannot be combined.
             RecastBankError: if the tasks are on different banks.
         """
-        chosen = (combination_type, density, majority_sign_method, heads)
-        add_combined(self, adapters, weights, adapter_name, *chosen)
+        options = {"density": density, "majority_sign_method": majority_sign_method}
+        add_combined(self, adapters, weights, adapter_name, heads, combination_type=combination_type, **options)
 
     # ---------------------------------------------------------------- files
 
