@@ -104,6 +104,17 @@ class MixedBatch:
             self._indices[key] = torch.tensor(samples, device=device)
         return self._indices[key]
 
+    def taken(self, x: Tensor, samples: Sequence[int]) -> Tensor:
+        """Samples ``(samples, ...)`` of a tensor; a view of it where they lie side by side."""
+        place = self.side_by_side(samples)
+        return x[self.index(samples, x.device)] if place is None else x[place]
+
+    @staticmethod
+    def side_by_side(samples: Sequence[int]) -> slice | None:
+        """Where samples lie if each comes right after the one before; None if they do not."""
+        first = samples[0]
+        return slice(first, first + len(samples)) if [*samples] == [*range(first, first + len(samples))] else None
+
     def offsets(self, module_name: str, samples: int) -> Tensor | None:
         """The offsets ``(samples, templates)`` of a target module; None if the pool's tasks leave it alone."""
         assert self.pool is not None

@@ -6,7 +6,7 @@ task that occurs; whichever costs less.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any
     for key, indices in batch.rows(len(args[0])).items():
         name = str(key)
         rows.setdefault(name if layer.has_task(name) else BASE_ADAPTER, []).extend(indices)
-    return _call_by_rows(layer, batch, [(layer.compose([name]), indices) for name, indices in rows.items()], args, kwargs)
+    return _call_by_rows(layer, batch, rows, lambda name, _: layer.compose([name]), args, kwargs)
 
 
 def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -63,14 +63,14 @@ def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
     templates = bank.get_templates(layer.weight_device)
     anchor = None if layer.compressed_bank else layer.pretrained_weight
     base = bank.base_row(layer.module_name, offsets) if anchor is None else offsets.new_zeros(())
-    weights = []
-    for key, indices in batch.rows(len(x)).items():
-        offset = offsets[indices[0]]
+
+    def weight_of(key: str | int, sample: int) -> Tensor:
         if key == NO_TASK and not layer.is_released:
-            weights.append((layer.pretrained_weight, indices))
-        else:
-            weights.append((compose_weight(anchor, templates, offset if anchor is not None else base + offset), indices))
-    return _call_by_rows(layer, batch, weights, args, kwargs)
+            return layer.pretrained_weight
+        offset = offsets[sample]
+        return compose_weight(anchor, templates, offset if anchor is not None else base + offset)
+
+    return _call_by_rows(layer, batch, batch.rows(len(x)), weight_of, args, kwargs)
 
 
 def _mixed_products(
@@ -101,15 +101,31 @@ def products_are_cheaper(module: nn.Module, x: Tensor, templates: int, batch: Mi
 
 
 def _call_by_rows(
-    layer: Any, batch: MixedBatch, weights: list[tuple[Tensor, list[int]]], args: tuple, kwargs: dict[str, Any]
+    layer: Any,
+    batch: MixedBatch,
+    rows: Mapping[Any, list[int]],
+    weight_of: Callable[[Any, int], Tensor],
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> Any:
+    """The samples of each task with a weight of their own, composed right before it is used: it is in the cache then."""
     x, *rest = args
-    if len(weights) == 1:
-        return call_with(layer, weights[0][0], args, kwargs)
-    parts, order = [], []
-    for weight, indices in weights:
-        parts.append(call_with(layer, weight, (x[batch.index(indices, x.device)], *rest), kwargs))
-        order += indices
-    # back to the order of the samples
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(parts)[batch.index(inverse, x.device)]
+    if len(rows) == 1:
+        ((key, indices),) = rows.items()
+        return call_with(layer, weight_of(key, indices[0]), args, kwargs)
+
+    def part_of(key: Any, indices: list[int]) -> Tensor:
+        return call_with(layer, weight_of(key, indices[0]), (batch.taken(x, indices), *rest), kwargs)
+
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        outputs = [part_of(key, indices) for key, indices in rows.items()]
+        places = [sample for indices in rows.values() for sample in indices]
+        return batch.taken(torch.cat(outputs), sorted(range(len(places)), key=places.__getitem__))
+    result = None
+    for key, indices in rows.items():
+        part = part_of(key, indices)
+        if result is None:
+            result = part.new_empty((len(x), *part.shape[1:]))
+        place = batch.side_by_side(indices)
+        result[batch.index(indices, x.device) if place is None else place] = part
+    return result

@@ -172,7 +172,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         """Every sample with its own task's module."""
         parts = []
         for key, indices in batch.rows(len(x)).items():
-            parts.append((indices, self._module_of(key, batch)(x[batch.index(indices, x.device)], *args, **kwargs)))
+            parts.append((indices, self._module_of(key, batch)(batch.taken(x, indices), *args, **kwargs)))
         return self._joined(parts, len(x))
 
     def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ from recast_peft import (
     mimicry_report,
 )
 from recast_peft.composition import mixed_batch, mixing
-from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT
+from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT, MixedBatch
 from recast_peft.parts.head import split_logits
 from recast_peft.parts.prototypes import fit_prototypes
 from recast_peft.storage.tensors import CHECKSUM
@@ -276,6 +277,31 @@ class TestMixedBatch:
         for i, name in enumerate(["blue", "red", "blue"]):
             pool.activate(name)
             assert torch.allclose(mixed[i], model(x)[i], atol=1e-5)
+
+    def test_one_composed_weight_is_alive_at_a_time(self, images, monkeypatch):
+        monkeypatch.setattr(mixing, "PRODUCT_LIMIT", 0)
+        model, pool = model_with_pool(3)
+        compose, made, most = mixing.compose_weight, [], []
+
+        def counted(*args):
+            weight = compose(*args)
+            made.append(weakref.ref(weight))
+            most.append(sum(ref() is not None for ref in made))
+            return weight
+
+        monkeypatch.setattr(mixing, "compose_weight", counted)
+        with torch.no_grad():
+            model(images, task_ids=pool.ids(["task1", "task0", "task2"] * 2))
+        assert len(most) == 3 * len(layers_of(model))
+        assert max(most) <= 2  # one in use while the next is made
+
+    def test_samples_side_by_side_are_viewed_and_others_copied(self):
+        batch, x = MixedBatch(names=("a",) * 6), torch.randn(6, 3)
+        for samples in ([1, 2, 3], [4], [0, 1, 2, 3, 4, 5], [2, 0, 4], [0, 2], [3, 2]):
+            taken = batch.taken(x, samples)
+            assert torch.equal(taken, torch.stack([x[i] for i in samples]))
+            is_view = taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+            assert is_view == (samples == sorted(samples) and samples[-1] - samples[0] == len(samples) - 1)
 
     def test_it_works_while_a_task_is_merged(self, images):
         model, pool = model_with_pool(2)

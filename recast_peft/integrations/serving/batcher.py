@@ -227,6 +227,7 @@ class TaskServer:
             request.future.set_result(answer)
 
     def _outputs(self, requests: list[_Request]) -> list[Answer]:
+        requests.sort(key=lambda request: request.task or "")  # samples of one task side by side are not copied together
         tasks = [request.task for request in requests]
         device = self.pool.table.device
         stacked = {name: torch.stack([r.sample[name] for r in requests]).to(device) for name in requests[0].sample}
