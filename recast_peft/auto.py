@@ -23,6 +23,7 @@ from .hub.task_files import task_entries
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
 from .names import MODEL_PREFIX, check_adapter_name, plain_name
+from .options.record import modules_called
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together
 
@@ -129,13 +130,14 @@ class AutoRecastModel:
             )
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
         folder = str(fetch_task(name, subfolder, revision=revision, **hub))
-        config = RecastConfig.from_pretrained(folder)
+        with modules_called(kwargs.pop("key_mapping", None)):
+            config = RecastConfig.from_pretrained(folder)
         _fetch_banks(config, folder, hub)
         model, missing = build_backbone(config.backbone, backbone, **hub)
         uncovered = _uncovered(missing, folder)
         try:
             result = PeftModel.from_pretrained(
-                model, folder, adapter_name=adapter_name, config=config, is_trainable=is_trainable, **kwargs
+                model, folder, adapter_name=adapter_name, config=config, is_trainable=is_trainable, key_mapping={}, **kwargs
             )
         except RecastBaseMismatchError as error:
             raise RecastBaseMismatchError(f"{error}\n{_why_other_weights(config, backbone)}") from error

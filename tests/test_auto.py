@@ -16,6 +16,7 @@ import timm
 import torch
 from hub_server import HubServer, connect, folder_content
 from huggingface_hub import constants
+from models import outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel, get_peft_model
 from timm.models import save_for_hf
 from torch import nn
@@ -29,6 +30,7 @@ from recast_peft import (
     RecastHubError,
     RecastLayer,
     RecastLoadError,
+    RecastTargetError,
     get_recast_model,
     push_task_to_hub,
     push_tasks_to_hub,
@@ -456,3 +458,44 @@ def test_the_real_client_with_nothing_changed_in_it(hub: HubServer, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert torch.allclose(torch.load(tmp_path / "out.pt"), output(model), atol=1e-6)
     assert done.stdout.split()[-1] == hub.repositories["ada/again"].branches["main"]
+
+
+class Twins(nn.Module):
+    """Two networks of equal weights, as a student and its teacher are at first; the first one computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = tiny_vit(), tiny_vit()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.student(x) + self.teacher(x)
+
+
+@pytest.mark.parametrize("way", ["auto", "load_adapter"])
+def test_a_key_mapping_says_which_of_equal_modules_are_meant(way: str, tmp_path: Path) -> None:
+    alone = get_recast_model(tiny_vit(), RecastConfig(), "task").eval()
+    randomise(alone, "task")
+    alone.save_pretrained(tmp_path)
+    folder, x, mapping = str(tmp_path / "task"), vit_input(), {"^": "teacher."}
+    expected = outputs(alone, x) + outputs(tiny_vit(), x)
+
+    def load(key_mapping: Any, name: str) -> PeftModel:
+        if way == "auto":
+            return AutoRecastModel.from_pretrained(folder, backbone=Twins(), key_mapping=key_mapping, adapter_name=name)
+        model = get_recast_model(Twins(), RecastConfig(target_modules=["student.blocks.0.attn.qkv"]), "first")
+        model.load_adapter(folder, name, key_mapping=key_mapping)
+        model.set_adapter(name)
+        return model.eval()
+
+    with pytest.raises(RecastTargetError, match="key_mapping"):
+        load(None, "task")
+    for wrong in ({"(": ""}, {"a": 1}, ["a"]):
+        with pytest.raises(RecastConfigError, match="key_mapping"):
+            load(wrong, "task")
+    model = load(mapping, "task")
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "again", selected_adapters=["task"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # stored under the model's own names, with what the model has beside its targets
+        again = PeftModel.from_pretrained(Twins(), tmp_path / "again" / "task", "again").eval()
+    torch.testing.assert_close(outputs(again, x), expected, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import RecastConfig
+from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
 from .cards import write_model_card, write_repository_card
@@ -74,13 +75,16 @@ class TaskModel:
 
         The Trainer asks for every task in the checkpoint's root: for the active one to get the best model, for ``"default"``
         to resume. If the root holds a copy of a task and the model has no ``"default"``, that task is loaded, under its name.
+
+        A ``key_mapping`` changes the names of the task's modules before they are looked for in the model.
         """
         if _is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         file = Path(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
         if file.is_file():
             RecastConfig.from_json_file(str(file))  # says what is wrong with it before PEFT looks for keys in it
-        return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        with modules_called(kwargs.pop("key_mapping", None)):
+            return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
 
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
         """The folder in a checkpoint and the name that are meant."""

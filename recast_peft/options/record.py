@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +33,8 @@ DECIDED = (
 )
 """Fields of a config whose value is the record's where there is a record, in a config and in ``adapter_config.json`` alike."""
 
+_KEY_MAPPING: ContextVar[Mapping[str, str] | None] = ContextVar("key_mapping", default=None)
+
 
 @dataclass(frozen=True)
 class TaskRecord:
@@ -54,6 +59,8 @@ class TaskRecord:
             another model; any other is dropped then, and the config describes a new task.
         origin: where the task was read from, a folder or repository and the options for the Hub, until it is put on a model;
             not stored.
+        key_mapping: regular expressions and what replaces them in the names of the task's modules, as PEFT takes them; not
+            stored.
         renamed: how a module that the task's file names is called in the model, where that has other names; not stored.
     """
 
@@ -71,6 +78,7 @@ class TaskRecord:
     surroundings_fingerprint: str | None = None
     is_stored: bool = False
     origin: tuple[str, dict[str, Any]] | None = None
+    key_mapping: Mapping[str, str] | None = None
     renamed: Callable[[str], str | None] | None = None
 
     @property
@@ -97,7 +105,33 @@ def from_fields(fields: Mapping[str, Any], partner_banks: Mapping[str, Reference
     if fields["groups"] is None or fields["base_fingerprint"] is None:
         return None
     found = {name: fields[name] for name in DECIDED}
-    return TaskRecord(**found, bank=reference_of(fields["bank"]), partner_banks=dict(partner_banks), is_stored=True)
+    bank, mapping = reference_of(fields["bank"]), _KEY_MAPPING.get()
+    return TaskRecord(**found, bank=bank, partner_banks=dict(partner_banks), is_stored=True, key_mapping=mapping)
+
+
+@contextmanager
+def modules_called(key_mapping: Mapping[str, str] | None) -> Iterator[None]:
+    """Read configs of tasks whose modules have other names in the model that they are for, until the block ends.
+
+    Args:
+        key_mapping: regular expressions and what replaces them in the modules' names: the first that matches a name.
+
+    Raises:
+        RecastConfigError: if it is no mapping of regular expressions.
+    """
+    if not isinstance(key_mapping or {}, Mapping):
+        raise RecastConfigError(f"key_mapping is a {type(key_mapping).__name__}; a mapping of regular expressions is expected")
+    for pattern, replacement in (key_mapping or {}).items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, TypeError) as error:
+            shown = f"{pattern!r}: {replacement!r} cannot be used: {error}"
+            raise RecastConfigError(f"key_mapping: {shown}; a regular expression and what replaces it are expected") from error
+    token = _KEY_MAPPING.set(key_mapping)
+    try:
+        yield
+    finally:
+        _KEY_MAPPING.reset(token)
 
 
 class Decided:

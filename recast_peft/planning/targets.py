@@ -80,7 +80,8 @@ def _by_name(candidates: list[Candidate], names: list[str]) -> list[Candidate]:
         hints = "; ".join(f"{m!r}: near {n}" if n else f"{m!r}: nothing near" for m, n in near.items())
         raise RecastTargetError(
             f"the task names {len(missing)} of {len(names)} target modules that this model does not have ({hints}). "
-            "Load the task on the architecture that it was made for."
+            "Load the task on the architecture that it was made for. If its modules have other names here, say which: "
+            "AutoRecastModel.from_pretrained(task, backbone=model, key_mapping={old: new})."
         )
     refused = {name: known[name].reason or "it has no weight of its own" for name in names if not _usable(known[name])}
     if refused:

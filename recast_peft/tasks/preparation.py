@@ -98,9 +98,9 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     quantised = {target.name for target in targets if quantised_by(target.module) is not None}
     is_same_base = check_fingerprints(config, fingerprints, entries, quantised)
     surroundings = config.surroundings_fingerprint
-    if config.record is None or not config.record.is_stored:
+    if config.record is None or not config.record.is_stored or config.record.renamed is not None:
         surroundings = surroundings_fingerprint(model, plan.targets)
-    elif is_same_base and config.record.renamed is None:
+    elif is_same_base:
         warn_of_other_surroundings(model, plan.targets, surroundings)
     layers = prepare_layers(targets, fingerprints)
     banks = prepare_banks(plan, config, layers)
@@ -124,8 +124,8 @@ def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
     record = config.record
     if record is None or not record.is_stored or record.bank is not None:
         return config
-    found = find_renamed(model, record.groups, record.base_fingerprint)
-    if not found:
+    found = find_renamed(model, record.groups, record.base_fingerprint, record.key_mapping)
+    if not found and not record.key_mapping:
         return config
     members = {name: [found.get(member, member) for member in own] for name, own in record.groups.items()}
     new_names = {name: bank_name(own) for name, own in members.items()}
@@ -133,7 +133,8 @@ def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
     recipes = record.recipes and {new_names[name]: recipe for name, recipe in record.recipes.items()}
     fingerprints = {found.get(name, name): value for name, value in record.base_fingerprint.items()}
     groups = {new_names[name]: own for name, own in members.items()}
-    renamed = replace(record, groups=groups, recipes=recipes, base_fingerprint=fingerprints, renamed=Renaming(model, pairs))
+    called = Renaming(model, pairs, record.key_mapping)
+    renamed = replace(record, groups=groups, recipes=recipes, base_fingerprint=fingerprints, renamed=called)
     return config.as_chosen(record=renamed)
 
 
