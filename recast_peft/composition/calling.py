@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .coefficient_gradients import EXACT
-from .compose import needs_plain_operations
+from .compose import compose_weight, needs_plain_operations
 from .kinds import is_lazily_readable, kind_of
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
@@ -84,16 +84,18 @@ def call(
     if not adapters and quantised_by(layer.get_base_layer()) is not None:
         return layer.base_layer(*args, **kwargs)
     direct = direct_call(layer, args, kwargs)
-    is_masked = any(name in layer.recast_masks for name in adapters)
+    masks = layer.recast_masks
+    is_masked = len(masks) and any(name in masks for name in adapters)
     terms: Terms | None = None if direct is None or is_masked else layer.terms(adapters, values)
-    if direct is not None and terms is not None:
-        anchor, templates, coefficients = terms
-        if can_recompose(layer.base_layer, args[0], *terms):
-            return call_recomposed(layer.base_layer, direct, args[0], *terms, _gradient_way(layer, adapters))
-        if anchor is not None and not torch.is_grad_enabled() and scales_input(args[0], anchor, templates):
-            weight = marked_as_pretrained(layer, anchor.detach())
-            return direct(layer.base_layer, weight, scaled(args[0], coefficients))
-    return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
+    if direct is None or terms is None:
+        return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
+    base, x = layer.base_layer, args[0]
+    anchor, templates, coefficients = terms
+    if can_recompose(base, x, *terms):
+        return call_recomposed(base, direct, x, *terms, _gradient_way(layer, adapters))
+    if anchor is not None and not torch.is_grad_enabled() and scales_input(x, anchor, templates):
+        return direct(base, marked_as_pretrained(layer, anchor.detach()), scaled(x, coefficients))
+    return direct(base, marked_as_pretrained(layer, compose_weight(*terms)), x)
 
 
 def _gradient_way(layer: ComposedLayer, adapters: Sequence[str]) -> str:
@@ -148,8 +150,9 @@ def marked_as_pretrained(layer: ComposedLayer, weight: Tensor) -> Tensor:
     does the composed weight give the unconverted model's output to the last bit. Under autocast the product gets a copy that is
     never marked, and of a marked weight autocast would keep that copy until its block ends.
     """
-    own = weight is layer.weight_parameter or weight is layer.pretrained
-    if not own and not torch.is_grad_enabled() and not needs_plain_operations() and not _is_cast(weight):
+    if torch.is_grad_enabled() or type(weight) is nn.Parameter or needs_plain_operations() or _is_cast(weight):
+        return weight
+    if weight is not layer.weight_parameter and weight is not layer.pretrained:
         weight.requires_grad_()
     return weight
 

@@ -84,10 +84,12 @@ class ComposedModule(nn.Module):
         Raises:
             RecastBankError: if it was released when the bank was compressed.
         """
-        weight = self.pretrained
+        weight = merging.pretrained_parameter(self)
+        if type(weight) is nn.Parameter:
+            return weight
         if weight is None:
             raise self._released_error()
-        if type(weight) is not nn.Parameter and hasattr(weight, "full_tensor"):  # FSDP2 and tensor parallelism: a shard is here
+        if hasattr(weight, "full_tensor"):  # FSDP2 and tensor parallelism: a shard is here
             return weight.full_tensor()
         return weight
 
@@ -201,13 +203,12 @@ class ComposedModule(nn.Module):
             return None, bank.get_templates(device), coefficients.to(device)
         if not names:
             return None
-        banks = {id(bank): bank for bank in (self.recast_bank[name] for name in names)}
-        parts: dict[int, Tensor] = {}
+        parts: dict[Any, Tensor] = {}  # bank -> the sum of its tasks' coefficients
         for name, offset in offsets.items():
-            key = id(self.recast_bank[name])
-            parts[key] = parts[key] + offset if key in parts else offset
-        coefficients = torch.cat(list(parts.values())) if len(parts) > 1 else parts[key]
-        templates = [template for bank in banks.values() for template in bank.get_templates(device)]
+            bank = self.recast_bank[name]
+            parts[bank] = parts[bank] + offset if bank in parts else offset
+        coefficients = torch.cat(list(parts.values())) if len(parts) > 1 else parts[bank]
+        templates = [template for bank in parts for template in bank.get_templates(device)]
         return self.pretrained_weight, templates, coefficients.to(device)
 
     def has_task(self, adapter: str) -> bool:
@@ -216,11 +217,13 @@ class ComposedModule(nn.Module):
 
     def present(self, adapters: Sequence[str]) -> list[str]:
         """Those of the given tasks that change this weight."""
-        return [name for name in adapters if self.has_task(name) and name != self.idle_slot]
+        coefficients, masks = self.recast_coefficients, self.recast_masks
+        return [name for name in adapters if (name in coefficients or name in masks) and name != self.idle_slot]
 
     def with_coefficients(self, adapters: Sequence[str]) -> list[str]:
         """Those of the given tasks that have coefficients here."""
-        return [name for name in self.present(adapters) if name in self.recast_coefficients]
+        held = self.recast_coefficients
+        return [name for name in adapters if name in held and name != self.idle_slot]
 
     def coefficients(self, name: str) -> Tensor:
         """The coefficients of a task, ``(sets, templates)``; as they were offloaded, if accelerate has done so."""

@@ -25,9 +25,10 @@ _NONE = object()
 
 def pretrained_parameter(layer: Any) -> nn.Parameter | None:
     """The pretrained weight of a layer, whatever is merged; None if it was released for a compressed bank."""
-    found = layer.weight_parameter
-    if not layer.compressed_bank and quantised_by(layer.get_base_layer()) is not None:
-        return dequantised(layer.get_base_layer())  # type: ignore[return-value]
+    base = layer.get_base_layer()
+    found = base._parameters.get(layer.weight_name)
+    if type(found) is not nn.Parameter and not layer.compressed_bank and quantised_by(base) is not None:
+        return dequantised(base)  # type: ignore[return-value]
     mark = getattr(found, STANDS_FOR, _NONE)
     if mark is not _NONE:
         return mark  # type: ignore[return-value]

@@ -32,10 +32,10 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
     """Whether a call of a layer takes the way from outputs: its weight is out of reach, and every template is a neighbour's."""
-    names = layer.with_coefficients(adapters)
-    if not names or any(name in layer.recast_masks for name in adapters) or layer.compressed_bank:
+    if not is_out_of_reach(layer) or layer.compressed_bank or any(name in layer.recast_masks for name in adapters):
         return False
-    return all(layer.recast_bank[name].is_exact for name in names) and is_out_of_reach(layer)
+    names = layer.with_coefficients(adapters)
+    return bool(names) and all(layer.recast_bank[name].is_exact for name in names)
 
 
 def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -14,9 +14,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from threading import get_ident
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ MOST_NOTES = 64  # of each thread
 MOST_THREADS = 64
 
 
-@dataclass(frozen=True, eq=False)
-class CallState:
+class CallState(NamedTuple):
     """With what a layer computes in a call.
 
     Attributes:
@@ -52,7 +52,7 @@ class CallState:
     batch: MixedBatch | None = None
     versions: tuple[tuple[int, bool], ...] = ()
     recorded: bool = False
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = MappingProxyType({})
 
     def is_same(self, other: CallState) -> bool:
         """Whether a call computes the same in both states."""
@@ -214,21 +214,19 @@ def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
     return CallState(tasks, bool(layer.merged_adapters), layer.held, versions=versions, recorded=torch.is_grad_enabled())
 
 
-def _parameters(layer: Any, name: str) -> list[Tensor]:
-    masks = layer.recast_masks[name].parameters() if name in layer.recast_masks else ()
-    return [*([layer.recast_coefficients[name]] if name in layer.recast_coefficients else ()), *masks]
-
-
 def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...]:
-    parameters = (p for name in tasks for p in _parameters(layer, name))
-    return tuple((-1 if p.is_inference() else p._version, p.requires_grad) for p in parameters)
+    coefficients, masks = layer.recast_coefficients, layer.recast_masks
+    found = [coefficients[name] for name in tasks if name in coefficients]
+    if len(masks):
+        found += [parameter for name in tasks if name in masks for parameter in masks[name].parameters()]
+    return tuple([(-1 if p.is_inference() else p._version, p.requires_grad) for p in found])
 
 
 def _with_values(layer: Any, state: CallState) -> CallState:
     if state.mixed or not (torch.is_grad_enabled() or layer.training):
         return state
     kept = [name for name in layer.with_coefficients(state.tasks) if name not in layer.recast_masks]
-    return replace(state, values={name: layer.recast_coefficients[name].detach().clone() for name in kept})
+    return state._replace(values={name: layer.recast_coefficients[name].detach().clone() for name in kept})
 
 
 def _check(layer: Any, past: CallState) -> None:

@@ -16,7 +16,8 @@ from ..composition.calls import Calls
 from ..composition.lazy_weight import model_reads
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
-from ..layer import RecastLayer, recast_layers
+from ..holders import holders
+from ..layer import RecastLayer
 from ..names import BASE_ADAPTER
 from ..parts.stacking import Adding
 from . import verbs
@@ -125,8 +126,9 @@ class TaskCalls:
         Raises:
             RecastBankError: if the tasks are a pool's, and an ordinary task has parts of its own active.
         """
-        verbs.check_batch(self.model, batch)
-        disabled = any(layer._disable_adapters for layer in recast_layers(self.model).values())
+        found = holders(self.model)
+        verbs.check_batch(found, batch)
+        disabled = any(holder._disable_adapters for holder in found if isinstance(holder, RecastLayer))
         with mixed_batch(replace(batch, is_off=self.calls.is_off(disabled))):
             yield
 

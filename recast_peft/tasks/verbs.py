@@ -156,15 +156,19 @@ def _layers_of_others(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, TaskHolder)]
 
 
-def check_batch(model: nn.Module, batch: MixedBatch) -> None:
+def check_batch(found: Sequence[Any], batch: MixedBatch) -> None:
     """Refuse a pool's tasks while an ordinary task with parts of its own is active, which the pool's tasks do not share.
+
+    Args:
+        found: what holds parts of tasks in the model.
+        batch: the tasks.
 
     Raises:
         RecastBankError: naming the task.
     """
     slot = None if batch.pool is None else batch.pool.slot
-    for module in task_modules(model) if slot is not None else ():
-        task = module.shown_task
+    for module in found if slot is not None else ():
+        task = module.shown_task if isinstance(module, TaskModule) else None
         refusal = None if task in (None, slot) else module.refusal_to_pool(str(task))
         if refusal is not None:
             raise RecastBankError(

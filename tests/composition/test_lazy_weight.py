@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5Model
 
 from recast_peft import RecastConfig, RecastLayer, get_recast_model
-from recast_peft.composition import composed
+from recast_peft.composition import compose
 from recast_peft.composition.lazy_weight import model_reads
 
 
@@ -26,10 +26,10 @@ def compositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         made.append(1)
-        return compose(*args, **kwargs)
+        return weighted_sum(*args, **kwargs)
 
-    compose = composed.compose_weight
-    monkeypatch.setattr(composed, "compose_weight", counted)
+    weighted_sum = compose._weighted_sum
+    monkeypatch.setattr(compose, "_weighted_sum", counted)
     return made
 
 
