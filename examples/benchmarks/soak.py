@@ -3,9 +3,9 @@
     python examples/benchmarks/soak.py                 # ten minutes
     python examples/benchmarks/soak.py --seconds 60
 
-Prints how many requests were answered, the errors by kind (only those that were provoked may appear: requests for tasks that
-are gone, inputs of a wrong shape), and the memory of the process at the beginning and at the end. Exits with 1 if an answer is
-wrong.
+Each client has an image of its own, so that an answer to another client's sample is as wrong as one of another task. Prints how
+many requests were answered, the errors by kind (only those that were provoked may appear: requests for tasks that are gone,
+inputs of a wrong shape), and the memory of the process in each tenth of the time. Exits with 1 if an answer is wrong.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Soak:
         self.pool = TaskPool(model)
         self.pool.deactivate()
         self.store = TaskStore(folder / "live", self.pool)
-        self.image = images(backbone(options.model), 1)[0]
+        self.images = images(backbone(options.model), CLIENTS)
         self.uploads: dict[str, list[bytes]] = {}
         self.right: dict[str, list[Tensor]] = {}
         for i in range(TASKS):
@@ -66,29 +66,38 @@ class Soak:
             self.right[name] = []
             for content in self.uploads[name]:
                 self.store.upload(name, content)
-                self.right[name].append(model(self.image[None], task_ids=[name])[0])
+                self.right[name].append(model(self.images, task_ids=[name] * CLIENTS))
+        self.check_answers_differ()
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.end = time.monotonic() + options.seconds
+
+    def check_answers_differ(self) -> None:
+        """Refuse references that would not show a wrong answer."""
+        all_right = [answer for versions in self.right.values() for outputs in versions for answer in outputs]
+        for i, first in enumerate(all_right):
+            if any(is_same(first, second) for second in all_right[:i]):
+                raise RuntimeError("two references are alike: no wrong answer would be noticed")
 
     def count(self, what: str) -> None:
         with self.lock:
             self.counts[what] += 1
 
     def client(self, seed: int, server: TaskServer) -> None:
-        rng = random.Random(seed)
+        rng, image = random.Random(seed), self.images[seed]
         while time.monotonic() < self.end:
             name = rng.choice([*self.right])
             is_bad = rng.random() < 0.02
             try:
-                output = server(name, self.image[:, :7, :9] if is_bad else self.image).output
-            except RecastError as error:
+                output = server(name, image[:, :7, :9] if is_bad else image).output
+            except Exception as error:
                 was_provoked = is_bad or "no task" in str(error) or "was removed" in str(error)
+                was_provoked &= isinstance(error, RecastError)
                 self.count(f"provoked: {type(error).__name__}" if was_provoked else "ERROR")
                 continue
             self.count("answered")
-            if not any(output.shape == y.shape and torch.allclose(output, y, atol=1e-4) for y in self.right[name]):
+            if not any(is_same(output, outputs[seed]) for outputs in self.right[name]):
                 self.wrong.append(name)
 
     def operator(self) -> None:
@@ -96,13 +105,16 @@ class Soak:
         while time.monotonic() < self.end:
             name = rng.choice([*self.right])
             verb = rng.choice(["upload", "upload", "rollback", "remove"])
-            if verb == "upload" or name not in self.pool:
-                self.store.upload(name, rng.choice(self.uploads[name]))
-            elif verb == "rollback":
-                self.store.rollback(name)
-            else:
-                self.store.remove(name)
-            self.count(f"operator: {verb}")
+            try:
+                if verb == "upload" or name not in self.pool:
+                    self.store.upload(name, rng.choice(self.uploads[name]))
+                elif verb == "rollback":
+                    self.store.rollback(name)
+                else:
+                    self.store.remove(name)
+                self.count(f"operator: {verb}")
+            except Exception:
+                self.count("ERROR")
             time.sleep(0.01)
 
     def run(self) -> list[Row]:
@@ -118,12 +130,19 @@ class Soak:
                 samples.append(resident_megabytes())
             for thread in threads:
                 thread.join()
-        quarter = max(1, len(samples) // 4)
+        tenth = max(1, len(samples) // 10)
         self.counts["wrong answers"] = len(self.wrong)
         rows: list[Row] = [{"what": what, "number": float(count)} for what, count in sorted(self.counts.items())]
-        rows.append({"what": "MB of the process, first quarter", "number": sum(samples[:quarter]) / quarter})
-        rows.append({"what": "MB of the process, last quarter", "number": sum(samples[-quarter:]) / quarter})
+        for first in range(0, len(samples) - tenth + 1, tenth):
+            mean = sum(samples[first : first + tenth]) / tenth
+            moment = self.options.seconds * first / len(samples)
+            rows.append({"what": f"MB of the process, from {moment:.0f} s", "number": mean})
         return rows
+
+
+def is_same(output: Tensor, right: Tensor) -> bool:
+    """Whether an answer is this one; batches of other sizes round in other ways."""
+    return output.shape == right.shape and torch.allclose(output, right, atol=1e-4)
 
 
 def resident_megabytes() -> float:

@@ -1,14 +1,21 @@
-"""A process that saves again and again is killed: what lies in the folder is whole, and of one moment."""
+"""A process that saves again and again is killed: what lies in the folder is whole, and of one moment.
+
+``RECAST_KILLS=300 pytest tests/storage/test_killed.py`` kills each kind of save that often.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
+import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +25,21 @@ import torch
 from models import tiny_vit
 from peft import PeftModel
 
-from recast_peft import RecastConfig, TaskPool, get_recast_model, load_bank, random_bank, save_compressed_model
+from recast_peft import (
+    RecastConfig,
+    TaskPool,
+    get_recast_model,
+    load_bank,
+    random_bank,
+    save_compressed_model,
+    write_model_card,
+)
 from recast_peft.hub.task_files import read_task_config
 from recast_peft.integrations.compressed import _read
+from recast_peft.integrations.serving import TaskStore
 from recast_peft.storage.tensors import read_tensors
 
-KILLS = 15  # of each kind
+KILLS = int(os.environ.get("RECAST_KILLS", "15"))  # of each kind
 QKV = {"target_modules": ["qkv"]}
 
 
@@ -49,6 +65,49 @@ class Tasks:
         numbers = {float(t.max()) for key, t in tensors.items() if "coefficients" in key}
         assert (folder / "task" / "README.md").read_text(encoding="utf-8").endswith("-->\n")
         return {config.object("results").integer("value", 0, 9), *map(int, numbers)}
+
+
+class Cards:
+    """The card alone, beside a task that stays."""
+
+    def __init__(self) -> None:
+        self.model = get_recast_model(tiny_vit(), RecastConfig(**QKV), "task")
+
+    def save(self, folder: Path, value: int) -> None:
+        if not (folder / "task").is_dir():
+            self.model.save_pretrained(str(folder))
+        results = {"value": value, **{f"more {i}": "x" * 1000 for i in range(value)}}
+        write_model_card(folder / "task", results=results)
+
+    def read(self, folder: Path) -> set[int]:
+        text = (folder / "task" / "README.md").read_text(encoding="utf-8")
+        assert text.endswith("-->\n")
+        values = {int(value) for value in re.findall(r"^\| value \| (\d) \|", text, re.M)}
+        return values | {len(re.findall(r"^\| more \d \| x{1000} \|", text, re.M))}
+
+
+class Uploads:
+    """A task that a store takes in from a zip file, as a service does it; whoever starts again finds it."""
+
+    def __init__(self) -> None:
+        self.model = get_recast_model(tiny_vit(), RecastConfig(**QKV), "task")
+        self.store: TaskStore | None = None
+
+    def save(self, folder: Path, value: int) -> None:
+        fill(self.model, value)
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive, tempfile.TemporaryDirectory() as saved:
+            self.model.save_pretrained(saved)
+            for path in Path(saved, "task").iterdir():
+                archive.write(path, path.name)
+        self.store = self.store or TaskStore(folder, TaskPool(self.model), keep=2)
+        self.store.upload("task", content.getvalue())
+
+    def read(self, folder: Path) -> set[int]:
+        store = TaskStore(folder, TaskPool(self.model))
+        store.refresh()
+        assert not store.problems
+        return {int(value) for row in store.pool.coefficients("task").values() for value in row}
 
 
 class Banks:
@@ -94,7 +153,14 @@ class Pools:
         return {int(read_tensors(folder / "pool.safetensors", floating=False).tensors["coefficients"].max())}
 
 
-KINDS: dict[str, Callable[[], Any]] = {"task": Tasks, "bank": Banks, "compressed model": Models, "packed pool": Pools}
+KINDS: dict[str, Callable[[], Any]] = {
+    "task": Tasks,
+    "card": Cards,
+    "bank": Banks,
+    "compressed model": Models,
+    "packed pool": Pools,
+    "upload": Uploads,
+}
 
 
 def save_for_ever(kind: Any, folder: Path, started: Any) -> None:
@@ -129,3 +195,49 @@ def test_old_or_new_and_never_torn(name: str, tmp_path: Path) -> None:
     assert seen == {1, 2}
     kind.save(tmp_path / "out", 1)  # what is left over does not matter to the next one
     assert kind.read(tmp_path / "out") == {1}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files stands for a full disk")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_full_disk_leaves_the_old_one(name: str, tmp_path: Path) -> None:
+    import resource
+
+    kind = KINDS[name]()
+    kind.save(tmp_path / "out", 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
+        with pytest.raises(OSError):
+            kind.save(tmp_path / "out", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert kind.read(tmp_path / "out") == {1}
+    assert not list(tmp_path.rglob("*.part"))  # nothing is left over either
+    kind.save(tmp_path / "out", 2)
+    assert kind.read(tmp_path / "out") == {2}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes are killed by signals")
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "upload"])  # a folder has one store
+def test_two_writers_do_not_mix(name: str, tmp_path: Path) -> None:
+    kind, context = KINDS[name](), multiprocessing.get_context("fork")
+    kind.save(tmp_path / "out", 1)
+    started = [context.Event() for _ in range(2)]
+    processes = [context.Process(target=save_for_ever, args=(kind, tmp_path / "out", event), daemon=True) for event in started]
+    for process in processes:
+        process.start()
+    try:
+        assert all(event.wait(60) for event in started)
+        for _ in range(3):  # held still, so that all files are of one moment
+            time.sleep(0.2)
+            for process in processes:
+                os.kill(process.pid or 0, signal.SIGSTOP)
+            found = kind.read(tmp_path / "out")
+            for process in processes:
+                os.kill(process.pid or 0, signal.SIGCONT)
+            assert len(found) == 1, found
+    finally:
+        for process in processes:
+            os.kill(process.pid or 0, signal.SIGKILL)
+            process.join()
+    assert len(kind.read(tmp_path / "out")) == 1
