@@ -3,6 +3,7 @@
 recast-peft plan vit_small_patch16_224 --target-modules qkv
 recast-peft inspect user/task
 recast-peft verify folder
+recast-peft versions pool.safetensors --roll-back
 recast-peft merge user/task --output plain
 """
 
@@ -12,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from .hub.verify import ERROR, INFO, WARNING, verify_folder
 from .integrations.serving.start import serve_folder
 from .parts import PartnerConfig
 from .storage.cards import one_line
+from .storage.versions import roll_back, version_path, versions
 from .tasks.plan import plan_recast
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -76,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path)
     verify.add_argument("--quiet", action="store_true", help="print warnings and errors alone")
     verify.set_defaults(run=_verify)
+
+    kept = commands.add_parser("versions", help="list what a file of tasks was before (pool.save(path, keep=...)), or go back")
+    kept.add_argument("file", type=Path)
+    about = "put a version in the file's place (without a number the latest); the present one becomes the latest version"
+    kept.add_argument("--roll-back", nargs="?", type=int, const=0, metavar="NUMBER", help=about)
+    kept.set_defaults(run=_versions)
 
     merge = commands.add_parser("merge", help="write a task's model as a plain checkpoint, which needs this library no more")
     merge.add_argument("task", help="a folder, or a name on the Hub")
@@ -178,6 +187,15 @@ def _verify(options: argparse.Namespace) -> int:
             print(_printable(f"{finding.level.ljust(7)}  {finding.place}: {finding.text}"))
     levels = {finding.level for finding in findings}
     return 1 if ERROR in levels else 3 if WARNING in levels else 0
+
+
+def _versions(options: argparse.Namespace) -> None:
+    if options.roll_back is not None:
+        print(f"version {roll_back(options.file, options.roll_back or None)} is in the place of {options.file}")
+    for number in versions(options.file):
+        seen = version_path(options.file, number).stat()
+        when = datetime.fromtimestamp(seen.st_mtime).isoformat(" ", "seconds")
+        print(f"{number}  {when}  {seen.st_size:,} bytes")
 
 
 def _merge(options: argparse.Namespace) -> None:

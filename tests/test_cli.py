@@ -14,6 +14,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from recast_peft import RecastConfig, get_recast_model, save_compressed_model, write_model_card
 from recast_peft.cli import main
+from recast_peft.storage.atomic import write_text
+from recast_peft.storage.versions import keeping_version
 
 
 @pytest.fixture
@@ -149,6 +151,22 @@ class TestVerify:
     def test_nothing(self, capsys, tmp_path):
         assert self.found(capsys, tmp_path)[0] == 1
         assert self.found(capsys, tmp_path / "missing")[0] == 1
+
+
+def test_versions_are_listed_and_rolled_back(capsys, tmp_path):
+    file = tmp_path / "pool.safetensors"
+    for text in ("a", "bb", "ccc"):
+        with keeping_version(file, 5):
+            write_text(file, text)
+    assert main(["versions", str(file)]) == 0
+    assert [line.split()[0] + line.split()[3] for line in capsys.readouterr().out.splitlines()] == ["11", "22"]
+    assert main(["versions", str(file), "--roll-back", "1"]) == 0
+    assert file.read_text() == "a"
+    assert main(["versions", str(file), "--roll-back"]) == 0
+    assert file.read_text() == "ccc"
+    capsys.readouterr()
+    assert main(["versions", str(file), "--roll-back", "9"]) == 1
+    assert "no version 9" in capsys.readouterr().err
 
 
 class TestMerge:

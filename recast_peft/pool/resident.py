@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
+from ..storage.versions import keeping_version
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
 from .files import PackedTasks, read_pool, write_pool
 from .heads import HeadKinds, StoredHead
@@ -205,10 +206,15 @@ class ResidentTasks(TaskTable):
 
     # ---------------------------------------------------------------- files
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, keep: int = 0) -> None:
         """Write all tasks to one safetensors file: the table, the names, the heads, and what is remembered for routing.
 
         A task without a head takes its coefficients (4 bytes each) and its name. The file is written whole or not at all.
+
+        Args:
+            path: path of the file.
+            keep: versions before this one that are kept beside it, to go back to (``storage.versions``, or
+                ``recast-peft versions``).
 
         Raises:
             RecastConfigError: if a task holds numbers that are not finite.
@@ -222,7 +228,8 @@ class ResidentTasks(TaskTable):
                 {at[row]: self._heads[row] for row in rows if row in self._heads},
                 {at[row]: self._remembered[row] for row in rows if row in self._remembered},
             )
-        write_pool(path, tasks, self._layout)
+        with keeping_version(path, keep):
+            write_pool(path, tasks, self._layout)
 
     def load(self, path: str | Path, skip_damaged: bool = False) -> list[str]:
         """Put in all tasks of a file that ``save`` wrote.

@@ -14,6 +14,7 @@ from torch import nn
 
 from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
 from recast_peft.storage.tensors import CHECKSUM
+from recast_peft.storage.versions import roll_back, versions
 
 
 def make(**options) -> TaskPool:
@@ -149,6 +150,22 @@ class TestFiles:
             assert torch.equal(again.model(tokens, task_ids=[name] * 2), pool.model(tokens, task_ids=[name] * 2))
         assert sorted(again._remembered) == [4, 7]
         assert torch.equal(again.route(tokens), pool.route(tokens))
+
+    def test_a_save_keeps_what_the_file_was_and_one_that_fails_does_not(self, tmp_path):
+        pool, path = make(), tmp_path / "pool.safetensors"
+        pool.add("old")
+        pool.save(path, keep=2)
+        pool.replace("old", RecastConfig(num_classes=2))
+        pool.save(path, keep=2)
+        pool.table[pool.row("old")] = float("nan")
+        with pytest.raises(RecastConfigError, match="not finite"):
+            pool.save(path, keep=2)
+        assert versions(path) == [1]
+        pools = [make(), make()]
+        pools[0].load(path)
+        roll_back(path)
+        pools[1].load(path)
+        assert [other.head(other.row("old")) is None for other in pools] == [False, True]
 
     def test_a_folder_is_no_file(self, tmp_path):
         pool = make()

@@ -1,0 +1,105 @@
+"""Versions of a file: what it was before, to go back to.
+
+    FOLDER/pool.safetensors                       the present one
+    FOLDER/.versions/pool.safetensors/<number>    what it was before, the highest number is the latest
+
+A version is another name of the same file on the disk, so that keeping one copies nothing, and at every moment the present file
+is in its place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import RecastConfigError
+from .atomic import flush, locked, replace, staged
+
+VERSIONS = ".versions"
+
+
+def versions(path: str | os.PathLike) -> list[int]:
+    """Numbers of the versions of a file before the present one, the oldest first."""
+    return sorted(int(found.name) for found in _folder(path).glob("*") if found.name.isdigit())
+
+
+def version_path(path: str | os.PathLike, version: int) -> Path:
+    """Where a version lies; it can be read as the file itself can.
+
+    Raises:
+        RecastConfigError: if there is no such version.
+    """
+    if version not in versions(path):
+        known = ", ".join(map(str, versions(path))) or "none"
+        raise RecastConfigError(f"{os.fspath(path)} has no version {version} before this one; there are: {known}")
+    return _folder(path) / str(version)
+
+
+@contextmanager
+def keeping_version(path: str | os.PathLike, keep: int) -> Iterator[None]:
+    """A block that writes a file anew; what it was becomes a version, of which the latest ``keep`` stay.
+
+    If the block fails nothing becomes a version. Two writers take turns.
+    """
+    if not keep:
+        yield
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent):
+        kept = _keep(target)
+        try:
+            yield
+        except BaseException:
+            if kept is not None:
+                kept.unlink(missing_ok=True)
+            raise
+        for old in versions(target)[:-keep]:
+            (_folder(target) / str(old)).unlink(missing_ok=True)
+
+
+def roll_back(path: str | os.PathLike, version: int | None = None) -> int:
+    """Put a version in the place of the file, in one step; the present one becomes the latest version.
+
+    Args:
+        path: path of the file.
+        version: number of the version; None is the latest.
+
+    Returns:
+        the number of the version that is in its place now.
+
+    Raises:
+        RecastConfigError: if there is no such version; nothing changes then.
+    """
+    target = Path(path)
+    known = versions(target)
+    if not known:
+        raise RecastConfigError(f"{target} has no version before this one: it keeps some if it is saved with keep=")
+    with locked(target.parent):
+        number = known[-1] if version is None else version
+        chosen = version_path(target, number)
+        _keep(target)
+        replace(chosen, target)
+        flush(target.parent)
+    return number
+
+
+def _keep(target: Path) -> Path | None:
+    """Give the present file another name; None if there is none yet."""
+    if not target.is_file():
+        return None
+    kept = _folder(target) / str(max(versions(target), default=0) + 1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(os.path.realpath(target), kept)
+    except OSError:  # a file system without such names
+        with staged(kept) as beside:
+            shutil.copyfile(target, beside)
+    return kept
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    return Path(path).parent / VERSIONS / Path(path).name

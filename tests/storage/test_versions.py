@@ -1,0 +1,73 @@
+"""What a file was before is kept, listed and put back; the present one is in its place at every moment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from recast_peft import RecastConfigError
+from recast_peft.storage.atomic import write_text
+from recast_peft.storage.versions import keeping_version, roll_back, version_path, versions
+
+
+def write(file: Path, text: str, keep: int = 3) -> None:
+    with keeping_version(file, keep):
+        write_text(file, text)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "pool.safetensors"
+
+
+def test_the_latest_ones_are_kept(file: Path) -> None:
+    write(file, "a")
+    assert versions(file) == []
+    for text in "bcdef":
+        write(file, text)
+    assert file.read_text() == "f"
+    assert {number: version_path(file, number).read_text() for number in versions(file)} == {3: "c", 4: "d", 5: "e"}
+    write_text(file, "g")  # without being asked nothing is kept
+    assert versions(file) == [3, 4, 5]
+
+
+def test_rolling_back_and_forth(file: Path) -> None:
+    for text in "abc":
+        write(file, text)
+    assert roll_back(file) == 2
+    assert file.read_text() == "b"
+    assert [version_path(file, number).read_text() for number in versions(file)] == ["a", "c"]
+    assert roll_back(file) == 3
+    assert file.read_text() == "c"
+    assert roll_back(file, 1) == 1
+    assert file.read_text() == "a"
+    with pytest.raises(RecastConfigError, match="no version 77 before this one; there are: "):
+        roll_back(file, 77)
+    assert file.read_text() == "a"
+
+
+def test_what_fails_becomes_no_version(file: Path) -> None:
+    write(file, "a")
+    with pytest.raises(RuntimeError), keeping_version(file, 3):
+        raise RuntimeError
+    assert versions(file) == []
+    assert file.read_text() == "a"
+    with pytest.raises(RecastConfigError, match="keep="):
+        roll_back(file)
+
+
+def test_a_version_does_not_change_with_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(file, "a")
+    write(file, "b")
+    write_text(file, "c")
+    assert version_path(file, 1).read_text() == "a"
+
+    def refuse(*args: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)  # a file system without such names
+    write(file, "d")
+    assert [version_path(file, number).read_text() for number in versions(file)] == ["a", "c"]
+    assert not [*file.parent.rglob("*.part")]
