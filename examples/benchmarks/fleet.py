@@ -1,17 +1,19 @@
 """A fleet of tasks on one backbone: requests a second, latency and memory against the number of tasks that are held.
 
     python examples/benchmarks/fleet.py                          # 1 to 100,000 tasks, ViT-Small, qkv, batches of up to 32
-    python examples/benchmarks/fleet.py --model test_vit --seconds 4 --output fleet
+    python examples/benchmarks/fleet.py --model vit_tiny_patch16_224 --batch 16 --seconds 4 --output fleet
 
-Requests name one of the tasks, drawn uniformly or by Zipf's law. Two measurements for each number of tasks:
+Requests name one of the tasks, drawn uniformly or by Zipf's law. Two measurements for each server and number of tasks:
 
 - saturated: every batch is full; what counts is requests a second;
 - open loop: requests come at random moments at one fixed rate, whatever the server does (``--load`` of what the plain model
   answers); a batch takes those that have come, up to its size; what counts is the time from coming to answer.
 
-Beside the pool: PEFT's LoRAs with all adapters in memory and a mixed batch (``adapter_names``), and with 25 slots, of which the
-one that was not used for the longest time is given up for an adapter from the disk. Pooled tasks have a classifier of ten
-classes each, in half precision; the LoRAs have none.
+Beside the pool: the pool behind HTTP, with clients on the same machine (``--http``); PEFT's LoRAs with all adapters in memory
+and a mixed batch (``adapter_names``); the same with 25 slots, of which the one that was not used for the longest time is given
+up for an adapter from the disk; and one merged model for each task. Pooled tasks have a classifier of ten classes each, in half
+precision; the others have none. Each runs in a process of its own, whose memory is given, and takes eight times ``--seconds``
+for each kind of traffic at most.
 """
 
 from __future__ import annotations
@@ -20,27 +22,36 @@ import bisect
 import itertools
 import random
 import statistics
-import tempfile
+import threading
 import time
 from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from rivals import CONFIGS, MODEL, QUICK, backbone, images
-from swaps import TARGETS
+from fleet_servers import (
+    SLOTS,
+    Answers,
+    Loopback,
+    Slots,
+    alone,
+    folder,
+    loopback,
+    merged_models,
+    plain,
+    pooled,
+    read_pool,
+    resident_loras,
+    resident_megabytes,
+    write_pool,
+)
+from rivals import MODEL, QUICK, backbone, images
 from timing import Row, Tables, arguments, compare, finish, start
-from torch import Tensor
-
-from recast_peft import RecastConfig, TaskPool, get_recast_model
-from recast_peft.pool.heads import StoredHead
 
 HELD = (1, 32, 1_000, 10_000, 100_000)
-CLASSES, SLOTS, ZIPF = 10, 25, 1.1
-Answers = Callable[[list[int]], Any]  # computes one batch for tasks by number
+KINDS = ("uniform", "zipf")
+ZIPF, CLIENTS = 1.1, 32
 
 
 def traffic(tasks: int, kind: str) -> Iterator[int]:
@@ -55,6 +66,18 @@ def traffic(tasks: int, kind: str) -> Iterator[int]:
         yield order[bisect.bisect(weights, rng.random() * weights[-1])]
 
 
+def arrivals(rate: float, options: Namespace) -> list[float]:
+    """Moments at which requests come."""
+    rng, moment, coming = random.Random(1), 0.0, []
+    while moment < options.seconds:
+        moment += rng.expovariate(rate)
+        coming.append(moment)
+    return coming
+
+
+# ---------------------------------------------------------------- in the process
+
+
 def saturated(answers: Answers, asked: Iterator[int], options: Namespace) -> float:
     """Requests a second with full batches."""
     answers(list(itertools.islice(asked, options.batch)))
@@ -67,10 +90,7 @@ def saturated(answers: Answers, asked: Iterator[int], options: Namespace) -> flo
 
 def open_loop(answers: Answers, asked: Iterator[int], rate: float, options: Namespace) -> list[float]:
     """Seconds from coming to answer of each request, which come at random moments."""
-    rng, moment, coming = random.Random(1), 0.0, []
-    while moment < options.seconds:
-        moment += rng.expovariate(rate)
-        coming.append(moment)
+    coming = arrivals(rate, options)
     taken: list[float] = []
     begin = time.perf_counter()
     while len(taken) < len(coming):
@@ -89,177 +109,185 @@ def open_loop(answers: Answers, asked: Iterator[int], rate: float, options: Name
     return taken
 
 
-# ---------------------------------------------------------------- who answers
+# ---------------------------------------------------------------- over HTTP
 
 
-def plain(x: Tensor, options: Namespace) -> Answers:
-    """The model without any task."""
-    model = backbone(options.model).eval()
-    return lambda tasks: model(x[: len(tasks)])
+def clients(work: Callable[[], None]) -> None:
+    """The same work in many threads."""
+    threads = [threading.Thread(target=work) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def pool_of(tasks: int, options: Namespace) -> TaskPool:
-    """A pool of random tasks, each with a classifier."""
-    pool = TaskPool(get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS), "first").eval())
-    pool.add("task-0", RecastConfig(num_classes=CLASSES, head_dtype="float16"))
-    kind, (weight, bias) = (head := pool._heads[0]).kind, head.tensors
-    heads = {
-        i: StoredHead(kind, (torch.randn_like(weight), bias.clone()), head.labels, torch.float16) for i in range(tasks - 1)
-    }
-    pool.add_rows([f"task-{i}" for i in range(1, tasks)], torch.randn(tasks - 1, pool.numbers_per_task) * 0.1, heads)
-    with tempfile.TemporaryDirectory() as folder:  # as it is when it was read from its file
-        pool.save(Path(folder) / "pool.safetensors")
-        again = TaskPool(pool.model)
-        begin = time.perf_counter()
-        again.load(Path(folder) / "pool.safetensors")
-        again.seconds_to_load = time.perf_counter() - begin  # type: ignore[attr-defined]
-        again.bytes_of_file = (Path(folder) / "pool.safetensors").stat().st_size  # type: ignore[attr-defined]
-    return again
+def saturated_http(server: Loopback, asked: Iterator[int], options: Namespace) -> float:
+    """Requests a second with clients that ask again as soon as they are answered."""
+    lock, done = threading.Lock(), itertools.count()
+    begin = time.perf_counter()
+
+    def work() -> None:
+        while time.perf_counter() - begin < options.seconds:
+            with lock:
+                task = next(asked)
+            server.ask(task)
+            next(done)
+
+    clients(work)
+    return next(done) / (time.perf_counter() - begin)
 
 
-def pooled(pool: TaskPool, x: Tensor) -> Answers:
-    """Every batch by the names of its tasks."""
-    return lambda tasks: pool.model(x[: len(tasks)], task_ids=pool.ids([f"task-{task}" for task in tasks]))
+def open_loop_http(server: Loopback, asked: Iterator[int], rate: float, options: Namespace) -> list[float]:
+    """As ``open_loop``; a request that finds all clients busy waits for one, and its time counts from when it came."""
+    lock, coming, taken = threading.Lock(), iter(arrivals(rate, options)), []
+    begin = time.perf_counter()
 
+    def work() -> None:
+        while True:
+            with lock:
+                came, task = next(coming, None), next(asked)
+            if came is None:
+                return
+            time.sleep(max(0.0, came - (time.perf_counter() - begin)))
+            if time.perf_counter() - begin < 3 * options.seconds:
+                server.ask(task)
+            taken.append(time.perf_counter() - begin - came)
 
-def full_batches(answers: Answers, tasks: int, options: Namespace) -> Callable[[], Any]:
-    """A full batch of tasks that are drawn anew each time."""
-    asked = traffic(tasks, "uniform")
-    return lambda: answers(list(itertools.islice(asked, options.batch)))
-
-
-def resident_loras(tasks: int, x: Tensor, options: Namespace) -> tuple[Answers, PeftModel]:
-    """All adapters in memory, mixed batches."""
-    model = get_peft_model(backbone(options.model), CONFIGS["LoRA r=8"](TARGETS), "a0").eval()
-    for i in range(1, tasks):
-        model.add_adapter(f"a{i}", CONFIGS["LoRA r=8"](TARGETS))
-    model.eval()
-    return (lambda asked: model(x[: len(asked)], adapter_names=[f"a{task}" for task in asked])), model
-
-
-class Slots:
-    """A few adapters in memory, the others on the disk."""
-
-    def __init__(self, x: Tensor, folder: str, options: Namespace) -> None:
-        self.x = x
-        self.model = get_peft_model(backbone(options.model), CONFIGS["LoRA r=8"](TARGETS), "stored").eval()
-        self.model.save_pretrained(folder)
-        self.file = str(Path(folder) / "stored")
-        self.held: OrderedDict[int, None] = OrderedDict()
-        self.loads = 0
-
-    def __call__(self, asked: list[int]) -> Any:
-        wanted = set(asked)
-        for task in sorted(wanted):
-            if task not in self.held:
-                self._load(task, wanted)
-            self.held.move_to_end(task)
-        return self.model(self.x[: len(asked)], adapter_names=[f"a{task}" for task in asked])
-
-    def _load(self, task: int, wanted: set[int]) -> None:
-        spare = [held for held in self.held if held not in wanted]
-        while len(self.held) >= max(SLOTS, len(wanted)) and spare:
-            gone = spare.pop(0)
-            del self.held[gone]
-            self.model.delete_adapter(f"a{gone}")
-        self.model.load_adapter(self.file, f"a{task}")
-        self.model.eval()
-        self.held[task] = None
-        self.loads += 1
+    clients(work)
+    return taken
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def row(who: str, tasks: int, answers: Answers, kind: str, rate: float, megabytes: float, options: Namespace) -> Row:
+def row(who: str, tasks: int, taken: list[float], rate: float, megabytes: float) -> Row:
     """One row of the table."""
-    asked = traffic(tasks, kind)
-    taken = open_loop(answers, asked, rate, options)
     cuts = statistics.quantiles(taken, n=100)
     return {
         "server": who,
         "tasks": tasks,
-        "requests/s": saturated(answers, asked, options),
+        "requests/s": rate,
         "p50 ms": 1e3 * cuts[49],
         "p95 ms": 1e3 * cuts[94],
         "p99 ms": 1e3 * cuts[98],
-        "MB of tasks": megabytes,
+        "MB of the process": megabytes,
     }
 
 
 @torch.no_grad()
+def rows_of(who: str, tasks: int, make: Callable[[], Answers], rate: float, options: Namespace) -> dict[str, Row]:
+    """A row for each kind of traffic, measured in a process of its own."""
+
+    def work() -> dict[str, Row]:
+        answers, rows = make(), {}
+        for kind in KINDS:
+            asked = traffic(tasks, kind)
+            taken = open_loop(answers, asked, rate, options)
+            rows[kind] = row(who, tasks, taken, saturated(answers, asked, options), resident_megabytes())
+        return rows
+
+    return alone(work)
+
+
+def http_rows(tasks: int, path: Path, rate: float, options: Namespace) -> dict[str, Row]:
+    """The same over HTTP."""
+    rows = {}
+    with loopback(path, images(backbone(options.model), 1)[0], options) as server:
+        for kind in KINDS:
+            asked = traffic(tasks, kind)
+            taken = open_loop_http(server, asked, rate, options)
+            found = saturated_http(server, asked, options)
+            rows[kind] = row("RECAST pool, HTTP", tasks, taken, found, resident_megabytes(server.process))
+    return rows
+
+
+def sizes_of(tasks: int, path: Path, options: Namespace) -> Row:
+    """What a pool takes on the disk and in memory, and how soon it is there."""
+    before = resident_megabytes()
+    pool, seconds = read_pool(path, options)
+    held = {key: size / 2**20 for key, size in pool.sizes().items()}
+    begin = time.perf_counter()
+    for i in range(1000):
+        pool.row(f"task-{i % tasks}")
+    looked_up = 1e3 * (time.perf_counter() - begin)
+    return {
+        "tasks": tasks,
+        "MB of the file": path.stat().st_size / 2**20,
+        "s to load": seconds,
+        "MB of coefficients": held["coefficients"],
+        "MB of classifiers": held["heads"],
+        "MB that the process grew by": resident_megabytes() - before,
+        "us to look a name up": looked_up,
+    }
+
+
+@torch.no_grad()
+def in_turns(paths: dict[int, Path], options: Namespace) -> list[Row]:
+    """Full batches of pools of all sizes, timed in turns; the tasks are drawn anew for each batch."""
+    x = images(backbone(options.model), options.batch)
+    base = plain(x, options)
+    calls: dict[str, Callable[[], Any]] = {}
+    for tasks, path in paths.items():
+        answers = pooled(read_pool(path, options)[0], x)
+        for kind in KINDS[: 1 if tasks == 1 else 2]:
+            asked = traffic(tasks, kind)
+            calls[f"{tasks:,} tasks, {kind}"] = lambda answers=answers, asked=asked: answers(  # type: ignore[misc]
+                list(itertools.islice(asked, options.batch))
+            )
+    calls["plain model"] = lambda: base([0] * options.batch)
+    timed = compare(options.rounds, calls)
+    return [{"batch": who, "ms": t.seconds * 1e3, f"to {next(iter(timed))}": t.ratio} for who, t in timed.items()]
+
+
 def measure(options: Namespace) -> Tables:
     """All rows, and what a pool takes on disk and in memory."""
     x = images(backbone(options.model), options.batch)
-    base = plain(x, options)
-    rate = options.load * saturated(base, traffic(1, "uniform"), options)
-    by_kind: dict[str, list[Row]] = {
-        kind: [row("plain model", 1, base, kind, rate, 0.0, options)] for kind in ("uniform", "zipf")
-    }
-    sizes: list[Row] = []
-    full: dict[str, Callable[[], Any]] = {"plain model": lambda: base([0] * options.batch)}
+    with folder() as place:
+        paths = {tasks: place / f"{tasks}.safetensors" for tasks in options.tasks}
+        for tasks, path in paths.items():
+            alone(lambda tasks=tasks, path=path: write_pool(tasks, path, options))  # type: ignore[misc]
+        sizes = [alone(lambda tasks=tasks, path=path: sizes_of(tasks, path, options)) for tasks, path in paths.items()]  # type: ignore[misc]
+        batches = alone(lambda: in_turns(paths, options))
+        tables = {f"a full batch of {options.batch}, {options.model}, qkv": batches, f"a pool, {options.model}": sizes}
+        return tables if options.only_batches else {**servers(paths, x, place, options), **tables}
+
+
+def servers(paths: dict[int, Path], x: torch.Tensor, place: Path, options: Namespace) -> Tables:
+    """A table for each kind of traffic, with all servers."""
+    with torch.no_grad():
+        rate = options.load * saturated(plain(x, options), traffic(1, "uniform"), options)
+    found = [rows_of("plain model", 1, lambda: plain(x, options), rate, options)]
+    few = [tasks for tasks in options.tasks if tasks <= options.most_loras]
+    for tasks, path in paths.items():
+        found.append(rows_of("RECAST pool", tasks, lambda path=path: pooled(read_pool(path, options)[0], x), rate, options))  # type: ignore[misc]
+        if options.http:
+            found.append(http_rows(tasks, path, rate, options))
+    for who, make in (("LoRA r=8, all in memory", resident_loras), ("a merged model each", merged_models)):
+        for tasks in few:
+            found.append(rows_of(who, tasks, lambda make=make, tasks=tasks: make(tasks, x, options), rate, options))  # type: ignore[misc]
     for tasks in options.tasks:
-        pool = pool_of(tasks, options)
-        full[f"RECAST pool, {tasks:,} tasks"] = full_batches(pooled(pool, x), tasks, options)
-        held = {key: size / 2**20 for key, size in pool.sizes().items()}
-        for kind, rows in by_kind.items() if not options.only_batches else ():
-            rows.append(row("RECAST pool", tasks, pooled(pool, x), kind, rate, sum(held.values()), options))
-        begin = time.perf_counter()
-        for i in range(1000):
-            pool.row(f"task-{i % tasks}")
-        sizes.append(
-            {
-                "tasks": tasks,
-                "MB of the file": pool.bytes_of_file / 2**20,  # type: ignore[attr-defined]
-                "s to load": pool.seconds_to_load,  # type: ignore[attr-defined]
-                "MB of coefficients": held["coefficients"],
-                "MB of classifiers": held["heads"],
-                "us to look a name up": 1e3 * (time.perf_counter() - begin),
-            }
-        )
-    timed = compare(options.rounds, full)
-    in_turns: list[Row] = [{"batch": who, "ms": t.seconds * 1e3, "ratio to plain": t.ratio} for who, t in timed.items()]
-    if options.only_batches:
-        return {f"a full batch of {options.batch}, {options.model}, qkv": in_turns, f"a pool, {options.model}": sizes}
-    for tasks in [tasks for tasks in options.tasks if tasks <= options.most_loras]:
-        answers, model = resident_loras(tasks, x, options)
-        size = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name) / 2**20
-        for kind, rows in by_kind.items():
-            rows.append(row("LoRA r=8, all in memory", tasks, answers, kind, rate, size, options))
-    with tempfile.TemporaryDirectory() as folder:
-        for tasks in options.tasks:
-            slots = Slots(x, folder, options)
-            for kind, rows in by_kind.items():
-                rows.append(row(f"LoRA r=8, {SLOTS} slots", tasks, slots, kind, rate, float("nan"), options))
+        found.append(rows_of(f"LoRA r=8, {SLOTS} slots", tasks, lambda: Slots(x, str(place), options), rate, options))
     about = f"{options.model}, qkv, batches of up to {options.batch}, {rate:.0f} requests/s in the open loop"
-    return {
-        **{f"{kind} traffic, {about}": rows for kind, rows in by_kind.items()},
-        f"a full batch of {options.batch}, {options.model}, qkv": in_turns,
-        f"a pool, {options.model}": sizes,
-    }
+    return {f"{kind} traffic, {about}": [rows[kind] for rows in found] for kind in KINDS}
 
 
 def draw(tables: Tables, path: Path) -> None:
-    """Requests a second and p95 against the number of tasks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Requests a second, p95 and memory against the number of tasks."""
+    from matplotlib.figure import Figure
 
     kinds = [title for title in tables if "traffic" in title]
-    figure, axes = plt.subplots(2, len(kinds), figsize=(5 * len(kinds), 7), sharex=True, squeeze=False)
-    for column, title in enumerate(kinds):
-        for line, key in enumerate(("requests/s", "p95 ms")):
-            axis = axes[line][column]
+    shown = ("requests/s", "p95 ms", "MB of the process")
+    figure = Figure(figsize=(4.5 * len(shown), 3.4 * len(kinds)), layout="constrained")
+    for line, title in zip(figure.subplots(len(kinds), len(shown), sharex=True, squeeze=False), kinds, strict=True):
+        for axes, key in zip(line, shown, strict=True):
             for who in dict.fromkeys(r["server"] for r in tables[title]):
                 rows = [r for r in tables[title] if r["server"] == who]
-                axis.plot([r["tasks"] for r in rows], [r[key] for r in rows], marker="o", label=who)
-            axis.set(xscale="log", yscale="log", ylabel=key, title=title.split(",")[0] if line == 0 else "")
-            axis.grid(alpha=0.3)
-        axes[-1][column].set_xlabel("tasks that are held")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+                strong = {"lw": 2.2, "color": "tab:red"} if who == "RECAST pool" else {"lw": 1.2}
+                axes.plot([r["tasks"] for r in rows], [r[key] for r in rows], marker="o", ms=4, label=who, **strong)
+            axes.set(xscale="log", yscale="log", title=f"{key}, {title.split(',')[0]}", xlabel="tasks that are held")
+            axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=80)
 
 
 def main(given: list[str] | None = None) -> Tables:
@@ -270,12 +298,13 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (default: %(default)s)")
     parser.add_argument("--load", type=float, default=0.6, help="share of the plain model's rate (default: %(default)s)")
-    parser.add_argument(
-        "--most-loras", type=int, default=32, help="LoRAs that are held in memory at most (default: %(default)s)"
-    )
+    about = "LoRAs and merged models that are held in memory at most (default: %(default)s)"
+    parser.add_argument("--most-loras", type=int, default=32, help=about)
     parser.add_argument("--rounds", type=int, default=5)
     about = "full batches timed in turns alone, which a busy machine disturbs least (with --clock cpu)"
     parser.add_argument("--only-batches", action="store_true", help=about)
+    about = "the pool behind HTTP too, asked by 32 clients on this machine; needs the extra 'serving'"
+    parser.add_argument("--http", action="store_true", help=about)
     options = start(parser, given)
     if options.quick:
         options.model, options.tasks, options.seconds, options.batch, options.rounds = QUICK, [1, 30], 0.2, 4, 1

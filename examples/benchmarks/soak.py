@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from fleet_servers import resident_megabytes
 from rivals import QUICK, backbone, images
 from swaps import TARGETS
 from timing import Row, Tables, arguments, finish, start
@@ -143,14 +144,6 @@ class Soak:
 def is_same(output: Tensor, right: Tensor) -> bool:
     """Whether an answer is this one; batches of other sizes round in other ways."""
     return output.shape == right.shape and torch.allclose(output, right, atol=1e-4)
-
-
-def resident_megabytes() -> float:
-    """Memory of this process, as Linux counts it; zero elsewhere."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-    except OSError:
-        return 0.0
 
 
 @torch.no_grad()

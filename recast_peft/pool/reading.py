@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME
-from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor
 
 from ..config import RecastConfig
@@ -18,6 +17,7 @@ from ..names import MODEL_PREFIX
 from ..parts.bias_part import bias_config
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
+from ..tasks.files import read_entries
 from .layout import PoolLayout, refuse_parts
 
 Read = tuple[Tensor, PreparedHead | None]
@@ -57,10 +57,11 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     config = RecastConfig.from_pretrained(folder)
     refuse_parts(name, config)
     layout.check_config(str(source), config)
-    entries = load_peft_weights(folder, device="cpu")
+    what = f"the task at {str(source)!r}"
+    entries = read_entries(folder, {}, what)
     head = prepare_head(layout.backbone, config)
     shapes = {} if head is None else head.shapes()
-    values = layout.row_of(f"the task at {str(source)!r}", entries, shapes, bias_config(config) is not None)
+    values = layout.row_of(what, entries, shapes, bias_config(config) is not None)
     if head is not None:
         prefix = f"{MODEL_PREFIX}{head.place}."
         head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})

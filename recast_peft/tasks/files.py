@@ -53,7 +53,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
         for member in group.members
     }
     shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
-    given = {called(plain_name(key), record.renamed): value for key, value in _read(folder, hub_kwargs, what).items()}
+    given = {called(plain_name(key), record.renamed): value for key, value in read_entries(folder, hub_kwargs, what).items()}
     optional = _optional(model, config, plan.targets)
     check_entries(what, given, shapes, optional)
     for key, value in outliers({key: tensor for key, tensor in given.items() if COEFFICIENTS in key}).items():
@@ -65,7 +65,17 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
     return given
 
 
-def _read(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    """The entries of a task's file, whose checksum is looked at.
+
+    Args:
+        folder: where it lies, or its repository on the Hub.
+        hub_kwargs: for a task on the Hub.
+        what: it is called in messages.
+
+    Raises:
+        RecastLoadError: if it cannot be read, or its numbers are not those that were written.
+    """
     given = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
     try:
         path = fetch_file(folder, SAFETENSORS_WEIGHTS_NAME, hub_kwargs.get("subfolder"), given)

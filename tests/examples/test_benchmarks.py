@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,15 +91,30 @@ class TestBenchmarks:
     def test_a_fleet_of_one_and_of_thirty_tasks(self, tmp_path):
         import fleet
 
-        uniform, zipf, batches, sizes = fleet.main(["--quick", "--output", str(tmp_path)]).values()
-        servers = ["plain model", *["RECAST pool", "LoRA r=8, all in memory", "LoRA r=8, 25 slots"] * 2]
+        arguments = ["--quick", "--output", str(tmp_path)] + (["--http"] if find_spec("uvicorn") else [])
+        uniform, zipf, batches, sizes = fleet.main(arguments).values()
+        others = ["LoRA r=8, all in memory", "LoRA r=8, 25 slots", "a merged model each"]
+        servers = ["plain model", *["RECAST pool", *others, *(["RECAST pool, HTTP"] if find_spec("uvicorn") else [])] * 2]
         for rows in (uniform, zipf):
             assert sorted(row["server"] for row in rows) == sorted(servers)
             assert all(0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"] for row in rows)
-        assert [row["batch"] for row in batches] == ["plain model", "RECAST pool, 1 tasks", "RECAST pool, 30 tasks"]
+            assert all(row["MB of the process"] > 0 for row in rows if os.path.isdir("/proc/self"))
+        assert [row["batch"] for row in batches] == ["1 tasks, uniform", "30 tasks, uniform", "30 tasks, zipf", "plain model"]
         assert [row["tasks"] for row in sizes] == [1, 30]
         assert sizes[1]["MB of classifiers"] == pytest.approx(30 * sizes[0]["MB of classifiers"])
         assert (tmp_path / "fleet_curves.png").is_file()
+
+    def test_merged_models_answer_for_their_own_samples(self):
+        import fleet_servers
+        from rivals import backbone, images
+
+        options = SimpleNamespace(model="test_vit")
+        x = images(backbone("test_vit"), 3)
+        with torch.no_grad():
+            parts = fleet_servers.merged_models(2, x, options)([1, 0, 1])
+            whole = fleet_servers.plain(x, options)([0] * 3)
+        assert sorted(len(part) for part in parts) == [1, 2]
+        torch.testing.assert_close(next(part for part in parts if len(part) == 1)[0], whole[1])
 
     def test_zipf_asks_for_few_tasks_and_uniform_traffic_for_all(self):
         import fleet

@@ -174,10 +174,13 @@ class TestStore:
         before = alone(pool, "cats", image)
         file = store.folder / "cats" / "adapter_model.safetensors"
         good = file.read_bytes()
-        file.write_bytes(good[:100])
-        assert store.refresh() == []
-        assert "cats" in store.problems
-        assert torch.equal(alone(pool, "cats", image), before)
+        flipped = bytearray(good)
+        flipped[-1] ^= 1
+        for bad in (good[:100], bytes(flipped)):
+            file.write_bytes(bad)
+            assert store.refresh() == []
+            assert "damaged" in store.problems["cats"]
+            assert torch.equal(alone(pool, "cats", image), before)
         with pytest.raises(RecastLoadError):
             store.upload("dogs", b"no zip file")
         entries = load_file(store.folder / "cars" / "adapter_model.safetensors")
