@@ -18,7 +18,7 @@ from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
 from .config import RecastConfig
 from .errors import RecastBaseMismatchError, RecastConfigError
 from .hub.backbone import build_backbone
-from .hub.peft_models import with_task_verbs
+from .hub.peft_models import any_name, with_task_verbs
 from .hub.task_files import task_entries
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
@@ -60,7 +60,9 @@ def get_recast_model(
             "the model is converted already: add a task with model.add_adapter(name, config) or "
             "model.load_adapter(path, name), or get the plain model back with model.unload()"
         )
-    return with_task_verbs(get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs))
+    with any_name():
+        made = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs)
+    return with_task_verbs(made)
 
 
 def with_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PeftModel:

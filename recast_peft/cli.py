@@ -17,22 +17,32 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_model
 from torch import nn
 
 from .auto import AutoRecastModel
 from .config import TARGET_SHORTHANDS, RecastConfig
 from .errors import RecastConfigError, RecastError
+from .hub.backbone import HOW_TO_BUILD, HOW_TO_PASS
 from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
 from .hub.verify import ERROR, INFO, WARNING, verify_folder
 from .integrations.serving.start import serve_folder
 from .parts import PartnerConfig
+from .pool.files import describe_pool
 from .storage.cards import one_line
 from .storage.versions import roll_back, version_path, versions
 from .tasks.plan import plan_recast
+from .validation import did_you_mean
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 WEIGHTS_FILE = "model.safetensors"
+_IN_PYTHON = {  # what a message advises, and what to do instead where there is no Python
+    HOW_TO_PASS: "Give the path of a checkpoint with --backbone.",
+    HOW_TO_BUILD: "Use AutoRecastModel.from_pretrained(name, backbone=model) in Python.",
+}
+FIELDS = ("num_classes", "group_size", "num_groups", "num_templates", "max_coefficients")  # of RecastConfig, whole numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except RecastError as error:
-        print(f"recast-peft {options.command}: {_printable(error)}", file=sys.stderr)
+    except (RecastError, OSError) as error:
+        print(f"recast-peft {options.command}: {_printable(_as_options(str(error), options))}", file=sys.stderr)
         return 1
+
+
+def _as_options(text: str, options: argparse.Namespace) -> str:
+    """An error of the library in the words of the command line: its options in place of fields and keyword arguments."""
+    for said, instead in _IN_PYTHON.items():
+        text = text.replace(said, instead)
+    text = re.sub(r"\bRecastConfig\((\w+=.*?)\)(?=: )", r"\1", text)
+    for name in set(vars(options)) - {"command", "run", "model", "task", "folder"}:
+        option = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"(?<![\w-]){name}=(?=['\"\w\[])", f"{option} ", text)
+        text = re.sub(rf"(?<![\w-]){name}=", option, text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w-]){name}(?!\w)", option, text)
+    return text
 
 
 def _printable(value: Any) -> str:
@@ -61,14 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="show what converting a model would do; no weights are loaded")
     plan.add_argument("model", help="a timm name, or a transformers name or folder")
     plan.add_argument("--target-modules", nargs="+", help=f"names, a regular expression, or {', '.join(TARGET_SHORTHANDS)}")
-    plan.add_argument("--group-size", type=int)
-    plan.add_argument("--num-groups", type=int)
-    plan.add_argument("--num-templates", type=int)
-    plan.add_argument("--max-coefficients", type=int)
+    plan.add_argument("--exclude-modules", nargs="+", help="names, or a regular expression")
+    for field in FIELDS:
+        plan.add_argument(f"--{field.replace('_', '-')}", type=int)
     plan.set_defaults(run=_plan)
 
-    inspect = commands.add_parser("inspect", help="show what a saved task is; no model is built")
-    inspect.add_argument("task", help="a folder, or a name on the Hub")
+    inspect = commands.add_parser("inspect", help="show what a saved task or a packed pool is; no model is built")
+    inspect.add_argument("task", help="a folder, a name on the Hub, or the file of a pool")
     inspect.add_argument("--subfolder")
     inspect.add_argument("--revision")
     inspect.set_defaults(run=_inspect)
@@ -116,26 +139,27 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    targets: Any = options.target_modules
-    if targets is not None and len(targets) == 1 and (targets[0] in TARGET_SHORTHANDS or not targets[0].isidentifier()):
-        targets = targets[0]  # a shorthand or a regular expression
-    config = RecastConfig(
-        target_modules=targets,
-        group_size=options.group_size,
-        num_groups=options.num_groups,
-        num_templates=options.num_templates,
-        max_coefficients=options.max_coefficients,
-    )
+    named = {field: _names_or_pattern(getattr(options, field)) for field in ("target_modules", "exclude_modules")}
+    config = RecastConfig(**named, **{field: getattr(options, field) for field in FIELDS})
     print(plan_recast(_untrained(options.model), config))
+
+
+def _names_or_pattern(given: list[str] | None) -> Any:
+    """What ``target_modules`` is given: one text that is no name is a shorthand or a regular expression."""
+    return given[0] if given is not None and len(given) == 1 and not given[0].isidentifier() else given
 
 
 def _untrained(name: str) -> nn.Module:
     """A model with the shapes of the named one and weights of any value."""
+    if Path(name, CONFIG_NAME).is_file():
+        raise RecastConfigError(f"{name} is a saved task, not a model: recast-peft inspect {name} shows what it is")
+    near = ""
     try:
         import timm
 
         if timm.is_model(name):
             return timm.create_model(name, pretrained=False)
+        near = did_you_mean(name, timm.list_models())
     except ImportError:
         pass  # transformers alone, then
     from transformers import AutoConfig, AutoModel
@@ -143,7 +167,7 @@ def _untrained(name: str) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers: {error}") from error
+        raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers{near}\n{error}") from error
     return AutoModel.from_config(config)
 
 
@@ -157,7 +181,11 @@ def _bias_banks(config: RecastConfig) -> list[str]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    folder = fetch_task(options.task, **_hub_options(options))
+    path = Path(options.task)
+    if path.is_file() and path.name not in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        _print_lines(describe_pool(path))
+        return
+    folder = fetch_task(path.parent if path.is_file() else options.task, **_hub_options(options))
     config = RecastConfig.from_pretrained(str(folder))
     sizes = task_sizes(folder)
     members = [member for group in (config.groups or {}).values() for member in group]
@@ -174,10 +202,14 @@ def _inspect(options: argparse.Namespace) -> None:
         ("classes", config.num_classes if config.num_classes is not None else "the model's own head"),
         ("size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
     ]
-    width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name.ljust(width)}  {one_line(value)}" for name, value in lines))
+    _print_lines(lines)
     for name, group in (config.groups or {}).items():
         print(f"  {one_line(name)}: {len(group)} modules")
+
+
+def _print_lines(lines: Sequence[tuple[str, Any]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    print("\n".join(f"{name.ljust(width)}  {one_line(value)}" for name, value in lines))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -199,15 +231,19 @@ def _versions(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from safetensors.torch import save_model
-
-    if options.output.exists() and any(options.output.iterdir()):
-        raise RecastConfigError(f"--output {options.output} is not empty; nothing was written. Give a new folder.")
+    if options.output.is_file() or (options.output.is_dir() and any(options.output.iterdir())):
+        what = "a file" if options.output.is_file() else "not empty"
+        raise RecastConfigError(f"--output {options.output} is {what}; nothing was written. Give a new folder.")
     model = AutoRecastModel.from_pretrained(options.task, backbone=options.backbone, **_hub_options(options))
     plain = model.merge_and_unload(safe_merge=True)
     options.output.mkdir(parents=True, exist_ok=True)
     if hasattr(plain, "save_pretrained"):
         plain.save_pretrained(options.output)
+    elif (pretrained := getattr(plain, "pretrained_cfg", None)) is not None:
+        from timm.models import save_for_hf
+
+        named = {key: value for key, value in pretrained.items() if key == "label_names" and value}
+        save_for_hf(plain, str(options.output), model_config=named, safe_serialization=True)
     else:
         save_model(plain, str(options.output / WEIGHTS_FILE))
     print(f"the merged model is in {options.output}")

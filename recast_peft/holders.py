@@ -129,7 +129,7 @@ class TaskHolder:
         return None
 
     def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters of all tasks here, each with the group that ``create_recast_optimizer`` puts it in."""
+        """The parameters of all tasks here, each with its kind: ``create_recast_optimizer`` has groups for some of them."""
         return ()
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
@@ -144,6 +144,11 @@ class TaskHolder:
 def holders(model: nn.Module) -> list[Any]:
     """Every module of a model that holds parts of tasks, each once."""
     return [module for module in model.modules() if isinstance(module, TaskHolder)]
+
+
+def trained_kinds(model: nn.Module) -> dict[int, str]:
+    """What tasks have in a model, trained or not: the kind of each parameter, by its identity."""
+    return {id(parameter): kind for holder in holders(model) for kind, parameter in holder.trained_as()}
 
 
 def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entry]:

@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 
 from .composition.kinds import CONVOLUTION, family_of
 from .errors import RecastConfigError
-from .holders import holders
+from .holders import trained_kinds
 from .layer import RecastLayer, recast_layers
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .names import block_of, plain_name, unwrapped
@@ -143,11 +143,12 @@ def create_recast_optimizer(
         UserWarning: if nothing gives class scores; and at a step, if a task that was activated since is trained by none, or a
             merged one has no gradient.
     """
-    groups_of = {id(parameter): group for holder in holders(model) for group, parameter in holder.trained_as()}
+    groups_of = trained_kinds(model)
     parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parts[groups_of.get(id(parameter), "others")].append(parameter)
+            group = groups_of.get(id(parameter), "others")
+            parts[group if group in parts else "others"].append(parameter)
     if not parts["coefficients"] and not parts["biases"] and not parts["partners"]:
         raise RecastConfigError(
             f"{type(model).__name__} trains no RECAST coefficients or partners ({sum(map(len, parts.values()))} trainable "

@@ -275,7 +275,7 @@ class TestABackboneThatIsGiven:
             assert torch.equal(output(AutoRecastModel.from_pretrained(task, backbone=backbone)), wanted)
 
     def test_is_asked_for_where_it_cannot_be_found(self, task: Path) -> None:
-        with pytest.raises(RecastLoadError, match="pass backbone="):
+        with pytest.raises(RecastLoadError, match="Pass backbone="):
             AutoRecastModel.from_pretrained(task)
 
     def test_is_held_against_the_fingerprint(self, task: Path) -> None:

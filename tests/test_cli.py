@@ -6,16 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from recast_peft import RecastConfig, get_recast_model, save_compressed_model, write_model_card
+from recast_peft import RecastConfig, TaskPool, get_recast_model, save_compressed_model, write_model_card
 from recast_peft.cli import main
 from recast_peft.storage.atomic import write_text
 from recast_peft.storage.versions import keeping_version
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture
@@ -55,7 +59,11 @@ class TestPlan:
         [
             (["no_such_model"], "neither to timm nor to transformers"),
             (["test_vit", "--target-modules", "qqkv"], "Near: .*qkv"),
-            (["test_vit", "--group-size", "0"], "group_size=0"),
+            (["test_vit", "--group-size", "0"], "plan: --group-size 0: expected"),
+            (["test_vit", "--group-size", "2", "--num-groups", "3"], "--group-size 2 and --num-groups 3 were both given"),
+            (["test_vit", "--num-templates", "9"], "--num-templates 9 is above .*\n  --group-size: 2\n.*larger --group-size"),
+            (["test_vit", "--target-modules", "fc1", "norm"], "that --target-modules names.*with --exclude-modules"),
+            (["test_vitt"], "did you mean 'test_vit.?'"),
         ],
     )
     def test_errors_are_said_without_a_traceback(self, capsys, arguments, said):
@@ -64,6 +72,17 @@ class TestPlan:
         assert not printed.out
         assert "Traceback" not in printed.err
         assert re.search(said, printed.err, flags=re.DOTALL)
+
+    def test_a_classifier_and_modules_to_leave_out(self, capsys):
+        assert main(["plan", "test_vit", "--num-classes", "10", "--exclude-modules", r".*blocks\.[1-5].*"]) == 0
+        shown = capsys.readouterr().out
+        assert "head: 1 place (head), 650 trainable parameters per task" in shown  # 64 features and a bias for 10 classes
+        assert "2 banks, 2 target modules" in shown
+
+    def test_a_saved_task_is_no_model(self, capsys, saved_task):
+        task = str(saved_task[1] / "tasks" / "pets")
+        assert main(["plan", task]) == 1
+        assert f"recast-peft inspect {task}" in capsys.readouterr().err
 
 
 class TestInspect:
@@ -79,6 +98,36 @@ class TestInspect:
     def test_a_folder_without_a_task(self, capsys, tmp_path):
         assert main(["inspect", str(tmp_path)]) == 1
         assert str(tmp_path) in capsys.readouterr().err
+
+    @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+    def test_a_file_of_a_task_means_the_task(self, capsys, saved_task, file):
+        assert main(["inspect", str(saved_task[1] / "tasks" / "pets" / file)]) == 0
+        assert "coefficients     8\n" in capsys.readouterr().out
+
+    def test_a_pool(self, capsys, saved_task):
+        model, folder = saved_task
+        pool = TaskPool(model)
+        pool.add("pets", "pets")
+        for i in range(6):
+            pool.add(f"fresh{i}")
+        pool.save(folder / "pool.safetensors")
+        assert main(["inspect", str(folder / "pool.safetensors")]) == 0
+        shown = capsys.readouterr().out
+        assert "tasks           7: pets, fresh0, fresh1, fresh2, fresh3, ...\n" in shown
+        assert "coefficients    8 each\n" in shown
+        assert "classifiers     1\n" in shown
+        assert main(["inspect", str(FIXTURES / "pool.safetensors")]) == 0  # of the first format
+        assert re.search(r"tasks +8: a, b.*\nclassifiers +2\n", capsys.readouterr().out, flags=re.DOTALL)
+        assert main(["inspect", str(folder / "base" / "model.safetensors")]) == 1
+        assert "is no file of a TaskPool" in capsys.readouterr().err
+
+    def test_one_of_several_tasks_is_asked_for_by_the_option(self, capsys, saved_task):
+        model, folder = saved_task
+        model.add_adapter("toys", RecastConfig())
+        model.save_pretrained(folder / "tasks")
+        assert main(["inspect", str(folder / "tasks")]) == 1
+        assert "holds 2 tasks, in pets, toys: say which one with --subfolder\n" in capsys.readouterr().err
+        assert main(["inspect", str(folder / "tasks"), "--subfolder", "toys"]) == 0
 
     def test_it_prints_nothing_that_steers_a_terminal(self, capsys, saved_task):
         path = saved_task[1] / "tasks" / "pets" / "adapter_config.json"
@@ -106,6 +155,10 @@ class TestVerify:
         assert "a task of 8 coefficients, whole" in shown
         assert "no license is stated" in shown
         assert "error" not in shown
+        (self.task(saved_task) / "adapter_config.json").rename(saved_task[1] / "away")
+        status, shown = self.found(capsys, saved_task[1] / "tasks")
+        assert (status, "holds no adapter_config.json" in shown) == (1, True)
+        (saved_task[1] / "away").rename(self.task(saved_task) / "adapter_config.json")
         write_model_card(self.task(saved_task), license="mit")
         path = self.task(saved_task) / "adapter_config.json"
         config = json.loads(path.read_text())
@@ -148,6 +201,11 @@ class TestVerify:
         status, shown = self.found(capsys, tmp_path)
         assert (status, "not valid JSON" in shown) == (1, True)
 
+    def test_the_file_of_a_pool(self, capsys, saved_task):
+        status, shown = self.found(capsys, FIXTURES / "pool.safetensors")
+        assert (status, "a packed pool of" in shown) == (3, True)  # the first version wrote no checksum
+        assert self.found(capsys, saved_task[1] / "base" / "model.safetensors")[0] == 1
+
     def test_nothing(self, capsys, tmp_path):
         assert self.found(capsys, tmp_path)[0] == 1
         assert self.found(capsys, tmp_path / "missing")[0] == 1
@@ -174,7 +232,9 @@ class TestMerge:
         model, folder = saved_task
         arguments = ["merge", str(folder / "tasks" / "pets"), "--output", str(folder / "plain")]
         assert main(arguments) == 1
-        assert "pass the path as backbone=" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "pass the path as --backbone\nGive the path of a checkpoint with --backbone." in said
+        assert "backbone=" not in said
         assert main([*arguments, "--backbone", str(folder / "base")]) == 0
         plain = AutoModelForImageClassification.from_pretrained(folder / "plain").eval()
         x = torch.randn(2, 3, 16, 16)
@@ -182,8 +242,31 @@ class TestMerge:
         assert torch.allclose(plain(x).logits, model(pixel_values=x).logits, atol=1e-5)
         assert not [key for key in load_file(folder / "plain" / "model.safetensors") if "recast" in key]
 
+    def test_timm_builds_its_model_from_the_folder_with_its_labels(self, tmp_path):
+        torch.manual_seed(0)
+        backbone = timm.create_model("test_vit", num_classes=0)
+        torch.save(backbone.state_dict(), tmp_path / "base.pth")
+        model = get_recast_model(backbone, RecastConfig(id2label={1: "bus", 0: "van"}, init_weights=False), "cars").eval()
+        model.save_pretrained(tmp_path / "tasks")
+        tasks, out, base = (str(tmp_path / name) for name in ("tasks", "out", "base.pth"))
+        assert main(["merge", tasks, "--output", out, "--backbone", base]) == 0
+        x = torch.randn(2, 3, 160, 160)
+        plain = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        torch.testing.assert_close(plain(x), model(x))
+        assert plain.pretrained_cfg["label_names"] == ["van", "bus"]
+
+    def test_labels_go_with_a_transformers_model(self, saved_task):
+        _, folder = saved_task
+        backbone = ViTForImageClassification.from_pretrained(folder / "base")
+        config = RecastConfig(id2label={0: "van", 1: "bus"}, init_weights=False)
+        get_recast_model(backbone, config, "cars").save_pretrained(folder / "cars")
+        assert main(["merge", str(folder / "cars"), "--output", str(folder / "out"), "--backbone", str(folder / "base")]) == 0
+        assert AutoModelForImageClassification.from_pretrained(folder / "out").config.id2label == {0: "van", 1: "bus"}
+
     def test_a_folder_with_something_in_it_is_left_alone(self, capsys, saved_task):
         _, folder = saved_task
+        assert main(["merge", str(folder / "tasks" / "pets"), "--output", str(folder / "base" / "config.json")]) == 1
+        assert "is a file; nothing was written" in capsys.readouterr().err
         assert main(["merge", str(folder / "tasks" / "pets"), "--output", str(folder / "base")]) == 1
         assert "not empty" in capsys.readouterr().err
 

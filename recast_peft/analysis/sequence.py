@@ -30,7 +30,7 @@ from ..mimicry.features import evaluating
 from ..names import check_adapter_name
 from ..parts import BiasConfig
 from ..parts.bias_part import bias_config
-from ..validation import checked_count
+from ..validation import checked_count, shown
 from .matrix import AccuracyMatrix
 
 
@@ -236,7 +236,12 @@ def _plain(model: nn.Module) -> Iterator[nn.Module]:
 
 def _measure(model: nn.Module, evaluate: Callable[[nn.Module, Any], float], task: Any) -> float:
     with evaluating(model), torch.no_grad():
-        return float(evaluate(model, task))
+        accuracy = evaluate(model, task)
+    try:
+        return float(accuracy)
+    except (TypeError, ValueError, RuntimeError) as error:
+        hint = " Does it end with return?" if accuracy is None else ""
+        raise RecastSequenceError(f"evaluate returned {shown(accuracy)}; expected an accuracy, one number.{hint}") from error
 
 
 def _numbers(model: PeftModel, name: str) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import RecastConfigError
+
 NO_TASK = -1  # the number that stands for the pretrained model
 
 
@@ -63,15 +65,16 @@ class MixedBatch:
         """How often each entry stands for a sample in an input of ``samples`` rows: once, or once a beam.
 
         Raises:
-            ValueError: if the input does not fit the batch.
+            RecastConfigError: if the input does not fit the batch.
         """
         if samples == len(self):
             return 1
         if self.beams > 1 and samples == len(self) * self.beams:
             return self.beams
         given = "adapter_names" if self.task_ids is None else "task_ids"
-        raise ValueError(
-            f"Length of `{given}` should be the same as the number of inputs, but got {len(self)} and {samples} respectively."
+        raise RecastConfigError(
+            f"Length of `{given}` should be the same as the number of inputs, but got {len(self)} and {samples} respectively. "
+            "Give one task for each sample; a task can be given several times."
         )
 
     def rows(self, samples: int) -> dict[str | int, list[int]]:

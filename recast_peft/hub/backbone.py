@@ -18,6 +18,9 @@ from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
 from .trusted import HUB_PREFIX, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
+HOW_TO_PASS = "Pass backbone=: the model itself, keyword arguments for building it, or the path of a checkpoint."
+HOW_TO_BUILD = "Build the model yourself and pass it as backbone="
+
 
 def build_backbone(
     description: Mapping[str, Any] | None,
@@ -48,14 +51,14 @@ def build_backbone(
         )
     if not description:
         raise RecastLoadError(
-            "the task does not say which backbone it belongs to (only timm and transformers models can be found again): "
-            "build the model yourself and pass it as backbone="
+            "the task does not say which backbone it belongs to (only timm and transformers models can be found again). "
+            f"{HOW_TO_BUILD}"
         )
     builder = _BUILDERS.get(str(description.get("library")))
     if builder is None:
         raise RecastLoadError(
             f"the task's backbone is of library {description.get('library')!r}; known are {', '.join(_BUILDERS)}. "
-            "Build the model yourself and pass it as backbone="
+            f"{HOW_TO_BUILD}"
         )
     try:
         return builder(dict(description), given, hub_kwargs)
@@ -68,15 +71,14 @@ def build_backbone(
             f"the backbone of the task cannot be built\n  backbone: {description.get('name')!r} "
             f"({description['library']}, class {description.get('class')}, revision {description.get('revision')})\n"
             f"  reason: {type(error).__name__}: {error}\n"
-            "If it lies elsewhere, pass backbone= (a model, keyword arguments, or the path of a checkpoint)."
+            f"{HOW_TO_PASS}"
         ) from error
 
 
 def _no_weights(description: Mapping[str, Any], why: str) -> RecastLoadError:
     return RecastLoadError(
         f"the backbone of the task, {description.get('name')!r} ({description['library']}, class {description.get('class')}), "
-        f"cannot be built: {why}\nPass backbone=: the model itself, keyword arguments for building it, or the path of a "
-        "checkpoint."
+        f"cannot be built: {why}\n{HOW_TO_PASS}"
     )
 
 

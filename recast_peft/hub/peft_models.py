@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +24,32 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import RecastConfig
+from ..holders import trained_kinds
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
 from .cards import write_model_card, write_repository_card
 from .task_files import has_task_numbers
-from .transfer import push_tasks_to_hub, task_names
+from .transfer import local_task, push_tasks_to_hub, task_names
 
+OTHER = "others"  # norms, biases and whole modules
+_SHOWN_AS = {
+    "coefficients": "coefficients",
+    "biases": "coefficients of biases",
+    "classifier": "classifier",
+    "lora": "LoRA part",
+    "partners": "partners",
+    OTHER: "others",
+}
 DEFAULT = "default"  # the adapter that PEFT keeps in the root of a folder
+
+
+@contextmanager
+def any_name() -> Iterator[None]:
+    """A block without PEFT's warning of task names that are a part of ``recast_``: no key of ours holds a task's name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter name .* should not be contained in the prefix")
+        yield
 
 
 class TaskModel:
@@ -52,6 +71,8 @@ class TaskModel:
         them. In a checkpoint of the Trainer (a folder named ``checkpoint-<step>``) the active task's files are also put in the
         root, where the Trainer looks for the best model.
         """
+        if save_embedding_layers == "auto" and not hasattr(self, "get_input_embeddings"):
+            save_embedding_layers = False  # PEFT would ask the Hub for a vocabulary that the model does not have
         names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
         if not is_main_process or os.path.isfile(save_directory):  # PEFT says that the latter is no folder
             super().save_pretrained(  # type: ignore[misc]
@@ -80,11 +101,18 @@ class TaskModel:
         """
         if _is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
+        elif os.path.isdir(model_id):
+            model_id = str(local_task(model_id, kwargs.pop("subfolder", None)))
         file = Path(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
         if file.is_file():
             RecastConfig.from_json_file(str(file))  # says what is wrong with it before PEFT looks for keys in it
         with modules_called(kwargs.pop("key_mapping", None)):
             return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; a task may have any name."""
+        with any_name():
+            return super().add_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
 
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
         """The folder in a checkpoint and the name that are meant."""
@@ -110,6 +138,15 @@ class TaskModel:
         """As in PEFT; the mixed batches of other threads keep their tasks."""
         with self.base_model.calls.switched_off(), super().disable_adapter():  # type: ignore[attr-defined, misc]
             yield
+
+    def print_trainable_parameters(self) -> None:
+        """As in PEFT, and a second line: how many of them are coefficients, the classifier, and other parts of the task."""
+        super().print_trainable_parameters()  # type: ignore[misc]
+        kinds = trained_kinds(self)  # type: ignore[arg-type]
+        counts = dict.fromkeys(_SHOWN_AS.values(), 0)
+        for parameter in self.parameters():  # type: ignore[attr-defined]
+            counts[_SHOWN_AS[kinds.get(id(parameter), OTHER)]] += parameter.numel() * parameter.requires_grad
+        print("of these: " + (" || ".join(f"{name}: {count:,}" for name, count in counts.items() if count) or "none"))
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """As in PEFT; where a task lies already, our card is written (the Trainer asks for it after saving)."""

@@ -71,7 +71,10 @@ def task_entries(folder: str | os.PathLike) -> dict[str, int]:
     """
     file = numbers_file(Path(folder))
     if file is None:
-        raise RecastLoadError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: it is no saved task")
+        raise RecastLoadError(
+            f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: the task's numbers are missing. Copy the whole folder, or save the "
+            "task again."
+        )
     if file.name == SAFETENSORS_WEIGHTS_NAME:
         return {key: torch.Size(shape).numel() for key, shape in read_shapes(file).items()}
     try:

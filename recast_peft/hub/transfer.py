@@ -160,10 +160,12 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
         RecastLoadError: if there is no task in it, or a file is damaged.
     """
     name = os.fspath(name)
+    if os.path.isfile(name):
+        raise RecastLoadError(
+            f"{name} is a file: expected the folder of a saved task, which holds {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
+        )
     if os.path.isdir(name):
-        folder = Path(name, subfolder or "")
-        if subfolder is None and not (folder / CONFIG_NAME).is_file():
-            folder = folder / _only_task(name, tasks_inside(folder))
+        folder = local_task(name, subfolder)
     else:
         try:
             config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
@@ -184,6 +186,18 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
     read_task_config(folder)
     task_sizes(folder)
     return folder
+
+
+def local_task(name: str | os.PathLike, subfolder: str | None = None) -> Path:
+    """The folder of a task in a folder of this machine; without a subfolder the root, or the one subfolder that holds a task.
+
+    Raises:
+        RecastLoadError: if there is no task, or several.
+    """
+    folder = Path(name, subfolder or "")
+    if subfolder is not None or (folder / CONFIG_NAME).is_file():
+        return folder
+    return folder / _only_task(os.fspath(name), tasks_inside(folder))
 
 
 def _tasks_of_repository(name: str, hub_kwargs: Mapping[str, Any]) -> list[str]:

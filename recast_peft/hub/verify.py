@@ -46,13 +46,16 @@ def verify_folder(folder: Path) -> list[Finding]:
     """Look at everything of this library in a folder, and in the folders in it.
 
     Args:
-        folder: a task, a folder of tasks, a bank, a compressed model, a folder with packed pools, or several of these.
+        folder: a task, a folder of tasks, a bank, a compressed model, a folder with packed pools, or several of these; or the
+            file of a packed pool.
 
     Returns:
         what was found; an error if there is nothing.
     """
+    if folder.is_file():
+        return [*_guarded(folder, _packed(folder))] or [Finding(ERROR, folder, "it is no packed pool; give a task's folder")]
     if not folder.is_dir():
-        return [Finding(ERROR, folder, "there is no such folder")]
+        return [Finding(ERROR, folder, "there is no such folder or file")]
     places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
     found = [finding for place in places for finding in _verify_one(place)]
     return found or [Finding(ERROR, folder, "there is no task, bank, compressed model or packed pool in it")]
@@ -81,8 +84,8 @@ def _guarded(place: Path, findings: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def _task(folder: Path) -> Iterator[Finding]:
-    config = RecastConfig.from_pretrained(str(folder))  # refuses values of the wrong kind
     fields = read_task_config(folder)
+    config = RecastConfig.from_pretrained(str(folder))  # refuses values of the wrong kind
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         yield Finding(ERROR, folder, f"there is no {SAFETENSORS_WEIGHTS_NAME}: the task's numbers are missing")

@@ -14,7 +14,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, module_entries, plain_modules, put_at
 from .base import Place, Request, TaskPart
-from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels
+from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels
 from .wrapper import TaskModule
 
 
@@ -93,7 +93,10 @@ class TaskHead(TaskModule):
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         self._note_problem_type()
         names = [name for name in self._adapters if self.modules_to_save[name] is module]
-        write_labels(self._owner[0], self._labels.get(names[0], self._base_labels) if names else self._base_labels)
+        labels = self._labels.get(names[0], self._base_labels) if names else self._base_labels
+        write_labels(self._owner[0], labels)
+        if names:
+            write_timm_labels(self._owner[0], labels)
         return module
 
     def changed(self) -> None:
@@ -127,6 +130,9 @@ class TaskHead(TaskModule):
         task = self.shown_task
         self._named = task if task in self._labels else None
         write_labels(self._owner[0], self._base_labels if self._named is None else self._labels[self._named])
+
+    def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return (("classifier", parameter) for parameter in self.modules_to_save.parameters())
 
     def entries(self, adapter_name: str) -> Iterable[Entry]:
         dtype = self._stored_dtype.get(adapter_name)

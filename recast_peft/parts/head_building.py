@@ -229,5 +229,15 @@ def write_labels(model: nn.Module, labels: Labels) -> None:
         model.num_labels = labels.num_classes  # type: ignore[assignment]
 
 
+def write_timm_labels(model: nn.Module, labels: Labels) -> None:
+    """Put class names where timm saves them from (``save_for_hf``); while a model has tasks its own stay there."""
+    pretrained = getattr(model, "pretrained_cfg", None)
+    if not isinstance(pretrained, dict) or labels.num_classes is None:
+        return
+    kept = {key: value for key, value in pretrained.items() if key not in ("label_names", "label_descriptions")}
+    names = {} if labels.id2label is None else {"label_names": [labels.id2label[i] for i in range(labels.num_classes)]}
+    model.pretrained_cfg = {**kept, "num_classes": labels.num_classes, **names}  # type: ignore[assignment]
+
+
 def _top_level(model: nn.Module) -> str:
     return ", ".join(name for name in plain_modules(model) if "." not in name)

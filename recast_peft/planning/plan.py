@@ -124,7 +124,8 @@ class RecastPlan:
             lines.append("the coefficients stay at zero (train_coefficients=False)")
         for name, places in self.parts.items():
             shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
-            lines.append(f"{name}: {len(places)} places ({shown}), {sum(places.values()):,} trainable parameters per task")
+            count = f"{len(places)} place{'s' if len(places) > 1 else ''}"
+            lines.append(f"{name}: {count} ({shown}), {sum(places.values()):,} trainable parameters per task")
         if self.reason:
             lines.append(self.reason)
         lines += _shown_reasons(self.skipped)

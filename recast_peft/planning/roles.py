@@ -103,7 +103,7 @@ SHORTHANDS: dict[str, Callable[[Candidate], bool]] = {
 
 
 def default_shorthands(candidates: list[Candidate]) -> tuple[str, ...]:
-    """What None stands for, the first that a model has: of a transformer its feed-forward layers (see docs/accuracy.md)."""
+    """What None stands for, the first that a model has: of a transformer its feed-forward layers."""
     if any(in_shape(c) and _is_attention(c) for c in candidates):
         return "all-mlp", "all-attention", "all-linear"
     return "all-conv", "all-linear"

@@ -123,7 +123,7 @@ def _check_every_name(candidates: list[Candidate], config: RecastConfig) -> None
         hint = f"\n  near: {', '.join(near)}" if near else ""
         raise RecastTargetError(
             f"the model has no module called {' or '.join(map(repr, unknown))}\n  target_modules: {wanted}{hint}\n"
-            "Correct the name, or leave it out."
+            f"Correct the name, or leave it out. {_about_shorthands()}"
         )
 
 
@@ -199,6 +199,11 @@ def _cannot_be_targets(refused: dict[str, str]) -> RecastTargetError:
     )
 
 
+def _about_shorthands() -> str:
+    known = ", ".join(SHORTHANDS)
+    return f"Shorthands ({known}) are given alone, not in a list; any other string is a regular expression for whole names."
+
+
 def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped: dict[str, str]) -> RecastTargetError:
     supported = [c for c in candidates if _usable(c)]
     leaves = sorted({c.name.rpartition(".")[2] for c in supported})
@@ -214,7 +219,7 @@ def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped:
         message += "\nMatched but not usable: " + "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:5])
     if near:
         message += f"\nNear: {', '.join(near)}"
-    if isinstance(wanted, str) and wanted not in SHORTHANDS:
-        message += f"\nThe shorthands are {', '.join(SHORTHANDS)}; any other string is a regular expression for whole names."
+    if wanted not in (None, *SHORTHANDS):
+        message += f"\n{_about_shorthands()}"
     shown = ", ".join(leaves[:40]) + (", ..." if len(leaves) > 40 else "")
     return RecastTargetError(f"{message}\nThe model has these modules that can be targets: {shown or 'none'}")

@@ -14,6 +14,7 @@ Files of the first format, which had two tensors for each classifier, are read a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,10 +183,7 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     what = f"the file of tasks {path}"
     file = read_tensors(path, what, floating=False, finite=False)
     tensors, texts = file.tensors, file.metadata
-    if texts.get("format") not in FORMATS:
-        raise RecastLoadError(
-            f"{path} is no file of a TaskPool (format {texts.get('format')!r}, expected one of {', '.join(FORMATS)})"
-        )
+    _check_format(path, texts)
     try:
         said = {key: parse_value(texts[key], f"{key!r} of {what}") for key in LAYOUT}
         biases = parse_value(texts.get("biases", "{}"), f"'biases' of {what}")  # files of earlier versions do not name them
@@ -219,6 +217,41 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
             f"{', '.join(names[place] for place in bad[:5])}. load(path, skip_damaged=True) puts in the others."
         )
     return tasks.without(bad) if bad else tasks
+
+
+def _check_format(path: str | Path, texts: Mapping[str, str]) -> None:
+    if texts.get("format") not in FORMATS:
+        raise RecastLoadError(
+            f"{path} is no file of a TaskPool (format {texts.get('format')!r}, expected one of {', '.join(FORMATS)})"
+        )
+
+
+def describe_pool(path: str | Path) -> list[tuple[str, str]]:
+    """What a file of tasks holds, as lines of a name and a value; no model is needed.
+
+    Raises:
+        RecastLoadError: if it is damaged, or no file of tasks.
+    """
+    what = f"the file of tasks {path}"
+    file = read_tensors(path, what, floating=False, finite=False)
+    _check_format(path, file.metadata)
+    try:
+        names = _names(file.tensors["names"], int(file.metadata["tasks"]))
+        groups = parse_value(file.metadata["groups"], f"'groups' of {what}")
+        first_format = len(parse_value(file.metadata["heads"], f"'heads' of {what}"))
+        heads = [tensor for key, tensor in file.tensors.items() if re.fullmatch(r"heads\.\d+\.places", key)]
+        width = file.tensors["coefficients"].shape[1]
+        members = sum(map(len, groups.values()))
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise RecastLoadError(f"{what} is damaged: {error!r}") from error
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return [
+        ("tasks", f"{len(names):,}: {shown}" if names else "none"),
+        ("target modules", f"{members} in {len(groups)} banks"),
+        ("coefficients", f"{width:,} each"),
+        ("classifiers", f"{sum(map(len, heads)) if file.metadata['format'] == FORMATS[-1] else first_format:,}"),
+        ("size", f"{Path(path).stat().st_size:,} bytes"),
+    ]
 
 
 def _names(text: Tensor, count: int) -> list[str]:

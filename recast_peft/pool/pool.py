@@ -97,10 +97,11 @@ class TaskPool(ResidentTasks):
 
     def __repr__(self) -> str:
         shown = [repr(name) for name in self.names[:3]] + (["..."] if len(self) > 3 else [])
-        sizes = ", ".join(f"{key} {size:,} bytes" for key, size in self.sizes().items())
+        sizes = ", ".join(f"{key} {size:,} bytes" for key, size in self.sizes().items() if size)
         return (
-            f"TaskPool({len(self)} tasks: {', '.join(shown) or 'none'}; {self.numbers_per_task} numbers and "
-            f"{len(self._heads)} classifiers; {sizes}; slot={self.slot!r}, active={self.active!r})"
+            f"TaskPool({len(self)} task{'' if len(self) == 1 else 's'}: {', '.join(shown) or 'none'}; "
+            f"{self.numbers_per_task} coefficients each, {len(self._heads)} with a classifier; {sizes}; slot={self.slot!r}, "
+            f"active={self.active!r})"
         )
 
     @property

@@ -106,7 +106,7 @@ def read_tensors(
     try:
         tensors, metadata = _of_one_moment(path)
     except Exception as reason:  # safetensors and torch have a kind of error for each kind of damage
-        raise _unreadable(what, reason) from reason
+        raise _unreadable(what, path, reason) from reason
     if floating:
         check_floating(what, tensors)
     if finite:
@@ -156,10 +156,13 @@ def read_shapes(path: str | os.PathLike, what: str | None = None) -> dict[str, t
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except Exception as reason:
-        raise _unreadable(what or str(path), reason) from reason
+        raise _unreadable(what or str(path), path, reason) from reason
 
 
-def _unreadable(what: str, reason: Exception) -> RecastLoadError:
+def _unreadable(what: str, path: str | os.PathLike, reason: Exception) -> RecastLoadError:
+    if not os.path.isfile(path):
+        found = "a folder, not a file" if os.path.isdir(path) else "not there"
+        return RecastLoadError(f"{what} cannot be read: {os.fspath(path)} is {found}")
     return RecastLoadError(f"{what} is damaged or incomplete: {reason}\nNothing was loaded; fetch it again.")
 
 

@@ -148,8 +148,8 @@ def _explained(error: BaseException | None, cannot: str) -> RecastError:
     where = f"{cannot} at {constants.ENDPOINT}"
     if isinstance(error, LocalEntryNotFoundError):
         return RecastHubError(
-            f"{where}: it is not in the cache, and the Hub cannot be reached (or was not to be asked). "
-            "Check the connection, or fetch it once while there is one."
+            f"{where}: there is no such folder here, it is not in the Hub's cache, and the Hub cannot be reached (or was not "
+            "to be asked). Check the name and the connection, or fetch it once while there is one."
         )
     if isinstance(error, (RevisionNotFoundError, EntryNotFoundError)):
         kind = "revision" if isinstance(error, RevisionNotFoundError) else "file"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
@@ -80,11 +81,16 @@ def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[
     try:
         path = fetch_file(folder, SAFETENSORS_WEIGHTS_NAME, hub_kwargs.get("subfolder"), given)
     except RecastError:
-        pass  # an older format, or PEFT says why it is not there
+        task = Path(folder, hub_kwargs.get("subfolder") or "")
+        if task.is_dir() and not (task / WEIGHTS_NAME).is_file():
+            raise RecastLoadError(
+                f"{what} cannot be read: its numbers are missing, there is no {SAFETENSORS_WEIGHTS_NAME} in its folder. Copy "
+                "the whole folder, or save the task again."
+            ) from None
     else:
         return read_tensors(path, what, floating=False, finite=False).tensors  # masks are bits; check_entries says more
     try:
-        return load_peft_weights(folder, device="cpu", **hub_kwargs)
+        return load_peft_weights(folder, device="cpu", **hub_kwargs)  # an older format
     except RecastError:
         raise
     except Exception as error:

@@ -143,6 +143,18 @@ class TestLearningInSequence:
         with pytest.raises(RecastSequenceError, match="changed the earlier task 'one'"):
             learn_in_sequence(TinyModel(), make_tasks("one", "two"), rough, evaluate, config=CONFIG, progress=False)
 
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (None, "evaluate returned None.*end with return"),
+            ({"accuracy": 0.5}, "accuracy': 0.5}; expected"),
+            ((1, 2), "one number"),
+        ],
+    )
+    def test_refuses_what_evaluate_returns_if_it_is_no_number(self, returned: Any, message: str) -> None:
+        with pytest.raises(RecastSequenceError, match=message):
+            learn_in_sequence(TinyModel(), make_tasks("one"), train, lambda *_: returned, config=CONFIG, progress=False)
+
     def test_refuses_names_that_are_taken(self) -> None:
         model = get_recast_model(TinyModel(), CONFIG, adapter_name="one")
         with pytest.raises(RecastSequenceError, match="'one' already"):

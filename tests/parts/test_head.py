@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -94,6 +95,23 @@ class TestSwitching:
         plain = two_tasks.merge_and_unload()
         assert torch.allclose(plain(images), live, atol=1e-5)
         assert plain.num_classes == 2
+
+    @pytest.mark.parametrize("own_classes", [0, 2, 1000])
+    def test_timm_saves_a_merged_model_with_the_tasks_labels(self, own_classes, tmp_path):
+        images = torch.randn(2, 3, 160, 160)
+        backbone = timm.create_model("test_vit", num_classes=own_classes)
+        backbone.pretrained_cfg["label_names"] = ["cat", "dog"]  # of its own classes
+        model = get_recast_model(backbone, RecastConfig(id2label={0: "van", 1: "bus"}, init_weights=False), "cars").eval()
+        model.add_adapter("nameless", RecastConfig(num_classes=2))
+        assert backbone.pretrained_cfg["label_names"] == ["cat", "dog"]
+        expected = model(images)
+        nameless = copy.deepcopy(model).merge_and_unload(adapter_names=["nameless"])
+        assert "label_names" not in nameless.pretrained_cfg
+        assert model.get_base_model().pretrained_cfg["label_names"] == ["cat", "dog"]
+        save_for_hf(model.merge_and_unload(), tmp_path, safe_serialization=True)
+        again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        torch.testing.assert_close(again(images), expected)
+        assert again.pretrained_cfg["label_names"] == ["van", "bus"]
 
     def test_two_heads_cannot_be_in_force_at_once_and_nothing_changes(self, two_tasks, images):
         two_tasks.add_adapter("plain", RecastConfig())

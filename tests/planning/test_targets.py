@@ -20,7 +20,9 @@ timm = pytest.importorskip("timm")
         (["qkv", "fcl"], r"(?s)no module called 'fcl'.*near: fc2, fc1"),
         (["qkv", "attn.porj", "zzz"], r"(?s)'attn.porj' or 'zzz'.*target_modules: \['qkv'"),
         (["blocks.9.attn.qkv", "blocks.0.attn.qkv"], r"(?s)'blocks.9.attn.qkv'.*near: blocks"),
-        ("all-liner", r"(?s)Near: all-linear.*shorthands are all-linear, all-attention, all-mlp, all-conv"),
+        ("all-liner", r"(?s)Near: all-linear.*Shorthands \(all-linear, all-attention, all-mlp, all-conv\)"),
+        (["all-linear"], r"Shorthands \(.*\) are given alone, not in a list"),
+        (["qkv", "all-mlp"], r"(?s)no module called 'all-mlp'.*Shorthands \(.*\) are given alone, not in a list"),
     ],
 )
 def test_a_misspelt_target_is_refused_with_what_is_near(targets: Any, message: str) -> None:

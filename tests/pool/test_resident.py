@@ -42,7 +42,7 @@ class TestClassifiers:
         heads = list(pool._heads.values())
         assert len({id(head.kind) for head in heads}) == len({id(head.labels) for head in heads}) == 1
         assert pool.sizes()["heads"] == 50 * 4 * (4 * 8 + 4)
-        assert "50 classifiers" in repr(pool)
+        assert "50 with a classifier" in repr(pool)
         assert "heads 7,200 bytes" in repr(pool)
 
     def test_in_half_precision_take_half(self, tokens):

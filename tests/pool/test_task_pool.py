@@ -701,6 +701,15 @@ class TestFindingTheTask:
 
 
 class TestFiles:
+    def test_one_that_is_not_there_is_said_to_be_so(self, tmp_path):
+        pool = model_with_pool()[1]
+        for place, what in ((tmp_path / "none.safetensors", "is not there"), (tmp_path, "is a folder, not a file")):
+            with pytest.raises(RecastLoadError, match=what):
+                pool.load(place)
+        with pytest.raises(RecastLoadError, match="pool.safetensors is a file: expected the folder of a saved task"):
+            pool.save(tmp_path / "new" / "pool.safetensors")  # the folder is made
+            pool.add("one", tmp_path / "new" / "pool.safetensors")
+
     def saved_task(self, folder: Path, name: str, seed: int, **config) -> None:
         model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), name)
         generator = torch.Generator().manual_seed(seed)

@@ -275,7 +275,7 @@ class TestADamagedFile:
     def test_that_is_missing_is_refused(self, saved: Path, tmp_path: Path) -> None:
         folder = copied(saved, tmp_path)
         (folder / WEIGHTS).unlink()
-        refused(folder, RecastLoadError, "cannot be read")
+        refused(folder, RecastLoadError, f"its numbers are missing, there is no {WEIGHTS} in its folder")
 
     def test_of_another_format_is_refused(self, saved: Path, tmp_path: Path) -> None:
         folder = copied(saved, tmp_path)

@@ -1,0 +1,61 @@
+"""What PEFT's model classes do beside with tasks of this library."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_vit, vit_input
+
+from recast_peft import RecastConfig, RecastLoadError, get_recast_model
+
+CONFIG = RecastConfig(target_modules=["qkv"], init_weights=False)
+
+
+class TestTheFolderOfTasks:
+    def test_is_taken_for_its_only_task(self, tmp_path: Path) -> None:
+        saved = get_recast_model(tiny_vit(), CONFIG, "cars")
+        saved.save_pretrained(tmp_path)
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "other")
+        model.load_adapter(tmp_path, "again")
+        model.set_adapter("again")
+        assert torch.equal(model(vit_input()), saved(vit_input()))
+
+    def test_of_several_says_which_there_are(self, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit(), CONFIG, "cars")
+        model.add_adapter("birds", CONFIG)
+        model.save_pretrained(tmp_path)
+        with pytest.raises(RecastLoadError, match="holds 2 tasks, in birds, cars: say which one with subfolder="):
+            model.load_adapter(tmp_path, "again")
+        model.load_adapter(tmp_path, "again", subfolder="birds")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(RecastLoadError, match="empty holds no task"):
+            model.load_adapter(tmp_path / "empty", "more")
+        assert list(model.peft_config) == ["cars", "birds", "again"]
+
+
+def test_what_is_trained_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    config = RecastConfig(target_modules=["qkv"], num_classes=5, train_norms=True, head_module="head")
+    model = get_recast_model(tiny_vit(), config, "cars")
+    model.add_adapter("birds", RecastConfig(target_modules=["qkv"], num_classes=3, head_module="head"))
+    model.print_trainable_parameters()
+    shown = capsys.readouterr().out
+    # 4 layers in groups of two; 5 classes of 8 features with biases; 8 scales and 8 shifts in each of 4 norms
+    assert "of these: coefficients: 8 || classifier: 45 || others: 64\n" in shown
+
+
+def test_nothing_that_is_trained_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_recast_model(tiny_vit(), CONFIG, "cars")
+    model.requires_grad_(False)
+    model.print_trainable_parameters()
+    assert "of these: none" in capsys.readouterr().out
+
+
+def test_a_task_may_have_any_name_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_recast_model(tiny_vit(), CONFIG, "cast")
+        model.add_adapter("t", CONFIG)
+    assert list(model.peft_config) == ["cast", "t"]
