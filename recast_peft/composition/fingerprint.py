@@ -21,7 +21,7 @@ PROJECTIONS = 4
 BLOCK = 4096  # length of the sign patterns; a weight is cut in blocks of this length
 LOG_STEP = 256.0  # steps of the stored base-2 logarithm of the root mean square (0.27 % each)
 PROJECTION_STEP = 4096.0  # steps of a stored projection in units of its standard deviation
-LOG_TOLERANCE = 0.02
+LOG_TOLERANCE = 2.5 / LOG_STEP  # a weight times 1.01 is 3.7 steps away, one in bfloat16 at most two
 PROJECTION_TOLERANCE = 0.015
 # of a weight and its form in 4 bits, whose error is a tenth of the weight; of other weights every projection is off by about 1
 COARSE_LOG_TOLERANCE = 0.15

@@ -159,7 +159,10 @@ def build_head(
     if last is original:
         return new
     if config.head_type == "prototypes":
-        raise RecastTargetError(f"head {name!r} is a {type(original).__name__}; prototypes need a single linear layer there")
+        raise RecastTargetError(
+            f"head {name!r} is a {type(original).__name__}; prototypes need a single linear layer there: "
+            f"head_module={f'{name}.{last_name}'!r}"
+        )
     whole = copy.deepcopy(original)
     parent, _, child = last_name.rpartition(".")
     setattr(whole.get_submodule(parent), child, new)

@@ -47,7 +47,8 @@ def _no_place(partner: PartnerConfig, candidates: list[Candidate]) -> RecastTarg
     hint = f" Near: {', '.join(near)}." if near else ""
     where = f"target_modules={wanted!r} names no module of this model" if wanted else "it finds no place by itself"
     if leaves:
-        can = f"It can stand at modules called {', '.join(leaves[:20])}: name them with its target_modules."
+        named_so = f"{type(partner).__name__}(target_modules=[{leaves[0]!r}, ...])"
+        can = f"It can stand at modules called {', '.join(leaves[:20])}: name them with its target_modules, {named_so}."
     else:
         can = "The model has no module at which it could stand (an MLP that is split over several modules, as BERT's, is none)."
     return RecastTargetError(f"partner {partner.method}: {where}.{hint}\n{can}")

@@ -210,7 +210,7 @@ def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped:
     wanted = config.target_modules
     names = [wanted] if isinstance(wanted, str) else list(wanted or [])
     known = [*leaves, *SHORTHANDS, *(c.name for c in supported)]
-    near = sorted({hit for n in names for hit in difflib.get_close_matches(n, known, n=3)})
+    near = sorted({hit for n in names for hit in difflib.get_close_matches(n, known, n=3)} - set(names))
     message = f"Target modules {wanted!r} not found in the base model, or all of them were left out."
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
         if getattr(config, name):
@@ -219,7 +219,10 @@ def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped:
         message += "\nMatched but not usable: " + "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:5])
     if near:
         message += f"\nNear: {', '.join(near)}"
-    if wanted not in (None, *SHORTHANDS):
+    if isinstance(wanted, str) and wanted in SHORTHANDS:
+        others = [name for name, fits in SHORTHANDS.items() if any(in_shape(c) and fits(c) for c in supported)]
+        message += f"\nShorthands that fit layers of this model: {', '.join(others) or 'none'}"
+    elif wanted is not None:
         message += f"\n{_about_shorthands()}"
     shown = ", ".join(leaves[:40]) + (", ..." if len(leaves) > 40 else "")
     return RecastTargetError(f"{message}\nThe model has these modules that can be targets: {shown or 'none'}")

@@ -28,6 +28,7 @@ from ..errors import RecastBankError, RecastConfigError, RecastError, RecastLoad
 from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
 from ..storage.tensors import read_tensors, write_tensors
+from ..tasks.surroundings import surroundings_fingerprint
 from .heads import HeadKinds, StoredHead
 from .layout import PoolLayout, other_bank
 from .routing import TaskFeatures
@@ -94,6 +95,7 @@ def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None
         "groups": layout.config.groups,
         "recipes": layout.config.recipes,
         "base_fingerprint": layout.config.base_fingerprint,
+        "surroundings_fingerprint": surroundings_fingerprint(layout.backbone, layout.layers),
         "bank": layout.bank,
         "biases": layout.biases(),
         "heads": kinds,
@@ -188,12 +190,14 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
         said = {key: parse_value(texts[key], f"{key!r} of {what}") for key in LAYOUT}
         biases = parse_value(texts.get("biases", "{}"), f"'biases' of {what}")  # files of earlier versions do not name them
         labels = parse_value(texts.get("labels", "[]"), f"'labels' of {what}")
+        surroundings = parse_value(texts.get("surroundings_fingerprint", "null"), f"'surroundings_fingerprint' of {what}")
         table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
     except (KeyError, ValueError) as error:
         if isinstance(error, RecastError):
             raise
         raise RecastLoadError(f"{what} is damaged: {error!r}. Nothing was loaded; fetch it again.") from error
     _check_layout(path, said, biases, layout)
+    layout.check_surroundings(what, surroundings)
     if tuple(table.shape) != (len(names), layout.width) or not table.is_floating_point() or len({*names}) < len(names):
         raise RecastLoadError(
             f"the table in {path} is damaged: {table.dtype} of shape {tuple(table.shape)} and {len({*names})} names, expected "

@@ -20,6 +20,7 @@ from ..parts import PARTS
 from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
+from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
 
 
 class PoolLayout:
@@ -41,6 +42,7 @@ class PoolLayout:
         self.bias_owners = bias_owners(backbone, slot)
         sizes = {name: layer.recast_bank[slot].num_templates for name, layer in self.layers.items()}
         sizes.update({name: owner.offset.numel() for name, owner in self.bias_owners.items()})
+        self._surroundings: str | None = None
         self.slices: dict[str, slice] = {}
         self.width = 0
         for name, size in sizes.items():
@@ -85,6 +87,13 @@ class PoolLayout:
         self._check_bank(f"the task at {what!r}", config)
         self.check_biases(f"the task at {what!r}", config)
         self.check_fingerprint(what, config.base_fingerprint or {})
+        self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
+
+    def check_surroundings(self, what: str, recorded: str | None) -> None:
+        """Warn of what was learned where the model has other weights or norms beside the targets."""
+        if recorded is not None and self._surroundings is None:
+            self._surroundings = surroundings_fingerprint(self.backbone, self.layers)
+        warn_of_difference(recorded, self._surroundings, what)
 
     def check_biases(self, what: str, config: RecastConfig) -> None:
         """Refuse coefficients of biases that the pool's are not; a task without any has zeros there."""

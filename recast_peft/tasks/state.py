@@ -68,9 +68,8 @@ def put_in(model: nn.Module, entries: Mapping[str, Entry], values: Mapping[str, 
     for key, entry in entries.items():
         if key in values:
             entry.write(values[key])
-    own = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-    written = (entry.tensor for entry in entries.values())
-    return {own[id(tensor)]: tensor for tensor in written if id(tensor) in own}
+    written = {id(entry.tensor) for entry in entries.values()}
+    return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in written}
 
 
 def shared_entries(model: nn.Module) -> dict[str, Tensor]:

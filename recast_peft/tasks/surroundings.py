@@ -3,10 +3,15 @@
 A task's coefficients are bound to the weights of its targets, which are compared one by one. What stands around them counts
 too: other running statistics alone can cost half of a task's accuracy. One fingerprint of samples of all of it says whether it
 is what the task was learned on, up to a change of dtype; a difference is warned of and not refused.
+
+Every tensor counts as much as any other: as a sample of unit length, and as a point on a circle whose angle is the logarithm of
+its size. On an ImageNet EfficientNet-Lite0 and a MobileNetV2 (about 200 tensors beside the targets) that tells a hundredth in
+the size of every norm, or a twentieth in the size of one; a shift within one tensor only where it is large.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterator
 
@@ -19,6 +24,7 @@ from ..planning.heads import head_names
 from .verbs import merged_tasks
 
 SAMPLE = 4096  # numbers of a tensor that are looked at
+SMALLEST = 1e-4  # root mean square of a tensor that counts: float16 has few bits for smaller numbers
 
 
 def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str | None:
@@ -39,9 +45,11 @@ def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str 
             return None
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu()
-        size = sample.square().mean().sqrt()
-        if torch.isfinite(sample).all() and size > 0:  # masks hold infinity
-            parts += [sample / size, size.log2().view(1)]
+        length = sample.norm()
+        size = length / math.sqrt(len(sample))
+        if torch.isfinite(sample).all() and size > SMALLEST:  # masks hold infinity
+            angle = 2 * math.pi * size.log2()
+            parts += [sample / length, angle.cos().view(1), angle.sin().view(1)]
     return weight_fingerprint(torch.cat(parts)) if parts else None
 
 
@@ -64,10 +72,14 @@ def warn_of_other_surroundings(model: nn.Module, targets: Collection[str], recor
         targets: names of the task's target modules.
         recorded: the fingerprint in the task; None in files of earlier versions.
     """
-    actual = None if recorded is None else surroundings_fingerprint(model, targets)
+    warn_of_difference(recorded, None if recorded is None else surroundings_fingerprint(model, targets))
+
+
+def warn_of_difference(recorded: str | None, actual: str | None, task: str = "the task") -> None:
+    """The same for a fingerprint of the model that is known; None on either side says nothing."""
     if recorded is not None and actual is not None and not same_weight(recorded, actual):
         warnings.warn(
-            "The target modules have the weights that the task was learned on, but other weights, norms or running statistics "
+            f"The target modules have the weights that {task} was learned on, but other weights, norms or running statistics "
             f"of the model are not the same\n  fingerprint in the task:  {recorded}\n  fingerprint of the model: {actual}\n"
             "The task may compute something else than it did: load the very checkpoint that it was learned on.",
             stacklevel=2,

@@ -71,7 +71,7 @@ class TestAnotherWeight:
         weight = draw_weight(seed)
         assert not same_weight(weight_fingerprint(weight), weight_fingerprint(weight.flip(0)))
 
-    @pytest.mark.parametrize("change", [lambda w: -w, lambda w: 1.05 * w, lambda w: w.T])
+    @pytest.mark.parametrize("change", [lambda w: -w, lambda w: 1.01 * w, lambda w: w / 1.01, lambda w: w.T])
     def test_that_was_derived_from_it_differs(self, change) -> None:
         weight = draw_weight(4)
         assert not same_weight(weight_fingerprint(weight), weight_fingerprint(change(weight).contiguous()))

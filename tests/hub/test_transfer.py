@@ -325,7 +325,7 @@ class TestFetching:
         assert len(pushed.requests) == count
 
     def test_offline_without_the_cache_says_so(self, pushed: HubServer, tmp_path: Path) -> None:
-        with pytest.raises(RecastHubError, match="not in the cache"):
+        with pytest.raises(RecastHubError, match="not in the Hub.s cache"):
             fetch_task("ada/flowers", local_files_only=True, cache_dir=tmp_path / "empty")
 
     def test_of_an_old_file_format_works(self, hub: HubServer, tmp_path: Path) -> None:

@@ -30,6 +30,12 @@ def test_a_misspelt_target_is_refused_with_what_is_near(targets: Any, message: s
         plan_recast(tiny_vit(), RecastConfig(target_modules=targets))
 
 
+def test_a_shorthand_that_fits_nothing_is_refused_with_those_that_do() -> None:
+    with pytest.raises(RecastTargetError, match="Shorthands that fit layers of this model: all-conv\n") as error:
+        plan_recast(timm.create_model("test_efficientnet", num_classes=0), RecastConfig(target_modules="all-mlp"))
+    assert "Near" not in str(error.value)
+
+
 def test_a_name_whose_modules_are_left_out_is_none_that_nothing_has() -> None:
     plan = plan_recast(tiny_vit(), RecastConfig(target_modules=["qkv", "fc1"], exclude_modules=["fc1"]))
     assert {name.rpartition(".")[2] for name in plan.targets} == {"qkv"}

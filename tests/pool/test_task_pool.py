@@ -821,7 +821,7 @@ class TestFiles:
             path.write_bytes(damaged)
             with pytest.raises(RecastLoadError):
                 fresh.load(path)
-        with pytest.raises(RecastLoadError, match="No such file"):
+        with pytest.raises(RecastLoadError, match="is not there"):
             fresh.load(tmp_path / "nowhere")
         assert len(fresh) == 0
         path.write_bytes(whole)

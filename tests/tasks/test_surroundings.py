@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, TaskPool, get_recast_model
 from recast_peft.tasks.surroundings import surroundings_fingerprint
 
 
@@ -48,11 +48,39 @@ def loads_with(model: nn.Module, folder: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    get_recast_model(backbone(), RecastConfig()).save_pretrained(tmp_path)
+    get_recast_model(backbone(), RecastConfig(exclude_modules=["conv_stem"])).save_pretrained(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("change", [shift_statistics, shift_norms])
+def test_a_pool_warns_too(folder: Path, tmp_path: Path) -> None:
+    changed = TaskPool(get_recast_model(shift_statistics(backbone()), RecastConfig(exclude_modules=["conv_stem"])))
+    same = TaskPool(get_recast_model(backbone(), RecastConfig(exclude_modules=["conv_stem"])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.add("task", folder)
+        same.save(tmp_path / "pool.safetensors")
+        same.remove("task")
+        same.load(tmp_path / "pool.safetensors")
+    with pytest.warns(UserWarning, match="the task at '.*' was learned on, but other weights, norms"):
+        changed.add("task", folder)
+    changed.remove("task")
+    with pytest.warns(UserWarning, match=r"the file of tasks .*pool.safetensors was learned on, but other weights, norms"):
+        changed.load(tmp_path / "pool.safetensors")
+
+
+def scale_norms(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data *= 1.01
+    return model
+
+
+def scale_the_stem(model: nn.Module) -> nn.Module:
+    model.conv_stem.weight.data *= 1.1  # left out of the targets
+    return model
+
+
+@pytest.mark.parametrize("change", [shift_statistics, shift_norms, scale_norms, scale_the_stem])
 def test_other_norms_are_warned_of(change: Callable[[nn.Module], nn.Module], folder: Path) -> None:
     assert len(loads_with(change(backbone()), folder)) == 1
 
