@@ -19,6 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .names import BANK_CONTAINER, MODEL_PREFIX, PARTNER_CONTAINER, unwrapped
+from .offloaded import bring_back, kept_tensor
+from .sharded import whole_shape, write
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +47,10 @@ class Entry:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor as it lies in the module."""
-        held: Tensor | None = self.module._parameters.get(self.attribute)
+        """The tensor as it lies in the module, or is kept of it while it is offloaded."""
+        held: Tensor | None = kept_tensor(self.module, self.attribute)
+        if held is None:
+            held = self.module._parameters.get(self.attribute)
         if held is None:
             held = self.module._buffers.get(self.attribute)
         return getattr(self.module, self.attribute) if held is None else held
@@ -64,7 +68,7 @@ class Entry:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of what is stored."""
-        return tuple(self.tensor.shape) if self.packed_shape is None else self.packed_shape
+        return whole_shape(self.tensor) if self.packed_shape is None else self.packed_shape
 
     def stored(self, tensor: Tensor) -> Tensor:
         """What a file holds for the tensor."""
@@ -74,8 +78,7 @@ class Entry:
         """Put values in: into the tensor itself, or in its place where that holds no numbers (the meta device)."""
         old = self.tensor
         if not old.is_meta:
-            with torch.no_grad():
-                old.copy_(values)
+            write(old, values)
         elif isinstance(old, nn.Parameter):
             new = nn.Parameter(values.to(old.dtype), requires_grad=old.requires_grad)
             self.module._parameters[self.attribute] = new
@@ -276,9 +279,22 @@ class Offsets(nn.Module):
         super().__init__()
         self.offsets = offsets
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":  # accelerate has offloaded every parameter; these few numbers stay, and can be trained
+            bring_back(self, "offsets")
+
 
 class TaskParameters(nn.ParameterDict):
-    """Parameters by the names of tasks; a name can be any string, and several containers may share one parameter."""
+    """Parameters by the names of tasks; a name can be any string, and several containers may share one parameter.
+
+    A shared parameter is a parameter of the container that had it first alone: whoever shards a model block by block would
+    otherwise meet it in several blocks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.borrowed: dict[str, Offsets] = {}  # task -> what another container holds
 
     def __getitem__(self, key: str) -> nn.Parameter:
         return self.holder(key)._parameters["offsets"]  # type: ignore[return-value]
@@ -286,23 +302,26 @@ class TaskParameters(nn.ParameterDict):
     def __setitem__(self, key: str, value: Any) -> None:
         if not isinstance(value, nn.Parameter):
             value = nn.Parameter(value)
-        held = self._modules.get(container_key(key))
-        if held is not None:  # whoever shares it gets the new one too
-            held.offsets = value
+        if key in self._keys:  # whoever shares it gets the new one too
+            self.holder(key).offsets = value
             return
-        self.share(key, Offsets(value))
+        self._keys[key] = None
+        self._modules[container_key(key)] = Offsets(value)
 
     def __delitem__(self, key: str) -> None:
-        del self._keys[key], self._modules[container_key(key)]
+        del self._keys[key]
+        if self.borrowed.pop(key, None) is None:
+            del self._modules[container_key(key)]
 
     def holder(self, key: str) -> Offsets:
         """The module that holds a task's parameter."""
-        return self._modules[container_key(key)]  # type: ignore[return-value]
+        return self.borrowed[key] if key in self.borrowed else self._modules[container_key(key)]  # type: ignore[return-value]
 
     def share(self, key: str, holder: Offsets) -> None:
         """Use the parameter of another container for a task."""
         self._keys[key] = None
-        self._modules[container_key(key)] = holder
+        self._modules.pop(container_key(key), None)
+        self.borrowed[key] = holder
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {tuple(value.shape)}" for name, value in self.items())

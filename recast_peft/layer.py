@@ -94,7 +94,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
         if adapter_name in self.recast_masks:
             mask: Any = self.recast_masks[adapter_name]
             name = f"{self.module_name}.{self.MASKS}.mask"
-            yield Entry(name, mask, "scores", lambda scores: mask.pack(), mask.unpack, mask.packed_shape)
+            yield Entry(name, mask, "scores", mask.pack, mask.unpack, mask.packed_shape)
 
     def coefficients_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         has = adapter_name in self.recast_coefficients

@@ -105,7 +105,7 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
 def _trained(model: nn.Module) -> Iterator[tuple[RecastLayer, nn.Parameter]]:
     """The layers of a model with the coefficients that are trained there; what layers share comes with each of them."""
     for layer in recast_layers(model).values():
-        for parameter in layer.recast_coefficients.parameters():
+        for parameter in layer.recast_coefficients.values():
             if parameter.requires_grad:
                 yield layer, parameter
 

@@ -18,8 +18,7 @@ from .compose import compose_weight, needs_plain_operations
 from .kinds import is_lazily_readable, kind_of
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
-from .outputs import call_from_outputs, computes_from_outputs
-from .quantised import quantised_by
+from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
 from .recomposed import call_recomposed, can_recompose, scaled, scales_input
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
@@ -81,7 +80,7 @@ def call(
         return call_with(layer, layer.instead(), args, kwargs)
     if len(args) == 1 and not kwargs and computes_from_outputs(layer, adapters):
         return call_from_outputs(layer, adapters, args[0], values)
-    if not adapters and quantised_by(layer.get_base_layer()) is not None:
+    if not layer.present(adapters) and is_out_of_reach(layer):
         return layer.base_layer(*args, **kwargs)
     direct = direct_call(layer, args, kwargs)
     masks = layer.recast_masks

@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import RecastBankError
+from ..offloaded import execution_device, is_offloaded, kept_tensor
+from ..sharded import whole, whole_shape, whole_trained
 from . import merging
 from .calling import Terms, lazy_weight, marked_as_pretrained
 from .compose import average_sets, compose_into, compose_weight
@@ -84,14 +86,17 @@ class ComposedModule(nn.Module):
         Raises:
             RecastBankError: if it was released when the bank was compressed.
         """
+        return whole(self._pretrained_here())
+
+    def _pretrained_here(self) -> Tensor:
+        """What this process holds of the pretrained weight: a shard, or all of it."""
         weight = merging.pretrained_parameter(self)
-        if type(weight) is nn.Parameter:
-            return weight
         if weight is None:
             raise self._released_error()
-        if hasattr(weight, "full_tensor"):  # FSDP2 and tensor parallelism: a shard is here
-            return weight.full_tensor()
-        return weight
+        if not weight.is_meta:
+            return weight
+        kept = kept_tensor(self.get_base_layer(), self.weight_name)
+        return weight if kept is None else kept
 
     def _released_error(self) -> _ReleasedWeightError:
         return _ReleasedWeightError(
@@ -102,19 +107,20 @@ class ComposedModule(nn.Module):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return tuple(self._bank_templates().shape[1:] if self.compressed_bank else self.pretrained_weight.shape)
+        return tuple(self._bank_templates().shape[1:] if self.compressed_bank else whole_shape(self._pretrained_here()))
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """Dtype of the weight."""
-        return (self._bank_templates() if self.compressed_bank else self.pretrained_weight).dtype
+        return (self._bank_templates() if self.compressed_bank else self._pretrained_here()).dtype
 
     @property
     def weight_device(self) -> torch.device:
         """Device of the weight."""
         weight = self.weight_parameter
         if weight is not None:
-            return weight.device
+            is_brought = weight.is_meta and is_offloaded(self.get_base_layer())
+            return execution_device(self.get_base_layer()) if is_brought else weight.device
         return self._bank_templates().device if self.compressed_bank else device_of_weight(self.get_base_layer())
 
     def _bank_templates(self) -> Tensor:
@@ -226,11 +232,8 @@ class ComposedModule(nn.Module):
         return [name for name in adapters if name in held and name != self.idle_slot]
 
     def coefficients(self, name: str) -> Tensor:
-        """The coefficients of a task, ``(sets, templates)``; as they were offloaded, if accelerate has done so."""
-        own = self.recast_coefficients[name]
-        hook = getattr(self.recast_coefficients.holder(name), "_hf_hook", None) if own.is_meta else None
-        kept = getattr(hook, "weights_map", None)
-        return own if kept is None else kept["offsets"]
+        """The coefficients of a task, ``(sets, templates)``."""
+        return whole_trained(self.recast_coefficients[name])
 
     def tasks_in_force(self) -> list[str]:
         """The tasks that a call would compute with now."""

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import RecastBankError
+from ..sharded import is_sharded
 from .calling import STANDS_FOR
 from .outputs import is_out_of_reach
 from .quantised import dequantised, quantised_by
@@ -57,9 +58,12 @@ def check_writable(layer: Any) -> None:
     Raises:
         RecastBankError: saying why.
     """
-    if is_out_of_reach(layer):
-        library = quantised_by(layer.get_base_layer())
+    library = quantised_by(layer.get_base_layer())
+    held = layer.compressed_bank[0].templates if layer.is_released else layer.weight_parameter
+    is_shard = held is not None and is_sharded(held)
+    if is_shard or is_out_of_reach(layer):
         what = "offloaded, and is on a device during its calls alone" if library is None else f"quantised by {library}"
+        what = "spread over processes" if is_shard else what
         raise RecastBankError(
             f"nothing can be merged into {layer.module_name}: its weight is {what}. The task computes unmerged as well; "
             "for a merged model load the task on the base in float32, bfloat16 or float16"

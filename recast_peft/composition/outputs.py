@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..offloaded import is_offloaded
 from .compose import average_sets
 from .quantised import quantised_by
 
@@ -21,13 +22,7 @@ from .quantised import quantised_by
 def is_out_of_reach(layer: Any) -> bool:
     """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
     base = layer.get_base_layer()
-    return quantised_by(base) is not None or _is_offloaded(base)
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings a module's weight for each of its calls, and takes it away again."""
-    hook = module.__dict__.get("_hf_hook")
-    return hook is not None and any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
+    return quantised_by(base) is not None or is_offloaded(base)
 
 
 def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:

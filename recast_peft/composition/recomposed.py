@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sharded import SHARD, whole
 from .coefficient_gradients import AUTO, EXACT, is_faster_in_bfloat16, with_known_sum
 from .compose import compose_weight, composition_dtype, needs_plain_operations, template_inner_products
 from .kinds import Gradients, LayerKind, kind_of
@@ -78,11 +79,14 @@ def call_recomposed(
     # a copy: another task may be written into the coefficients before the backward pass comes
     coefficients = coefficients.clone()
     bias = getattr(module, "bias", None)
-    weights = [weight.detach() for weight in templates if weight is not anchor]
+    others = [weight for weight in templates if weight is not anchor]
+    # what was gathered from other processes is gathered again in the backward pass, as sharded models do with their weights
+    shards = tuple(getattr(weight, SHARD, None) for weight in others)
+    weights = [weight.detach() for weight in others]
     # which of the templates is the anchor itself: nothing is kept twice
     places = tuple(place for place, template in enumerate(templates) if template is anchor)
     anchor = None if anchor is None else anchor.detach()
-    return _Recomposed.apply(module, call, places, way, x, bias, coefficients, anchor, *weights)
+    return _Recomposed.apply(module, call, places, way, shards, x, bias, coefficients, anchor, *weights)
 
 
 class _Recomposed(torch.autograd.Function):
@@ -95,14 +99,16 @@ class _Recomposed(torch.autograd.Function):
         call: Callable[[nn.Module, Tensor, Tensor], Tensor],
         places: tuple[int, ...],
         way: str,
+        shards: tuple[Tensor | None, ...],
         x: Tensor,
         bias: Tensor | None,
         coefficients: Tensor,
         anchor: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.module, ctx.places, ctx.way, ctx.x_shape = module, places, way, x.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[6] else None, coefficients, anchor, *weights)
+        ctx.module, ctx.places, ctx.way, ctx.shards, ctx.x_shape = module, places, way, shards, x.shape
+        kept = [weight if shard is None else None for weight, shard in zip(weights, shards, strict=True)]
+        ctx.save_for_backward(x if ctx.needs_input_grad[7] else None, coefficients, anchor, *kept)
         if scales_input(x, anchor, _templates(anchor, weights, places)):
             weight, x = anchor.detach(), scaled(x, coefficients)  # type: ignore[union-attr]
         else:
@@ -115,9 +121,10 @@ class _Recomposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, coefficients, anchor, *weights = ctx.saved_tensors
+        x, coefficients, anchor, *kept = ctx.saved_tensors
+        weights = [weight if shard is None else whole(shard).detach() for weight, shard in zip(kept, ctx.shards, strict=True)]
         templates = _templates(anchor, weights, ctx.places)
-        needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[4:7]
+        needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[5:8]
         grad_bias = None
         if needs_bias:
             channels = _kind(ctx.module).channels % grad.ndim
@@ -138,7 +145,7 @@ class _Recomposed(torch.autograd.Function):
                 grad_x = grad_x.view(ctx.x_shape)
         if grad_coefficients is not None:
             grad_coefficients = grad_coefficients.to(coefficients.dtype)
-        return None, None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
+        return None, None, None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
 
 
 @dataclass

@@ -73,6 +73,7 @@ class WeightMask(nn.Module):
     def __init__(self, shape: tuple[int, ...], initial_score: float, threshold: float, **like: Any) -> None:
         super().__init__()
         self.initial_score, self.threshold = initial_score, threshold
+        self.shape = tuple(shape)  # the parameter may be a shard
         self.scores = nn.Parameter(torch.full(shape, initial_score, **like))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -82,9 +83,9 @@ class WeightMask(nn.Module):
             kept = kept + (self.scores - self.scores.detach()).to(weight.dtype)
         return weight * kept
 
-    def pack(self) -> Tensor:
-        """The mask as bits, eight entries a byte."""
-        kept = (self.scores.detach() > self.threshold).flatten()
+    def pack(self, scores: Tensor) -> Tensor:
+        """The mask of scores as bits, eight entries a byte."""
+        kept = (scores.detach() > self.threshold).flatten()
         kept = nn.functional.pad(kept, (0, -len(kept) % 8)).view(-1, 8)
         return sum(kept[:, place].to(torch.uint8) << place for place in _PLACES)  # type: ignore[return-value]
 
@@ -97,13 +98,13 @@ class WeightMask(nn.Module):
         if bits.dtype != torch.uint8 or tuple(bits.shape) != self.packed_shape:
             raise RecastLoadError(
                 f"a mask does not fit its weight\n  given:    {bits.dtype} {tuple(bits.shape)}\n"
-                f"  expected: {torch.uint8} {self.packed_shape}, one bit for each of {tuple(self.scores.shape)}"
+                f"  expected: {torch.uint8} {self.packed_shape}, one bit for each of {self.shape}"
             )
-        kept = torch.stack([(bits >> place) & 1 for place in _PLACES], dim=1).flatten()[: self.scores.numel()].bool()
+        kept = torch.stack([(bits >> place) & 1 for place in _PLACES], dim=1).flatten()[: math.prod(self.shape)].bool()
         scores = torch.full(kept.shape, self.initial_score, dtype=self.scores.dtype, device=bits.device)
-        return torch.where(kept, scores, 2 * self.threshold - scores).view(self.scores.shape)
+        return torch.where(kept, scores, 2 * self.threshold - scores).view(self.shape)
 
     @property
     def packed_shape(self) -> tuple[int]:
         """Shape of the packed mask."""
-        return (math.ceil(self.scores.numel() / 8),)
+        return (math.ceil(math.prod(self.shape) / 8),)

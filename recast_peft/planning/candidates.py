@@ -18,6 +18,7 @@ from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
 from ..holders import TaskHolder
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
+from ..offloaded import is_offloaded, kept_tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Candidate:
         assert self.weight_name is not None
         if quantised_by(self.module) is not None:
             return dequantised(self.module)
-        return getattr(self.module, self.weight_name)
+        kept = kept_tensor(self.module, self.weight_name)
+        return getattr(self.module, self.weight_name) if kept is None else kept
 
 
 def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[Candidate]:
@@ -227,7 +229,8 @@ def check_materialised(targets: list[Candidate]) -> None:
     Raises:
         RecastTargetError: naming the modules.
     """
-    empty = [c.name for c in targets if (w := c.module._parameters.get(c.weight_name or "")) is not None and w.is_meta]
+    held = {c.name: c.module._parameters.get(c.weight_name or "") for c in targets if not is_offloaded(c.module)}
+    empty = [name for name, weight in held.items() if weight is not None and weight.is_meta]
     if empty:
         raise RecastTargetError(
             f"{len(empty)} target modules are on the meta device and hold no numbers ({', '.join(empty[:3])}, ...): "

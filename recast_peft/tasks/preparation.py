@@ -19,6 +19,7 @@ from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.renamed import Renaming, find_renamed
+from ..sharded import check_may_be_added_to
 from .conversion import (
     PreparedLayer,
     base_fingerprints,
@@ -86,6 +87,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     Raises:
         RecastError: saying what is wrong.
     """
+    check_may_be_added_to(model, config.inference_mode)
     config = under_names_of(model, config)
     plan = plan_layers(model, config)
     targets = list(plan.candidates)

@@ -15,6 +15,7 @@ from ..options.record import TaskRecord, mean_fidelity
 from ..parts.head import problem_type_of
 from ..parts.lora import lora_config_of
 from ..planning.groups import PlannedGroup, sharing_of
+from ..sharded import whole_shape
 from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask
@@ -67,7 +68,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
             "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
             stacklevel=2,
         )
-    sets = {layer.recast_coefficients[adapter_name].shape[0] for layer in layers.values()}
+    sets = {whole_shape(layer.recast_coefficients[adapter_name])[0] for layer in layers.values()}
     measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
     return TaskRecord(
         groups={name: list(bank.members) for name, bank in banks.items()},

@@ -17,6 +17,7 @@ from ..config import RecastConfig
 from ..holders import Entry, entries_of, unwrapped
 from ..names import MODEL_PREFIX, plain_name
 from ..parts import PARTS
+from ..sharded import is_sharded, whole
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -50,13 +51,11 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
     tensors = {}
     for entry in task_entries(model, adapter_name, config).values():
         value = given.get(f"{paths.get(id(entry.module), '')}.{entry.attribute}")
-        tensors[entry.file_key] = entry.stored(_whole(entry.tensor if value is None else value))
+        own = entry.tensor
+        if value is None or (is_sharded(own) and value.data_ptr() == own.data_ptr()):  # not gathered, but this process's shard
+            value = own
+        tensors[entry.file_key] = entry.stored(whole(value))
     return tensors
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which every process holds a shard."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def put_in(model: nn.Module, entries: Mapping[str, Entry], values: Mapping[str, Tensor]) -> dict[str, Any]:

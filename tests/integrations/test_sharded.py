@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+import traceback
 import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import layers_of, randomise
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recast_peft import RecastBankError, RecastConfig, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, RecastError, get_recast_model
 
-IDS = torch.arange(8)[None]
+IDS = torch.stack([torch.arange(8), torch.arange(8) * 3 % 31])  # one row for each process
+LIMIT_S = 240
 
 
 def llama() -> Any:
@@ -26,74 +34,295 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=4, initializer_range=0.2, **sizes))
 
 
-def converted(group_size: int = 2) -> Any:
-    model = get_recast_model(llama(), RecastConfig(target_modules="all-mlp", group_size=group_size), "task")
+def converted(group_size: int = 2, **config: Any) -> Any:
+    options = {"target_modules": "all-mlp", "group_size": group_size, **config}
+    model = get_recast_model(llama(), RecastConfig(**options), "task")
     randomise(model, "task", size=0.1)
     return model
 
 
-def step(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss, and the gradients of coefficients by module, gathered."""
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
-    layers = layers_of(model).items()
-    return float(loss), {name: whole(layer.recast_coefficients["task"].grad).clone() for name, layer in layers}
+def train(model: nn.Module, ids: Tensor, steps: int = 3) -> list[float]:
+    """The losses of some steps."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
 
 
-def work(rank: int, kind: str, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = converted()
-    blocks = model.get_base_model().model.layers
-    if kind == "FSDP2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
 
-        mesh = init_device_mesh("cpu", (2,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    loss, gradients = step(model)
+
+# ---------------------------------------------------------------- what shards, and what is trained under it
+
+
+def by_fsdp2(model: Any) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def by_fsdp1(model: Any, as_one: bool = False) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = None if as_one else ModuleWrapPolicy({type(model.get_base_model().model.layers[0])})
+    return FullyShardedDataParallel(model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+
+
+def by_accelerate(model: Any, version: int) -> Any:
+    """Accelerate's own wrapping; it takes FSDP on accelerators alone, so that it is told here that it is there."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True if version == 2 else "FULL_SHARD",
+        use_orig_params=True if version == 1 else None,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin if version else None)
+    if version:
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prepared, _ = accelerator.prepare(model, optimizer)
+    if version:
+        assert "FSDP" in type(prepared).__name__ or "FullyShared" in type(prepared).__name__ or version == 1
+    return prepared
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "FSDP2": by_fsdp2,
+    "FSDP1": by_fsdp1,
+    "FSDP1 as one": lambda model: by_fsdp1(model, as_one=True),
+    "accelerate DDP": lambda model: by_accelerate(model, 0),
+    "accelerate FSDP1": lambda model: by_accelerate(model, 1),
+    "accelerate FSDP2": lambda model: by_accelerate(model, 2),
+}
+SHARED = {"coefficient_sharing": 2, "group_size": 1}  # what the defaults choose for a deep model
+MASKED = {"partners": ["piggyback"]}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in WRAPPERS},
+    "FSDP2, shared coefficients": ("FSDP2", SHARED),
+    "FSDP2, compressed": ("FSDP2", {"num_templates": 1}),
+    "FSDP1, compressed": ("FSDP1", {"num_templates": 1}),
+    "FSDP2, masks": ("FSDP2", MASKED),
+    "FSDP1, masks": ("FSDP1", MASKED),
+}
+
+
+def whole_state_dict(kind: str, model: Any) -> dict[str, Tensor]:
+    """The state dict as users of a wrapper are told to gather it."""
+    if "FSDP1" in kind:
+        from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+
+        options = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, options):
+            return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def numbers_kept(model: Any, ids: Tensor) -> int:
+    """How many numbers a call keeps for its backward pass."""
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids).loss.backward()
+    return kept
+
+
+def refusal(verb: Callable[[], Any]) -> str:
+    try:
+        verb()
+    except RecastError as error:
+        return str(error)
+    return "not refused"
+
+
+def tried(kind: str, config: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    """Everything that is done to a task of a sharded model, and what it gave."""
+    found: dict[str, Any] = {}
+    plain = converted(**config)
+    model = WRAPPERS[kind](plain)
+    plain = getattr(model, "module", plain)
+    found["losses"] = train(model, IDS[rank : rank + 1])
+    plain.save_pretrained(folder / "by all")
+    state = whole_state_dict(kind, model)
     if rank == 0:
-        torch.save((loss, gradients), Path(folder) / "found.pt")
+        plain.save_pretrained(folder / "by one", state_dict=state)
     dist.barrier()
-    os._exit(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    found["zeroed"] = logits(model)
+    plain.load_adapter(folder / "by one" / "task", "task", is_trainable=True)
+    found["loaded"] = logits(model)
+    with plain.disable_adapter():
+        found["without"] = logits(model)
+    found["kept"] = numbers_kept(model, IDS[rank : rank + 1])
+    if "FSDP" in kind:
+        found["merge"] = refusal(plain.merge_adapter)
+        found["add"] = refusal(lambda: plain.add_adapter("second", RecastConfig(target_modules="all-mlp")))
+        found["after"] = logits(model)
+    return found
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("kind", ["FSDP2"])
-def test_shards_of_blocks_give_what_one_process_gives(kind: str, tmp_path: Path) -> None:
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_TORCH_DEVICE="cpu")
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for name, (kind, config) in CASES.items():
+        place = Path(folder) / name
+        place.mkdir(exist_ok=True)
+        try:
+            found = tried(kind, config, rank, place)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, place / f"{rank}.pt")
+    found = {"refused": refusal(lambda: train(by_fsdp1(converted(**SHARED)), IDS[:1]))}
+    torch.save(found, Path(folder) / f"shared-{rank}.pt")
+    os._exit(0)  # not by way of destructors, which wait for each other
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found, every case in one start of them."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    folder = tmp_path_factory.mktemp("sharded")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(work, args=(kind, port, str(tmp_path)), nprocs=2, start_method="fork")
-    loss, gradients = torch.load(tmp_path / "found.pt")
-    wanted_loss, wanted = step(converted())
-    assert loss == pytest.approx(wanted_loss, rel=1e-5)
-    assert gradients.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
-        assert gradient.any()
+    # not forked: autograd may have threads by now, which a fork does not take along
+    processes = mp.start_processes(work, args=(port, str(folder)), nprocs=2, start_method="spawn", join=False)
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end and not processes.join(timeout=1):
+        pass
+    for process in processes.processes:
+        process.kill()
+    return folder
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_offloaded_weights_compute_as_those_in_memory(where: str, group_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_with_shards_do_what_one_process_does(results: Path, name: str) -> None:
+    kind, config = CASES[name]
+    if kind.startswith("accelerate"):
+        pytest.importorskip("accelerate")
+    first, second = (torch.load(results / name / f"{rank}.pt") for rank in range(2))
+    assert "error" not in first, first["error"]
+    expected = converted(**config)
+    start = logits(expected)
+    losses = train(expected, IDS)
+    for loss, one, two in zip(losses, first["losses"], second["losses"], strict=True):
+        assert (one + two) / 2 == pytest.approx(loss, rel=1e-5)
+    expected.save_pretrained(results / name / "expected")
+    wanted = load_file(results / name / "expected" / "task" / "adapter_model.safetensors")
+    for way in ("by all", "by one"):
+        given = load_file(results / name / way / "task" / "adapter_model.safetensors")
+        assert given.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(given[key], value, rtol=1e-4, atol=1e-6)
+    loaded = PeftModel.from_pretrained(llama(), results / name / "by all" / "task", "task")
+    trained = logits(expected)
+    assert not torch.allclose(trained, start, atol=1e-4)
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
+    for rank in (first, second):
+        assert not torch.allclose(rank["zeroed"], trained, atol=1e-4)
+        torch.testing.assert_close(rank["loaded"], trained, rtol=1e-4, atol=1e-5)
+        with expected.disable_adapter():
+            torch.testing.assert_close(rank["without"], logits(expected))
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in CASES.items() if "FSDP" in kind])
+def test_what_shards_cannot_do_is_refused_and_changes_nothing(results: Path, name: str) -> None:
+    found = torch.load(results / name / "0.pt")
+    assert "spread over processes" in found["merge"]
+    assert "add or load tasks first, then shard it" in found["add"]
+    torch.testing.assert_close(found["after"], found["loaded"], rtol=0, atol=0)
+    refused = torch.load(results / "shared-0.pt")["refused"]
+    assert "modules that FSDP1 shards apart" in refused
+
+
+@pytest.mark.parametrize("name", ["FSDP2"])
+def test_what_was_gathered_of_neighbours_is_not_kept_for_the_backward_pass(results: Path, name: str) -> None:
+    neighbours = sum(layer.base_layer.weight.numel() for layer in layers_of(converted()).values())
+    own = numbers_kept(converted(), IDS[:1])
+    assert torch.load(results / name / "0.pt")["kept"] <= own - neighbours
+
+
+# ---------------------------------------------------------------- offloaded
+
+
+@pytest.fixture(params=["cpu", "disk"])
+def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[nn.Module], None]:
     accelerate = pytest.importorskip("accelerate")
+    warnings.simplefilter("ignore")
+    if request.param == "cpu":
+        return lambda model: accelerate.cpu_offload(model, execution_device="cpu")
+    return lambda model: accelerate.disk_offload(model, str(tmp_path / "offloaded"), execution_device="cpu")
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_offloaded_weights_compute_as_those_in_memory(offload: Callable[[nn.Module], None], group_size: int) -> None:
     expected, model = converted(group_size), converted(group_size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if where == "cpu":
-            accelerate.cpu_offload(model.get_base_model(), execution_device="cpu")
-        else:
-            accelerate.disk_offload(model.get_base_model(), str(tmp_path / "offloaded"), execution_device="cpu")
+    offload(model.get_base_model())
     layer = next(iter(layers_of(model).values()))
     assert layer.base_layer.weight.is_meta
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
-        with model.disable_adapter(), expected.disable_adapter():
-            torch.testing.assert_close(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+    torch.testing.assert_close(logits(model), logits(expected))
+    with model.disable_adapter(), expected.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(expected))
     with pytest.raises(RecastBankError, match=r"nothing can be merged into .*offloaded"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("when", ["before the conversion", "after it"])
+def test_tasks_are_trained_saved_and_loaded_while_weights_are_offloaded(
+    offload: Callable[[nn.Module], None], when: str, tmp_path: Path
+) -> None:
+    expected = converted()
+    start = logits(expected)
+    if when == "after it":
+        model = converted()
+        offload(model)
+    else:
+        plain = llama()
+        offload(plain)
+        model = get_recast_model(plain, RecastConfig(target_modules="all-mlp", group_size=2), "task")
+        randomise(model, "task", size=0.1)
+    assert train(model, IDS) == pytest.approx(train(expected, IDS), rel=1e-5)
+    trained = logits(expected)
+    assert not torch.allclose(trained, start, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "task", "task")), trained)
+    randomise(model, "task", size=0.1)
+    assert not torch.allclose(logits(model), trained, atol=1e-4)
+    for name in ("task", "again"):  # into the task that is there, and beside it
+        model.load_adapter(tmp_path / "task", name)
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model), trained)

@@ -1,0 +1,42 @@
+"""Modules whose weights accelerate brings to a device for each of their calls, and takes away again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a module has its weights during its calls alone."""
+    return _hook_of(module) is not None
+
+
+def kept_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A tensor of an offloaded module, from where it is kept; None for any other."""
+    hook = _hook_of(module)
+    held = module._parameters.get(name)
+    return None if hook is None or held is None or not held.is_meta else hook.weights_map[name]
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where an offloaded module computes."""
+    device = _hook_of(module).execution_device
+    return torch.device("cpu" if device is None else device)
+
+
+def bring_back(module: nn.Module, name: str) -> None:
+    """Put a parameter that has just been offloaded back where it was, with a storage of its own."""
+    hook, kept = _hook_of(module), kept_tensor(module, name)
+    if kept is not None:
+        there = hook.original_devices[name]
+        needs_gradient = module._parameters[name].requires_grad  # type: ignore[union-attr]
+        module._parameters[name] = nn.Parameter(kept.to(there, copy=True), requires_grad=needs_gradient)
+
+
+def _hook_of(module: nn.Module) -> Any:
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return None
+    return next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)

@@ -1,0 +1,214 @@
+"""Tensors of which every process holds a shard: their shapes, the whole of them, and how values are written into them.
+
+FSDP2 and tensor parallelism hold ``DTensor``s, which gather themselves. FSDP1 (``use_orig_params=True``) leaves a flat piece of
+a parameter, or nothing, where it was; its handle knows what the piece is of. What is read of torch's private parts for that is
+in this file.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RecastConfigError
+
+SHARD = "recast_shard"  # attribute of a gathered tensor: the shard that it was gathered from, to gather it once more
+_PIECE = "recast_piece"  # attribute of a parameter in FSDP1: its handle, and its number there
+_FROZEN = "recast_frozen"  # attribute of a view in FSDP1's forward pass: the same numbers without a gradient
+
+
+def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
+    """Refuse to put further trainable parameters into a model that FSDP has sharded: no process would average their gradients.
+
+    Args:
+        model: the backbone.
+        for_inference: whether nothing that is put in will be trained; FSDP1 takes nothing at all.
+
+    Raises:
+        RecastConfigError: saying what to do.
+    """
+    is_flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+    if is_flat or (not for_inference and any(c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__)):
+        raise RecastConfigError(
+            f"the model was sharded by {'FSDP1' if is_flat else 'FSDP2'}, which knows nothing of parameters that come later: "
+            "their gradients would differ from process to process. Convert the model and add or load tasks first, then shard it"
+            + ("" if is_flat else "; a task that is not trained (is_trainable=False) can still be loaded")
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes, also while it is gathered for a call."""
+    return hasattr(tensor, "full_tensor") or _piece_of(tensor) is not None
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole of a tensor; no process waits for another one."""
+    piece = _piece_of(tensor)
+    return tuple(tensor.shape if piece is None else piece.shape)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor: itself, or gathered, which all processes have to ask for.
+
+    A parameter that is frozen needs no gradient, also where FSDP1 has put it into one tensor with others that do.
+    """
+    if _is_plain(tensor):
+        return tensor
+    if hasattr(tensor, "full_tensor"):
+        return _marked(tensor.full_tensor(), tensor)
+    piece = _piece_of(tensor)
+    if piece is not None:
+        if piece.is_sharded:
+            return _marked(piece.gathered(tensor), tensor)
+        return piece.present_without_gradient()
+    return tensor
+
+
+def whole_trained(tensor: Tensor) -> Tensor:
+    """The whole of a parameter that is used outside of the module in which it is sharded, differentiable.
+
+    Raises:
+        RecastConfigError: for a parameter that FSDP1 has sharded in another module: it would lose its gradient.
+    """
+    if _is_plain(tensor):
+        return tensor
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import Partial
+
+        return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)  # type: ignore[attr-defined]
+    piece = _piece_of(tensor)
+    if piece is not None and piece.is_sharded and tensor.requires_grad and torch.is_grad_enabled():
+        raise RecastConfigError(
+            "coefficients are shared by modules that FSDP1 shards apart, and would lose their gradient: use FSDP2 "
+            "(fully_shard; accelerate's fsdp_version 2), wrap the model as one, or convert it with coefficient_sharing='roles' "
+            "and max_coefficients"
+        )
+    return whole(tensor)
+
+
+def write(tensor: Tensor, values: Tensor) -> None:
+    """Write the values of the whole of a tensor into what this process holds of it."""
+    piece = _piece_of(tensor)
+    with torch.no_grad():
+        if hasattr(tensor, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            values = values.to(tensor.device, tensor.dtype)
+            tensor.copy_(distribute_tensor(values, tensor.device_mesh, tensor.placements))  # type: ignore[attr-defined]
+        elif piece is not None:
+            piece.write(values)
+        else:
+            tensor.copy_(values)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """The answer for almost every tensor, at little cost."""
+    return type(tensor) is nn.Parameter and not getattr(tensor, "_fsdp_flattened", False)
+
+
+def _marked(gathered: Tensor, shard: Tensor) -> Tensor:
+    setattr(gathered, SHARD, shard)
+    return gathered
+
+
+# ---------------------------------------------------------------- FSDP1
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a parameter of FSDP1 is now: its part of one flat tensor, of which every process holds a stretch."""
+
+    handle: Any
+    number: int
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether it is a piece now: FSDP gathers the parameters of a module for its calls."""
+        return self.handle.is_sharded(self.handle.flat_param)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.handle.flat_param._shapes[self.number])
+
+    def present(self) -> Tensor:
+        """The whole while it is gathered: a view that stands in the parameter's place."""
+        name, module, _ = self.handle.flat_param._param_infos[self.number]
+        return getattr(module, name)
+
+    def present_without_gradient(self) -> Tensor:
+        """The same, the very object each time, without a gradient if the parameter is frozen."""
+        view = self.present()
+        if type(view) is nn.Parameter or self.handle.flat_param._params[self.number].requires_grad:
+            return view
+        if not hasattr(view, _FROZEN):
+            setattr(view, _FROZEN, view.detach())
+        return getattr(view, _FROZEN)
+
+    def gathered(self, held: Tensor) -> Tensor:
+        """The whole; every process that holds a stretch of it sends that to the others."""
+        flat, numbers = self.handle.flat_param, math.prod(self.shape)
+        start, stretch = self._start(), math.prod(flat._sharded_size)
+        values = torch.empty(numbers, dtype=held.dtype, device=held.device)
+        with torch.no_grad():
+            for rank in range(start // stretch, (start + numbers - 1) // stretch + 1):
+                part = values[max(0, rank * stretch - start) : (rank + 1) * stretch - start]
+                if rank == self.handle.rank:
+                    part.copy_(held)
+                torch.distributed.broadcast(part, group=self.handle.process_group, group_src=rank)
+        return values.as_strided(self.shape, flat._strides[self.number])
+
+    def write(self, values: Tensor) -> None:
+        """Write values into the shard of this process, and into the whole, which FSDP may keep from one call to the next."""
+        flat = self.handle.flat_param
+        whole = getattr(flat, "_full_param_padded", None)
+        if whole is not None and whole.untyped_storage().size():
+            whole[self._start() :][: values.numel()].copy_(values.reshape(-1))
+        info = flat._shard_param_infos[self.number]
+        if info.in_shard:
+            own = values.reshape(-1)[info.intra_param_start_idx : info.intra_param_end_idx + 1]
+            flat._local_shard[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard].copy_(own)
+
+    def _start(self) -> int:
+        """Where the parameter begins in the flat tensor."""
+        offsets = zip(self.handle._get_flat_param_offsets(), self.handle.flat_param._is_padding_mask, strict=True)
+        return [start for (start, _), is_padding in offsets if not is_padding][self.number]
+
+
+def _piece_of(tensor: Tensor) -> _Piece | None:
+    """What a parameter is the piece of, if FSDP1 has it."""
+    if type(tensor) is not nn.Parameter:  # while it is gathered, a view stands in its place
+        flat: Any = tensor._base
+        if not (hasattr(flat, "_params") and hasattr(flat, "_tensors")):
+            return None
+        own = [p for p, view in zip(flat._params or (), flat._tensors or (), strict=True) if view is tensor]
+        return _piece_of(own[0]) if own else None
+    if not getattr(tensor, "_fsdp_flattened", False):
+        return None
+    if _known(tensor) is None:
+        _note_handles()
+    piece = _known(tensor)
+    if piece is None:
+        raise RecastConfigError("FSDP has flattened a parameter without use_orig_params=True: wrap the model with that option")
+    return piece
+
+
+def _known(parameter: Tensor) -> _Piece | None:
+    reference, number = getattr(parameter, _PIECE, (None, 0))
+    handle = None if reference is None else reference()
+    return None if handle is None else _Piece(handle, number)
+
+
+def _note_handles() -> None:
+    """Tell every parameter in FSDP1 its handle: nothing leads from the one to the other."""
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    for found in gc.get_objects():
+        if type(found) is FlatParamHandle:
+            for number, parameter in enumerate(found.flat_param._params or ()):
+                setattr(parameter, _PIECE, (weakref.ref(found), number))
