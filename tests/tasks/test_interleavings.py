@@ -115,8 +115,6 @@ class Run:
         if name == self.reference.active:
             self.reference.active = next(iter(self.model.peft_config))
             self.reference.merged = None  # as with any activation
-        else:
-            self.reference.merged = None
 
     def activate(self) -> None:
         name = self.random.choice(list(self.reference.offsets))
