@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .names import BANK_CONTAINER, MODEL_PREFIX, PARTNER_CONTAINER, unwrapped
+from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, plain_name, unwrapped
 from .offloaded import bring_back, kept_tensor
 from .sharded import whole_shape, write
 
@@ -98,7 +98,7 @@ def module_entries(name: str, module: nn.Module, **options: Any) -> Iterator[Ent
         held = [*owner._parameters.items(), *owner._buffers.items()]
         for attribute, tensor in held:
             if tensor is not None and attribute not in owner._non_persistent_buffers_set:
-                yield Entry(".".join(filter(None, (name, path, attribute))), owner, attribute, **options)
+                yield Entry(plain_name(".".join(filter(None, (name, path, attribute)))), owner, attribute, **options)
 
 
 class TaskHolder:
@@ -200,7 +200,14 @@ def put_at(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module at a place of the plain model, in the stead of whatever stands there."""
     parent_name, _, child = name.rpartition(".")
     parent = plain_modules(model)[parent_name] if parent_name else model
-    setattr(unwrapped_module(parent), child, module)
+    put_child(unwrapped_module(parent), child, module)
+
+
+def put_child(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a child. A module of ``torch.compile`` would go on calling the one that was there."""
+    setattr(parent, name, module)
+    if name == COMPILED:
+        parent.__setstate__(parent.__getstate__())  # makes its call anew
 
 
 def without_numbers(module: nn.Module) -> nn.Module:

@@ -23,7 +23,8 @@ _TAKEN_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
 MOST_BYTES = 255  # of a file's name
 
 # Children by which wrappers hold what they wrap: torch.compile, activation checkpointing and offloading, FSDP.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+COMPILED = "_orig_mod"
+_WRAPPED = (COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPED_BY_CLASS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine")  # as ``module``
 _WRAPPER_PARTS = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.|$)")
 

@@ -311,7 +311,7 @@ class TestAConfigFile:
             assert RecastConfig.from_pretrained(tmp_path).target_modules == ["qkv"]
 
     @pytest.mark.parametrize(
-        "content", [{"peft_type": 3}, {"peft_type": ["A"]}, {"peft_type": "NONE"}, {"cls": 1}, {"self": 1}]
+        "content", [{}, {"peft_type": 3}, {"peft_type": ["A"]}, {"peft_type": "NONE"}, {"cls": 1}, {"self": 1}]
     )
     def test_of_no_method_that_is_known_is_refused(self, tmp_path: Path, content: dict[str, Any]) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(content))

@@ -12,7 +12,6 @@ from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import RecastConfigError
-from ..names import METHOD_NAME
 from ..storage.atomic import write_text
 from ..storage.json_reader import parse_json
 from ..storage.pairs import read_companion
@@ -33,7 +32,7 @@ def read_fields(file: str | os.PathLike) -> dict[str, Any]:
         raise RecastConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     values = dict(parse_json(content, str(path), error=RecastConfigError))
     values.pop("runtime_config", None)  # as PEFT does: it is of no use in a file
-    method = values.get("peft_type", METHOD_NAME.upper())
+    method = values.get("peft_type")
     if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & values.keys():
         raise RecastConfigError(f"{path} is no config of a method that PEFT knows: peft_type={shown(method)}")
     for where, pattern in _patterns(values):

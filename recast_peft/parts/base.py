@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import RecastConfig
 from ..holders import Entry
+from ..names import plain_name
 
 
 class Piece:
@@ -31,7 +32,7 @@ class Piece:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its entries by the names that a task's file has."""
-        return {f"{self.place}.{key}": tuple(value.shape) for key, value in self.module.state_dict().items()}
+        return {plain_name(f"{self.place}.{key}"): tuple(value.shape) for key, value in self.module.state_dict().items()}
 
     def num_parameters(self) -> int:
         """The parameters that a task trains there."""

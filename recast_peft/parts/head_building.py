@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import plain_modules, unwrapped_module, without_numbers
+from ..holders import plain_modules, put_child, unwrapped_module, without_numbers
 from ..planning.heads import head_names
 from .base import Piece
 
@@ -165,7 +165,7 @@ def build_head(
         )
     whole = copy.deepcopy(original)
     parent, _, child = last_name.rpartition(".")
-    setattr(whole.get_submodule(parent), child, new)
+    put_child(whole.get_submodule(parent), child, new)
     return whole
 
 

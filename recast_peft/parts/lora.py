@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import current_batch
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, TaskHolder, container_key, plain_modules, unwrapped_module
+from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, unwrapped_module
 from ..layer import RecastLayer
-from ..names import BASE_ADAPTER
+from ..names import BASE_ADAPTER, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
@@ -265,7 +265,9 @@ class _PartMaker(LoraModel):
         self.active_adapter = active
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
-        self._targets = set(plan.targets)
+        present = plain_modules(model)
+        targets = {id(unwrapped(present[name])) for name in plan.targets}
+        self._targets = {key for key, module in model.named_modules() if id(module) in targets}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config  # the plan has found the targets
@@ -274,7 +276,7 @@ class _PartMaker(LoraModel):
         return key in self._targets
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        put_child(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Nothing: the model's own tuner does it, for both parts."""
@@ -344,9 +346,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
     token = making_part.set(True)
     try:
         maker = _PartMaker(model, key, config, plan, _keys(active))
-        with _without(
-            [m for m in model.modules() if isinstance(m, RecastLayer)]
-        ):  # what starts from a weight gets the pretrained one
+        with _without([m for m in model.modules() if isinstance(m, RecastLayer)]):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
         for layer in [m for m in model.modules() if isinstance(m, LoraLayer) and key in m._get_available_adapters()]:

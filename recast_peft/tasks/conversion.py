@@ -19,6 +19,7 @@ from ..banks.template_bank import PLACEHOLDER, TemplateBank
 from ..composition.fingerprint import is_coarser_form, same_weight, weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
+from ..holders import put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX
@@ -69,7 +70,7 @@ class PreparedLayer:
             train_coefficients=config.train_coefficients,
             coefficient_gradient=config.coefficient_gradient,
         )
-        setattr(self.parent, self.child_name, self.layer)
+        put_child(self.parent, self.child_name, self.layer)
 
 
 def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError
+from ..holders import put_child
 from ..parts.lora import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import check_one_owner
@@ -122,7 +123,7 @@ class TaskVerbs:
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        put_child(parent, child_name, new_module)
 
     @waits_for_calls
     def _unload_and_optionally_merge(  # type: ignore[override]

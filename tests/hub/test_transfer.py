@@ -409,7 +409,9 @@ def test_a_push_that_fails_leaves_nothing_in_the_config(hub: HubServer) -> None:
     assert model.peft_config["flowers"].results == {"accuracy": 0.9}
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"a": 1', b"\xff\xfe{}", b"[" * 100_000, b'{"peft_type": []}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"null", b'{"a": 1', b"\xff\xfe{}", b"[" * 100_000, b'{"peft_type": []}']
+)
 def test_a_damaged_config_is_one_kind_of_error_when_a_task_is_loaded(content: bytes, tmp_path: Path) -> None:
     make_model("flowers").save_pretrained(tmp_path)
     (tmp_path / "flowers" / "adapter_config.json").write_bytes(content)

@@ -105,6 +105,34 @@ def test_the_file_of_a_wrapped_model_fits_the_plain_one(wrapper: str, when: str,
         assert names == set(load_file(saved(plain, "task", tmp_path / "plain") / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("wrapper", ["checkpointed", "compiled"])
+@pytest.mark.parametrize("part", ["coefficients", "head", "LoRA", "norms", "saved module", "partners"])
+def test_a_wrapper_right_around_what_a_task_changes(part: str, wrapper: str, tmp_path: Path) -> None:
+    def wrapped_inside() -> nn.Module:
+        model = tiny_vit()
+        for name in ("attn.qkv", "mlp.fc1", "norm"):
+            for block in model.blocks:
+                parent, child = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                setattr(parent, child, WRAPPERS[wrapper](getattr(parent, child)))
+        model.head = nn.Sequential(WRAPPERS[wrapper](model.head)) if part == "head" else WRAPPERS[wrapper](model.head)
+        return model
+
+    def plain() -> nn.Module:
+        model = tiny_vit()
+        model.head = nn.Sequential(model.head) if part == "head" else model.head
+        return model
+
+    config = RecastConfig(target_modules=["qkv", "fc1"], **PARTS[part])
+    folder = saved(learned(get_recast_model(plain(), config, "task")), "task", tmp_path)
+    expected = outputs(PeftModel.from_pretrained(plain(), str(folder), "task").eval(), vit_input())
+    assert not torch.equal(expected, outputs(plain(), vit_input()))
+    model = PeftModel.from_pretrained(wrapped_inside(), str(folder), "task").eval()
+    assert torch.equal(outputs(model, vit_input()), expected)
+    again = saved(model, "task", tmp_path / "again")
+    assert set(load_file(again / "adapter_model.safetensors")) == set(load_file(folder / "adapter_model.safetensors"))
+    assert torch.equal(outputs(model.unload(), vit_input()), outputs(tiny_vit(), vit_input()))
+
+
 def test_values_that_were_gathered_from_several_processes_are_taken() -> None:
     model = learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task"))
     gathered = {key: value + 1 if "offsets" in key else value for key, value in model.state_dict().items()}
