@@ -59,11 +59,6 @@ def is_number(value: Any) -> bool:
 def checked_count(name: str, value: Any, most: int | None = None) -> int:
     """A whole number of at least 1.
 
-    Args:
-        name: the argument's name, for the error.
-        value: what was given.
-        most: the largest that is allowed.
-
     Raises:
         RecastConfigError: naming the argument and its value.
     """

@@ -103,12 +103,6 @@ class StoredGroup:
 def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: str) -> StoredGroup:
     """A group as a header describes it, with tensors that fit the description.
 
-    Args:
-        bank: its name.
-        entry: the description.
-        tensors: tensors of the whole file.
-        what: the file is called in messages.
-
     Raises:
         RecastLoadError: if the description and the tensors do not fit each other.
     """

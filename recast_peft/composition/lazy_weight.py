@@ -57,14 +57,7 @@ def is_read_lazily() -> bool:
 
 
 class LazyWeight(Tensor):
-    """A tensor of known shape, dtype and device that is computed at its first use.
-
-    Args:
-        compose: makes the tensor.
-        shape: shape of the tensor.
-        dtype: dtype of the tensor.
-        device: device of the tensor.
-    """
+    """A tensor of known shape, dtype and device that is computed at its first use."""
 
     _compose: Callable[[], Tensor]
     _composed: Tensor | None

@@ -255,13 +255,7 @@ def distill(
 ) -> dict[str, FittedTemplates]:
     """Tune templates and base coefficients until every block gives the pretrained model's features.
 
-    Args:
-        model: pretrained; it is not changed.
-        groups: whose templates are tuned.
-        targets: the modules by name.
-        fitted: where to start.
-        batches: one after the other, from the start again when they end.
-        method: says how many steps, and how large.
+    Batches are taken one after the other, from the start again when they end.
 
     Returns:
         the tuned templates, in the dtype they had. The loss is the mean over the blocks of the squared difference of the

@@ -59,10 +59,6 @@ def hub_name(name: Any) -> str:
 def timm_name(name: Any, registered: Collection[str]) -> str:
     """A name of timm's own list, or ``hf-hub:`` with a repository.
 
-    Args:
-        name: as it stands in the file.
-        registered: the architectures that timm knows.
-
     Raises:
         Untrusted: if it is anything else, such as ``local-dir:`` with a path.
     """

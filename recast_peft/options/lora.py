@@ -56,10 +56,6 @@ REFUSED_FIELDS = {
 def checked_lora_config(value: Any, task_type: Any) -> LoraConfig:
     """A copy of the config of a LoRA part, from an object or from what a file holds.
 
-    Args:
-        value: a ``LoraConfig``, or a dictionary of its fields.
-        task_type: task type of the task.
-
     Raises:
         ValueError: saying what was expected instead; the caller names the field.
     """

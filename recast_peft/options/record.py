@@ -135,11 +135,7 @@ def modules_called(key_mapping: Mapping[str, str] | None) -> Iterator[None]:
 
 
 class Decided:
-    """A field of a config that a conversion decides: it reads as the record has it, without a record as it was given.
-
-    Args:
-        default: the value of a config that was given none.
-    """
+    """A field of a config that a conversion decides: it reads as the record has it, without a record as it was given."""
 
     def __init__(self, default: Any) -> None:
         self.default = default

@@ -19,13 +19,7 @@ from .wrapper import TaskModule
 
 
 class TaskHead(TaskModule):
-    """The heads of all tasks in place of the model's own; the model names the classes of the one that is called.
-
-    Args:
-        module_to_save: the model's own head.
-        module_name: its name in the plain model.
-        owner: the model, whose label names follow the active task.
-    """
+    """The heads of all tasks in place of the model's own; the model names the classes of the one that is called."""
 
     what = "num_classes"
 

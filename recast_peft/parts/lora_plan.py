@@ -190,13 +190,7 @@ def _stand_in(target: Candidate) -> nn.Module:
 
 
 def lora_entries(module_name: str, layer: Any, key: str) -> Iterator[Entry]:
-    """The tensors of one adapter in a LoRA layer, by the names that PEFT's files give them.
-
-    Args:
-        module_name: name of the layer in the plain model.
-        layer: PEFT's.
-        key: under which the layer holds the adapter.
-    """
+    """The tensors of one adapter in a LoRA layer, by the names that PEFT's files give them."""
     for attribute in dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names)):
         container = getattr(layer, attribute)
         if not isinstance(container, (nn.ModuleDict, nn.ParameterDict)) or key not in container:

@@ -149,12 +149,7 @@ class PartnerContainer(nn.ModuleDict):
 
 
 class TaskPartners(TaskModule):
-    """The partners of one kind that stand at one place, by task; the active task's acts.
-
-    Args:
-        place: the module of the plain model.
-        method: the partner's name.
-    """
+    """The partners of one kind that stand at one place, by task; the active task's acts."""
 
     def __init__(self, place: str, method: str) -> None:
         super().__init__(nn.Identity(), entry_prefix(place, method))
@@ -177,12 +172,7 @@ class TaskPartners(TaskModule):
         visible.register_forward_hook(PartnerHook(self), with_kwargs=True)
 
     def adapt(self, x: Any, y: Any) -> Any:
-        """The output of the place with the partner of the active task, or of each sample's own task.
-
-        Args:
-            x: the input of the place.
-            y: its output.
-        """
+        """The output of the place with the partner of the active task, or of each sample's own task."""
         task, batch = self.shown_task, current_batch()
         if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
             return y
@@ -271,10 +261,6 @@ def _is_under(place: str, saved: tuple[str, ...]) -> bool:
 
 def partner_of_entry(key: str, numbers: int) -> tuple[str, int] | None:
     """The partner that an entry of a task's file belongs to, and how many numbers (of a mask: bits) it holds.
-
-    Args:
-        key: key of the entry.
-        numbers: in it.
 
     Returns:
         None if the entry is no partner's.

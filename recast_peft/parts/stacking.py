@@ -262,10 +262,6 @@ class Adding:
 def stack_around(outer: nn.Module, inner: nn.Module) -> list[RecastLayer]:
     """Let layers of other methods, around or inside a RecastLayer, merge into tensors of their own from now on.
 
-    Args:
-        outer: a layer that is being put around ``inner``.
-        inner: what it wraps, layer by layer.
-
     Returns:
         the layer of RECAST among them, if there is one.
 

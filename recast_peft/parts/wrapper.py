@@ -20,12 +20,7 @@ from ..holders import Entry, TaskHolder, TaskModules, module_entries
 
 
 class TaskModule(ModulesToSaveWrapper, TaskHolder):
-    """The modules of all tasks in the place of one of the model's; the active task's is the one that is called.
-
-    Args:
-        module_to_save: the model's own module.
-        module_name: its name in the plain model.
-    """
+    """The modules of all tasks in the place of one of the model's; the active task's is the one that is called."""
 
     what = "modules_to_save"  # for messages
     other_param_names = ("modules_to_save",)  # what is no weight of the base, for PEFT
@@ -203,10 +198,7 @@ def several_owners(owners: Sequence[str], place: str) -> RecastConfigError:
 def check_one_owner(model: nn.Module, adapter_names: Sequence[str], merging: bool = False) -> None:
     """Refuse several tasks at once that own the same module, such as a classifier each.
 
-    Args:
-        model: the backbone.
-        adapter_names: the tasks.
-        merging: whether they are merged: then changes of biases add.
+    Where tasks are merged (``merging``) their changes of biases add.
 
     Raises:
         RecastConfigError: naming the tasks and the module.

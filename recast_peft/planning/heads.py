@@ -22,12 +22,7 @@ _HEAD_CLASS = re.compile(r"(?<!Attention)(?<!Attn)Heads?$")
 
 
 def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
-    """Names of the modules that turn features into predictions, by timm's and transformers' conventions and by name.
-
-    Args:
-        model: model with wrappers around it or in it, or without.
-        head_module: a module that is known to be one.
-    """
+    """Names of the modules that turn features into predictions, by timm's and transformers' conventions and by name."""
     model = unwrapped(model)
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
     found: list[nn.Module] = []

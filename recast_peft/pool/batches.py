@@ -27,12 +27,7 @@ class HeldTasks:
 def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, beams: int) -> MixedBatch:
     """Gather the tasks of a call, once for all layers.
 
-    Args:
-        table: table of the pool.
-        slot: slot of the pool.
-        slices: columns by module.
-        tasks: ``(samples,)`` numbers from ``ids``, or a list of such numbers or of names.
-        beams: how often generation repeats a sample.
+    Tasks are ``(samples,)`` numbers from ``ids``, or a list of such numbers or of names.
 
     Raises:
         RecastConfigError: if a number is not that of a task that is in the pool now.

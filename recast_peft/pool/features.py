@@ -22,11 +22,7 @@ def base_features(
 ) -> Tensor:
     """What reaches the classifier of the pretrained model, ``(samples, features)`` in float32 on the CPU.
 
-    Args:
-        tuner: around the model.
-        head_module: the classifier's name; None is the one that is found.
-        inputs: samples ``(samples, ...)``, or a dictionary of such tensors that the model takes by name.
-        without_tasks: a block in which so many samples have no task.
+    Inside of ``without_tasks(n)`` n samples have no task.
 
     Raises:
         RecastConfigError: if there is no sample.

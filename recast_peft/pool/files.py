@@ -171,12 +171,6 @@ def _remembered_tensors(remembered: Mapping[int, TaskFeatures]) -> dict[str, Ten
 def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damaged: bool = False) -> PackedTasks:
     """Read and check a file of tasks.
 
-    Args:
-        path: path of the file.
-        layout: layout of the pool.
-        kinds: kinds of the pool.
-        skip_damaged: leave out tasks with numbers that are not finite.
-
     Raises:
         RecastLoadError: if the file is damaged, or holds tasks with numbers that are not finite.
         RecastBankError: if it does not fit the pool.

@@ -26,11 +26,6 @@ from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
 class PoolLayout:
     """The layout of a pool's rows.
 
-    Args:
-        backbone: the model that holds the slot.
-        config: config of the slot.
-        slot: the adapter that all tasks are like.
-
     Attributes:
         slices: columns of a row, by target module and by the names of biases.
         width: numbers of one task.
@@ -129,11 +124,7 @@ class PoolLayout:
     def row_of(self, what: str, entries: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], has_biases: bool) -> Tensor:
         """A task's row, from the entries of its file.
 
-        Args:
-            what: is said in errors.
-            entries: by their names in the file.
-            own: shapes of further entries that the task has.
-            has_biases: whether it has coefficients of biases.
+        ``own`` has the shapes of what the task has beside its coefficients.
 
         Raises:
             RecastLoadError: if entries are missing, unknown, or of another shape.

@@ -24,15 +24,7 @@ Read = tuple[Tensor, PreparedHead | None]
 
 
 def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source: Any, hub_kwargs: dict[str, Any]) -> Read:
-    """The row ``(numbers per task,)`` and the head of a task; see ``TaskPool.add``.
-
-    Args:
-        layout: layout of the pool.
-        configs: configs of the model's tasks.
-        name: name of the task.
-        source: where it lies.
-        hub_kwargs: for a task on the Hub.
-    """
+    """The row ``(numbers per task,)`` and the head of a task; see ``TaskPool.add``."""
     given = configs.get(source) if isinstance(source, str) else source
     if isinstance(given, RecastConfig):
         refuse_parts(name, given)

@@ -24,12 +24,7 @@ from .table import TaskTable
 class ResidentTasks(TaskTable):
     """Tasks of one layout, their classifiers, and what is remembered of them; a base class of ``TaskPool``.
 
-    Args:
-        layout: layout of the tasks.
-        configs: configs of the model's own tasks, which can be put in by name.
-        make_place_for: lets the model have a classifier for each task in a place.
-        head_dtype: dtype in which classifiers are kept; None keeps every bit.
-        serial: number of the pool among those of its model.
+    ``make_place_for`` lets the model have a classifier for each task in a place.
     """
 
     def __init__(

@@ -46,11 +46,6 @@ class PoolLock:
 class TaskTable:
     """Tasks as rows of one table; safe to use from several threads.
 
-    Args:
-        width: numbers of one task.
-        device: device of the table.
-        serial: number of the pool among those of its model.
-
     Attributes:
         table: ``(capacity, numbers per task)`` in float32; rows beyond the tasks, and of removed tasks, are zero.
     """
@@ -141,11 +136,6 @@ class TaskTable:
     def add_row(self, name: str, values: Tensor, head: StoredHead | None = None) -> int:
         """Put a task in.
 
-        Args:
-            name: name of the task.
-            values: ``(numbers per task,)``.
-            head: its classifier.
-
         Raises:
             RecastConfigError: if the name is taken, or a number is not finite.
         """
@@ -180,10 +170,7 @@ class TaskTable:
     def add_rows(self, names: Sequence[str], values: Tensor, heads: dict[int, StoredHead]) -> int:
         """Put several tasks in, one after the other; all of them or none.
 
-        Args:
-            names: names of the tasks.
-            values: ``(tasks, numbers per task)``.
-            heads: their classifiers, by their places among the names.
+        Values are ``(tasks, numbers per task)``; classifiers come by their places among the names.
 
         Returns:
             the row of the first.

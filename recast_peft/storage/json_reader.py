@@ -106,13 +106,7 @@ def _kind(value: Any) -> str:
 
 
 class Fields(Mapping[str, Any]):
-    """A JSON object whose values are asked for by kind; a mapping like any other beside.
-
-    Args:
-        content: the object.
-        what: it is called in messages.
-        error: what is raised where a value is missing or of another kind.
-    """
+    """A JSON object whose values are asked for by kind; a mapping like any other beside."""
 
     def __init__(self, content: Mapping[str, Any], what: str, error: type[RecastError] = RecastLoadError) -> None:
         self.content, self.what, self.error = content, what, error

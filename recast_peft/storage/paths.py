@@ -14,11 +14,6 @@ from ..errors import RecastLoadError
 def inside(folder: str | os.PathLike, name: str, what: str) -> Path:
     """The path of a name from a file, below the folder that the file lies in.
 
-    Args:
-        folder: that must not be left.
-        name: as it stands in the file.
-        what: the name is of, in messages.
-
     Raises:
         RecastLoadError: if the name is empty or absolute, goes up, or leads out of the folder by a link.
     """

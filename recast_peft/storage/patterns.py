@@ -23,10 +23,6 @@ FEW = 16  # a repeat of up to so many is not open
 def check_pattern(pattern: str, what: str) -> None:
     """Refuse a regular expression that may take for ever: open repeats within each other, or many of them.
 
-    Args:
-        pattern: as it stands in the file.
-        what: it is called in messages.
-
     Raises:
         RecastConfigError: if it is too long, no regular expression, or may take long.
     """

@@ -101,12 +101,6 @@ def check_fingerprints(
 ) -> bool:
     """Refuse a task that was learned on other pretrained weights; on their quantised form it is taken, with a warning.
 
-    Args:
-        config: config of the task.
-        actual: the fingerprints of the model's modules.
-        entries: entries of the task's file.
-        quantised: the modules whose weights are quantised.
-
     Returns:
         whether the weights are those that the task was made for; a task that has learned nothing yet only warns if not.
 

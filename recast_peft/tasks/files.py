@@ -28,13 +28,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, own: Shapes) -> dict[str, Tensor] | None:
     """Check the file of a config that was read from a saved task, before the model is touched.
 
-    Does nothing for a config that was not read by ``from_pretrained``, or that belongs to no saved task.
+    ``own`` has the shapes of what the task brings beside its coefficients, by the names of the plain model.
 
-    Args:
-        model: as it is before the task.
-        config: config of the task.
-        plan: what it targets.
-        own: shapes of what the task brings beside its coefficients, by the names of the plain model.
+    Does nothing for a config that was not read by ``from_pretrained``, or that belongs to no saved task.
 
     Returns:
         the file's entries, or None if there is no file to check.
@@ -111,12 +107,6 @@ def _biases(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Shape
 def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Put a task's entries into the modules that hold them, all or none.
 
-    Args:
-        model: a ``PeftModel``, or a model with tasks.
-        config: config of the task.
-        adapter_name: the task.
-        state_dict: the entries by the names that a file has.
-
     Returns:
         a state dict by the model's own keys, for PEFT to go on with.
 
@@ -184,12 +174,6 @@ def _unpacked(entry: Entry, value: Tensor) -> Tensor:
 
 def check_entries(what: str, given: Mapping[str, Tensor], wanted: Shapes, optional: Shapes | None = None) -> None:
     """Raise an error that lists what is wrong with a task's entries; return if nothing is.
-
-    Args:
-        what: is being read.
-        given: the entries by name.
-        wanted: shapes of those that must be there.
-        optional: shapes of those that may be.
 
     Raises:
         RecastLoadError: if something is wrong.

@@ -23,13 +23,7 @@ from .state import backbone_of
 
 
 def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
-    """What a conversion is about to decide for a task.
-
-    Args:
-        config: config of the task.
-        prepared: the task, ready to be put in.
-        backbone: how the backbone is found again.
-    """
+    """What a conversion is about to decide for a task."""
     plan = prepared.plan
     banks = {group.name: bank for group in plan.groups if (bank := prepared.layers[group.members[0]].bank) is not None}
     return TaskRecord(
@@ -53,10 +47,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
 def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) -> TaskRecord:
     """What a model says of a task that it has, for the task's file.
 
-    Args:
-        config: config of the task; its user may since have put it on another model.
-        model: model with the task.
-        adapter_name: name of the task.
+    The user of the config may since have put it on another model.
     """
     backbone = backbone_of(model)
     layers = {n: layer for n, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}

@@ -40,11 +40,7 @@ def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> d
 def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A task's tensors as its file holds them.
 
-    Args:
-        model: a ``PeftModel``, or a model with tasks.
-        adapter_name: the task.
-        config: config of the task.
-        state_dict: of the model, where its values were gathered from several processes; what it lacks is taken from the model.
+    Values come from ``state_dict``, where they were gathered from several processes; what it lacks is taken from the model.
     """
     given = {plain_name(key): value for key, value in state_dict.items()}
     paths = {id(module): plain_name(path) for path, module in model.named_modules()}

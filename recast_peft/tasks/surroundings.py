@@ -30,10 +30,6 @@ SMALLEST = 1e-4  # root mean square of a tensor that counts: float16 has few bit
 def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str | None:
     """Fingerprint the parameters and persistent buffers of a model beside its targets and its classifier.
 
-    Args:
-        model: the backbone, with or without tasks.
-        targets: names of the modules that have coefficients.
-
     Returns:
         None where it cannot be said: something is merged, holds no numbers, or is spread over processes.
     """
@@ -65,13 +61,7 @@ def _tensors(model: nn.Module, targets: Collection[str]) -> Iterator[Tensor]:
 
 
 def warn_of_other_surroundings(model: nn.Module, targets: Collection[str], recorded: str | None) -> None:
-    """Warn if what a model has beside a task's targets is not what the task was learned on.
-
-    Args:
-        model: the backbone.
-        targets: names of the task's target modules.
-        recorded: the fingerprint in the task; None in files of earlier versions.
-    """
+    """Warn if what a model has beside a task's targets is not what the task was learned on."""
     warn_of_difference(recorded, None if recorded is None else surroundings_fingerprint(model, targets))
 
 

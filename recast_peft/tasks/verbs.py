@@ -100,11 +100,7 @@ def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
 def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, others: list[str] | None) -> None:
     """Merge tasks beside those that are merged already; what fails leaves nothing merged that was not merged before.
 
-    Args:
-        model: the backbone.
-        adapter_names: the tasks.
-        safe_merge: refuse what is not finite.
-        others: the adapters that layers of other methods merge; None means their active ones.
+    ``others`` are the adapters that layers of other methods merge; None means their active ones.
     """
     before = merged_tasks(model)
     if before and not set(adapter_names) - set(before):
@@ -183,10 +179,7 @@ def check_batch(found: Sequence[Any], batch: MixedBatch) -> None:
 def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
     """A block in which PEFT takes a model's layers out; what hangs beside them comes out too, or back if the block fails.
 
-    Args:
-        tuner: the ``RecastModel``.
-        adapter_names: the tasks that stay merged; None for the pretrained model.
-        safe_merge: refuse biases that are not finite.
+    ``adapter_names`` stay merged; None gives the pretrained model.
     """
     model = tuner.model
     if adapter_names and part_layers(model):  # a LoRA part is merged on top of the coefficients of the active tasks
