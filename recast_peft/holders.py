@@ -276,6 +276,14 @@ class TaskModules(nn.ModuleDict):
         return self._modules.pop(container_key(key))  # type: ignore[return-value]
 
 
+class SideContainer(nn.ModuleDict):
+    """What tasks share or own beside a model's modules; a model that is an ``nn.Sequential`` calls all of its children."""
+
+    def forward(self, x: Any) -> Any:
+        """The input, as it is."""
+        return x
+
+
 class Offsets(nn.Module):
     """The coefficients of one task in one layer, as a module: so the task's name stands inside the name of the parameter.
 

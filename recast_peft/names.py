@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -102,6 +103,15 @@ def role_of(name: str) -> str:
     'blocks.*.attn.qkv'
     """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def lies_in(name: str, others: Iterable[str]) -> bool:
+    """Whether a module is one of others, or lies in one of them.
+
+    >>> lies_in("head.fc", ["head"]), lies_in("header", ["head"])
+    (True, False)
+    """
+    return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def bank_name(members: list[str]) -> str:

@@ -56,6 +56,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
+def is_matrix(value: Any, rows: int, columns: int) -> bool:
+    """Whether a value is a list of rows of finite numbers."""
+    if not isinstance(value, list) or len(value) != rows:
+        return False
+    return all(isinstance(row, list) and len(row) == columns and all(map(is_number, row)) for row in value)
+
+
 def checked_count(name: str, value: Any, most: int | None = None) -> int:
     """A whole number of at least 1.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hub_server import HubServer, connect
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
@@ -25,3 +28,11 @@ settings.load_profile("deterministic")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on this machine, which huggingface_hub asks instead of the real one."""
+    with HubServer().running() as server:
+        connect(server, monkeypatch, tmp_path / "cache")
+        yield server

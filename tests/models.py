@@ -221,6 +221,51 @@ def tiny_vit(seed: int = 0, **kwargs: Any) -> TinyVit:
     return seeded(lambda: TinyVit(**kwargs), seed)  # type: ignore[return-value]
 
 
+def small_transformer(kind: str, seed: int = 0, *, scale: int = 1, **fields: Any) -> nn.Module:
+    """A model of transformers with two layers: ``"bert"``, ``"gpt2"``, ``"llama"``, ``"t5"`` or ``"vit"``.
+
+    Args:
+        kind: its name.
+        seed: random seed for its weights.
+        scale: how many times 16 it is wide.
+        fields: fields of its config that are to be others.
+    """
+    import transformers
+
+    width, hidden, heads, words = 16 * scale, 24 * scale, 2 * scale, {"vocab_size": 20 * scale}
+    layers = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": 2, "num_attention_heads": heads}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    name, own = {
+        "bert": ("BertForSequenceClassification", {**layers, **words, **still, "max_position_embeddings": 8, "num_labels": 2}),
+        "gpt2": ("GPT2LMHeadModel", {**words, "n_embd": width, "n_layer": 2, "n_head": heads, "n_positions": width}),
+        "llama": ("LlamaForCausalLM", {**layers, **words, "num_key_value_heads": scale}),
+        "t5": ("T5ForConditionalGeneration", {**words, "d_model": width, "d_kv": 8, "d_ff": hidden, "num_layers": 2}),
+        "vit": ("ViTForImageClassification", {**layers, "image_size": 8, "patch_size": 4, "num_labels": 3}),
+    }[kind]
+    if kind == "t5":
+        own |= {"num_heads": heads, "decoder_start_token_id": 0}
+    else:
+        own |= {"initializer_range": 0.3}  # the library's 0.02 would hide what a task does
+    if kind == "gpt2":
+        own |= {"bos_token_id": 1, "eos_token_id": 1}
+    build = getattr(transformers, name)
+    return seeded(lambda: build(build.config_class(**{**own, **fields})), seed)
+
+
+def captured(model: nn.Module, static: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of a model's call with a tensor, and the tensor that it writes the output to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(static)
+    return graph, out
+
+
 def vit_input(batch: int = 2) -> Tensor:
     return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(11))
 

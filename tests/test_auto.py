@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from hub_server import HubServer, connect, folder_content
+from hub_server import HubServer, folder_content
 from huggingface_hub import constants
 from models import outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel, get_peft_model
@@ -41,13 +40,6 @@ from recast_peft.tasks.backbone import describe_backbone
 BASE = "ada/base"
 TASK = "ada/task"
 TIMM_SIZES = {"img_size": 32, "num_classes": 5}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer().running() as server:
-        connect(server, monkeypatch, tmp_path / "cache")
-        yield server
 
 
 def make_timm(seed: int = 0, **arguments: Any) -> nn.Module:

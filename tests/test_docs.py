@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import HubServer, connect, folder_content
+from hub_server import HubServer, folder_content
 from test_layers import ROOMS
 from timm.models import save_for_hf
 
@@ -54,15 +54,13 @@ NEEDS = {"docs/how_to/trl.md": "trl"}
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A Hub on this machine that has the pretrained backbones of the pages, with weights drawn at random."""
-    with HubServer().running() as server:
-        connect(server, monkeypatch, tmp_path / "cache")
-        for name in ("test_vit.r160_in1k", "tf_efficientnet_lite0.in1k"):
-            torch.manual_seed(0)
-            save_for_hf(timm.create_model(name), tmp_path / name, safe_serialization=True)
-            server.add(f"timm/{name}", folder_content(tmp_path / name))
-        yield server
+def hub(hub: HubServer, tmp_path: Path) -> HubServer:
+    """The Hub on this machine with the pretrained backbones of the pages, with weights drawn at random."""
+    for name in ("test_vit.r160_in1k", "tf_efficientnet_lite0.in1k"):
+        torch.manual_seed(0)
+        save_for_hf(timm.create_model(name), tmp_path / name, safe_serialization=True)
+        hub.add(f"timm/{name}", folder_content(tmp_path / name))
+    return hub
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ class IncrementalClassifier:
             [self._sums, self._sums.new_zeros(len(self._sums), wanted.shape[1] - self._sums.shape[1])], dim=1
         )
         ridge = self.ridge or self._best_ridge(hidden, wanted)
-        self._add(hidden, wanted)
+        self._gram += hidden.T @ hidden
+        self._sums += hidden.T @ wanted
         self.weight = self._solved(self._gram, self._sums, ridge)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -99,10 +100,6 @@ class IncrementalClassifier:
             raise RecastSequenceError(f"features have shape {tuple(features.shape)}; expected (samples, {self.features})")
         x = features.detach().cpu().double()
         return x if self._projection is None else torch.relu(x @ self._projection)
-
-    def _add(self, hidden: Tensor, wanted: Tensor) -> None:
-        self._gram += hidden.T @ hidden
-        self._sums += hidden.T @ wanted
 
     def _best_ridge(self, hidden: Tensor, wanted: Tensor) -> float:
         order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))

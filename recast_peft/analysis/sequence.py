@@ -69,7 +69,8 @@ class Growth:
         if self.of not in ("weights", "biases"):
             raise RecastConfigError(f"Growth(of={self.of!r}): expected 'weights' or 'biases'")
         if self.bank is not None and self.bank.is_of_biases != (self.of == "biases"):
-            raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {_kind_of(self.bank)}")
+            kind = "biases" if self.bank.is_of_biases else "weights"
+            raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {kind}")
         if self.of == "biases" and (self.source is None or self.config is not None or self.rank is not None):
             raise RecastConfigError(
                 "Growth(of='biases') needs source=, a function that learns a task by training biases, and takes neither config="
@@ -104,10 +105,6 @@ class Growth:
             rank=self.rank,
             plain_templates=self.plain_templates,
         )
-
-
-def _kind_of(bank: StoredBank) -> str:
-    return "biases" if bank.is_of_biases else "weights"
 
 
 def learn_in_sequence(
@@ -186,7 +183,7 @@ def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow
             "of the tasks RecastConfig(lora_config=...)"
         )
     for name, own in configs.items():
-        named = None if own is None else (_bias_bank_in(own) if grow.of == "biases" else own.bank)
+        named = None if own is None else own.partner_bank("bias") if grow.of == "biases" else own.bank
         if named is not None:
             raise RecastConfigError(
                 f"the config of task {name!r} names the bank {named}, and grow= is given too: start from it with "
@@ -218,11 +215,6 @@ def _add_task(
     elif bank is not None:
         own.bank = bank  # type: ignore[assignment]
     return with_task(model, own, name)
-
-
-def _bias_bank_in(config: RecastConfig) -> Any:
-    partner = bias_config(config)
-    return None if partner is None else partner.bank
 
 
 @contextmanager

@@ -34,12 +34,7 @@ def push_bank_to_hub(
     *,
     base_model: str | None = None,
     license: str | None = None,
-    commit_message: str = "Upload template banks",
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    **commit: Any,
 ) -> CommitInfo:
     """Push stored template banks, with a card, in one commit.
 
@@ -48,12 +43,7 @@ def push_bank_to_hub(
         repo_id: the repository, made if it does not exist.
         base_model: the repository of the backbone that the bank stands for, for the card.
         license: licence of the bank, for the card.
-        commit_message: first line of the commit.
-        commit_description: what stands below it.
-        private: whether a repository that is made here is private.
-        token: access token of the Hub; None takes the one that you are logged in with.
-        revision: branch to push to, made if it does not exist.
-        create_pr: open a pull request instead of writing to the branch.
+        commit: ``private``, ``token``, ``revision``, ``commit_message`` and what else :func:`push_tasks_to_hub` has for them.
 
     Returns:
         the commit.
@@ -68,12 +58,7 @@ def push_bank_to_hub(
             saved,
             repo_id,
             lambda path, full: write_bank_card(path, repo_id=full, base_model=base_model, license=license),
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
+            **{"commit_message": "Upload template banks", **commit},
         )
 
 

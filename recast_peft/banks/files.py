@@ -315,9 +315,7 @@ def _check_fingerprint(bank: StoredBank, file: TensorFile, what: str, is_rounded
         return
 
 
-def find_bank(
-    reference: Mapping[str, str | None], task_folder: str | None = None, how_to_load: str | None = None
-) -> StoredBank:
+def find_bank(reference: Mapping[str, str | None], task_folder: str | None = None, hint: str | None = None) -> StoredBank:
     """The bank that a config names.
 
     A config that was read from a saved task may have been written by anybody. The bank that it names is looked for in the
@@ -327,7 +325,7 @@ def find_bank(
     Args:
         reference: ``{"name": ..., "fingerprint": ...}``; without a fingerprint any bank of the name will do.
         task_folder: where the task was read from; None if it was not read.
-        how_to_load: the end of the message if it is not found; None says how a bank of weights is handed over.
+        hint: the end of the message if it is not found; None says how a bank of weights is handed over.
 
     Raises:
         RecastBankError: if it is not found, or is another one; the message says how to hand it over.
@@ -347,7 +345,7 @@ def find_bank(
     raise RecastBankError(
         f"the task needs the template bank {name!r} with fingerprint {fingerprint}, which is not at hand\n"
         + "".join(f"  {line}\n" for line in tried)
-        + (how_to_load or HOW_TO_LOAD)
+        + (hint or how_to_load())
     )
 
 
@@ -373,9 +371,9 @@ def _places(name: str | None, task_folder: str | None, refused: list[str]) -> li
     return [*places, name] if name and is_hub_name(name) else places
 
 
-HOW_TO_LOAD = (
-    "Hand the bank over with the task's config:\n"
-    "  config = RecastConfig.from_pretrained(task)\n"
-    "  config.bank = load_bank(folder_or_repository)\n"
-    "  model = PeftModel.from_pretrained(backbone, task, config=config)"
-)
+def how_to_load(field: str = "bank", value: str = "load_bank(folder_or_repository)") -> str:
+    """The end of a message about a bank that is not at hand."""
+    return (
+        "Hand the bank over with the task's config:\n  config = RecastConfig.from_pretrained(task)\n"
+        f"  config.{field} = {value}\n  model = PeftModel.from_pretrained(backbone, task, config=config)"
+    )

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..composition.composed import ComposedModule
 from .grown_templates import PARTS, GrownTemplates, LowRankSum, has_low_rank_product, low_rank_sum
-from .template_bank import Member, TemplateBank
+from .template_bank import TemplateBank
 
 
 class GrownBank(TemplateBank):
     """The templates of one group: the members' pretrained weights (unless they are left out), then the grown ones.
 
     Args:
-        name: name of the bank.
-        members: names of the group's target modules, in the order of their depth.
-        layers: the members' layers, in the same order.
+        name, members, layers: as for :class:`TemplateBank`.
         grown: the grown templates; they are held in the weights' dtype.
         stored: ``{"name": ..., "fingerprint": ...}`` of the bank file; one dictionary for all of its banks.
         version: version of the bank file.
@@ -30,7 +29,7 @@ class GrownBank(TemplateBank):
         self,
         name: str,
         members: Sequence[str],
-        layers: Sequence[Member],
+        layers: Sequence[ComposedModule],
         grown: GrownTemplates,
         stored: dict[str, str | None],
         version: int = 1,

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import RecastLoadError
-from ..mimicry import Recipe
+from ..mimicry import FittedTemplates, Recipe
 from ..storage.json_reader import Fields
 from ..storage.tensors import check_shapes
+from ..validation import is_matrix
 from .grown_templates import PARTS, GrownTemplates
 
 # how a group's templates are given; a further kind is a row here and in StoredGroup
@@ -41,6 +42,11 @@ class StoredGroup:
     recipe: Recipe | None = None
     grown: GrownTemplates | None = None
     widths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, members: tuple[str, ...], fitted: FittedTemplates | None) -> StoredGroup:
+        """A group with fitted templates; None leaves it to the members' pretrained weights."""
+        return cls(members) if fitted is None else cls(members, fitted.templates.detach(), fitted.base.float())
 
     @property
     def kind(self) -> str:
@@ -174,10 +180,6 @@ def _recipe(entry: Fields, layers: int, templates: int) -> Recipe | None:
     if stored is None:
         return None
     for key, rows, columns in (("mix", templates, layers), ("base", layers, templates)):
-        matrix: Any = stored.get(key)
-        fits = (
-            isinstance(matrix, list) and len(matrix) == rows and all(isinstance(r, list) and len(r) == columns for r in matrix)
-        )
-        if not fits or not all(isinstance(v, (int, float)) and abs(v) < math.inf for row in matrix for v in row):
+        if not is_matrix(stored.get(key), rows, columns):
             raise RecastLoadError(f"{stored.what}: {key!r} is expected to have {rows} rows of {columns} finite numbers")
     return Recipe.from_lists(stored.content)  # type: ignore[arg-type]

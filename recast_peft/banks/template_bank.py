@@ -9,12 +9,13 @@ fitted freely, in which case they are stored in a bank file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..composition.compose import composition_dtype
+from ..composition.composed import ComposedModule
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 
 if TYPE_CHECKING:
@@ -23,29 +24,6 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "recast_fingerprint"  # attribute of a parameter that only holds the place of a released weight
 MIXED_AT_ONCE = 1 << 21  # numbers of the members together that are held in the composition's dtype at once
-
-
-class Member(Protocol):
-    """What a bank asks of a layer whose weight it stands for; ``RecastLayer`` is one."""
-
-    module_name: str
-    base_layer: Any
-    compressed_bank: tuple[Any, ...]
-
-    @property
-    def pretrained_weight(self) -> Tensor:
-        """The weight as it was pretrained."""
-
-    @property
-    def weight_device(self) -> torch.device:
-        """Where it lies."""
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Its dtype."""
-
-    def release_pretrained_weight(self) -> None:
-        """Give its memory back, since a compressed bank stands for it."""
 
 
 class TemplateBank(nn.Module):
@@ -73,7 +51,7 @@ class TemplateBank(nn.Module):
         self,
         name: str,
         members: Sequence[str],
-        layers: Sequence[Member],
+        layers: Sequence[ComposedModule],
         recipe: Recipe | None = None,
         fitted: FittedTemplates | None = None,
         stored: dict[str, str | None] | None = None,

@@ -278,7 +278,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind that a module computes as: its forward is that of the kind, whatever its class; None if there is none."""
     forward = type(module).forward
     if forward not in _BY_FORWARD:
-        origin = next((cls for cls in type(module).__mro__ if "forward" in cls.__dict__), type(module))
+        origin = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), type(module))
         _BY_FORWARD[forward] = _BY_NAME.get(f"{origin.__module__}.{origin.__qualname__}")
     return _BY_FORWARD[forward]
 

@@ -36,11 +36,7 @@ def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
 def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
     """What the wrapped module computes with the weight of the given tasks.
 
-    Args:
-        layer: for which ``computes_from_outputs`` holds.
-        adapters: the tasks.
-        x: the input.
-        values: coefficients by task in place of those that the layer holds now.
+    ``values`` are coefficients by task in place of those that the layer holds now.
     """
     scale: Tensor | None = None
     factors: dict[int, tuple[Any, Tensor]] = {}

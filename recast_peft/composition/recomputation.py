@@ -162,9 +162,7 @@ def may_be_recomputed() -> bool:
 def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
     """The state in which a call has to be computed again; None for any call that computes with what the layer holds now.
 
-    Args:
-        layer: the layer; what it computes with is noted where it may be needed.
-        batch: the mixed batch of the call.
+    What the layer computes with is noted where it may be needed.
 
     Raises:
         RecastBankError: if it cannot be computed as in the forward pass.

@@ -18,7 +18,7 @@ from ..banks.grown_templates import principal_components
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import kind_of
 from ..errors import RecastBankError
-from ..names import bank_name, block_of, role_of
+from ..names import bank_name, block_of, lies_in, role_of
 from ..parts import BiasConfig
 from ..parts.bias import bias_of
 from ..parts.places import places_of
@@ -108,8 +108,7 @@ def bias_places(model: nn.Module, target_modules: Sequence[str] | str | None = N
     if target_modules is not None:
         return places_of(partner, candidates, heads, ())
     numbered = [c for c in candidates if any(part.isdecimal() for part in c.name.split("."))]
-    outside = [c for c in numbered if not any(c.name == head or c.name.startswith(f"{head}.") for head in heads)]
-    return [c for c in outside if partner.refusal(c) is None]
+    return [c for c in numbered if not lies_in(c.name, heads) and partner.refusal(c) is None]
 
 
 def is_norm(module: nn.Module) -> bool:

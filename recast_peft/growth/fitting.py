@@ -51,7 +51,6 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     if method.needs_data and groups and not data:
         raise RecastConfigError(f"mimicry {method.name!r} needs a few batches: fit_bank(model, config, batches)")
     fitted: dict[str, FittedTemplates] = {}
-    closed: dict[str, FittedTemplates] = {}
     for chunk in _chunks(groups, method.max_moment_bytes if isinstance(method, DataAware) else None):
         moments: dict[str, Tensor | None] = {}
         if method.needs_data:
@@ -62,37 +61,12 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
             weights = [_as_matrix(member, member.weight) for member in members]
             found = method.fit(weights, group.num_templates, label=group.name, moments=own)
             fitted[group.name] = _in_shape(members[0], found, weights)
-            if isinstance(method, DataAware) and method.select_batches:
-                recipe = ClosedForm().fit(weights, group.num_templates)
-                closed[group.name] = _in_shape(members[0], recipe, weights)
     if isinstance(method, DataAware) and groups:
-        fitted = _tuned(model, groups, targets, fitted, closed, data, method)
-    stored = {group.name: _stored_group(group, fitted.get(group.name)) for group in plan.groups}
+        fitted = select(model, groups, targets, fitted, list(islice(data, method.select_batches)))
+        fitted = distill(model, groups, targets, fitted, data, method)
+    stored = {group.name: StoredGroup.of(group.members, fitted.get(group.name)) for group in plan.groups}
     fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items()}
     return StoredBank(stored, fingerprints, method.to_dict())
-
-
-def _tuned(
-    model: nn.Module,
-    groups: Sequence[PlannedGroup],
-    targets: dict[str, Candidate],
-    fitted: dict[str, FittedTemplates],
-    closed: dict[str, FittedTemplates],
-    data: Sequence[Any],
-    method: DataAware,
-) -> dict[str, FittedTemplates]:
-    """What follows the fit of every group alone: selection against the closed form, and distillation."""
-    if method.select_batches:
-        fitted = select(model, groups, targets, fitted, closed, list(islice(data, method.select_batches)))
-    if method.distill_steps:
-        fitted = distill(model, groups, targets, fitted, data, method)
-    return fitted
-
-
-def _stored_group(group: PlannedGroup, fitted: FittedTemplates | None) -> StoredGroup:
-    if fitted is None:
-        return StoredGroup(group.members)
-    return StoredGroup(group.members, fitted.templates.detach(), fitted.base.float())
 
 
 def _as_list(batches: Iterable[Any] | None) -> Sequence[Any]:
@@ -209,14 +183,15 @@ def select(
     groups: Sequence[PlannedGroup],
     targets: dict[str, Candidate],
     first: dict[str, FittedTemplates],
-    second: dict[str, FittedTemplates],
     batches: Sequence[Any],
 ) -> dict[str, FittedTemplates]:
-    """Of two fits of every group take the one that changes the whole model's output less.
+    """Of a fit of every group and the closed form take the one that changes the whole model's output less.
 
     The better of the two as a whole is where it starts; then every group in turn is tried with the other, so that the result
     is never worse than either on these batches. It takes one pass for each group.
     """
+    if not batches:
+        return first
     device = device_of(model)
     wanted = []
     with evaluating(model), torch.no_grad():
@@ -231,6 +206,11 @@ def select(
         leaves = {name: (fit.templates.float(), fit.base.to(fit.templates.device).float()) for name, fit in fits.items()}
         return output_change(model, _composed(groups, targets, leaves), batches, wanted)
 
+    second = {}
+    for group in groups:
+        weights = [_as_matrix(targets[name], targets[name].weight) for name in group.members]
+        recipe = ClosedForm().fit(weights, group.num_templates)
+        second[group.name] = _in_shape(targets[group.members[0]], recipe, weights)
     changes = change_of(first), change_of(second)
     best, other = (first, second) if changes[0] <= changes[1] else (second, first)
     best, least = dict(best), min(changes)
@@ -261,6 +241,8 @@ def distill(
         the tuned templates, in the dtype they had. The loss is the mean over the blocks of the squared difference of the
         features in units of the pretrained features' mean square.
     """
+    if not method.distill_steps:
+        return fitted
     leaves = {
         g.name: (
             fitted[g.name].templates.float().clone().requires_grad_(),

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -226,6 +227,8 @@ def practice_bank(
     families = list(family) if isinstance(family, Sequence) else [family]
     generator = torch.Generator().manual_seed(seed)
     plan = plan_recast(model, config or RecastConfig(group_size=1)) if of == "weights" else None
+    how: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features}
+    train = partial(_train, generator=generator, **how)
     moved, names = [], []
     for index in tqdm(range(tasks), desc="practice", disable=not progress):
         task = families[index % len(families)].make(data, generator)
@@ -234,7 +237,7 @@ def practice_bank(
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copied.parameters()):
             copied = copied.float()  # small steps would be rounded away
         targets = [target.name for target in plan.candidates] if plan is not None else None
-        moved.append(_trained(copied, task, targets, scales, epochs, batch_size, lr, features or mean_features, generator))
+        moved.append(_trained(copied, targets, scales, seed, partial(train, task)))
     if plan is not None:
         bank = grow_bank(model, moved, config, num_templates=num_templates)
     else:
@@ -259,22 +262,14 @@ def mean_features(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _trained(
-    model: nn.Module,
-    task: PracticeTask,
-    targets: list[str] | None,
-    scales: bool,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    features: Callable[[nn.Module, Any], Tensor],
-    generator: torch.Generator,
+    model: nn.Module, targets: list[str] | None, scales: bool, seed: int, train: Callable[..., None]
 ) -> dict[str, Tensor]:
     """The parameters that training on a task moved, by the names of the plain model."""
     model.requires_grad_(False)
     trained: nn.Module = model
     if targets is not None:
         with torch.random.fork_rng():
-            torch.manual_seed(generator.initial_seed())
+            torch.manual_seed(seed)
             trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     else:
         for place in bias_places(model):
@@ -283,7 +278,7 @@ def _trained(
                 place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
     free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     with evaluating(trained):
-        _train(trained, free, task, epochs, batch_size, lr, features, generator)
+        train(trained, free)
     if targets is not None:
         state = trained.merge_and_unload().state_dict()  # type: ignore[operator]
         return {f"{name}.weight": state[f"{name}.weight"] for name in targets if f"{name}.weight" in state}
@@ -291,9 +286,10 @@ def _trained(
 
 
 def _train(
+    task: PracticeTask,
     model: nn.Module,
     free: list[nn.Parameter],
-    task: PracticeTask,
+    *,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -327,8 +323,7 @@ def _train(
 def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows of each step; one row alone has no spread, so it goes with the batch before it."""
     for _ in range(epochs):
-        order: Iterable[Tensor] = torch.randperm(count, generator=generator).split(size)
-        order = list(order)
+        order = list(torch.randperm(count, generator=generator).split(size))
         if len(order) > 1 and len(order[-1]) == 1:
             order[-2:] = [torch.cat(order[-2:])]
         yield from order

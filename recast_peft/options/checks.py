@@ -7,7 +7,7 @@ bounded: whatever is wrong ends in one error that names the field.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import TaskType
@@ -23,6 +23,7 @@ from ..validation import (
     flag,
     indices,
     is_int,
+    is_matrix,
     is_number,
     names,
     names_or_pattern,
@@ -78,11 +79,15 @@ def labels(value: Any) -> dict[int, str]:
     return {int(key): str(name) for key, name in value.items()}
 
 
-def results(value: Any) -> dict[str, Any]:
-    """Measured values by name."""
-    if not isinstance(value, Mapping):
-        raise Unexpected("a dictionary from names to values")
-    return plain(value)
+def mapping(expected: str, holds: Callable[[Any], bool] = lambda value: True) -> Check:
+    """A dictionary by name, as a copy, for whose values something holds."""
+
+    def check(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) and holds(one) for key, one in value.items()):
+            raise Unexpected(expected)
+        return plain(value)
+
+    return check
 
 
 def backbone(value: Any) -> dict[str, Any]:
@@ -90,27 +95,6 @@ def backbone(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not isinstance(value.get("library"), str):
         raise Unexpected("a dictionary with the name of the 'library' and what it builds the model from")
     return plain(value)
-
-
-def fidelity(value: Any) -> dict[str, float]:
-    """Finite numbers by name."""
-    if not isinstance(value, Mapping) or not all(isinstance(k, str) and is_number(v) for k, v in value.items()):
-        raise Unexpected("a dictionary from names to finite numbers")
-    return dict(value)
-
-
-def fingerprints(value: Any) -> dict[str, str]:
-    """Fingerprints by module name."""
-    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
-        raise Unexpected("a dictionary from module names to fingerprints")
-    return dict(value)
-
-
-def recipes(value: Any) -> dict[str, Any]:
-    """How compressed banks are rebuilt; that they fit the groups is checked when these are."""
-    if not isinstance(value, Mapping):
-        raise Unexpected("a dictionary from bank names to recipes")
-    return dict(value)
 
 
 def groups(value: Any) -> dict[str, list[str]]:
@@ -159,7 +143,7 @@ def coefficient_gradient(value: Any) -> str:
 CHECKS: dict[str, Check] = {
     "task_type": optional(task_type),
     "peft_version": optional(text),
-    "auto_mapping": optional(results),
+    "auto_mapping": optional(mapping("a dictionary from names to values")),
     "base_model_name_or_path": optional(text),
     "revision": optional(text),
     "inference_mode": flag,
@@ -193,12 +177,14 @@ CHECKS: dict[str, Check] = {
     "partners": optional(lambda value: resolve_partners(value) or None),
     "seed": whole(-(2**63), 2**63 - 1),
     "groups": optional(groups),
-    "recipes": optional(recipes),
-    "base_fingerprint": optional(fingerprints),
+    "recipes": optional(mapping("a dictionary from bank names to recipes")),
+    "base_fingerprint": optional(
+        mapping("a dictionary from module names to fingerprints", lambda value: isinstance(value, str))
+    ),
     "surroundings_fingerprint": optional(text),
     "backbone": optional(backbone),
-    "fidelity": optional(fidelity),
-    "results": optional(results),
+    "fidelity": optional(mapping("a dictionary from names to finite numbers", is_number)),
+    "results": optional(mapping("a dictionary from names to values")),
 }
 """Row for row a field, and what gives the value that it keeps or raises :class:`Unexpected`."""
 
@@ -267,14 +253,8 @@ def _check_recipes(recipes: Mapping[str, Any], groups: Mapping[str, list[str]]) 
             raise RecastConfigError(f"recipes[{bank!r}]={shown(recipe)}: a dictionary with 'mix' and 'base' is expected")
         layers, templates = len(groups[bank]), len(recipe["mix"]) if isinstance(recipe["mix"], list) else 0
         for key, rows, columns in (("mix", templates, layers), ("base", layers, templates)):
-            if rows == 0 or not _is_matrix(recipe[key], rows, columns):
+            if rows == 0 or not is_matrix(recipe[key], rows, columns):
                 raise RecastConfigError(
                     f"recipes[{bank!r}][{key!r}]: {rows} rows of {columns} finite numbers are expected, got "
                     f"{shown(recipe[key])}"
                 )
-
-
-def _is_matrix(value: Any, rows: int, columns: int) -> bool:
-    if not isinstance(value, list) or len(value) != rows:
-        return False
-    return all(isinstance(row, list) and len(row) == columns and all(map(is_number, row)) for row in value)

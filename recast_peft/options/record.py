@@ -38,23 +38,11 @@ _KEY_MAPPING: ContextVar[Mapping[str, str] | None] = ContextVar("key_mapping", d
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a conversion decided about one task.
+    """What a conversion decided about one task: the fields of :class:`RecastConfig` that are called so, and
 
     Args:
-        groups: the members of every template bank, by the bank's name.
-        base_fingerprint: a fingerprint of the pretrained weight of each target module, by the module's name.
-        recipes: for each compressed bank ``{"mix": (templates, layers), "base": (layers, templates)}``, from which it is
-            rebuilt out of the pretrained weights; None if all banks are exact or stored.
         bank: the stored bank that the coefficients belong to; None if the banks follow from the pretrained weights.
         partner_banks: the stored banks that partners belong to, by the partner's name.
-        num_coefficient_sets: coefficient sets of every layer.
-        coefficient_sharing: which layers share their offsets; None for none.
-        lora_config: the LoRA part with the target modules that were found; None for a task without one.
-        problem_type: kind of loss of the task's own classifier; None leaves it to transformers.
-        backbone: how the timm or transformers model is found again; None for other models.
-        surroundings_fingerprint: one weak fingerprint of what the model has beside its targets and its classifier; None in
-            files of earlier versions.
-        fidelity: how well compressed banks reproduce the pretrained weights; None where it was not measured.
         is_stored: the task was read from a file, or from what a file holds. Such a record is kept when its config is put on
             another model; any other is dropped then, and the config describes a new task.
         origin: where the task was read from, a folder or repository and the options for the Hub, until it is put on a model;
@@ -94,10 +82,6 @@ def to_fields(record: TaskRecord) -> dict[str, Any]:
 
 def from_fields(fields: Mapping[str, Any], partner_banks: Mapping[str, Reference]) -> TaskRecord | None:
     """The record of a stored task.
-
-    Args:
-        fields: fields of a config, as a file holds them.
-        partner_banks: the stored banks that its partners name, by the partner's name.
 
     Returns:
         None if the fields are of no stored task: without fingerprints, groups are a user's choice.

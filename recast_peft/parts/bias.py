@@ -125,7 +125,7 @@ class BiasCoefficient(nn.Module):
         """The output ``y`` of the module as it would be with the task's bias (and the task's scale of a norm)."""
         changed = y + self._along(self.change(bias), y).to(y.dtype)
         growth = self.scale_change()
-        return changed if growth is None else changed + self._scaled(y, bias, scale, self._along(_share(growth, scale), y))
+        return changed if growth is None else changed + self._scaled(y, bias, self._along(_share(growth, scale), y))
 
     def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
@@ -136,15 +136,14 @@ class BiasCoefficient(nn.Module):
         templates = self.scale_templates()
         if templates is None:
             return changed
-        return changed + self._scaled(y, bias, scale, _share(offsets @ templates.to(offsets), scale).view(shape))
+        return changed + self._scaled(y, bias, _share(offsets @ templates.to(offsets), scale).view(shape))
 
     def _along(self, values: Tensor, y: Tensor) -> Tensor:
         """Values ``(channels,)`` shaped so that they can be added to an output."""
         return values.view(-1, *[1] * (y.ndim - 2)) if self.channels > 0 and y.ndim > 2 else values
 
-    def _scaled(self, y: Tensor, bias: Tensor, scale: Tensor | None, share: Tensor) -> Tensor:
+    def _scaled(self, y: Tensor, bias: Tensor, share: Tensor) -> Tensor:
         """What a norm's output grows by where its scale grows by a share of itself: the bias is no part of that."""
-        assert scale is not None
         return (y - self._along(bias, y).to(y.dtype)) * share.to(y.dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..banks.files import StoredBank, find_bank
+from ..banks.files import StoredBank, find_bank, how_to_load
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import kind_of
 from ..composition.mixed_batch import MixedBatch, current_batch
@@ -22,13 +22,6 @@ from ..planning.candidates import Candidate
 from .base import Request, device_and_dtype
 from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix, partner_holders
-
-HOW_TO_GIVE = (
-    "Hand the bank over with the task's config:\n"
-    "  config = RecastConfig.from_pretrained(task)\n"
-    "  config.partners = [BiasConfig(bank=load_bank(folder_or_repository))]\n"
-    "  model = PeftModel.from_pretrained(backbone, task, config=config)"
-)
 
 
 class TaskBiases(TaskPartners):
@@ -233,7 +226,8 @@ def _bank_of(request: Request, partner: BiasConfig) -> StoredBank:
         bank = named
     else:
         same = [bank for bank in banks if bank.fingerprint == named["fingerprint"]]
-        bank = next(iter(same), None) or find_bank(named, None if record is None else record.folder, HOW_TO_GIVE)
+        hint = how_to_load("partners", "[BiasConfig(bank=load_bank(folder_or_repository))]")
+        bank = next(iter(same), None) or find_bank(named, None if record is None else record.folder, hint)
     if not bank.is_of_biases:
         raise RecastBankError(
             f"the bank {bank.name or 'in memory'} holds templates of weights: give it as RecastConfig(bank=...); "

@@ -218,7 +218,7 @@ def write_labels(model: nn.Module, labels: Labels) -> None:
     """Make a model say of its classes what ``labels`` says: transformers' config and ``num_labels``, timm's ``num_classes``."""
     if labels.num_classes is None:
         return
-    if "num_classes" in model.__dict__:
+    if "num_classes" in vars(model):
         model.num_classes = labels.num_classes  # type: ignore[assignment]
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "id2label"):
@@ -228,7 +228,7 @@ def write_labels(model: nn.Module, labels: Labels) -> None:
     config.label2id = {name: i for i, name in names.items()}
     # transformers guesses the kind of loss at the first batch and keeps the guess in the config: each task has its own
     config.problem_type = labels.problem_type
-    if "num_labels" in model.__dict__:
+    if "num_labels" in vars(model):
         model.num_labels = labels.num_classes  # type: ignore[assignment]
 
 

@@ -24,8 +24,8 @@ from ..composition.mixed_batch import current_batch
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, unwrapped_module
-from ..layer import RecastLayer
-from ..names import BASE_ADAPTER, unwrapped
+from ..layer import recast_layers
+from ..names import BASE_ADAPTER, lies_in, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
@@ -322,7 +322,7 @@ class LoraPart(TaskPart):
 
 def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection[str], compressed: Collection[str]) -> None:
     """Refuse a target that is another method's LoRA, the task's own classifier, or has no pretrained weight."""
-    if any(name == other or name.startswith(f"{other}.") for other in owned):
+    if lies_in(name, owned):
         raise RecastTargetError(f"lora_config: {name} is trained whole with this task; leave it out with exclude_modules")
     if name in compressed and (plan.config.use_dora or plan.config.init_lora_weights == "mica"):
         raise RecastTargetError(
@@ -346,7 +346,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
     token = making_part.set(True)
     try:
         maker = _PartMaker(model, key, config, plan, _keys(active))
-        with _without([m for m in model.modules() if isinstance(m, RecastLayer)]):  # initialise from pretrained weights
+        with _without(list(recast_layers(model).values())):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
         for layer in [m for m in model.modules() if isinstance(m, LoraLayer) and key in m._get_available_adapters()]:
@@ -380,7 +380,7 @@ def switched_off(model: nn.Module, part: str) -> Iterator[None]:
         raise RecastConfigError(
             "disable_part: the model's tasks have no LoRA part; give one with RecastConfig(lora_config=...)"
         )
-    recast = [module for module in model.modules() if isinstance(module, RecastLayer)]
+    recast = list(recast_layers(model).values())
     if any(layer.merged for layer in (*layers, *recast)):
         raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
     with _without(layers if part == "lora" else recast):

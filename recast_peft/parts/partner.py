@@ -19,7 +19,7 @@ from ..composition.fingerprint import weight_fingerprint
 from ..composition.mixed_batch import MixedBatch, current_batch
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
-from ..holders import put_at
+from ..holders import SideContainer, put_at
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
 from ..options.partner import PARTNERS, PartnerConfig
@@ -124,7 +124,7 @@ class PartnerPart(TaskPart):
 
     def _holder(self, model: nn.Module, piece: PreparedPartner) -> TaskPartners:
         if PARTNER_CONTAINER not in model._modules:
-            setattr(model, PARTNER_CONTAINER, PartnerContainer())
+            setattr(model, PARTNER_CONTAINER, SideContainer())  # place -> method -> TaskPartners
         container: Any = model._modules[PARTNER_CONTAINER]
         key = place_key(piece.place)
         if key not in container:
@@ -138,14 +138,6 @@ class PartnerPart(TaskPart):
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return None if self.chosen(config) is None else f"the partner {self.name}"
-
-
-class PartnerContainer(nn.ModuleDict):
-    """The partners of all places: ``place -> method -> TaskPartners``."""
-
-    def forward(self, x: Any) -> Any:
-        """Give back the input: a model that is an ``nn.Sequential`` calls all of its children."""
-        return x
 
 
 class TaskPartners(TaskModule):

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from peft.utils.other import match_target_against_key
 
 from ..errors import RecastTargetError
+from ..names import lies_in
 from ..options.partner import PartnerConfig
 from ..planning.candidates import Candidate
 from ..planning.roles import SHORTHANDS
@@ -19,7 +20,7 @@ def places_of(
     wanted = partner.target_modules
     is_shorthand = isinstance(wanted, str) and wanted in SHORTHANDS
     if wanted is None or is_shorthand:
-        outside = [c for c in candidates if not any(_lies_in(c.name, head) for head in heads) or c.name in targets]
+        outside = [c for c in candidates if not lies_in(c.name, heads) or c.name in targets]
         if wanted is None:
             chosen = _outermost([c for c in outside if partner.is_default_place(c, targets)])
         else:
@@ -63,8 +64,4 @@ def _is_named(wanted: Sequence[str] | str, name: str) -> bool:
 
 def _outermost(candidates: list[Candidate]) -> list[Candidate]:
     names = {c.name for c in candidates}
-    return [c for c in candidates if not any(c.name != name and _lies_in(c.name, name) for name in names)]
-
-
-def _lies_in(name: str, parent: str) -> bool:
-    return name == parent or name.startswith(f"{parent}.")
+    return [c for c in candidates if not lies_in(c.name, names - {c.name})]

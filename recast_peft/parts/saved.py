@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..holders import plain_modules, put_at, unwrapped_module
+from ..names import lies_in
 from .base import Piece, Place, Request, TaskPart
 from .wrapper import TaskModule
 
@@ -43,7 +44,7 @@ class SavedPart(TaskPart):
         modules = plain_modules(request.model)
         outermost: list[str] = []  # a module inside another one comes with it
         for name in self.names(request):
-            if not any(name.startswith(f"{other}.") for other in outermost):
+            if not lies_in(name, outermost):
                 outermost.append(name)
         return [SavedModule(name, unwrapped_module(modules[name])) for name in outermost]
 

@@ -132,9 +132,7 @@ def _shared_by_neighbours(groups: Sequence[PlannedGroup], count: int) -> dict[st
 def sharing_of(groups: Sequence[PlannedGroup], owned: Mapping[str, int]) -> str | int | None:
     """Which way of sharing explains the parameters that a task's layers have in common.
 
-    Args:
-        groups: groups of the task.
-        owned: for each target module something that says which parameter it uses.
+    ``owned`` has for each target module something that says which parameter it uses.
 
     Returns:
         None if nothing is shared, or no way explains it.

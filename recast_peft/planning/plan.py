@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from peft import PeftModel
 from torch import nn
 
-from ..banks.files import HOW_TO_LOAD, StoredBank, StoredGroup, find_bank
+from ..banks.files import StoredBank, StoredGroup, find_bank, how_to_load
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
@@ -232,7 +232,7 @@ def _bank_of(model: nn.Module, config: RecastConfig) -> StoredBank | None:
             f"the task was trained on another template bank than that of the model\n"
             f"  bank of the task:  {named['name']!r}, fingerprint {wanted}\n"
             f"  bank of the model: {references[0]['name']!r}, fingerprint {references[0]['fingerprint']}\n"
-            f"Load the task on a fresh copy of the pretrained model. {HOW_TO_LOAD}"
+            f"Load the task on a fresh copy of the pretrained model. {how_to_load()}"
         )
     return find_bank(named, None if config.record is None else config.record.folder)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
+from ..names import lies_in
 from .candidates import Candidate, find_candidates
 from .heads import head_names
 from .roles import SHORTHANDS, default_shorthands, in_shape, is_convolution, is_linear, is_minor_convolution
@@ -100,7 +101,7 @@ def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list
         chosen.update(c.name for c in candidates if c.name == name and not _left_out(config, name))
     skipped, refused = {}, {}
     for candidate in matched:
-        if config.head_module is not None and _under(candidate.name, {config.head_module}):
+        if config.head_module is not None and lies_in(candidate.name, [config.head_module]):
             skipped[candidate.name] = f"it belongs to the classifier, head_module={config.head_module!r}"
         elif candidate.weight_name is None:
             skipped[candidate.name] = candidate.reason or f"{type(candidate.module).__name__} has no weight of its own"
@@ -148,7 +149,7 @@ def _by_shorthand(candidates: list[Candidate], config: RecastConfig, heads: set[
 
 def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -> str | None:
     """Why a module that was chosen by its kind is no target all the same; None if it is one."""
-    head = next((name for name in sorted(heads) if _under(candidate.name, {name})), None)
+    head = next((name for name in sorted(heads) if lies_in(candidate.name, [name])), None)
     if head is not None:
         return f"it belongs to the head {head!r}"
     if not _is_kept(config, candidate.name):
@@ -156,16 +157,11 @@ def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -
     return candidate.reason
 
 
-def _with_targets(config: RecastConfig, names: list[str] | str | None) -> RecastConfig:
-    return config.as_chosen(target_modules=names)
-
-
 def _is_meant(config: RecastConfig, name: str) -> bool:
     """PEFT's rule; but it sees no layer index in a list that lies in no other module, such as ``blocks.0.attn.qkv``."""
     first = re.match(r"([^.]+)\.\d+\.", name)
     if first and config.layers_to_transform is not None and not config.layers_pattern:
-        config = _with_targets(config, config.target_modules)
-        config.layers_pattern = [first.group(1)]
+        config = config.as_chosen(layers_pattern=[first.group(1)])
     return bool(check_target_module_exists(config, name))
 
 
@@ -174,20 +170,15 @@ def _is_kept(config: RecastConfig, name: str) -> bool:
     if "." not in name:
         return config.layers_to_transform is None and not _left_out(config, name)
     # the last part alone: for a whole name PEFT would not look at the layer's index
-    return _is_meant(_with_targets(config, [name.rpartition(".")[2]]), name)
+    return _is_meant(config.as_chosen(target_modules=[name.rpartition(".")[2]]), name)
 
 
 def _left_out(config: RecastConfig, name: str) -> bool:
-    return not check_target_module_exists(_with_targets(config, [name]), name)
+    return not check_target_module_exists(config.as_chosen(target_modules=[name]), name)
 
 
 def _usable(candidate: Candidate) -> bool:
     return candidate.weight_name is not None and candidate.reason is None
-
-
-def _under(name: str, prefixes: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:i]) in prefixes for i in range(1, len(parts) + 1))
 
 
 def _cannot_be_targets(refused: dict[str, str]) -> RecastTargetError:

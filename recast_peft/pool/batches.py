@@ -93,9 +93,7 @@ def as_numbers(table: TaskTable, tasks: Any) -> Tensor:
 def pool_of(tasks: Any, pools: Sequence[Any]) -> Any:
     """The pool whose tasks are meant.
 
-    Args:
-        tasks: as a call is given them; names are those of the first pool.
-        pools: pools of the model, the latest first.
+    By name they are those of the first pool.
 
     Raises:
         RecastConfigError: if there is no such pool, or several are meant.

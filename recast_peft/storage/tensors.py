@@ -186,21 +186,16 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         RecastLoadError: naming the first tensor that holds one.
     """
-    wrong = not_finite(tensors)
+    wrong = [key for key, tensor in tensors.items() if not tensor.is_meta and not _finite(tensor)]
     if wrong:
         raise RecastLoadError(
             f"{what} holds infinity or NaN in {wrong[0]}{_and_more(wrong)}\nNothing was loaded; fetch it again."
         )
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold infinity or NaN; one on the meta device holds nothing."""
-    return [key for key, t in tensors.items() if (t.is_floating_point() or t.is_complex()) and not t.is_meta and not _finite(t)]
-
-
 def _finite(tensor: Tensor) -> bool:
     flat = tensor.detach().reshape(-1)
-    if flat.element_size() == 1:
+    if flat.is_floating_point() and flat.element_size() == 1:
         flat = flat.float()  # torch compares no 8-bit floats
     return all(bool(torch.isfinite(flat[start : start + _CHUNK]).all()) for start in range(0, flat.numel(), _CHUNK))
 

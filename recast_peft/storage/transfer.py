@@ -84,7 +84,9 @@ def commit_folder(
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
-    **commit: Any,
+    create_pr: bool = False,
+    commit_message: str,
+    commit_description: str | None = None,
 ) -> CommitInfo:
     """Put a folder's files and cards into a repository with one commit.
 
@@ -92,8 +94,8 @@ def commit_folder(
         folder: its files take the same places in the repository; those that the repository has beside them stay.
         repo_id: the repository, made if it does not exist.
         write_card: writes the cards into a folder for a repository; the cards that are there already lie in the folder.
-        private, token, revision, commit: as everywhere in ``huggingface_hub``; a revision that does not exist is made as a
-            branch.
+        private, token, revision, create_pr, commit_message, commit_description: as everywhere in ``huggingface_hub``; a
+            revision that does not exist is made as a branch.
 
     Raises:
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
@@ -111,7 +113,8 @@ def commit_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        return api.create_commit(repo_id, operations, revision=revision, **commit)
+        said: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
+        return api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **said)
 
 
 def _existing_card(api: HfApi, repo_id: str, name: str, revision: str | None, folder: Path) -> str | None:
@@ -124,11 +127,6 @@ def _existing_card(api: HfApi, repo_id: str, name: str, revision: str | None, fo
 @contextmanager
 def hub_errors(what: str, repo_id: str, file: str | None = None) -> Iterator[None]:
     """Turn what ``huggingface_hub`` raises into errors that say what to do.
-
-    Args:
-        what: is done to the repository: ``"read"``, ``"push to"``, ``"list"``.
-        repo_id: the repository.
-        file: in it.
 
     Raises:
         RecastHubError: if the Hub refuses, or cannot be reached.

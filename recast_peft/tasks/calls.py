@@ -60,7 +60,7 @@ class TaskCalls:
     def __getattr__(self, name: str) -> Any:
         """An attribute of the plain model; one of its methods that takes any keywords takes a task for each sample too."""
         found = super().__getattr__(name)  # type: ignore[misc]
-        if not inspect.ismethod(found) or found.__self__ is not self.__dict__["_modules"].get("model"):
+        if not inspect.ismethod(found) or found.__self__ is not self.model:
             return found
         return self._with_task_arguments(found) if _takes_any_keyword(found) else found
 

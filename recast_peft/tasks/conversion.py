@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from ..banks.template_bank import PLACEHOLDER, TemplateBank
 from ..composition.fingerprint import is_coarser_form, same_weight, weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
-from ..holders import put_child
+from ..holders import SideContainer, put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX
@@ -27,14 +26,6 @@ from ..parts.stacking import stack_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup
 from ..planning.plan import RecastPlan
-
-
-class BankContainer(nn.ModuleDict):
-    """Owns the banks of a model. A model that is an ``nn.Sequential`` calls all its children: this one changes nothing."""
-
-    def forward(self, x: Any) -> Any:
-        """The input, as it is."""
-        return x
 
 
 @dataclass
@@ -235,10 +226,7 @@ def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: R
 def share_coefficients(model: nn.Module, adapter_name: str, owners: dict[str, str]) -> None:
     """Let layers of a task use the coefficients of their owners: one parameter in several layers.
 
-    Args:
-        model: the backbone.
-        adapter_name: the task.
-        owners: for every target the one whose coefficients it uses: itself, if it shares none.
+    ``owners`` has for every target the one whose coefficients it uses: itself, if it shares none.
     """
     layers = recast_layers(model)
     for name, owner in owners.items():
@@ -262,12 +250,7 @@ def _found_templates(
 
 
 def _new_bank(plan: RecastPlan, config: RecastConfig, fitted: dict[str, FittedTemplates]) -> StoredBank:
-    groups = {
-        group.name: StoredGroup(group.members, fitted[group.name].templates, fitted[group.name].base.float())
-        if group.name in fitted
-        else StoredGroup(group.members)
-        for group in plan.groups
-    }
+    groups = {group.name: StoredGroup.of(group.members, fitted.get(group.name)) for group in plan.groups}
     return StoredBank(groups, {}, config.method.to_dict())
 
 
@@ -322,7 +305,7 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
     if not banks:
         return
     if not hasattr(model, BANK_CONTAINER):
-        setattr(model, BANK_CONTAINER, BankContainer())
+        setattr(model, BANK_CONTAINER, SideContainer())
     container = getattr(model, BANK_CONTAINER)
     for bank in banks:
         if not bank.is_anchored:

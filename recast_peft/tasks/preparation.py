@@ -96,7 +96,8 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     # what a file is for is compared with what it holds before anything of that size is built
     request = Request(model, config, plan.targets, counting=True)
     counted = pieces_of(request)
-    entries = check_task_file(model, config, plan, _shapes(counted))
+    shapes = {key: shape for _, pieces in counted for piece in pieces for key, shape in piece.shapes().items()}
+    entries = check_task_file(model, config, plan, shapes)
     quantised = {target.name for target in targets if quantised_by(target.module) is not None}
     is_same_base = check_fingerprints(config, fingerprints, entries, quantised)
     surroundings = config.surroundings_fingerprint
@@ -143,7 +144,3 @@ def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
 def pieces_of(request: Request) -> list[tuple[Any, list[Any]]]:
     """What every part would give a task."""
     return [(part, part.prepare(request)) for part in PARTS]
-
-
-def _shapes(pieces: list[tuple[Any, list[Any]]]) -> dict[str, tuple[int, ...]]:
-    return {key: shape for _, own in pieces for piece in own for key, shape in piece.shapes().items()}

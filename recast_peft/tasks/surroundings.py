@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..holders import plain_modules, unwrapped_module
+from ..names import lies_in
 from ..planning.heads import head_names
 from .verbs import merged_tasks
 
@@ -52,7 +53,7 @@ def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str 
 def _tensors(model: nn.Module, targets: Collection[str]) -> Iterator[Tensor]:
     heads, targeted = head_names(model), set(targets)
     for name, present in {"": model, **plain_modules(model)}.items():
-        if any(name == head or name.startswith(f"{head}.") for head in heads):
+        if lies_in(name, heads):
             continue
         module = unwrapped_module(present)
         buffers = (b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set)

@@ -21,7 +21,8 @@ LOADING = "_load_pretrained_model"
 def take_over_loading(model: nn.Module, config: RecastConfig, adapter_name: str, filled: Callable[..., None]) -> None:
     """Let the next loading of a transformers model, which is that of a task's file, go by the task's own names.
 
-    Then ``filled`` is called with the task's name and ``undo``: True if the file could not be put in.
+    Other models than those of transformers are left alone. ``filled`` is then called with the task's name and ``undo``: True if
+    the file could not be put in.
     """
     if hasattr(type(model), LOADING):
         setattr(model, LOADING, partial(_load, model, config, adapter_name, filled))

@@ -16,6 +16,16 @@ from recast_peft.mimicry import Gradient, measure_fidelity
 X = vit_input()
 
 
+def reproduced(model: nn.Module) -> nn.Module:
+    """The plain model with the weights that the banks reproduce, by plain arithmetic."""
+    changed = tiny_vit()
+    with torch.no_grad():
+        for name, layer in layers_of(model).items():
+            bank = layer.compressed_bank[0]
+            changed.get_submodule(name).weight.copy_(torch.tensordot(bank.base_of(name), bank.templates, dims=1))
+    return changed
+
+
 class TestWeights:
     @pytest.mark.parametrize("fields", [{}, {"mimicry": Gradient(steps=5, progress=False)}, {"keep_base_weights": True}])
     def test_of_compressed_banks(self, fields: dict) -> None:
@@ -55,12 +65,7 @@ class TestFeatures:
         before = outputs(model, X)
         report = mimicry_report(model, X, reference=None if keep else plain)
         assert [f.name for f in report.features] == [f"blocks.{i}" for i in range(4)] + ["output"]
-        changed = tiny_vit()
-        with torch.no_grad():
-            for name, layer in layers_of(model).items():
-                bank = layer.compressed_bank[0]
-                weight = torch.tensordot(bank.base_of(name), bank.templates, dims=1)
-                changed.get_submodule(name).weight.copy_(weight)
+        changed = reproduced(model)
         error = (outputs(changed, X) - outputs(plain, X)).norm() / outputs(plain, X).norm()
         assert report.features[-1].relative_error == pytest.approx(float(error), rel=1e-4)
         assert error > 0.01
@@ -69,12 +74,7 @@ class TestFeatures:
     def test_are_means_over_the_samples(self) -> None:
         plain = tiny_vit()
         model = converted(num_templates=1, keep_base_weights=True)
-        changed = tiny_vit()
-        with torch.no_grad():
-            for name, layer in layers_of(model).items():
-                bank = layer.compressed_bank[0]
-                weight = torch.tensordot(bank.base_of(name), bank.templates, dims=1)
-                changed.get_submodule(name).weight.copy_(weight)
+        changed = reproduced(model)
         cosines = torch.cosine_similarity(outputs(changed, X).double(), outputs(plain, X).double(), dim=1)
         assert cosines.max() - cosines.min() > 1e-4
         assert mimicry_report(model, X).features[-1].cosine == pytest.approx(float(cosines.mean()), abs=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer, connect
+from hub_server import HubServer
 from models import outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -100,21 +100,17 @@ class TestRoundTrip:
         assert not any("recast" in name for name, _ in plain.named_modules())
         torch.testing.assert_close(outputs(plain, X), before)
 
-    def test_through_the_hub(
-        self, stored: tuple[PeftModel, Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_through_the_hub(self, stored: tuple[PeftModel, Path, Path], hub: HubServer) -> None:
         model, bank, _ = stored
-        with HubServer().running() as hub:
-            connect(hub, monkeypatch, tmp_path / "cache")
-            pushed = model.push_bank_to_hub("ada/bank", base_model="timm/some-vit", license="mit")
-            assert pushed.name == "ada/bank"
-            files = hub.repositories["ada/bank"].find("main").files
-            assert {BANK_CONFIG, BANK_WEIGHTS, "README.md"} <= set(files)
-            assert b"timm/some-vit" in files["README.md"]
-            assert load_bank("ada/bank").fingerprint == load_bank(bank).fingerprint
-            model.save_pretrained(bank.parent / "task2")
-            loaded = PeftModel.from_pretrained(tiny_vit(), bank.parent / "task2").eval()
-            assert torch.equal(outputs(loaded, X), outputs(model, X))
+        pushed = model.push_bank_to_hub("ada/bank", base_model="timm/some-vit", license="mit")
+        assert pushed.name == "ada/bank"
+        files = hub.repositories["ada/bank"].find("main").files
+        assert {BANK_CONFIG, BANK_WEIGHTS, "README.md"} <= set(files)
+        assert b"timm/some-vit" in files["README.md"]
+        assert load_bank("ada/bank").fingerprint == load_bank(bank).fingerprint
+        model.save_pretrained(bank.parent / "task2")
+        loaded = PeftModel.from_pretrained(tiny_vit(), bank.parent / "task2").eval()
+        assert torch.equal(outputs(loaded, X), outputs(model, X))
 
     def test_in_bfloat16_it_is_the_same_bank(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
         model, bank, task = stored

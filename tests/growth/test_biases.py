@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hub_server import HubServer, connect
+from hub_server import HubServer
 from models import layers_of, outputs, randomise, seeded, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -776,12 +776,6 @@ class TestExtending:
 
 
 class TestOnTheHub:
-    @pytest.fixture
-    def hub(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-        with HubServer().running() as server:
-            connect(server, monkeypatch, tmp_path / "cache")
-            yield server
-
     def test_bank_and_task_are_pushed_and_found(self, hub: HubServer, tmp_path: Path) -> None:
         bank = grown()
         push_bank_to_hub(bank, "ada/biases", base_model="ada/vit")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, connect
+from hub_server import HubServer
 from models import KINDS, layers_of, outputs, randomise, seeded, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -635,12 +635,6 @@ class TestWithTheRest:
 
 
 class TestOnTheHub:
-    @pytest.fixture
-    def hub(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-        with HubServer().running() as server:
-            connect(server, monkeypatch, tmp_path / "cache")
-            yield server
-
     def card(self, hub: HubServer, name: str) -> str:
         return hub.repositories[name].find("main").files["README.md"].decode()
 

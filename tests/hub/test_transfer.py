@@ -6,14 +6,13 @@ import copy
 import json
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hub_server import HubServer, connect
+from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 from peft import PeftModel, PeftModelForFeatureExtraction, get_peft_model
 from peft.utils import PeftType
@@ -43,13 +42,6 @@ from recast_peft.hub.transfer import fetch_task
 
 TASK_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer().running() as server:
-        connect(server, monkeypatch, tmp_path / "cache")
-        yield server
 
 
 def make_backbone(seed: int = 0) -> ViTForImageClassification:

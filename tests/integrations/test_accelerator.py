@@ -12,23 +12,35 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import KINDS, TinyVit, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
+from models import (
+    KINDS,
+    TinyVit,
+    captured,
+    composed_weights,
+    layers_of,
+    outputs,
+    randomise,
+    reference_model,
+    seeded,
+    small_transformer,
+    tiny_vit,
+    vit_input,
+)
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from recast_peft import (
     BiasConfig,
     RecastBaseMismatchError,
     RecastConfig,
-    RecastLayer,
     StoredBank,
     TaskPool,
     fit_bank,
@@ -37,6 +49,7 @@ from recast_peft import (
     grow_bank,
     grow_bias_bank,
 )
+from recast_peft.composition import mixing
 from recast_peft.mimicry import DataAware, Gradient
 
 CHOSEN = os.environ.get("RECAST_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else None)
@@ -88,28 +101,9 @@ def timm_resnet() -> nn.Module:
     return seeded(lambda: resnet.ResNet(resnet.BasicBlock, [3, 3, 1, 1], **sizes))
 
 
-def llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    return seeded(lambda: LlamaForCausalLM(config))
-
-
-def gpt2() -> nn.Module:
-    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=4, n_head=4, n_positions=32, initializer_range=0.2)
-    config.bos_token_id = config.eos_token_id = 1
-    return seeded(lambda: GPT2LMHeadModel(config))
-
-
-def t5() -> nn.Module:
-    config = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    return seeded(lambda: T5ForConditionalGeneration(config))
+llama = partial(small_transformer, "llama", scale=2, initializer_range=0.2)
+gpt2 = partial(small_transformer, "gpt2", scale=2, initializer_range=0.2, n_layer=4)
+t5 = partial(small_transformer, "t5", scale=2)
 
 
 def images(batch: int = 2) -> Tensor:
@@ -646,20 +640,12 @@ class TestCompiled:
 @on_cuda
 @pytest.mark.parametrize("products", [False, True], ids=["composed for each task", "products of the whole batch"])
 def test_a_captured_mixed_batch_computes_with_other_inputs(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RecastLayer, "_products_are_cheaper", lambda *args: products)
+    monkeypatch.setattr(mixing, "products_are_cheaper", lambda *args: products)
     model, pool = pool_of()
     names = ["task0", "task2", None, "task1", "task0", None]
     static = vit_x().clone()
     with torch.no_grad(), pool.batch(names):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                model(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = model(static)
+        graph, out = captured(model, static)
         for shift in (0.0, 1.0):  # inside the block: the graph reads the batch's coefficients
             static.copy_(vit_x() + shift)
             graph.replay()
@@ -749,7 +735,7 @@ class TestPool:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("products", [False, True], ids=["composed for each task", "products of the whole batch"])
     def test_every_sample_gets_its_own_task(self, products: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(RecastLayer, "_products_are_cheaper", lambda *args: products)
+        monkeypatch.setattr(mixing, "products_are_cheaper", lambda *args: products)
         model, pool = pool_of()
         model.to(dtype)
         x = vit_x(dtype=dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from models import layers_of, randomise, reference_model, seeded
+from models import layers_of, randomise, reference_model, small_transformer
 from packaging.version import Version
 from peft import (
     AutoPeftModelForSequenceClassification,
@@ -23,20 +24,10 @@ from peft import (
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -50,58 +41,7 @@ needs_verbs = pytest.mark.skipif(
 IDS = torch.randint(3, 20, (4, 6), generator=torch.Generator().manual_seed(0))
 
 
-def bert(seed: int = 0) -> BertForSequenceClassification:
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=8,
-        num_labels=2,
-        initializer_range=0.3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return seeded(lambda: BertForSequenceClassification(config), seed)  # type: ignore[return-value]
-
-
-def llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return seeded(lambda: LlamaForCausalLM(config))
-
-
-def gpt2() -> nn.Module:
-    config = GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.3)
-    config.bos_token_id = config.eos_token_id = 1
-    return seeded(lambda: GPT2LMHeadModel(config))
-
-
-def t5() -> nn.Module:
-    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    return seeded(lambda: T5ForConditionalGeneration(config))
-
-
-def vit() -> nn.Module:
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-        initializer_range=0.3,
-    )
-    return seeded(lambda: ViTForImageClassification(config))
+bert, gpt2, llama, t5, vit = (partial(small_transformer, kind) for kind in ("bert", "gpt2", "llama", "t5", "vit"))
 
 
 def call(model: nn.Module, **kwargs: Any) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hub_server import HubServer, connect
 from models import KINDS, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
 from peft import (
     AdaLoraConfig,
@@ -509,12 +508,10 @@ class TestFiles:
         assert torch.equal(outputs(loaded, vit_input()), outputs(model, vit_input()))
         assert len([p for p in loaded.parameters() if p.requires_grad]) == 8 + 8
 
-    def test_pushed_and_fetched_by_name(self, tmp_path, monkeypatch):
+    def test_pushed_and_fetched_by_name(self, hub):
         model = two_parts(target_modules=["fc1"])
-        with HubServer().running() as server:
-            connect(server, monkeypatch, tmp_path / "cache")
-            push_task_to_hub(model, "ada/two-parts")
-            fetched = AutoRecastModel.from_pretrained("ada/two-parts", backbone=tiny_vit())
+        push_task_to_hub(model, "ada/two-parts")
+        fetched = AutoRecastModel.from_pretrained("ada/two-parts", backbone=tiny_vit())
         assert torch.equal(outputs(fetched, vit_input()), outputs(model, vit_input()))
 
 

@@ -11,11 +11,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import layers_of
+from models import captured, layers_of
 from peft import PeftModel, PeftModelForSequenceClassification, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -182,19 +183,14 @@ class TestOneTask:
         assert not [n for n, p in model.named_parameters() if p.requires_grad]
 
     def test_a_compiled_model_is_compiled_once_for_all_tasks(self, images):
-        compiled: list[int] = []
-
-        def count(graph, inputs):
-            compiled.append(1)
-            return graph.forward
-
+        compiled = CompileCounter()
         model, pool = model_with_pool(4)
         pool.activate("task0")
-        fast = torch.compile(model.get_base_model(), backend=count, fullgraph=True)
+        fast = torch.compile(model.get_base_model(), backend=compiled, fullgraph=True)
         for i in range(100):
             pool.activate(f"task{i % 4}")
             out = fast(images)
-        assert len(compiled) == 1
+        assert compiled.frame_count == 1
         assert torch.equal(out, model(images))
 
     def test_live_activation_keeps_every_storage(self, images):
@@ -220,15 +216,7 @@ class TestOneTask:
         model.to("cuda")
         static = images.to("cuda")
         pool.activate("task0", merge=merge)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                model(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = model(static)
+        graph, out = captured(model, static)
         seen = []
         for name in ("task0", "task1", "task2", "task0"):
             pool.activate(name, merge=merge)
@@ -376,41 +364,31 @@ class TestMixedBatch:
             assert all(torch.equal(a, b) for a, b in zip(alone[other], start[other], strict=True))
 
     def test_a_compiled_model_is_told_by_the_argument_as_well(self, images):
-        compiled: list[int] = []
-
-        def count(graph, inputs):
-            compiled.append(1)
-            return graph.forward
-
+        compiled = CompileCounter()
         model, _ = model_with_pool(3)
-        fast = torch.compile(model, backend=count)
+        fast = torch.compile(model, backend=compiled)
         generator = torch.Generator().manual_seed(0)
         counts = []
         for _ in range(6):
             ids = torch.randint(0, 3, (6,), generator=generator)
             torch.testing.assert_close(fast(images, task_ids=ids), model(images, task_ids=ids), rtol=1e-4, atol=1e-5)
-            counts.append(len(compiled))
+            counts.append(compiled.frame_count)
         assert counts[1:] == counts[1:2] * 5
 
     @pytest.mark.parametrize("follows_context", sorted({FOLLOWS_CONTEXT, False}))
     def test_a_compiled_model_takes_any_mixture(self, follows_context, images, monkeypatch):
         monkeypatch.setattr(mixed_batch, "FOLLOWS_CONTEXT", follows_context)  # False: as with an older torch
         torch._dynamo.reset()
-        compiled: list[int] = []
-
-        def count(graph, inputs):
-            compiled.append(1)
-            return graph.forward
-
+        compiled = CompileCounter()
         model, pool = model_with_pool(3)
-        fast = torch.compile(model.get_base_model(), backend=count, fullgraph=True)
+        fast = torch.compile(model.get_base_model(), backend=compiled, fullgraph=True)
         generator = torch.Generator().manual_seed(0)
         for _ in range(10):
             ids = torch.randint(0, 3, (6,), generator=generator)
             with pool.batch(ids):
                 mixed = fast(images)
             assert torch.allclose(mixed, model(images, task_ids=ids), atol=1e-5)
-        assert len(compiled) == 1
+        assert compiled.frame_count == 1
 
     def test_nothing_is_left_of_batches_whose_threads_overlapped(self, images):
         _, pool = model_with_pool(2)
