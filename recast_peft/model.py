@@ -47,7 +47,6 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
     _prepared: PreparedTask | None = None  # while a task is put in
-    _keeps_active = False  # while a task is put in beside others
     _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion

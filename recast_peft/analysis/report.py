@@ -156,13 +156,14 @@ def mimicry_report(
         active = [name for layer in layers.values() for name in layer.active_adapters]
         # a pool that shows the base of kept weights leaves no task active
         adapter_name = next(iter(active or [name for layer in layers.values() for name in layer.recast_bank]), None)
-    names = {adapter_name} if adapter_name else set()
-    banks = {bank.name: bank for name in names for bank in task_banks(model, name).values()}
+    banks = task_banks(model, adapter_name) if adapter_name else {}
     if not banks:
         raise RecastConfigError(f"the model has no task {adapter_name!r}; give the adapter_name of one")
     modules = []
     for bank in banks.values():
-        weights = None if reference is None else [_plain_weight(reference, layers[member]) for member in bank.members]
+        weights = None
+        if reference is not None:
+            weights = [getattr(reference.get_submodule(name), layers[name].weight_name) for name in bank.members]
         if bank.is_anchored:
             found: dict[str, Fidelity] = dict.fromkeys(bank.members, EXACT)
         elif weights is not None and bank.templates is not None and bank.base_coefficients is not None:
@@ -175,10 +176,6 @@ def mimicry_report(
             modules.append(ModuleFidelity(member, bank.name, bank.is_anchored, *figures))
     features = () if batch is None else _compare_features(model, layers, batch, reference)
     return MimicryReport(tuple(modules), features)
-
-
-def _plain_weight(reference: nn.Module, layer: RecastLayer) -> Tensor:
-    return getattr(reference.get_submodule(layer.module_name), layer.weight_name)
 
 
 def _compare_features(

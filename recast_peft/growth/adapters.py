@@ -30,7 +30,6 @@ from tqdm.auto import tqdm
 from ..auto import with_task
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates, principal_mix
-from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
@@ -179,7 +178,7 @@ def _bank(
     model: nn.Module, candidates: Sequence[Any], groups: dict[str, StoredGroup], named: Mapping[str, Adapter], rank: int
 ) -> StoredBank:
     members = {member for group in groups.values() for member in group.members}
-    fingerprints = {target.name: weight_fingerprint(target.weight) for target in candidates if target.name in members}
+    fingerprints = {target.name: target.fingerprint for target in candidates if target.name in members}
     made = {"method": "grown", "sources": [origin_of(adapter) for adapter in named.values()], "rank": rank, "of": "adapters"}
     return StoredBank(groups, fingerprints, made)
 

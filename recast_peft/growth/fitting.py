@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.template_bank import mix_templates
-from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
@@ -65,7 +64,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
         fitted = select(model, groups, targets, fitted, list(islice(data, method.select_batches)))
         fitted = distill(model, groups, targets, fitted, data, method)
     stored = {group.name: StoredGroup.of(group.members, fitted.get(group.name)) for group in plan.groups}
-    fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items()}
+    fingerprints = {name: target.fingerprint for name, target in targets.items()}
     return StoredBank(stored, fingerprints, method.to_dict())
 
 

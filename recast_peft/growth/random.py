@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
-from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
@@ -53,7 +52,7 @@ def random_bank(
         groups[planned.name] = StoredGroup(
             planned.members, grown=GrownTemplates(tensors, tuple(planned.shape), plain_templates)
         )
-    fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items()}
+    fingerprints = {name: target.fingerprint for name, target in targets.items()}
     return StoredBank(groups, fingerprints, {"method": "random", "num_templates": num_templates, "rank": rank, "seed": seed})
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
-from ..composition.fingerprint import weight_fingerprint
 from ..config import RecastConfig
 from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
@@ -70,7 +69,7 @@ def grow_bank(
             "Give the config the target_modules that the sources were trained on."
         )
     members = {member for group in groups.values() for member in group.members}
-    fingerprints = {name: weight_fingerprint(target.weight) for name, target in targets.items() if name in members}
+    fingerprints = {name: target.fingerprint for name, target in targets.items() if name in members}
     made = {"method": "grown", "sources": [origin_of(source) for source in sources], "rank": rank}
     return StoredBank(groups, fingerprints, made)
 
@@ -103,7 +102,7 @@ def extend_bank(
     config = RecastConfig(groups={name: list(group.members) for name, group in bank.groups.items()})
     targets = {target.name: target for target in plan_recast(model, config).candidates}
     for name in bank.base_fingerprint:
-        bank.check_base(name, weight_fingerprint(targets[name].weight))
+        bank.check_base(name, targets[name].fingerprint)
     vectors = [task_vectors(model, source, targets) for source in sources]
     moves = {name: _moves_of(group.members, vectors) for name, group in bank.groups.items()}
     return _next_version(bank, moves, sources, num_templates)
@@ -116,7 +115,8 @@ def _next_version(
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
     groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}
-    made = _made_from_more(bank.mimicry, [origin_of(source) for source in sources])
+    made: dict[str, Any] = {"method": bank.mimicry} if isinstance(bank.mimicry, str) else dict(bank.mimicry)
+    made["sources"] = [*made.get("sources", ()), *map(origin_of, sources)]
     return StoredBank(groups, bank.base_fingerprint, made, None, bank.version + 1, history=(*bank.history, earlier))
 
 
@@ -143,8 +143,3 @@ def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> Sto
     tensors = tuple(torch.cat([a.cpu(), b]) for a, b in zip(grown.tensors, new.tensors, strict=True))
     whole = replace(grown, tensors=tensors)
     return replace(group, grown=replace(whole, energy=(*grown.energy, *energy_kept(moves, whole)[len(grown) :])))
-
-
-def _made_from_more(mimicry: str | Mapping[str, Any], sources: list[str]) -> dict[str, Any]:
-    made = {"method": mimicry} if isinstance(mimicry, str) else dict(mimicry)
-    return {**made, "sources": [*made.get("sources", ()), *sources]}

@@ -10,11 +10,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..storage.cards import one_line
-from ..storage.paths import is_hub_name
+from ..storage.paths import is_hub_name, is_repository
 from ..tasks.backbone import SOURCE_KEYWORDS
 
 HUB_PREFIX = "hf-hub:"
@@ -65,7 +62,7 @@ def timm_name(name: Any, registered: Collection[str]) -> str:
     text = str(name)
     if text.startswith(HUB_PREFIX):
         repository, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
-        if _is_repository(repository) and re.fullmatch(r"[\w./-]*", revision):
+        if is_repository(repository) and re.fullmatch(r"[\w./-]*", revision):
             return text
     elif text.partition(".")[0] in registered and re.fullmatch(r"[\w.-]+", text):
         return text
@@ -86,17 +83,9 @@ def timm_repository(description: Mapping[str, Any]) -> str | None:
     repository = description.get("repository")
     if repository in (None, ""):
         return None
-    if not _is_repository(repository):
+    if not is_repository(repository):
         raise Untrusted(f"its repository is {one_line(repository)!r}, which is no name on the Hub")
     return str(repository)
-
-
-def _is_repository(name: Any) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not name.startswith(".")
 
 
 def timm_arguments(description: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:

@@ -60,13 +60,11 @@ class MimicryMethod(ABC):
 
     Class attributes:
         name: name by which a config names the method.
-        in_span: it returns a :class:`Recipe`, so that a bank is rebuilt from the base model and needs no file.
         fits_full_banks: it also fits banks with as many templates as layers, for which no fit is needed.
         needs_data: it needs a few batches, so that it runs in ``fit_bank`` alone.
     """
 
     name: ClassVar[str] = ""
-    in_span: ClassVar[bool] = False
     fits_full_banks: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 

@@ -36,7 +36,6 @@ class ClosedForm(MimicryMethod):
     """The templates and base coefficients with the least squared error; no options."""
 
     name: ClassVar[str] = "closed_form"
-    in_span: ClassVar[bool] = True
 
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None

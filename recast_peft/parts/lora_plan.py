@@ -90,7 +90,7 @@ def _find_targets(
         # the choice of layers restricts RECAST's targets too, by the last part of the name: a whole name would pass it by
         targets = [c for c in targets if _is_meant(lora, [c.name.rpartition(".")[2]], c.name)]
     elif isinstance(wanted, str) and wanted in TARGET_SHORTHANDS:
-        targets, _ = find_targets(model, RecastConfig(target_modules=wanted, exclude_modules=_listed(lora.exclude_modules)))
+        targets, _ = find_targets(model, RecastConfig(target_modules=wanted, exclude_modules=lora.exclude_modules))
     else:
         targets = [c for c in candidates if check_target_module_exists(lora, c.name)]
         # containers match by their name too; what has no weight of its own is passed over
@@ -107,10 +107,6 @@ def _is_meant(lora: LoraConfig, names: list[str], key: str) -> bool:
     named: Any = copy.copy(lora)
     named.target_modules = set(names)
     return bool(check_target_module_exists(named, key))
-
-
-def _listed(names: set[str] | list[str] | str | None) -> list[str] | str | None:
-    return sorted(names) if isinstance(names, (set, list)) else names
 
 
 def _shortest_names(targets: list[str], candidates: list[Candidate]) -> set[str]:

@@ -14,6 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..banks.template_bank import PLACEHOLDER
+from ..composition.fingerprint import weight_fingerprint
 from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
 from ..holders import TaskHolder
@@ -61,6 +63,14 @@ class Candidate:
             return dequantised(self.module)
         kept = kept_tensor(self.module, self.weight_name)
         return getattr(self.module, self.weight_name) if kept is None else kept
+
+    @property
+    def fingerprint(self) -> str:
+        """That of its pretrained weight, whatever holds the weight's place now."""
+        layer = composed_layer(self.visible)
+        if layer is not None:
+            return layer.fingerprint
+        return getattr(self.weight, PLACEHOLDER, None) or weight_fingerprint(self.weight)
 
 
 def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[Candidate]:

@@ -141,20 +141,7 @@ def _shown_reasons(skipped: dict[str, str]) -> list[str]:
 
 
 def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
-    """Say which layers a task would compose, in which groups; the model and the config are not touched.
-
-    Args:
-        model: any ``nn.Module``; on a model that is converted already, the plan is that of a further adapter.
-        config: what to target and how to group it.
-
-    Returns:
-        the plan, without the parts of the task beside its coefficients. Layers of the same role (the same name but for its
-        numbers), shape and dtype are put into groups of consecutive depth (paper, section 3.1).
-
-    Raises:
-        RecastTargetError: if nothing can be targeted, a target is not supported, or groups that were given do not fit.
-        RecastConfigError: if an argument is of another kind, or a budget cannot be kept.
-    """
+    """The plan of a task without its parts beside the coefficients; see ``plan_recast`` for what is raised."""
     if not isinstance(model, nn.Module) or not isinstance(config, RecastConfig):
         raise RecastConfigError(
             f"plan_recast({type(model).__name__}, {type(config).__name__}): expected an nn.Module and a RecastConfig"

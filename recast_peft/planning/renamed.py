@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..composition.fingerprint import same_weight
 from ..names import block_of, plain_name, unwrapped
 from .candidates import Candidate, composed_layer, find_candidates
 
@@ -107,21 +107,10 @@ def find_renamed(
     return renamed
 
 
-def fingerprints(candidates: Iterator[Candidate]) -> dict[str, str]:
-    """Fingerprints of the pretrained weights of those modules that have one, by name."""
-    result = {}
-    for candidate in candidates:
-        layer = composed_layer(candidate.visible)
-        if layer is not None:
-            result[candidate.name] = layer.fingerprint
-        elif candidate.weight_name is not None and candidate.reason is None and not candidate.weight.is_meta:
-            result[candidate.name] = weight_fingerprint(candidate.weight)
-    return result
-
-
 def _by_weight(model: nn.Module, wanted: dict[str, str], candidates: dict[str, Candidate]) -> dict[str, str] | None:
     """The one module of each weight; None if some weight has none, or it cannot be said which."""
-    held = fingerprints(iter(candidates.values()))
+    usable = [c for c in candidates.values() if c.weight_name is not None and c.reason is None]
+    held = {c.name: c.fingerprint for c in usable if composed_layer(c.visible) is not None or not c.weight.is_meta}
     matches = {name: [n for n, own in held.items() if same_weight(fingerprint, own)] for name, fingerprint in wanted.items()}
     for name, hits in matches.items():
         if name in hits:  # where it always was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -46,10 +47,15 @@ def goes_up(name: str) -> bool:
 
 def is_hub_name(name: object) -> bool:
     """Whether a name can only be a repository on the Hub: no path, no address, no folder that lies here."""
-    if not isinstance(name, str) or is_absolute(name) or goes_up(name) or "\\" in name or name.startswith("."):
+    if not isinstance(name, str) or is_absolute(name) or goes_up(name) or "\\" in name:
         return False
+    return is_repository(name) and not os.path.exists(name)
+
+
+def is_repository(name: Any) -> bool:
+    """Whether a name has the form of a repository's."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not os.path.exists(name)
+    return not name.startswith(".")

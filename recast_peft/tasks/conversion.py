@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
-from ..banks.template_bank import PLACEHOLDER, TemplateBank
-from ..composition.fingerprint import is_coarser_form, same_weight, weight_fingerprint
+from ..banks.template_bank import TemplateBank
+from ..composition.fingerprint import is_coarser_form, same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..holders import SideContainer, put_child
@@ -73,18 +73,6 @@ def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:
             f"the model is converted already and has a task {adapter_name!r} (on {taken[0]} and {len(taken) - 1} other "
             "modules): choose another adapter_name, or delete_adapter first"
         )
-
-
-def base_fingerprints(targets: list[Candidate]) -> dict[str, str]:
-    """Fingerprints of the targets' pretrained weights by module name."""
-    result = {}
-    for target in targets:
-        layer = composed_layer(target.visible)
-        if layer is not None:
-            result[target.name] = layer.fingerprint
-        else:  # a placeholder for a weight that a stored bank stands for says whose place it holds
-            result[target.name] = getattr(target.weight, PLACEHOLDER, None) or weight_fingerprint(target.weight)
-    return result
 
 
 def check_fingerprints(

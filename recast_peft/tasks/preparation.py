@@ -22,7 +22,6 @@ from ..planning.renamed import Renaming, find_renamed
 from ..sharded import check_may_be_added_to
 from .conversion import (
     PreparedLayer,
-    base_fingerprints,
     check_fingerprints,
     check_name_is_free,
     check_other_tasks,
@@ -92,7 +91,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     plan = plan_layers(model, config)
     targets = list(plan.candidates)
     check_name_is_free(targets, adapter_name)
-    fingerprints = base_fingerprints(targets)
+    fingerprints = {target.name: target.fingerprint for target in targets}
     # what a file is for is compared with what it holds before anything of that size is built
     request = Request(model, config, plan.targets, counting=True)
     counted = pieces_of(request)
