@@ -12,7 +12,6 @@ coefficient for each template, and tasks are linear in what they store.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from ..names import check_adapter_name
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
-from .sources import check_plain, check_sizes, origin_of
+from .sources import check_plain, check_sizes, loaded, origin_of
 
 Adapter = str | Path | PeftModel | tuple[PeftModel, str]
 Pair = tuple[Tensor, Tensor]  # (rows, rank) and (rank, columns): their product is what comes to a weight as a matrix
@@ -291,7 +290,6 @@ def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, Found]:
 
 
 def _load(model: nn.Module, path: str, name: str) -> PeftModel:
-    options: dict[str, Any] = {"ignore_mismatched_sizes": True, "autocast_adapter_dtype": False}
     try:
         config = PeftConfig.from_pretrained(path)
         if not isinstance(config, LoraConfig):
@@ -299,12 +297,7 @@ def _load(model: nn.Module, path: str, name: str) -> PeftModel:
                 f"the adapter {path!r} is of type {config.peft_type}: compress_adapters reads LoRAs; grow_bank takes whatever "
                 "can be merged"
             )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"(?s).*found shape")  # heads, which are left out
-            if not isinstance(model, PeftModel):
-                return PeftModel.from_pretrained(copy.deepcopy(model), path, name, **options)
-            model.load_adapter(path, name, **options)
-            return model
+        return loaded(model, path, name, autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RecastBankError):
             raise

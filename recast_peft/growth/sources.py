@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -115,7 +116,7 @@ def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
     try:
         if files:
             return load_file(files[0])
-        loaded = _loaded(model, str(source))
+        found = loaded(model, str(source))
     except RecastError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -123,14 +124,24 @@ def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
             f"the source {str(source)!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
             f"safetensors file, or a folder with {CHECKPOINTS[0]}."
         ) from error
-    return loaded.merge_and_unload().state_dict()
+    return found.merge_and_unload().state_dict()
 
 
-def _loaded(model: nn.Module, name: str) -> PeftModel:
-    """A saved adapter on a copy of the model; a head of its own does not matter, and need not have this model's classes."""
+def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options: Any) -> PeftModel:
+    """A saved adapter on a copy of a plain model, or beside the adapters of a model that is one.
+
+    A head of its own does not matter, and need not have this model's classes.
+
+    Raises:
+        RecastBankError: if something else of it has another shape.
+    """
+    options["ignore_mismatched_sizes"] = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = PeftModel.from_pretrained(copy.deepcopy(model), name, ignore_mismatched_sizes=True)
+        if isinstance(model, PeftModel):
+            model.load_adapter(name, adapter_name, **options)
+        else:
+            model = PeftModel.from_pretrained(copy.deepcopy(model), name, adapter_name, **options)
     for warning in caught:
         lines = str(warning.message).splitlines()
         misshaped = [line for line in lines if "found shape" in line]
@@ -140,7 +151,7 @@ def _loaded(model: nn.Module, name: str) -> PeftModel:
             raise RecastBankError(f"the source {name!r} does not fit the model: {wrong[0]}")
         if not misshaped:
             warnings.warn(warning.message, stacklevel=2)
-    return loaded
+    return model
 
 
 def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:

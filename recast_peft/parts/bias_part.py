@@ -32,12 +32,12 @@ class TaskBiases(TaskPartners):
 
     adds_when_merged = True
     pretrained_bias: Tensor | None
-    pretrained_scale: Tensor | None
+    pretrained_weight: Tensor | None  # the scale of a norm
 
     def __init__(self, place: str, method: str) -> None:
         super().__init__(place, method)
         self.register_buffer("pretrained_bias", None, persistent=False)
-        self.register_buffer("pretrained_scale", None, persistent=False)
+        self.register_buffer("pretrained_weight", None, persistent=False)
         self.banks = nn.ModuleDict()  # fingerprint -> templates of this bias
 
     def _coefficient(self, adapter_name: str) -> BiasCoefficient:
@@ -84,21 +84,13 @@ class TaskBiases(TaskPartners):
 
     # ---------------------------------------------------------------- computing
 
-    @property
-    def _bias(self) -> nn.Parameter:
-        return cast(nn.Parameter, self.hosts[0].bias)
+    def _now(self, name: str = "bias") -> nn.Parameter:
+        return getattr(self.hosts[0], name)
 
-    def pretrained(self) -> Tensor:
-        """The bias as it was before any task was merged."""
-        return self._bias if self.pretrained_bias is None else self.pretrained_bias
-
-    @property
-    def _scale(self) -> nn.Parameter:
-        return cast(nn.Parameter, self.hosts[0].weight)
-
-    def pretrained_scale_of_norm(self) -> Tensor:
-        """The scale of a norm as it was before any task was merged."""
-        return self._scale if self.pretrained_scale is None else self.pretrained_scale
+    def pretrained(self, name: str = "bias") -> Tensor:
+        """The bias, or a norm's scale (its ``"weight"``), as it was before any task was merged."""
+        kept = self._buffers[f"pretrained_{name}"]
+        return self._now(name) if kept is None else kept
 
     def attach(self, place: nn.Module, visible: nn.Module) -> None:
         kind = kind_of(place)
@@ -118,23 +110,23 @@ class TaskBiases(TaskPartners):
         if self._merged is not None:
             return y
         module = self._coefficient(adapter_name)
-        return module(y, self._bias, None if module.scale_templates() is None else self._scale)
+        return module(y, self._now(), None if module.scale_templates() is None else self._now("weight"))
 
     def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
         """The output with every sample's own row of a pool's table; what is merged is no part of any sample's task."""
         if self.pretrained_bias is not None:
             module = cast(BiasCoefficient, next(iter(self.modules_to_save.values())))
-            if self.pretrained_scale is not None:
-                merged = module._along(self._bias, y).to(y.dtype)
-                y = (y - merged) * module._along(self.pretrained_scale / self._scale, y).to(y.dtype) + merged
-            y = y + module._along(self.pretrained_bias - self._bias, y).to(y.dtype)
+            if self.pretrained_weight is not None:
+                merged = module._along(self._now(), y).to(y.dtype)
+                y = (y - merged) * module._along(self.pretrained_weight / self._now("weight"), y).to(y.dtype) + merged
+            y = y + module._along(self.pretrained_bias - self._now(), y).to(y.dtype)
         slot = batch.pool.slot if batch.pool is not None else ""
         if not self.has_task(slot):
             return y
         offsets = batch.offsets(self.key_of(slot), len(y))
         assert offsets is not None
         module = self._coefficient(slot)
-        scale = None if module.scale_templates() is None else self.pretrained_scale_of_norm()
+        scale = None if module.scale_templates() is None else self.pretrained("weight")
         return module.by_sample(y, self.pretrained(), offsets, scale)
 
     # ---------------------------------------------------------------- merging
@@ -146,52 +138,43 @@ class TaskBiases(TaskPartners):
             ValueError: for ``safe_merge``, if the bias is not finite; nothing is changed then.
         """
         new = [name for name in adapter_names if name in self._adapters]
-        if new:
-            composed, scale = self._composed(new), self._composed_scale(new)
-            if safe_merge and not all(torch.isfinite(t).all() for t in (composed, scale) if t is not None):
-                raise ValueError(f"NaNs detected in the merged biases. The adapter {new[-1]} seems to be broken")
-            pretrained = self.pretrained() if self.pretrained_bias is not None else self._bias.data
-            self.pretrained_bias, self._bias.data = pretrained, composed
-            if scale is not None:
-                kept = self._scale.data if self.pretrained_scale is None else self.pretrained_scale
-                self.pretrained_scale, self._scale.data = kept, scale
+        composed = self._composed(new)
+        if safe_merge and not all(torch.isfinite(values).all() for values in composed.values()):
+            raise ValueError(f"NaNs detected in the merged biases. The adapter {new[-1]} seems to be broken")
+        for name, values in composed.items():
+            self._buffers[f"pretrained_{name}"] = self.pretrained(name).data
+            self._now(name).data = values
         super().merge(adapter_names)
 
     def merge_in_place(self, adapter_name: str) -> None:
         """Merge a task in place of what is merged now, into the same storage."""
-        scale = self._composed_scale([adapter_name]) if self.has_task(adapter_name) else None
-        is_there = self.pretrained_bias is not None and (scale is None) == (self.pretrained_scale is None)
-        if not is_there or not self.has_task(adapter_name):
+        composed = self._composed([adapter_name] if self.has_task(adapter_name) else [])
+        if not composed or [*composed] != self._kept():
             self.unmerge()
             self.merge([adapter_name])
             return
         with torch.no_grad():
-            self._bias.data.copy_(self._composed([adapter_name]))
-            if scale is not None:
-                self._scale.data.copy_(scale)
+            for name, values in composed.items():
+                self._now(name).data.copy_(values)
         self._merged = [adapter_name]
 
-    def _composed(self, adapter_names: Sequence[str]) -> Tensor:
-        pretrained = self.pretrained().detach()
-        with torch.no_grad():
-            changes = torch.stack([self._coefficient(name).change(pretrained) for name in adapter_names])
-            return (pretrained + changes.sum(0)).to(pretrained.dtype)
+    def _kept(self) -> list[str]:
+        return [name for name in ("bias", "weight") if self._buffers[f"pretrained_{name}"] is not None]
 
-    def _composed_scale(self, adapter_names: Sequence[str]) -> Tensor | None:
-        """The scale of a norm with what tasks add to it; None if they leave it."""
+    def _composed(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
+        """The bias with what tasks add to it, and the scale of a norm if they move it."""
+        tasks = [self._coefficient(name) for name in adapter_names]
         with torch.no_grad():
-            changes = [change for n in adapter_names if (change := self._coefficient(n).scale_change()) is not None]
-            if not changes:
-                return None
-            pretrained = self.pretrained_scale_of_norm().detach()
-            return (pretrained + torch.stack(changes).sum(0)).to(pretrained.dtype)
+            biases, scales = [task.change(self.pretrained()) for task in tasks], [task.scale_change() for task in tasks]
+            moves: dict[str, list[Tensor]] = {"bias": biases, "weight": [scale for scale in scales if scale is not None]}
+            sums = {name: self.pretrained(name) + torch.stack(own).sum(0) for name, own in moves.items() if own}
+            return {name: values.to(self.pretrained(name).dtype) for name, values in sums.items()}
 
     def unmerge(self) -> None:
         """Put the pretrained bias back: the very tensor that was there before."""
-        if self.pretrained_bias is not None:
-            self._bias.data, self.pretrained_bias = self.pretrained_bias, None
-        if self.pretrained_scale is not None:
-            self._scale.data, self.pretrained_scale = self.pretrained_scale, None
+        for name in self._kept():
+            self._now(name).data = self.pretrained(name)
+            self._buffers[f"pretrained_{name}"] = None
         super().unmerge()
 
 
@@ -244,23 +227,19 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
         owner: BiasMix | None = None
         scales: dict[str, Tensor] = {}
         for member, templates in group.biases().items():
-            norm = scaled_by(member, places)
+            norm, own = scaled_by(member, places), bias_of(places, member, templates.shape[1])
+            holder = held.get(norm or member)
+            pretrained = own if holder is None else holder.pretrained("bias" if norm is None else "weight")
+            if not request.counting and not pretrained.is_meta:
+                bank.check_base(member, weight_fingerprint(pretrained))
             if norm is not None:
-                scale = bias_of(places, member, templates.shape[1])
-                kept = held[norm].pretrained_scale_of_norm() if norm in held else scale
-                if not request.counting and not kept.is_meta:
-                    bank.check_base(member, weight_fingerprint(kept))
                 scales[norm] = templates
         for member, templates in group.biases().items():
             if scaled_by(member, places) is not None:
                 continue
-            bias = bias_of(places, member, templates.shape[1])
             refusal = partner.refusal(places[member])
             if refusal is not None:
                 raise RecastTargetError(f"partner bias cannot stand at {member}, which its bank names: {refusal}")
-            pretrained = held[member].pretrained() if member in held else bias
-            if not request.counting and not pretrained.is_meta:
-                bank.check_base(member, weight_fingerprint(pretrained))
             like = device_and_dtype(request.model, places[member].module, request.counting)
             channels = channels_of(places[member].module)
             assert channels is not None

@@ -164,3 +164,14 @@ class TestSources:
             compress_adapters(tiny_vit(), [fresh], num_templates=1)
         with pytest.raises(RecastConfigError, match="plain pretrained model"):
             compress_adapters(get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])), [lora(0)], num_templates=1)
+
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_an_adapter_for_another_width_is_refused(self, tmp_path: Path, position: int) -> None:
+        folders = []
+        for name, width in (("right", 7), ("wrong", 3)):
+            model = get_peft_model(nn.ModuleDict({"fc1": nn.Linear(width, 5)}), LoraConfig(target_modules=["fc1"]))
+            model.get_base_model()["fc1"].lora_B["default"].weight.data.fill_(1.0)
+            model.save_pretrained(tmp_path / name)
+            folders.insert(position, tmp_path / name)
+        with pytest.raises(RecastBankError, match="wrong.*does not fit the model"):
+            compress_adapters(nn.ModuleDict({"fc1": nn.Linear(7, 5)}), folders, num_templates=1)
