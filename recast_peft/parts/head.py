@@ -141,36 +141,11 @@ class TaskHead(TaskModule):
             return batch.pool.head(key) or self.original_module  # type: ignore[union-attr, return-value]
         return super()._module_of(key, batch)
 
-    def _joined(self, parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
-        return join_logits(parts, samples)
-
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:
     """Whether one module can take over the other's numbers."""
     a, b = first.state_dict(), second.state_dict()
     return type(first) is type(second) and {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
-
-
-def join_logits(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
-    """Put the logits of several heads in one tensor, padded with -inf to the widest.
-
-    Args:
-        parts: the rows and the logits ``(rows, ..., classes)`` of each head.
-        samples: rows of the whole batch.
-
-    Returns:
-        ``(samples, ..., most classes)``.
-    """
-    widest = max(logits.shape[-1] for _, logits in parts)
-    result = None
-    for rows, logits in parts:
-        if logits.shape[-1] < widest:
-            logits = nn.functional.pad(logits, (0, widest - logits.shape[-1]), value=float("-inf"))
-        if result is None:
-            result = logits.new_empty((samples, *logits.shape[1:]))
-        result = result.index_copy(0, torch.tensor(rows, device=logits.device), logits)
-    assert result is not None
-    return result
 
 
 def split_logits(logits: Tensor) -> list[Tensor]:

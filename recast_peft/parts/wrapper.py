@@ -168,23 +168,38 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         parts = []
         for key, indices in batch.rows(len(x)).items():
             parts.append((indices, self._module_of(key, batch)(batch.taken(x, indices), *args, **kwargs)))
-        return self._joined(parts, len(x))
+        return joined(parts, len(x))
 
     def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:
         return self.modules_to_save[key] if isinstance(key, str) and key in self._adapters else self.original_module
-
-    def _joined(self, parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
-        first = parts[0][1]
-        result = first.new_empty((samples, *first.shape[1:]))
-        for rows, part in parts:
-            result = result.index_copy(0, torch.tensor(rows, device=part.device), part)
-        return result
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """The module that stays: of merged tasks the one that owns it, else the model's own."""
         names = (self._active_adapter if adapter_names is None else adapter_names) if merge else []
         owners = [name for name in names if name in self._adapters]
         return self.modules_to_save[owners[0]] if owners else self.original_module
+
+
+def joined(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
+    """Put what several modules give in one tensor; logits of several classifiers are padded with -inf to the widest.
+
+    Args:
+        parts: the rows and the output ``(rows, ..., features)`` of each module.
+        samples: rows of the whole batch.
+
+    Returns:
+        ``(samples, ..., most features)``.
+    """
+    widest = max(part.shape[-1] for _, part in parts)
+    result = None
+    for rows, part in parts:
+        if part.ndim > 1 and part.shape[-1] < widest:
+            part = nn.functional.pad(part, (0, widest - part.shape[-1]), value=float("-inf"))
+        if result is None:
+            result = part.new_empty((samples, *part.shape[1:]))
+        result = result.index_copy(0, torch.tensor(rows, device=part.device), part)
+    assert result is not None
+    return result
 
 
 def several_owners(owners: Sequence[str], place: str) -> RecastConfigError:

@@ -30,9 +30,10 @@ from transformers import (
 )
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
-from recast_peft.parts.head import TaskHead, join_logits, split_logits
+from recast_peft.parts.head import TaskHead, split_logits
 from recast_peft.parts.head_building import PrototypeHead, find_head
 from recast_peft.parts.prototypes import fit_prototypes
+from recast_peft.parts.wrapper import joined
 
 
 def small_vit(num_classes: int = 7) -> nn.Module:
@@ -400,10 +401,10 @@ class TestMixedBatches:
             assert torch.allclose(row, alone[name][i], atol=1e-5)
 
     def test_joining_and_splitting_by_hand(self):
-        joined = join_logits([([1], torch.tensor([[1.0, 2.0]])), ([0, 2], torch.tensor([[3.0], [4.0]]))], 3)
+        together = joined([([1], torch.tensor([[1.0, 2.0]])), ([0, 2], torch.tensor([[3.0], [4.0]]))], 3)
         inf = float("inf")
-        assert torch.equal(joined, torch.tensor([[3.0, -inf], [1.0, 2.0], [4.0, -inf]]))
-        assert [row.tolist() for row in split_logits(joined)] == [[3.0], [1.0, 2.0], [4.0]]
+        assert torch.equal(together, torch.tensor([[3.0, -inf], [1.0, 2.0], [4.0, -inf]]))
+        assert [row.tolist() for row in split_logits(together)] == [[3.0], [1.0, 2.0], [4.0]]
 
 
 class TestNorms:

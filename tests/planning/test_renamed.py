@@ -126,7 +126,7 @@ def test_a_users_module_around_the_blocks() -> None:
 
 def test_names_that_are_there_cost_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     task = stored(tiny_vit())
-    monkeypatch.setattr("recast_peft.planning.renamed.weight_fingerprint", None)
+    monkeypatch.setattr("recast_peft.planning.candidates.weight_fingerprint", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert find_renamed(tiny_vit(), *task) == {}
