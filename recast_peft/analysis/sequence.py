@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,9 +149,9 @@ def learn_in_sequence(
     _check_names(model, tasks, config)
     plain = None if grow is None else _checked_plain(model, tasks, config, grow, grow_every)
     if evaluate_unseen:
-        with _plain(model) as backbone:
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             for name, task in tasks.items():
-                matrix.record(None, name, _measure(backbone, evaluate, task))
+                matrix.record(None, name, _measure(model, evaluate, task))
     earlier: dict[str, dict[str, Tensor]] = {}
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
     for place, (name, task) in enumerate(bar, start=1):
@@ -215,15 +215,6 @@ def _add_task(
     elif bank is not None:
         own.bank = bank  # type: ignore[assignment]
     return with_task(model, own, name)
-
-
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield model
-    else:
-        yield model
 
 
 def _measure(model: nn.Module, evaluate: Callable[[nn.Module, Any], float], task: Any) -> float:

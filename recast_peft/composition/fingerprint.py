@@ -63,9 +63,7 @@ def weight_fingerprint(weight: Tensor) -> str:
 
 def is_coarser_form(first: str, second: str) -> bool:
     """Whether two fingerprints may be of one weight, of which one form is quantised to few bits."""
-    a, b = _decode(first), _decode(second)
-    close_size = abs(a[0] - b[0]) <= COARSE_LOG_TOLERANCE * LOG_STEP
-    return bool(close_size and np.all(np.abs(a[1:] - b[1:]) <= COARSE_PROJECTION_TOLERANCE * PROJECTION_STEP))
+    return _are_close(first, second, COARSE_LOG_TOLERANCE, COARSE_PROJECTION_TOLERANCE)
 
 
 def same_weight(first: str, second: str) -> bool:
@@ -74,11 +72,12 @@ def same_weight(first: str, second: str) -> bool:
     Raises:
         RecastLoadError: if one of them is not a fingerprint.
     """
-    if first == second:
-        return True
-    a, b = _decode(first), _decode(second)
-    close_size = abs(a[0] - b[0]) <= LOG_TOLERANCE * LOG_STEP
-    return bool(close_size and np.all(np.abs(a[1:] - b[1:]) <= PROJECTION_TOLERANCE * PROJECTION_STEP))
+    return first == second or _are_close(first, second, LOG_TOLERANCE, PROJECTION_TOLERANCE)
+
+
+def _are_close(first: str, second: str, of_size: float, of_projection: float) -> bool:
+    distance = np.abs(_decode(first) - _decode(second))
+    return bool(distance[0] <= of_size * LOG_STEP and np.all(distance[1:] <= of_projection * PROJECTION_STEP))
 
 
 def _square_sum(part: Tensor) -> float:

@@ -22,8 +22,8 @@ from ..layer import RecastLayer
 
 BOTH = ("around", "inside")
 
-# Methods that stack, and whether their layer may stand around RECAST's or inside it; tests/test_stacking.py runs over PEFT's
-# registry and holds this table against what comes out. The others read or replace the innermost weight themselves.
+# Methods that stack, and whether their layer may stand around RECAST's or inside it; tests/parts/test_stacking.py holds this
+# table against what comes out, over PEFT's registry. The others read or replace the innermost weight themselves.
 STACKABLE: dict[str, tuple[str, ...]] = {
     "adalora": ("inside",),
     "beft": BOTH,
