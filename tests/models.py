@@ -266,6 +266,15 @@ def captured(model: nn.Module, static: Tensor) -> tuple[torch.cuda.CUDAGraph, Te
     return graph, out
 
 
+def small_vit(num_classes: int = 7, depth: int = 2, seed: int = 0) -> nn.Module:
+    """timm's vision transformer for grey pictures of 16 x 16 pixels; the global generator is seeded."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(seed)
+    sizes = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 16, "num_heads": 2}
+    return VisionTransformer(**sizes, depth=depth, num_classes=num_classes).eval()
+
+
 def vit_input(batch: int = 2) -> Tensor:
     return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(11))
 

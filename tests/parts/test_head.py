@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from models import small_vit
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,13 +35,6 @@ from recast_peft.parts.head import TaskHead, split_logits
 from recast_peft.parts.head_building import PrototypeHead, find_head
 from recast_peft.parts.prototypes import fit_prototypes
 from recast_peft.parts.wrapper import joined
-
-
-def small_vit(num_classes: int = 7) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=num_classes
-    ).eval()
 
 
 def small_bert(num_labels: int = 3) -> nn.Module:

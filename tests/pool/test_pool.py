@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import captured, layers_of
+from models import small_vit as timm_vit
 from peft import PeftModel, PeftModelForSequenceClassification, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -75,11 +77,7 @@ def text_model(task_type: str) -> nn.Module:
     return model
 
 
-def small_vit(seed: int = 0, num_classes: int = 7) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=4, num_heads=2, num_classes=num_classes
-    ).eval()
+small_vit = partial(timm_vit, depth=4)
 
 
 def model_with_pool(tasks: int = 0, **config) -> tuple[PeftModel, TaskPool]:

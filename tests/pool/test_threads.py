@@ -12,21 +12,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
-import timm
 import torch
+from models import small_vit
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from recast_peft import RecastConfig, RecastConfigError, RecastLayer, TaskPool, get_recast_model
 
 SECONDS = 8.0
-
-
-def small_vit() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=3, num_heads=2, num_classes=7
-    ).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +34,7 @@ def images() -> Tensor:
 
 
 def make() -> tuple[PeftModel, TaskPool]:
-    model = get_recast_model(small_vit(), RecastConfig(target_modules=["qkv", "fc1"]), "first").eval()
+    model = get_recast_model(small_vit(depth=3), RecastConfig(target_modules=["qkv", "fc1"]), "first").eval()
     return model, TaskPool(model)
 
 

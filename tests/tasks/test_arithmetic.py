@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import converted, layers_of, outputs, randomise, tiny_vit, vit_input
+from models import converted, layers_of, outputs, randomise, small_vit, tiny_vit, vit_input
 from peft import PeftModel
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
@@ -152,11 +151,7 @@ class TestModel:
 
 
 def seeds_of_a_task(classes: tuple[int, int] = (5, 5)) -> PeftModel:
-    torch.manual_seed(0)
-    vit = timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=7
-    )
-    model = get_recast_model(vit, RecastConfig(num_classes=classes[0]), "k").eval()
+    model = get_recast_model(small_vit(), RecastConfig(num_classes=classes[0]), "k").eval()
     model.add_adapter("l", RecastConfig(num_classes=classes[1], seed=1))
     for seed, name in enumerate("kl"):
         randomise(model, name, seed)

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from models import converted, layers_of, outputs, randomise, tiny_vit, vit_input
+from models import converted, layers_of, outputs, randomise, small_vit, tiny_vit, vit_input
 from peft import PeftModel
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from safetensors.torch import save_file
@@ -18,13 +17,6 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from recast_peft import RecastConfig, RecastConfigError, convert_to_lora, get_recast_model, save_as_lora
-
-
-def small_timm(num_classes: int = 7) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.models.vision_transformer.VisionTransformer(
-        img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=2, num_heads=2, num_classes=num_classes
-    ).eval()
 
 
 def small_gpt2() -> nn.Module:
@@ -104,7 +96,7 @@ class TestLora:
         assert not torch.allclose(small_gpt2()(ids).logits, expected, rtol=1e-2, atol=1e-2)
 
     def test_head_and_norms_come_along(self, tmp_path):
-        model = get_recast_model(small_timm(), RecastConfig(num_classes=7, train_norms=True), "task").eval()
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, train_norms=True), "task").eval()
         randomise(model, "task")
         model.add_adapter("other", RecastConfig(num_classes=3))
         with torch.no_grad():
@@ -113,7 +105,7 @@ class TestLora:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         x = torch.randn(2, 1, 16, 16)
         save_as_lora(tmp_path, model, 16, "task")
-        lora = PeftModel.from_pretrained(small_timm(), tmp_path).eval()
+        lora = PeftModel.from_pretrained(small_vit(), tmp_path).eval()
         torch.testing.assert_close(outputs(lora, x), outputs(model, x), rtol=1e-4, atol=1e-5)
 
     def test_low_precision_differences_do_not_drown_in_the_weights(self):
@@ -190,7 +182,7 @@ assert "recast_peft" not in sys.modules and "peft" not in type(bert).__module__
 
 
 def test_merged_models_are_plain_checkpoints_that_load_without_this_library(tmp_path: Path) -> None:
-    vit = get_recast_model(small_timm(), RecastConfig(num_classes=5)).eval()
+    vit = get_recast_model(small_vit(), RecastConfig(num_classes=5)).eval()
     config = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
     )
