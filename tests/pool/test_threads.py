@@ -127,7 +127,7 @@ class TestWhatACallHolds:
     @pytest.mark.parametrize("copied", [False, True])
     def test_a_second_pool_begins_with_the_pretrained_model(self, copied, images):
         model, pool = make()
-        base = small_vit()(images)
+        base = small_vit(depth=3)(images)
         put(pool, "cats", 1, classes=3)
         pool.activate("cats")
         assert model(images).shape == (2, 3)
