@@ -6,6 +6,7 @@ from .analysis.scaling import ScalingTable, scaling_table
 from .auto import AutoRecastModel, get_recast_model
 from .banks.files import StoredBank, load_bank
 from .banks.template_bank import TemplateBank
+from .composition.strength import rescale_adapter_scale
 from .config import RecastConfig
 from .errors import (
     RecastBankError,
@@ -26,6 +27,7 @@ from .growth.random import random_bank
 from .growth.report import GrowthReport, growth_report
 from .growth.weights import extend_bank, grow_bank
 from .hub.cards import write_card_of_saved_task, write_model_card
+from .hub.hotswap import hotswap_adapter
 from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .integrations.compressed import load_compressed_model, save_compressed_model
 from .layer import RecastLayer
@@ -96,6 +98,7 @@ __all__ = [
     "grow_bank",
     "grow_bias_bank",
     "growth_report",
+    "hotswap_adapter",
     "load_bank",
     "load_compressed_model",
     "mimicry_report",
@@ -105,6 +108,7 @@ __all__ = [
     "push_task_to_hub",
     "push_tasks_to_hub",
     "random_bank",
+    "rescale_adapter_scale",
     "save_as_lora",
     "save_compressed_model",
     "scaling_table",

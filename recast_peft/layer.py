@@ -32,13 +32,14 @@ from .composition.kinds import in_and_out_features, kind_of
 from .composition.mixed_batch import MixedBatch, current_batch
 from .composition.mixing import call_mixed
 from .composition.recomputation import call_again, past_state
+from .composition.strength import Strength
 from .holders import Entry, TaskHolder, TaskModules, TaskParameters
 from .names import COEFFICIENTS
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 
-class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
+class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
     """A module whose weight is composed from templates.
 
     Whoever calls it gets the wrapped module's result with the composed weight; whoever reads its ``weight`` (or, of a
@@ -53,7 +54,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
     """
 
     adapter_layer_names = ("recast_coefficients", "recast_masks")
-    other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients")
+    other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients", "scaling")
 
     MASKS = "recast_masks"
 
@@ -61,6 +62,7 @@ class RecastLayer(ComposedModule, BaseTunerLayer, TaskHolder):
         super().__init__(base_layer, module_name, weight_name)
         self.fingerprint = fingerprint
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
+        self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
         self.recast_masks = TaskModules()  # task -> what changes its composed weight; see parts/piggyback.py
         self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
         self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients

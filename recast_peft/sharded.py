@@ -26,6 +26,8 @@ _FROZEN = "recast_frozen"  # attribute of a view in FSDP1's forward pass: the sa
 def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
     """Refuse to put further trainable parameters into a model that FSDP has sharded: no process would average their gradients.
 
+    Of tensor parallelism, whose modules compute with a part of their output or input, nothing is supported.
+
     Args:
         model: the backbone.
         for_inference: whether nothing that is put in will be trained; FSDP1 takes nothing at all.
@@ -34,7 +36,13 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
         RecastConfigError: saying what to do.
     """
     is_flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
-    if is_flat or (not for_inference and any(c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__)):
+    is_fsdp2 = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
+    if not is_fsdp2 and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise RecastConfigError(
+            "the model's weights are spread over processes by tensor parallelism (tp_plan), which RECAST does not support: "
+            "load it without tp_plan, on one device or with device_map, or shard it with FSDP after the conversion"
+        )
+    if is_flat or (is_fsdp2 and not for_inference):
         raise RecastConfigError(
             f"the model was sharded by {'FSDP1' if is_flat else 'FSDP2'}, which knows nothing of parameters that come later: "
             "their gradients would differ from process to process. Convert the model and add or load tasks first, then shard it"

@@ -41,6 +41,7 @@ class ComposedModule(nn.Module):
 
     recast_coefficients: Any  # task -> (sets, templates)
     recast_masks: Any  # task -> what changes its composed weight; see parts/piggyback.py
+    scaling: dict[str, float]  # task -> its strength; see strength.py
     active_adapters: Any
     acting_adapters: Any
     disable_adapters: Any
@@ -202,7 +203,7 @@ class ComposedModule(nn.Module):
         """Anchor, templates and coefficients of the tasks' weight; None for the pretrained weight alone."""
         names = self.with_coefficients(adapters)
         device = self.weight_device
-        offsets = {name: average_sets((values or {}).get(name, self.coefficients(name))) for name in names}
+        offsets = {name: self.offset(name, values) for name in names}
         if self.compressed_bank and (names or self.is_released):
             bank = self.compressed_bank[0]
             coefficients = sum(offsets.values(), bank.base_of(self.module_name))
@@ -235,6 +236,13 @@ class ComposedModule(nn.Module):
         """The coefficients of a task, ``(sets, templates)``."""
         return whole_trained(self.recast_coefficients[name])
 
+    def offset(self, name: str, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What a task's templates are multiplied by, ``(templates,)``: the mean of its sets, times its strength here."""
+        given = None if values is None else values.get(name)
+        mean = average_sets(self.coefficients(name) if given is None else given)
+        factor = self.scaling.get(name, 1.0)
+        return mean if factor == 1 else mean * factor
+
     def tasks_in_force(self) -> list[str]:
         """The tasks that a call would compute with now."""
         return [] if self.disable_adapters else self.present(self.merged_adapters or self.acting_adapters)
@@ -246,7 +254,7 @@ class ComposedModule(nn.Module):
         if adapter not in self.recast_coefficients:
             return torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.weight_device)
         device = self.weight_device
-        offsets = average_sets(self.recast_coefficients[adapter]).to(device)
+        offsets = self.offset(adapter).to(device)
         return compose_weight(None, self.recast_bank[adapter].get_templates(device), offsets, self.weight_dtype)
 
     def __getattr__(self, name: str) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from ..offloaded import is_offloaded
-from .compose import average_sets
 from .quantised import quantised_by
 
 
@@ -41,7 +40,7 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
     scale: Tensor | None = None
     factors: dict[int, tuple[Any, Tensor]] = {}
     for name in layer.with_coefficients(adapters):
-        offsets = average_sets((values or {}).get(name, layer.coefficients(name))).to(x.device)
+        offsets = layer.offset(name, values).to(x.device)
         for neighbour, offset in zip(layer.recast_bank[name].layers, offsets.unbind(), strict=True):
             if neighbour is layer:
                 scale = offset if scale is None else scale + offset

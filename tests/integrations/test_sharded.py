@@ -30,7 +30,7 @@ LIMIT_S = 240
 
 def llama() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=4, initializer_range=0.2, **sizes))
 
 
@@ -191,6 +191,14 @@ def tried(kind: str, config: dict[str, Any], rank: int, folder: Path) -> dict[st
     return found
 
 
+def tensor_parallel(folder: Path) -> dict[str, Any]:
+    """What a conversion of a model says that transformers has sharded by its tp_plan, and whether it is as it was."""
+    model = LlamaForCausalLM.from_pretrained(folder / "plain", tp_plan="auto")
+    before = logits(model)
+    said = refusal(lambda: get_recast_model(model, RecastConfig(target_modules="all-mlp")))
+    return {"said": said, "changed": not torch.equal(logits(model), before)}
+
+
 def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_TORCH_DEVICE="cpu")
@@ -206,7 +214,8 @@ def work(rank: int, port: int, folder: str) -> None:
             found = {"error": traceback.format_exc()}
         torch.save(found, place / f"{rank}.pt")
     found = {"refused": refusal(lambda: train(by_fsdp1(converted(**SHARED)), IDS[:1]))}
-    torch.save(found, Path(folder) / f"shared-{rank}.pt")
+    found["tensor parallel"] = tensor_parallel(Path(folder))
+    torch.save(found, Path(folder) / f"refused-{rank}.pt")
     os._exit(0)  # not by way of destructors, which wait for each other
 
 
@@ -219,6 +228,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    llama().save_pretrained(folder / "plain")
     # not forked: autograd may have threads by now, which a fork does not take along
     processes = mp.start_processes(work, args=(port, str(folder)), nprocs=2, start_method="spawn", join=False)
     end = time.monotonic() + LIMIT_S
@@ -265,8 +275,13 @@ def test_what_shards_cannot_do_is_refused_and_changes_nothing(results: Path, nam
     assert "spread over processes" in found["merge"]
     assert "add or load tasks first, then shard it" in found["add"]
     torch.testing.assert_close(found["after"], found["loaded"], rtol=0, atol=0)
-    refused = torch.load(results / "shared-0.pt")["refused"]
-    assert "modules that FSDP1 shards apart" in refused
+
+
+def test_shared_coefficients_under_FSDP1_and_tensor_parallelism_are_refused(results: Path) -> None:
+    found = torch.load(results / "refused-0.pt")
+    assert "modules that FSDP1 shards apart" in found["refused"]
+    assert "tensor parallelism" in found["tensor parallel"]["said"]
+    assert not found["tensor parallel"]["changed"]
 
 
 @pytest.mark.parametrize("name", ["FSDP2"])

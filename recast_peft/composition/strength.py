@@ -1,0 +1,77 @@
+"""How strongly a task acts: the verbs that PEFT's LoRA layers have, which diffusers and PEFT's users call layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..errors import RecastConfigError
+
+
+class Strength:
+    """What a task's offsets are multiplied by in a layer; a mixin of layers.
+
+    It belongs to the model, as the scale of a LoRA does, and is not saved. What is merged follows at the next call.
+    """
+
+    scaling: dict[str, float]  # task -> factor
+    active_adapters: Any
+    merged: Any
+    has_task: Any
+    is_stale: bool
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let a task act with a factor; 1 is what it was trained with. A task that has nothing here is passed over."""
+        if self.has_task(adapter):
+            self.scaling[adapter] = scale
+            self.is_stale = self.is_stale or bool(self.merged)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factors of the active tasks."""
+        for name in self.active_adapters:
+            self.set_scale(name, self.scaling.get(name, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factors of the active tasks; None sets them to 1."""
+        for name in self.active_adapters:
+            self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Let every task of a model act with a multiple of its strength until the block ends, its LoRA part with it.
+
+    ``peft.helpers.rescale_adapter_scale`` for models with RECAST tasks; that one looks for LoRAs alone.
+
+    Args:
+        model: a model with tasks, in any wrapper.
+        multiplier: 0 is the pretrained model, 1 the tasks as they are.
+
+    Raises:
+        TypeError: if the multiplier is no number.
+        RecastConfigError: if the model has no layer that could be scaled.
+    """
+    if not isinstance(multiplier, (float, int)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, (Strength, LoraLayer))]
+    if not layers:
+        raise RecastConfigError("the model has no RECAST or LoRA layer whose strength could be set")
+    before = [dict(layer.scaling) for layer in layers]
+    names = [list(getattr(layer, "recast_bank", layer.scaling)) for layer in layers]
+    try:
+        for layer, own in zip(layers, names, strict=True):
+            _set(layer, {name: layer.scaling.get(name, 1.0) * multiplier for name in own})
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            _set(layer, scaling)
+
+
+def _set(layer: Any, scaling: dict[str, float]) -> None:
+    layer.scaling = scaling
+    if isinstance(layer, Strength):
+        layer.is_stale = layer.is_stale or bool(layer.merged)

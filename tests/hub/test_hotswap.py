@@ -1,0 +1,115 @@
+"""A stored task in place of one that a model has: ours, and what PEFT and transformers say of theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import converted, layers_of, randomise, vit_input
+from peft.utils import hotswap as peft_hotswap
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recast_peft import (
+    RecastBaseMismatchError,
+    RecastConfig,
+    RecastConfigError,
+    RecastLoadError,
+    get_recast_model,
+    hotswap_adapter,
+)
+from recast_peft.composition.fingerprint import weight_fingerprint
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(vit_input(2))
+
+
+def stored(folder: Path, size: float = 0.2, **config: Any) -> tuple[str, Tensor]:
+    model = converted(**{"target_modules": ["qkv", "fc1"], "num_classes": 3, "head_module": "head", **config}).eval()
+    randomise(model, "default", size=size)
+    model.save_pretrained(folder)
+    return str(folder), output(model)
+
+
+def fresh() -> Any:
+    return converted(target_modules=["qkv", "fc1"], num_classes=3, head_module="head").eval()
+
+
+def test_the_numbers_of_another_task_are_put_in_place(tmp_path: Path) -> None:
+    first, expected_first = stored(tmp_path / "a")
+    second, expected_second = stored(tmp_path / "b", size=0.5)
+    assert not torch.allclose(expected_first, expected_second)
+    model = fresh()
+    tensors = {name: id(p) for name, p in model.named_parameters()}
+    for folder, expected in ((first, expected_first), (second, expected_second), (first, expected_first)):
+        hotswap_adapter(model, folder, adapter_name="default")
+        assert torch.equal(output(model), expected)
+    assert {name: id(p) for name, p in model.named_parameters()} == tensors
+
+
+def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
+    folder, expected = stored(tmp_path)
+    model = fresh()
+    compiled = torch.compile(model, backend="eager")
+    before = output(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        hotswap_adapter(compiled, folder, "default")
+        after = output(compiled)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(after, expected)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    model = fresh()
+    randomise(model, "default", size=0.1)
+    before = output(model)
+    other_groups, _ = stored(tmp_path / "groups", target_modules=["qkv"])
+    with pytest.raises(RecastConfigError, match=r"(?s)groups differs.*given.*expected.*load_adapter"):
+        hotswap_adapter(model, other_groups, "default")
+    more_classes, _ = stored(tmp_path / "classes", num_classes=5)
+    with pytest.raises(RecastLoadError, match="wrongly shaped"):
+        hotswap_adapter(model, more_classes, "default")
+    good, _ = stored(tmp_path / "good")
+    with pytest.raises(RecastConfigError, match="no RECAST task 'other'"):
+        hotswap_adapter(model, good, "other")
+    model.merge_adapter()
+    with pytest.raises(RecastConfigError, match="is merged"):
+        hotswap_adapter(model, good, "default")
+    model.unmerge_adapter()
+    assert torch.equal(output(model), before)
+    layer = next(iter(layers_of(model).values()))
+    layer.fingerprint = weight_fingerprint(torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(9)))
+    with pytest.raises(RecastBaseMismatchError, match="other pretrained weights"):
+        hotswap_adapter(model, good, "default")
+    assert torch.equal(output(model), before)
+
+
+def test_PEFTs_own_refuses_with_a_message(tmp_path: Path) -> None:
+    folder, _ = stored(tmp_path)
+    model = fresh()
+    before = output(model)
+    with pytest.raises(ValueError, match="Hotswapping only supports"):
+        peft_hotswap.hotswap_adapter(model, folder, adapter_name="default")
+    assert torch.equal(output(model), before)
+
+
+def test_transformers_own_refuses_with_a_message(tmp_path: Path) -> None:
+    def llama() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+
+    task = get_recast_model(llama(), RecastConfig(), "task")
+    randomise(task, "task", size=0.3)
+    task.save_pretrained(tmp_path)
+    model = llama()
+    model.load_adapter(str(tmp_path / "task"), adapter_name="task")
+    ids = torch.arange(6)[None]
+    before = model(input_ids=ids).logits
+    with pytest.raises(ValueError, match="only supported for LoRA"):
+        model.load_adapter(str(tmp_path / "task"), adapter_name="task", hotswap=True)
+    assert torch.equal(model(input_ids=ids).logits, before)
