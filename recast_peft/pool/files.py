@@ -50,15 +50,31 @@ class PackedTasks:
     def damaged(self) -> list[int]:
         """Places of tasks with numbers that are not finite."""
         bad = {*(~torch.isfinite(self.table).all(dim=1)).nonzero().flatten().tolist()}
-        by_kind: dict[int, list[int]] = {}
+        apart: dict[int, list[int]] = {}  # by kind: places of classifiers that are in no block
+        blocks: dict[int, tuple[Tensor, ...]] = {}
         for place, head in self.heads.items():
-            by_kind.setdefault(id(head.kind), []).append(place)
-        for places in by_kind.values():
+            if head.row is None:
+                apart.setdefault(id(head.kind), []).append(place)
+            else:
+                blocks[id(head.block)] = head.block
+        for places in apart.values():
             for start in range(0, len(places), AT_ONCE):
                 some = places[start : start + AT_ONCE]
                 for tensors in zip(*(self.heads[place].held() for place in some), strict=True):
-                    finite = torch.isfinite(torch.stack(tensors)).flatten(1).all(dim=1).tolist()
-                    bad |= {place for place, is_finite in zip(some, finite, strict=True) if not is_finite}
+                    bad |= {
+                        place
+                        for place, is_finite in zip(some, _finite_rows(torch.stack(tensors)), strict=True)
+                        if not is_finite
+                    }
+        damaged = {
+            (number, row)
+            for number, block in blocks.items()
+            for tensor in block
+            for row, is_finite in enumerate(_finite_rows(tensor))
+            if not is_finite
+        }
+        if damaged:
+            bad |= {place for place, head in self.heads.items() if (id(head.block), head.row) in damaged}
         return sorted(bad)
 
     def without(self, places: Sequence[int]) -> PackedTasks:
@@ -71,6 +87,11 @@ class PackedTasks:
             {at[place]: head for place, head in self.heads.items() if place in at},
             {at[place]: known for place, known in self.remembered.items() if place in at},
         )
+
+
+def _finite_rows(values: Tensor) -> list[bool]:
+    """Which of ``(classifiers, ...)`` are finite."""
+    return [flag for some in values.split(AT_ONCE) for flag in torch.isfinite(some).flatten(1).all(dim=1).tolist()]
 
 
 def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None:
@@ -306,12 +327,12 @@ def _read_heads(
                 f"  in the file: { {key: tuple(value.shape) for key, value in rows.items()} }\n  expected:    {shapes}"
             )
         kind = kinds.kind_of(empty)
-        values = [kinds.kept_rows(rows[key], dtype) for key, dtype in zip(kind.keys, kind.dtypes, strict=True)]
+        values = tuple(kinds.kept_rows(rows[key], dtype) for key, dtype in zip(kind.keys, kind.dtypes, strict=True))
+        own_labels = [kinds.labels(given) for given in known]
         for position, (place, label) in enumerate(zip(places, own, strict=True)):
             if not 0 <= place < count or place in heads or known[label].num_classes != kind_saved["classes"]:
                 raise RecastLoadError(f"the classifier of place {place} among {count} tasks is damaged")
-            one = tuple(value[position] for value in values)
-            heads[place] = StoredHead(kind, one, kinds.labels(known[label]), empty.stored_dtype)
+            heads[place] = StoredHead(kind, values, own_labels[label], empty.stored_dtype, position)
     return heads
 
 

@@ -1,6 +1,7 @@
 """Classifiers of a pool's tasks: tensors by task, and one module for all that are alike.
 
-Of 100,000 tasks the classifiers are what takes memory, so a task's is two tensors and no module. Its tensors are never written
+Of 100,000 tasks the classifiers are what takes memory, so a task's is two tensors and no module; of one that was read from a
+pool's file it is a row of the tensors there, which the system maps into memory as they are used. Its tensors are never written
 to: a call that holds them computes with them to its end, whatever becomes of the task. A classifier that is trained, or that
 somebody asked for, is a module of its own from then on.
 """
@@ -56,18 +57,34 @@ class StoredHead:
 
     Args:
         kind: what it is.
-        tensors: its numbers, in the order of the kind's keys; maybe in half precision.
+        tensors: its numbers, in the order of the kind's keys; maybe in half precision. With a row: those of many classifiers,
+            ``(classifiers, ...)``.
         labels: labels of the task.
         stored_dtype: dtype in which it is saved; None is that of the tensors.
+        row: its place among many classifiers.
     """
 
-    __slots__ = ("kind", "labels", "live", "stored_dtype", "tensors")
+    __slots__ = ("block", "kind", "labels", "live", "row", "stored_dtype")
 
     def __init__(
-        self, kind: HeadKind, tensors: tuple[Tensor, ...], labels: Labels, stored_dtype: torch.dtype | None = None
+        self,
+        kind: HeadKind,
+        tensors: tuple[Tensor, ...],
+        labels: Labels,
+        stored_dtype: torch.dtype | None = None,
+        row: int | None = None,
     ) -> None:
-        self.kind, self.tensors, self.labels, self.stored_dtype = kind, tensors, labels, stored_dtype
+        self.kind, self.block, self.labels, self.stored_dtype, self.row = kind, tensors, labels, stored_dtype, row
         self.live: nn.Module | None = None  # the module, once it may be trained or written to
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its numbers, in the order of the kind's keys."""
+        return self.block if self.row is None else tuple(tensor[self.row] for tensor in self.block)
+
+    @tensors.setter
+    def tensors(self, tensors: tuple[Tensor, ...]) -> None:
+        self.block, self.row = tensors, None
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by their names in the module, in the dtypes of the computation."""
@@ -108,6 +125,21 @@ class StoredHead:
 
     def _as_computed(self) -> tuple[Tensor, ...]:
         return tuple(t.to(dtype) for t, dtype in zip(self.tensors, self.kind.dtypes, strict=True))
+
+
+def bytes_of(heads: Iterable[StoredHead]) -> int:
+    """Bytes in memory of classifiers; those of one block are looked at once."""
+    sizes: dict[int, int] = {}
+    total = 0
+    for head in heads:
+        if head.row is None:
+            total += sum(tensor.nbytes for tensor in head.held())
+        else:
+            size = sizes.get(id(head.block))
+            if size is None:
+                size = sizes[id(head.block)] = sum(tensor.nbytes // len(tensor) for tensor in head.block)
+            total += size
+    return total
 
 
 class HeadKinds:

@@ -15,7 +15,7 @@ from ..errors import RecastConfigError
 from ..storage.versions import keeping_version
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
 from .files import PackedTasks, read_pool, write_pool
-from .heads import HeadKinds, StoredHead
+from .heads import HeadKinds, StoredHead, bytes_of
 from .layout import PoolLayout
 from .reading import read_folder, read_task
 from .table import TaskTable
@@ -60,10 +60,9 @@ class ResidentTasks(TaskTable):
     def sizes(self) -> dict[str, int]:
         """Bytes in memory of the coefficients, the classifiers, and what is remembered for routing."""
         with self.lock:
-            heads = [tensor for head in self._heads.values() for tensor in head.held()]
-            known = [tensor for k in self._remembered.values() for tensor in (k.prototypes, k.scatter)]
-        tensors = {"coefficients": [self.table.detach()], "heads": heads, "remembered": known}
-        return {key: sum(t.numel() * t.element_size() for t in values) for key, values in tensors.items()}
+            heads = bytes_of(self._heads.values())
+            known = sum(tensor.nbytes for k in self._remembered.values() for tensor in (k.prototypes, k.scatter))
+        return {"coefficients": self.table.nbytes, "heads": heads, "remembered": known}
 
     def nbytes(self) -> int:
         """Bytes of the table and the heads; ``sizes`` has them one by one."""

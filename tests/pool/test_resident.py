@@ -151,6 +151,26 @@ class TestFiles:
         assert sorted(again._remembered) == [4, 7]
         assert torch.equal(again.route(tokens), pool.route(tokens))
 
+    def test_classifiers_of_a_file_are_rows_of_its_tensors(self, tmp_path, tokens):
+        pool, again, third = make(), make(), make()
+        for i in range(6):
+            pool.add(f"t{i}", RecastConfig(num_classes=2 + i % 2, seed=i))
+        pool.save(tmp_path / "pool")
+        again.load(tmp_path / "pool")
+        assert len({head.tensors[0].untyped_storage().data_ptr() for head in again._heads.values()}) == 2  # one for each size
+        assert again.sizes() == pool.sizes()
+        with torch.no_grad():
+            again.head(again.row("t1")).weight.mul_(2)  # a module of its own from now on
+        again.remove("t2")
+        again.replace("t3", RecastConfig(num_classes=4))
+        again.save(tmp_path / "again")
+        third.load(tmp_path / "again")
+        for name in again:
+            assert torch.equal(third.model(tokens, task_ids=[name] * 2), again.model(tokens, task_ids=[name] * 2))
+        for name in ("t0", "t4", "t5"):
+            assert torch.equal(third.model(tokens, task_ids=[name] * 2), pool.model(tokens, task_ids=[name] * 2))
+        assert not torch.equal(third.model(tokens, task_ids=["t1"] * 2), pool.model(tokens, task_ids=["t1"] * 2))
+
     def test_a_save_keeps_what_the_file_was_and_one_that_fails_does_not(self, tmp_path):
         pool, path = make(), tmp_path / "pool.safetensors"
         pool.add("old")
