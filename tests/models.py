@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -273,6 +274,13 @@ def small_vit(num_classes: int = 7, depth: int = 2, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {"img_size": 16, "patch_size": 8, "in_chans": 1, "embed_dim": 16, "num_heads": 2}
     return VisionTransformer(**sizes, depth=depth, num_classes=num_classes).eval()
+
+
+def run_at_once(functions: Sequence[Callable[[], Any]]) -> None:
+    """Run functions in threads of their own; what one of them raises is raised here."""
+    with ThreadPoolExecutor(len(functions)) as executor:
+        for future in [executor.submit(function) for function in functions]:
+            future.result(timeout=120)
 
 
 def vit_input(batch: int = 2) -> Tensor:

@@ -73,7 +73,7 @@ class Mixed:
     recast_beside: tuple[RecastLayer, ...] = ()  # the layer of ours around or inside this one
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_mixed, (type(self)._plain_class, type(self)._mixins), self.__dict__  # type: ignore[attr-defined]
+        return _new_mixed, (type(self)._plain_class, type(self)._mixins), vars(self)  # type: ignore[attr-defined]
 
 
 @cache

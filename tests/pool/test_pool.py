@@ -12,7 +12,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import captured, layers_of
+from models import captured, layers_of, run_at_once
 from models import small_vit as timm_vit
 from peft import PeftModel, PeftModelForSequenceClassification, get_peft_model
 from safetensors import safe_open
@@ -511,11 +511,7 @@ class TestThreads:
                         if not torch.equal(model(images), expected[name]):
                             wrong.append(name)
 
-        threads = [threading.Thread(target=serve, args=(name,)) for name in pool]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_at_once([partial(serve, name) for name in pool])
         assert not wrong
         assert not torch.equal(expected["task0"], expected["task1"])
 
@@ -551,11 +547,7 @@ class TestThreads:
                     except Exception as error:
                         outcomes.append(error)
 
-        threads = [threading.Thread(target=serve, args=(name,)) for name in calls]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_at_once([partial(serve, name) for name in calls])
         assert outcomes == [True] * 60
 
 

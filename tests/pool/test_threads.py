@@ -8,12 +8,12 @@ import copy
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
-from models import small_vit
+from models import run_at_once, small_vit
 from peft import PeftModel
 from torch import Tensor
 
@@ -47,13 +47,6 @@ def put(pool: TaskPool, name: str, seed: int, classes: int | None = None) -> Non
         return
     layers = [module.module_name for module in pool.model.modules() if isinstance(module, RecastLayer)]
     pool.add(name, {f"base_model.model.{layer}.recast_coefficients": values[pool.part_of(layer)][None] for layer in layers})
-
-
-def run(threads: list[Callable[[], None]]) -> None:
-    """Run functions at once; what one of them raises is raised here."""
-    with concurrent.futures.ThreadPoolExecutor(len(threads)) as executor:
-        for future in [executor.submit(thread) for thread in threads]:
-            future.result(timeout=120)
 
 
 class TestWhatACallHolds:
@@ -271,7 +264,7 @@ class TestFeatures:
             finally:
                 stop.set()
 
-        run([ask, serve, serve])
+        run_at_once([ask, serve, serve])
 
     def test_leave_every_module_in_the_mode_that_it_was_in(self, images):
         model, pool = make()
@@ -359,7 +352,7 @@ class TestStress:
         stress = Stress(seed, SECONDS, images)
         assert len({round(float(out.sum()), 3) for out in stress.right.values()}) == len(stress.right)
         callers = [partial(stress.call, i) for i in range(8)]
-        run([*callers, *(partial(stress.come_and_go, i) for i in range(2)), partial(stress.change, 0)])
+        run_at_once([*callers, *(partial(stress.come_and_go, i) for i in range(2)), partial(stress.change, 0)])
         assert not stress.wrong, stress.wrong[:5]
         assert stress.answers > 100
         stress.pool.deactivate()
@@ -386,4 +379,4 @@ class TestStress:
                     out = model(images)
                     assert any(out.shape == y.shape and torch.allclose(out, y, atol=1e-4) for y in right)
 
-        run([change, call, call])
+        run_at_once([change, call, call])
