@@ -19,7 +19,7 @@ from .table import text_table
 from .targets import find_targets
 
 
-class LoraPart(Protocol):
+class PlannedLora(Protocol):
     """What the plan shows of a task's LoRA part; ``parts.lora_plan.LoraPlan`` is one."""
 
     @property
@@ -56,7 +56,7 @@ class RecastPlan:
     coefficient_sharing: str | int | None = None
     reason: str = ""
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
-    lora: LoraPart | None = None
+    lora: PlannedLora | None = None
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     train_coefficients: bool = True
