@@ -22,7 +22,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from .auto import AutoRecastModel
-from .config import TARGET_SHORTHANDS, RecastConfig
+from .config import RecastConfig
 from .errors import RecastConfigError, RecastError
 from .hub.backbone import HOW_TO_BUILD, HOW_TO_PASS
 from .hub.task_files import task_sizes
@@ -30,6 +30,7 @@ from .hub.transfer import fetch_task
 from .hub.verify import ERROR, INFO, WARNING, verify_folder
 from .integrations.serving.start import serve_folder
 from .parts import PartnerConfig
+from .planning.roles import SHORTHANDS
 from .pool.files import describe_pool
 from .storage.cards import one_line
 from .storage.versions import roll_back, version_path, versions
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="show what converting a model would do; no weights are loaded")
     plan.add_argument("model", help="a timm name, or a transformers name or folder")
-    plan.add_argument("--target-modules", nargs="+", help=f"names, a regular expression, or {', '.join(TARGET_SHORTHANDS)}")
+    plan.add_argument("--target-modules", nargs="+", help=f"names, a regular expression, or {', '.join(SHORTHANDS)}")
     plan.add_argument("--exclude-modules", nargs="+", help="names, or a regular expression")
     for field in FIELDS:
         plan.add_argument(f"--{field.replace('_', '-')}", type=int)

@@ -25,7 +25,6 @@ from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_f
 from .registration import peft_type
 
 DEFAULT_GROUP_SIZE = 2
-TARGET_SHORTHANDS = ("all-linear", "all-attention", "all-mlp", "all-conv")
 
 # The settings of the paper by name; on the paper's backbones they give exactly its counts (48, 96, 144 and 168 numbers).
 PAPER_SETTINGS: dict[str, dict[str, Any]] = {

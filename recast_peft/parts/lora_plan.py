@@ -16,10 +16,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..composition.kinds import kind_of
-from ..config import TARGET_SHORTHANDS, RecastConfig
+from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, module_entries
 from ..planning.candidates import Candidate, composed_layer, find_candidates
+from ..planning.roles import SHORTHANDS
 from ..planning.targets import find_targets
 from .base import Piece
 
@@ -71,7 +72,7 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
         lora.init_lora_weights = False
     candidates = find_candidates(model)
     targets = _find_targets(model, candidates, lora, recast_targets)
-    if lora.target_modules is None or lora.target_modules in TARGET_SHORTHANDS:
+    if lora.target_modules is None or _is_shorthand(lora.target_modules):
         lora.target_modules = _shortest_names([c.name for c in targets], candidates)
         lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None  # the names say it all
     shapes: dict[str, tuple[int, ...]] = {}
@@ -89,7 +90,7 @@ def _find_targets(
         targets = [c for c in candidates if c.name in set(recast_targets)]
         # the choice of layers restricts RECAST's targets too, by the last part of the name: a whole name would pass it by
         targets = [c for c in targets if _is_meant(lora, [c.name.rpartition(".")[2]], c.name)]
-    elif isinstance(wanted, str) and wanted in TARGET_SHORTHANDS:
+    elif _is_shorthand(wanted):
         targets, _ = find_targets(model, RecastConfig(target_modules=wanted, exclude_modules=lora.exclude_modules))
     else:
         targets = [c for c in candidates if check_target_module_exists(lora, c.name)]
@@ -101,6 +102,10 @@ def _find_targets(
             f"(exclude_modules={lora.exclude_modules!r}, layers_to_transform={lora.layers_to_transform!r})"
         )
     return targets
+
+
+def _is_shorthand(wanted: Any) -> bool:
+    return isinstance(wanted, str) and wanted in SHORTHANDS
 
 
 def _is_meant(lora: LoraConfig, names: list[str], key: str) -> bool:

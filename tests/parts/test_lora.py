@@ -41,6 +41,7 @@ from recast_peft import (
 from recast_peft.cli import main
 from recast_peft.parts import lora as lora_part_module
 from recast_peft.parts.lora import part_layers
+from recast_peft.planning.roles import SHORTHANDS
 
 TARGETS = {
     "the same": None,
@@ -583,6 +584,11 @@ class TestPlan:
         wanted = {key for key in lora_parameters(model) if key.endswith("lora_A.task.weight")}
         assert len(wanted) == len(targets)
         assert all(any(target in key for key in wanted) for target in targets)
+
+    def test_a_shorthand_that_was_added_names_targets_here_too(self, monkeypatch):
+        monkeypatch.setitem(SHORTHANDS, "all-first-mlp", lambda candidate: candidate.name.endswith("fc1"))
+        config = RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules="all-first-mlp"))
+        assert list(plan_recast(tiny_vit(), config).lora.targets) == [f"blocks.{i}.mlp.fc1" for i in range(4)]
 
 
 class TestRefusals:
