@@ -50,13 +50,20 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
         )
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds a tensor, and gathers it for the calls of its module."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes, also while it is gathered for a call."""
-    return hasattr(tensor, "full_tensor") or _piece_of(tensor) is not None
+    return is_partitioned(tensor) or hasattr(tensor, "full_tensor") or _piece_of(tensor) is not None
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of the whole of a tensor; no process waits for another one."""
+    if is_partitioned(tensor):
+        return tuple(tensor.ds_shape)  # type: ignore[attr-defined]
     piece = _piece_of(tensor)
     return tuple(tensor.shape if piece is None else piece.shape)
 
@@ -68,6 +75,9 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if _is_plain(tensor):
         return tensor
+    if is_partitioned(tensor):
+        with _gathered_by_deepspeed(tensor):
+            return tensor.detach().clone()
     if hasattr(tensor, "full_tensor"):
         return _marked(tensor.full_tensor(), tensor)
     piece = _piece_of(tensor)
@@ -84,7 +94,7 @@ def whole_trained(tensor: Tensor) -> Tensor:
     Raises:
         RecastConfigError: for a parameter that FSDP1 has sharded in another module: it would lose its gradient.
     """
-    if _is_plain(tensor):
+    if _is_plain(tensor) or is_partitioned(tensor):  # which DeepSpeed has gathered as it was asked for
         return tensor
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import Partial
@@ -104,7 +114,10 @@ def write(tensor: Tensor, values: Tensor) -> None:
     """Write the values of the whole of a tensor into what this process holds of it."""
     piece = _piece_of(tensor)
     with torch.no_grad():
-        if hasattr(tensor, "full_tensor"):
+        if is_partitioned(tensor):
+            with _gathered_by_deepspeed(tensor, modifier_rank=0):
+                tensor.copy_(values)
+        elif hasattr(tensor, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 
             values = values.to(tensor.device, tensor.dtype)
@@ -117,12 +130,19 @@ def write(tensor: Tensor, values: Tensor) -> None:
 
 def _is_plain(tensor: Tensor) -> bool:
     """The answer for almost every tensor, at little cost."""
-    return type(tensor) is nn.Parameter and not getattr(tensor, "_fsdp_flattened", False)
+    return type(tensor) is nn.Parameter and not getattr(tensor, "_fsdp_flattened", False) and not is_partitioned(tensor)
 
 
 def _marked(gathered: Tensor, shard: Tensor) -> Tensor:
     setattr(gathered, SHARD, shard)
     return gathered
+
+
+def _gathered_by_deepspeed(tensor: Tensor, **options: Any) -> Any:
+    """A block in which a partitioned tensor is whole in all processes."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor], **options)
 
 
 # ---------------------------------------------------------------- FSDP1

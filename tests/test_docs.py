@@ -50,7 +50,7 @@ SMALLER = {
     },
 }
 # what a page needs that is not installed for the tests
-NEEDS = {"docs/how_to/trl.md": "trl"}
+NEEDS = {"docs/how_to/trl.md": "trl", "docs/tutorials/language_model.md": "trl"}
 
 
 @pytest.fixture
@@ -88,10 +88,17 @@ def nothing_forgotten(names: dict[str, Any], hub: HubServer, printed: str) -> No
     assert "forgetting: +0.000" in printed
 
 
+def counting(names: dict[str, Any], hub: HubServer, printed: str) -> None:
+    shares = {name: float(value) for name, value in re.findall(r"^(counts [\w ]+): (\d\.\d+)$", printed, flags=re.MULTILINE)}
+    assert shares["counts up"] > shares["counts up without the task"] + 0.2
+    assert shares["counts down"] > shares["counts down before"] + 0.2
+
+
 # what else has to hold when a page has run
 AFTERWARDS: dict[str, Callable[[dict[str, Any], Any, str], None]] = {
     "docs/how_to/hub.md": pushed,
     "docs/how_to/sequences.md": nothing_forgotten,
+    "docs/tutorials/language_model.md": counting,
 }
 
 

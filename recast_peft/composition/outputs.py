@@ -15,13 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from ..offloaded import is_offloaded
+from ..sharded import is_partitioned
 from .quantised import quantised_by
 
 
 def is_out_of_reach(layer: Any) -> bool:
     """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
     base = layer.get_base_layer()
-    return quantised_by(base) is not None or is_offloaded(base)
+    weight = base._parameters.get(layer.weight_name)
+    return quantised_by(base) is not None or is_offloaded(base) or (weight is not None and is_partitioned(weight))
 
 
 def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
@@ -56,6 +58,6 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
 def _product(neighbour: Any, x: Tensor) -> Tensor:
     base = neighbour.get_base_layer()
     y, bias = base(x), getattr(base, "bias", None)
-    if bias is not None and bias.is_meta:  # it is on a device during the call alone
+    if bias is not None and (bias.is_meta or is_partitioned(bias)):  # it is there during the call alone
         return y - base(x.new_zeros((*[1] * (x.ndim - 1), x.shape[-1])))
     return y if bias is None else y - bias

@@ -21,6 +21,7 @@ from ..errors import RecastTargetError
 from ..holders import TaskHolder
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
 from ..offloaded import is_offloaded, kept_tensor
+from ..sharded import whole, whole_shape
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Candidate:
         if quantised_by(self.module) is not None:
             return dequantised(self.module)
         kept = kept_tensor(self.module, self.weight_name)
-        return getattr(self.module, self.weight_name) if kept is None else kept
+        return whole(getattr(self.module, self.weight_name)) if kept is None else kept
 
     @property
     def fingerprint(self) -> str:
@@ -178,8 +179,9 @@ def _why_unfit(weight: Tensor, kind: str) -> str | None:
             f"its weight is of {weight.dtype} ({weight.layout}), a sparse, integer or quantized type, which is not supported "
             "yet; load the model dense and in float32, bfloat16 or float16"
         )
-    if weight.ndim < 2:
-        return f"the weight of {kind} is a vector of shape {tuple(weight.shape)}; at least two dimensions are needed"
+    shape = whole_shape(weight)
+    if len(shape) < 2:
+        return f"the weight of {kind} is a vector of shape {shape}; at least two dimensions are needed"
     return None
 
 

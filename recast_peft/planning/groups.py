@@ -13,6 +13,7 @@ from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, role_of
+from ..sharded import whole_shape
 from .candidates import Candidate, composed_layer
 
 
@@ -158,7 +159,7 @@ def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
     if weight is None:  # a compressed bank stands for it
         layer = composed_layer(target.visible)
         return layer.weight_shape, layer.weight_dtype
-    return tuple(weight.shape), weight.dtype
+    return whole_shape(weight), weight.dtype
 
 
 def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:

@@ -199,6 +199,53 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
     return {"said": said, "changed": not torch.equal(logits(model), before)}
 
 
+def tried_with_deepspeed(rank: int, folder: Path) -> dict[str, Any]:
+    """The same under ZeRO-3, which trains by an engine, and takes tasks on weights that are partitioned already."""
+    import deepspeed
+
+    stage3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    options = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "zero_allow_untested_optimizer": True}
+    found: dict[str, Any] = {"losses": []}
+    plain = converted()
+    optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
+    engine, *_ = deepspeed.initialize(model=plain, optimizer=optimizer, config=options)
+    ids = IDS[rank : rank + 1]
+    for _ in range(3):
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        found["losses"].append(float(loss))
+    assert layers_of(plain)["model.layers.0.mlp.gate_proj"].base_layer.weight.shape == (0,)
+    plain.save_pretrained(folder / "by all")
+    dist.barrier()
+    for parameter in (p for p in plain.parameters() if p.requires_grad):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.zero_()
+    found["zeroed"] = logits(plain)
+    plain.load_adapter(folder / "by all" / "task", "task", is_trainable=True)
+    found["loaded"] = logits(plain)
+    found["merge"] = refusal(plain.merge_adapter)
+    base = llama()
+    deepspeed.initialize(model=base, config=options)
+    late = get_recast_model(base, RecastConfig(target_modules="all-mlp", group_size=2), "task")
+    late.load_adapter(folder / "by all" / "task", "task")
+    found["late"] = logits(late)
+    return found
+
+
+def deepspeed_work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT_S))
+    try:
+        found = tried_with_deepspeed(rank, Path(folder))
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    os._exit(0)
+
+
 def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(ACCELERATE_USE_CPU="true", ACCELERATE_TORCH_DEVICE="cpu")
@@ -225,18 +272,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("needs gloo")
     folder = tmp_path_factory.mktemp("sharded")
+    llama().save_pretrained(folder / "plain")
+    start(work, folder)
+    return folder
+
+
+def start(function: Callable[[int, int, str], None], folder: Path) -> None:
+    """Let two processes work in a folder, for so long."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    llama().save_pretrained(folder / "plain")
     # not forked: autograd may have threads by now, which a fork does not take along
-    processes = mp.start_processes(work, args=(port, str(folder)), nprocs=2, start_method="spawn", join=False)
+    processes = mp.start_processes(function, args=(port, str(folder)), nprocs=2, start_method="spawn", join=False)
     end = time.monotonic() + LIMIT_S
     while time.monotonic() < end and not processes.join(timeout=1):
         pass
     for process in processes.processes:
         process.kill()
-    return folder
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -267,6 +319,26 @@ def test_two_processes_with_shards_do_what_one_process_does(results: Path, name:
         torch.testing.assert_close(rank["loaded"], trained, rtol=1e-4, atol=1e-5)
         with expected.disable_adapter():
             torch.testing.assert_close(rank["without"], logits(expected))
+
+
+def test_ZeRO_3_does_what_one_process_does(tmp_path: Path) -> None:
+    """DeepSpeed compiles a part of itself at its first start, which takes minutes."""
+    pytest.importorskip("deepspeed")
+    start(deepspeed_work, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert "error" not in first, first["error"]
+    expected = converted()
+    losses = train(expected, IDS)
+    for loss, one, two in zip(losses, first["losses"], second["losses"], strict=True):
+        assert (one + two) / 2 == pytest.approx(loss, rel=1e-5)
+    trained = logits(expected)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "by all" / "task", "task")
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
+    for rank in (first, second):
+        assert not torch.allclose(rank["zeroed"], trained, atol=1e-4)
+        for way in ("loaded", "late"):
+            torch.testing.assert_close(rank[way], trained, rtol=1e-4, atol=1e-5)
+    assert "spread over processes" in first["merge"]
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in CASES.items() if "FSDP" in kind])
