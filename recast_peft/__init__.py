@@ -30,6 +30,7 @@ from .hub.cards import write_card_of_saved_task, write_model_card
 from .hub.hotswap import hotswap_adapter
 from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .integrations.compressed import load_compressed_model, save_compressed_model
+from .integrations.export import export_aoti, export_onnx, export_program, export_task, export_tasks
 from .layer import RecastLayer
 from .model import RecastModel
 from .optim import create_recast_optimizer, find_coefficient_lr
@@ -89,6 +90,11 @@ __all__ = [
     "compress_adapters",
     "convert_to_lora",
     "create_recast_optimizer",
+    "export_aoti",
+    "export_onnx",
+    "export_program",
+    "export_task",
+    "export_tasks",
     "extend_bank",
     "find_coefficient_lr",
     "fit_bank",

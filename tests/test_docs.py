@@ -50,7 +50,11 @@ SMALLER = {
     },
 }
 # what a page needs that is not installed for the tests
-NEEDS = {"docs/how_to/trl.md": "trl", "docs/tutorials/language_model.md": "trl"}
+NEEDS = {
+    "docs/how_to/trl.md": "trl",
+    "docs/tutorials/language_model.md": "trl",
+    "docs/how_to/export.md": "onnxruntime",
+}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
+from ..parts.head_building import PreparedHead
 from ..storage.versions import keeping_version
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
 from .files import PackedTasks, read_pool, write_pool
@@ -56,6 +57,12 @@ class ResidentTasks(TaskTable):
         with self.lock:
             stored = self._heads.get(row)
             return None if stored is None else stored.module()
+
+    def prepared_head(self, name: str) -> PreparedHead | None:
+        """A task's classifier to be put elsewhere, which nobody writes to; None if it has none."""
+        with self.lock:
+            stored = self._heads.get(self.row(name))
+            return None if stored is None else stored.prepared()
 
     def sizes(self) -> dict[str, int]:
         """Bytes in memory of the coefficients, the classifiers, and what is remembered for routing."""

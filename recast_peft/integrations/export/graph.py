@@ -1,0 +1,326 @@
+"""The model as a graph that takes a task: a copy of its modules (not of its numbers), with ours replaced."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import RecastBankError, RecastConfigError
+from ...holders import unwrapped_module
+from ...layer import RecastLayer
+from ...names import PARTNER_CONTAINER
+from ...parts.head import TaskHead
+from ...parts.wrapper import TaskModule
+from ...pool.pool import TaskPool
+from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedLayer, TaskedModule, TemplateStack
+from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
+
+INPUT, TABLE = "input", "table"
+ROWS = "rows"
+
+
+class TaskGraph(nn.Module):
+    """A model whose task is given with each call.
+
+    Args:
+        model: the plain model, with modules of layers.py in it.
+        given: what these look the task up in.
+        table: coefficients ``(tasks, numbers per task)``; None takes one task as an input.
+    """
+
+    table: Tensor | None
+    base: Tensor
+    followed: Tensor | None
+
+    def __init__(self, model: nn.Module, given: Given, table: Tensor | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.stacks = nn.ModuleList()
+        device = next(model.parameters()).device
+        self.register_buffer("table", None if table is None else table.to(device))
+        layers = self.layers()
+        self.names, self.sizes = [layer.name for layer in layers], [len(layer.base_factors) for layer in layers]
+        self.register_buffer("base", torch.cat([layer.base_factors for layer in layers])[None].to(device))
+        followed = torch.cat([layer.followed for layer in layers])
+        in_order = torch.equal(followed, torch.arange(1, len(followed) + 1))
+        self.register_buffer("followed", None if in_order else followed.to(device))
+        self._held = (given,)
+
+    def forward(self, task: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs by name.
+
+        Args:
+            task: the tensors of a task by name, as ``export_task`` writes them; of a table ``(samples,)`` rows.
+            args: of the model.
+            kwargs: of the model.
+        """
+        given = self._held[0]
+        try:
+            if self.table is None:
+                given.row, given.owned, given.rows = task[COEFFICIENTS][None], task, None
+            else:
+                given.row, given.owned, given.rows = self.table[task], {}, task
+            given.factors = self._factors(given.row)
+            return named_outputs(self.model(*args, **kwargs))
+        finally:
+            given.row, given.factors, given.owned, given.rows = torch.empty(0), {}, {}, None
+
+    def _factors(self, row: Tensor) -> dict[str, Tensor]:
+        """What every target's templates are multiplied by, for all of them at once."""
+        if self.followed is not None:
+            row = torch.nn.functional.pad(row, (1, 0))[:, self.followed]
+        return dict(zip(self.names, (row + self.base).split(self.sizes, dim=1), strict=True))
+
+    def name_arguments(self, names: Iterable[str]) -> None:
+        """Let the forward pass have arguments of these names beside the task, as torch.export looks them up."""
+        forward = self.forward
+
+        def named(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            return forward(*args, **kwargs)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        named.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("task", *names)])  # type: ignore
+        self.forward = named  # type: ignore[method-assign]
+
+    def layers(self) -> list[TaskedLayer]:
+        """The targets."""
+        return [module for module in self.modules() if isinstance(module, TaskedLayer)]
+
+    def stack_templates(self) -> None:
+        """Let the templates of weights that are composed lie in one tensor a bank."""
+        stacks: dict[tuple, TemplateStack] = {}
+        for layer in self.layers():
+            layer.stack_templates(stacks)
+        self.stacks.extend(stacks.values())
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """What a model gives, as tensors by name; caches and whatever else is no tensor is left out."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    named = output if isinstance(output, Mapping) else {f"output_{i}": value for i, value in enumerate(output)}
+    return {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+# ---------------------------------------------------------------- what is exported
+
+
+@dataclass
+class Prepared:
+    """Everything that an exporter needs.
+
+    Attributes:
+        graph: the module to trace.
+        task: what stands for a task in the example: tensors by name, or rows.
+        args: positional arguments of the example.
+        kwargs: keyword arguments of the example.
+        arguments: names of the model's arguments in the example, positional ones first.
+        inputs: the example's tensors by the names that they have as inputs of the graph.
+        dynamic: for each of these, and the task's tensors, the names of the dimensions that may differ from call to call.
+        outputs: names of the outputs.
+        source: where the tasks come from.
+        names: the tasks.
+    """
+
+    graph: TaskGraph
+    task: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    arguments: list[str]
+    inputs: dict[str, Tensor]
+    dynamic: dict[str, dict[int, str]]
+    outputs: list[str]
+    source: Source
+    names: list[str]
+
+    def task_inputs(self) -> dict[str, Tensor]:
+        """The task's tensors by the names of the graph's inputs."""
+        return {ROWS: self.task} if isinstance(self.task, Tensor) else self.task
+
+
+def prepare(
+    model: Any,
+    example: Any,
+    tasks: str | Sequence[str] = INPUT,
+    way: str = AUTO,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+) -> Prepared:
+    """Check everything, and build the graph; the model is not touched and nothing is written.
+
+    Args:
+        model: a model with RECAST tasks, or a ``TaskPool``.
+        example: a tensor, a tuple of them, or a dictionary by argument.
+        tasks: ``"input"``: the task is an input; ``"table"``: all tasks are inside; or the names of those that are.
+        way: how targets with several templates compute: ``"weight"``, ``"output"`` or ``"auto"``.
+        dynamic_shapes: by argument, in place of what ``default_dimensions`` says.
+
+    Raises:
+        RecastConfigError: if an argument cannot be used.
+        RecastBankError: if a task has what a graph cannot express.
+    """
+    if way not in WAYS:
+        raise RecastConfigError(f"way={way!r}: expected one of {', '.join(WAYS)}")
+    if isinstance(tasks, str) and tasks not in (INPUT, TABLE):
+        raise RecastConfigError(f"tasks={tasks!r}: expected {INPUT!r}, {TABLE!r}, or a list of names")
+    given_names = None if isinstance(tasks, str) else list(tasks)
+    source = Source(model, given_names[0] if given_names and not isinstance(model, TaskPool) else None)
+    args, kwargs = as_arguments(example)
+    arguments = named_arguments(source.backbone, args, kwargs)
+    inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    check_exportable(source.backbone, source.adapter, source.config)
+    check_model(source.backbone)
+    names = source.names() if given_names is None else given_names
+    with torch.no_grad():
+        given, device = Given(), next(source.backbone.parameters()).device
+        if tasks == INPUT:
+            names = []
+            graph = TaskGraph(_tasked_model(source, given, way, None), given)
+            task: Any = {name: value.to(device) for name, value in source.example().tensors().items()}
+        else:
+            if not names:
+                raise RecastConfigError("there is no task for a table: put some into the pool, or name tasks of the model")
+            read = [source.task(name) for name in names]
+            table = torch.stack([*(one.row for one in read), torch.zeros(source.layout.width)])
+            graph = TaskGraph(_tasked_model(source, given, way, read), given, table)
+            task = torch.arange(_samples(inputs), device=device) % len(names)
+        graph.eval()
+        graph.name_arguments(arguments)
+        outputs = list(graph(task, *args, **kwargs))
+    dynamic = {name: default_dimensions(value) for name, value in inputs.items()}
+    dynamic.update({name: dict(dims) for name, dims in (dynamic_shapes or {}).items()})
+    if unknown := sorted(set(dynamic) - set(inputs)):
+        raise RecastConfigError(f"dynamic_shapes names {unknown[0]!r}; the example has {', '.join(inputs)}")
+    dynamic.update(_dimensions_of_task(graph, task))
+    return Prepared(graph, task, args, kwargs, list(arguments), inputs, dynamic, outputs, source, names)
+
+
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as arguments of a call; a lone sample is there twice, since a size of one would be taken for fixed.
+
+    Raises:
+        RecastConfigError: if it is no tensor, tuple or dictionary.
+    """
+    if isinstance(example, Tensor):
+        return (_two(example),), {}
+    if isinstance(example, (tuple, list)):
+        return tuple(_two(value) for value in example), {}
+    if isinstance(example, Mapping):
+        return (), {str(name): _two(value) for name, value in example.items()}
+    raise RecastConfigError(
+        f"example is a {type(example).__name__}: expected a tensor, a tuple of them, or a dictionary by the model's arguments"
+    )
+
+
+def _two(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
+
+
+def _samples(inputs: Mapping[str, Tensor]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call gives, by the names of the model's arguments; positional ones first.
+
+    Raises:
+        RecastConfigError: if there is none, or one has the name of a task's tensor.
+    """
+    bound = inspect.signature(unwrapped_module(model).forward).bind_partial(*args, **kwargs).arguments
+    flat: dict[str, Any] = {}
+    for name, value in bound.items():
+        nested = isinstance(value, (dict, tuple))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ((name, value),)
+        flat.update({(f"{name}_{key}" if nested and not isinstance(key, str) else str(key)): part for key, part in pairs})
+    tensors = [name for name, value in flat.items() if isinstance(value, Tensor)]
+    if not tensors or {"task", ROWS, COEFFICIENTS} & set(flat):
+        raise RecastConfigError(
+            f"the example's tensors are called {', '.join(tensors) or 'nothing'}: expected at least one, and none with the name "
+            f"task, {ROWS} or {COEFFICIENTS}"
+        )
+    return flat
+
+
+def default_dimensions(value: Tensor) -> dict[int, str]:
+    """The dimensions of an input that may differ from call to call: the samples, and of token ids and masks the positions."""
+    if value.ndim == 2 and not value.is_floating_point():
+        return {0: "batch", 1: "sequence"}
+    return {0: "batch"} if value.ndim else {}
+
+
+def _dimensions_of_task(graph: TaskGraph, task: Any) -> dict[str, dict[int, str]]:
+    if isinstance(task, Tensor):
+        return {ROWS: {0: "batch"}}
+    heads = [f"{module.place}." for module in graph.modules() if isinstance(module, TaskedModule) and module.has_classes]
+    return {name: {0: "classes"} if name.startswith(tuple(heads)) else {} for name in task}
+
+
+# ---------------------------------------------------------------- the copy
+
+
+def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] | None) -> nn.Module:
+    """A copy of the model whose targets, and whose modules that the task owns, look at what is given."""
+    held = {id(tensor): tensor for tensor in (*source.backbone.parameters(), *source.backbone.buffers())}
+    model: nn.Module = copy.deepcopy(source.backbone, held)
+    own = {name for task in read or [source.example()] for name in task.owned}
+    replaced: dict[int, nn.Module] = {}
+
+    def stand_in(module: nn.Module) -> nn.Module:
+        if id(module) not in replaced:
+            replaced[id(module)] = _stand_in(source, module, given, way, read, own)
+        return replaced[id(module)]
+
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, (RecastLayer, TaskModule)):
+                parent._modules[key] = stand_in(child)
+    model._modules.pop(PARTNER_CONTAINER, None)
+    return model
+
+
+def _stand_in(source: Source, module: Any, given: Given, way: str, read: list[GraphTask] | None, own: set[str]) -> nn.Module:
+    if isinstance(module, RecastLayer):
+        if source.adapter not in module.recast_coefficients:
+            return module.get_base_layer()
+        bank, columns = module.recast_bank[source.adapter], source.layout.slices[module.module_name]
+        return TaskedLayer(module, bank, columns, given, way)
+    start = f"{module.module_name}."
+    if not any(name.startswith(start) for name in own):
+        return module.original_module
+    if read is not None:
+        return _classifiers(module, read, given)
+    like = source.owned_module(module)
+    has_classes = isinstance(module, TaskHead) and type(like) is nn.Linear and like.out_features > 1
+    return TaskedModule(module.module_name, like, given, has_classes)
+
+
+def _classifiers(module: Any, read: list[GraphTask], given: Given) -> ClassifierTable:
+    """The classifiers of a table's tasks, and last the model's own, or NaN if it has none.
+
+    Raises:
+        RecastBankError: if a task has no linear one.
+    """
+    place = module.module_name
+    base = module.original_module
+    states = [{k.removeprefix(f"{place}."): v for k, v in task.owned.items() if k.startswith(f"{place}.")} for task in read]
+    own = {key: value.detach() for key, value in base.state_dict().items()} if type(base) is nn.Linear else {}
+    states = [state or own for state in states]
+    for task, state in zip(read, states, strict=True):
+        if "weight" not in state or set(state) - {"weight", "bias"} or state["weight"].ndim != 2:
+            has = ", ".join(state) or "none, nor has the model a linear one"
+            raise RecastBankError(
+                f"a table holds linear classifiers alone; task {task.name!r} has {has} at {place}: export it with tasks='input'"
+            )
+    classes = max(len(state["weight"]) for state in (*states, *([own] if own else [])))
+    features = states[0]["weight"].shape[1]
+    weights = torch.zeros(len(states) + 1, classes, features)
+    biases = torch.full((len(states) + 1, classes), float("-inf"))
+    for row, state in enumerate([*states, own or {"weight": torch.full((classes, features), float("nan"))}]):
+        weights[row, : len(state["weight"])] = state["weight"]
+        biases[row, : len(state["weight"])] = state.get("bias", torch.zeros(1))
+    return ClassifierTable(weights, biases, given).to(next(base.parameters(), weights).device)

@@ -1,0 +1,256 @@
+"""Modules that compute with a task that is given to the call, in the stead of our layers, classifiers and norms.
+
+A target computes in one of two ways:
+
+    weight   the weight is composed in each call; what that costs does not depend on the input
+    output   y = sum_i c_i T_i(x), n products; every sample can have a task of its own
+    output with one template: (1 + d) scales the input or the output, whichever is smaller, and costs next to nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...banks.grown_templates import LowRankSum
+from ...composition.compose import compose_weight
+from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of
+from ...errors import RecastBankError
+from ...layer import RecastLayer
+
+Call = Callable[..., Tensor]
+WEIGHT, OUTPUT, AUTO = WAYS = "weight", "output", "auto"
+
+# Positions of the input, times (n - 1), below which n products cost less than composing the weight; measured in ONNX Runtime
+# on a CPU by examples/benchmarks/export.py --ways.
+PRODUCT_LIMIT = 16
+
+PROPORTIONAL = ("Conv2dSame",)  # of no kind that is known, but without a bias they scale what they are given
+
+
+class Given:
+    """The task of the call that is on its way; no part of the graph, only how its modules find their inputs.
+
+    Attributes:
+        row: coefficients ``(1, numbers per task)``, or one row a sample.
+        factors: by target, what its templates are multiplied by, ``(1, n)`` or ``(samples, n)``.
+        owned: tensors of the modules that the task owns.
+        rows: ``(samples,)`` rows of a table; None where one task is given.
+    """
+
+    row: Tensor
+    factors: dict[str, Tensor]
+    owned: dict[str, Tensor]
+    rows: Tensor | None = None
+
+
+class TemplateStack(nn.Module):
+    """The templates of one bank in one tensor, so that a runtime composes a weight by one product.
+
+    Shapes:
+        ``templates`` ``(1, n, numbers)``; with a dimension more than a matrix, since runtimes repack constant matrices for
+        products with many rows. Those of linear layers lie transposed, as the product wants them.
+    """
+
+    templates: Tensor
+
+    def __init__(self, terms: list[Tensor], transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        flat = [(term.detach().T if transposed else term.detach()).reshape(-1) for term in terms]
+        self.shape = tuple(terms[0].shape[::-1] if transposed else terms[0].shape)
+        self.register_buffer("templates", torch.stack(flat)[None], persistent=True)
+
+    def weight(self, scale: Tensor) -> Tensor:
+        """The weight for coefficients ``(1, n)``."""
+        return torch.matmul(scale.to(self.templates.dtype), self.templates).view(self.shape)
+
+
+class TaskedLayer(nn.Module):
+    """A target that computes with the coefficients of the given task.
+
+    Args:
+        layer: the layer whose place it takes.
+        bank: of the task.
+        columns: its columns of a row.
+        given: holds the row.
+        way: ``"weight"`` or ``"output"``; ``"auto"`` chooses by the first input. A lone template is always a scale.
+    """
+
+    def __init__(self, layer: RecastLayer, bank: Any, columns: slice, given: Given, way: str) -> None:
+        super().__init__()
+        self.base = layer.get_base_layer()
+        self.name, self.weight_name = layer.module_name, layer.weight_name
+        self.columns, self.way = columns, way
+        self.scales_input: bool | None = None
+        self.stack: tuple[TemplateStack, ...] = ()
+        self._held = (layer, bank, given)  # in a tuple: no children
+        size = columns.stop - columns.start
+        self.base_factors = _factors_of(*self._terms(torch.zeros(1, size)))
+        steps = _factors_of(*self._terms(torch.arange(1.0, size + 1)[None])) - self.base_factors
+        # which column of the task's row, counted from one, comes to a factor; zero for none
+        self.followed = torch.where(steps == 0, 0, steps.round().long() + columns.start)
+
+    def _terms(self, offsets: Tensor) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:
+        layer, bank, _ = self._held
+        return bank.product_terms(self.name, offsets.to(layer.weight_device), layer.weight_device)
+
+    def effective_weight(self) -> Tensor:
+        """The weight of the given task, for modules that read it.
+
+        Raises:
+            RecastBankError: where every sample has its own task.
+        """
+        layer, bank, given = self._held
+        if given.rows is not None:
+            raise RecastBankError(
+                f"the weight of {self.name} is read, or its module is no product with it, so it cannot have another task for "
+                "each sample: export the model with tasks='input'"
+            )
+        offsets = given.row[0, self.columns]
+        return compose_weight(layer.pretrained_weight, bank.get_templates(offsets.device), offsets)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("__"):
+                raise
+            return self.effective_weight() if name == self.__dict__.get("weight_name") else getattr(base, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kind = kind_of(self.base)
+        if type(self.base).__name__ in PROPORTIONAL and self.base.bias is None and len(self.base_factors) == 1:
+            return self.base(args[0] * _along(self._held[2].factors[self.name], args[0]), *args[1:], **kwargs)
+        if kind is None or kind.call is None or len(args) != 1 or kwargs:
+            return torch.func.functional_call(self.base, {self.weight_name: self.effective_weight()}, args, kwargs)
+        x, given = args[0], self._held[2]
+        terms, scale, pairs = self._terms(torch.zeros(1, self.columns.stop - self.columns.start))
+        factors = given.factors[self.name]
+        if given.rows is not None and x.shape[0] != factors.shape[0]:
+            raise RecastBankError(
+                f"{self.name} is called with {x.shape[0]} rows for {factors.shape[0]} samples, so it cannot have another task "
+                "for each sample: export the model with tasks='input'"
+            )
+        if self.scales_input is None:
+            self._choose(kind.call, x, terms)
+        y = self._product(kind.call, x, terms, None if scale is None else factors[:, : len(terms)])
+        if pairs is None:
+            return y
+        narrow = (x @ pairs.first.to(x.dtype)) * _along(factors[:, -pairs.scale.shape[1] :], x)
+        return y + (narrow @ pairs.second.to(x.dtype)).to(y.dtype)
+
+    def _choose(self, call: Call, x: Tensor, terms: list[Tensor]) -> None:
+        """Which way costs less for inputs like this one."""
+        by_sample = self._held[2].rows is not None
+        if len(terms) == 1 or by_sample or (self.way == AUTO and positions_of(self.base, x) * (len(terms) - 1) < PRODUCT_LIMIT):
+            self.way = OUTPUT
+        elif self.way == AUTO:
+            self.way = WEIGHT
+        # a norm behind a convolution can be folded into it only where nothing stands between the two
+        is_convolution = kind_of(self.base) is CONVOLUTION
+        self.scales_input = is_convolution or x[:1].numel() <= call(self.base, terms[0], x[:1], False).numel()
+
+    def stack_templates(self, stacks: dict[tuple, TemplateStack]) -> None:
+        """Let the templates lie in one tensor if the weight is composed; the layers of a bank share it."""
+        if self.way != WEIGHT or self.scales_input is None:
+            return
+        terms = self._terms(torch.zeros(1, self.columns.stop - self.columns.start))[0]
+        transposed = kind_of(self.base) is LINEAR
+        key = (transposed, *(term.data_ptr() for term in terms))
+        if key not in stacks:
+            stacks[key] = TemplateStack(terms, transposed)
+        self.stack = (stacks[key],)
+
+    def _scaled(self, call: Call, x: Tensor, term: Tensor, factor: Tensor) -> Tensor:
+        """A product with one template, times its coefficient."""
+        return call(self.base, term, x * factor, False) if self.scales_input else call(self.base, term, x, False) * factor
+
+    def _product(self, call: Call, x: Tensor, terms: list[Tensor], scale: Tensor | None) -> Tensor:
+        if scale is None:
+            return call(self.base, terms[0], x)
+        if self.way == OUTPUT:
+            if len(terms) == 1 and self.scales_input:
+                return call(self.base, terms[0], x * _along(scale, x))
+            factors = [_along(factor, x) for factor in ([scale] if len(terms) == 1 else scale.split(1, dim=1))]
+            first, *others = (self._scaled(call, x, t, factor) for t, factor in zip(terms, factors, strict=True))
+            return add_bias(sum(others, first), self.base)
+        if self.stack and self.stack[0].transposed:
+            return add_bias(torch.matmul(x, self.stack[0].weight(scale)), self.base)
+        weight = self.stack[0].weight(scale) if self.stack else compose_weight(None, terms, scale[0])
+        return call(self.base, weight, x)
+
+
+def _along(factors: Tensor, x: Tensor) -> Tensor:
+    """Factors ``(1 or samples, numbers)`` so that an input is multiplied by them; a lone row needs no other shape."""
+    if factors.shape[0] == 1:
+        return factors.to(x.dtype)
+    return factors.view(-1, *[1] * (x.ndim - 2), factors.shape[1]).to(x.dtype)
+
+
+def _factors_of(terms: list[Tensor], scale: Tensor | None, pairs: LowRankSum | None) -> Tensor:
+    """Everything that a layer's templates are multiplied by, ``(n,)``."""
+    found = [part[0].detach().cpu().float() for part in (scale, None if pairs is None else pairs.scale) if part is not None]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+class TaskedModule(nn.Module):
+    """A module that the given task owns whole: its tensors are inputs of the graph.
+
+    Args:
+        place: its name in the plain model.
+        module: like the task's.
+        given: holds the tensors.
+        has_classes: whether it is a linear classifier, of which another task may have more classes or fewer.
+    """
+
+    def __init__(self, place: str, module: nn.Module, given: Given, has_classes: bool) -> None:
+        super().__init__()
+        self.has_classes = has_classes
+        self.dtypes = {key: value.dtype for key, value in module.state_dict().items() if value.is_floating_point()}
+        self.place, self._held = place, (module, given)  # in a tuple: its numbers are no part of the graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module, given = self._held
+        start = f"{self.place}."
+        own = {key: given.owned[f"{start}{key}"].to(dtype) for key, dtype in self.dtypes.items()}
+        return torch.func.functional_call(module, own, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            held = self.__dict__.get("_held")
+            if held is None or name.startswith("__"):
+                raise
+            return getattr(held[0], name)
+
+
+class ClassifierTable(nn.Module):
+    """The linear classifiers of many tasks; every sample is given its own one's logits.
+
+    Args:
+        weights: ``(rows, classes, features)``.
+        biases: ``(rows, classes)``; minus infinity where a task has fewer classes.
+        given: holds the row of each sample.
+    """
+
+    weights: Tensor
+    biases: Tensor
+
+    def __init__(self, weights: Tensor, biases: Tensor, given: Given) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+        self.register_buffer("biases", biases)
+        self._held = (given,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self._held[0].rows
+        assert rows is not None
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])  # (samples, positions, features)
+        logits = torch.matmul(flat, self.weights[rows].transpose(1, 2)) + self.biases[rows][:, None]
+        return logits.reshape(*x.shape[:-1], -1)

@@ -1,0 +1,88 @@
+"""ONNX: one graph whose task is an input, or that holds a table of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ...errors import RecastConfigError
+from ...pool.pool import TaskPool
+from ...storage.atomic import staged_folder
+from .graph import INPUT, prepare
+from .layers import AUTO
+from .program import Shapes, trace
+from .tasks import metadata
+
+LARGEST = 1 << 30  # bytes of weights up to which they lie in the graph's own file; protobuf has no more than two of these
+NEEDED = ("onnx", "onnxscript")
+
+
+def export_onnx(
+    model: PeftModel | TaskPool,
+    path: str | Path,
+    example: Any,
+    tasks: str | Sequence[str] = INPUT,
+    *,
+    way: str = AUTO,
+    dynamic_shapes: Shapes | None = None,
+    **options: Any,
+) -> Path:
+    """Write a model as one ONNX graph for all of its tasks.
+
+    With ``tasks="input"`` the graph takes a task beside the model's own inputs: ``coefficients`` ``(numbers per task,)``, and
+    the tensors of its classifier (of any number of classes) and norms, as ``export_task`` writes them. With a table the graph
+    takes ``rows`` ``(samples,)``, a task for each sample; row -1 is the pretrained model.
+
+    Args:
+        model: a model with RECAST tasks, or a ``TaskPool``.
+        path: path of the graph. Of a large model the weights lie beside it, in ``<name>.data``.
+        example: inputs of the model: a tensor, a tuple, or a dictionary by argument.
+        tasks: ``"input"``; ``"table"`` for all tasks of the pool (or model); or a list of those in the table.
+        way: how targets with several templates compute: ``"weight"`` composes the weight in each call; ``"output"`` mixes
+            products, which stays fast and exact when the graph is quantised; ``"auto"`` takes what costs less for inputs like
+            the example. Tables take ``"output"``.
+        dynamic_shapes: names of the dimensions that may differ from call to call, by argument and dimension. Left out, an
+            argument has ``{0: "batch"}``, and token ids and masks ``{0: "batch", 1: "sequence"}``.
+        options: for ``torch.onnx.export``, such as ``opset_version``.
+
+    Returns:
+        the path.
+
+    Raises:
+        RecastConfigError: if an argument cannot be used, or onnx or onnxscript is not installed.
+        RecastBankError: if a task has what a graph cannot express (a LoRA part, partners, masks, biases, a compressed bank,
+            quantised weights), or is merged; nothing is written.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise RecastConfigError(f"{' and '.join(missing)} is not installed: pip install onnx onnxscript (the extra `export`)")
+    prepared = prepare(model, example, tasks, way, dynamic_shapes)
+    prepared.graph.stack_templates()
+    target = Path(path)
+    program = trace(prepared)
+    with torch.no_grad():
+        made = torch.onnx.export(
+            program,
+            input_names=[*prepared.task_inputs(), *prepared.inputs],
+            output_names=prepared.outputs,
+            dynamo=True,
+            verbose=False,
+            **options,
+        )
+    assert made is not None
+    if hasattr(made, "rename_axes"):  # torch names them s0, s1, ...
+        inputs = {value.name: value for value in made.model.graph.inputs}
+        axes = [(inputs[name].shape[dim], new) for name, dims in prepared.dynamic.items() for dim, new in dims.items()]
+        made.rename_axes({str(old): new for old, new in axes if not isinstance(old, int)})
+    for node in made.model.graph:  # where in whose files it was traced
+        node.metadata_props.clear()
+    made.model.metadata_props.update(metadata(prepared.source, prepared.names))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    with staged_folder(target.parent) as folder:
+        made.save(folder / target.name, external_data=size > LARGEST)
+    return target

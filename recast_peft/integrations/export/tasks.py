@@ -1,0 +1,285 @@
+"""A task as plain tensors, named and shaped as the inputs of an exported graph, and files that any language reads.
+
+    coefficients     (numbers per task,) float32, the modules side by side
+    <module>.<key>   tensors of the modules that the task owns: its classifier, norms
+
+A file is safetensors: eight bytes with the length of a JSON header, the header, the numbers. docs/reference/files.md reads one
+in JavaScript and C.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ...composition.compose import average_sets
+from ...composition.outputs import is_out_of_reach
+from ...config import RecastConfig
+from ...errors import RecastBankError, RecastConfigError
+from ...holders import holders
+from ...layer import recast_layers
+from ...model import RecastModel
+from ...names import unwrapped
+from ...parts import PARTS
+from ...parts.wrapper import TaskModule
+from ...pool.layout import PoolLayout
+from ...pool.pool import TaskPool
+from ...storage.tensors import write_tensors
+from ...tasks.verbs import merged_tasks
+
+COEFFICIENTS = "coefficients"
+LAYOUT = "recast_layout"  # the entry of the metadata of graphs and files that says which belong together
+NAMES = "recast_tasks"  # names of the tasks of a table, as JSON
+ALLOWED = ("norms", "modules_to_save")  # parts that are inputs of a graph, which no row of a pool can hold
+
+
+@dataclass(frozen=True)
+class GraphTask:
+    """A task as plain tensors.
+
+    Attributes:
+        name: of the task.
+        row: coefficients ``(numbers per task,)``.
+        owned: tensors of the modules that it owns, by the plain model's names.
+    """
+
+    name: str
+    row: Tensor
+    owned: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by the names of a graph's inputs, in alphabetical order."""
+        found = {COEFFICIENTS: self.row, **self.owned}
+        return {name: found[name].detach().cpu().float().contiguous() for name in sorted(found)}
+
+
+class Source:
+    """Where tasks come from: a model with its active task, or a pool.
+
+    Args:
+        given: a PEFT model, or a ``TaskPool``.
+        task: the task that the layout is taken from; None is the active one.
+
+    Raises:
+        RecastConfigError: if there is no such RECAST task.
+    """
+
+    def __init__(self, given: PeftModel | TaskPool, task: str | None = None) -> None:
+        self.pool = given if isinstance(given, TaskPool) else None
+        model = given.model if isinstance(given, TaskPool) else unwrapped(given)
+        tuner = getattr(model, "base_model", None)
+        if not isinstance(tuner, RecastModel):
+            raise RecastConfigError(
+                f"a {type(given).__name__} was given: expected a model with a RECAST task, as get_recast_model returns it, "
+                "or a TaskPool"
+            )
+        self.tuner, self.backbone = tuner, cast(nn.Module, tuner.model)
+        if self.pool is not None:
+            self.adapter = self.pool.slot
+        else:
+            active = list(tuner.active_adapters) if task is None else [task]
+            if len(active) != 1:
+                raise RecastConfigError(f"{len(active)} tasks are active ({', '.join(active)}): activate the one that is meant")
+            self.adapter = active[0]
+        config = tuner.peft_config.get(self.adapter)
+        if not isinstance(config, RecastConfig):
+            known = [name for name, other in tuner.peft_config.items() if isinstance(other, RecastConfig)]
+            raise RecastConfigError(f"{self.adapter!r} is no RECAST task of the model; it has {', '.join(known) or 'none'}")
+        self.config = config
+        self.layout = PoolLayout(self.backbone, config, self.adapter)
+
+    @property
+    def identity(self) -> str:
+        """A hash of which numbers a row holds, and of the pretrained weights that they are for: 16 hexadecimal digits."""
+        columns = {name: [part.start, part.stop] for name, part in self.layout.slices.items()}
+        said = json.dumps({"columns": columns, "base": self.config.base_fingerprint}, sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    def names(self) -> list[str]:
+        """The tasks of the pool, or those of the model that have this layout."""
+        if self.pool is not None:
+            return self.pool.names
+        slots = {pool.slot for pool in self.tuner.task_pool}
+        configs = {name: c for name, c in self.tuner.peft_config.items() if isinstance(c, RecastConfig) and name not in slots}
+        return [name for name, config in configs.items() if config.groups == self.config.groups]
+
+    def task(self, name: str) -> GraphTask:
+        """A task by its name.
+
+        Raises:
+            RecastConfigError: if there is none.
+            RecastBankError: if it has other targets or banks.
+        """
+        if self.pool is not None:
+            values = self.pool.coefficients(name)
+            head = self.pool.prepared_head(name)
+            owned = {} if head is None else {f"{head.name}.{key}": value for key, value in floating(head.module).items()}
+            return GraphTask(name, torch.cat([values[key] for key in self.layout.slices]), owned)
+        config = self.tuner.peft_config.get(name)
+        if not isinstance(config, RecastConfig):
+            raise RecastConfigError(f"{name!r} is no RECAST task of the model")
+        if config.groups != self.config.groups:
+            raise RecastBankError(
+                f"task {name!r} has other target modules or banks than task {self.adapter!r}: export it alone"
+            )
+        check_exportable(self.backbone, name, config)
+        row = torch.zeros(self.layout.width)
+        for module, layer in self.layout.layers.items():
+            row[self.layout.slices[module]] = average_sets(layer.coefficients(name).detach().float().cpu())
+        return GraphTask(name, row, owned_tensors(self.backbone, name))
+
+    def example(self) -> GraphTask:
+        """A task that has what all have that a graph is to take.
+
+        Raises:
+            RecastConfigError: if the pool is empty.
+        """
+        if self.pool is None:
+            return self.task(self.adapter)
+        if not self.pool.names:
+            raise RecastConfigError("the pool is empty: its first task says what classifier the graph takes")
+        return self.task(self.pool.active or self.pool.names[0])
+
+    def owned_module(self, place: TaskModule) -> nn.Module:
+        """The module that the example has at a place."""
+        if self.pool is None:
+            return place.modules_to_save[self.adapter]
+        head = self.pool.prepared_head(self.example().name)
+        assert head is not None
+        return head.module
+
+
+def owned_modules(model: nn.Module, task: str) -> list[TaskModule]:
+    """The places of modules that a task owns whole."""
+    return [module for module in model.modules() if isinstance(module, TaskModule) and module.has_task(task)]
+
+
+def floating(module: nn.Module) -> dict[str, Tensor]:
+    """The numbers of a module that a graph takes: parameters and floating-point buffers."""
+    return {key: value for key, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
+
+
+def owned_tensors(model: nn.Module, task: str) -> dict[str, Tensor]:
+    """Tensors of the modules that a task owns, by the plain model's names."""
+    owned = {module.module_name: module.modules_to_save[task] for module in owned_modules(model, task)}
+    return {f"{place}.{key}": value.detach() for place, module in owned.items() for key, value in floating(module).items()}
+
+
+def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
+    """Refuse what a graph cannot express; nothing has been written yet.
+
+    Raises:
+        RecastBankError: naming the task and what it has.
+    """
+    parts = [part.refusal_to_combine(config) for part in PARTS if part.name not in ALLOWED]
+    found = [holder for holder in holders(model) if holder.has_task(task)]
+    parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
+    parts += ["coefficients of biases" for holder in found if isinstance(holder, TaskModule) and holder.adds_when_merged]
+    layers = [layer for layer in recast_layers(model).values() if layer.has_task(task)]
+    parts += [layer.refusal_to_pool(task) for layer in layers]
+    refused = list(dict.fromkeys(text for text in parts if text is not None))
+    compressed = [layer.module_name for layer in layers if layer.is_compressed]
+    if compressed:
+        refused.append(f"a compressed bank (at {compressed[0]})")
+    if refused:
+        raise RecastBankError(
+            f"task {task!r} cannot be an input of a graph: it has {', '.join(refused)}. Nothing was written. Export the merged "
+            "model instead (merge_and_unload), one graph a task, or a task without it."
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that does not compute with its plain weights now.
+
+    Raises:
+        RecastBankError: saying what to do.
+    """
+    merged = merged_tasks(model)
+    if merged:
+        raise RecastBankError(f"task {merged[0]!r} is merged: call unmerge_adapter() before the model is exported")
+    layers = recast_layers(model).values()
+    others = [layer.module_name for layer in layers if layer.other_layers]
+    if others:
+        raise RecastBankError(f"{others[0]} has layers of another method of PEFT beside its task: merge or unload them first")
+    away = [layer.module_name for layer in layers if is_out_of_reach(layer)]
+    if away:
+        raise RecastBankError(
+            f"the weight of {away[0]} is quantised or offloaded, which no graph can express: export the model in float32, and "
+            "quantise the graph"
+        )
+
+
+# ---------------------------------------------------------------- files
+
+
+def export_task(model: PeftModel | TaskPool, path: str | Path, task: str | None = None) -> dict[str, Tensor]:
+    """Write one task as what an exported graph takes: a safetensors file with one tensor for each of the graph's inputs.
+
+    Args:
+        model: a model with the task, or a pool.
+        path: path of the file; its folder is made if it is missing.
+        task: name of the task; None is the active one.
+
+    Returns:
+        the tensors, in float32: ``coefficients`` ``(numbers per task,)``, and those of the classifier and of norms that the
+        task owns, by the plain model's names (``head.weight``).
+
+    Raises:
+        RecastConfigError: if there is no such task.
+        RecastBankError: if it has what no graph can express; nothing is written.
+    """
+    source = Source(model, task if not isinstance(model, TaskPool) else None)
+    name = task or (source.pool.active if source.pool is not None else source.adapter)
+    if name is None:
+        raise RecastConfigError("no task of the pool is active: name the one that is meant with task=")
+    tensors = source.task(name).tensors()
+    write_tensors(path, tensors, {LAYOUT: source.identity, NAMES: json.dumps([name])})
+    return tensors
+
+
+def export_tasks(model: PeftModel | TaskPool, path: str | Path, tasks: Sequence[str] | None = None) -> list[str]:
+    """Write many tasks to one file: ``coefficients`` ``(tasks, numbers per task)``, and what they own stacked likewise.
+
+    Task i of the file is row i of each tensor, so that an app reads one task without reading the others.
+
+    Args:
+        model: a model with the tasks, or a pool.
+        path: path of the file; its folder is made if it is missing.
+        tasks: their names; None is all of the pool, or of the model.
+
+    Returns:
+        the names, in the order of the rows.
+
+    Raises:
+        RecastConfigError: if there is no such task, or their classifiers differ in size.
+        RecastBankError: if one has what no graph can express; nothing is written.
+    """
+    source = Source(model, tasks[0] if tasks and not isinstance(model, TaskPool) else None)
+    names = source.names() if tasks is None else list(tasks)
+    if not names:
+        raise RecastConfigError("there is no task to export")
+    read = [source.task(name).tensors() for name in names]
+    shapes = {key: tuple(value.shape) for key, value in read[0].items()}
+    for name, tensors in zip(names, read, strict=True):
+        own = {key: tuple(value.shape) for key, value in tensors.items()}
+        if own != shapes:
+            raise RecastConfigError(
+                f"tasks of one file own modules of the same shapes\n  {names[0]}: {shapes}\n  {name}: {own}\n"
+                "Write tasks with classifiers of other sizes to files of their own."
+            )
+    stacked = {key: torch.stack([tensors[key] for tensors in read]) for key in shapes}
+    write_tensors(path, stacked, {LAYOUT: source.identity, NAMES: json.dumps(names)})
+    return names
+
+
+def metadata(source: Source, names: Sequence[str]) -> dict[str, Any]:
+    """What a graph says of itself."""
+    return {LAYOUT: source.identity, NAMES: json.dumps(list(names))}
