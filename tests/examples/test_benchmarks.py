@@ -212,3 +212,18 @@ def test_the_cost_of_a_mixed_batch_is_compared(tmp_path: Path, capsys: Any) -> N
     assert rows[0]["ratio to plain"] == 1
     assert "RECAST, 8 templates of rank 8" in capsys.readouterr().out
     assert (tmp_path / "grown_banks_cost.json").is_file()
+
+
+def test_exported_graphs_are_compared_with_the_plain_one_and_with_lora(tmp_path: Path) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    import export
+
+    latency, swaps, sizes = export.main(["--quick", "--output", str(tmp_path)]).values()
+    assert [row["graph"] for row in latency] == ["plain", export.ONE, export.TABLE, export.TWO, export.PRODUCTS, export.LORA]
+    assert all(row["size, ratio to plain"] < 1.5 for row in latency)
+    assert len(swaps) == 3
+    one, many, with_classifiers, lora = (row["bytes"] for row in sizes)
+    assert one < lora
+    assert many < with_classifiers
+    assert many < 20 * 4 * 12 + 2000

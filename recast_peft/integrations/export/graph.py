@@ -240,8 +240,8 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     tensors = [name for name, value in flat.items() if isinstance(value, Tensor)]
     if not tensors or {"task", ROWS, COEFFICIENTS} & set(flat):
         raise RecastConfigError(
-            f"the example's tensors are called {', '.join(tensors) or 'nothing'}: expected at least one, and none with the name "
-            f"task, {ROWS} or {COEFFICIENTS}"
+            f"the example's tensors are called {', '.join(tensors) or 'nothing'}: expected at least one, and none that has "
+            f"the name task, {ROWS} or {COEFFICIENTS}"
         )
     return flat
 
