@@ -190,14 +190,16 @@ def files(made: Graphs, tasks: int) -> list[Row]:
     """Bytes of one task, and of many in one file."""
     folder = made.folder
     rows: list[Row] = [{"file": "RECAST, one task with a classifier", "bytes": (folder / f"{ONE}.safetensors").stat().st_size}]
-    for what, classes in (("without classifiers", None), (f"with classifiers of {CLASSES} classes", CLASSES)):
-        targets = None if made.options.targets is None else TARGET_SETS[made.options.targets]
-        config = {"target_modules": targets, "group_size": 1}
-        pool = TaskPool(get_recast_model(backbone(made.options.model, 0), RecastConfig(**config)))  # type: ignore[arg-type]
-        for i in range(tasks):
-            pool.add(f"task {i}", RecastConfig(**config, num_classes=classes))  # type: ignore[arg-type]
+    targets = None if made.options.targets is None else TARGET_SETS[made.options.targets]
+    for count, classes in ((tasks, None), (100, CLASSES)):
+        pool = TaskPool(
+            get_recast_model(backbone(made.options.model, 0), RecastConfig(target_modules=targets, group_size=1)),
+        )
+        for i in range(count):
+            pool.add(f"task {i}", None if classes is None else RecastConfig(num_classes=classes))
         export_tasks(pool, folder / "tasks.safetensors")
-        rows.append({"file": f"RECAST, {tasks:,} tasks {what}", "bytes": (folder / "tasks.safetensors").stat().st_size})
+        what = f"{count:,} tasks" + ("" if classes is None else f" with classifiers of {classes} classes")
+        rows.append({"file": f"RECAST, {what}", "bytes": (folder / "tasks.safetensors").stat().st_size})
     if (folder / "lora.adapter").exists():
         rows.append({"file": "LoRA r=8, one adapter without a classifier", "bytes": (folder / "lora.adapter").stat().st_size})
     return rows
@@ -209,7 +211,7 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
     parser.add_argument("--targets", choices=[*TARGET_SETS, "default"], default="mlp")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--no-lora", dest="lora", action="store_false")
     parser.add_argument("--no-two", dest="two", action="store_false", help="leave groups of two out")
