@@ -122,7 +122,7 @@ def create_recast_optimizer(
 ) -> Optimizer:
     """An optimiser for the trainable parameters of a model, in the manner of PEFT's ``create_loraplus_optimizer``.
 
-    Coefficients have a learning rate of their own, far above what suits a classifier, and no weight decay: zero is the
+    Coefficients have a learning rate of their own, which depends on the model's depth, and no weight decay: zero is the
     pretrained weight, and tens of numbers need no pull towards it. A task's partners may have one of their own too; they are
     not decayed either, since a decayed mask would be one that loses its entries.
 

@@ -16,7 +16,7 @@ from ..planning.heads import head_names
 from .base import Piece
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
-HEAD_STD = 0.02  # standard deviation of a fresh head's weights
+HEAD_STD = 0.001  # of a fresh head's weights: larger ones drive the coefficients into random directions at first
 
 
 def head_type(head: nn.Module) -> str:
