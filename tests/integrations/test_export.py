@@ -33,6 +33,7 @@ from recast_peft import (
     export_tasks,
     get_recast_model,
     grow_bank,
+    rescale_adapter_scale,
 )
 from recast_peft.integrations.export.graph import prepare
 
@@ -317,6 +318,15 @@ class TestFiles:
         start, end = json.loads(content[8 : 8 + length])["coefficients"]["data_offsets"]
         assert (8 + length) % 4 == 0  # numbers can be looked at where they lie
         assert np.array_equal(np.frombuffer(content[8 + length + start : 8 + length + end], "<f4"), written["coefficients"])
+
+    def test_the_strength_of_a_task_and_the_mean_of_its_sets_are_what_is_written(self, tmp_path):
+        model = converted(num_coefficient_sets=2)
+        randomise(model)
+        full = export_task(model, tmp_path / "task")["coefficients"]
+        first = layers_of(model)["blocks.0.attn.qkv"].recast_coefficients["default"]
+        assert torch.equal(full[:2], first.mean(0))
+        with rescale_adapter_scale(model, 0.5):
+            assert torch.allclose(export_task(model, tmp_path / "task")["coefficients"], full / 2)
 
     def test_many_tasks_lie_in_one_file_row_by_row(self, tmp_path):
         model = converted("one", num_classes=3)

@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ...composition.compose import average_sets
 from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig
 from ...errors import RecastBankError, RecastConfigError
@@ -121,7 +120,7 @@ class Source:
         if self.pool is not None:
             values = self.pool.coefficients(name)
             head = self.pool.prepared_head(name)
-            owned = {} if head is None else {f"{head.name}.{key}": value for key, value in floating(head.module).items()}
+            owned = {} if head is None else {f"{head.place}.{key}": value for key, value in floating(head.module).items()}
             return GraphTask(name, torch.cat([values[key] for key in self.layout.slices]), owned)
         config = self.tuner.peft_config.get(name)
         if not isinstance(config, RecastConfig):
@@ -133,7 +132,7 @@ class Source:
         check_exportable(self.backbone, name, config)
         row = torch.zeros(self.layout.width)
         for module, layer in self.layout.layers.items():
-            row[self.layout.slices[module]] = average_sets(layer.coefficients(name).detach().float().cpu())
+            row[self.layout.slices[module]] = layer.offset(name).detach().float().cpu()
         return GraphTask(name, row, owned_tensors(self.backbone, name))
 
     def example(self) -> GraphTask:
