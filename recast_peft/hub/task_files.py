@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..errors import RecastLoadError
 from ..names import COEFFICIENTS, METHOD_NAME
+from ..options.partner import PARTNERS
 from ..parts.partner import partner_of_entry
 from ..storage.json_reader import Fields, parse_json
 from ..storage.pairs import read_companion
@@ -59,8 +60,8 @@ class TaskSizes:
 
     def of_partners(self) -> str:
         """Each partner with its numbers."""
-        units = {"piggyback": "bits"}
-        return ", ".join(f"{method} {count:,} {units.get(method, 'numbers')}" for method, count in self.partners.items())
+        masks = {method for method, config in PARTNERS.items() if config.acts_on == "weight"}
+        return ", ".join(f"{m} {count:,} {'bits' if m in masks else 'numbers'}" for m, count in self.partners.items())
 
 
 def task_entries(folder: str | os.PathLike) -> dict[str, int]:

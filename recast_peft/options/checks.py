@@ -40,7 +40,11 @@ from .partner import resolve_partners
 
 BIAS_CHOICES = ("none", "all", "recast_only")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-SHARING_CHOICES = ("roles", "blocks", "all")
+SHARING = {  # of coefficients: between which layers
+    "roles": "the roles of a block",
+    "blocks": "the members of a bank",
+    "all": "the roles of a block and the members of a bank",
+}
 
 MOST_CLASSES = 10_000_000
 MOST_SETS = 10_000
@@ -55,8 +59,8 @@ def task_type(value: Any) -> Any:
 
 def sharing(value: Any) -> str | int:
     """Which layers share their offsets."""
-    if value not in SHARING_CHOICES and not (is_int(value) and 1 < value < 2**31):
-        raise Unexpected(f"one of {', '.join(map(repr, SHARING_CHOICES))}, or a number of consecutive banks, at least 2")
+    if not (isinstance(value, str) and value in SHARING) and not (is_int(value) and 1 < value < 2**31):
+        raise Unexpected(f"one of {', '.join(map(repr, SHARING))}, or a number of consecutive banks, at least 2")
     return value
 
 

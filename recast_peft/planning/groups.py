@@ -13,6 +13,7 @@ from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, role_of
+from ..options.checks import SHARING
 from ..sharded import whole_shape
 from .candidates import Candidate, composed_layer
 
@@ -76,13 +77,6 @@ class PlannedGroup:
 def plan_groups(runs: list[list[Candidate]], config: RecastConfig) -> list[PlannedGroup]:
     """Cut runs of layers into groups as a config says."""
     return [_planned(chunk, config) for run in runs for chunk in _chunks(run, config)]
-
-
-SHARING: dict[str, str] = {
-    "roles": "the roles of a block",
-    "blocks": "the members of a bank",
-    "all": "the roles of a block and the members of a bank",
-}
 
 
 def shown_sharing(sharing: str | int) -> str:
