@@ -145,6 +145,13 @@ class TestSwitching:
         with model.disable_adapter():
             assert model(images).shape == (6, 16)
 
+    def test_a_fresh_one_starts_near_zero(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=5)).eval()
+        shares = model(images).softmax(-1)
+        assert (
+            0 < (shares - 1 / 5).abs().max() < 0.01
+        )  # it drives the coefficients nowhere, and is not the same for all classes
+
     def test_a_plain_module_that_was_saved_whole_is_taken_over(self, images):
         model = get_recast_model(small_vit(), RecastConfig(modules_to_save=["head"]), "whole")
         learn_something(model, "whole")
