@@ -26,8 +26,6 @@ _FROZEN = "recast_frozen"  # attribute of a view in FSDP1's forward pass: the sa
 def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
     """Refuse to put further trainable parameters into a model that FSDP has sharded: no process would average their gradients.
 
-    Of tensor parallelism, whose modules compute with a part of their output or input, nothing is supported.
-
     Args:
         model: the backbone.
         for_inference: whether nothing that is put in will be trained; FSDP1 takes nothing at all.
@@ -37,11 +35,6 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
     """
     is_flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
     is_fsdp2 = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
-    if not is_fsdp2 and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise RecastConfigError(
-            "the model's weights are spread over processes by tensor parallelism (tp_plan), which RECAST does not support: "
-            "load it without tp_plan, on one device or with device_map, or shard it with FSDP after the conversion"
-        )
     if is_flat or (is_fsdp2 and not for_inference):
         raise RecastConfigError(
             f"the model was sharded by {'FSDP1' if is_flat else 'FSDP2'}, which knows nothing of parameters that come later: "
@@ -53,6 +46,11 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 holds a tensor, and gathers it for the calls of its module."""
     return hasattr(tensor, "ds_id")
+
+
+def is_spread_in_calls(tensor: Tensor) -> bool:
+    """Whether a tensor is whole during the calls of its module alone (ZeRO-3), or never (tensor parallelism)."""
+    return is_partitioned(tensor) or hasattr(tensor, "full_tensor")
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from .kinds import is_lazily_readable, kind_of
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
+from .parallel import split_of, spread_like
 from .recomposed import call_recomposed, can_recompose, scaled, scales_input
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
@@ -117,8 +118,11 @@ def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[st
     direct = direct_call(layer, args, kwargs)
     if direct is not None:
         return direct(base, marked_as_pretrained(layer, weight), args[0])
-    if weight is layer.weight_parameter:
+    held = layer.weight_parameter
+    if weight is held:
         return base(*args, **kwargs)
+    if split_of(held) is not None:
+        return _call_exchanged(layer, spread_like(weight, held), args, kwargs)
     weight = marked_as_pretrained(layer, weight)
     if torch.compiler.is_compiling():
         return _call_exchanged(layer, weight, args, kwargs)

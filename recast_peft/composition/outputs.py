@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..offloaded import is_offloaded
-from ..sharded import is_partitioned
+from ..sharded import is_spread_in_calls
+from .parallel import for_neighbour, for_own
 from .quantised import quantised_by
 
 
@@ -23,7 +24,7 @@ def is_out_of_reach(layer: Any) -> bool:
     """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
     base = layer.get_base_layer()
     weight = base._parameters.get(layer.weight_name)
-    return quantised_by(base) is not None or is_offloaded(base) or (weight is not None and is_partitioned(weight))
+    return quantised_by(base) is not None or is_offloaded(base) or (weight is not None and is_spread_in_calls(weight))
 
 
 def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
@@ -49,15 +50,16 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
             else:
                 known = factors.get(id(neighbour))
                 factors[id(neighbour)] = (neighbour, offset if known is None else known[1] + offset)
-    y = layer.base_layer(x if scale is None else x * (1 + scale))
+    held = layer.weight_parameter
+    y = layer.base_layer(x if scale is None else x * (1 + for_own(scale, held)))
     for neighbour, factor in factors.values():
-        y = y + factor * _product(neighbour, x)
+        y = y + for_neighbour(factor, held) * _product(neighbour, x)
     return y
 
 
 def _product(neighbour: Any, x: Tensor) -> Tensor:
     base = neighbour.get_base_layer()
     y, bias = base(x), getattr(base, "bias", None)
-    if bias is not None and (bias.is_meta or is_partitioned(bias)):  # it is there during the call alone
+    if bias is not None and (bias.is_meta or is_spread_in_calls(bias)):  # it is there during the call alone
         return y - base(x.new_zeros((*[1] * (x.ndim - 1), x.shape[-1])))
     return y if bias is None else y - bias

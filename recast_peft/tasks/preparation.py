@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..banks.template_bank import TemplateBank
+from ..composition.parallel import split_of
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
+from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import bank_name
 from ..parts import PARTS
@@ -107,6 +109,11 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     layers = prepare_layers(targets, fingerprints)
     banks = prepare_banks(plan, config, layers)
     compressed = {name for name, layer in layers.items() if layer.bank is not None and not layer.bank.is_anchored}
+    if compressed and any(split_of(target.module._parameters.get(target.weight_name or "")) is not None for target in targets):
+        raise RecastConfigError(
+            "weights that are spread over processes by tensor parallelism cannot be compressed: leave out num_templates and "
+            "bank, or load the model without tp_plan"
+        )
     owned = {piece.place for part, pieces in counted for piece in pieces if part.owns_modules}
     for part, pieces in counted:
         part.check(request, pieces, owned, compressed)

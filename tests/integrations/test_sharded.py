@@ -192,11 +192,23 @@ def tried(kind: str, config: dict[str, Any], rank: int, folder: Path) -> dict[st
 
 
 def tensor_parallel(folder: Path) -> dict[str, Any]:
-    """What a conversion of a model says that transformers has sharded by its tp_plan, and whether it is as it was."""
-    model = LlamaForCausalLM.from_pretrained(folder / "plain", tp_plan="auto")
-    before = logits(model)
-    said = refusal(lambda: get_recast_model(model, RecastConfig(target_modules="all-mlp")))
-    return {"said": said, "changed": not torch.equal(logits(model), before)}
+    """Tasks on a model that transformers has spread by its tp_plan; both processes see the whole batch."""
+    plain = LlamaForCausalLM.from_pretrained(folder / "plain", tp_plan="auto")
+    found: dict[str, Any] = {"plain": logits(plain)}
+    found["compressed"] = refusal(lambda: get_recast_model(plain, RecastConfig(target_modules="all-mlp", num_templates=1)))
+    model = get_recast_model(plain, RecastConfig(target_modules="all-mlp", group_size=2), "task")
+    assert hasattr(layers_of(model)["model.layers.0.mlp.gate_proj"].base_layer.weight, "full_tensor")
+    found["fresh"] = logits(model)
+    randomise(model, "task", size=0.1)
+    found["losses"] = train(model, IDS)
+    found["trained"] = logits(model)
+    model.save_pretrained(folder / f"parallel-{dist.get_rank()}")
+    model.load_adapter(folder / f"parallel-{dist.get_rank()}" / "task", "again")
+    randomise(model, "again", size=0.1)
+    with torch.no_grad():
+        found["mixed"] = model.eval()(input_ids=IDS, adapter_names=["task", "again"]).logits
+    found["merge"] = refusal(model.merge_adapter)
+    return found
 
 
 def tried_with_deepspeed(rank: int, folder: Path) -> dict[str, Any]:
@@ -262,7 +274,7 @@ def work(rank: int, port: int, folder: str) -> None:
         torch.save(found, place / f"{rank}.pt")
     found = {"refused": refusal(lambda: train(by_fsdp1(converted(**SHARED)), IDS[:1]))}
     found["tensor parallel"] = tensor_parallel(Path(folder))
-    torch.save(found, Path(folder) / f"refused-{rank}.pt")
+    torch.save(found, Path(folder) / f"others-{rank}.pt")
     os._exit(0)  # not by way of destructors, which wait for each other
 
 
@@ -349,11 +361,29 @@ def test_what_shards_cannot_do_is_refused_and_changes_nothing(results: Path, nam
     torch.testing.assert_close(found["after"], found["loaded"], rtol=0, atol=0)
 
 
-def test_shared_coefficients_under_FSDP1_and_tensor_parallelism_are_refused(results: Path) -> None:
-    found = torch.load(results / "refused-0.pt")
-    assert "modules that FSDP1 shards apart" in found["refused"]
-    assert "tensor parallelism" in found["tensor parallel"]["said"]
-    assert not found["tensor parallel"]["changed"]
+def test_shared_coefficients_under_FSDP1_are_refused(results: Path) -> None:
+    assert "modules that FSDP1 shards apart" in torch.load(results / "others-0.pt")["refused"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensor_parallelism_does_what_one_process_does(results: Path, rank: int) -> None:
+    found = torch.load(results / f"others-{rank}.pt")["tensor parallel"]
+    assert torch.equal(found["fresh"], found["plain"])
+    expected = converted()
+    assert found["losses"] == pytest.approx(train(expected, IDS), rel=1e-5)
+    trained = logits(expected)
+    assert not torch.allclose(trained, found["fresh"], atol=1e-4)
+    torch.testing.assert_close(found["trained"], trained, rtol=1e-4, atol=1e-5)
+    loaded = PeftModel.from_pretrained(llama(), results / f"parallel-{rank}" / "task", "task").eval()
+    torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
+    loaded.load_adapter(results / f"parallel-{rank}" / "task", "again")
+    randomise(loaded, "again", size=0.1)
+    with torch.no_grad():
+        mixed = loaded(input_ids=IDS, adapter_names=["task", "again"]).logits
+    assert not torch.allclose(mixed, trained, atol=1e-4)
+    torch.testing.assert_close(found["mixed"], mixed, rtol=1e-4, atol=1e-5)
+    assert "spread over processes" in found["merge"]
+    assert "cannot be compressed" in found["compressed"]
 
 
 @pytest.mark.parametrize("name", ["FSDP2"])
