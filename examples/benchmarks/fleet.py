@@ -12,8 +12,8 @@ Requests name one of the tasks, drawn uniformly or by Zipf's law. Two measuremen
 Beside the pool: the pool behind HTTP, with clients on the same machine (``--http``); PEFT's LoRAs with all adapters in memory
 and a mixed batch (``adapter_names``); the same with 25 slots, of which the one that was not used for the longest time is given
 up for an adapter from the disk; and one merged model for each task. Pooled tasks have a classifier of ten classes each, in half
-precision; the others have none. Each runs in a process of its own, whose memory is given, and takes eight times ``--seconds``
-for each kind of traffic at most.
+precision; the others have none. Each runs in a process of its own, whose memory is given, and takes four times ``--seconds``
+for each kind of traffic at most. ``--clock cpu`` counts processor time, for a machine that has other work; not behind HTTP.
 """
 
 from __future__ import annotations
@@ -47,11 +47,18 @@ from fleet_servers import (
     write_pool,
 )
 from rivals import MODEL, QUICK, backbone, images
-from timing import Row, Tables, arguments, compare, finish, start
+from timing import Row, Tables, arguments, compare, finish, seconds, start
 
 HELD = (1, 32, 1_000, 10_000, 100_000)
 KINDS = ("uniform", "zipf")
 ZIPF, CLIENTS = 1.1, 32
+OTHERS = {
+    "plain model": "black",
+    "RECAST pool, HTTP": "tab:orange",
+    "LoRA r=8, all in memory": "tab:green",
+    "a merged model each": "tab:blue",
+    f"LoRA r=8, {SLOTS} slots": "tab:purple",
+}
 
 
 def traffic(tasks: int, kind: str) -> Iterator[int]:
@@ -81,31 +88,30 @@ def arrivals(rate: float, options: Namespace) -> list[float]:
 def saturated(answers: Answers, asked: Iterator[int], options: Namespace) -> float:
     """Requests a second with full batches."""
     answers(list(itertools.islice(asked, options.batch)))
-    begin, done = time.perf_counter(), 0
-    while time.perf_counter() - begin < options.seconds:
-        answers(list(itertools.islice(asked, options.batch)))
+    taken, done = 0.0, 0
+    while taken < options.seconds:
+        taken += seconds(lambda: answers(list(itertools.islice(asked, options.batch))))
         done += options.batch
-    return done / (time.perf_counter() - begin)
+    return done / taken
 
 
 def open_loop(answers: Answers, asked: Iterator[int], rate: float, options: Namespace) -> list[float]:
-    """Seconds from coming to answer of each request, which come at random moments."""
+    """Seconds from coming to answer of each request, which come at random moments.
+
+    The clock is one of its own: it goes on by what each batch takes, and jumps to the next request where none waits. So with
+    ``--clock cpu`` the times are those of a machine that has no other work.
+    """
     coming = arrivals(rate, options)
     taken: list[float] = []
-    begin = time.perf_counter()
+    now = 0.0
     while len(taken) < len(coming):
-        now = time.perf_counter() - begin
         if now > 3 * options.seconds:  # it falls behind for good: those that still wait are counted as they are now
             taken += [now - came for came in coming[len(taken) :]]
             break
-        batch = bisect.bisect(coming, now) - len(taken)
-        if batch <= 0:
-            time.sleep(max(0.0, coming[len(taken)] - now))
-            continue
-        batch = min(batch, options.batch)
-        answers(list(itertools.islice(asked, batch)))
-        end = time.perf_counter() - begin
-        taken += [end - came for came in coming[len(taken) : len(taken) + batch]]
+        now = max(now, coming[len(taken)])
+        batch = min(bisect.bisect(coming, now) - len(taken), options.batch)
+        now += seconds(lambda batch=batch: answers(list(itertools.islice(asked, batch))))  # type: ignore[misc]
+        taken += [now - came for came in coming[len(taken) : len(taken) + batch]]
     return taken
 
 
@@ -204,7 +210,7 @@ def http_rows(tasks: int, path: Path, rate: float, options: Namespace) -> dict[s
 def sizes_of(tasks: int, path: Path, options: Namespace) -> Row:
     """What a pool takes on the disk and in memory, and how soon it is there."""
     before = resident_megabytes()
-    pool, seconds = read_pool(path, options)
+    pool, to_load = read_pool(path, options)
     held = {key: size / 2**20 for key, size in pool.sizes().items()}
     begin = time.perf_counter()
     for i in range(1000):
@@ -213,7 +219,7 @@ def sizes_of(tasks: int, path: Path, options: Namespace) -> Row:
     return {
         "tasks": tasks,
         "MB of the file": path.stat().st_size / 2**20,
-        "s to load": seconds,
+        "s to load": to_load,
         "MB of coefficients": held["coefficients"],
         "MB of classifiers": held["heads"],
         "MB that the process grew by": resident_megabytes() - before,
@@ -282,8 +288,9 @@ def draw(tables: Tables, path: Path) -> None:
         for axes, key in zip(line, shown, strict=True):
             for who in dict.fromkeys(r["server"] for r in tables[title]):
                 rows = [r for r in tables[title] if r["server"] == who]
-                strong = {"lw": 2.2, "color": "tab:red"} if who == "RECAST pool" else {"lw": 1.2}
-                axes.plot([r["tasks"] for r in rows], [r[key] for r in rows], marker="o", ms=4, label=who, **strong)
+                mine = who == "RECAST pool"
+                line_of = {"lw": 2.2 if mine else 1.2, "color": "tab:red" if mine else OTHERS.get(who)}
+                axes.plot([r["tasks"] for r in rows], [r[key] for r in rows], marker="o", ms=4, label=who, **line_of)
             axes.set(xscale="log", yscale="log", title=f"{key}, {title.split(',')[0]}", xlabel="tasks that are held")
             axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)

@@ -22,6 +22,7 @@ from peft import PeftModel, get_peft_model
 from rivals import CONFIGS, backbone
 from safetensors.torch import save
 from swaps import TARGETS
+from timing import seconds
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, TaskPool, get_recast_model
@@ -73,9 +74,7 @@ def write_pool(tasks: int, path: Path, options: Namespace) -> None:
 def read_pool(path: Path, options: Namespace) -> tuple[TaskPool, float]:
     """A pool with the tasks of a file, and the seconds that reading them took."""
     pool = TaskPool(get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS), "first").eval())
-    begin = time.perf_counter()
-    pool.load(path)
-    return pool, time.perf_counter() - begin
+    return pool, seconds(lambda: pool.load(path))
 
 
 def pooled(pool: TaskPool, x: Tensor) -> Answers:
