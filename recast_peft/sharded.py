@@ -43,6 +43,16 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
         )
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether nobody has sharded a parameter: the answer for almost all, at the cost of one look."""
+    if type(tensor) is not nn.Parameter:
+        return False
+    if torch.compiler.is_compiling():  # a graph has no dictionaries of tensors
+        return not hasattr(tensor, "ds_id") and not getattr(tensor, "_fsdp_flattened", False)
+    marks = tensor.__dict__
+    return not marks or ("ds_id" not in marks and not marks.get("_fsdp_flattened"))
+
+
 def is_partitioned(tensor: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 holds a tensor, and gathers it for the calls of its module."""
     return hasattr(tensor, "ds_id")
@@ -71,7 +81,7 @@ def whole(tensor: Tensor) -> Tensor:
 
     A parameter that is frozen needs no gradient, also where FSDP1 has put it into one tensor with others that do.
     """
-    if _is_plain(tensor):
+    if is_plain(tensor):
         return tensor
     if is_partitioned(tensor):
         with _gathered_by_deepspeed(tensor):
@@ -92,7 +102,7 @@ def whole_trained(tensor: Tensor) -> Tensor:
     Raises:
         RecastConfigError: for a parameter that FSDP1 has sharded in another module: it would lose its gradient.
     """
-    if _is_plain(tensor) or is_partitioned(tensor):  # which DeepSpeed has gathered as it was asked for
+    if is_plain(tensor) or is_partitioned(tensor):  # which DeepSpeed has gathered as it was asked for
         return tensor
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import Partial
@@ -124,11 +134,6 @@ def write(tensor: Tensor, values: Tensor) -> None:
             piece.write(values)
         else:
             tensor.copy_(values)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """The answer for almost every tensor, at little cost."""
-    return type(tensor) is nn.Parameter and not getattr(tensor, "_fsdp_flattened", False) and not is_partitioned(tensor)
 
 
 def _marked(gathered: Tensor, shard: Tensor) -> Tensor:

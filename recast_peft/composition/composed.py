@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError
 from ..offloaded import execution_device, is_offloaded, kept_tensor
-from ..sharded import whole, whole_shape, whole_trained
+from ..sharded import is_plain, whole, whole_shape, whole_trained
 from . import merging
 from .calling import Terms, lazy_weight, marked_as_pretrained
 from .compose import average_sets, compose_into, compose_weight
@@ -87,6 +87,9 @@ class ComposedModule(nn.Module):
         Raises:
             RecastBankError: if it was released when the bank was compressed.
         """
+        weight = merging.pretrained_parameter(self)
+        if weight is not None and is_plain(weight) and not weight.is_meta:
+            return weight
         return whole(self._pretrained_here())
 
     def _pretrained_here(self) -> Tensor:
