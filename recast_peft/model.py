@@ -64,6 +64,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         self._task_configs = configs if isinstance(configs, TaskConfigs) else TaskConfigs(configs)
 
     @waits_for_calls
+    @torch.inference_mode(False)  # what is made inside inference_mode could never be trained
     def inject_adapter(
         self,
         model: nn.Module,

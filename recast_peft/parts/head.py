@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import MixedBatch
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import Entry, module_entries, plain_modules, put_at
+from ..holders import Entry, TaskHolder, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
+from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
 from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels
 from .wrapper import TaskModule
@@ -141,6 +143,15 @@ class TaskHead(TaskModule):
             return batch.pool.head(key) or self.original_module  # type: ignore[union-attr, return-value]
         return super()._module_of(key, batch)
 
+    def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a head gives; one in float32 behind a model in float16 gives it in float16."""
+        x: Any = next(iter(args), None)
+        own = next(module.parameters(), None) if isinstance(module, nn.Module) else None  # a pool's are functions
+        is_mixed = isinstance(x, Tensor) and x.dtype == torch.float16 and own is not None and own.dtype == torch.float32
+        if not is_mixed or torch.is_autocast_enabled(x.device.type):
+            return module(*args, **kwargs)
+        return module(x.float(), *args[1:], **kwargs).to(x.dtype)
+
 
 def _alike(first: nn.Module, second: nn.Module) -> bool:
     """Whether one module can take over the other's numbers."""
@@ -198,13 +209,15 @@ class HeadPart(TaskPart):
 
     def install(self, place: Place, pieces: list[PreparedHead]) -> None:
         for head in pieces:
+            if any(parameter.dtype == torch.float16 for parameter in head.module.parameters()):
+                head.module.float()  # gradients of float16 cannot be unscaled (GradScaler)
             task_head(place.model, head.place).put(place.adapter_name, head, place.active, place.inference_mode)
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
-        """None beside those of ``TaskHead``; a head that was replaced since is refused.
+        """None beside those of ``TaskHead``; a head that was replaced since, or is trained and no task's, is refused.
 
         Raises:
-            RecastTargetError: if the task's head is no longer in the model.
+            RecastTargetError: if the task's head is no longer in the model, or the model's own is trained.
         """
         if config.num_classes is not None and not any(head.has_task(adapter_name) for head in task_heads(model)):
             raise RecastTargetError(
@@ -213,4 +226,24 @@ class HeadPart(TaskPart):
                 "would not be saved. Change the head before the model is converted, or add a task with the head that you want: "
                 "add_adapter(name, RecastConfig(num_classes=...))."
             )
+        name = _head_trained_outside_tasks(model)
+        if name is not None:
+            raise RecastTargetError(
+                f"{name} is trained, but belongs to no task and would not be saved: another module was put there after "
+                "the conversion (reset_classifier, or an assignment), or the model's own was unfrozen. Give the task a "
+                f"classifier with num_classes=, or modules_to_save=[{name!r}], or freeze it: requires_grad_(False)."
+            )
         return ()
+
+
+def _head_trained_outside_tasks(model: nn.Module) -> str | None:
+    """The name of a head of the model's own whose weights are trained; biases are a choice of ``bias=``, and PEFT stores what
+    reads words out."""
+    modules, embeddings = plain_modules(model), getattr(model, "get_output_embeddings", lambda: None)()
+    for head in sorted(head_names(model)):
+        within = {name: unwrapped(m) for name, m in modules.items() if name == head or name.startswith(f"{head}.")}
+        own = [unwrapped_module(m) for m in within.values() if not isinstance(m, TaskHolder)]
+        trained = [p for m in own if m is not embeddings for key, p in m._parameters.items() if p is not None and key != "bias"]
+        if any(parameter.requires_grad for parameter in trained):
+            return head
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..holders import plain_modules, put_at, unwrapped_module
+from ..holders import Entry, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
 from .base import Piece, Place, Request, TaskPart
-from .wrapper import TaskModule
+from .wrapper import TaskModule, was_replaced
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,19 @@ class SavedPart(TaskPart):
                 release_running_statistics(own)
                 own.train(present.training)
                 present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
+
+    def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
+        """None beside those of ``TaskModule``; a module that was replaced since is refused.
+
+        Raises:
+            RecastTargetError: if another module is in the place of the task's.
+        """
+        modules = plain_modules(model)
+        for piece in self.prepare(Request(model, config, ())):
+            present: Any = unwrapped(modules[piece.place])
+            if not (isinstance(present, TaskModule) and present.has_task(adapter_name)):
+                raise was_replaced(f"{piece.place} of task {adapter_name!r} ({self.name})")
+        return ()
 
 
 class NormsPart(SavedPart):

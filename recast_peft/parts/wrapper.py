@@ -15,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch, current_batch
-from ..errors import RecastConfigError
+from ..errors import RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, TaskModules, module_entries
 
 
@@ -160,15 +160,19 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         batch = current_batch()
         if batch is None or (self._disable_adapters and batch.is_off):
             task = self.shown_task
-            return (self.original_module if task is None else self.modules_to_save[task])(*args, **kwargs)
+            return self.called(self.original_module if task is None else self.modules_to_save[task], *args, **kwargs)
         return self._mixed(batch, *args, **kwargs)
 
     def _mixed(self, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Every sample with its own task's module."""
         parts = []
         for key, indices in batch.rows(len(x)).items():
-            parts.append((indices, self._module_of(key, batch)(batch.taken(x, indices), *args, **kwargs)))
+            parts.append((indices, self.called(self._module_of(key, batch), batch.taken(x, indices), *args, **kwargs)))
         return joined(parts, len(x))
+
+    def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a module gives that is called here."""
+        return module(*args, **kwargs)
 
     def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:
         return self.modules_to_save[key] if isinstance(key, str) and key in self._adapters else self.original_module
@@ -200,6 +204,14 @@ def joined(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
         result = result.index_copy(0, torch.tensor(rows, device=part.device), part)
     assert result is not None
     return result
+
+
+def was_replaced(what: str) -> RecastTargetError:
+    return RecastTargetError(
+        f"{what} is no longer in the model: another module was put in its place after the conversion, which belongs to no task "
+        "and would not be saved. Change the module before the model is converted, or add a task for the model as it is now: "
+        "add_adapter(name, config)."
+    )
 
 
 def several_owners(owners: Sequence[str], place: str) -> RecastConfigError:

@@ -14,6 +14,7 @@ from ..layer import RecastLayer, recast_layers
 from ..options.record import TaskRecord, mean_fidelity
 from ..parts.head import problem_type_of
 from ..parts.lora import lora_config_of
+from ..parts.wrapper import was_replaced
 from ..planning.groups import PlannedGroup, sharing_of
 from ..sharded import whole_shape
 from .backbone import describe_backbone
@@ -52,6 +53,9 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     backbone = backbone_of(model)
     layers = {n: layer for n, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}
     banks = task_banks(backbone, adapter_name)
+    lost = [member for bank in banks.values() for member in bank.members if member not in layers]
+    if lost:
+        raise was_replaced(f"{lost[0]}, a target of task {adapter_name!r},")
     reference = reference_of(banks)
     if reference is not None and reference["name"] is None:
         warnings.warn(

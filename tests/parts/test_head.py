@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import small_vit
+from models import outputs, randomise, small_vit, tiny_vit, vit_input
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -523,3 +523,40 @@ class TestTheKindOfLoss:
             RecastConfig(problem_type="regression")
         with pytest.raises(RecastConfigError, match="problem_type='ranking'"):
             RecastConfig(num_classes=3, problem_type="ranking")
+
+
+class TestAModelInHalfPrecision:
+    """GradScaler refuses gradients of float16, so a new head is trained in float32."""
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_trains_its_head_with_a_scaler(self, autocast: bool) -> None:
+        model = get_recast_model(tiny_vit().half(), RecastConfig(num_classes=3), "task").train()
+        own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.detach().clone() for parameter in own]
+        optimizer, scaler = torch.optim.SGD(own, lr=0.1), torch.amp.GradScaler("cpu", init_scale=64.0)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            logits = model(vit_input().half())
+        assert logits.dtype == torch.float16
+        scaler.scale(nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1]))).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        head = model.get_base_model().head.modules_to_save["task"]
+        assert all(not torch.equal(a, b) for a, b in zip(before, own, strict=True))
+        assert head.weight.dtype == torch.float32
+
+    def test_mixes_it_with_the_model_s_own_and_in_pools(self, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit().half(), RecastConfig(num_classes=3), "task").eval()
+        randomise(model, "task")
+        x = vit_input().half()
+        alone = outputs(model, x)
+        mixed = outputs(model, x, adapter_names=["task", "__base__"])
+        assert mixed.dtype == torch.float16
+        torch.testing.assert_close(mixed[:1, :3], alone[:1], rtol=1e-2, atol=1e-2)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(tiny_vit().half(), tmp_path / "task", "task").eval()
+        assert torch.equal(outputs(again, x), alone)
+        pool = TaskPool(again)
+        pool.load_folder(tmp_path)
+        torch.testing.assert_close(outputs(again, x, task_ids=pool.ids(["task", "task"])), alone, rtol=1e-2, atol=1e-2)
+        pool.activate("task")
+        torch.testing.assert_close(outputs(again, x), alone, rtol=1e-2, atol=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,33 @@ def test_a_head_that_was_replaced_is_not_left_out_in_silence(replace: Callable[[
     replace(model.get_base_model())
     with pytest.raises(RecastTargetError, match="no longer in the model"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "place", "told"),
+    [
+        ({}, "head", "is trained, but belongs to no task"),
+        ({"modules_to_save": ["head"]}, "head", "no longer in the model|is trained, but belongs to no task"),
+        ({"modules_to_save": ["norm"]}, "blocks.1.norm", "no longer in the model"),
+        ({"train_norms": True}, "blocks.1.norm", "no longer in the model"),
+        ({}, "blocks.1.mlp.fc1", "no longer in the model"),
+    ],
+)
+def test_nothing_that_was_replaced_is_left_out_in_silence(config: dict, place: str, told: str, tmp_path: Path) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(**config), "task")
+    saved(model, "task", tmp_path)
+    parent = model.get_base_model().get_submodule(place.rpartition(".")[0])
+    setattr(parent, place.rpartition(".")[2], copy.deepcopy(tiny_vit().get_submodule(place)))
+    with pytest.raises(RecastTargetError, match=told):
+        model.save_pretrained(tmp_path)
+
+
+def test_the_base_s_own_head_may_be_frozen_or_have_its_bias_trained(tmp_path: Path) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(bias="all"), "task")
+    assert model.get_base_model().head.bias.requires_grad
+    saved(model, "task", tmp_path)
+    model.get_base_model().head = nn.Linear(8, 4).requires_grad_(False)
+    saved(model, "task", tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["shape", "missing", "integers", "unexpected"])

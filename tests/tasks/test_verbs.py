@@ -97,3 +97,17 @@ def test_a_merged_task_is_not_deleted() -> None:
         model.delete_adapter("first")
     model.unmerge_adapter()
     assert torch.equal(outputs(model, vit_input()), seen["second"])
+
+
+@pytest.mark.parametrize("owned", OWNED)
+def test_a_task_that_is_added_in_inference_mode_can_be_trained_later(owned: str) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first")
+    with torch.inference_mode():
+        model.add_adapter("second", RecastConfig(target_modules=["fc1"], **OWNED[owned]))
+        model.set_adapter("second")
+        model(vit_input())
+    outputs(model.train(), vit_input())
+    model(vit_input()).square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None and not parameter.is_inference() for parameter in trained)
