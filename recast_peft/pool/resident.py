@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
+from ..names import check_adapter_name
 from ..parts.head_building import PreparedHead
 from ..storage.versions import keeping_version
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
@@ -102,6 +103,7 @@ class ResidentTasks(TaskTable):
             RecastLoadError: if its file is damaged, or was made for other pretrained weights.
             RecastHubError: if its repository cannot be reached or read.
         """
+        check_adapter_name(name)
         self.check_new_name(name)
         with torch.inference_mode(False), torch.no_grad():
             values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
@@ -152,6 +154,7 @@ class ResidentTasks(TaskTable):
         Raises:
             RecastConfigError: if an argument cannot be used; the pool is left as it was.
         """
+        check_adapter_name(adapter_name)
         check_combination(adapters, weights, combination_type, heads=heads, **options)
         with torch.inference_mode(False), torch.no_grad():
             with self.lock:

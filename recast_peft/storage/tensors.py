@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import RecastLoadError
 from .atomic import staged
 
-CHECKSUM = "recast_checksum"  # the entry of a file's metadata
+CHECKSUM = "recast_checksum"  # the entry of a file's metadata: of its tensors
+TEXTS_CHECKSUM = "recast_texts_checksum"  # the same of its other entries
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 100.0  # of coefficients; 1 moves a weight by as much as the weight itself
 TRIES = 50  # to read a file that is replaced again and again
@@ -63,6 +64,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
         plain[key] = value.clone() if value.numel() and place in held else value
         held[place] = key
     texts = {"format": "pt", **(metadata or {}), CHECKSUM: checksum(plain)}
+    texts[TEXTS_CHECKSUM] = _texts_checksum(texts)
     with staged(path) as beside:
         try:
             save_file(plain, beside, metadata=texts)
@@ -229,11 +231,23 @@ def check_shapes(
 
 def _check_content(what: str, file: TensorFile) -> None:
     stored = file.metadata.get(CHECKSUM)
-    if stored is not None and stored != file.content:
+    if stored is None:  # of an earlier version, of another program, or taken out by hand
+        return
+    if stored != file.content:
         raise RecastLoadError(
             f"{what} is damaged: its numbers are not those that were written\n  checksum in the file:   {stored}\n"
             f"  checksum of the numbers: {file.content}\nNothing was loaded; fetch it again."
         )
+    texts = file.metadata.get(TEXTS_CHECKSUM)
+    if texts is not None and texts != _texts_checksum(file.metadata):
+        raise RecastLoadError(
+            f"{what} is damaged: the texts of its metadata are not those that were written\nNothing was loaded; fetch it again."
+        )
+
+
+def _texts_checksum(metadata: Mapping[str, str]) -> str:
+    texts = sorted((key, text) for key, text in metadata.items() if key != TEXTS_CHECKSUM)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def checksum(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:

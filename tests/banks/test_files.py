@@ -412,7 +412,7 @@ class TestCompressedModel:
         with pytest.raises(RecastLoadError, match="another architecture"):
             load_compressed_model(tiny_vit(depth=6), tmp_path)
         (tmp_path / "recast_backbone.safetensors").unlink()
-        with pytest.raises(RecastLoadError, match="damaged or incomplete"):
+        with pytest.raises(RecastLoadError, match="recast_backbone.safetensors is not there"):
             load_compressed_model(tiny_vit(), tmp_path)
 
     def test_beside_another_bank_is_refused(self, tmp_path: Path) -> None:

@@ -617,6 +617,12 @@ class TestRows:
         for name in ("", "a\nb", 3):
             with pytest.raises(RecastConfigError, match="name="):
                 pool.add(name)
+        for name in ("a/b", "..", "/tmp/x"):  # it could not be saved as a folder
+            with pytest.raises(RecastConfigError, match="plain name"):
+                pool.add(name)
+            with pytest.raises(RecastConfigError, match="plain name"):
+                pool.add_weighted_adapter(["task0"], [1.0], name)
+        assert len(pool) == 1
 
     def test_a_model_without_tasks(self):
         with pytest.raises(RecastConfigError, match="get_recast_model"):

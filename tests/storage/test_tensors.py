@@ -69,6 +69,16 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path) -> None:
         read_tensors(file)
 
 
+def test_a_changed_digit_of_the_metadata_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    write_tensors(file, tensors(), {"recipe": "[0.25, 0.75]"})
+    assert read_tensors(file).metadata["recipe"] == "[0.25, 0.75]"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"0.75", b"0.74"))
+    with pytest.raises(RecastLoadError, match="damaged: the texts of its metadata"):
+        read_tensors(file)
+
+
 def test_a_file_of_others_has_no_checksum_and_is_read(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "x")
     assert CHECKSUM not in read_metadata(tmp_path / "x")
