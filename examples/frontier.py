@@ -100,6 +100,7 @@ METHODS: dict[str, Method] = {
     "RECAST, all linear layers": Method(recast(target_modules="all-linear", group_size=1), {"text": 5e-2}),
     "RECAST, 500 coefficients": Method(recast(max_coefficients=500), {"text": 5e-2, "pictures": 1e-2}),
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
+    "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
     "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2}),
     "RECAST, biases trained": Method(recast(bias="all", train_coefficients=False), {"text": 3e-3}),

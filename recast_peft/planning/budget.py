@@ -1,7 +1,7 @@
 """A budget of coefficients: sizes of groups and sharing are chosen so that a task keeps it (the paper's parametric scaling).
 
 A config that names no size keeps to ``DEFAULT_BUDGET``: the first row of ``DEFAULT_SIZES`` within it is taken. Which rows there
-are, and in what order, is measured on pretrained models (docs/results/accuracy.md). A size that is given, however small or
+are, and in what order, is measured on pretrained models (docs/results/index.md). A size that is given, however small or
 large, is never changed.
 """
 

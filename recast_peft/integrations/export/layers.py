@@ -25,7 +25,7 @@ Call = Callable[..., Tensor]
 WEIGHT, OUTPUT, AUTO = WAYS = "weight", "output", "auto"
 
 # Positions of the input, times (n - 1), below which n products cost less than composing the weight; measured in ONNX Runtime
-# on a CPU by examples/benchmarks/export.py --ways.
+# on a CPU (examples/benchmarks/export.py shows both ways at 197 positions).
 PRODUCT_LIMIT = 16
 
 PROPORTIONAL = ("Conv2dSame",)  # of no kind that is known, but without a bias they scale what they are given
