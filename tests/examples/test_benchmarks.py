@@ -59,11 +59,11 @@ class TestBenchmarks:
         import inference
         from rivals import backbone, images
 
-        from recast_peft.composition import composed as module
+        from recast_peft.composition import compose
 
         made = []
-        compose = module.compose_weight
-        monkeypatch.setattr(module, "compose_weight", lambda *args, **kwargs: made.append(1) or compose(*args, **kwargs))
+        weighted_sum = compose._weighted_sum
+        monkeypatch.setattr(compose, "_weighted_sum", lambda *args, **kwargs: made.append(1) or weighted_sum(*args, **kwargs))
         composed = {}
         with torch.no_grad():
             options = inference.parser().parse_args(["--model", "test_vit"])
