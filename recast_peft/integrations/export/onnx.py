@@ -76,7 +76,7 @@ def export_onnx(
         )
     assert made is not None
     if hasattr(made, "rename_axes"):  # torch names them s0, s1, ...
-        inputs = {value.name: value for value in made.model.graph.inputs}
+        inputs: dict[Any, Any] = {value.name: value for value in made.model.graph.inputs}
         axes = [(inputs[name].shape[dim], new) for name, dims in prepared.dynamic.items() for dim, new in dims.items()]
         made.rename_axes({str(old): new for old, new in axes if not isinstance(old, int)})
     for node in made.model.graph:  # where in whose files it was traced
