@@ -19,8 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, plain_name, unwrapped
-from .offloaded import bring_back, kept_tensor
-from .sharded import whole_shape, write
+from .placement.offloaded import bring_back, kept_tensor
+from .placement.sharded import whole_shape, write
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import recast_peft
 ROOT = Path(recast_peft.__file__).parent
 
 # From the inside to the outside; a module may import from its own room and from those before it.
-INNER = "_version errors validation names sharded offloaded holders storage registration composition mimicry banks options"
+INNER = "_version errors validation names placement holders storage registration composition mimicry banks options"
 OUTER = "config planning layer parts tasks model hub pool auto growth optim integrations analysis cli __init__"
 ROOMS = [*INNER.split(), *OUTER.split()]
 

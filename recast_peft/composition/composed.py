@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import RecastBankError
-from ..offloaded import execution_device, is_offloaded, kept_tensor
-from ..sharded import is_plain, whole, whole_shape, whole_trained
+from ..placement.offloaded import execution_device, is_offloaded, kept_tensor
+from ..placement.sharded import is_plain, whole, whole_shape, whole_trained
 from . import merging
 from .calling import Terms, lazy_weight, marked_as_pretrained
 from .compose import average_sets, compose_into, compose_weight

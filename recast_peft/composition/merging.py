@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import RecastBankError
-from ..sharded import is_sharded
+from ..placement.sharded import is_sharded
 from .calling import STANDS_FOR
 from .outputs import is_out_of_reach
 from .quantised import dequantised, quantised_by

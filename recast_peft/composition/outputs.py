@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..offloaded import is_offloaded
-from ..sharded import is_spread_in_calls
+from ..placement.offloaded import is_offloaded
+from ..placement.sharded import is_spread_in_calls
 from .parallel import for_neighbour, for_own
 from .quantised import quantised_by
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sharded import SHARD, whole
+from ..placement.sharded import SHARD, whole
 from .coefficient_gradients import AUTO, EXACT, is_faster_in_bfloat16, with_known_sum
 from .compose import compose_weight, composition_dtype, needs_plain_operations, template_inner_products
 from .kinds import Gradients, LayerKind, kind_of

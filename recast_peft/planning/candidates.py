@@ -20,8 +20,8 @@ from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
 from ..holders import TaskHolder
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
-from ..offloaded import is_offloaded, kept_tensor
-from ..sharded import whole, whole_shape
+from ..placement.offloaded import is_offloaded, kept_tensor
+from ..placement.sharded import whole, whole_shape
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, role_of
 from ..options.checks import SHARING
-from ..sharded import whole_shape
+from ..placement.sharded import whole_shape
 from .candidates import Candidate, composed_layer
 
 

@@ -19,9 +19,9 @@ from ..parts import PARTS
 from ..parts.base import Place, Request
 from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
+from ..placement.sharded import check_may_be_added_to
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.renamed import Renaming, find_renamed
-from ..sharded import check_may_be_added_to
 from .conversion import (
     PreparedLayer,
     check_fingerprints,

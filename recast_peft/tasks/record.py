@@ -15,8 +15,8 @@ from ..options.record import TaskRecord, mean_fidelity
 from ..parts.head import problem_type_of
 from ..parts.lora import lora_config_of
 from ..parts.wrapper import was_replaced
+from ..placement.sharded import whole_shape
 from ..planning.groups import PlannedGroup, sharing_of
-from ..sharded import whole_shape
 from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask

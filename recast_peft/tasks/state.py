@@ -17,7 +17,7 @@ from ..config import RecastConfig
 from ..holders import Entry, entries_of, unwrapped
 from ..names import MODEL_PREFIX, plain_name
 from ..parts import PARTS
-from ..sharded import is_sharded, whole
+from ..placement.sharded import is_sharded, whole
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import RecastConfigError
+from ..errors import RecastConfigError
 
 SHARD = "recast_shard"  # attribute of a gathered tensor: the shard that it was gathered from, to gather it once more
 _PIECE = "recast_piece"  # attribute of a parameter in FSDP1: its handle, and its number there

@@ -1,0 +1,1 @@
+"""Tensors that lie elsewhere: sharded over processes, or offloaded to where nothing computes."""
