@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -353,3 +353,13 @@ def reference_model(plain: nn.Module, model: PeftModel, adapters: Sequence[str] 
 def outputs(model: nn.Module, inputs: Tensor, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         return model(inputs, **kwargs)
+
+
+def lora(**fields: Any) -> LoraConfig:
+    """A LoRA part of rank 2 whose factor is 3."""
+    return LoraConfig(**{"r": 2, "lora_alpha": 6, **fields})
+
+
+def lora_parameters(model: nn.Module, name: str = "task") -> dict[str, nn.Parameter]:
+    """The LoRA parameters of a task by their names in the model."""
+    return {k: p for k, p in model.named_parameters() if ".lora_" in k and f".{name}" in k}

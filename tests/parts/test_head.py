@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -17,7 +16,6 @@ from timm.models import save_for_hf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,11 +28,8 @@ from transformers import (
     pipeline,
 )
 
-from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
 from recast_peft.parts.head import TaskHead, split_logits
-from recast_peft.parts.head_building import PrototypeHead, find_head
-from recast_peft.parts.prototypes import fit_prototypes
-from recast_peft.parts.wrapper import joined
 
 
 def small_bert(num_labels: int = 3) -> nn.Module:
@@ -51,11 +46,6 @@ def learn_something(model: nn.Module, adapter: str) -> None:
     for name, parameter in model.named_parameters():
         if f".{adapter}" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -284,108 +274,6 @@ class TestFiles:
         assert type(plain.head) is nn.Linear
 
 
-class TestFinding:
-    def test_timm_and_transformers_conventions(self):
-        assert find_head(small_vit()) == "head"
-        assert find_head(timm.create_model("resnet10t")) == "fc"
-        assert find_head(small_bert()) == "classifier"
-
-    def test_a_name_that_does_not_exist(self):
-        with pytest.raises(RecastTargetError, match="no such module; top level: .*head"):
-            get_recast_model(small_vit(), RecastConfig(num_classes=3, head_module="foo"))
-
-    def test_a_model_without_a_head_says_how_to_name_one(self):
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        with pytest.raises(RecastTargetError, match="head_module="):
-            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3))
-        named = get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3, head_module="1"))
-        assert named(torch.ones(2, 4)).shape == (2, 3)
-
-    @pytest.mark.parametrize(
-        ("head", "fields", "message"),
-        [
-            (nn.Identity(), {}, "does not say its num_features"),
-            (nn.ReLU(), {}, "without a linear layer or convolution"),
-            (nn.Sequential(nn.Linear(4, 4)), {"head_type": "prototypes"}, "need a single linear layer"),
-        ],
-    )
-    def test_what_no_head_can_be_built_for(self, head, fields, message):
-        model = nn.Sequential(nn.Linear(4, 4), head)
-        with pytest.raises(RecastTargetError, match=message):
-            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3, head_module="1", **fields))
-        assert type(model[0]) is nn.Linear
-
-    def test_of_two_classifiers_one_has_to_be_named(self):
-        class Distilled(nn.Sequential):
-            def get_classifier(self) -> tuple[nn.Module, ...]:
-                return self[1], self[2]
-
-        model = Distilled(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2))
-        with pytest.raises(RecastTargetError, match="the model has 2 classifiers"):
-            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3))
-
-    def test_copying_needs_the_same_classes(self, images):
-        with pytest.raises(RecastTargetError, match=r"head head: 7\n +num_classes: 3"):
-            get_recast_model(small_vit(), RecastConfig(num_classes=3, head_init="copy"))
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_init="copy"))
-        assert torch.equal(model(images), small_vit()(images))
-
-    @pytest.mark.parametrize(
-        "fields",
-        [
-            {"num_classes": 0}, {"num_classes": True}, {"num_classes": "3"}, {"id2label": {0: "a", 2: "b"}},
-            {"id2label": ["a"]}, {"num_classes": 3, "id2label": {0: "a"}}, {"head_init": "zero"},
-            {"head_type": "tree"}, {"head_dtype": "int8"}, {"head_module": 3}, {"train_norms": "yes"},
-        ],
-    )  # fmt: skip
-    def test_bad_fields_are_named(self, fields):
-        with pytest.raises(RecastConfigError) as error:
-            RecastConfig(**fields)
-        assert any(name in str(error.value) for name in fields)
-
-
-class TestPrototypes:
-    def test_they_are_the_class_means_and_the_nearest_one_wins(self, images):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
-        labels = torch.tensor([0, 1, 0, 1, 0, 1])
-        features = small_vit(num_classes=0)
-        features.load_state_dict(small_vit().state_dict(), strict=False)
-        means = torch.stack([features(images)[labels == k].mean(0) for k in (0, 1)])
-        fitted = fit_prototypes(model, [(images[:4], labels[:4]), (images[4:], labels[4:])])
-        assert torch.allclose(fitted, means, atol=1e-5)
-        distances = (features(images)[:, None] - means).square().sum(-1)
-        assert torch.allclose(model(images), -distances, atol=1e-4)
-
-    def test_a_class_without_an_example_is_named(self, images):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"))
-        with pytest.raises(RecastTargetError, match=r"class \[2\]"):
-            fit_prototypes(model, [(images[:2], torch.tensor([0, 1]))])
-
-    def test_labels_that_are_no_classes_and_a_task_that_is_not_in_force(self, images):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"), "first")
-        for labels in ([3, 0], [-1, 0]):
-            with pytest.raises(RecastTargetError, match="numbers of the task's classes"):
-                fit_prototypes(model, [(images[:2], torch.tensor(labels))])
-        model.add_adapter("second", RecastConfig(num_classes=3))
-        model.set_adapter("second")
-        with pytest.raises(RecastTargetError, match="set_adapter"):
-            fit_prototypes(model, [(images[:3], torch.arange(3))], "first")
-
-    def test_a_task_without_prototypes_is_refused(self, images):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=3))
-        with pytest.raises(RecastTargetError, match="head_type='prototypes'"):
-            fit_prototypes(model, [(images, torch.zeros(6, dtype=torch.long))])
-
-    def test_they_are_stored_and_never_trained(self, images, tmp_path):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
-        fit_prototypes(model, [(images, torch.tensor([0, 1] * 3))])
-        assert not any("prototypes" in n for n, p in model.named_parameters() if p.requires_grad)
-        model.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(small_vit(), tmp_path)
-        assert isinstance(again.get_base_model().head.modules_to_save["default"], PrototypeHead)
-        assert torch.equal(again(images), model(images))
-
-
 class TestMixedBatches:
     def test_every_sample_gets_its_own_head(self, two_tasks, images):
         alone = {}
@@ -400,129 +288,6 @@ class TestMixedBatches:
         for i, (name, row) in enumerate(zip(names, split_logits(mixed), strict=True)):
             assert row.shape == alone[name][i].shape
             assert torch.allclose(row, alone[name][i], atol=1e-5)
-
-    def test_joining_and_splitting_by_hand(self):
-        together = joined([([1], torch.tensor([[1.0, 2.0]])), ([0, 2], torch.tensor([[3.0], [4.0]]))], 3)
-        inf = float("inf")
-        assert torch.equal(together, torch.tensor([[3.0, -inf], [1.0, 2.0], [4.0, -inf]]))
-        assert [row.tolist() for row in split_logits(together)] == [[3.0], [1.0, 2.0], [4.0]]
-
-
-class TestNorms:
-    def test_running_statistics_stay_the_pretrained_models(self):
-        model = get_recast_model(timm.create_model("resnet10t", num_classes=3), RecastConfig(num_classes=2))
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        model.train()
-        model(torch.randn(4, 3, 32, 32))
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-    def test_a_task_can_own_its_norms(self, tmp_path):
-        def backbone() -> nn.Module:
-            torch.manual_seed(0)
-            return timm.create_model("resnet10t", num_classes=3)
-
-        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        model = get_recast_model(backbone(), RecastConfig(num_classes=2, train_norms=True))
-        base = backbone().eval()(x)
-        model.train()
-        model(x * 3).sum().backward()
-        owned = [n for n, p in model.named_parameters() if p.requires_grad and "bn1" in n]
-        assert owned
-        model.eval()
-        live = model(x)
-        with model.disable_adapter():
-            assert torch.equal(model(x), base)
-        model.save_pretrained(tmp_path)
-        stored = load_file(tmp_path / "adapter_model.safetensors")
-        assert any(key.endswith("running_mean") for key in stored)
-        again = PeftModel.from_pretrained(backbone(), tmp_path).eval()
-        assert torch.equal(again(x), live)
-
-
-class TestTheKindOfLoss:
-    """What transformers calls ``problem_type`` decides the loss; it belongs to the task whose head is called."""
-
-    IDS = torch.randint(3, 40, (4, 5), generator=torch.Generator().manual_seed(5))
-    TARGETS = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
-
-    def bert(self, **fields: Any) -> BertForSequenceClassification:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        return BertForSequenceClassification(BertConfig(vocab_size=40, **sizes, **{"num_labels": 3, **fields})).eval()
-
-    def loss_of(self, model: nn.Module) -> str:
-        out = model(input_ids=self.IDS, labels=self.TARGETS)
-        losses = {"regression": mse_loss, "multi_label_classification": binary_cross_entropy_with_logits}
-        (kind,) = (kind for kind, loss in losses.items() if torch.allclose(out.loss, loss(out.logits, self.TARGETS)))
-        return kind
-
-    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
-    def test_is_the_models_own_for_as_many_outputs(self, kind: str) -> None:
-        model = get_recast_model(self.bert(problem_type=kind), RecastConfig(num_classes=3)).eval()
-        assert (model.config.problem_type, self.loss_of(model)) == (kind, kind)
-        model.add_adapter("two", RecastConfig(num_classes=2))
-        model.set_adapter("two")
-        assert model.config.problem_type is None  # other outputs mean another problem
-        with model.disable_adapter():
-            assert model.config.problem_type == kind
-
-    def test_is_the_tasks_if_it_is_given(self) -> None:
-        config = RecastConfig(num_classes=3, problem_type="regression")
-        model = get_recast_model(self.bert(problem_type="multi_label_classification"), config).eval()
-        assert self.loss_of(model) == "regression"
-        with model.disable_adapter():
-            assert self.loss_of(model) == "multi_label_classification"
-        assert self.loss_of(model) == "regression"
-
-    def test_set_on_the_model_stays_with_the_active_task(self, tmp_path: Path) -> None:
-        model = get_recast_model(self.bert(), RecastConfig(num_classes=3), "one").eval()
-        model.config.problem_type = "regression"
-        model.add_adapter("two", RecastConfig(num_classes=3))
-        assert self.loss_of(model) == "regression"
-        with model.disable_adapter():
-            assert model.config.problem_type is None
-        model.set_adapter("two")
-        assert self.loss_of(model) == "multi_label_classification"  # transformers' guess, which is now that of task two
-        model.set_adapter("one")
-        assert self.loss_of(model) == "regression"
-        model.save_pretrained(tmp_path)
-        assert model.peft_config["one"].problem_type == "regression"
-        for name, kind in (("one", "regression"), ("two", "multi_label_classification")):
-            assert RecastConfig.from_pretrained(tmp_path / name).problem_type == kind
-            loaded = PeftModel.from_pretrained(self.bert(), tmp_path / name, name).eval()
-            assert (loaded.config.problem_type, self.loss_of(loaded)) == (kind, kind)
-        model.set_adapter("two")
-        model.delete_adapter("one")
-        assert model.config.problem_type == "multi_label_classification"
-        assert model.unload().config.problem_type is None
-
-    def test_goes_with_a_merged_model(self) -> None:
-        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"))
-        assert self.loss_of(model.merge_and_unload().eval()) == "regression"
-
-    def test_is_kept_by_a_pool_and_its_file(self, tmp_path: Path) -> None:
-        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"), "one").eval()
-        pool = TaskPool(model)
-        pool.add("stored", "one")
-        pool.add("other", RecastConfig(num_classes=3))
-        pool.save(tmp_path / "pool.safetensors")
-        again = TaskPool(get_recast_model(self.bert(), RecastConfig(num_classes=3), "one").eval())
-        again.load(tmp_path / "pool.safetensors")
-        for each in (pool, again):
-            for name, kind in (("stored", "regression"), ("other", "multi_label_classification"), ("stored", "regression")):
-                each.activate(name)
-                assert self.loss_of(each.model) == kind
-
-    def test_of_a_timm_model_is_kept_with_the_task(self, tmp_path: Path) -> None:
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, problem_type="regression"))
-        model.save_pretrained(tmp_path)
-        assert RecastConfig.from_pretrained(tmp_path).problem_type == "regression"
-
-    def test_without_a_head_of_the_task_is_refused(self) -> None:
-        with pytest.raises(RecastConfigError, match="expected num_classes too"):
-            RecastConfig(problem_type="regression")
-        with pytest.raises(RecastConfigError, match="problem_type='ranking'"):
-            RecastConfig(num_classes=3, problem_type="ranking")
 
 
 class TestAModelInHalfPrecision:

@@ -10,9 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import KINDS, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
+from models import (
+    KINDS,
+    composed_weights,
+    layers_of,
+    lora,
+    lora_parameters,
+    outputs,
+    randomise,
+    reference_model,
+    seeded,
+    tiny_vit,
+    vit_input,
+)
 from peft import (
-    AdaLoraConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
@@ -35,13 +46,11 @@ from recast_peft import (
     convert_to_lora,
     create_recast_optimizer,
     get_recast_model,
-    plan_recast,
     push_task_to_hub,
 )
 from recast_peft.cli import main
 from recast_peft.parts import lora as lora_part_module
 from recast_peft.parts.lora import part_layers
-from recast_peft.planning.roles import SHORTHANDS
 
 TARGETS = {
     "the same": None,
@@ -51,20 +60,12 @@ TARGETS = {
 }
 
 
-def lora(**fields: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "lora_alpha": 6, **fields})
-
-
 def two_parts(name: str = "task", **fields: Any) -> PeftModel:
     """A tiny vision transformer with one task of two parts that both do something."""
     config = RecastConfig(target_modules=["qkv", "proj"], lora_config=lora(**fields))
     model = get_recast_model(tiny_vit(), config, name).eval()
     fill(model, name)
     return model
-
-
-def lora_parameters(model: nn.Module, name: str = "task") -> dict[str, nn.Parameter]:
-    return {k: p for k, p in model.named_parameters() if ".lora_" in k and f".{name}" in k}
 
 
 def fill(model: nn.Module, name: str = "task", seed: int = 3) -> None:
@@ -257,21 +258,6 @@ class TestVariants:
         fill(model)
         model(kind.inputs()).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora_parameters(model).values())
-
-    @pytest.mark.parametrize(
-        ("name", "targets", "message"),
-        [
-            ("multi-head attention", ["0", "1"], "torch's multi-head attention"),
-            ("conv2d depth-wise", ["0", "1", "2"], "rank 2"),
-            ("conv2d with dilation and groups", ["0", "1", "2"], "PEFT has no such LoRA"),
-        ],
-    )
-    def test_modules_that_peft_has_no_sound_lora_for(self, name, targets, message):
-        model = seeded(KINDS[name].build)
-        before = list(model.state_dict())
-        with pytest.raises(RecastTargetError, match=message):
-            get_recast_model(model, RecastConfig(target_modules=targets, lora_config=lora()))
-        assert list(model.state_dict()) == before
 
 
 class TestMerging:
@@ -561,77 +547,7 @@ class TestCompressedBanks:
             get_recast_model(tiny_vit(), self.config(**fields))
 
 
-class TestPlan:
-    def test_the_plan_counts_both_parts(self):
-        config = RecastConfig(target_modules=["qkv"], max_coefficients=8, lora_config=lora(target_modules=["fc1"]))
-        plan = plan_recast(tiny_vit(), config)
-        assert (plan.num_coefficients, plan.num_lora_numbers) == (8, 4 * 2 * (8 + 16))
-        assert "LoRA part: 192 numbers per task on 4 target modules, 200 with the coefficients" in str(plan)
-
-    @pytest.mark.parametrize(
-        ("fields", "targets"),
-        [
-            ({}, ["blocks.1.attn.qkv", "blocks.3.attn.qkv"]),
-            ({"target_modules": "all-mlp", "exclude_modules": ["fc2"]}, [f"blocks.{i}.mlp.fc1" for i in range(4)]),
-            ({"target_modules": r".*\.[02]\..*fc1"}, ["blocks.0.mlp.fc1", "blocks.2.mlp.fc1"]),
-            ({"target_modules": ["fc1"], "layers_to_transform": [1], "layers_pattern": "blocks"}, ["blocks.1.mlp.fc1"]),
-        ],
-    )
-    def test_targets_of_its_own(self, fields, targets):
-        config = RecastConfig(target_modules=r".*\.[13]\..*qkv", lora_config=lora(**fields))
-        assert list(plan_recast(tiny_vit(), config).lora.targets) == targets
-        model = get_recast_model(tiny_vit(), config, "task")
-        wanted = {key for key in lora_parameters(model) if key.endswith("lora_A.task.weight")}
-        assert len(wanted) == len(targets)
-        assert all(any(target in key for key in wanted) for target in targets)
-
-    def test_a_shorthand_that_was_added_names_targets_here_too(self, monkeypatch):
-        monkeypatch.setitem(SHORTHANDS, "all-first-mlp", lambda candidate: candidate.name.endswith("fc1"))
-        config = RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules="all-first-mlp"))
-        assert list(plan_recast(tiny_vit(), config).lora.targets) == [f"blocks.{i}.mlp.fc1" for i in range(4)]
-
-
 class TestRefusals:
-    @pytest.mark.parametrize(
-        ("fields", "message"),
-        [
-            ({"init_lora_weights": "pissa"}, "writes into the pretrained weights"),
-            ({"init_lora_weights": "pissa_niter_4"}, "writes into the pretrained weights"),
-            ({"init_lora_weights": "olora"}, "writes into the pretrained weights"),
-            ({"init_lora_weights": "eva"}, "from data for a LoRA of its own"),
-            ({"layer_replication": [(0, 2)]}, "changes the layers of the model"),
-            ({"target_parameters": ["weight"]}, "name modules with target_modules"),
-            ({"trainable_token_indices": [1]}, "modules_to_save of the RecastConfig"),
-            ({"bias": "all"}, "to the RecastConfig"),
-            ({"modules_to_save": ["head"]}, "to the RecastConfig"),
-            ({"inference_mode": True}, "to the RecastConfig"),
-            ({"task_type": "SEQ_CLS"}, "task_type"),
-            ({"r": 0}, "at least 1 and at most 65,536 as its r"),
-        ],
-    )
-    @pytest.mark.filterwarnings("ignore")
-    def test_fields_that_make_no_sense_in_a_part(self, fields, message):
-        with pytest.raises(RecastConfigError, match=message):
-            RecastConfig(lora_config=lora(**fields))
-
-    @pytest.mark.parametrize("given", [AdaLoraConfig(total_step=3), "r=4", 4, {"peft_type": "LOHA"}])
-    def test_what_is_no_lora_config(self, given):
-        with pytest.raises(RecastConfigError, match="expected a LoraConfig"):
-            RecastConfig(lora_config=given)
-
-    def test_targets_that_are_not_there(self):
-        model = tiny_vit()
-        with pytest.raises(RecastTargetError, match="not found in the base model"):
-            get_recast_model(model, RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=["nothing"])))
-        assert not layers_of(model)
-
-    def test_the_classifier_that_the_task_owns(self):
-        config = RecastConfig(
-            target_modules=["qkv"], num_classes=5, head_module="head", lora_config=lora(target_modules=["head"])
-        )
-        with pytest.raises(RecastTargetError, match="head is trained whole with this task"):
-            get_recast_model(tiny_vit(), config)
-
     def test_a_failure_in_the_middle_leaves_the_model_as_it_was(self, monkeypatch):
         model = two_parts(target_modules=["qkv", "fc1"])
         live, keys = outputs(model, vit_input()), list(model.state_dict())

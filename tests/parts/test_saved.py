@@ -7,6 +7,8 @@ import copy
 import pytest
 import timm
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -52,3 +54,34 @@ def test_running_statistics_stay_those_of_the_pretrained_model(way: str) -> None
         assert torch.equal(model.eval()(x), plain(x))
     left = model.unload()
     assert not any(m._forward_pre_hooks for m in left.modules())
+
+
+class TestNorms:
+    def test_running_statistics_stay_the_pretrained_models(self):
+        model = get_recast_model(timm.create_model("resnet10t", num_classes=3), RecastConfig(num_classes=2))
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        model.train()
+        model(torch.randn(4, 3, 32, 32))
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    def test_a_task_can_own_its_norms(self, tmp_path):
+        def backbone() -> nn.Module:
+            torch.manual_seed(0)
+            return timm.create_model("resnet10t", num_classes=3)
+
+        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        model = get_recast_model(backbone(), RecastConfig(num_classes=2, train_norms=True))
+        base = backbone().eval()(x)
+        model.train()
+        model(x * 3).sum().backward()
+        owned = [n for n, p in model.named_parameters() if p.requires_grad and "bn1" in n]
+        assert owned
+        model.eval()
+        live = model(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base)
+        model.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        assert any(key.endswith("running_mean") for key in stored)
+        again = PeftModel.from_pretrained(backbone(), tmp_path).eval()
+        assert torch.equal(again(x), live)

@@ -1,0 +1,151 @@
+"""Finding a classifier, building one of a task's own size, and what a model says of its classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models import small_transformer, small_vit
+from peft import PeftModel
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from transformers import BertConfig, BertForSequenceClassification
+
+from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
+from recast_peft.parts.head_building import find_head
+
+
+class TestFinding:
+    def test_timm_and_transformers_conventions(self):
+        assert find_head(small_vit()) == "head"
+        assert find_head(timm.create_model("resnet10t")) == "fc"
+        assert find_head(small_transformer("bert")) == "classifier"
+
+    def test_a_name_that_does_not_exist(self):
+        with pytest.raises(RecastTargetError, match="no such module; top level: .*head"):
+            get_recast_model(small_vit(), RecastConfig(num_classes=3, head_module="foo"))
+
+    def test_a_model_without_a_head_says_how_to_name_one(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        with pytest.raises(RecastTargetError, match="head_module="):
+            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3))
+        named = get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3, head_module="1"))
+        assert named(torch.ones(2, 4)).shape == (2, 3)
+
+    @pytest.mark.parametrize(
+        ("head", "fields", "message"),
+        [
+            (nn.Identity(), {}, "does not say its num_features"),
+            (nn.ReLU(), {}, "without a linear layer or convolution"),
+            (nn.Sequential(nn.Linear(4, 4)), {"head_type": "prototypes"}, "need a single linear layer"),
+        ],
+    )
+    def test_what_no_head_can_be_built_for(self, head, fields, message):
+        model = nn.Sequential(nn.Linear(4, 4), head)
+        with pytest.raises(RecastTargetError, match=message):
+            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3, head_module="1", **fields))
+        assert type(model[0]) is nn.Linear
+
+    def test_of_two_classifiers_one_has_to_be_named(self):
+        class Distilled(nn.Sequential):
+            def get_classifier(self) -> tuple[nn.Module, ...]:
+                return self[1], self[2]
+
+        model = Distilled(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2))
+        with pytest.raises(RecastTargetError, match="the model has 2 classifiers"):
+            get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3))
+
+    def test_copying_needs_the_same_classes(self, images):
+        with pytest.raises(RecastTargetError, match=r"head head: 7\n +num_classes: 3"):
+            get_recast_model(small_vit(), RecastConfig(num_classes=3, head_init="copy"))
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_init="copy"))
+        assert torch.equal(model(images), small_vit()(images))
+
+
+class TestTheKindOfLoss:
+    """What transformers calls ``problem_type`` decides the loss; it belongs to the task whose head is called."""
+
+    IDS = torch.randint(3, 40, (4, 5), generator=torch.Generator().manual_seed(5))
+    TARGETS = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
+
+    def bert(self, **fields: Any) -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        return BertForSequenceClassification(BertConfig(vocab_size=40, **sizes, **{"num_labels": 3, **fields})).eval()
+
+    def loss_of(self, model: nn.Module) -> str:
+        out = model(input_ids=self.IDS, labels=self.TARGETS)
+        losses = {"regression": mse_loss, "multi_label_classification": binary_cross_entropy_with_logits}
+        (kind,) = (kind for kind, loss in losses.items() if torch.allclose(out.loss, loss(out.logits, self.TARGETS)))
+        return kind
+
+    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+    def test_is_the_models_own_for_as_many_outputs(self, kind: str) -> None:
+        model = get_recast_model(self.bert(problem_type=kind), RecastConfig(num_classes=3)).eval()
+        assert (model.config.problem_type, self.loss_of(model)) == (kind, kind)
+        model.add_adapter("two", RecastConfig(num_classes=2))
+        model.set_adapter("two")
+        assert model.config.problem_type is None  # other outputs mean another problem
+        with model.disable_adapter():
+            assert model.config.problem_type == kind
+
+    def test_is_the_tasks_if_it_is_given(self) -> None:
+        config = RecastConfig(num_classes=3, problem_type="regression")
+        model = get_recast_model(self.bert(problem_type="multi_label_classification"), config).eval()
+        assert self.loss_of(model) == "regression"
+        with model.disable_adapter():
+            assert self.loss_of(model) == "multi_label_classification"
+        assert self.loss_of(model) == "regression"
+
+    def test_set_on_the_model_stays_with_the_active_task(self, tmp_path: Path) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3), "one").eval()
+        model.config.problem_type = "regression"
+        model.add_adapter("two", RecastConfig(num_classes=3))
+        assert self.loss_of(model) == "regression"
+        with model.disable_adapter():
+            assert model.config.problem_type is None
+        model.set_adapter("two")
+        assert self.loss_of(model) == "multi_label_classification"  # transformers' guess, which is now that of task two
+        model.set_adapter("one")
+        assert self.loss_of(model) == "regression"
+        model.save_pretrained(tmp_path)
+        assert model.peft_config["one"].problem_type == "regression"
+        for name, kind in (("one", "regression"), ("two", "multi_label_classification")):
+            assert RecastConfig.from_pretrained(tmp_path / name).problem_type == kind
+            loaded = PeftModel.from_pretrained(self.bert(), tmp_path / name, name).eval()
+            assert (loaded.config.problem_type, self.loss_of(loaded)) == (kind, kind)
+        model.set_adapter("two")
+        model.delete_adapter("one")
+        assert model.config.problem_type == "multi_label_classification"
+        assert model.unload().config.problem_type is None
+
+    def test_goes_with_a_merged_model(self) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"))
+        assert self.loss_of(model.merge_and_unload().eval()) == "regression"
+
+    def test_is_kept_by_a_pool_and_its_file(self, tmp_path: Path) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"), "one").eval()
+        pool = TaskPool(model)
+        pool.add("stored", "one")
+        pool.add("other", RecastConfig(num_classes=3))
+        pool.save(tmp_path / "pool.safetensors")
+        again = TaskPool(get_recast_model(self.bert(), RecastConfig(num_classes=3), "one").eval())
+        again.load(tmp_path / "pool.safetensors")
+        for each in (pool, again):
+            for name, kind in (("stored", "regression"), ("other", "multi_label_classification"), ("stored", "regression")):
+                each.activate(name)
+                assert self.loss_of(each.model) == kind
+
+    def test_of_a_timm_model_is_kept_with_the_task(self, tmp_path: Path) -> None:
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, problem_type="regression"))
+        model.save_pretrained(tmp_path)
+        assert RecastConfig.from_pretrained(tmp_path).problem_type == "regression"
+
+    def test_without_a_head_of_the_task_is_refused(self) -> None:
+        with pytest.raises(RecastConfigError, match="expected num_classes too"):
+            RecastConfig(problem_type="regression")
+        with pytest.raises(RecastConfigError, match="problem_type='ranking'"):
+            RecastConfig(num_classes=3, problem_type="ranking")

@@ -1,0 +1,72 @@
+"""The LoRA part of a task as it is planned: targets, numbers, and what PEFT has no LoRA for."""
+
+from __future__ import annotations
+
+import pytest
+from models import KINDS, layers_of, lora, lora_parameters, seeded, tiny_vit
+
+from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
+from recast_peft.planning.roles import SHORTHANDS
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestVariants:
+    @pytest.mark.parametrize(
+        ("name", "targets", "message"),
+        [
+            ("multi-head attention", ["0", "1"], "torch's multi-head attention"),
+            ("conv2d depth-wise", ["0", "1", "2"], "rank 2"),
+            ("conv2d with dilation and groups", ["0", "1", "2"], "PEFT has no such LoRA"),
+        ],
+    )
+    def test_modules_that_peft_has_no_sound_lora_for(self, name, targets, message):
+        model = seeded(KINDS[name].build)
+        before = list(model.state_dict())
+        with pytest.raises(RecastTargetError, match=message):
+            get_recast_model(model, RecastConfig(target_modules=targets, lora_config=lora()))
+        assert list(model.state_dict()) == before
+
+
+class TestPlan:
+    def test_the_plan_counts_both_parts(self):
+        config = RecastConfig(target_modules=["qkv"], max_coefficients=8, lora_config=lora(target_modules=["fc1"]))
+        plan = plan_recast(tiny_vit(), config)
+        assert (plan.num_coefficients, plan.num_lora_numbers) == (8, 4 * 2 * (8 + 16))
+        assert "LoRA part: 192 numbers per task on 4 target modules, 200 with the coefficients" in str(plan)
+
+    @pytest.mark.parametrize(
+        ("fields", "targets"),
+        [
+            ({}, ["blocks.1.attn.qkv", "blocks.3.attn.qkv"]),
+            ({"target_modules": "all-mlp", "exclude_modules": ["fc2"]}, [f"blocks.{i}.mlp.fc1" for i in range(4)]),
+            ({"target_modules": r".*\.[02]\..*fc1"}, ["blocks.0.mlp.fc1", "blocks.2.mlp.fc1"]),
+            ({"target_modules": ["fc1"], "layers_to_transform": [1], "layers_pattern": "blocks"}, ["blocks.1.mlp.fc1"]),
+        ],
+    )
+    def test_targets_of_its_own(self, fields, targets):
+        config = RecastConfig(target_modules=r".*\.[13]\..*qkv", lora_config=lora(**fields))
+        assert list(plan_recast(tiny_vit(), config).lora.targets) == targets
+        model = get_recast_model(tiny_vit(), config, "task")
+        wanted = {key for key in lora_parameters(model) if key.endswith("lora_A.task.weight")}
+        assert len(wanted) == len(targets)
+        assert all(any(target in key for key in wanted) for target in targets)
+
+    def test_a_shorthand_that_was_added_names_targets_here_too(self, monkeypatch):
+        monkeypatch.setitem(SHORTHANDS, "all-first-mlp", lambda candidate: candidate.name.endswith("fc1"))
+        config = RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules="all-first-mlp"))
+        assert list(plan_recast(tiny_vit(), config).lora.targets) == [f"blocks.{i}.mlp.fc1" for i in range(4)]
+
+
+class TestRefusals:
+    def test_targets_that_are_not_there(self):
+        model = tiny_vit()
+        with pytest.raises(RecastTargetError, match="not found in the base model"):
+            get_recast_model(model, RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=["nothing"])))
+        assert not layers_of(model)
+
+    def test_the_classifier_that_the_task_owns(self):
+        config = RecastConfig(
+            target_modules=["qkv"], num_classes=5, head_module="head", lora_config=lora(target_modules=["head"])
+        )
+        with pytest.raises(RecastTargetError, match="head is trained whole with this task"):
+            get_recast_model(tiny_vit(), config)

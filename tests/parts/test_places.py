@@ -1,0 +1,65 @@
+"""Where partners stand: named, chosen or refused."""
+
+from __future__ import annotations
+
+import pytest
+from models import tiny_vit
+from partner_cases import frozen_state, learned, same_state, tiny_cnn
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from recast_peft import (
+    AdaptFormerConfig,
+    CLRConfig,
+    PiggybackConfig,
+    RecastConfig,
+    RecastConfigError,
+    RecastTargetError,
+    get_recast_model,
+)
+from recast_peft.parts.partner import partner_holders
+
+
+class TestPlaces:
+    def test_can_be_named(self):
+        config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(target_modules=["blocks.1.mlp", "3.mlp"])])
+        model = get_recast_model(tiny_vit(), config)
+        assert [holder.place for holder in partner_holders(model)] == ["blocks.1.mlp", "blocks.3.mlp"]
+        config = RecastConfig(target_modules=["conv1"], partners=[CLRConfig(target_modules=r"conv\d")])
+        model = get_recast_model(tiny_cnn(), config)
+        assert [holder.place for holder in partner_holders(model)] == ["conv1", "conv2"]
+
+    @pytest.mark.parametrize(
+        ("partner", "message"),
+        [
+            (AdaptFormerConfig(), "adaptformer: it finds no place"),
+            (AdaptFormerConfig(target_modules=["norm"]), "norm: it holds no two layers"),
+            (CLRConfig(target_modules=["head"]), "head: Linear is no two-dimensional convolution"),
+            (CLRConfig(target_modules=["point"], pointwise_kernel_size=None), "point: it is a 1x1 convolution"),
+            (CLRConfig(target_modules=["konv1"]), r"konv1.*names no module of this model. Near: conv1"),
+            (PiggybackConfig(target_modules=["norm"]), "norm: the weight of BatchNorm2d is a vector"),
+        ],
+    )
+    def test_that_do_not_exist_or_do_not_suit_are_refused(self, partner, message):
+        backbone = tiny_cnn()
+        before = frozen_state(backbone)
+        with pytest.raises(RecastTargetError, match=message):
+            get_recast_model(backbone, RecastConfig(target_modules=["conv1"], partners=[partner]))
+        assert same_state(backbone, before)
+        assert isinstance(backbone.conv1, nn.Conv2d)
+
+    def test_are_not_copied_whole_by_a_task(self):
+        config = RecastConfig(target_modules=["qkv"], partners=["adaptformer"], modules_to_save=["blocks.3.mlp"])
+        with pytest.raises(RecastConfigError, match=r"would copy blocks\.3\.mlp"):
+            get_recast_model(tiny_vit(), config)
+        model = learned("adaptformer")
+        with pytest.raises(RecastConfigError, match=r"would copy blocks\.3\.mlp"):
+            model.add_adapter("second", RecastConfig(target_modules=["qkv"], modules_to_save=["blocks.3"]))
+        assert list(model.peft_config) == ["default"]
+
+    def test_are_not_meant_by_names_of_the_models_own_modules(self):
+        config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(layer_norm=True)], modules_to_save=["norm"])
+        model = get_recast_model(tiny_vit(), config)
+        saved = [n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+        assert [n for n in saved if "recast_partners" not in n] == [f"base_model.model.blocks.{i}.norm" for i in range(4)]
+        assert all(n.endswith(".adaptformer") for n in saved if "recast_partners" in n)

@@ -1,0 +1,54 @@
+"""Heads of class means: fitted, nearest, stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import small_vit
+from peft import PeftModel
+
+from recast_peft import RecastConfig, RecastTargetError, get_recast_model
+from recast_peft.parts.head_building import PrototypeHead
+from recast_peft.parts.prototypes import fit_prototypes
+
+
+class TestPrototypes:
+    def test_they_are_the_class_means_and_the_nearest_one_wins(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
+        labels = torch.tensor([0, 1, 0, 1, 0, 1])
+        features = small_vit(num_classes=0)
+        features.load_state_dict(small_vit().state_dict(), strict=False)
+        means = torch.stack([features(images)[labels == k].mean(0) for k in (0, 1)])
+        fitted = fit_prototypes(model, [(images[:4], labels[:4]), (images[4:], labels[4:])])
+        assert torch.allclose(fitted, means, atol=1e-5)
+        distances = (features(images)[:, None] - means).square().sum(-1)
+        assert torch.allclose(model(images), -distances, atol=1e-4)
+
+    def test_a_class_without_an_example_is_named(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"))
+        with pytest.raises(RecastTargetError, match=r"class \[2\]"):
+            fit_prototypes(model, [(images[:2], torch.tensor([0, 1]))])
+
+    def test_labels_that_are_no_classes_and_a_task_that_is_not_in_force(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"), "first")
+        for labels in ([3, 0], [-1, 0]):
+            with pytest.raises(RecastTargetError, match="numbers of the task's classes"):
+                fit_prototypes(model, [(images[:2], torch.tensor(labels))])
+        model.add_adapter("second", RecastConfig(num_classes=3))
+        model.set_adapter("second")
+        with pytest.raises(RecastTargetError, match="set_adapter"):
+            fit_prototypes(model, [(images[:3], torch.arange(3))], "first")
+
+    def test_a_task_without_prototypes_is_refused(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3))
+        with pytest.raises(RecastTargetError, match="head_type='prototypes'"):
+            fit_prototypes(model, [(images, torch.zeros(6, dtype=torch.long))])
+
+    def test_they_are_stored_and_never_trained(self, images, tmp_path):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
+        fit_prototypes(model, [(images, torch.tensor([0, 1] * 3))])
+        assert not any("prototypes" in n for n, p in model.named_parameters() if p.requires_grad)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(small_vit(), tmp_path)
+        assert isinstance(again.get_base_model().head.modules_to_save["default"], PrototypeHead)
+        assert torch.equal(again(images), model(images))
