@@ -22,12 +22,6 @@ from recast_peft import RecastConfig, RecastConfigError, RecastLayer, TaskPool, 
 SECONDS = 8.0
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,238 @@
+"""The slot of a pool: one task active, live or merged, and the pretrained model again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import captured, layers_of
+from peft import PeftModel
+from pools import TARGETS, by_adapter, model_with_pool, random_state, small_vit
+from torch._dynamo.testing import CompileCounter
+
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, get_recast_model, mimicry_report
+
+
+class TestOneTask:
+    def test_an_activated_task_gives_what_its_adapter_gives(self, images):
+        model, pool = model_with_pool(3)
+        for i in (2, 0, 1):
+            pool.activate(f"task{i}")
+            assert torch.equal(model(images), by_adapter(random_state(pool, i), images))
+
+    def test_merged_and_live_give_the_same_bits(self, images):
+        model, pool = model_with_pool(2)
+        pool.activate("task0")
+        live = model(images)
+        pool.activate("task1", merge=True)
+        other = model(images)
+        pool.activate("task0", merge=True)
+        assert torch.equal(model(images), live)
+        assert not torch.equal(other, live)
+
+    def test_merged_tasks_use_one_storage(self):
+        model, pool = model_with_pool(3)
+        pool.activate("task0", merge=True)
+        weight = model.get_base_model().blocks[0].attn.qkv.base_layer.weight
+        address = weight.data_ptr()
+        for i in (1, 2, 0):
+            pool.activate(f"task{i}", merge=True)
+            assert model.get_base_model().blocks[0].attn.qkv.base_layer.weight is weight
+            assert weight.data_ptr() == address
+
+    @given(steps=st.lists(st.tuples(st.integers(-1, 4), st.booleans()), max_size=12))
+    def test_any_number_of_swaps_ends_at_the_base(self, steps):
+        model, pool = model_with_pool(5)
+        pristine = {k: v.clone() for k, v in small_vit().state_dict().items()}
+        for task, merge in steps:
+            if task < 0:
+                pool.deactivate()
+            else:
+                pool.activate(f"task{task}", merge=merge)
+        pool.deactivate()
+        plain = model.unload()
+        assert all(torch.equal(value, pristine[name]) for name, value in plain.state_dict().items())
+
+    def test_the_block_puts_the_task_before_back_also_after_an_exception(self, images):
+        model, pool = model_with_pool(2)
+        pool.activate("task0", merge=True)
+        before = model(images)
+        with pytest.raises(RuntimeError, match="stop"), pool.use("task1"):
+            assert pool.active == "task1"
+            assert not torch.equal(model(images), before)
+            raise RuntimeError("stop")
+        assert pool.active == "task0"
+        assert torch.equal(model(images), before)
+        assert model.get_base_model().blocks[0].attn.qkv.merged
+
+    def test_activating_trains_nothing_and_makes_no_new_parameter(self):
+        model, pool = model_with_pool(2)
+        pool.activate("task0")
+        parameters = {name: id(p) for name, p in model.named_parameters()}
+        pool.activate("task1")
+        assert {name: id(p) for name, p in model.named_parameters()} == parameters
+        assert not [n for n, p in model.named_parameters() if p.requires_grad]
+
+    def test_a_compiled_model_is_compiled_once_for_all_tasks(self, images):
+        compiled = CompileCounter()
+        model, pool = model_with_pool(4)
+        pool.activate("task0")
+        fast = torch.compile(model.get_base_model(), backend=compiled, fullgraph=True)
+        for i in range(100):
+            pool.activate(f"task{i % 4}")
+            out = fast(images)
+        assert compiled.frame_count == 1
+        assert torch.equal(out, model(images))
+
+    def test_live_activation_keeps_every_storage(self, images):
+        model, pool = model_with_pool()
+        for i in range(3):
+            pool.add(f"task{i}", RecastConfig(num_classes=4, seed=i))
+            pool.table[i].copy_(torch.randn(pool.numbers_per_task, generator=torch.Generator().manual_seed(i)) * 0.3)
+        pool.activate("task0")
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        first = model(images)
+        for name in ("task1", "task2", "task1"):
+            pool.activate(name)
+            assert not torch.allclose(model(images), first, atol=1e-3)
+        now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert {name: tensor.data_ptr() for name, tensor in now.items()} == addresses
+        assert any("head.modules_to_save" in name for name in now)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_a_captured_graph_computes_with_the_task_that_is_in_force(self, images, merge):
+        model, pool = model_with_pool(3)
+        model.to("cuda")
+        static = images.to("cuda")
+        pool.activate("task0", merge=merge)
+        graph, out = captured(model, static)
+        seen = []
+        for name in ("task0", "task1", "task2", "task0"):
+            pool.activate(name, merge=merge)
+            graph.replay()
+            seen.append(out.clone())
+            torch.testing.assert_close(seen[-1], model(static))
+        assert torch.equal(seen[0], seen[3])
+        assert not torch.allclose(seen[0], seen[1], atol=1e-3)
+
+    def test_on_a_compressed_bank(self, images):
+        model, pool = model_with_pool(2, num_templates=1)
+        pool.activate("task0")
+        live = model(images)
+        pool.activate("task1", merge=True)
+        pool.activate("task0", merge=True)
+        assert torch.allclose(model(images), live, atol=1e-6)
+        pool.deactivate()
+        model.set_adapter("first")
+        first = model(images)
+        assert not torch.allclose(first, live, atol=1e-3)
+
+
+class TestBesideOrdinaryTasks:
+    def tasks(self) -> tuple[PeftModel, TaskPool]:
+        model, pool = model_with_pool(2)
+        model.set_adapter("first")
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["first"].data.fill_(0.2)
+        return model, pool
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_the_block_puts_an_ordinary_task_back_and_what_it_trains(self, images, merge):
+        model, pool = self.tasks()
+        before = model(images)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        with pool.use("task0", merge=merge):
+            assert not torch.allclose(model(images), before)
+        assert model.active_adapters == ["first"]
+        assert torch.equal(model(images), before)
+        assert trained
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+    def test_deactivating_gives_the_base_whatever_was_active(self, images):
+        model, pool = self.tasks()
+        pool.activate("task0")
+        model.set_adapter("first")
+        assert pool.active is None
+        pool.deactivate()
+        assert torch.equal(model(images), small_vit()(images))
+
+    def test_a_task_that_was_merged_by_the_models_own_verb_gives_way(self, images):
+        model, pool = self.tasks()
+        pool.activate("task1")
+        expected = model(images)
+        pool.activate("task0")
+        model.merge_adapter()
+        pool.activate("task1")
+        assert torch.equal(model(images), expected)
+
+    def test_the_pools_samples_never_meet_an_ordinary_tasks_norms(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first").eval()
+        model.add_adapter("norms", RecastConfig(target_modules=TARGETS, train_norms=True))
+        model.set_adapter("norms")
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save.norms." in name:
+                parameter.data += 0.5
+        pool = TaskPool(model)
+        model.set_adapter("norms")
+        expected = small_vit()(images)
+        assert not torch.allclose(model(images), expected)
+        with pytest.raises(RecastBankError, match=r"call pool\.deactivate"):
+            model(images, task_ids=pool.ids([None] * 6))
+        with pytest.raises(RecastBankError, match=r"call pool\.deactivate"), pool.batch([None] * 6):
+            pass
+        pool.deactivate()
+        torch.testing.assert_close(model(images, task_ids=pool.ids([None] * 6)), expected)
+
+    def test_a_slot_that_was_deleted(self, images):
+        model, pool = self.tasks()
+        model.delete_adapter(pool.slot)
+        for use in (lambda: pool.activate("task0"), pool.deactivate, lambda: model(images, task_ids=pool.ids(["task0"] * 6))):
+            with pytest.raises(RecastConfigError, match="make a new TaskPool"):
+                use()
+
+
+class TestOtherBanks:
+    def test_kept_base_weights_are_what_no_task_gives(self, images):
+        model, pool = model_with_pool(1, num_templates=1, keep_base_weights=True)
+        expected = small_vit()(images)
+        pool.activate("task0")
+        task = model(images)
+        pool.deactivate()
+        assert torch.equal(model(images), expected)
+        assert not mimicry_report(model).is_exact  # it still finds the banks
+        mixed = model(images, task_ids=pool.ids([None, "task0"] * 3))
+        torch.testing.assert_close(mixed[::2], expected[::2])
+        torch.testing.assert_close(mixed[1::2], task[1::2])
+        pool.activate("task0")
+        assert torch.equal(model(images), task)
+
+    @pytest.mark.parametrize("head", [{}, {"num_classes": 3, "head_module": "head"}])
+    def test_kept_base_weights_stay_in_force_whatever_peft_does_beside_the_pool(self, images, head):
+        model, pool = model_with_pool(1, num_templates=1, keep_base_weights=True)
+        expected = small_vit()(images)
+        pool.activate("task0")
+        task = model(images)
+        pool.deactivate()
+        fresh = RecastConfig(target_modules=TARGETS, num_templates=1, keep_base_weights=True, **head)
+        model.add_adapter("second", fresh)
+        assert torch.equal(model(images), expected)
+        pool.add("third", RecastConfig(**head))
+        assert torch.equal(model(images), expected)
+        model.merge_adapter()
+        assert torch.equal(model(images), expected)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(model(images), expected)
+        model.set_adapter("second")
+        pool.deactivate()
+        model.delete_adapter("second")
+        model.add_adapter("fourth", fresh)
+        assert torch.equal(model(images), expected)
+        for merge in (False, True):
+            pool.activate("task0", merge=merge)
+            torch.testing.assert_close(model(images), task)
+            pool.deactivate()
+            assert torch.equal(model(images), expected)

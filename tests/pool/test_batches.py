@@ -1,0 +1,88 @@
+"""What a call with a task for each sample is given, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from peft import PeftModelForSequenceClassification, get_peft_model
+from pools import TARGETS, TEXT_MODELS, TOKENS, model_with_pool, small_vit, text_model, tiny_pool
+
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
+from recast_peft.composition import mixed_batch
+
+
+class TestMixedBatch:
+    def test_nothing_is_left_of_batches_whose_threads_overlapped(self, images):
+        _, pool = model_with_pool(2)
+        inside, leave = threading.Event(), threading.Event()
+
+        def first():
+            with pool.batch(["task0"] * len(images)):
+                inside.set()
+                leave.wait(10)
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert inside.wait(10)
+        with pool.batch(["task1"] * len(images)):
+            leave.set()
+            thread.join(10)  # the other thread's batch is over before this one
+        assert mixed_batch._shared is None
+        assert mixed_batch.current_batch() is None
+
+    @pytest.mark.parametrize("ids", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([9]), torch.tensor([-2])])
+    def test_row_numbers_that_are_none(self, ids, images):
+        model, _ = model_with_pool(2)
+        with pytest.raises(ValueError, match="task_ids"):
+            model(images[:1], task_ids=ids)
+
+    def test_a_batch_of_another_length(self, images):
+        model, pool = model_with_pool(2)
+        with pytest.raises(ValueError, match="same as the number of inputs"):
+            model(images, task_ids=pool.ids(["task0", "task1"]))
+
+    def test_without_a_pool(self, images):
+        ids = torch.tensor([0] * 6)
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS)).eval()
+        with pytest.raises(RecastConfigError, match="no pool"):
+            model(images, task_ids=ids)
+        with model.disable_adapter(), pytest.raises(RecastConfigError, match="no pool"):
+            model(images, task_ids=ids)
+        plain = get_peft_model(small_vit(), RecastConfig(target_modules=TARGETS)).eval()
+        with pytest.raises(RecastConfigError, match="no pool"):
+            plain(images, task_ids=ids)
+
+    @pytest.mark.parametrize("task_type", sorted(TEXT_MODELS))
+    def test_without_a_pool_in_the_class_of_a_task_type(self, task_type):
+        model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type)).eval()
+        ids = {"input_ids": TOKENS, **({"decoder_input_ids": TOKENS} if task_type == "SEQ_2_SEQ_LM" else {})}
+        for call in (model, model.generate) if hasattr(model.get_base_model(), "generate") else (model,):
+            with pytest.raises(RecastConfigError, match="no pool"):
+                call(**ids, task_ids=torch.tensor([0, 0]))
+
+    def test_of_a_class_of_its_own_that_would_swallow_task_ids(self):
+        class Own(PeftModelForSequenceClassification):
+            pass
+
+        model = Own(text_model("SEQ_CLS"), RecastConfig(task_type="SEQ_CLS"), "first").eval()
+        pool = TaskPool(model)
+        pool.add("task")
+        with pytest.raises(RecastConfigError, match=r"pool\.batch"):
+            model(TOKENS, task_ids=pool.ids(["task", None]))
+
+
+class TestMessages:
+    def test_of_bad_tasks_of_a_call(self, tokens):
+        pool = tiny_pool()
+        pool.add("a")
+        for tasks in (["a", 3], "aa", 3, torch.zeros(2), [[0, 0]]):
+            with pytest.raises(RecastConfigError, match=r"task_ids must be .*pool\.ids"):
+                pool.model(tokens, task_ids=tasks)
+        with pytest.raises(RecastConfigError, match="in a list"):
+            pool.ids("a")
+        with pytest.raises(RecastConfigError, match="no task 'b'; it has 1: a"):
+            pool.model(tokens, task_ids=["a", "b"])
+        with pytest.raises(RecastConfigError, match="source is a int"):
+            pool.add("b", 3)

@@ -1,0 +1,71 @@
+"""Classifiers of a pool's tasks: one module for all that are alike, tensors for each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import TinyVit
+from pools import tiny_pool
+from torch import nn
+
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
+
+
+class TestClassifiers:
+    def test_of_one_kind_share_a_module_and_take_their_tensors(self):
+        pool = tiny_pool()
+        for i in range(50):
+            pool.add(f"t{i}", RecastConfig(num_classes=4, id2label={0: "a", 1: "b", 2: "c", 3: "d"}, seed=i))
+        heads = list(pool._heads.values())
+        assert len({id(head.kind) for head in heads}) == len({id(head.labels) for head in heads}) == 1
+        assert pool.sizes()["heads"] == 50 * 4 * (4 * 8 + 4)
+        assert "50 with a classifier" in repr(pool)
+        assert "heads 7,200 bytes" in repr(pool)
+
+    def test_in_half_precision_take_half(self, tokens):
+        whole, half = tiny_pool(), tiny_pool(head_dtype="float16")
+        for pool in (whole, half):
+            pool.add("task", RecastConfig(num_classes=4, seed=3))
+        assert half.sizes()["heads"] * 2 == whole.sizes()["heads"]
+        out, expected = (pool.model(tokens, task_ids=["task", "task"]) for pool in (half, whole))
+        assert out.dtype == torch.float32
+        assert not torch.equal(out, expected)
+        torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+        half.activate("task")
+        assert torch.allclose(half.model(tokens), out, atol=1e-6)
+        half.model.to(torch.float64)
+        assert half.model(tokens.double(), task_ids=["task", "task"]).dtype == torch.float64
+        assert half.sizes()["heads"] * 2 == whole.sizes()["heads"]
+        with pytest.raises(RecastConfigError, match="head_dtype='int8'"):
+            tiny_pool(head_dtype="int8")
+
+    def test_that_will_be_saved_in_half_precision_lose_no_bit_in_memory(self):
+        pool = tiny_pool()
+        pool.add("task", RecastConfig(num_classes=4, seed=3, head_dtype="float16"))
+        exact = tiny_pool()
+        exact.add("task", RecastConfig(num_classes=4, seed=3))
+        assert torch.equal(pool.head(0).weight, exact.head(0).weight)
+
+    def test_that_were_asked_for_can_be_written_to(self, tokens):
+        pool = tiny_pool()
+        pool.add("task", RecastConfig(num_classes=4))
+        before = pool.model(tokens, task_ids=["task", "task"])
+        pool.head(pool.row("task")).bias.add_(1)
+        torch.testing.assert_close(pool.model(tokens, task_ids=["task", "task"]), before + 1)
+
+    def test_of_more_than_one_layer(self, tokens):
+        torch.manual_seed(0)
+        plain = TinyVit().eval()
+        plain.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+        config = {"target_modules": ["qkv"], "head_module": "head"}
+        model = get_recast_model(plain, RecastConfig(num_classes=5, **config), "own").eval()
+        for name, parameter in model.named_parameters():
+            if ".own." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        expected = model(tokens)
+        pool = TaskPool(model)
+        pool.add("task", "own")
+        pool.add("other", RecastConfig(num_classes=2, head_module="head"))
+        torch.testing.assert_close(pool.model(tokens, task_ids=["task", "other"])[0], expected[0])
+        pool.activate("task")
+        torch.testing.assert_close(model(tokens), expected)

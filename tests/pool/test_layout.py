@@ -1,0 +1,64 @@
+"""What fits a pool: target modules, weights, banks and parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import layers_of
+from peft import PeftModel
+from pools import TARGETS, model_with_pool, small_vit
+
+from recast_peft import RecastBankError, RecastBaseMismatchError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
+
+
+class TestFiles:
+    def test_other_targets_and_other_weights_are_refused(self, tmp_path):
+        _, pool = model_with_pool()
+        other = get_recast_model(small_vit(), RecastConfig(target_modules=["proj"]), "proj")
+        other.save_pretrained(tmp_path)
+        with pytest.raises(RecastBankError, match="other target modules"):
+            pool.add("proj", tmp_path / "proj")
+        stranger = get_recast_model(small_vit(seed=5), RecastConfig(target_modules=TARGETS), "stranger")
+        stranger.save_pretrained(tmp_path)
+        with pytest.raises(RecastBaseMismatchError, match="other pretrained weights"):
+            pool.add("stranger", tmp_path / "stranger")
+        foreign = TaskPool(stranger)
+        foreign.add("x")
+        foreign.save(tmp_path / "foreign.safetensors")
+        with pytest.raises(RecastBaseMismatchError):
+            pool.load(tmp_path / "foreign.safetensors")
+        assert len(pool) == 0
+
+
+class TestBesideOrdinaryTasks:
+    @pytest.mark.parametrize("owned", [{"train_norms": True}, {"modules_to_save": ["norm"]}, {"bias": "recast_only"}])
+    def test_a_task_that_owns_more_than_a_pool_holds_is_refused(self, owned):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first")
+        model.add_adapter("more", RecastConfig(target_modules=TARGETS, **owned))
+        with pytest.raises(RecastConfigError, match="a pool cannot hold task 'more': it owns"):
+            TaskPool(model).add("more", "more")
+
+
+class TestOtherBanks:
+    def test_a_fitted_bank_and_no_tasks_of_another_one(self, tmp_path, images):
+        def fitted(steps: int) -> PeftModel:
+            method = {"method": "gradient", "steps": steps, "progress": False}
+            return get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, num_templates=1, mimicry=method), "first")
+
+        model = fitted(2).eval()
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["first"].data.fill_(0.2)
+        expected = model(images)
+        model.save_bank(tmp_path / "bank")
+        model.save_pretrained(tmp_path, selected_adapters=["first"])
+        pool = TaskPool(model)
+        pool.add("own", "first")
+        pool.activate("own")
+        assert torch.equal(model(images), expected)
+        pool.add("same", tmp_path / "first")
+        pool.save(tmp_path / "pool")
+        other = TaskPool(fitted(3))
+        with pytest.raises(RecastBankError, match="another template bank"):
+            other.add("task", tmp_path / "first")
+        with pytest.raises(RecastBankError, match="another template bank"):
+            other.load(tmp_path / "pool")

@@ -1,0 +1,86 @@
+"""A task for a pool, read from a folder or from the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from pools import TARGETS, model_with_pool, small_vit, tiny_pool
+from safetensors.torch import load_file, save_file
+
+from recast_peft import RecastConfig, RecastLoadError, get_recast_model
+
+
+class TestFiles:
+    def saved_task(self, folder: Path, name: str, seed: int, **config) -> None:
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), name)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f".{name}" in key:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        model.save_pretrained(folder)
+
+    def test_saved_tasks_are_read_from_a_folder(self, tmp_path, images):
+        self.saved_task(tmp_path, "one", 1)
+        self.saved_task(tmp_path, "two", 2, num_classes=3)
+        self.saved_task(tmp_path, "three", 3, num_coefficient_sets=3)
+        model, pool = model_with_pool()
+        assert pool.load_folder(tmp_path) == ["one", "three", "two"]
+        for name in pool:
+            expected = PeftModel.from_pretrained(small_vit(), tmp_path / name, name).eval()(images)
+            pool.activate(name)
+            assert torch.allclose(model(images), expected, atol=1e-6)
+
+    def test_a_task_of_the_model(self, images):
+        model, pool = model_with_pool()
+        model.add_adapter("trained", RecastConfig(target_modules=TARGETS, num_classes=4))
+        for name, parameter in model.named_parameters():
+            if ".trained" in name:
+                parameter.data.normal_()
+        model.set_adapter("trained")
+        expected = model(images)
+        pool.add("copy", "trained")
+        model.set_adapter("first")
+        pool.activate("copy")
+        assert torch.equal(model(images), expected)
+
+    def test_damaged_files_put_nothing_in(self, tmp_path):
+        self.saved_task(tmp_path, "good", 1)
+        self.saved_task(tmp_path, "poor", 2)
+        file = tmp_path / "poor" / "adapter_model.safetensors"
+        entries = load_file(file)
+        key = next(iter(entries))
+        _, pool = model_with_pool(1)
+        for broken in (
+            {k: v for k, v in entries.items() if k != key},
+            {**entries, "stranger": torch.zeros(1)},
+            {**entries, key: torch.zeros(1, 5)},
+            {**entries, key: torch.full_like(entries[key], float("nan"))},
+        ):
+            save_file(broken, file)
+            with pytest.raises(RecastLoadError, match="does not fit"):
+                pool.load_folder(tmp_path)
+            assert pool.names == ["task0"]
+        file.write_bytes(file.read_bytes()[:50])
+        with pytest.raises(RecastLoadError, match="is damaged"):
+            pool.load_folder(tmp_path)
+        file.rename(file.with_name("adapter_model.bin"))
+        with pytest.raises(RecastLoadError, match="is damaged"):
+            pool.load_folder(tmp_path)
+        assert pool.names == ["task0"]
+        with pytest.raises(RecastLoadError, match="no saved task"):
+            pool.load_folder(tmp_path / "good")
+
+    def test_folders_that_hold_no_task_say_where_one_may_be(self, tmp_path):
+        pool = tiny_pool()
+        pool.model.save_pretrained(tmp_path / "tasks")
+        for folder, hint in (
+            (tmp_path, "load_folder takes one of them"),
+            (tmp_path / "tasks" / "first", r"pool\.add\('first'"),
+            (tmp_path / "nowhere", "no such folder"),
+        ):
+            with pytest.raises(RecastLoadError, match=hint):
+                pool.load_folder(folder)
+        assert pool.load_folder(tmp_path / "tasks") == ["first"]
