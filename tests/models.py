@@ -363,3 +363,15 @@ def lora(**fields: Any) -> LoraConfig:
 def lora_parameters(model: nn.Module, name: str = "task") -> dict[str, nn.Parameter]:
     """The LoRA parameters of a task by their names in the model."""
     return {k: p for k, p in model.named_parameters() if ".lora_" in k and f".{name}" in k}
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """All that a failed verb must leave as it was."""
+    return {
+        "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
+        "attributes": sorted(model.__dict__),
+        "tasks": {n: sorted(layer.recast_coefficients) + sorted(layer.recast_bank) for n, layer in layers_of(model).items()},
+        "active": {n: list(layer.active_adapters) for n, layer in layers_of(model).items()},
+        "training": [m.training for m in model.modules()],
+    }

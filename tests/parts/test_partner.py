@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -206,7 +205,7 @@ class TestEveryPartner:
         model = learned(name)
         model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets)))
         method = CASES[name].partner.method
-        # coefficients of biases can be combined and pooled with their like: tests/test_bias_bank.py
+        # coefficients of biases can be combined and pooled with their like: tests/growth/test_biases.py
         refused = (RecastBankError, "biases") if method == "bias" else (RecastConfigError, f"partner {method}")
         with pytest.raises(refused[0], match=refused[1]):
             model.add_weighted_adapter(["bare", "default"], [1.0, 1.0], "sum")
@@ -459,14 +458,3 @@ class TestBesideALoraPart:
         for name, parameter in task.named_parameters():
             if parameter.requires_grad:
                 assert rates[id(parameter)] == next(rate for key, rate in expected.items() if key in name)
-
-
-def test_sizes_of_a_stored_config_are_not_built_before_they_are_checked(tmp_path: Path) -> None:
-    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], partners=["adaptformer"]))
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    stored = json.loads(path.read_text())
-    stored["partners"][0]["bottleneck"] = 10**11  # more than any machine has
-    path.write_text(json.dumps(stored))
-    with pytest.raises(RecastLoadError, match="wrongly shaped"):
-        PeftModel.from_pretrained(tiny_vit(), tmp_path)

@@ -11,13 +11,7 @@ from peft import PeftModel
 from sweep.transformers_cases import transformers_cases
 from torch import Tensor, nn
 
-from recast_peft import (
-    RecastConfig,
-    RecastLayer,
-    RecastTargetError,
-    get_recast_model,
-    plan_recast,
-)
+from recast_peft import RecastConfig, RecastLayer, RecastTargetError, get_recast_model, plan_recast
 
 MIXTURES = ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"]
 IDS = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(0))

@@ -13,21 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import KINDS, converted, layers_of, outputs, randomise, seeded, tiny_vit, vit_input
+from models import KINDS, converted, layers_of, outputs, randomise, seeded, state, tiny_vit, vit_input
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_model import state
 from torch import Tensor, nn
 
-from recast_peft import (
-    RecastBaseMismatchError,
-    RecastConfig,
-    RecastError,
-    RecastLoadError,
-    RecastTargetError,
-    get_recast_model,
-)
-from recast_peft.names import plain_name
+from recast_peft import RecastBaseMismatchError, RecastConfig, RecastError, RecastLoadError, RecastTargetError, get_recast_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -445,25 +436,6 @@ class TestTheBase:
         randomise(model, "second", 2)
         model.save_pretrained(tmp_path)
         assert PeftModel.from_pretrained(tiny_vit(), tmp_path / "second")
-
-
-@pytest.mark.parametrize(
-    ("name", "plain"),
-    [
-        ("attn.base_layer.out_proj", "attn.out_proj"),
-        ("base_layer.0.weight", "base_layer.0.weight"),  # a part of the model that bears this name, as in timm's DLA
-        ("base_model.model.base_layer.0.weight", "base_model.model.base_layer.0.weight"),
-        ("a.original_module.b", "a.b"),
-        ("a._orig_mod.b", "a.b"),
-        ("_fsdp_wrapped_module.a", "a"),
-        ("a.my_base_layer.b", "a.my_base_layer.b"),
-        ("a.base_layer", "a"),
-        ("dla.base_layer.0.base_layer.weight", "dla.base_layer.0.weight"),
-        ("a.original_module.0.weight", "a.0.weight"),
-    ],
-)
-def test_names_of_the_plain_model_are_without_what_wrappers_put_in(name: str, plain: str) -> None:
-    assert plain_name(name) == plain
 
 
 class Nested(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from models import tiny_vit
 from partner_cases import CASES, frozen_state, same_state
 
-from recast_peft import RecastConfig, RecastTargetError, plan_recast
+from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, get_recast_model, plan_recast
 
 
 class TestThePlan:
@@ -25,3 +28,22 @@ class TestThePlan:
         assert "partner" not in str(plan_recast(backbone, RecastConfig(target_modules=["qkv"])))
         with pytest.raises(RecastTargetError, match="clr"):
             plan_recast(backbone, RecastConfig(target_modules=["qkv"], partners=["clr"]))
+
+    @pytest.mark.parametrize("templates", [None, 1])
+    def test_touches_neither_model_nor_config(self, templates: int | None) -> None:
+        model, config = tiny_vit(), RecastConfig(target_modules=["qkv"], num_templates=templates)
+        before, fields = copy.deepcopy(model), copy.deepcopy(config.__dict__)
+        plan_recast(model, config)
+        assert config.__dict__ == fields
+        assert str(model) == str(before)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_no_model_or_no_config_is_refused() -> None:
+    with pytest.raises(RecastConfigError, match="dict, RecastConfig.*expected an nn.Module"):
+        plan_recast({}, RecastConfig())  # type: ignore[arg-type]
+    with pytest.raises(RecastConfigError, match="TinyVit, dict.*and a RecastConfig"):
+        plan_recast(tiny_vit(), {})  # type: ignore[arg-type]
+    with pytest.raises(RecastConfigError, match="model is a str"):
+        get_recast_model("vit_tiny")  # type: ignore[arg-type]
