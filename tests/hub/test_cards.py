@@ -1,0 +1,151 @@
+"""The card of a saved task: what it counts, links and shows, and what of it stays."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import HubServer
+from hub_tasks import files_of, learn, make_backbone, make_model, metadata, output
+from torch import nn
+from transformers import ViTForImageClassification
+
+from recast_peft import RecastConfig, RecastLayer, RecastLoadError, get_recast_model, push_tasks_to_hub, write_model_card
+
+
+class TestTheCard:
+    def save(self, folder: Path, **fields: Any) -> str:
+        config = RecastConfig(**fields)
+        model = make_model("default", config=config)
+        model.save_pretrained(folder)
+        return (folder / "README.md").read_text()
+
+    def test_counts_what_the_file_holds(self, tmp_path: Path) -> None:
+        # 4 blocks, both feed-forward layers, each in 2 groups of 2: 2 roles x 4 layers x 2 templates
+        card = self.save(tmp_path / "flowers", modules_to_save=["classifier"])
+        head = 5 * 16 + 5
+        size = (tmp_path / "flowers" / "adapter_model.safetensors").stat().st_size
+        assert f"| Numbers trained | {16 + head} (16 coefficients) |" in card
+        assert f"| Size | {size:,} bytes" in card
+        assert "| Targets | 8 modules in 4 banks:" in card
+        assert "exact" in card
+
+    def test_counts_the_norms_that_a_task_owns(self, tmp_path: Path) -> None:
+        counts = {}
+        for norms in (False, True):
+            config = RecastConfig(train_norms=norms)
+            make_model("default", config=config).save_pretrained(tmp_path / str(norms))
+            card = (tmp_path / str(norms) / "README.md").read_text()
+            counts[norms] = int(re.search(r"\| Numbers trained \| ([\d,]+)", card)[1].replace(",", ""))
+        owned = sum(p.numel() for m in make_backbone().modules() if isinstance(m, nn.LayerNorm) for p in m.parameters())
+        assert owned > 0
+        assert counts[True] == counts[False] + owned
+
+    def test_says_how_it_is_compressed_and_how_well(self, tmp_path: Path) -> None:
+        card = self.save(tmp_path / "flowers", num_templates=1)
+        assert "compressed: 4 templates stand for 8 pretrained weights" in card
+        assert "exact" not in card
+        plain, errors, cosines = make_backbone(), [], []
+        composed = make_model("default", config=RecastConfig(num_templates=1)).base_model
+        for layer in (module for module in composed.modules() if isinstance(module, RecastLayer)):
+            wanted, mine = plain.get_submodule(layer.module_name).weight, layer.compose([])
+            errors.append(((mine - wanted).norm() / wanted.norm()).item())
+            cosines.append(torch.cosine_similarity(mine.flatten(), wanted.flatten(), dim=0).item())
+        assert max(errors) > 0.1
+        shown = re.search(r"cosine to them ([\d.]+) in the mean and ([\d.]+) at worst, relative error ([\d.]+)", card)
+        expected = (sum(cosines) / 8, min(cosines), sum(errors) / 8)
+        assert [float(number) for number in shown.groups()] == [pytest.approx(value, abs=1e-3) for value in expected]
+
+    def test_links_the_base_model(self, tmp_path: Path) -> None:
+        known = {"library": "transformers", "name": "google/vit", "class": "ViTForImageClassification", "revision": "abc"}
+        card = self.save(tmp_path / "flowers", backbone=known)
+        data = metadata(card)
+        assert data["base_model"] == "google/vit"
+        assert data["base_model_relation"] == "adapter"
+        assert data["library_name"] == "peft"
+        assert {"recast", "peft", "transformers", "base_model:adapter:google/vit"} <= set(data["tags"])
+        assert data["pipeline_tag"] == "image-classification"
+        assert "[google/vit](https://huggingface.co/google/vit), revision `abc`" in card
+
+    def test_does_not_link_a_folder_of_this_machine(self, tmp_path: Path) -> None:
+        make_backbone().save_pretrained(tmp_path / "base")
+        base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+        get_recast_model(base).save_pretrained(tmp_path / "flowers")
+        assert "base_model" not in metadata((tmp_path / "flowers" / "README.md").read_text())
+
+    def test_loads_by_the_lines_that_it_shows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_backbone().save_pretrained(tmp_path / "base")
+        base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+        model = get_recast_model(base)
+        learn(model, "default", 3)
+        model.save_pretrained(tmp_path / "flowers")
+        lines = re.search(r"```python\n(.*?)```", (tmp_path / "flowers" / "README.md").read_text(), re.DOTALL)[1]
+        assert len([line for line in lines.splitlines() if line]) <= 3
+        monkeypatch.chdir(tmp_path)
+        names: dict[str, Any] = {}
+        exec(lines, names)
+        assert torch.equal(output(names["model"]), output(model.eval()))
+
+    def test_shows_accuracy_to_the_hub(self, tmp_path: Path) -> None:
+        known = {"library": "timm", "name": "a.b", "class": "X", "num_classes": 5, "license": "cc-by-4.0"}
+        self.save(tmp_path / "flowers", backbone=known, results={"accuracy": 0.5, "dataset": "CUB Birds"})
+        data = metadata(Path(write_model_card(tmp_path / "flowers", repo_id="ada/birds")).read_text())
+        (result,) = data["model-index"][0]["results"]
+        assert result["dataset"] == {"name": "CUB Birds", "type": "cub-birds"}
+        assert result["metrics"][0]["value"] == 0.5
+        assert data["license"] == "cc-by-4.0"
+
+    def test_takes_a_license_over_what_it_knew(self, tmp_path: Path) -> None:
+        self.save(tmp_path / "flowers", backbone={"library": "timm", "name": "a.b", "license": "cc-by-4.0"})
+        path = write_model_card(tmp_path / "flowers", license="mit")
+        assert metadata(Path(path).read_text())["license"] == "mit"
+
+    def test_takes_the_place_of_pefts_template_alone(self, tmp_path: Path) -> None:
+        card = self.save(tmp_path / "flowers")
+        assert "Framework versions" not in card
+        own = "---\ntags: [mine]\n---\n\n# My model\n"
+        (tmp_path / "flowers" / "README.md").write_text(own)
+        card = self.save(tmp_path / "flowers")
+        assert "# My model" in card
+        assert "AutoRecastModel" in card
+        assert {"mine", "recast"} <= set(metadata(card)["tags"])
+
+    def test_is_not_written_for_a_config_alone(self, tmp_path: Path) -> None:
+        RecastConfig().save_pretrained(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json"}
+
+    def test_of_a_folder_without_a_task_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(RecastLoadError, match=r"adapter_config\.json"):
+            write_model_card(tmp_path)
+        RecastConfig().save_pretrained(tmp_path)
+        with pytest.raises(RecastLoadError, match=r"adapter_model\.safetensors"):
+            write_model_card(tmp_path)
+
+    def test_stays_when_the_trainer_writes_its_own(self, tmp_path: Path) -> None:
+        model = make_model("default")
+        model.save_pretrained(tmp_path)
+        (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n\n# What the Trainer wrote\n")
+        model.create_or_update_model_card(str(tmp_path))
+        card = (tmp_path / "README.md").read_text()
+        assert "# What the Trainer wrote" in card
+        assert "AutoRecastModel" in card
+
+
+class TestOfARepository:
+    def test_lists_them_in_the_card(self, hub: HubServer) -> None:
+        push_tasks_to_hub(make_model("cars", "birds"), "ada/all", results={"cars": {"accuracy": 0.5}})
+        card = files_of(hub, "ada/all")["README.md"].decode()
+        assert "| [cars](cars/README.md) | 16 | accuracy 0.5 |" in card
+        assert "| [birds](birds/README.md) | 16 | - |" in card
+        assert {"recast", "peft"} <= set(metadata(card)["tags"])
+
+    def test_twice_lists_them_once(self, hub: HubServer) -> None:
+        model = make_model("default", "cars")
+        for _ in range(2):
+            push_tasks_to_hub(model, "ada/all")
+        card = files_of(hub, "ada/all")["README.md"].decode()
+        assert card.count("[cars](cars/README.md)") == 1
+        assert card.count("recast: begin") == 1
