@@ -1,0 +1,124 @@
+"""Models to export, tasks on them, and how an exported graph is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from models import layers_of, randomise, seeded
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from recast_peft import RecastConfig, get_recast_model
+
+TOLERANCE = 1e-6  # of the norm of the outputs, in float32
+IDS = torch.randint(3, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[1, 4:] = 0
+
+
+def onnx_tools() -> Any:
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    return pytest.importorskip("onnxruntime")
+
+
+def backbone(name: str) -> nn.Module:
+    return seeded(lambda: timm.create_model(name, num_classes=0))
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    return seeded(lambda: BertForSequenceClassification(config))
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        use_cache=False,
+    )
+    return seeded(lambda: LlamaForCausalLM(config))
+
+
+def images(samples: int = 2, seed: int = 3) -> Tensor:
+    return torch.randn(samples, 3, 160, 160, generator=torch.Generator().manual_seed(seed))
+
+
+def texts(samples: int = 3, length: int = 7) -> dict[str, Tensor]:
+    ids, mask = IDS.repeat(2, 2)[:samples, :length], MASK.repeat(2, 1)[:samples].repeat(1, 2)[:, :length]
+    return {"input_ids": ids.contiguous(), "attention_mask": mask.contiguous()}
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[Any]]] = {
+    "vit": (lambda: backbone("test_vit"), {"num_classes": 4}, [images(), images(1), images(3)]),
+    "cnn": (lambda: backbone("test_efficientnet"), {"num_classes": 4}, [images(), images(1), images(3)]),
+    "bert": (bert, {"num_classes": 4}, [texts(), texts(1, 5), texts(4, 9)]),
+    "llama": (llama, {}, [{"input_ids": IDS}, {"input_ids": IDS[:1, :3]}, {"input_ids": IDS.repeat(2, 2)}]),
+}
+
+
+def two_tasks(build: Callable[[], nn.Module], config: dict[str, Any], **more: Any) -> PeftModel:
+    """A model with the tasks ``first`` and ``second``, which differ in everything, also in the number of classes."""
+    model = get_recast_model(build(), RecastConfig(**config, **more), "first")
+    other = {**config, **({"num_classes": 6} if "num_classes" in config else {})}
+    model.add_adapter("second", RecastConfig(**other, **more))
+    model.add_adapter("fresh", RecastConfig(**config, **more))
+    randomise(model, "first", 1, 0.1)
+    randomise(model, "second", 2, 0.1)
+    model.set_adapter("first")
+    return model.eval()
+
+
+def called(model: nn.Module, inputs: Any) -> np.ndarray:
+    with torch.no_grad():
+        output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return (output if isinstance(output, Tensor) else output.logits).numpy()
+
+
+def session(path: Path) -> Any:
+    tools = onnx_tools()
+    options = tools.SessionOptions()
+    options.intra_op_num_threads = 1
+    return tools.InferenceSession(str(path), options)
+
+
+def run(graph: Any, task: dict[str, Any], inputs: Any) -> np.ndarray:
+    given = inputs if isinstance(inputs, dict) else {"x": inputs}
+    wanted = {value.name for value in graph.get_inputs()}
+    feed = {name: np.asarray(value) for name, value in {**task, **given}.items() if name in wanted}
+    return graph.run(None, feed)[0]
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    assert first.shape == second.shape
+    return float(np.linalg.norm(first - second) / np.linalg.norm(second))
+
+
+def recast(model: nn.Module) -> list[Any]:
+    return list(layers_of(model).values())
+
+
+def header(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

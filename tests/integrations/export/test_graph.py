@@ -1,0 +1,79 @@
+"""A graph that takes its task: what it refuses before anything is written, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from exported import called, onnx_tools
+from models import converted, randomise, vit_input
+from peft import LoraConfig
+
+from recast_peft import (
+    BiasConfig,
+    PiggybackConfig,
+    RecastBankError,
+    RecastConfigError,
+    TaskPool,
+    export_onnx,
+    export_program,
+    export_task,
+)
+from recast_peft.integrations.export.graph import prepare
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "a LoRA part": {"lora_config": LoraConfig(r=2)},
+    "the partner adaptformer": {"partners": ["adaptformer"]},
+    "coefficients of biases": {"partners": [BiasConfig()]},
+    "masks on its weights": {"partners": [PiggybackConfig()]},
+    "a compressed bank": {"num_templates": 1, "group_size": 2},
+    "biases of the model": {"bias": "all"},
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("what", REFUSED)
+    def test_what_a_graph_cannot_express_is_refused_before_anything_is_written(self, what, tmp_path):
+        onnx_tools()
+        model = converted(**REFUSED[what])
+        for export in (
+            lambda: export_onnx(model, tmp_path / "new" / "graph.onnx", vit_input()),
+            lambda: export_task(model, tmp_path / "new" / "task"),
+        ):
+            with pytest.raises(RecastBankError, match=what):
+                export()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_merged_task_and_wrong_arguments(self, tmp_path):
+        model = converted()
+        for fault, message in (
+            (lambda: prepare(model, vit_input(), "inputs"), "tasks='inputs'"),
+            (lambda: prepare(model, vit_input(), way="fast"), "way='fast'"),
+            (lambda: prepare(model, "x"), "example is a str"),
+            (lambda: prepare(model, vit_input(), dynamic_shapes={"y": {0: "n"}}), "names 'y'"),
+            (lambda: prepare(model, vit_input(), ["other"]), "'other' is no RECAST task"),
+            (lambda: prepare(model.get_base_model(), vit_input()), "a TinyVit was given"),
+            (lambda: prepare(TaskPool(model), vit_input()), "the pool is empty"),
+            (lambda: export_task(TaskPool(model), tmp_path / "task"), "no task of the pool is active"),
+        ):
+            with pytest.raises(RecastConfigError, match=message):
+                fault()
+        model.merge_adapter()
+        with pytest.raises(RecastBankError, match="unmerge_adapter"):
+            prepare(model, vit_input())
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestTheModel:
+    def test_the_model_is_not_touched(self):
+        model = converted(num_classes=3)
+        randomise(model)
+        model.train()
+        before = called(model, vit_input())
+        modules, parameters = list(model.modules()), dict(model.named_parameters())
+        export_program(model, vit_input())
+        assert list(model.modules()) == modules
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert model.training
+        assert np.array_equal(called(model, vit_input()), before)

@@ -1,0 +1,163 @@
+"""ONNX graphs: the task goes in beside the inputs, and the graph gives what the model gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from exported import (
+    MODELS,
+    TOLERANCE,
+    backbone,
+    bert,
+    called,
+    distance,
+    header,
+    images,
+    onnx_tools,
+    run,
+    session,
+    texts,
+    two_tasks,
+)
+from models import KINDS, randomise, seeded
+from safetensors.numpy import load_file
+
+from recast_peft import RecastConfig, TaskPool, export_onnx, export_task, get_recast_model
+
+
+class TestTaskAsInput:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_one_graph_gives_what_the_model_gives_for_every_task(self, name, tmp_path):
+        onnx_tools()
+        build, config, samples = MODELS[name]
+        model = two_tasks(build, config)
+        export_onnx(model, tmp_path / "graph.onnx", samples[0])
+        graph = session(tmp_path / "graph.onnx")
+        seen = []
+        for task in ("first", "second", "fresh"):
+            model.set_adapter(task)
+            export_task(model, tmp_path / "task")
+            tensors = load_file(tmp_path / "task")
+            for inputs in samples:
+                found = run(graph, tensors, inputs)
+                assert distance(found, called(model, inputs)) < TOLERANCE
+                seen.append(found)
+        assert seen[0].shape[-1] == seen[-1].shape[-1]
+        assert distance(seen[0], seen[6]) > 0.01  # the tasks differ
+
+    @pytest.mark.parametrize("name", ["vit", "llama"])
+    def test_a_fresh_task_is_the_plain_model(self, name, tmp_path):
+        onnx_tools()
+        build, _, samples = MODELS[name]
+        model = get_recast_model(build(), RecastConfig()).eval()
+        randomise(model, size=0.1)
+        export_onnx(model, tmp_path / "graph.onnx", samples[0])
+        zero = {"coefficients": np.zeros(export_task(model, tmp_path / "task")["coefficients"].shape, np.float32)}
+        found = run(session(tmp_path / "graph.onnx"), zero, samples[1])
+        assert distance(found, called(build(), samples[1])) < TOLERANCE
+
+    def test_the_graph_says_what_it_takes_and_a_file_says_which_graph_it_is_for(self, tmp_path):
+        onnx_tools()
+        model = two_tasks(*MODELS["vit"][:2])
+        graph = session(export_onnx(model, tmp_path / "graph.onnx", images(1)))
+        shapes = {value.name: value.shape for value in graph.get_inputs()}
+        assert shapes == {
+            "coefficients": [24],
+            "head.bias": ["classes"],
+            "head.weight": ["classes", 64],
+            "x": ["batch", 3, 160, 160],
+        }
+        export_task(model, tmp_path / "task", "second")
+        said = header(tmp_path / "task")["__metadata__"]
+        assert json.loads(said["recast_tasks"]) == ["second"]
+        assert said["recast_layout"] == graph.get_modelmeta().custom_metadata_map["recast_layout"]
+        other = get_recast_model(seeded(lambda: timm.create_model("test_vit", num_classes=0), 5), RecastConfig())
+        export_task(other, tmp_path / "other")
+        assert header(tmp_path / "other")["__metadata__"]["recast_layout"] != said["recast_layout"]  # another base
+
+    def test_norms_and_their_statistics_are_inputs_too(self, tmp_path):
+        onnx_tools()
+        config = RecastConfig(train_norms=True, target_modules=["conv_pw"], num_classes=4)
+        model = get_recast_model(backbone("test_efficientnet"), config).eval()
+        graph = session(export_onnx(model, tmp_path / "graph.onnx", images()))
+        with torch.no_grad():
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if "modules_to_save" in name and tensor.is_floating_point():
+                    tensor.mul_(1 + 0.1 * torch.rand(tensor.shape))
+        assert distance(run(graph, export_task(model, tmp_path / "task"), images()), called(model, images())) < TOLERANCE
+
+
+class TestTable:
+    def test_every_sample_has_its_own_task(self, tmp_path):
+        onnx_tools()
+        model = two_tasks(lambda: seeded(lambda: timm.create_model("test_vit", num_classes=5)), {"num_classes": 4})
+        pool = TaskPool(model)
+        for name in ("second", "first"):
+            pool.add(name, name)
+        graph = session(export_onnx(pool, tmp_path / "graph.onnx", images(), tasks="table"))
+        said = graph.get_modelmeta().custom_metadata_map
+        assert json.loads(said["recast_tasks"]) == ["second", "first"]
+        x = images(4)
+        found = run(graph, {"rows": np.array([1, 0, -1, 1])}, x)
+        with torch.no_grad():
+            expected = model(x, task_ids=["first", "second", None, "first"]).numpy()
+        assert np.array_equal(np.isfinite(found), np.isfinite(expected))
+        real = np.isfinite(expected)
+        assert real.sum(axis=1).tolist() == [4, 6, 5, 4]
+        assert distance(found[real], expected[real]) < TOLERANCE
+
+
+class TestRefusals:
+    def test_a_failure_while_writing_leaves_the_old_graph(self, tmp_path, monkeypatch):
+        onnx_tools()
+
+        path = tmp_path / "graph.onnx"
+        path.write_text("old")
+
+        def fail(self: Any, place: Path, **options: Any) -> None:
+            Path(place).write_text("half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr(torch.onnx.ONNXProgram, "save", fail)
+        kind = KINDS["linear"]
+        model = get_recast_model(seeded(kind.build), RecastConfig(target_modules=kind.targets)).eval()
+        with pytest.raises(OSError, match="disk full"):
+            export_onnx(model, path, kind.inputs())
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestQuantised:
+    def test_a_graph_in_int8_still_swaps(self, tmp_path):
+        """As near to the model as the quantised graph of the merged model is, for each task."""
+        onnx_tools()
+        from onnxruntime.quantization import quantize_dynamic
+
+        def in_int8(path: Path) -> Any:
+            quantize_dynamic(path, path.with_suffix(".int8"))
+            return session(path.with_suffix(".int8"))
+
+        model = two_tasks(bert, {"num_classes": 4})
+        graph = in_int8(export_onnx(model, tmp_path / "graph.onnx", texts(), way="output"))
+        assert (tmp_path / "graph.int8").stat().st_size < 0.6 * (tmp_path / "graph.onnx").stat().st_size
+        found = {}
+        for task in ("first", "second"):
+            tensors = export_task(model, tmp_path / "task", task)
+            other = two_tasks(bert, {"num_classes": 4})
+            other.set_adapter(task)
+            live = called(other, texts())
+            merged = other.merge_and_unload()
+            dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=32)}
+            shapes = {"input_ids": dims, "attention_mask": dims}
+            plain = tmp_path / f"{task}.onnx"
+            torch.onnx.export(merged.eval(), (), plain, kwargs=texts(), dynamic_shapes=shapes, dynamo=True, verbose=False)
+            expected = distance(run(in_int8(plain), {}, texts()), live)
+            found[task] = run(graph, tensors, texts())
+            assert distance(found[task], live) < 1.5 * expected + 0.01
+        assert distance(found["first"][:, :4], found["second"][:, :4]) > 0.1

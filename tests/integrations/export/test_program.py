@@ -1,0 +1,72 @@
+"""torch's own exports: a task goes in beside the inputs, and the program gives what the model gives."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from exported import MODELS, TOLERANCE, backbone, called, distance, images, recast, two_tasks
+from models import converted, randomise, seeded, tiny_vit, vit_input
+from safetensors.torch import load_file as load_tensors
+
+from recast_peft import RecastConfig, export_aoti, export_program, export_task, get_recast_model, grow_bank
+
+
+class TestProgram:
+    def test_a_task_goes_in_as_its_file_is_read(self, tmp_path):
+        build, config, samples = MODELS["bert"]
+        model = two_tasks(build, config)
+        program = export_program(model, samples[0])
+        path = tmp_path / "program.pt2"
+        torch.export.save(program, path)
+        module = torch.export.load(path).module()
+        for task in ("first", "second"):
+            model.set_adapter(task)
+            export_task(model, tmp_path / task)
+            for inputs in samples:
+                found = module(load_tensors(tmp_path / task), **inputs)["logits"]
+                assert distance(found.numpy(), called(model, inputs)) < TOLERANCE
+
+    def test_a_fresh_task_changes_nothing_to_the_last_bit(self):
+        model = get_recast_model(backbone("test_vit"), RecastConfig()).eval()
+        module = export_program(model, images()).module()
+        assert torch.equal(module({"coefficients": torch.zeros(24)}, images())["output"], torch.tensor(called(model, images())))
+
+    @pytest.mark.parametrize("rank", [None, 2])
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_tasks_on_a_grown_bank(self, rank, plain):
+        moved = seeded(lambda: tiny_vit(seed=0))
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                if "qkv.weight" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.1)
+        bank = grow_bank(tiny_vit(), [moved], RecastConfig(target_modules=["qkv"]), rank=rank, plain_templates=plain)
+        model = get_recast_model(tiny_vit(), RecastConfig(bank=bank)).eval()
+        randomise(model)
+        task = {"coefficients": torch.cat([layer.recast_coefficients["default"][0] for layer in recast(model)]).detach()}
+        found = export_program(model, vit_input()).module()(task, vit_input())["output"]
+        assert distance(found.numpy(), called(model, vit_input())) < TOLERANCE
+        assert distance(found.numpy(), called(tiny_vit(), vit_input())) > 1e-3
+
+    @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+    def test_aotinductor_compiles_it(self, tmp_path):
+        model = converted(num_classes=3)
+        randomise(model)
+        path = export_aoti(model, tmp_path / "model.pt2", vit_input())
+        compiled = torch._inductor.aoti_load_package(str(path))
+        for seed in (1, 2):
+            randomise(model, seed=seed)
+            found = compiled(export_task(model, tmp_path / "task"), vit_input(3))["output"]
+            assert distance(found.detach().numpy(), called(model, vit_input(3))) < TOLERANCE
+
+
+class TestTable:
+    def test_without_a_classifier_of_its_own_the_pretrained_model_has_no_logits(self):
+        model = two_tasks(*MODELS["vit"][:2])
+        program = export_program(model, images(), tasks=["second", "first"])
+        logits = program.module()(torch.tensor([1, 0, -1]), images(3))["output"]
+        assert logits[:2].isnan().sum() == 0
+        assert logits[2].isnan().all()
+        model.set_adapter("second")
+        assert distance(logits[1:2, :6].numpy(), called(model, images(3))[1:2]) < TOLERANCE

@@ -1,0 +1,91 @@
+"""Files of tasks: read without any library, one task or many."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exported import MODELS, header, two_tasks
+from models import converted, layers_of, randomise
+from safetensors.numpy import load_file
+
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, export_task, export_tasks, rescale_adapter_scale
+
+
+def shown(language: str) -> str:
+    """The code in a language that the page on files shows."""
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "files.md").read_text()
+    return page.split(f"```{language}\n")[1].split("```")[0]
+
+
+class TestFiles:
+    def test_a_task_is_read_in_a_few_lines_without_any_library(self, tmp_path):
+        model = two_tasks(*MODELS["vit"][:2])
+        written = export_task(model, tmp_path / "task", "second")
+        content = (tmp_path / "task").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        start, end = json.loads(content[8 : 8 + length])["coefficients"]["data_offsets"]
+        assert (8 + length) % 4 == 0  # numbers can be looked at where they lie
+        assert np.array_equal(np.frombuffer(content[8 + length + start : 8 + length + end], "<f4"), written["coefficients"])
+
+    def test_the_code_that_the_page_on_files_shows_reads_one(self, tmp_path):
+        """In C and JavaScript, where they are installed; what stands around it is all that the page leaves out."""
+        written = export_task(two_tasks(*MODELS["vit"][:2]), tmp_path / "digits.safetensors", "second")
+        expected = [written["coefficients"].tolist(), written["head.weight"].flatten().tolist()]
+        ran = 0
+        if compiler := shutil.which("cc"):
+            print_it = 'for (size_t i = 0, n, k = 0; k < 2; k++) { float *x = read_tensor("digits.safetensors", names[k], &n);'
+            print_it += " for (i = 0; i < n; i++) printf(\"%.9g%c\", x[i], i + 1 < n ? ' ' : '\\n'); free(x); }"
+            names = 'const char *names[] = {"coefficients", "head.weight"};'
+            (tmp_path / "read.c").write_text(f"{shown('c')}\nint main(void) {{ {names} {print_it} return 0; }}\n")
+            subprocess.run([compiler, "-Wall", "-Werror", "-o", "read", "read.c"], cwd=tmp_path, check=True)
+            said = subprocess.run(["./read"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+            assert [[float(np.float32(x)) for x in line.split()] for line in said.splitlines()] == expected
+            ran += 1
+        if node := shutil.which("node"):
+            before = (
+                'const fetch = async p => ({arrayBuffer: async () => new Uint8Array(require("fs").readFileSync(p)).buffer});'
+                "const ort = {Tensor: class { constructor(t, data, dims) { this.data = data; this.dims = dims; } }};"
+                "const image = null; const session = {run: async feeds => { const f = n => [...feeds[n].data];"
+                'console.log(JSON.stringify([f("coefficients"), f("head.weight")])); return {}; }};'
+            )
+            (tmp_path / "read.js").write_text(f"{before}\n(async () => {{\n{shown('javascript')}\n}})();\n")
+            said = subprocess.run([node, "read.js"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+            assert json.loads(said) == expected
+            ran += 1
+        if not ran:
+            pytest.skip("neither a C compiler nor node")
+
+    def test_the_strength_of_a_task_and_the_mean_of_its_sets_are_what_is_written(self, tmp_path):
+        model = converted(num_coefficient_sets=2)
+        randomise(model)
+        full = export_task(model, tmp_path / "task")["coefficients"]
+        first = layers_of(model)["blocks.0.attn.qkv"].recast_coefficients["default"]
+        assert torch.equal(full[:2], first.mean(0))
+        with rescale_adapter_scale(model, 0.5):
+            assert torch.allclose(export_task(model, tmp_path / "task")["coefficients"], full / 2)
+
+    def test_many_tasks_lie_in_one_file_row_by_row(self, tmp_path):
+        model = converted("one", num_classes=3)
+        pool = TaskPool(model)
+        for i in range(50):
+            pool.add(f"task {i}", RecastConfig(num_classes=3, seed=i))
+        with torch.no_grad():
+            pool.table[:50] = torch.randn(50, pool.table.shape[1])
+        assert export_tasks(pool, tmp_path / "tasks") == pool.names
+        stored = load_file(tmp_path / "tasks")
+        alone = export_task(pool, tmp_path / "task", "task 7")
+        assert {key: value[7].tolist() for key, value in stored.items()} == {k: v.tolist() for k, v in alone.items()}
+        assert json.loads(header(tmp_path / "tasks")["__metadata__"]["recast_tasks"])[7] == "task 7"
+        assert not np.array_equal(stored["head.weight"][7], stored["head.weight"][8])
+
+    def test_tasks_of_other_sizes_do_not_share_a_file(self, tmp_path):
+        model = two_tasks(*MODELS["vit"][:2])
+        with pytest.raises(RecastConfigError, match=r"first.*\n.*second"):
+            export_tasks(model, tmp_path / "tasks")
+        assert export_tasks(model, tmp_path / "tasks", ["first", "fresh"]) == ["first", "fresh"]

@@ -1,0 +1,89 @@
+"""The server over HTTP: what it answers, to whom, and what it says of a bad request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save
+from served import CLASSES, alone, packed
+
+from recast_peft.integrations.serving import TaskServer
+
+
+class TestApp:
+    @pytest.fixture
+    def client(self, store):
+        pytest.importorskip("prometheus_client")
+        testclient = pytest.importorskip("fastapi.testclient")
+        from recast_peft.integrations.serving.access import Tenant, Tenants
+        from recast_peft.integrations.serving.app import task_app
+
+        tenants = Tenants({"a": Tenant("ada", frozenset({"cats"})), "root": Tenant("root", None, True), "all": Tenant("all")})
+        app = task_app(TaskServer(store.pool), store, tenants=tenants, max_body=2 << 20)
+        with testclient.TestClient(app) as client:
+            yield client
+
+    @staticmethod
+    def token(name: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {name}"}
+
+    def test_predicts_from_json_and_safetensors(self, client, store, image):
+        expected = alone(store.pool, "cats", image)
+        by_json = client.post("/v1/tasks/cats/predict", json={"inputs": image.tolist()}, headers=self.token("a"))
+        headers = {**self.token("a"), "Content-Type": "application/vnd.safetensors"}
+        by_tensors = client.post("/v1/tasks/cats/predict", content=save({"inputs": image}), headers=headers)
+        for response in (by_json, by_tensors):
+            assert response.status_code == 200, response.text
+            torch.testing.assert_close(torch.tensor(response.json()["output"]), expected, atol=1e-4, rtol=1e-4)
+            assert response.json()["label"] == CLASSES["cats"][int(expected.argmax())]
+
+    def test_tenants_see_their_tasks_alone(self, client, image):
+        body = {"inputs": [1.0]}
+        assert client.post("/v1/tasks/cats/predict", json=body).status_code == 401
+        assert client.get("/v1/tasks", headers=self.token("nobody")).status_code == 401
+        hidden = client.post("/v1/tasks/dogs/predict", json=body, headers=self.token("a"))
+        missing = client.post("/v1/tasks/birds/predict", json=body, headers=self.token("a"))
+        assert (hidden.status_code, missing.status_code) == (404, 404)
+        assert hidden.json()["detail"].replace("dogs", "X") == missing.json()["detail"].replace("birds", "X")
+        assert client.get("/v1/tasks", headers=self.token("a")).json() == {"tasks": ["cats"]}
+        assert len(client.get("/v1/tasks", headers=self.token("all")).json()["tasks"]) == 3
+        for verb, path in (("PUT", ""), ("DELETE", ""), ("POST", "/rollback")):
+            assert client.request(verb, f"/v1/tasks/cats{path}", headers=self.token("all")).status_code == 403
+
+    def test_what_is_wrong_is_said(self, client):
+        def ask(**kwargs):
+            return client.post("/v1/tasks/cats/predict", headers=self.token("a"), **kwargs)
+
+        assert ask(json={"inputs": [[1.0, 2.0], [3.0]]}).status_code == 422
+        assert ask(json={"inputs": "abc"}).status_code == 422
+        assert ask(json={}).status_code == 422
+        assert ask(content=b"{").status_code == 422
+        assert "refused the sample" in ask(json={"inputs": [1.0, 2.0]}).json()["detail"]
+        assert ask(content=b" " * (3 << 20)).status_code == 413
+
+    def test_an_administrator_changes_tasks(self, client, store, saved, image):
+        before = alone(store.pool, "cats", image)
+        root = self.token("root")
+        assert client.put("/v1/tasks/cats", content=b"no zip", headers=root).status_code == 422
+        assert client.put("/v1/tasks/..%2Fcats", content=packed(saved / "second" / "cats"), headers=root).status_code in (
+            404,
+            422,
+        )
+        assert client.put("/v1/tasks/cats", content=packed(saved / "second" / "cats"), headers=root).json()[
+            "versions_before"
+        ] == [1]
+        assert not torch.allclose(alone(store.pool, "cats", image), before, atol=1e-3)
+        assert client.post("/v1/tasks/cats/rollback", headers=root).status_code == 200
+        assert torch.equal(alone(store.pool, "cats", image), before)
+        assert client.delete("/v1/tasks/cats", headers=root).status_code == 200
+        assert client.post("/v1/tasks/cats/predict", json={"inputs": [1.0]}, headers=root).status_code == 404
+
+    def test_health_metrics_and_the_page_of_the_api(self, client, image):
+        client.post("/v1/tasks/cats/predict", json={"inputs": image.tolist()}, headers=self.token("a"))
+        client.post("/v1/tasks/cats/predict", json={"inputs": []}, headers=self.token("a"))
+        assert client.get("/health").json() == {"status": "ok", "tasks": 3, "tasks_that_cannot_be_read": 0}
+        metrics = client.get("/metrics").text
+        assert "recast_server_answered 1.0" in metrics
+        assert "recast_request_seconds_count 2.0" in metrics
+        assert "recast_failed_requests_total 1.0" in metrics
+        assert "/v1/tasks/{task}/predict" in client.get("/openapi.json").text

@@ -1,0 +1,127 @@
+"""Requests of many tasks at once: each gets its own task's answer, and fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from served import CLASSES, alone, packed
+
+from recast_peft import RecastConfig, RecastConfigError
+from recast_peft.integrations.serving import Answer, ServerBusyError, TaskServer, TaskServerError
+
+
+class TestServer:
+    def test_requests_of_many_tasks_share_batches(self, store, image):
+        right = {task: alone(store.pool, task, image) for task in [*CLASSES, None]}
+        with TaskServer(store.pool, wait=0.05, max_batch=8) as server:
+            futures = [(task, server.submit(task, image)) for _ in range(4) for task in right]
+            for task, future in futures:
+                answer = future.result(30)
+                torch.testing.assert_close(answer.output, right[task], atol=1e-5, rtol=1e-4)
+                if task in ("cats", "dogs"):
+                    assert answer.label == CLASSES[task][int(right[task].argmax())]
+            stats = server.stats()
+        assert stats["answered"] == 16
+        assert stats["batches"] == 2
+        assert [len(right[task]) for task in right] == [3, 2, 4, 4]
+
+    def test_what_is_wrong_with_one_request_is_said_to_it_alone(self, store, image):
+        with TaskServer(store.pool, wait=0.05) as server:
+            with pytest.raises(RecastConfigError, match="no task 'birds'"):
+                server.submit("birds", image)
+            with pytest.raises(RecastConfigError, match="expected a tensor"):
+                server.submit("cats", [1.0])
+            good, bad = server.submit("cats", image), server.submit("cats", torch.zeros(3, 7, 9))
+            same_shape = server.submit("dogs", torch.zeros(3, 7, 9))
+            assert isinstance(good.result(30), Answer)
+            for future in (bad, same_shape):
+                with pytest.raises(TaskServerError, match=r"the model refused the sample \(sample \(3, 7, 9\)"):
+                    future.result(30)
+
+    def test_a_task_that_is_removed_while_its_request_waits(self, store, image):
+        with TaskServer(store.pool, wait=0.3) as server:
+            lost, kept = server.submit("cats", image), server.submit("dogs", image)
+            store.pool.remove("cats")
+            assert kept.result(30).task == "dogs"
+            with pytest.raises(RecastConfigError, match="was removed while"):
+                lost.result(30)
+
+    def test_a_full_queue_a_deadline_and_a_cancelled_request(self, store, image):
+        server = TaskServer(store.pool, wait=0.2, max_queue=3)
+        late, gone, good = (
+            server.submit("cats", image, timeout=0.01),
+            server.submit("cats", image),
+            server.submit("dogs", image),
+        )
+        assert gone.cancel()
+        with pytest.raises(ServerBusyError, match="3 requests waiting"):
+            server.submit("cats", image)
+        assert good.result(30).task == "dogs"
+        with pytest.raises(TimeoutError):
+            late.result(30)
+        server.close()
+        with pytest.raises(ServerBusyError, match="is closed"):
+            server.submit("cats", image)
+        assert server.stats()["timed_out"] == 1
+
+    def test_closing_answers_what_waits(self, store, image):
+        server = TaskServer(store.pool, wait=10)
+        futures = [server.submit("cats", image) for _ in range(3)]
+        server.close()
+        assert all(future.result(0).batch == 3 for future in futures)
+
+    def test_asyncio(self, store, image):
+        async def ask() -> list[Answer]:
+            return await asyncio.gather(*(server.answer(task, image) for task in CLASSES))
+
+        with TaskServer(store.pool, wait=0.05) as server:
+            assert [answer.task for answer in asyncio.run(ask())] == list(CLASSES)
+
+    def test_bad_arguments(self, store):
+        for bad in ({"max_batch": 0}, {"max_queue": 0}, {"wait": -1}, {"timeout": 0}):
+            with pytest.raises(RecastConfigError, match="expected at least one"):
+                TaskServer(store.pool, **bad)
+
+
+class TestStress:
+    def test_clients_beside_uploads_and_rollbacks(self, store, saved, image):
+        pool = store.pool
+        right = {task: [alone(pool, task, image)] for task in CLASSES}
+        for task in ("cats", "dogs"):
+            store.upload(task, packed(saved / "second" / task))
+            right[task].append(alone(pool, task, image))
+        deadline = time.monotonic() + 6
+        wrong: list[str] = []
+
+        def client(seed: int) -> int:
+            rng, asked = random.Random(seed), 0
+            while time.monotonic() < deadline:
+                task = rng.choice(list(right))
+                output = server(task, image).output
+                asked += 1
+                if not any(len(output) == len(y) and torch.allclose(output, y, atol=1e-4) for y in right[task]):
+                    wrong.append(task)
+            return asked
+
+        def change() -> None:
+            rng = random.Random(0)
+            while time.monotonic() < deadline:
+                task = rng.choice(["cats", "dogs"])
+                if rng.random() < 0.5:
+                    store.rollback(task)
+                else:
+                    store.upload(task, packed(saved / "second" / task))
+                pool.add("guest", RecastConfig(num_classes=5))
+                pool.remove("guest")
+
+        with TaskServer(pool) as server, ThreadPoolExecutor(9) as executor:
+            changing = executor.submit(change)
+            asked = sum(executor.map(client, range(8)))
+            changing.result(60)
+        assert not wrong
+        assert asked > 50

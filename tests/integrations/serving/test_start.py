@@ -1,0 +1,55 @@
+"""From a folder of tasks to a server of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+import torch
+from safetensors.torch import save
+from served import CLASSES, backbone
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_the_command_serves_a_folder_and_stops_when_told(store, saved, image, tmp_path):
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("prometheus_client")
+    torch.save(backbone().state_dict(), tmp_path / "backbone.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        "import torch, timm, recast_peft.integrations.serving.start as start\n"
+        "torch.manual_seed(0); torch.set_num_threads(1)\n"
+        f"start.serve_folder({str(store.folder)!r}, port={port}, backbone=timm.create_model('test_vit', num_classes=4))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
+                    assert json.load(response)["tasks"] == 3
+                break
+            except OSError:
+                assert process.poll() is None, process.stderr.read().decode()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.3)
+        request = urllib.request.Request(
+            f"{address}/v1/tasks/dogs/predict", save({"inputs": image}), {"Content-Type": "application/vnd.safetensors"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert json.load(response)["label"] in CLASSES["dogs"]
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        process.kill()
+        process.stderr.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("recast-task-s")]

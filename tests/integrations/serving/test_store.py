@@ -1,0 +1,91 @@
+"""A folder of tasks in service: followed, changed, rolled back, and whole after a kill."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from served import alone, packed
+
+from recast_peft import RecastConfigError, RecastLoadError
+from recast_peft.integrations.serving import TaskStore
+
+
+class TestStore:
+    def test_follows_the_folder(self, store, saved, image):
+        pool, folder = store.pool, store.folder
+        before = alone(pool, "cats", image)
+        shutil.copytree(saved / "second" / "cats", folder / "cats", dirs_exist_ok=True)
+        assert store.refresh() == ["cats"]
+        assert not torch.allclose(alone(pool, "cats", image), before, atol=1e-3)
+        assert store.refresh() == []
+        shutil.rmtree(folder / "dogs")
+        assert store.refresh() == []  # another process may be putting a new one there
+        assert store.refresh() == ["dogs"]
+        assert sorted(pool.names) == ["cars", "cats"]
+
+    def test_a_bad_task_leaves_the_former_in_service(self, store, image):
+        pool = store.pool
+        before = alone(pool, "cats", image)
+        file = store.folder / "cats" / "adapter_model.safetensors"
+        good = file.read_bytes()
+        flipped = bytearray(good)
+        flipped[-1] ^= 1
+        for bad in (good[:100], bytes(flipped)):
+            file.write_bytes(bad)
+            assert store.refresh() == []
+            assert "damaged" in store.problems["cats"]
+            assert torch.equal(alone(pool, "cats", image), before)
+        with pytest.raises(RecastLoadError):
+            store.upload("dogs", b"no zip file")
+        entries = load_file(store.folder / "cars" / "adapter_model.safetensors")
+        shutil.copytree(store.folder / "cars", store.folder / ".bad" / "cars")
+        broken = {key: value * float("nan") for key, value in entries.items()}
+        save_file(broken, store.folder / ".bad" / "cars" / "adapter_model.safetensors")
+        with pytest.raises((RecastLoadError, RecastConfigError), match="finite|NaN"):
+            store.upload("cars", packed(store.folder / ".bad" / "cars"))
+        assert store.versions("cars") == []
+        file.write_bytes(good)
+        assert store.refresh() == ["cats"]
+        assert not store.problems
+
+    def test_uploads_versions_and_rollback(self, store, saved, image):
+        pool = store.pool
+        first = alone(pool, "cats", image)
+        store.upload("cats", packed(saved / "second" / "cats"))
+        second = alone(pool, "cats", image)
+        assert not torch.allclose(first, second, atol=1e-3)
+        assert store.versions("cats") == [1]
+        assert store.refresh() == []
+        store.rollback("cats")
+        assert torch.equal(alone(pool, "cats", image), first)
+        store.remove("cats")
+        assert "cats" not in pool
+        assert store.versions("cats")
+        store.rollback("cats")
+        assert torch.equal(alone(pool, "cats", image), first)
+        with pytest.raises(RecastConfigError, match="no version before"):
+            store.rollback("dogs")
+        for _ in range(8):
+            store.upload("cats", packed(saved / "second" / "cats"))
+        assert len(store.versions("cats")) == store.keep
+
+    @pytest.mark.parametrize("name", ["../cats", "a/b", "", ".hidden", "/tmp/cats"])
+    def test_names_that_leave_the_folder(self, store, saved, name):
+        for verb in (lambda: store.upload(name, packed(saved / "second" / "cats")), lambda: store.remove(name)):
+            with pytest.raises(RecastConfigError):
+                verb()
+
+    def test_a_kill_in_the_middle_of_an_upload(self, store, saved):
+        folder = store.folder
+        staged = folder / ".versions" / ".incoming-x"
+        shutil.copytree(saved / "second" / "cats", staged / "cats")
+        shutil.copytree(saved / "second" / "cars", folder / ".versions" / ".incoming-y" / "birds")  # never checked
+        (folder / ".versions" / "cats").mkdir()
+        (folder / "cats").rename(folder / ".versions" / "cats" / "1")
+        TaskStore(folder, store.pool)
+        assert (folder / "cats" / "adapter_config.json").is_file()
+        assert not (folder / "birds").exists()
+        assert not list((folder / ".versions").glob(".incoming*"))
