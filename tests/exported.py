@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from models import layers_of, randomise, seeded
+from models import layers_of, randomise, seeded, small_transformer
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from recast_peft import RecastConfig, get_recast_model
 
@@ -34,31 +34,18 @@ def backbone(name: str) -> nn.Module:
     return seeded(lambda: timm.create_model(name, num_classes=0))
 
 
-def bert() -> nn.Module:
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-    )
-    return seeded(lambda: BertForSequenceClassification(config))
-
-
-def llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        use_cache=False,
-    )
-    return seeded(lambda: LlamaForCausalLM(config))
+bert = partial(
+    small_transformer,
+    "bert",
+    scale=2,
+    vocab_size=20,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)
+llama = partial(small_transformer, "llama", scale=2, vocab_size=20, initializer_range=0.2, use_cache=False)
 
 
 def images(samples: int = 2, seed: int = 3) -> Tensor:

@@ -191,29 +191,29 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [layer.recast_coefficients["default"].grad.clone() for layer in layers_of(model).values()]
 
 
-def test_a_task_written_between_forward_and_backward_changes_no_gradient() -> None:
+def has_the_gradients_of_its_forward_pass(change: Callable[[Any], Any]) -> None:
+    """Whatever is done between forward and backward pass."""
     model = converted(depth=2)
     randomise(model)
     expected = trained(model, vit_input())
     model.zero_grad()
     loss = model(vit_input()).square().sum()
-    for layer in layers_of(model).values():
-        layer.recast_coefficients["default"].data.fill_(3)
+    change(model)
     loss.backward()
     for layer, gradient in zip(layers_of(model).values(), expected, strict=True):
         assert torch.equal(layer.recast_coefficients["default"].grad, gradient)
+
+
+def test_a_task_written_between_forward_and_backward_changes_no_gradient() -> None:
+    def write(model: Any) -> None:
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["default"].data.fill_(3)
+
+    has_the_gradients_of_its_forward_pass(write)
 
 
 def test_a_merge_between_forward_and_backward_changes_no_gradient() -> None:
-    model = converted(depth=2)
-    randomise(model)
-    expected = trained(model, vit_input())
-    model.zero_grad()
-    loss = model(vit_input()).square().sum()
-    model.merge_adapter()
-    loss.backward()
-    for layer, gradient in zip(layers_of(model).values(), expected, strict=True):
-        assert torch.equal(layer.recast_coefficients["default"].grad, gradient)
+    has_the_gradients_of_its_forward_pass(lambda model: model.merge_adapter())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

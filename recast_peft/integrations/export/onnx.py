@@ -46,8 +46,7 @@ def export_onnx(
         way: how targets with several templates compute: ``"weight"`` composes the weight in each call; ``"output"`` mixes
             products, which stays fast and exact when the graph is quantised; ``"auto"`` takes what costs less for inputs like
             the example. Tables take ``"output"``.
-        dynamic_shapes: names of the dimensions that may differ from call to call, by argument and dimension. Left out, an
-            argument has ``{0: "batch"}``, and token ids and masks ``{0: "batch", 1: "sequence"}``.
+        dynamic_shapes: names of the dimensions that may differ from call to call; as for ``export_program``.
         options: for ``torch.onnx.export``, such as ``opset_version``.
 
     Returns:
