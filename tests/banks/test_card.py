@@ -23,7 +23,7 @@ from recast_peft import (
     push_bank_to_hub,
     push_task_to_hub,
 )
-from recast_peft.banks.card import write_bank_card
+from recast_peft.banks.card import made_by, write_bank_card
 
 
 class TestABank:
@@ -66,3 +66,22 @@ class TestABank:
     def test_without_its_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(RecastLoadError, match=r"recast_bank\.json"):
             write_bank_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mimicry", "words"),
+    [
+        ("closed_form", "closed_form"),
+        ("random", "of random templates"),
+        ({"method": "grown", "sources": ["birds"]}, "grown from 1 source: birds"),
+        ({"method": "grown", "sources": ["birds\n# cars", "dogs"]}, "grown from 2 sources: birds # cars, dogs"),
+        ({"method": "grown", "sources": ["birds"], "of": "biases"}, "of biases, grown from 1 source: birds"),
+        (
+            {"method": "learned", "tasks": ["a", "b"], "steps": 9, "start": {"method": "random"}},
+            "learned together with the tasks a, b in 9 steps; started from a bank of random templates",
+        ),
+        (3, "3"),
+    ],
+)
+def test_how_a_bank_was_made_is_said_in_one_line(mimicry: Any, words: str) -> None:
+    assert made_by(mimicry) == words
