@@ -1,0 +1,100 @@
+"""A layer's call in which every sample has its own task: the two ways to compute it, and which of them costs less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import WIDTH, converted, layers_of, randomise, tiny_vit, vit_input
+from torch import Tensor, nn
+
+from recast_peft import RecastBankError, RecastConfig, TaskPool
+from recast_peft.composition import mixing
+from recast_peft.composition.mixed_batch import MixedBatch, mixed_batch
+from recast_peft.composition.mixing import PRODUCT_LIMIT, call_mixed, products_are_cheaper
+
+NAMES = ("b", "__base__", "a", "b")
+QKV = "blocks.1.attn.qkv"
+
+
+def two_tasks(**config: Any) -> Any:
+    model = converted("a", group_size=2, **config)
+    model.add_adapter("b", RecastConfig(target_modules=["qkv"], group_size=2, **config))
+    randomise(model, "a", 1)
+    randomise(model, "b", 2)
+    return model
+
+
+def by_hand(model: Any, x: Tensor) -> Tensor:
+    """Each sample's product with the weight of its own task: W_l + sum_i d_i W_i, over the first two blocks."""
+    plain, layer = tiny_vit(), layers_of(model)[QKV]
+    own = plain.get_submodule(QKV)
+    rows = []
+    for sample, name in zip(x, NAMES, strict=True):
+        weight = own.weight
+        if name != "__base__":
+            for block, d in enumerate(layer.recast_coefficients[name][0]):
+                weight = weight + d * plain.get_submodule(f"blocks.{block}.attn.qkv").weight
+        rows.append(F.linear(sample, weight, own.bias))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tasks_by_name_are_composed_one_by_one(grad: bool) -> None:
+    model, x = two_tasks(), vit_input(4)
+    with torch.set_grad_enabled(grad):
+        found = call_mixed(layers_of(model)[QKV], MixedBatch(NAMES), (x,), {})
+    torch.testing.assert_close(found, by_hand(model, x), rtol=1e-4, atol=1e-5)
+    assert found.requires_grad == grad
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_tasks_of_a_pool_are_the_same_both_ways(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = two_tasks(), vit_input(4)
+    pool = TaskPool(model)
+    for name in "ab":
+        pool.add(name, name)
+    monkeypatch.setattr(mixing, "products_are_cheaper", lambda *args: products)
+    with pool.batch([None if name == "__base__" else name for name in NAMES]), torch.no_grad():
+        found = layers_of(model)[QKV](x)
+    torch.testing.assert_close(found, by_hand(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_coefficients_here_shares_the_rows_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = two_tasks(), vit_input(4)
+    layer = layers_of(model)[QKV]
+    composed = []
+    compose = layer.compose
+    monkeypatch.setattr(layer, "compose", lambda names: composed.append(names) or compose(names))
+    with mixed_batch(MixedBatch(("elsewhere", "__base__", "a", "other"))), torch.no_grad():
+        layer(x)
+    assert composed == [["__base__"], ["a"]]
+
+
+@pytest.mark.parametrize(
+    ("templates", "positions"),
+    # n products do (n - 1) multiplications more with every position, composing touches n weights: p (n - 1) < 64 n
+    [(2, 2 * PRODUCT_LIMIT), (3, 3 * PRODUCT_LIMIT // 2), (1, None)],
+)
+def test_products_are_cheaper_for_few_positions_a_task(templates: int, positions: int | None) -> None:
+    module = nn.Linear(WIDTH, WIDTH)
+
+    def are_cheaper(tokens: int, names: tuple[str, ...]) -> bool:
+        return products_are_cheaper(module, torch.empty(len(names), tokens, WIDTH), templates, MixedBatch(names))
+
+    if positions is None:  # a lone product is never more than composing
+        assert are_cheaper(100_000, ("a",))
+        return
+    assert are_cheaper(positions - 1, ("a",))
+    assert not are_cheaper(positions, ("a",))
+    assert are_cheaper(positions - 1, ("a", "b"))  # each task has its own positions
+    assert not are_cheaper(positions // 2, ("a", "a"))
+
+
+def test_what_cannot_be_called_sample_by_sample_is_refused() -> None:
+    layer = layers_of(two_tasks())[QKV]
+    for args, kwargs in (((), {"input": vit_input(4)}), (([1.0],), {})):
+        with pytest.raises(RecastBankError, match=rf"{QKV} \(Linear\) cannot have another task for each sample"):
+            call_mixed(layer, MixedBatch(NAMES), args, kwargs)
