@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from hub_tasks import files_of, make_model
+from models import converted
+from peft import LoraConfig
 from peft.utils import PeftType
 
-from recast_peft import RecastConfigError, RecastLoadError, push_task_to_hub
+from recast_peft import PiggybackConfig, RecastConfigError, RecastLoadError, push_task_to_hub
+from recast_peft.hub.task_files import has_task_numbers, read_task_config, task_entries, task_sizes, tasks_inside
 from recast_peft.hub.transfer import fetch_task
 
 
@@ -43,3 +46,49 @@ class TestFetched:
         pushed.add("ada/flowers", {"adapter_model.safetensors": content[:-7]})
         with pytest.raises(RecastLoadError, match="damaged or incomplete"):
             fetch_task("ada/flowers")
+
+
+class TestSizes:
+    def test_are_those_of_every_part_by_hand(self, tmp_path: Path) -> None:
+        part = LoraConfig(r=2, target_modules=["fc1"])
+        partners = [PiggybackConfig(target_modules=["fc2"])]
+        model = converted(num_classes=3, lora_config=part, partners=partners)
+        model.save_pretrained(tmp_path)
+        sizes = task_sizes(tmp_path)
+        assert sizes.coefficients == 4 * 2  # four layers in groups of two
+        assert sizes.lora == 4 * 2 * (8 + 16)  # of rank 2, from 8 to 16 numbers
+        assert sizes.partners == {"piggyback": 4 * 16 * 8}  # a bit for each weight
+        assert sizes.of_partners() == "piggyback 512 bits"
+        assert sizes.others == 3 * 8 + 3  # the classifier
+        assert sizes.beside == 512 + 27
+        assert sizes.all == 8 + 192 + 512 + 27
+        assert sizes.file_bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+        assert sizes.config_bytes == (tmp_path / "adapter_config.json").stat().st_size
+
+    def test_coefficients_that_are_not_trained_do_not_count(self, tmp_path: Path) -> None:
+        converted(num_classes=3, train_coefficients=False).save_pretrained(tmp_path)
+        sizes = task_sizes(tmp_path)
+        assert (sizes.coefficients, sizes.others) == (0, 27)
+
+    def test_an_old_pickle_is_counted_alike(self, tmp_path: Path) -> None:
+        model = converted(num_classes=3)
+        model.save_pretrained(tmp_path / "new")
+        model.save_pretrained(tmp_path / "old", safe_serialization=False)
+        assert task_entries(tmp_path / "old") == task_entries(tmp_path / "new")
+        (tmp_path / "old" / "adapter_model.bin").write_bytes(b"no pickle")
+        with pytest.raises(RecastLoadError, match=r"adapter_model\.bin is damaged or incomplete"):
+            task_entries(tmp_path / "old")
+
+
+def test_a_folder_of_tasks_and_one_without_numbers(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "no task").mkdir()
+    assert tasks_inside(tmp_path) == ["a", "b"]
+    assert tasks_inside(tmp_path / "a" / "adapter_config.json") == tasks_inside(tmp_path / "missing") == []
+    assert not has_task_numbers(tmp_path / "a")
+    with pytest.raises(RecastLoadError, match=r"holds no adapter_model\.safetensors.*Copy the whole folder"):
+        task_entries(tmp_path / "a")
+    with pytest.raises(RecastLoadError, match="it is no saved task"):
+        read_task_config(tmp_path)

@@ -7,12 +7,11 @@ import json
 import pytest
 
 from recast_peft import RecastConfigError
+from recast_peft.integrations.serving.access import Tenant, Tenants
 
 
 class TestTenants:
     def test_tenants_from_a_file(self, tmp_path):
-        from recast_peft.integrations.serving.access import Tenants
-
         path = tmp_path / "tokens.json"
         path.write_text(json.dumps({"secret": {"name": "ada", "tasks": ["cats"]}}))
         tenant = Tenants.from_file(path).of("Bearer secret")
@@ -22,3 +21,26 @@ class TestTenants:
         path.write_text(json.dumps({"secret": {"tasks": "cats"}}))
         with pytest.raises(RecastConfigError, match="list of texts"):
             Tenants.from_file(path)
+
+    def test_a_token_may_be_kept_as_its_hash_alone(self):
+        # printf secret | sha256sum
+        hashed = "sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
+        ada = Tenant("ada", frozenset({"cats"}), admin=True)
+        tenants = Tenants({hashed: ada})
+        for header in ("Bearer secret", "bearer  secret "):
+            assert tenants.of(header) is ada
+        for header in (None, "", "Bearer", "Bearer ", "Basic secret", "secret", "Bearer Secret", f"Bearer {hashed}"):
+            assert tenants.of(header) is None
+        assert "secret" not in repr(vars(Tenants({"secret": ada})))
+
+    def test_without_any_token_nobody_could_ask(self):
+        with pytest.raises(RecastConfigError, match="no token was given"):
+            Tenants({})
+
+    def test_a_tenant_of_all_tasks_is_no_administrator_for_that(self, tmp_path):
+        path = tmp_path / "tokens.json"
+        path.write_text(json.dumps({"one": {}, "two": {"admin": True, "tasks": []}}))
+        tenants = Tenants.from_file(path)
+        everything, admin = tenants.of("Bearer one"), tenants.of("Bearer two")
+        assert (everything.name, everything.sees("any"), everything.admin) == ("tenant", True, False)
+        assert (admin.sees("any"), admin.admin) == (False, True)
