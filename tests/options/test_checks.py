@@ -183,3 +183,9 @@ class TestAValueThatCannotBeMeant:
         with pytest.raises(RecastConfigError) as error:
             RecastConfig(**fields)
         assert any(name in str(error.value) for name in fields)
+
+
+@pytest.mark.parametrize("value", [1, 0, -2, 2.0, True, "2", "layers"])
+def test_sharing_of_no_kind_is_refused(value: Any) -> None:
+    with pytest.raises(RecastConfigError, match="coefficient_sharing"):
+        RecastConfig(coefficient_sharing=value)

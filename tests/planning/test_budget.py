@@ -16,9 +16,9 @@ from sweep.timm_cases import VARIANTS
 from sweep.transformers_cases import transformers_cases
 from torch import nn
 
-from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
+from recast_peft import RecastConfig, get_recast_model, plan_recast
 from recast_peft.planning.budget import DEFAULT_BUDGET, DEFAULT_SIZES, default_sizes
-from recast_peft.planning.groups import coefficient_owners, count_coefficients, layer_runs, plan_groups, sharing_of
+from recast_peft.planning.groups import count_coefficients, layer_runs, plan_groups
 from recast_peft.planning.targets import find_targets
 
 timm = pytest.importorskip("timm")
@@ -108,38 +108,3 @@ def test_a_convolutional_network_leaves_out_its_stem_before_layers_share() -> No
     named = plan_recast(model, RecastConfig(target_modules="all-conv"))
     assert "conv_stem" in named.targets
     assert named.num_coefficients <= DEFAULT_BUDGET
-
-
-@given(st.integers(1, 12), st.integers(2, 15), st.sampled_from([1, 2, 3]))
-def test_a_way_of_sharing_is_known_by_what_it_shares(depth: int, count: int, size: int) -> None:
-    config = RecastConfig(target_modules=["qkv", "fc1"], group_size=size)
-    groups = plan_recast(tiny_vit(depth=depth), config).groups
-    owners = coefficient_owners(groups, count)
-    assert all(owners[owner] == owner for owner in owners.values())
-    found = sharing_of(groups, {name: hash(owner) for name, owner in owners.items()})
-    assert coefficient_owners(groups, found) == owners
-
-
-def test_roles_with_few_banks_share_in_one_sequence() -> None:
-    model = nn.Sequential()
-    for name in ("a", "b", "c"):
-        model.add_module(name, nn.Linear(2, 2))
-    model.deep = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-    config = RecastConfig(target_modules=r"[abc]|deep\.\d", group_size=1, coefficient_sharing=2)
-    plan = plan_recast(model, config)
-    owners = coefficient_owners(plan.groups, 2)
-    assert owners == {
-        "a": "a",
-        "b": "a",
-        "c": "c",
-        "deep.0": "deep.0",
-        "deep.1": "deep.0",
-        "deep.2": "deep.2",
-        "deep.3": "deep.2",
-    }
-
-
-@pytest.mark.parametrize("value", [1, 0, -2, 2.0, True, "2", "layers"])
-def test_sharing_of_no_kind_is_refused(value: Any) -> None:
-    with pytest.raises(RecastConfigError, match="coefficient_sharing"):
-        RecastConfig(coefficient_sharing=value)

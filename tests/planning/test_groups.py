@@ -14,6 +14,7 @@ from torch import nn
 
 from recast_peft import RecastConfig, RecastTargetError, plan_recast
 from recast_peft.names import role_of
+from recast_peft.planning.groups import coefficient_owners, sharing_of
 
 QKV = [f"blocks.{i}.attn.qkv" for i in range(6)]
 
@@ -125,3 +126,32 @@ class TestPlanning:
         for templates in (None, 1):
             model = converted(target_modules=["qkv", "fc1"], num_templates=templates)
             assert groups_of(model, target_modules=["qkv", "fc1"]) == plain
+
+
+@given(st.integers(1, 12), st.integers(2, 15), st.sampled_from([1, 2, 3]))
+def test_a_way_of_sharing_is_known_by_what_it_shares(depth: int, count: int, size: int) -> None:
+    config = RecastConfig(target_modules=["qkv", "fc1"], group_size=size)
+    groups = plan_recast(tiny_vit(depth=depth), config).groups
+    owners = coefficient_owners(groups, count)
+    assert all(owners[owner] == owner for owner in owners.values())
+    found = sharing_of(groups, {name: hash(owner) for name, owner in owners.items()})
+    assert coefficient_owners(groups, found) == owners
+
+
+def test_roles_with_few_banks_share_in_one_sequence() -> None:
+    model = nn.Sequential()
+    for name in ("a", "b", "c"):
+        model.add_module(name, nn.Linear(2, 2))
+    model.deep = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    config = RecastConfig(target_modules=r"[abc]|deep\.\d", group_size=1, coefficient_sharing=2)
+    plan = plan_recast(model, config)
+    owners = coefficient_owners(plan.groups, 2)
+    assert owners == {
+        "a": "a",
+        "b": "a",
+        "c": "c",
+        "deep.0": "deep.0",
+        "deep.1": "deep.0",
+        "deep.2": "deep.2",
+        "deep.3": "deep.2",
+    }
