@@ -5,7 +5,28 @@ from __future__ import annotations
 import pytest
 from models import TinyVit
 
-from recast_peft import RecastConfig, RecastError, plan_recast
+import recast_peft
+from recast_peft import RecastConfig, RecastError, errors, plan_recast
+
+KINDS = {  # what a caller who knows Python alone would catch
+    "RecastConfigError": ValueError,
+    "RecastTargetError": ValueError,
+    "RecastBankError": ValueError,
+    "RecastLoadError": ValueError,
+    "RecastBaseMismatchError": errors.RecastLoadError,
+    "RecastHubError": OSError,
+    "RecastSequenceError": ValueError,
+    "RecastCompatibilityError": ImportError,
+}
+
+
+def test_every_kind_is_public_and_caught_with_the_family_and_with_pythons_own() -> None:
+    found = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and kind is not RecastError}
+    assert found.keys() == KINDS.keys()
+    for name, kind in found.items():
+        assert issubclass(kind, RecastError), name
+        assert issubclass(kind, KINDS[name]), name
+        assert getattr(recast_peft, name) is kind
 
 
 def test_every_error_of_planning_is_of_one_family() -> None:

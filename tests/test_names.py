@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import converted, state, tiny_vit
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
-from recast_peft.names import bank_name, plain_name, role_of
+from recast_peft.names import bank_name, block_of, held_name, lies_in, plain_name, role_of, unwrapped
 
 
 class TestNames:
@@ -102,3 +103,32 @@ class TestANameOfATask:
 )
 def test_names_of_the_plain_model_are_without_what_wrappers_put_in(name: str, plain: str) -> None:
     assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("blocks.11.attn.qkv", "blocks.11"),
+        ("stages.1.blocks.2.fc", "stages.1.blocks.2"),
+        ("layers.3", "layers.3"),
+        ("fc", "fc"),
+    ],
+)
+def test_a_module_stands_in_the_innermost_numbered_block(name: str, block: str) -> None:
+    assert block_of(name) == block
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "expected"),
+    [("head", ["head"], True), ("head.fc", ["norm", "head"], True), ("header", ["head"], False), ("a.head", ["head"], False)],
+)
+def test_a_module_lies_in_another_by_whole_parts_of_its_name(name: str, others: list[str], expected: bool) -> None:
+    assert lies_in(name, others) == expected
+
+
+def test_wrappers_are_known_by_their_kind_and_not_by_a_child_called_module() -> None:
+    inner = nn.Linear(2, 2)
+    assert unwrapped(checkpoint_wrapper(nn.DataParallel(inner))) is inner
+    own = nn.Module()
+    own.module = inner
+    assert (held_name(own), unwrapped(own)) == (None, own)

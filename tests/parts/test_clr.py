@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from models import outputs, seeded
 from partner_cases import WEIGHTS, image, is_partners, learn, tiny_cnn
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recast_peft import CLRConfig, RecastConfig, get_recast_model
+from recast_peft.parts.clr import Reprogramming
 from recast_peft.parts.partner import partner_holders
 
 
@@ -44,3 +46,18 @@ class TestFiles:
         get_recast_model(tiny_cnn(), RecastConfig(target_modules=["conv1"], partners=["clr"])).save_pretrained(tmp_path)
         keys = {key for key in load_file(tmp_path / WEIGHTS) if is_partners(key)}
         assert keys == {f"base_model.model.recast_partners.{n}.clr.offset" for n in ("stem", "conv1", "conv2", "point")}
+
+
+class TestTheConvolution:
+    def test_is_the_identity_and_its_offset(self):
+        follower = Reprogramming(channels=2, size=3)
+        y = torch.tensor([[[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]]])  # two channels of one row
+        assert torch.equal(follower(y, y), y)
+        follower.offset.data[0, 0, 1, 2] = 10.0  # of the first channel: ten times what lies to the right
+        assert follower(y, y).tolist() == [[[[1.0 + 20.0, 2.0 + 30.0, 3.0]], [[4.0, 5.0, 6.0]]]]
+
+    @pytest.mark.parametrize(("kernel", "size"), [(3, 5), (1, 3), ((1, 3), 5)])
+    def test_has_a_size_of_its_own_after_one_by_one(self, kernel, size):
+        config = CLRConfig(kernel_size=5, pointwise_kernel_size=3)
+        follower = config.build(nn.Conv2d(2, 4, kernel), None, torch.Generator())
+        assert follower.offset.shape == (4, 1, size, size)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from models import converted, layers_of, outputs, randomise, state, tiny_vit, vit_input
+from torch import nn
 
 from recast_peft import RecastConfig, RecastLayer, get_recast_model
+from recast_peft.tasks.undo import Snapshot, undone_on_failure
 
 
 class TestAConversion:
@@ -76,3 +78,59 @@ def _resolve(path: str) -> Any:
     import pkgutil
 
     return pkgutil.resolve_name(path)
+
+
+class TestASnapshot:
+    def change(self, model: nn.Sequential) -> None:
+        """Whatever a conversion may do: a child exchanged, parameters frozen, new, gone, hooks, lists and other attributes."""
+        model[0].weight.requires_grad_(False)
+        model[0].bias = None
+        model[0].kept.append(2)
+        model[0].named["b"] = 2
+        model[0].word = "other"
+        model[0].new = 1
+        model[0].register_forward_hook(lambda *args: None)
+        model[0].register_buffer("fresh", torch.zeros(1))
+        model[1] = nn.ReLU()
+
+    def noted(self, model: nn.Sequential) -> dict[str, Any]:
+        first, hooks = model[0], [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        objects = [id(module) for module in model.modules()] + [id(p) for p in model.parameters()]
+        return {
+            "objects": objects, "trained": [p.requires_grad for p in model.parameters()], "hooks": hooks,
+            "kept": [*first.kept], "named": {**first.named}, "word": first.word, "attributes": sorted(vars(first)),
+            "tensors": sorted(model.state_dict()),
+        }  # fmt: skip
+
+    @pytest.fixture
+    def model(self) -> nn.Sequential:
+        made = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        made[0].kept, made[0].named, made[0].word = [1], {"a": 1}, "own"
+        return made
+
+    def test_brings_back_what_was_exchanged_added_and_taken_away(self, model: nn.Sequential) -> None:
+        before, lists = self.noted(model), (model[0].kept, model[0].named)
+        with pytest.raises(RuntimeError, match="stop"), undone_on_failure(model):
+            self.change(model)
+            assert all(self.noted(model)[key] != value for key, value in before.items())
+            raise RuntimeError("stop")
+        assert self.noted(model) == before
+        assert (model[0].kept, model[0].named) == ([1], {"a": 1})
+        assert model[0].kept is lists[0]  # the very objects, which others may hold too
+        assert model[0].named is lists[1]
+
+    def test_is_not_used_where_nothing_failed(self, model: nn.Sequential) -> None:
+        before = self.noted(model)
+        with undone_on_failure(model):
+            self.change(model)
+        assert all(self.noted(model)[key] != value for key, value in before.items())
+
+    def test_can_be_put_back_by_hand_and_copies_no_tensor(self, model: nn.Sequential) -> None:
+        before = self.noted(model)
+        snapshot = Snapshot(model)
+        self.change(model)
+        with torch.no_grad():
+            model[0].weight.fill_(7.0)
+        snapshot.restore()
+        assert self.noted(model) == before
+        assert (model[0].weight == 7.0).all()
