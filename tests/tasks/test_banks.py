@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import converted, outputs, randomise, vit_input
 
-from recast_peft import RecastConfigError, collapse_coefficient_sets
+from recast_peft import RecastConfig, RecastConfigError, collapse_coefficient_sets
+from recast_peft.tasks.banks import recast_banks, recipes_of, reference_of, task_banks
 
 
 class TestCollapsingCoefficientSets:
@@ -25,3 +26,36 @@ class TestCollapsingCoefficientSets:
     def test_of_an_unknown_task_is_refused(self) -> None:
         with pytest.raises(RecastConfigError, match="no task 'cars'; its tasks: default"):
             collapse_coefficient_sets(converted(), "cars")
+
+
+NAMES = ["blocks.{0,1}.attn.qkv", "blocks.{2,3}.attn.qkv"]
+
+
+class TestTheBanksOfAModel:
+    def test_are_listed_by_name_in_the_order_of_their_first_member(self) -> None:
+        model = converted("first")
+        model.add_adapter("other", RecastConfig(target_modules=["fc1"], group_size=4))
+        own = {"first": NAMES, "other": ["blocks.{0,1,2,3}.mlp.fc1"]}
+        for task, names in own.items():
+            assert [*task_banks(model, task)] == names
+        listed = [bank.name for bank in recast_banks(model).values()]
+        assert listed == [NAMES[0], *own["other"], NAMES[1]]
+        assert task_banks(model, "nobody") == {}
+
+    def test_of_two_tasks_that_share_them_are_listed_once(self) -> None:
+        model = converted("first")
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
+        assert len(recast_banks(model)) == 2
+        assert all(task_banks(model, "first")[name] is task_banks(model, "second")[name] for name in NAMES)
+
+    def test_that_follow_from_the_weights_have_neither_a_recipe_nor_a_file(self) -> None:
+        banks = task_banks(converted(), "default")
+        assert (recipes_of(banks), reference_of(banks)) == (None, None)
+        mixed = task_banks(converted(num_templates=1), "default")
+        assert reference_of(mixed) is None
+        recipes = recipes_of(mixed)
+        assert recipes is not None
+        assert {name: (len(r["mix"]), len(r["mix"][0]), len(r["base"])) for name, r in recipes.items()} == {
+            name: (1, 2, 2)
+            for name in NAMES  # one template of two weights, for two layers
+        }

@@ -1,0 +1,87 @@
+"""What the tuner's verbs do to tasks: which is active afterwards, what is refused by name, and which bank is stored."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import converted, outputs, randomise, vit_input
+from peft import PeftModel
+
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    """Tasks a, b and c, each with numbers of its own; a is active."""
+    made = converted("a")
+    for name in ("b", "c"):
+        made.add_adapter(name, RecastConfig(target_modules=["qkv"]))
+    for seed, name in enumerate("abc"):
+        randomise(made, name, seed=seed + 1)
+    return made
+
+
+def trained(model: PeftModel) -> set[str]:
+    own = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {task for task in "abc" if any(f"recast_coefficients.{task}." in f"{name}." for name in own)}
+
+
+class TestDeleting:
+    def test_the_only_active_task_makes_the_first_one_active_and_says_so(self, model: PeftModel) -> None:
+        model.set_adapter("c")
+        with pytest.warns(UserWarning, match="Adapter c was active .* Setting active adapter to a"):
+            model.base_model.delete_adapter("c")
+        assert (model.active_adapters, trained(model), [*model.peft_config]) == (["a"], {"a"}, ["a", "b"])
+
+    def test_one_of_several_active_tasks_leaves_the_others_active(self, model: PeftModel) -> None:
+        model.base_model.set_adapter(["b", "c"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.base_model.delete_adapter("b")
+        assert (model.active_adapters, trained(model)) == (["c"], {"c"})
+
+    def test_leaves_frozen_what_was_frozen(self, model: PeftModel) -> None:
+        model.base_model.set_adapter(["b", "c"], inference_mode=True)
+        model.base_model.delete_adapter("b")
+        assert (model.active_adapters, trained(model)) == (["c"], set())
+
+    def test_a_task_that_is_not_active_leaves_the_merged_one_merged(self, model: PeftModel) -> None:
+        model.merge_adapter()
+        merged = outputs(model, vit_input())
+        model.delete_adapter("b")
+        assert model.base_model.model.blocks[0].attn.qkv.merged_adapters == ["a"]
+        assert torch.equal(outputs(model, vit_input()), merged)
+
+    def test_a_task_that_is_not_there_is_an_error(self, model: PeftModel) -> None:
+        with pytest.raises(ValueError, match="Adapter d does not exist"):
+            model.base_model.delete_adapter("d")
+        assert [*model.peft_config] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+def test_merging_an_unknown_task_names_those_there_are(model: PeftModel, verb: str) -> None:
+    before = outputs(model, vit_input())
+    with pytest.raises(RecastConfigError, match="the model has no task 'd'; its tasks: a, b, c$"):
+        getattr(model, verb)(adapter_names=["a", "d"])
+    assert torch.equal(outputs(model, vit_input()), before)
+    assert not model.base_model.model.blocks[0].attn.qkv.merged
+
+
+class TestStoringABank:
+    @pytest.mark.parametrize(
+        ("of", "error", "message"),
+        [
+            ("heads", RecastConfigError, "of='heads': expected 'weights' or 'biases'"),
+            ("biases", RecastBankError, "task 'a' is on no bank of biases"),
+            ("weights", RecastBankError, "nothing to store"),
+        ],
+    )
+    def test_that_is_not_there_writes_nothing(
+        self, model: PeftModel, of: str, error: type[Exception], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(error, match=message):
+            model.save_bank(tmp_path / "bank", of=of)
+        assert not (tmp_path / "bank").exists()
