@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +22,17 @@ from recast_peft import RecastConfig, RecastLayer, get_recast_model
 
 WIDTH = 8
 CLASSES = 3
+
+
+class Around(nn.Module):
+    """What a user may put around a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 class Mlp(nn.Module):
@@ -353,16 +364,6 @@ def reference_model(plain: nn.Module, model: PeftModel, adapters: Sequence[str] 
 def outputs(model: nn.Module, inputs: Tensor, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         return model(inputs, **kwargs)
-
-
-def lora(**fields: Any) -> LoraConfig:
-    """A LoRA part of rank 2 whose factor is 3."""
-    return LoraConfig(**{"r": 2, "lora_alpha": 6, **fields})
-
-
-def lora_parameters(model: nn.Module, name: str = "task") -> dict[str, nn.Parameter]:
-    """The LoRA parameters of a task by their names in the model."""
-    return {k: p for k, p in model.named_parameters() if ".lora_" in k and f".{name}" in k}
 
 
 def state(model: nn.Module) -> dict[str, Any]:

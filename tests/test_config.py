@@ -1,4 +1,4 @@
-"""A config refuses what cannot be meant, and comes back from a file as it was."""
+"""A config comes back from a folder as it was, and can be used again."""
 
 from __future__ import annotations
 

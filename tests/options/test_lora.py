@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from models import lora
+from lora_parts import lora
 from peft import AdaLoraConfig
 
 from recast_peft import RecastConfig, RecastConfigError

@@ -1,4 +1,4 @@
-"""The record of a task: decided by a conversion, dropped by the next one, followed where a file holds it."""
+"""The record of a task: as fields of a config, and the bank that it names."""
 
 from __future__ import annotations
 

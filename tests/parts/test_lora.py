@@ -10,19 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import (
-    KINDS,
-    composed_weights,
-    layers_of,
-    lora,
-    lora_parameters,
-    outputs,
-    randomise,
-    reference_model,
-    seeded,
-    tiny_vit,
-    vit_input,
-)
+from lora_parts import lora, lora_parameters
+from models import KINDS, composed_weights, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
 from peft import (
     LoraConfig,
     PeftModel,

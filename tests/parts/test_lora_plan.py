@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from models import KINDS, layers_of, lora, lora_parameters, seeded, tiny_vit
+from lora_parts import lora, lora_parameters
+from models import KINDS, layers_of, seeded, tiny_vit
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 from recast_peft.planning.roles import SHORTHANDS

@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from models import Around
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -25,15 +26,6 @@ def test_all_norms_are_found_with_and_without_an_activation(name: str) -> None:
     assert sum(p.requires_grad for p in trained.parameters()) == 2 * len(norms)
 
 
-class Outer(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
-
-
 @pytest.mark.parametrize("way", ["model.train", "base.train", "outer.train", "update_bn", "update_bn of a model around"])
 def test_running_statistics_stay_those_of_the_pretrained_model(way: str) -> None:
     backbone = timm.create_model("test_resnet", num_classes=0).train()
@@ -45,9 +37,10 @@ def test_running_statistics_stay_those_of_the_pretrained_model(way: str) -> None
     if way == "update_bn":
         update_bn([x], model)
     elif way == "update_bn of a model around":
-        update_bn([x], Outer(model.get_base_model()))
+        update_bn([x], Around(model.get_base_model()))
     else:
-        module = {"model.train": model, "base.train": model.get_base_model(), "outer.train": Outer(model.get_base_model())}[way]
+        base = model.get_base_model()
+        module = {"model.train": model, "base.train": base, "outer.train": Around(base)}[way]
         module.train()
         module(x)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import layers_of, outputs, tiny_vit, vit_input
+from models import Around, layers_of, outputs, tiny_vit, vit_input
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
@@ -74,18 +74,7 @@ def test_a_module_of_that_name_is_no_wrapper() -> None:
     assert [c.name for c in find_candidates(model)] == ["module"]
 
 
-class Inner(nn.Module):
-    """A user's own wrapper."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.inner = block
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
-
-
-@pytest.mark.parametrize("wrap", [Inner, checkpoint_wrapper, lambda block: checkpoint_wrapper(Inner(block))])
+@pytest.mark.parametrize("wrap", [Around, checkpoint_wrapper, lambda block: checkpoint_wrapper(Around(block))])
 def test_a_wrapper_around_the_blocks_of_a_converted_model_changes_no_plan(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = get_recast_model(tiny_vit(), RecastConfig(), "first")
     blocks = model.get_base_model().blocks

@@ -1,4 +1,4 @@
-"""A plan puts layers of one role and shape into groups of consecutive depth, and says so before anything is touched."""
+"""A plan says what a task would cost, what it leaves out and why, and how it fits the tasks that are there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thousands of tasks beside one model: rows, swaps, mixed batches, files, threads."""
+"""A pool beside a model: batches of many tasks, threads, the model's own files, routing."""
 
 from __future__ import annotations
 

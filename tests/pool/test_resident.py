@@ -1,4 +1,4 @@
-"""What a pool holds: classifiers as tensors, numbers that are finite, files; and what it says when something is wrong."""
+"""What is resident in a pool: numbers that are finite, versions of its file, copies."""
 
 from __future__ import annotations
 

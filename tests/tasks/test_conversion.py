@@ -1,4 +1,4 @@
-"""A conversion holds no more than it must, and coefficient sets collapse into one."""
+"""A conversion holds no more than it must."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import outputs, tiny_vit, vit_input
+from models import Around, outputs, tiny_vit, vit_input
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -61,17 +61,6 @@ def test_any_name_is_saved_whole_and_loads(part: str, name: str, tmp_path: Path)
     other.load_adapter(str(folder), name)
     other.set_adapter(name)
     assert torch.equal(outputs(other.eval(), vit_input()), expected)
-
-
-class Around(nn.Module):
-    """What a user may put around a block."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
