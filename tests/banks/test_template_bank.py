@@ -34,10 +34,10 @@ class TestMixing:
         assert mix_templates([FIRST, second], mix).tolist() == [[[3.0, 1.0], [1.5, 4.5]], [[-8.0, 4.0], [6.0, -2.0]]]
 
     def test_low_precision_is_summed_in_float32(self) -> None:
-        weights = [torch.tensor([[value]], dtype=torch.bfloat16) for value in (256.0, 1.0, 256.0)]
-        found = mix_templates(weights, torch.tensor([[1.0, 1.0, -1.0]], dtype=torch.float64))
+        weights = [torch.tensor([[256.0]], dtype=torch.bfloat16)] * 2
+        found = mix_templates(weights, torch.tensor([[1 + 2**-8, -1.0]], dtype=torch.float64))
         assert found.dtype == torch.bfloat16
-        assert found.item() == 1  # in bfloat16 256 + 1 is 256
+        assert found.item() == 1  # the first coefficient in bfloat16 is 1
 
     def test_in_parts_it_is_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         weights = [torch.randn(3, 5) for _ in range(2)]
