@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grown_biases import grown as grown_of_biases
 from grown_weights import fitted_bank, grown, on
 from models import layers_of
 
@@ -41,3 +42,11 @@ def test_the_numbers_of_a_bank_by_hand() -> None:
     assert ["h", "1", "1", "36", "0.500"] in lines
     assert str(report).endswith("version 3, 9 numbers per task")
     assert report.to_dict()["groups"][1]["energy"] == (0.5,)
+
+
+class TestBiases:
+    def test_the_report(self) -> None:
+        report = growth_report(grown_of_biases(num_templates=2))
+        assert report.num_coefficients == 8
+        assert [group.members for group in report.groups] == [5] * 4
+        assert "8 numbers per task" in str(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grown_biases import X, by_hand, config, filled, grown, learn_offsets, offsets, on
 from hypothesis import given
 from hypothesis import strategies as st
 from models import converted, layers_of, outputs, randomise, small_vit, tiny_vit, vit_input
@@ -235,3 +236,29 @@ class TestPool:
         pool.add("l", "l")
         pool.add_weighted_adapter(["k", "l"], [1, 1], "mix")
         assert pool.coefficients("mix")
+
+
+class TestBiases:
+    def test_a_weighted_sum(self) -> None:
+        bank = grown()
+        model = on(bank, "one")
+        model.add_adapter("two", config(bank))
+        learn_offsets(model, "two", 2)
+        model.base_model.add_weighted_adapter(["one", "two"], [0.25, -1.5], "mix")
+        own = [offsets(model, name) for name in ("one", "two", "mix")]
+        for place, values in own[2].items():
+            torch.testing.assert_close(values, 0.25 * own[0][place] - 1.5 * own[1][place], rtol=1e-6, atol=1e-6)
+        model.set_adapter("mix")
+        torch.testing.assert_close(outputs(model, X), outputs(by_hand(bank, model, "mix").eval(), X), rtol=1e-5, atol=1e-5)
+        pool = filled(bank, "one", "two")
+        row = pool.add_weighted_adapter(["one", "two"], [0.25, -1.5], "mix")
+        torch.testing.assert_close(pool.table[row], 0.25 * pool.table[0] - 1.5 * pool.table[1])
+
+    def test_other_banks_are_refused(self) -> None:
+        model = on(grown(), "one")
+        model.add_adapter("two", config(grown((5, 6, 7))))
+        model.add_adapter("three", RecastConfig(target_modules=["fc1"], group_size=1))
+        for other in ("two", "three"):
+            with pytest.raises(RecastBankError, match="tasks on different banks"):
+                model.base_model.add_weighted_adapter(["one", other], [1, 1], "mix")
+            assert "mix" not in model.peft_config
