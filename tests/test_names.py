@@ -108,6 +108,7 @@ def test_names_of_the_plain_model_are_without_what_wrappers_put_in(name: str, pl
 def test_a_module_stands_in_the_innermost_numbered_block() -> None:
     assert block_of("blocks.11.attn.qkv") == "blocks.11"
     assert block_of("stages.1.blocks.2.fc") == "stages.1.blocks.2"
+    assert block_of("blocks.3.mlp.0") == "blocks.3"  # its own number is no block's
     assert block_of("layers.3") == "layers.3"
     assert block_of("fc") == "fc"
 
