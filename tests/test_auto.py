@@ -16,7 +16,7 @@ import torch
 from hub_server import HubServer, folder_content
 from huggingface_hub import constants
 from models import outputs, randomise, tiny_vit, vit_input
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from timm.models import save_for_hf
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTModel
@@ -351,26 +351,6 @@ class TestAFolder:
 
 
 class TestTheDescription:
-    def test_is_of_the_backbone_whatever_task_is_active(self) -> None:
-        model = learned(make_timm(), num_classes=3, name="first")
-        model.add_adapter("second", RecastConfig(num_classes=4))
-        model.set_adapter("second")
-        assert model.get_base_model().num_classes == 4
-        assert model.peft_config["second"].backbone["num_classes"] == 5
-        assert describe_backbone(model.get_base_model())["num_classes"] == 5
-
-    def test_follows_a_config_that_is_used_again(self) -> None:
-        config = RecastConfig(target_modules="all-linear")
-        get_peft_model(make_timm(), config)
-        assert config.backbone["library"] == "timm"
-        get_peft_model(nn.Sequential(nn.Linear(3, 3)), config)
-        assert config.backbone is None
-
-    def test_that_was_given_stays(self) -> None:
-        given = {"library": "timm", "name": "mine", "class": "X"}
-        model = get_recast_model(make_timm(), RecastConfig(backbone=given))
-        assert model.peft_config["default"].backbone == given
-
     def test_that_json_cannot_hold_is_said(self) -> None:
         model = make_timm(act_layer=nn.ReLU)
         description = describe_backbone(model)

@@ -205,7 +205,7 @@ class TestEveryPartner:
         model = learned(name)
         model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets)))
         method = CASES[name].partner.method
-        # coefficients of biases can be combined and pooled with their like: tests/growth/test_biases.py
+        # coefficients of biases can be combined and pooled with their like: tests/parts/test_bias.py
         refused = (RecastBankError, "biases") if method == "bias" else (RecastConfigError, f"partner {method}")
         with pytest.raises(refused[0], match=refused[1]):
             model.add_weighted_adapter(["bare", "default"], [1.0, 1.0], "sum")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 from models import small_transformer, tiny_vit
+from peft import get_peft_model
 from torch import nn
 
 from recast_peft import RecastConfig, get_recast_model
@@ -80,3 +81,25 @@ class TestOfTransformers:
 
 def test_of_another_kind_there_is_nothing_to_write_down() -> None:
     assert describe_backbone(tiny_vit()) is None
+
+
+class TestTheDescription:
+    def test_is_of_the_backbone_whatever_task_is_active(self) -> None:
+        model = get_recast_model(vit(), RecastConfig(num_classes=3), "first")
+        model.add_adapter("second", RecastConfig(num_classes=4))
+        model.set_adapter("second")
+        assert model.get_base_model().num_classes == 4
+        assert model.peft_config["second"].backbone["num_classes"] == 5
+        assert describe_backbone(model.get_base_model())["num_classes"] == 5
+
+    def test_follows_a_config_that_is_used_again(self) -> None:
+        config = RecastConfig(target_modules="all-linear")
+        get_peft_model(vit(), config)
+        assert config.backbone["library"] == "timm"
+        get_peft_model(nn.Sequential(nn.Linear(3, 3)), config)
+        assert config.backbone is None
+
+    def test_that_was_given_stays(self) -> None:
+        given = {"library": "timm", "name": "mine", "class": "X"}
+        model = get_recast_model(vit(), RecastConfig(backbone=given))
+        assert model.peft_config["default"].backbone == given
