@@ -36,3 +36,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with HubServer().running() as server:
         connect(server, monkeypatch, tmp_path / "cache")
         yield server
+
+
+@pytest.fixture
+def pushed(hub: HubServer) -> HubServer:
+    """A Hub that holds one task, ``ada/flowers``."""
+    from hub_tasks import make_model
+
+    from recast_peft import push_task_to_hub
+
+    push_task_to_hub(make_model("default"), "ada/flowers")
+    return hub

@@ -12,7 +12,7 @@ from models import converted
 from peft import LoraConfig
 from peft.utils import PeftType
 
-from recast_peft import PiggybackConfig, RecastConfigError, RecastLoadError, push_task_to_hub
+from recast_peft import PiggybackConfig, RecastConfigError, RecastLoadError
 from recast_peft.hub.task_files import has_task_numbers, read_task_config, task_entries, task_sizes, tasks_inside
 from recast_peft.hub.transfer import fetch_task
 
@@ -30,11 +30,6 @@ def test_a_damaged_config_is_one_kind_of_error_when_a_task_is_loaded(content: by
 
 
 class TestFetched:
-    @pytest.fixture
-    def pushed(self, hub: HubServer) -> HubServer:
-        push_task_to_hub(make_model("default"), "ada/flowers")
-        return hub
-
     def test_of_another_method_says_which(self, hub: HubServer) -> None:
         hub.add("ada/lora", {"adapter_config.json": json.dumps({"peft_type": "LORA"}).encode()})
         hub.add("ada/lora", {"adapter_model.safetensors": b""})

@@ -107,11 +107,6 @@ class TestTheClassThatShares:
 
 
 class TestFetching:
-    @pytest.fixture
-    def pushed(self, hub: HubServer) -> HubServer:
-        push_task_to_hub(make_model("default"), "ada/flowers")
-        return hub
-
     def test_takes_all_files_from_one_commit(self, pushed: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         original = files_of(pushed, "ada/flowers")["adapter_model.safetensors"]
         answer = recast_peft.hub.transfer.fetch_file

@@ -86,11 +86,6 @@ class TestACommit:
 
 
 class TestFetchingFiles:
-    @pytest.fixture
-    def pushed(self, hub: HubServer) -> HubServer:
-        push_task_to_hub(make_model("default"), "ada/flowers")
-        return hub
-
     def test_says_that_a_repository_is_missing(self, hub: HubServer) -> None:
         with pytest.raises(RecastHubError, match=r"'ada/nothing'.*no such repository"):
             fetch_task("ada/nothing")
