@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import RecastBankError
 from ..names import BASE_ADAPTER
 from .calling import call, call_with, direct_call
-from .compose import compose_weight, mix_by_sample
+from .compose import compose_into, compose_weight, mix_by_sample, needs_plain_operations
 from .kinds import add_bias, positions_of
 from .mixed_batch import NO_TASK, MixedBatch
 
@@ -63,12 +63,17 @@ def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
     templates = bank.get_templates(layer.weight_device)
     anchor = None if layer.compressed_bank else layer.pretrained_weight
     base = bank.base_row(layer.module_name, offsets) if anchor is None else offsets.new_zeros(())
+    # one weight's memory serves all tasks in turn: to get fresh memory for each costs more than to compose
+    is_recorded = torch.is_grad_enabled() or needs_plain_operations()
+    shared = None if is_recorded else torch.empty_like(templates[0] if anchor is None else anchor)
 
     def weight_of(key: str | int, sample: int) -> Tensor:
         if key == NO_TASK and not layer.is_released:
             return layer.pretrained_weight
-        offset = offsets[sample]
-        return compose_weight(anchor, templates, offset if anchor is not None else base + offset)
+        coefficients = offsets[sample] if anchor is not None else base + offsets[sample]
+        if shared is None:
+            return compose_weight(anchor, templates, coefficients)
+        return compose_into(shared, anchor, templates, coefficients)
 
     return _call_by_rows(layer, batch, batch.rows(len(x)), weight_of, args, kwargs)
 
