@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from grown_weights import grown, on
 from models import KINDS, WIDTH, composed_weights, converted, layers_of, randomise, seeded, tiny_vit, vit_input
 
 from recast_peft import RecastConfig, get_recast_model
@@ -70,11 +71,12 @@ def test_layers_without_a_bias() -> None:
 
 
 def test_only_weights_out_of_reach_of_exact_banks_take_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, compressed = converted(), converted(num_templates=1, keep_base_weights=True)
-    first, other = (next(iter(layers_of(model).values())) for model in (exact, compressed))
+    models = converted(), converted(num_templates=1, keep_base_weights=True), on(grown())
+    first, compressed, beside = (next(iter(layers_of(model).values())) for model in models)
     assert not is_out_of_reach(first)
     assert not computes_from_outputs(first, ["default"])
     monkeypatch.setattr(outputs, "is_offloaded", lambda module: True)
     assert computes_from_outputs(first, ["default"])
     assert not computes_from_outputs(first, ["unknown"])  # the plain module is called
-    assert not computes_from_outputs(other, ["default"])
+    assert not computes_from_outputs(compressed, ["default"])
+    assert not computes_from_outputs(beside, ["default"])  # some of its templates are no module's

@@ -1,4 +1,4 @@
-"""What every mimicry method is: found by name, with options, seeds and templates measured in weights; and what holds for all."""
+"""What every mimicry method is: found by name, with options, seeds and templates measured in weights; what holds for all."""
 
 from __future__ import annotations
 
