@@ -10,6 +10,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..parts import PARTS
 from ..parts.base import Request
+from ..parts.lora_plan import fill_budget
 from ..planning.plan import RecastPlan, plan_layers
 
 
@@ -31,7 +32,7 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     plan = plan_layers(model, config)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    request = Request(model, config, plan.targets, counting=True)
+    request = Request(model, fill_budget(model, config, plan), plan.targets, counting=True)
     pieces = {part.name: part.prepare(request) for part in PARTS}
     lora = next(iter(pieces.pop("lora")), None)
     counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items() if own}

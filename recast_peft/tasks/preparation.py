@@ -17,6 +17,7 @@ from ..layer import recast_layers
 from ..names import bank_name
 from ..parts import PARTS
 from ..parts.base import Place, Request
+from ..parts.lora_plan import fill_budget
 from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
 from ..placement.sharded import check_may_be_added_to
@@ -91,6 +92,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     check_may_be_added_to(model, config.inference_mode)
     config = under_names_of(model, config)
     plan = plan_layers(model, config)
+    config = fill_budget(model, config, plan)
     targets = list(plan.candidates)
     check_name_is_free(targets, adapter_name)
     fingerprints = {target.name: target.fingerprint for target in targets}
