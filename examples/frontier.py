@@ -98,7 +98,8 @@ def practised(world: World) -> peft.PeftConfig:
 METHODS: dict[str, Method] = {
     "RECAST": Method(recast(), {"text": 5e-2, "pictures": 1e-2}),
     "RECAST, all linear layers": Method(recast(target_modules="all-linear", group_size=1), {"text": 5e-2}),
-    "RECAST, 500 coefficients": Method(recast(max_coefficients=500), {"text": 5e-2, "pictures": 1e-2}),
+    "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), {"text": 5e-3, "pictures": 5e-3}),
+    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 5e-3, "pictures": 5e-3}),
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
     "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),

@@ -116,7 +116,8 @@ def fill_budget(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> Rec
 
 def _usual_targets(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> list[Candidate]:
     """Where a LoRA stands if nobody says so."""
-    kind: Any = getattr(getattr(model, "config", None), "model_type", None)
+    kinds = (getattr(getattr(module, "config", None), "model_type", None) for module in model.modules())
+    kind = next((kind for kind in kinds if kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING), "")
     wanted: Any
     for wanted in (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind), "all-attention"):
         with suppress(RecastTargetError):

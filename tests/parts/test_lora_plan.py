@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_parts import lora, lora_parameters
-from models import KINDS, layers_of, seeded, small_transformer, tiny_vit
+from models import KINDS, Around, layers_of, seeded, small_transformer, tiny_vit
 from peft import PeftModel
 
 from recast_peft import BiasConfig, RecastConfig, RecastTargetError, get_recast_model, plan_recast
@@ -89,8 +89,9 @@ class TestBudget:
         assert model.peft_config["default"].lora_config.r == rank
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32 + rank * 192 <= budget
 
-    def test_it_stands_where_peft_s_lora_would(self):
-        plan = plan_recast(small_transformer("bert"), RecastConfig(max_coefficients=100_000))
+    @pytest.mark.parametrize("wrap", [lambda model: model, Around])
+    def test_it_stands_where_peft_s_lora_would(self, wrap):
+        plan = plan_recast(wrap(small_transformer("bert")), RecastConfig(max_coefficients=100_000))
         assert {name.rpartition(".")[2] for name in plan.lora.targets} == {"query", "value"}
 
     @pytest.mark.parametrize(
