@@ -153,14 +153,15 @@ def marked_as_pretrained(layer: ComposedLayer, weight: Tensor) -> Tensor:
     does the composed weight give the unconverted model's output to the last bit. Under autocast the product gets a copy that is
     never marked, and of a marked weight autocast would keep that copy until its block ends.
     """
-    if torch.is_grad_enabled() or type(weight) is nn.Parameter or needs_plain_operations() or _is_cast(weight):
+    if torch.is_grad_enabled() or type(weight) is nn.Parameter or needs_plain_operations() or is_cast(weight):
         return weight
     if weight is not layer.weight_parameter and weight is not layer.pretrained:
         weight.requires_grad_()
     return weight
 
 
-def _is_cast(weight: Tensor) -> bool:
+def is_cast(weight: Tensor) -> bool:
+    """Whether autocast would change a tensor's dtype for a product."""
     return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
 
 

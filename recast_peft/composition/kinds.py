@@ -25,6 +25,14 @@ def _linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> 
     return F.linear(x, weight, module.bias if bias else None)  # type: ignore[arg-type]
 
 
+def _linear_into(module: nn.Module, weight: Tensor, x: Tensor, out: Tensor) -> None:
+    rows, product = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if module.bias is None:
+        torch.mm(rows, weight.T, out=product)
+    else:
+        torch.addmm(module.bias, rows, weight.T, out=product)  # type: ignore[arg-type]
+
+
 def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
     flat = x.view(-1, x.shape[-1])
     product = torch.addmm(module.bias, flat, weight) if bias else flat @ weight  # type: ignore[arg-type]
@@ -133,6 +141,7 @@ class LayerKind:
         channels: the dimension of the output (and the input) along which features, and so the bias, lie.
         widths: what it calls the numbers of its in and out features; where it has no such attributes its weight's shape tells.
         call: what it computes with a given weight, ``call(module, weight, x, bias=True)``; None: it is called as it is.
+        call_into: the same into memory that is there, ``call_into(module, weight, x, out)``, without gradients; None: no way.
         gradients: gradients of that product; None leaves them to autograd.
         rows: what its weight is multiplied with, ``rows(module, x)`` ``(places, fan in)``; None: not known.
         is_transposed: whether the weight is ``(in, out)`` and not ``(out, in)``.
@@ -149,6 +158,7 @@ class LayerKind:
     channels: int = -1
     widths: tuple[str, str] = ("in_features", "out_features")
     call: Callable[..., Tensor] | None = None
+    call_into: Callable[[nn.Module, Tensor, Tensor, Tensor], None] | None = None
     gradients: Gradients | None = None
     rows: Callable[[nn.Module, Tensor], Tensor] | None = None
     is_transposed: bool = False
@@ -176,6 +186,7 @@ LINEAR = LayerKind(
     name="linear",
     classes=(nn.Linear,),
     call=_linear,
+    call_into=_linear_into,
     gradients=_LinearGradients(),
     rows=_rows_of_linear,
     takes_low_rank=True,
@@ -189,6 +200,7 @@ TRANSPOSED_LINEAR = replace(
     classes=(Conv1D,),
     widths=("nx", "nf"),
     call=_transposed_linear,
+    call_into=None,
     gradients=_TransposedLinearGradients(),
     is_transposed=True,
 )

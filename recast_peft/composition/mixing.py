@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError
 from ..names import BASE_ADAPTER
-from .calling import call, call_with, direct_call
+from .calling import call, call_with, direct_call, is_cast
 from .compose import compose_into, compose_weight, mix_by_sample, needs_plain_operations
-from .kinds import add_bias, positions_of
+from .kinds import add_bias, kind_of, positions_of
 from .mixed_batch import NO_TASK, MixedBatch
 
 # Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
@@ -128,9 +128,21 @@ def _call_by_rows(
         return batch.taken(torch.cat(outputs), sorted(range(len(places)), key=places.__getitem__))
     result = None
     for key, indices in rows.items():
+        place = batch.side_by_side(indices)
+        if result is not None and place is not None and (call_into := _call_into(layer, result, args, kwargs)) is not None:
+            call_into(layer.base_layer, weight_of(key, indices[0]), x[place], result[place])
+            continue
         part = part_of(key, indices)
         if result is None:
             result = part.new_empty((len(x), *part.shape[1:]))
-        place = batch.side_by_side(indices)
         result[batch.index(indices, x.device) if place is None else place] = part
     return result
+
+
+def _call_into(layer: Any, result: Tensor, args: tuple, kwargs: dict[str, Any]) -> Callable[..., None] | None:
+    """The product that writes its result where it belongs; None where there is none, or dtypes would have to be changed."""
+    kind, x = kind_of(layer.base_layer), args[0]
+    if kind is None or direct_call(layer, args, kwargs) is None or needs_plain_operations():
+        return None
+    is_plain = type(result) is Tensor and result.dtype == x.dtype == layer.weight_dtype and not is_cast(result)
+    return kind.call_into if is_plain else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,47 @@ def test_tasks_by_name_are_composed_one_by_one(grad: bool) -> None:
         found = call_mixed(layers_of(model)[QKV], MixedBatch(NAMES), (x,), {})
     torch.testing.assert_close(found, by_hand(model, x), rtol=1e-4, atol=1e-5)
     assert found.requires_grad == grad
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(4, WIDTH), (4, 3, WIDTH), (4, 2, 3, WIDTH)])
+def test_results_are_written_where_they_belong(shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, written = mixing.kind_of, []
+
+    def noted(module: nn.Module) -> Any:
+        kind: Any = kinds(module)
+
+        def call_into(module: Any, weight: Tensor, x: Tensor, out: Tensor) -> None:
+            written.append(len(x))
+            kind.call_into(module, weight, x, out)
+
+        return replace(kind, call_into=call_into)
+
+    monkeypatch.setattr(mixing, "kind_of", noted)
+    model, x = two_tasks(), torch.randn(shape)
+    layer = layers_of(model)[QKV]
+    if not bias:
+        layer.base_layer.bias = None
+    alone = torch.cat([call_mixed(layer, MixedBatch((name,)), (x[i : i + 1],), {}) for i, name in enumerate(NAMES)])
+    with torch.no_grad():
+        found = call_mixed(layer, MixedBatch(NAMES), (x,), {})
+    torch.testing.assert_close(found, alone)
+    assert written == [1, 1]  # the first task gives the shape, and its samples lie apart
+
+
+@pytest.mark.parametrize("how", ["autocast", "torch.func"])
+def test_results_that_are_not_written_in_place(how: str) -> None:
+    model, x = two_tasks(), vit_input(4)
+    layer, batch = layers_of(model)[QKV], MixedBatch(NAMES)
+    expected = by_hand(model, x).detach()
+    with torch.no_grad():
+        if how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                found = call_mixed(layer, batch, (x,), {})
+            assert found.dtype == torch.bfloat16
+        else:
+            found = torch.func.vmap(lambda one: call_mixed(layer, batch, (one,), {}))(x[None])[0]
+    torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("products", [False, True])
