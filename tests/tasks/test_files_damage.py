@@ -1,0 +1,155 @@
+"""A damaged file gives a clear error and leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import state, tiny_vit
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from saved_tasks import CONFIG, WEIGHTS, copied, refused, rewrite_config
+
+from recast_peft import RecastError, RecastLoadError
+
+KEY = "base_model.model.blocks.2.attn.qkv.recast_coefficients"
+
+
+class TestADamagedFile:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda e: e.pop(KEY), r"(?s)does not fit.*missing: .*blocks\.2\.attn\.qkv.*Nothing was loaded"),
+            (lambda e: e.clear(), "missing"),
+            (lambda e: e.pop("base_model.model.head.bias"), r"missing: base_model\.model\.head\.bias"),
+            (lambda e: e.update(foreign=torch.zeros(3)), "unexpected: .*foreign"),
+            (
+                lambda e: e.update({"base_model.model.blocks.1.mlp.fc1.weight": torch.zeros(16, 8)}),
+                r"unexpected: .*fc1\.weight",
+            ),
+            (lambda e: e.update({"base_model.model.blocks.1.mlp.fc1.bias": torch.zeros(16)}), r"unexpected: .*fc1\.bias"),
+            (lambda e: e.update({"base_model.model.blocks.2.attn.lora_A": torch.zeros(3)}), "unexpected: .*lora_A"),
+            (lambda e: e.update({KEY: e[KEY].T.contiguous()}), r"\(2, 1\) given, \(1, 2\) expected"),
+            (lambda e: e.update({KEY: torch.zeros(0)}), "wrongly shaped"),
+            (lambda e: e.update({KEY: torch.tensor([[0.0, float("nan")]])}), "not finite: .*blocks.2"),
+            (lambda e: e.update({KEY: torch.tensor([[float("inf"), 0.0]])}), "not finite"),
+            (lambda e: e.update({"base_model.model.head.weight": torch.zeros(4, 8)}), r"\(4, 8\) given, \(3, 8\) expected"),
+            (
+                lambda e: {k.replace("blocks", "layers"): v for k, v in e.items()},
+                r"(?s)missing: .*blocks.*unexpected: .*layers",
+            ),
+        ],
+    )
+    def test_says_what_is_wrong(self, saved: Path, tmp_path: Path, change: Callable, message: str) -> None:
+        folder = copied(saved, tmp_path)
+        entries = load_file(folder / WEIGHTS)
+        replaced = change(entries)
+        save_file(replaced if isinstance(replaced, dict) and replaced else entries, folder / WEIGHTS)
+        refused(folder, RecastLoadError, message)
+
+    @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+    @pytest.mark.parametrize("keep", [0, 1, 7, 60, 0.3, 0.7, -1])
+    def test_that_was_cut_off_is_refused(self, saved: Path, tmp_path: Path, name: str, keep: float) -> None:
+        folder = copied(saved, tmp_path)
+        content = (folder / name).read_bytes()
+        end = int(keep * len(content)) if isinstance(keep, float) else keep
+        (folder / name).write_bytes(content[:end])
+        refused(folder, (RecastError, ValueError, TypeError) if name == CONFIG else RecastLoadError)
+
+    def test_that_is_missing_is_refused(self, saved: Path, tmp_path: Path) -> None:
+        folder = copied(saved, tmp_path)
+        (folder / WEIGHTS).unlink()
+        refused(folder, RecastLoadError, f"its numbers are missing, there is no {WEIGHTS} in its folder")
+
+    def test_of_another_format_is_refused(self, saved: Path, tmp_path: Path) -> None:
+        folder = copied(saved, tmp_path)
+        (folder / WEIGHTS).write_bytes(b"<html>404</html>" * 10)
+        refused(folder, RecastLoadError, "damaged or incomplete")
+
+    @settings(max_examples=40)
+    @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+    def test_with_a_flipped_bit_never_ends_in_a_bare_error(
+        self, saved: Path, tmp_path_factory: Any, place: float, bit: int
+    ) -> None:
+        folder = copied(saved, tmp_path_factory.mktemp("flipped"))
+        content = bytearray((folder / WEIGHTS).read_bytes())
+        content[int(place * len(content))] ^= 1 << bit
+        (folder / WEIGHTS).write_bytes(bytes(content))
+        plain = tiny_vit()
+        before = state(plain)
+        try:
+            PeftModel.from_pretrained(plain, folder)
+        except RecastError:
+            assert state(plain) == before
+
+
+class TestADamagedConfig:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"groups": "blocks"}, "groups"),
+            ({"groups": {"x": "blocks.0.attn.qkv"}}, "groups"),
+            ({"groups": {"x": [1, 2]}}, "groups"),
+            ({"groups": {"x": ["blocks.0.attn.qkv", "blocks.0.mlp.fc1"]}}, "differ in shape"),
+            ({"groups": {"x": ["blocks.0.attn.qkv", "blocks.0.attn.nothing"]}}, "does not have"),
+            ({"groups": {"x": ["blocks.0.norm"]}}, "vector"),
+            ({"groups": {"x": ["blocks.0.attn.qkv"]}}, "unexpected|wrongly shaped"),
+            ({"num_coefficient_sets": 2}, r"\(2, 2\) expected"),
+            ({"num_coefficient_sets": "1"}, "num_coefficient_sets"),
+            ({"num_templates": 1}, r"\(1, 1\) expected"),
+            ({"recipes": {"x": {}}}, "no such bank"),
+            ({"base_fingerprint": {"blocks.0.attn.qkv": "???"}}, "not a fingerprint"),
+            ({"base_fingerprint": {"blocks.0.attn.qkv": 5}}, "base_fingerprint"),
+            ({"base_fingerprint": [1]}, "base_fingerprint"),
+            ({"target_modules": 5}, "target_modules"),
+            ({"modules_to_save": "head"}, "modules_to_save"),
+            ({"modules_to_save": None}, "unexpected"),
+            ({"bias": 5}, "bias"),
+            ({"mimicry": 5}, "mimicry"),
+            ({"seed": "x"}, "seed"),
+            ({"keep_base_weights": 3}, "keep_base_weights"),
+        ],
+    )
+    def test_is_refused_by_name(self, saved: Path, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+        refused(rewrite_config(copied(saved, tmp_path), **fields), RecastError, message)
+
+    @pytest.mark.parametrize("value", [None, 7, "NOT_A_METHOD", []])
+    def test_of_an_unknown_type_is_refused_by_PEFT(self, saved: Path, tmp_path: Path, value: Any) -> None:
+        folder = rewrite_config(copied(saved, tmp_path), peft_type=value)
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            PeftModel.from_pretrained(tiny_vit(), folder)
+
+    @settings(max_examples=60)
+    @given(data=st.data())
+    def test_with_values_of_any_type_never_ends_in_a_bare_error(
+        self, saved: Path, tmp_path_factory: Any, data: st.DataObject
+    ) -> None:
+        folder = copied(saved, tmp_path_factory.mktemp("odd"))
+        stored = json.loads((folder / CONFIG).read_text())
+        own = sorted(set(stored) - set(PeftConfig.__dataclass_fields__))
+        values = st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-2, 9)
+            | st.floats(-2, 2)
+            | st.sampled_from(["", "head", "all-linear", "é"]),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["mix", "x"]), inner, max_size=2),
+            max_leaves=4,
+        )
+        field = data.draw(st.sampled_from(own))
+        rewrite_config(folder, **{field: data.draw(values)})
+        plain = tiny_vit()
+        before = state(plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                PeftModel.from_pretrained(plain, folder)
+            except RecastError:
+                assert state(plain) == before
