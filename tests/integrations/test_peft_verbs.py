@@ -11,50 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import (
-    converted,
-    layers_of,
-    offsets_of,
-    outputs,
-    randomise,
-    reference_model,
-    tiny_vit,
-    vit_input,
-)
-from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from models import converted, layers_of, offsets_of, outputs, randomise, reference_model, tiny_vit, vit_input
+from peft import PeftModel, get_peft_model
+from three_tasks import NAMES, alone, with_tasks
 from torch import nn
 
 import recast_peft.layer
 import recast_peft.model
 from recast_peft import PiggybackConfig, RecastBankError, RecastConfig, get_recast_model
 from recast_peft.banks.template_bank import move_in_place
-
-NAMES = ["cars", "birds", "flowers"]
-
-
-def with_tasks(templates: int | None = None, **config: Any) -> PeftModel:
-    """Three tasks that differ, each with groups of another size where the banks are exact."""
-    model = converted("cars", num_templates=templates, **config)
-    for i, name in enumerate(NAMES):
-        if i:
-            size = {} if templates else {"group_size": i + 2}
-            model.add_adapter(name, RecastConfig(**{"target_modules": ["qkv"], "num_templates": templates, **config, **size}))
-        randomise(model, name, seed=i)
-    return model.eval()
-
-
-def alone(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The output of every task by itself, and of none."""
-    result = {}
-    for name in NAMES:
-        model.set_adapter(name)
-        result[name] = outputs(model, vit_input())
-    with model.disable_adapter():
-        result["__base__"] = outputs(model, vit_input())
-    model.set_adapter("cars")
-    assert len({tuple(r.flatten().tolist()) for r in result.values()}) == 4
-    return result
 
 
 class TestSeveralTasks:
@@ -197,140 +162,6 @@ class TestDisabling:
         assert torch.equal(outputs(model, vit_input()), live)
 
 
-class TestATaskForEachSample:
-    @pytest.mark.parametrize("templates", [None, 1])
-    @given(names=st.lists(st.sampled_from([*NAMES, "__base__"]), min_size=1, max_size=6))
-    def test_gives_what_each_gives_alone(self, templates: int | None, names: list[str]) -> None:
-        model = with_tasks(templates, keep_base_weights=True)
-        expected = alone(model)
-        inputs = vit_input()[[i % 2 for i in range(len(names))]]
-        result = outputs(model, inputs, adapter_names=names)
-        for i, name in enumerate(names):
-            torch.testing.assert_close(result[i], expected[name][i % 2], rtol=1e-4, atol=1e-5)
-
-    def test_uses_the_head_of_each(self) -> None:
-        model = converted("cars", modules_to_save=["head"])
-        model.add_adapter("birds", RecastConfig(target_modules=["qkv"], modules_to_save=["head"]))
-        for i, name in enumerate(("cars", "birds")):
-            randomise(model, name, seed=i)
-            model.base_model.model.head.modules_to_save[name].bias.data += i + 1
-        expected = {}
-        for name in ("cars", "birds"):
-            model.set_adapter(name)
-            expected[name] = outputs(model, vit_input())
-        result = outputs(model, vit_input(), adapter_names=["birds", "cars"])
-        torch.testing.assert_close(result[0], expected["birds"][0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result[1], expected["cars"][1], rtol=1e-4, atol=1e-5)
-
-    def test_uses_the_plain_module_where_a_task_has_none_of_its_own(self) -> None:
-        model = converted("cars", modules_to_save=["head"])
-        model.add_adapter("birds", RecastConfig(target_modules=["qkv"]))
-        model.get_submodule("base_model.model.head").modules_to_save["cars"].weight.data += 0.5
-        for seed, name in enumerate(("cars", "birds")):
-            randomise(model, name, seed)
-        expected = {}
-        for name in ("cars", "birds"):
-            model.set_adapter(name)
-            expected[name] = outputs(model, vit_input())
-        mixed = outputs(model, vit_input(), adapter_names=["cars", "birds"])
-        torch.testing.assert_close(mixed[0], expected["cars"][0])
-        torch.testing.assert_close(mixed[1], expected["birds"][1])
-        assert not torch.allclose(expected["cars"], expected["birds"], atol=1e-2)
-
-    def test_of_an_unknown_name_is_refused(self) -> None:
-        model = with_tasks()
-        live = outputs(model, vit_input())
-        with pytest.raises(ValueError, match=r"non-existing adapter\(s\): planes"):
-            outputs(model, vit_input(), adapter_names=["cars", "planes"])
-        assert torch.equal(outputs(model, vit_input()), live)
-
-    @pytest.mark.parametrize("names", ["cars", ["cars", 1]])
-    def test_is_given_as_a_list_of_names(self, names: Any) -> None:
-        with pytest.raises(TypeError, match="adapter_names"):
-            outputs(with_tasks(), vit_input(), adapter_names=names)
-
-    def test_of_another_number_than_samples_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="adapter_names"):
-            outputs(with_tasks(), vit_input(), adapter_names=["cars"] * 3)
-
-    def test_is_refused_while_training(self) -> None:
-        with pytest.raises(ValueError, match="training mode"):
-            with_tasks().train()(vit_input(), adapter_names=["cars", "birds"])
-
-    def test_is_refused_while_merged(self) -> None:
-        model = with_tasks()
-        model.merge_adapter()
-        with pytest.raises(ValueError, match="unmerge_adapter"):
-            outputs(model, vit_input(), adapter_names=["cars", "birds"])
-
-    def test_leaves_nothing_behind_after_an_error(self) -> None:
-        model = with_tasks()
-        live = outputs(model, vit_input())
-        with pytest.raises(RuntimeError):
-            outputs(model, torch.randn(2, 5, 3), adapter_names=["cars", "birds"])
-        assert torch.equal(outputs(model, vit_input()), live)
-        assert isinstance(layers_of(model)["blocks.0.attn.qkv"].weight, torch.Tensor)
-
-
-class TestSaving:
-    def test_writes_a_folder_for_each_task(self, tmp_path: Path) -> None:
-        model = with_tasks()
-        expected = alone(model)
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "cars", adapter_name="cars").eval()
-        for name in NAMES[1:]:
-            loaded.load_adapter(tmp_path / name, name)
-        assert all(torch.equal(a, b) for a, b in zip(alone(loaded).values(), expected.values(), strict=True))
-
-    def test_writes_only_the_tasks_that_were_selected(self, tmp_path: Path) -> None:
-        with_tasks().save_pretrained(tmp_path, selected_adapters=["birds"])
-        assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["birds"]
-        with pytest.raises(ValueError, match="planes"):
-            with_tasks().save_pretrained(tmp_path, selected_adapters=["planes"])
-
-    @pytest.mark.parametrize("trainable", [True, False])
-    def test_can_be_loaded_for_training_or_for_use(self, tmp_path: Path, trainable: bool) -> None:
-        with_tasks().save_pretrained(tmp_path)
-        model = PeftModel.from_pretrained(tiny_vit(), tmp_path / "birds", is_trainable=trainable)
-        assert any(p.requires_grad for p in model.parameters()) == trainable
-        assert model.peft_config["default"].inference_mode != trainable
-
-    def test_keeps_the_start_of_a_fresh_task(self, tmp_path: Path) -> None:
-        converted().save_pretrained(tmp_path)
-        model = PeftModel.from_pretrained(tiny_vit(), tmp_path).eval()
-        assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
-
-    def test_of_a_compressed_task_brings_back_later_ones_beside_it(self, tmp_path: Path) -> None:
-        model = with_tasks(1)
-        expected = alone(model)
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "flowers", "flowers").eval()
-        loaded.load_adapter(tmp_path / "cars", "cars")
-        loaded.load_adapter(tmp_path / "birds", "birds")
-        assert all(torch.equal(alone(loaded)[name], expected[name]) for name in expected)
-
-    def test_of_a_task_with_part_of_the_targets(self, tmp_path: Path) -> None:
-        model = converted(layers_to_transform=[1, 2], layers_pattern="blocks")
-        randomise(model)
-        model.save_pretrained(tmp_path)
-        assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2
-        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path).eval()
-        assert torch.equal(outputs(loaded, vit_input()), outputs(model, vit_input()))
-
-    def test_and_loading_a_task_again_replaces_its_coefficients(self, tmp_path: Path) -> None:
-        model = converted()
-        randomise(model, seed=1)
-        expected = outputs(model, vit_input())
-        model.save_pretrained(tmp_path)
-        fresh = converted("other")
-        for _ in range(2):
-            if "again" in fresh.peft_config:
-                fresh.delete_adapter("again")
-            fresh.load_adapter(tmp_path, "again")
-        fresh.set_adapter("again")
-        assert torch.equal(outputs(fresh, vit_input()), expected)
-
-
 class TestFurtherOptions:
     def test_modules_to_save_are_trained_and_stored_whole(self, tmp_path: Path) -> None:
         model = converted(modules_to_save=["head"])
@@ -452,20 +283,6 @@ class TestMergeAndUnload:
         assert torch.equal(outputs(plain, vit_input()), outputs(tiny_vit(), vit_input()))
         again = get_recast_model(plain, RecastConfig(target_modules=["qkv"], group_size=4)).eval()
         assert torch.equal(outputs(again, vit_input()), outputs(tiny_vit(), vit_input()))
-
-
-class TestAutoClasses:
-    def test_read_the_config_for_what_it_is(self, tmp_path: Path) -> None:
-        model = converted()
-        model.save_pretrained(tmp_path)
-        config = PeftConfig.from_pretrained(tmp_path)
-        assert isinstance(config, RecastConfig)
-        assert config.groups == model.peft_config["default"].groups
-
-    def test_name_the_base_model_that_is_missing(self, tmp_path: Path) -> None:
-        converted().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"auto mapping|base"):
-            AutoPeftModel.from_pretrained(tmp_path)
 
 
 def test_offsets_of_the_helper_are_means_of_the_sets() -> None:
