@@ -125,7 +125,7 @@ class BiasCoefficient(nn.Module):
         """The output ``y`` of the module as it would be with the task's bias (and the task's scale of a norm)."""
         changed = y + self._along(self.change(bias), y).to(y.dtype)
         growth = self.scale_change()
-        return changed if growth is None else changed + self._scaled(y, bias, self._along(_share(growth, scale), y))
+        return changed if growth is None else changed + self._scaled(y, bias, self._along(share_of(growth, scale), y))
 
     def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
@@ -136,7 +136,7 @@ class BiasCoefficient(nn.Module):
         templates = self.scale_templates()
         if templates is None:
             return changed
-        return changed + self._scaled(y, bias, _share(offsets @ templates.to(offsets), scale).view(shape))
+        return changed + self._scaled(y, bias, share_of(offsets @ templates.to(offsets), scale).view(shape))
 
     def _along(self, values: Tensor, y: Tensor) -> Tensor:
         """Values ``(channels,)`` shaped so that they can be added to an output."""
@@ -147,7 +147,7 @@ class BiasCoefficient(nn.Module):
         return (y - self._along(bias, y).to(y.dtype)) * share.to(y.dtype)
 
 
-def _share(growth: Tensor, scale: Tensor | None) -> Tensor:
+def share_of(growth: Tensor, scale: Tensor | None) -> Tensor:
     """What a scale grows by, in units of itself; where it is zero a bank of scales has nothing to add."""
     assert scale is not None
     return growth / torch.where(scale == 0, torch.ones_like(scale), scale)

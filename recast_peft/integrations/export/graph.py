@@ -15,10 +15,12 @@ from ...errors import RecastBankError, RecastConfigError
 from ...holders import unwrapped_module
 from ...layer import RecastLayer
 from ...names import PARTNER_CONTAINER
+from ...parts.bias_part import bias_holders
 from ...parts.head import TaskHead
+from ...parts.partner import detach_partners
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
-from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedLayer, TaskedModule, TemplateStack
+from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
 from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
 
 INPUT, TABLE = "input", "table"
@@ -30,6 +32,7 @@ class TaskGraph(nn.Module):
 
     Args:
         model: the plain model, with modules of layers.py in it.
+        biases: what hangs on these modules.
         given: what these look the task up in.
         table: coefficients ``(tasks, numbers per task)``; None takes one task as an input.
     """
@@ -38,16 +41,18 @@ class TaskGraph(nn.Module):
     base: Tensor
     followed: Tensor | None
 
-    def __init__(self, model: nn.Module, given: Given, table: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, biases: Sequence[TaskedBias], given: Given, table: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
+        self.biases = nn.ModuleList(biases)
         self.stacks = nn.ModuleList()
         device = next(model.parameters()).device
         self.register_buffer("table", None if table is None else table.to(device))
-        layers = self.layers()
-        self.names, self.sizes = [layer.name for layer in layers], [len(layer.base_factors) for layer in layers]
-        self.register_buffer("base", torch.cat([layer.base_factors for layer in layers])[None].to(device))
-        followed = torch.cat([layer.followed for layer in layers])
+        held: list[TaskedLayer | TaskedBias] = [*self.layers(), *biases]
+        mixed = list({one.name: one for one in held}.values())  # biases may share their coefficients
+        self.names, self.sizes = [one.name for one in mixed], [len(one.base_factors) for one in mixed]
+        self.register_buffer("base", torch.cat([one.base_factors for one in mixed])[None].to(device))
+        followed = torch.cat([one.followed for one in mixed])
         in_order = torch.equal(followed, torch.arange(1, len(followed) + 1))
         self.register_buffer("followed", None if in_order else followed.to(device))
         self._held = (given,)
@@ -72,7 +77,7 @@ class TaskGraph(nn.Module):
             given.row, given.factors, given.owned, given.rows = torch.empty(0), {}, {}, None
 
     def _factors(self, row: Tensor) -> dict[str, Tensor]:
-        """What every target's templates are multiplied by, for all of them at once."""
+        """What the templates of every target and bias are multiplied by, for all of them at once."""
         if self.followed is not None:
             row = torch.nn.functional.pad(row, (1, 0))[:, self.followed]
         return dict(zip(self.names, (row + self.base).split(self.sizes, dim=1), strict=True))
@@ -180,14 +185,14 @@ def prepare(
         given, device = Given(), next(source.backbone.parameters()).device
         if tasks == INPUT:
             names = []
-            graph = TaskGraph(_tasked_model(source, given, way, None), given)
+            graph = TaskGraph(*_tasked_model(source, given, way, None), given)
             task: Any = {name: value.to(device) for name, value in source.example().tensors().items()}
         else:
             if not names:
                 raise RecastConfigError("there is no task for a table: put some into the pool, or name tasks of the model")
             read = [source.task(name) for name in names]
             table = torch.stack([*(one.row for one in read), torch.zeros(source.layout.width)])
-            graph = TaskGraph(_tasked_model(source, given, way, read), given, table)
+            graph = TaskGraph(*_tasked_model(source, given, way, read), given, table)
             task = torch.arange(_samples(inputs), device=device) % len(names)
         graph.eval()
         graph.name_arguments(arguments)
@@ -263,10 +268,12 @@ def _dimensions_of_task(graph: TaskGraph, task: Any) -> dict[str, dict[int, str]
 # ---------------------------------------------------------------- the copy
 
 
-def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] | None) -> nn.Module:
-    """A copy of the model whose targets, and whose modules that the task owns, look at what is given."""
+def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] | None) -> tuple[nn.Module, list[TaskedBias]]:
+    """A copy of the model whose targets, and whose modules that the task owns, look at what is given; and biases, likewise."""
     held = {id(tensor): tensor for tensor in (*source.backbone.parameters(), *source.backbone.buffers())}
     model: nn.Module = copy.deepcopy(source.backbone, held)
+    holders = bias_holders(model, source.adapter)
+    detach_partners(model)
     own = {name for task in read or [source.example()] for name in task.owned}
     replaced: dict[int, nn.Module] = {}
 
@@ -280,7 +287,12 @@ def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] 
             if isinstance(child, (RecastLayer, TaskModule)):
                 parent._modules[key] = stand_in(child)
     model._modules.pop(PARTNER_CONTAINER, None)
-    return model
+    layers = {id(module.base): module for module in model.modules() if isinstance(module, TaskedLayer)}
+    biases = [TaskedBias(holder, source.adapter, source.layout.slices, given) for holder in holders]
+    for bias, holder in zip(biases, holders, strict=True):
+        host = holder.hosts[0]
+        bias.attach(host, layers.get(id(host), host))
+    return model, biases
 
 
 def _stand_in(source: Source, module: Any, given: Given, way: str, read: list[GraphTask] | None, own: set[str]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Modules that compute with a task that is given to the call, in the stead of our layers, classifiers and norms.
+"""Modules that compute with a task that is given to the call, in the stead of our layers, biases, classifiers and norms.
 
 A target computes in one of two ways:
 
@@ -9,7 +9,7 @@ A target computes in one of two ways:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ...composition.compose import compose_weight
 from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of
 from ...errors import RecastBankError
 from ...layer import RecastLayer
+from ...parts.bias import share_of
+from ...parts.bias_part import TaskBiases
 
 Call = Callable[..., Tensor]
 WEIGHT, OUTPUT, AUTO = WAYS = "weight", "output", "auto"
@@ -36,7 +38,7 @@ class Given:
 
     Attributes:
         row: coefficients ``(1, numbers per task)``, or one row a sample.
-        factors: by target, what its templates are multiplied by, ``(1, n)`` or ``(samples, n)``.
+        factors: by target or bias, what its templates are multiplied by, ``(1, n)`` or ``(samples, n)``.
         owned: tensors of the modules that the task owns.
         rows: ``(samples,)`` rows of a table; None where one task is given.
     """
@@ -45,6 +47,20 @@ class Given:
     factors: dict[str, Tensor]
     owned: dict[str, Tensor]
     rows: Tensor | None = None
+
+    def factors_for(self, name: str, place: str, x: Tensor) -> Tensor:
+        """The factors for a tensor ``(rows, ...)``.
+
+        Raises:
+            RecastBankError: if every sample has its own task, and the rows are no samples.
+        """
+        factors = self.factors[name]
+        if self.rows is not None and x.shape[0] != factors.shape[0]:
+            raise RecastBankError(
+                f"{place} is called with {x.shape[0]} rows for {factors.shape[0]} samples, so it cannot have another task "
+                "for each sample: export the model with tasks='input'"
+            )
+        return factors
 
 
 class TemplateStack(nn.Module):
@@ -130,12 +146,7 @@ class TaskedLayer(nn.Module):
             return torch.func.functional_call(self.base, {self.weight_name: self.effective_weight()}, args, kwargs)
         x, given = args[0], self._held[2]
         terms, scale, pairs = self._terms(torch.zeros(1, self.columns.stop - self.columns.start))
-        factors = given.factors[self.name]
-        if given.rows is not None and x.shape[0] != factors.shape[0]:
-            raise RecastBankError(
-                f"{self.name} is called with {x.shape[0]} rows for {factors.shape[0]} samples, so it cannot have another task "
-                "for each sample: export the model with tasks='input'"
-            )
+        factors = given.factors_for(self.name, self.name, x)
         if self.scales_input is None:
             self._choose(kind.call, x, terms)
         y = self._product(kind.call, x, terms, None if scale is None else factors[:, : len(terms)])
@@ -196,6 +207,62 @@ def _factors_of(terms: list[Tensor], scale: Tensor | None, pairs: LowRankSum | N
     """Everything that a layer's templates are multiplied by, ``(n,)``."""
     found = [part[0].detach().cpu().float() for part in (scale, None if pairs is None else pairs.scale) if part is not None]
     return torch.cat(found) if found else torch.zeros(0)
+
+
+class TaskedBias(nn.Module):
+    """What the given task adds to one bias, and to the scale of a norm.
+
+    Args:
+        holder: of the coefficients of all tasks at this bias.
+        task: one that has some here, whose templates these are.
+        slices: columns of a row, by the names of coefficients.
+        given: holds the row.
+    """
+
+    name: str
+    base_factors: Tensor
+    followed: Tensor
+    templates: Tensor
+    bias: Tensor | None
+    shares: Tensor | None
+
+    def __init__(self, holder: TaskBiases, task: str, slices: Mapping[str, slice], given: Given) -> None:
+        super().__init__()
+        module, bias = holder._coefficient(task), holder.pretrained().detach()
+        self.name, self.place, self.channels = holder.key_of(task), holder.place, module.channels
+        self.followed = torch.arange(slices[self.name].start, slices[self.name].stop) + 1
+        self.base_factors = torch.zeros(len(self.followed))
+        scales = module.scale_templates()
+        self.register_buffer("templates", module.templates(bias).detach().float())
+        self.register_buffer("bias", None if scales is None else bias[None])
+        shares = None if scales is None else share_of(scales.float(), holder.pretrained("weight").detach().float())
+        self.register_buffer("shares", shares)
+        self._held = (given,)
+
+    def attach(self, host: nn.Module, visible: nn.Module) -> None:
+        """Hang behind what stands for the module, or before the child of it that gets the output with the bias in it."""
+        kind = kind_of(host)
+        if kind is None or kind.reads_sum is None:
+            visible.register_forward_hook(lambda _, args, y: self(y))
+        else:
+            host.get_submodule(kind.reads_sum).register_forward_pre_hook(lambda _, args: (self(args[0]), *args[1:]))
+
+    def forward(self, y: Tensor) -> Tensor:
+        factors = self._held[0].factors_for(self.name, self.place, y)
+        changed = y + self._along(_mixed(factors, self.templates), y)
+        if self.bias is None or self.shares is None:
+            return changed
+        return changed + (y - self._along(self.bias, y)) * self._along(_mixed(factors, self.shares), y)
+
+    def _along(self, values: Tensor, y: Tensor) -> Tensor:
+        """Values ``(1 or samples, channels)`` so that they can be added to an output."""
+        rows, ones = values.shape[0], [1] * (y.ndim - 2)
+        return values.view(rows, -1, *ones).to(y.dtype) if self.channels > 0 else values.view(rows, *ones, -1).to(y.dtype)
+
+
+def _mixed(factors: Tensor, templates: Tensor) -> Tensor:
+    """Templates ``(n, channels)`` times factors ``(1 or samples, n)``; no product that a quantised graph would have in int8."""
+    return factors * templates if len(templates) == 1 else (factors[:, :, None] * templates).sum(1)
 
 
 class TaskedModule(nn.Module):

@@ -54,8 +54,8 @@ def export_onnx(
 
     Raises:
         RecastConfigError: if an argument cannot be used, or onnx or onnxscript is not installed.
-        RecastBankError: if a task has what a graph cannot express (a LoRA part, partners, masks, biases, a compressed bank,
-            quantised weights), or is merged; nothing is written.
+        RecastBankError: if a task has what a graph cannot express (a LoRA part, partners, masks, trained biases, a compressed
+            bank, quantised weights), or is merged; nothing is written.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:

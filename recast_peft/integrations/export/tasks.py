@@ -28,8 +28,9 @@ from ...layer import recast_layers
 from ...model import RecastModel
 from ...names import unwrapped
 from ...parts import PARTS
+from ...parts.bias_part import bias_coefficients
 from ...parts.wrapper import TaskModule
-from ...pool.layout import PoolLayout
+from ...pool.layout import PoolLayout, same_layout
 from ...pool.pool import TaskPool
 from ...storage.tensors import write_tensors
 from ...tasks.verbs import merged_tasks
@@ -99,7 +100,9 @@ class Source:
     def identity(self) -> str:
         """A hash of which numbers a row holds, and of the pretrained weights that they are for: 16 hexadecimal digits."""
         columns = {name: [part.start, part.stop] for name, part in self.layout.slices.items()}
-        said = json.dumps({"columns": columns, "base": self.config.base_fingerprint}, sort_keys=True)
+        banks = {"bank": self.layout.bank, "biases": self.layout.bias_versions[0]}
+        named = {key: value for key, value in banks.items() if value is not None}
+        said = json.dumps({"columns": columns, "base": self.config.base_fingerprint, **named}, sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def names(self) -> list[str]:
@@ -108,7 +111,7 @@ class Source:
             return self.pool.names
         slots = {pool.slot for pool in self.tuner.task_pool}
         configs = {name: c for name, c in self.tuner.peft_config.items() if isinstance(c, RecastConfig) and name not in slots}
-        return [name for name, config in configs.items() if config.groups == self.config.groups]
+        return [name for name, config in configs.items() if same_layout(config, self.config)]
 
     def task(self, name: str) -> GraphTask:
         """A task by its name.
@@ -125,14 +128,16 @@ class Source:
         config = self.tuner.peft_config.get(name)
         if not isinstance(config, RecastConfig):
             raise RecastConfigError(f"{name!r} is no RECAST task of the model")
-        if config.groups != self.config.groups:
+        if not same_layout(config, self.config):
             raise RecastBankError(
-                f"task {name!r} has other target modules or banks than task {self.adapter!r}: export it alone"
+                f"task {name!r} has other target modules, biases or banks than task {self.adapter!r}: export it alone"
             )
         check_exportable(self.backbone, name, config)
         row = torch.zeros(self.layout.width)
         for module, layer in self.layout.layers.items():
             row[self.layout.slices[module]] = layer.offset(name).detach().float().cpu()
+        for key, offset in bias_coefficients(self.backbone, name).items():
+            row[self.layout.slices[key]] = offset.detach().float().cpu()
         return GraphTask(name, row, owned_tensors(self.backbone, name))
 
     def example(self) -> GraphTask:
@@ -158,7 +163,8 @@ class Source:
 
 def owned_modules(model: nn.Module, task: str) -> list[TaskModule]:
     """The places of modules that a task owns whole."""
-    return [module for module in model.modules() if isinstance(module, TaskModule) and module.has_task(task)]
+    held = [module for module in model.modules() if isinstance(module, TaskModule) and module.has_task(task)]
+    return [module for module in held if not module.coefficients_of(task) and module.bank_of(task) is None]
 
 
 def floating(module: nn.Module) -> dict[str, Tensor]:
@@ -181,7 +187,6 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
     parts = [part.refusal_to_combine(config) for part in PARTS if part.name not in ALLOWED]
     found = [holder for holder in holders(model) if holder.has_task(task)]
     parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
-    parts += ["coefficients of biases" for holder in found if isinstance(holder, TaskModule) and holder.adds_when_merged]
     layers = [layer for layer in recast_layers(model).values() if layer.has_task(task)]
     parts += [layer.refusal_to_pool(task) for layer in layers]
     refused = list(dict.fromkeys(text for text in parts if text is not None))

@@ -11,7 +11,6 @@ from models import converted, randomise, vit_input
 from peft import LoraConfig
 
 from recast_peft import (
-    BiasConfig,
     PiggybackConfig,
     RecastBankError,
     RecastConfigError,
@@ -25,7 +24,6 @@ from recast_peft.integrations.export.graph import prepare
 REFUSED: dict[str, dict[str, Any]] = {
     "a LoRA part": {"lora_config": LoraConfig(r=2)},
     "the partner adaptformer": {"partners": ["adaptformer"]},
-    "coefficients of biases": {"partners": [BiasConfig()]},
     "masks on its weights": {"partners": [PiggybackConfig()]},
     "a compressed bank": {"num_templates": 1, "group_size": 2},
     "biases of the model": {"bias": "all"},

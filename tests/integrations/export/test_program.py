@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from exported import MODELS, TOLERANCE, backbone, called, distance, images, recast, two_tasks
+from exported import MODELS, TOLERANCE, backbone, called, distance, header, images, recast, two_tasks
+from grown_biases import grown, learn_offsets
 from models import converted, randomise, seeded, tiny_vit, vit_input
 from safetensors.torch import load_file as load_tensors
 
-from recast_peft import RecastConfig, export_aoti, export_program, export_task, get_recast_model, grow_bank
+from recast_peft import (
+    BiasConfig,
+    RecastBankError,
+    RecastConfig,
+    export_aoti,
+    export_program,
+    export_task,
+    export_tasks,
+    get_recast_model,
+    grow_bank,
+)
 
 
 class TestProgram:
@@ -70,3 +82,26 @@ class TestTable:
         assert logits[2].isnan().all()
         model.set_adapter("second")
         assert distance(logits[1:2, :6].numpy(), called(model, images(3))[1:2]) < TOLERANCE
+
+
+class TestBiases:
+    def test_tasks_on_a_bank_of_biases_and_others(self, tmp_path):
+        first, second = BiasConfig(bank=grown()), BiasConfig(bank=grown((3, 4, 5)))
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"], partners=[first]), "task").eval()
+        learn_offsets(model, "task")
+        for name, config in (("other bank", RecastConfig(partners=[second])), ("without", RecastConfig())):
+            model.add_adapter(name, replace(config, target_modules=["fc1"]))
+            with pytest.raises(RecastBankError, match=f"'{name}' has other target modules, biases or banks"):
+                export_program(model, vit_input(), ["task", name])
+        module = export_program(model, vit_input()).module()
+        task = export_task(model, tmp_path / "task")
+        assert distance(module(task, vit_input(3))["output"].numpy(), called(model, vit_input(3))) < TOLERANCE
+        assert export_tasks(model, tmp_path / "tasks") == ["task"]
+        layouts = {header(tmp_path / name)["__metadata__"]["recast_layout"] for name in ("task", "tasks")}
+        export_task(model, tmp_path / "other", "other bank")
+        assert (
+            len(layouts | {header(tmp_path / "other")["__metadata__"]["recast_layout"]}) == 2
+        )  # of one size, yet not the same
+        table = export_program(model, vit_input(2), tasks="table").module()(torch.tensor([0, -1]), vit_input(2))["output"]
+        assert distance(table[:1].numpy(), called(model, vit_input(2))[:1]) < TOLERANCE
+        assert distance(table[1:].numpy(), called(tiny_vit(), vit_input(2))[1:]) < TOLERANCE

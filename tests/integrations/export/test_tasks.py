@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,37 @@ from safetensors.numpy import load_file
 from recast_peft import RecastConfig, RecastConfigError, TaskPool, export_task, export_tasks, rescale_adapter_scale
 
 
-def shown(language: str) -> str:
-    """The code in a language that the page on files shows."""
-    page = (Path(__file__).parents[3] / "docs" / "reference" / "files.md").read_text()
-    return page.split(f"```{language}\n")[1].split("```")[0]
+def shown(language: str, page: str = "reference/files.md") -> str:
+    """The code in a language that a page shows."""
+    text = (Path(__file__).parents[3] / "docs" / page).read_text()
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+# What the page that draws has in a browser: its script is run on it, and then a person's choice is made.
+BROWSER = """
+const fs = require("fs"), location = {origin: ""}, ran = [];
+class Option { constructor(text) { this.text = text; } }
+const fetch = async p => ({arrayBuffer: async () => new Uint8Array(fs.readFileSync(p)).buffer});
+const session = {run: async feeds => { ran.push(feeds); return {output: {data: [ran.length]}}; }};
+const ort = {env: {wasm: {}}, InferenceSession: {create: async () => session},
+  Tensor: class { constructor(type, data, dims) { this.data = [...data]; this.dims = dims; } }};
+const pixels = new Uint8ClampedArray(4 * 160 * 160);
+const context = {getImageData: () => ({data: pixels}), clearRect: () => pixels.fill(0)};
+const pad = {getContext: () => context}, wipe = {}, logits = {};
+const task = {options: [], selectedIndex: 0, add(option) { this.options.push(option); }};
+(async () => {
+  %s
+  await last;
+  pixels.set([255, 0, 51, 255], 4 * 161);
+  task.selectedIndex = 7;
+  task.onchange();
+  await last;
+  const {x, ...fed} = ran[1];
+  const lit = x.data.map((value, i) => [i, value]).filter(pair => pair[1]);
+  const names = task.options.map(option => option.text);
+  console.log(JSON.stringify({names, fed, lit, dims: x.dims, said: logits.textContent}));
+})();
+"""
 
 
 class TestFiles:
@@ -32,6 +60,35 @@ class TestFiles:
         start, end = json.loads(content[8 : 8 + length])["coefficients"]["data_offsets"]
         assert (8 + length) % 4 == 0  # numbers can be looked at where they lie
         assert np.array_equal(np.frombuffer(content[8 + length + start : 8 + length + end], "<f4"), written["coefficients"])
+
+    def test_the_python_that_the_page_on_files_shows_reads_one(self, tmp_path):
+        written = export_task(two_tasks(*MODELS["vit"][:2]), tmp_path / "task", "second")
+        names: dict[str, Any] = {}
+        exec(shown("python"), names)
+        read = names["read_task"](tmp_path / "task")
+        assert {name: value.tolist() for name, value in read.items()} == {
+            name: value.tolist() for name, value in written.items()
+        }
+
+    @pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+    def test_the_page_of_the_guide_switches_between_a_hundred(self, tmp_path):
+        pool = TaskPool(converted("one", num_classes=3))
+        for i in range(100):
+            pool.add(f"task {i}", RecastConfig(num_classes=3, seed=i))
+        with torch.no_grad():
+            pool.table[:100] = torch.randn(100, pool.table.shape[1])
+        export_tasks(pool, tmp_path / "tasks.safetensors")
+        script = shown("html", "how_to/export.md").split("<script>")[1].split("</script>")[0]
+        (tmp_path / "page.js").write_text(BROWSER % script)
+        ran = subprocess.run(["node", "page.js"], cwd=tmp_path, check=True, capture_output=True, text=True)
+        said = json.loads(ran.stdout)
+        assert said["names"] == pool.names
+        alone = export_task(pool, tmp_path / "task", "task 7")
+        assert {name: one["data"] for name, one in said["fed"].items()} == {n: t.flatten().tolist() for n, t in alone.items()}
+        assert {name: one["dims"] for name, one in said["fed"].items()} == {n: list(t.shape) for n, t in alone.items()}
+        place, blue = 161, np.float32(51 / 255)  # second row, second pixel: red and blue
+        assert said["lit"] == [[place, 1], [2 * 160 * 160 + place, float(blue)]]
+        assert (said["dims"], said["said"]) == ([1, 3, 160, 160], "2")
 
     def test_the_code_that_the_page_on_files_shows_reads_one(self, tmp_path):
         """In C and JavaScript, where they are installed; what stands around it is all that the page leaves out."""
