@@ -11,11 +11,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import TinyVit, layers_of, outputs, randomise, reference_model, seeded, tiny_vit, vit_input
+from models import TinyVit, layers_of, outputs, reference_model, seeded, tiny_vit, vit_input
 from partner_cases import (
     CASES,
     ON_BIASES,
-    ON_OUTPUTS,
     ON_WEIGHTS,
     WEIGHTS,
     TinyCnn,
@@ -28,7 +27,7 @@ from partner_cases import (
     same_state,
     tiny_cnn,
 )
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -235,68 +234,6 @@ def test_merging_into_a_plain_model_keeps_the_output(name):
     torch.testing.assert_close(outputs(plain, CASES[name].inputs()), live, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ON_OUTPUTS)
-class TestPartnersOnOutputs:
-    def test_cannot_be_merged_and_nothing_is_changed(self, name):
-        model = learned(name)
-        model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets)))
-        randomise(model, "bare", seed=4)
-        before, live = frozen_state(model), outputs(model, CASES[name].inputs())
-        for call in (
-            model.merge_adapter,
-            lambda: model.merge_adapter(["default"]),
-            model.merge_and_unload,
-        ):
-            with pytest.raises(RecastBankError, match=CASES[name].partner.method):
-                call()
-        assert same_state(model, before)
-        assert torch.equal(outputs(model, CASES[name].inputs()), live)
-        model.merge_adapter(["bare"])  # while it is merged, the active task's partner does not act
-        merged = outputs(model, CASES[name].inputs())
-        model.unmerge_adapter()
-        assert torch.equal(outputs(model, CASES[name].inputs()), live)
-        model.set_adapter("bare")
-        bare = outputs(model, CASES[name].inputs())
-        torch.testing.assert_close(merged, bare, rtol=1e-5, atol=1e-6)
-        model.merge_adapter()
-        torch.testing.assert_close(outputs(model, CASES[name].inputs()), bare, rtol=1e-5, atol=1e-6)
-
-    def test_are_there_again_after_a_merge_that_failed(self, name):
-        model = learned(name, "first")
-        live = outputs(model, CASES[name].inputs())
-        model.add_adapter("broken", RecastConfig(target_modules=list(CASES[name].targets)))
-        model.set_adapter("broken")
-        for layer in layers_of(model).values():
-            layer.recast_coefficients["broken"].data.fill_(float("nan"))
-        with pytest.raises(ValueError, match="NaN"):
-            model.merge_and_unload(safe_merge=True)
-        model.set_adapter("first")
-        assert torch.equal(outputs(model, CASES[name].inputs()), live)
-
-    def test_of_two_tasks_are_not_in_force_together(self, name):
-        model = learned(name, "first")
-        model.add_adapter("second", CASES[name].config)
-        learn(model, "second", seed=2)
-        live = outputs(model, CASES[name].inputs())
-        with pytest.raises(RecastConfigError, match="first, second"):
-            model.base_model.set_adapter(["first", "second"])
-        assert model.active_adapters == ["first"]
-        assert torch.equal(outputs(model, CASES[name].inputs()), live)
-
-    def test_of_one_task_stand_beside_the_coefficients_of_another(self, name):
-        case = CASES[name]
-        model = learned(name, "first")
-        model.add_adapter("bare", RecastConfig(target_modules=list(case.targets)))
-        randomise(model, "bare", seed=4)
-        model.base_model.set_adapter(["first", "bare"])
-        together = outputs(model, case.inputs())
-        model.base_model.set_adapter("first")
-        with torch.no_grad():  # the coefficients of both in one task
-            for layer in layers_of(model).values():
-                layer.recast_coefficients["first"] += layer.recast_coefficients["bare"]
-        torch.testing.assert_close(outputs(model, case.inputs()), together, rtol=1e-4, atol=1e-5)
-
-
 class TestFiles:
     def refused(self, folder: Path, build: Callable[[], nn.Module], inputs: Tensor) -> None:
         plain = build()
@@ -406,55 +343,3 @@ class TestTraining:
             assert result.dtype == torch.bfloat16
             result.float().square().sum().backward()
             assert all(p.grad is not None for n, p in model.named_parameters() if is_partners(n))
-
-
-class TestBesideALoraPart:
-    """Coefficients, a LoRA part, a mask and a bottleneck as one task."""
-
-    @pytest.fixture
-    def task(self) -> PeftModel:
-        config = RecastConfig(
-            target_modules=["fc1", "fc2"],
-            lora_config=LoraConfig(r=2, target_modules=["qkv", "fc1"]),
-            partners=[AdaptFormerConfig(bottleneck=4), "piggyback"],
-        )
-        model = get_recast_model(tiny_vit(), config, "task").eval()
-        generator = torch.Generator().manual_seed(3)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-        return model
-
-    def test_all_of_them_change_the_output_and_come_back_from_the_file(self, task, tmp_path):
-        x = vit_input()
-        live, plain = outputs(task, x), outputs(tiny_vit(), x)
-        without = {}
-        for key in ("recast_coefficients", "lora_B", "recast_masks", "recast_partners"):
-            other = copy.deepcopy(task)
-            for name, parameter in other.named_parameters():
-                if key in name:
-                    parameter.data.fill_(1.0 if key == "recast_masks" else 0.0)
-            without[key] = outputs(other, x)
-        assert not any(torch.allclose(live, other) for other in without.values())
-        task.save_pretrained(tmp_path)
-        assert torch.equal(outputs(PeftModel.from_pretrained(tiny_vit(), tmp_path / "task", "task").eval(), x), live)
-        with task.disable_adapter():
-            assert torch.equal(outputs(task, x), plain)
-
-    def test_a_refused_merge_changes_none_of_them(self, task):
-        x = vit_input()
-        live = outputs(task, x)
-        with pytest.raises(RecastBankError, match="adaptformer"):
-            task.merge_adapter()
-        assert torch.equal(outputs(task, x), live)
-
-    def test_unload_gives_the_plain_model(self, task):
-        assert torch.equal(outputs(task.unload(), vit_input()), outputs(tiny_vit(), vit_input()))
-
-    def test_each_has_a_learning_rate_of_its_own(self, task):
-        groups = create_recast_optimizer(task, lr=1.0, coefficient_lr=2.0, lora_lr=3.0, partner_lr=4.0).param_groups
-        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-        expected = {"recast_coefficients": 2.0, "lora_": 3.0, "recast_masks": 4.0, "recast_partners": 4.0}
-        for name, parameter in task.named_parameters():
-            if parameter.requires_grad:
-                assert rates[id(parameter)] == next(rate for key, rate in expected.items() if key in name)
