@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_backbones import BASE, TASK, TIMM_SIZES, learned, make_timm, make_transformers, output, serve_timm, serve_transformers
 from hub_server import HubServer, folder_content
 from huggingface_hub import constants
 from models import outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from timm.models import save_for_hf
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
 
 from recast_peft import (
     AutoRecastModel,
@@ -34,54 +34,6 @@ from recast_peft import (
     push_task_to_hub,
     push_tasks_to_hub,
 )
-from recast_peft.hub.backbone import build_backbone
-from recast_peft.tasks.backbone import describe_backbone
-
-BASE = "ada/base"
-TASK = "ada/task"
-TIMM_SIZES = {"img_size": 32, "num_classes": 5}
-
-
-def make_timm(seed: int = 0, **arguments: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model("test_vit", **{**TIMM_SIZES, **arguments}).eval()
-
-
-def make_transformers(seed: int = 0) -> ViTForImageClassification:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)).eval()
-
-
-def serve_timm(hub: HubServer, folder: Path, seed: int = 0, name: str = BASE, **kwargs: Any) -> str:
-    """Put a timm model on the server in timm's own format."""
-    save_for_hf(make_timm(seed), folder / str(seed), model_args=TIMM_SIZES, safe_serialization=True)
-    return hub.add(name, folder_content(folder / str(seed)), **kwargs)
-
-
-def serve_transformers(hub: HubServer, folder: Path, seed: int = 0, **kwargs: Any) -> str:
-    make_transformers(seed).save_pretrained(folder / str(seed))
-    return hub.add(BASE, folder_content(folder / str(seed)), **kwargs)
-
-
-def learned(backbone: nn.Module, /, seed: int = 7, name: str = "default", **fields: Any) -> PeftModel:
-    """A task with numbers of its own."""
-    model = get_recast_model(backbone, RecastConfig(**fields), adapter_name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-def output(model: nn.Module) -> torch.Tensor:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    size = 32 if hasattr(base, "pretrained_cfg") else 16
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        result = model(pixels)
-    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 class TestATimmBackboneOnTheHub:
@@ -348,64 +300,6 @@ class TestAFolder:
             AutoRecastModel.from_pretrained(tmp_path, dtype=torch.float16)
         with pytest.raises(RecastConfigError, match="from_pretrained"):
             AutoRecastModel()
-
-
-class TestTheDescription:
-    def test_that_json_cannot_hold_is_said(self) -> None:
-        model = make_timm(act_layer=nn.ReLU)
-        description = describe_backbone(model)
-        assert description["arguments_left_out"] == ["act_layer"]
-        json.dumps(description)
-        with pytest.raises(RecastLoadError, match="act_layer"):
-            build_backbone(description)
-        built, _ = build_backbone(description, {"pretrained": False, "act_layer": nn.ReLU})
-        assert any(isinstance(module, nn.ReLU) for module in built.modules())
-
-    def test_that_says_where_weights_come_from_is_not_followed(self, tmp_path: Path) -> None:
-        torch.save(make_timm(seed=1).state_dict(), tmp_path / "other.pth")
-        description = describe_backbone(make_timm())
-        description["arguments"]["checkpoint_path"] = str(tmp_path / "other.pth")
-        torch.manual_seed(0)
-        built, _ = build_backbone(description, {"pretrained": False})
-        assert torch.equal(built.cls_token, make_timm().cls_token)
-
-    def test_builds_the_same_architecture(self) -> None:
-        model = make_timm(in_chans=1, img_size=48, global_pool="avg", num_classes=2)
-        description = describe_backbone(model)
-        assert description["input_size"] == [1, 48, 48]
-        built, _ = build_backbone(json.loads(json.dumps(description)), {"pretrained": False})
-        assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-        assert built.global_pool == "avg"
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"library": "jax"}, "library 'jax'"),
-            ({"class": "ResNet"}, "another class"),
-            ({"name": "no_such_model", "architecture": "no_such_model"}, "cannot be built"),
-        ],
-    )
-    def test_that_nothing_can_be_built_from_is_refused(self, change: dict[str, str], message: str) -> None:
-        with pytest.raises(RecastLoadError, match=message):
-            build_backbone({**describe_backbone(make_timm()), **change}, {"pretrained": False})
-
-    @pytest.mark.parametrize("name", ["Trainer", "torch", "NoSuchModel", "pipeline"])
-    def test_builds_no_class_but_a_transformers_model(self, name: str, tmp_path: Path) -> None:
-        description = {"library": "transformers", "name": str(tmp_path), "class": name}
-        with pytest.raises(RecastLoadError, match="not one of transformers' own"):
-            build_backbone(description)
-
-    def test_of_a_model_from_a_configuration_has_no_weights(self) -> None:
-        description = describe_backbone(ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
-        with pytest.raises(RecastLoadError, match="without pretrained weights"):
-            build_backbone(description)
-
-    @pytest.mark.parametrize("value", ["vit", {"name": "x"}])
-    def test_of_another_form_is_refused(self, value: Any) -> None:
-        with pytest.raises(RecastConfigError, match="backbone="):
-            RecastConfig(backbone=value)
-        with pytest.raises(RecastConfigError, match="results="):
-            RecastConfig(results=[1])
 
 
 def test_the_real_client_with_nothing_changed_in_it(hub: HubServer, tmp_path: Path) -> None:
