@@ -1,18 +1,17 @@
-"""transformers: its own adapter verbs, its auto classes, its Trainer, its models."""
+"""transformers: its own adapter verbs, its auto classes, its models."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-from models import layers_of, randomise, reference_model, small_transformer
+from language_models import IDS, bert, call, gpt2, learn, llama, t5, vit
+from models import layers_of, randomise, reference_model
 from packaging.version import Version
 from peft import (
     AutoPeftModelForSequenceClassification,
@@ -22,13 +21,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from recast_peft import RecastBaseMismatchError, RecastConfig, RecastError, RecastLoadError, get_recast_model
@@ -38,33 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "i
 needs_verbs = pytest.mark.skipif(
     Version(MIN_PEFT_VERSION) > Version(peft.__version__), reason=f"transformers' adapter verbs want PEFT {MIN_PEFT_VERSION}"
 )
-IDS = torch.randint(3, 20, (4, 6), generator=torch.Generator().manual_seed(0))
-
-
-bert, gpt2, llama, t5, vit = (partial(small_transformer, kind) for kind in ("bert", "gpt2", "llama", "t5", "vit"))
-
-
-def call(model: nn.Module, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(**kwargs).logits
-
-
-def learn(model: nn.Module, name: str, seed: int) -> None:
-    """Give a task coefficients and a head of its own."""
-    randomise(model, name, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.named_parameters():
-        if f".modules_to_save.{name}." in key:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def numbers(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What a task owns."""
-    return {
-        key: parameter.detach().clone()
-        for key, parameter in model.named_parameters()
-        if key.endswith(f"recast_coefficients.{name}") or f".modules_to_save.{name}." in key
-    }
 
 
 class TestModels:
@@ -288,148 +254,6 @@ class TestAutoClasses:
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "task").eval()
         assert layers_of(loaded)
         assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
-
-
-class Sums(torch.utils.data.Dataset):
-    """Is the first token larger than the second?"""
-
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = torch.randint(3, 20, (6,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": (ids[0] > ids[1]).long()}
-
-
-class TestTrainer:
-    def arguments(self, folder: Path, **options: Any) -> TrainingArguments:
-        options = {"max_steps": 6, "save_strategy": "no", **options}
-        return TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=8,
-            learning_rate=0.05,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            logging_steps=1,
-            **options,
-        )
-
-    @pytest.mark.parametrize("templates", [None, 1])
-    def test_trains_the_coefficients_and_the_head_alone(self, tmp_path: Path, templates: int | None) -> None:
-        config = RecastConfig(task_type=TaskType.SEQ_CLS, num_templates=templates)
-        model = get_recast_model(bert(), config)
-        before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        trainer = Trainer(model, self.arguments(tmp_path), train_dataset=Sums())
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        assert len(losses) == 6
-        assert all(loss == loss for loss in losses)
-        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-        assert moved
-        assert all("recast_coefficients" in n or "modules_to_save" in n for n in moved)
-        assert any("recast_coefficients" in n for n in moved)
-
-    @pytest.mark.parametrize("others", [[], ["cars"], ["default"]])
-    def test_ends_with_the_best_checkpoint_whatever_the_task_s_name(self, tmp_path: Path, others: list[str]) -> None:
-        model = get_recast_model(bert(), RecastConfig(num_classes=2), "flowers")
-        for seed, name in enumerate(others):
-            model.add_adapter(name, RecastConfig(num_classes=3))
-            learn(model, name, seed)
-        before = {name: numbers(model, name) for name in others}
-        states: list[dict[str, Tensor]] = []
-
-        def best_in_the_middle(_: Any) -> dict[str, float]:
-            states.append(numbers(model, "flowers"))
-            return {"score": [0.1, 0.9, 0.5][len(states) - 1]}
-
-        options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-        arguments = self.arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="score", **options)
-        trainer = Trainer(model, arguments, train_dataset=Sums(), eval_dataset=Sums(), compute_metrics=best_in_the_middle)
-        trainer.train()
-        assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
-        ended = numbers(model, "flowers")
-        assert any("classifier" in name for name in ended)
-        assert all(torch.equal(value, states[1][name]) for name, value in ended.items())
-        assert not any(torch.equal(value, states[2][name]) for name, value in ended.items())
-        assert list(model.peft_config) == ["flowers", *others]
-        assert all(torch.equal(v, before[task][name]) for task in others for name, v in numbers(model, task).items())
-
-    @pytest.mark.parametrize("others", [[], ["cars"], ["default"]])
-    def test_resumes_a_task_of_any_name_with_its_head(self, tmp_path: Path, others: list[str]) -> None:
-        def train(resume: Path | None = None, **options: Any) -> dict[str, Tensor]:
-            model = get_recast_model(bert(), RecastConfig(num_classes=2), "flowers")
-            for name in others:
-                model.add_adapter(name, RecastConfig(num_classes=3))
-            arguments = self.arguments(tmp_path, max_steps=4, seed=3, lr_scheduler_type="constant", **options)
-            Trainer(model, arguments, train_dataset=Sums()).train(resume_from_checkpoint=resume and str(resume))
-            assert list(model.peft_config) == ["flowers", *others]
-            assert model.active_adapters == ["flowers"]
-            return numbers(model, "flowers")
-
-        whole = train(save_strategy="steps", save_steps=2)
-        resumed = train(tmp_path / "checkpoint-2")
-        assert whole.keys() == resumed.keys()
-        for name, value in whole.items():
-            torch.testing.assert_close(resumed[name], value)
-        halfway = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-2" / "flowers", "flowers")
-        assert not any(torch.equal(value, whole[name]) for name, value in numbers(halfway, "flowers").items())
-
-    def test_alone_has_a_task_s_files_in_the_root_of_a_folder(self, tmp_path: Path) -> None:
-        model = get_recast_model(bert(), RecastConfig(num_classes=2), "flowers").eval()
-        learn(model, "flowers", 0)
-        for folder in ("mine", "checkpoint-7"):
-            model.save_pretrained(tmp_path / folder)
-            assert (tmp_path / folder / "flowers" / "adapter_model.safetensors").is_file()
-        assert not (tmp_path / "mine" / "adapter_model.safetensors").exists()
-        loaded = PeftModel.from_pretrained(bert(), tmp_path / "checkpoint-7").eval()
-        assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
-        other = get_recast_model(bert(), RecastConfig(num_classes=2), "cars").eval()
-        other.load_adapter(tmp_path / "checkpoint-7", "default")  # PEFT's meaning, where the root is no copy of its own task
-        other.set_adapter("default")
-        assert torch.equal(call(other, input_ids=IDS), call(model, input_ids=IDS))
-        PeftModel.save_pretrained(model, str(tmp_path / "checkpoint-8"))
-        with pytest.raises(ValueError, match=r"adapter_config\.json"):
-            model.load_adapter(tmp_path / "checkpoint-8", "default")
-
-    def test_evaluates_the_task_that_was_switched_to(self, tmp_path: Path) -> None:
-        model = get_recast_model(bert(), RecastConfig(num_classes=2), "flowers")
-        model.add_adapter("cars", RecastConfig(num_classes=4))
-        trainer = Trainer(model, self.arguments(tmp_path), eval_dataset=Sums())
-        rows = [Sums()[i] for i in range(len(Sums()))]
-        batch = {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels")}
-        losses = {}
-        for seed, name in enumerate(("flowers", "cars")):
-            learn(model, name, seed)
-            model.set_adapter(name)
-            losses[name] = torch.nn.functional.cross_entropy(call(model.eval(), input_ids=batch["input_ids"]), batch["labels"])
-        assert losses["flowers"] != pytest.approx(losses["cars"].item(), rel=0.01)
-        for name in ("flowers", "cars", "flowers"):
-            model.set_adapter(name)
-            assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[name].item(), rel=1e-4)
-
-    def test_resumes_from_a_checkpoint(self, tmp_path: Path) -> None:
-        def train(**options: Any) -> dict[str, Tensor]:
-            model = get_recast_model(bert(), RecastConfig(task_type=TaskType.SEQ_CLS))
-            resume = options.pop("resume", None)
-            arguments = self.arguments(tmp_path / "run", seed=3, lr_scheduler_type="constant", **options)
-            Trainer(model, arguments, train_dataset=Sums()).train(resume_from_checkpoint=resume)
-            return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-        whole = train(max_steps=4, save_strategy="steps", save_steps=2)
-        resumed = train(max_steps=4, resume=str(tmp_path / "run" / "checkpoint-2"))
-        for name, value in whole.items():
-            torch.testing.assert_close(resumed[name], value)
-
-    def test_can_load_the_best_checkpoint_at_the_end(self, tmp_path: Path) -> None:
-        model = get_recast_model(bert(), RecastConfig(task_type=TaskType.SEQ_CLS))
-        arguments = self.arguments(
-            tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True
-        )
-        trainer = Trainer(model, arguments, train_dataset=Sums(), eval_dataset=Sums())
-        trainer.train()
-        best = min(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
 
 
 def test_the_classifier_of_a_timm_model_inside_a_transformers_model_is_found() -> None:
