@@ -1,4 +1,4 @@
-"""Weights that lie elsewhere, in shards or on no device but during a call: the same results everywhere."""
+"""Weights in shards: two processes give the same results as one."""
 
 from __future__ import annotations
 
@@ -16,47 +16,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from llamas import IDS, converted, llama, logits, train
 from models import layers_of, randomise
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
-from recast_peft import RecastBankError, RecastConfig, RecastError, get_recast_model
+from recast_peft import RecastConfig, RecastError, get_recast_model
 
-IDS = torch.stack([torch.arange(8), torch.arange(8) * 3 % 31])  # one row for each process
 LIMIT_S = 240
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=4, initializer_range=0.2, **sizes))
-
-
-def converted(group_size: int = 2, **config: Any) -> Any:
-    options = {"target_modules": "all-mlp", "group_size": group_size, **config}
-    model = get_recast_model(llama(), RecastConfig(**options), "task")
-    randomise(model, "task", size=0.1)
-    return model
-
-
-def train(model: nn.Module, ids: Tensor, steps: int = 3) -> list[float]:
-    """The losses of some steps."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    return losses
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 # ---------------------------------------------------------------- what shards, and what is trained under it
@@ -391,55 +360,3 @@ def test_what_was_gathered_of_neighbours_is_not_kept_for_the_backward_pass(resul
     neighbours = sum(layer.base_layer.weight.numel() for layer in layers_of(converted()).values())
     own = numbers_kept(converted(), IDS[:1])
     assert torch.load(results / name / "0.pt")["kept"] <= own - neighbours
-
-
-# ---------------------------------------------------------------- offloaded
-
-
-@pytest.fixture(params=["cpu", "disk"])
-def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[nn.Module], None]:
-    accelerate = pytest.importorskip("accelerate")
-    warnings.simplefilter("ignore")
-    if request.param == "cpu":
-        return lambda model: accelerate.cpu_offload(model, execution_device="cpu")
-    return lambda model: accelerate.disk_offload(model, str(tmp_path / "offloaded"), execution_device="cpu")
-
-
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_offloaded_weights_compute_as_those_in_memory(offload: Callable[[nn.Module], None], group_size: int) -> None:
-    expected, model = converted(group_size), converted(group_size)
-    offload(model.get_base_model())
-    layer = next(iter(layers_of(model).values()))
-    assert layer.base_layer.weight.is_meta
-    torch.testing.assert_close(logits(model), logits(expected))
-    with model.disable_adapter(), expected.disable_adapter():
-        torch.testing.assert_close(logits(model), logits(expected))
-    with pytest.raises(RecastBankError, match=r"nothing can be merged into .*offloaded"):
-        model.merge_adapter()
-
-
-@pytest.mark.parametrize("when", ["before the conversion", "after it"])
-def test_tasks_are_trained_saved_and_loaded_while_weights_are_offloaded(
-    offload: Callable[[nn.Module], None], when: str, tmp_path: Path
-) -> None:
-    expected = converted()
-    start = logits(expected)
-    if when == "after it":
-        model = converted()
-        offload(model)
-    else:
-        plain = llama()
-        offload(plain)
-        model = get_recast_model(plain, RecastConfig(target_modules="all-mlp", group_size=2), "task")
-        randomise(model, "task", size=0.1)
-    assert train(model, IDS) == pytest.approx(train(expected, IDS), rel=1e-5)
-    trained = logits(expected)
-    assert not torch.allclose(trained, start, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "task", "task")), trained)
-    randomise(model, "task", size=0.1)
-    assert not torch.allclose(logits(model), trained, atol=1e-4)
-    for name in ("task", "again"):  # into the task that is there, and beside it
-        model.load_adapter(tmp_path / "task", name)
-        model.set_adapter(name)
-        torch.testing.assert_close(logits(model), trained)
