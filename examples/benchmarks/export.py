@@ -10,10 +10,13 @@ matrices are inputs of its graph that a loaded ``LoraAdapter`` fills in.
 
 from __future__ import annotations
 
+import json
+import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,9 @@ import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from rivals import MODEL, QUICK, TARGET_SETS, images, randomise
-from safetensors.numpy import load_file
-from timing import Row, Tables, arguments, compare, finish, start
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import load_file, save
+from timing import Row, Tables, arguments, compare, finish, seconds, start
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, TaskPool, export_onnx, export_task, export_tasks, get_recast_model
@@ -33,6 +37,7 @@ from recast_peft import RecastConfig, TaskPool, export_onnx, export_task, export
 ONE, TWO, PRODUCTS, TABLE = "RECAST, one template", "RECAST, groups of two", "RECAST, groups of two, products", "RECAST, table"
 LORA = "LoRA r=8, LoraAdapter"
 CLASSES, SAMPLES_TASKS = 10, 4
+MANY, REPEATS = 100, 300  # tasks of one file; swaps that are timed together
 LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -153,8 +158,9 @@ def graphs(options: Namespace) -> Iterator[Graphs]:
         x = images(backbone(options.model, 0), 1)
         made.add_plain(x)
         made.add_task(ONE, x, group_size=1)
-        made.add_table(x)
-        if options.two:
+        if not options.swaps_only:
+            made.add_table(x)
+        if options.two and not options.swaps_only:
             made.add_task(TWO, x, group_size=2)
             made.add_task(PRODUCTS, x, way="output", group_size=2)
         if options.lora and options.targets is not None:
@@ -173,17 +179,48 @@ def latency(made: Graphs, batch: int, rounds: int) -> list[Row]:
     ]
 
 
+def read_task(path: Path) -> dict[str, np.ndarray]:
+    """A task from its file, without any library (docs/reference/files.md)."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    tensors = {name: entry for name, entry in json.loads(content[8:start]).items() if name != "__metadata__"}
+    return {
+        name: np.frombuffer(content, "<f4", (end - begin) // 4, start + begin).reshape(entry["shape"])
+        for name, entry in tensors.items()
+        for begin, end in [entry["data_offsets"]]
+    }
+
+
 def swaps(made: Graphs, rounds: int) -> list[Row]:
-    """Microseconds to have another task ready for the next call, from its file."""
-    folder = made.folder
-    functions: dict[str, Callable[[], Any]] = {
-        "RECAST, a task's file": lambda: load_file(folder / f"{ONE}.safetensors"),
-        "open the plain graph again": lambda: onnxruntime.InferenceSession(str(folder / "plain.onnx")),
+    """Microseconds to have another task ready for the next call: over and over, and between calls of the plain graph."""
+    folder, path = made.folder, made.folder / f"{ONE}.safetensors"
+    many = load_tensors(save({name: np.stack([value] * MANY) for name, value in load_file(path).items()}))
+    numbers = cycle(range(MANY))
+
+    def row() -> dict[str, np.ndarray]:
+        i = next(numbers)
+        return {name: value[i] for name, value in many.items()}
+
+    swap: dict[str, Callable[[], Any]] = {
+        "RECAST, a task's file, by safetensors": lambda: load_file(path),
+        "RECAST, a task's file, by hand": lambda: read_task(path),
+        f"RECAST, a row of a file of {MANY} tasks that was read before": row,
     }
     if (folder / "lora.adapter").exists():
-        functions["LoRA r=8, a LoraAdapter's file"] = lambda: onnxruntime.LoraAdapter().Load(str(folder / "lora.adapter"))
-    timed = compare(rounds, functions)
-    return [{"swap": name, "microseconds": t.seconds * 1e6, "ratio to RECAST": t.ratio} for name, t in timed.items()]
+        swap["LoRA r=8, a LoraAdapter's file"] = lambda: onnxruntime.LoraAdapter().Load(str(folder / "lora.adapter"))
+    over = compare(rounds, swap, repeat=REPEATS)
+    x = images(backbone(made.options.model, 0), 1).numpy()
+    times: dict[str, list[float]] = {name: [] for name in swap}
+    for _ in range(rounds):
+        for name, function in swap.items():
+            made.calls["plain"](x)
+            times[name].append(seconds(function))
+    rows: list[Row] = [
+        {"swap": n, "over and over": over[n].seconds * 1e6, "between calls": statistics.median(t) * 1e6}
+        for n, t in times.items()
+    ]
+    again = compare(min(rounds, 5), {"": lambda: onnxruntime.InferenceSession(str(folder / "plain.onnx"))})[""].seconds * 1e6
+    return [*rows, {"swap": "open the plain graph again", "over and over": again, "between calls": again}]
 
 
 def files(made: Graphs, tasks: int) -> list[Row]:
@@ -215,6 +252,7 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument("--tasks", type=int, default=10_000)
     parser.add_argument("--no-lora", dest="lora", action="store_false")
     parser.add_argument("--no-two", dest="two", action="store_false", help="leave groups of two out")
+    parser.add_argument("--swaps-only", action="store_true", help="time no calls, and build only what swaps need")
     parser.add_argument("--level", choices=list(LEVELS), default="all", help="of ONNX Runtime's optimisations")
     options = start(parser, given)
     options.targets = None if options.targets == "default" else options.targets
@@ -223,10 +261,11 @@ def main(given: list[str] | None = None) -> Tables:
     tables: Tables = {}
     with graphs(options) as made:
         what = f"{options.model}, targets {options.targets or 'by default'}, optimisations: {options.level}"
-        for batch in options.batches:
+        for batch in [] if options.swaps_only else options.batches:
             tables[f"exported graphs, {what}, batch {batch}"] = latency(made, batch, options.rounds)
-        tables[f"a swap, {what}"] = swaps(made, options.rounds)
-        tables[f"files, {what}"] = files(made, options.tasks)
+        tables[f"microseconds of a swap, {what}"] = swaps(made, options.rounds)
+        if not options.swaps_only:
+            tables[f"files, {what}"] = files(made, options.tasks)
     return finish("export", options, tables)
 
 
