@@ -68,8 +68,9 @@ class RecastConfig(PeftConfig):
             given to the RecastConfig, for both parts.
         max_coefficients: what a task may cost: the largest number of parameters that it trains beside its classifier. The plan
             keeps it by choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. What
-            the coefficients leave goes to a LoRA part, unless the config names one, or partners, biases, norms or a bank, which
-            are not counted then. None means 48 where neither a size nor a sharing is given, else no limit.
+            the coefficients leave goes to a LoRA part, unless the config names one, or partners, biases, norms, a bank or
+            ``modules_to_save``, which are not counted then. None means 48 where neither a size nor a sharing is given, else no
+            limit.
         coefficient_sharing: layers that share their offsets: ``"roles"``: those of the same place in depth across roles (query,
             key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that many consecutive banks of a
             role. None: every layer has its own.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -22,12 +20,9 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, module_entries
 from ..planning.candidates import Candidate, composed_layer, find_candidates
-from ..planning.plan import RecastPlan
 from ..planning.roles import SHORTHANDS
 from ..planning.targets import find_targets
 from .base import Piece
-
-MOST_USEFUL_RANK = 64  # of a LoRA part that a budget is given to
 
 
 @dataclass(frozen=True)
@@ -87,46 +82,7 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
     return LoraPlan(tuple(target.name for target in targets), shapes, lora)
 
 
-def fill_budget(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastConfig:
-    """Give what ``max_coefficients`` leaves beside the coefficients to a LoRA part, where the config names nothing else.
-
-    It stands on the modules that PEFT's LoRA takes by default in such a model, else on its attention, else on the targets: from
-    the last module on as many as fit with rank 1, and if all do, the highest rank that fits.
-
-    Returns:
-        the config, with its ``lora_config`` where there is room for one.
-    """
-    budget = config.max_coefficients
-    names_more = config.lora_config or config.partners or config.bank or config.train_norms or config.bias != "none"
-    if budget is None or names_more or config.is_stored_task or not config.train_coefficients:
-        return config
-    left = budget - plan.num_coefficients
-    costs = {target.name: cost for target in _usual_targets(model, config, plan) if (cost := _cost(target)) is not None}
-    rank = min(left // sum(costs.values()), MOST_USEFUL_RANK) if costs else 0
-    chosen = list(costs) if rank else []
-    for name in [] if rank else reversed(costs):
-        if costs[name] <= left:
-            left -= costs[name]
-            chosen.append(name)
-    if not chosen:
-        return config
-    rank = max(rank, 1)
-    return config.as_chosen(lora_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen))
-
-
-def _usual_targets(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> list[Candidate]:
-    """Where a LoRA stands if nobody says so."""
-    kinds = (getattr(getattr(module, "config", None), "model_type", None) for module in model.modules())
-    kind = next((kind for kind in kinds if kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING), "")
-    wanted: Any
-    for wanted in (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind), "all-attention"):
-        with suppress(RecastTargetError):
-            if wanted is not None:
-                return find_targets(model, RecastConfig(target_modules=wanted, exclude_modules=config.exclude_modules))[0]
-    return list(plan.candidates)
-
-
-def _cost(target: Candidate) -> int | None:
+def numbers_of_rank_one(target: Candidate) -> int | None:
     """The numbers of a LoRA of rank 1 on a module; None if it takes none."""
     lora = LoraConfig(r=1)
     try:

@@ -10,7 +10,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..parts import PARTS
 from ..parts.base import Request
-from ..parts.lora_plan import fill_budget
+from ..parts.lora_budget import fill_budget
 from ..planning.plan import RecastPlan, plan_layers
 
 

@@ -17,7 +17,7 @@ from ..layer import recast_layers
 from ..names import bank_name
 from ..parts import PARTS
 from ..parts.base import Place, Request
-from ..parts.lora_plan import fill_budget
+from ..parts.lora_budget import fill_budget
 from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
 from ..placement.sharded import check_may_be_added_to

@@ -1,0 +1,70 @@
+"""What a budget leaves beside a task's coefficients, given to a LoRA part."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ..config import RecastConfig
+from ..errors import RecastTargetError
+from ..holders import plain_modules
+from ..planning.candidates import Candidate
+from ..planning.plan import RecastPlan
+from ..planning.targets import find_targets
+from .lora import PartLayer
+from .lora_plan import numbers_of_rank_one
+
+MOST_USEFUL_RANK = 64  # more is as much as a dense update in most layers
+
+
+def fill_budget(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastConfig:
+    """Give what ``max_coefficients`` leaves beside the coefficients to a LoRA part, where the config names nothing else.
+
+    It stands on the modules that PEFT's LoRA takes by default in such a model, else on its attention, else on the targets: from
+    the last module on as many as fit with rank 1, and if all do, the highest rank that fits.
+
+    Returns:
+        the config, with its ``lora_config`` where there is room for one.
+    """
+    budget = config.max_coefficients
+    more = (config.lora_config, config.partners, config.bank, config.train_norms, config.modules_to_save, config.bias != "none")
+    if budget is None or any(more) or config.is_stored_task or not config.train_coefficients:
+        return config
+    left = budget - plan.num_coefficients
+    modules = plain_modules(model)
+    free = [target for target in _usual_targets(model, config, plan) if not _has_other_lora(modules[target.name])]
+    costs = {target.name: cost for target in free if (cost := numbers_of_rank_one(target)) is not None}
+    rank = min(left // sum(costs.values()), MOST_USEFUL_RANK) if costs else 0
+    chosen = list(costs) if rank else []
+    for name in [] if rank else reversed(costs):
+        if costs[name] <= left:
+            left -= costs[name]
+            chosen.append(name)
+    if not chosen:
+        return config
+    rank = max(rank, 1)
+    return config.as_chosen(lora_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen))
+
+
+def _has_other_lora(module: nn.Module) -> bool:
+    """Whether a LoRA stands on a module that is no part of a task."""
+    return isinstance(module, LoraLayer) and not isinstance(module, PartLayer)
+
+
+def _usual_targets(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> list[Candidate]:
+    """Where a LoRA stands if nobody says so."""
+    kinds = (getattr(getattr(module, "config", None), "model_type", None) for module in model.modules())
+    names = [kind for kind in kinds if isinstance(kind, str)]
+    kind = next((kind for kind in names if kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING), "")
+    limits: dict[str, Any] = {key: getattr(config, key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+    wanted: Any
+    for wanted in (TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind), "all-attention"):
+        with suppress(RecastTargetError):
+            if wanted is not None:
+                return find_targets(model, RecastConfig(target_modules=wanted, **limits))[0]
+    return list(plan.candidates)

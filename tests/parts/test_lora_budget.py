@@ -1,0 +1,84 @@
+"""What a budget leaves beside the coefficients: where the LoRA part stands, and its rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_parts import lora
+from models import Around, small_transformer, tiny_vit
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from recast_peft import BiasConfig, RecastConfig, get_recast_model, plan_recast
+
+
+class TestBudget:
+    """tiny_vit has four blocks: 32 coefficients in groups of four; a LoRA of rank 1 costs 32 on qkv and 16 on proj."""
+
+    def test_what_a_budget_leaves_goes_to_a_lora_on_the_last_modules_that_fit(self):
+        plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=100))
+        assert sorted(plan.lora.targets) == ["blocks.2.attn.proj", "blocks.3.attn.proj", "blocks.3.attn.qkv"]
+        assert (plan.num_coefficients, plan.num_lora_numbers) == (32, 16 + 32 + 16)
+
+    @pytest.mark.parametrize(("budget", "rank"), [(32 + 192, 1), (32 + 3 * 192 - 1, 2), (32 + 3 * 192, 3)])
+    def test_where_all_modules_fit_the_rank_rises(self, budget, rank):
+        model = get_recast_model(tiny_vit(), RecastConfig(max_coefficients=budget))
+        assert model.peft_config["default"].lora_config.r == rank
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32 + rank * 192 <= budget
+
+    @pytest.mark.parametrize("wrap", [lambda model: model, Around])
+    def test_it_stands_where_peft_s_lora_would(self, wrap):
+        plan = plan_recast(wrap(small_transformer("bert")), RecastConfig(max_coefficients=100_000))
+        assert {name.rpartition(".")[2] for name in plan.lora.targets} == {"query", "value"}
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"lora_config": lora(target_modules=["fc1"])},
+            {"partners": [BiasConfig()]},
+            {"bias": "all"},
+            {"train_norms": True},
+            {"modules_to_save": ["proj"]},  # a LoRA would stand on it
+            {"max_coefficients": 32 + 15},
+            {"max_coefficients": None},
+        ],
+    )
+    def test_a_config_that_names_more_or_has_no_room_gets_none(self, fields):
+        plan = plan_recast(tiny_vit(), RecastConfig(**{"max_coefficients": 1000, **fields}))
+        assert plan.num_lora_numbers == (4 * 2 * (8 + 16) if "lora_config" in fields else 0)
+
+    @pytest.mark.parametrize(
+        ("fields", "wanted"),
+        [
+            (
+                {"layers_to_transform": [0, 1]},
+                {"blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.attn.qkv", "blocks.1.attn.proj"},
+            ),
+            ({"exclude_modules": ["qkv"]}, {f"blocks.{i}.attn.proj" for i in range(4)}),
+        ],
+    )
+    def test_it_keeps_to_the_layers_that_the_config_leaves(self, fields, wanted):
+        plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=1000, **fields))
+        assert set(plan.lora.targets) == wanted
+
+    def test_a_task_keeps_what_its_conversion_decided(self, tmp_path):
+        model = get_recast_model(tiny_vit(), RecastConfig(max_coefficients=100, init_weights=False), "task").eval()
+        model.save_pretrained(tmp_path)
+        config = RecastConfig.from_pretrained(tmp_path / "task")
+        assert len(config.lora_config.target_modules) == 3
+        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "task", "task").eval()
+        x = torch.randn(2, 5, 8)
+        assert torch.equal(loaded(x), model(x))
+
+    def test_a_stored_task_without_a_lora_gets_none(self, tmp_path):
+        model = get_recast_model(tiny_vit(), RecastConfig(max_coefficients=32), "task")
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "task" / "adapter_config.json"
+        file.write_text(file.read_text().replace('"max_coefficients": 32', '"max_coefficients": 1000'))  # as 0.1 wrote it
+        assert plan_recast(tiny_vit(), RecastConfig.from_pretrained(tmp_path / "task")).lora is None
+
+    @pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found")
+    def test_it_leaves_modules_alone_that_have_a_lora_of_another_kind(self):
+        model = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=["qkv"])).base_model.model
+        model = get_recast_model(model, RecastConfig(max_coefficients=1000))
+        names = model.peft_config["default"].lora_config.target_modules
+        assert {name.rpartition(".")[2] for name in names} == {"proj"}
