@@ -54,7 +54,7 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
     """
 
     adapter_layer_names = ("recast_coefficients", "recast_masks")
-    other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients", "scaling")
+    other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients", "scaling", "without_strength")
 
     MASKS = "recast_masks"
 
@@ -63,6 +63,7 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
         self.fingerprint = fingerprint
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
         self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
+        self.without_strength: dict[str, str] = {}
         self.recast_masks = TaskModules()  # task -> what changes its composed weight; see parts/piggyback.py
         self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
         self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
@@ -201,6 +202,9 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
     def unmerge(self) -> None:
         """Put the pretrained weight back: the very parameter that was there before."""
         merging.unmerge(self)
+
+    def rescaled(self) -> None:
+        merging.rescaled(self)
 
     def written_by_others(self) -> AbstractContextManager[None]:
         """A block in which a layer of another method writes into the innermost weight; see merging.py."""

@@ -91,7 +91,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                 share_coefficients(model, adapter_name, owners)
                 active = adapter_name in self.active_adapters
                 prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
-                train_biases(model, config.bias, config.inference_mode)
+                train_biases(model, adapter_name, config.bias, config.inference_mode)
             config.record = record
             self.guard_calls()
         except BaseException:

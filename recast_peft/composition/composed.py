@@ -18,6 +18,7 @@ from .compose import average_sets, compose_into, compose_weight
 from .mixed_batch import current_batch
 from .quantised import device_of_weight
 from .recomputation import CallHistory
+from .strength import at_strength
 
 # Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
 _NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
@@ -193,13 +194,13 @@ class ComposedModule(nn.Module):
             shaped like the weight and in its dtype; for no task at all the pretrained weight itself, or what the
             compressed bank makes of it where that was released.
         """
-        masks = [self.recast_masks[name] for name in adapters if name in self.recast_masks]
+        masks = {name: self.recast_masks[name] for name in adapters if name in self.recast_masks}
         terms = self.terms(adapters, values)
         if out is not None and not masks and terms is not None:
             return compose_into(out, *terms)
         weight = self.pretrained_weight if terms is None else compose_weight(*terms)
-        for mask in masks:
-            weight = mask(weight)
+        for name, mask in masks.items():
+            weight = at_strength(weight, mask(weight), self.scaling.get(name, 1.0))
         return weight if out is None else out.copy_(weight)
 
     def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] | None = None) -> Terms | None:

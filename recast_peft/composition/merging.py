@@ -106,6 +106,16 @@ def refresh(layer: Any) -> None:
             layer.weight_parameter.data = layer.compose(layer.merged_adapters)
 
 
+def rescaled(layer: Any) -> None:
+    """Let what is merged follow the tasks' strengths: at its next use, or now where adapters of other layers lie on top."""
+    layer.is_stale = layer.is_stale or bool(layer.merged)
+    on_top = [(other, other.merged_tasks) for other in layer.other_layers if other.merged]
+    for other, _ in reversed(on_top):
+        other.unmerge()
+    for other, tasks in on_top:
+        other.merge(adapter_names=tasks)
+
+
 def merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
     """See ``RecastLayer.merge``."""
     adapter_names = check_adapters_to_merge(layer, adapter_names)

@@ -53,6 +53,8 @@ def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
         return call(layer, [], args, kwargs)
     assert batch.pool is not None
     bank = layer.recast_bank[batch.pool.slot]
+    factor = layer.scaling.get(batch.pool.slot, 1.0)
+    offsets = offsets if factor == 1 else factor * offsets
     direct = direct_call(layer, args, kwargs)
     keeps_base = layer.is_compressed and not layer.is_released  # the pretrained weight is no mix of the templates then
     if direct is not None and not keeps_base:

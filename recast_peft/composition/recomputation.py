@@ -43,6 +43,7 @@ class CallState(NamedTuple):
         versions: how often each of the tasks' parameters was written to, and whether it is trained.
         recorded: whether gradients were recorded, so that those of the forward pass are the ones that flow.
         values: the tasks' coefficients at that time, where they were kept.
+        strengths: the tasks' factors, where one was set.
     """
 
     tasks: tuple[str, ...]
@@ -53,12 +54,14 @@ class CallState(NamedTuple):
     versions: tuple[tuple[int, bool], ...] = ()
     recorded: bool = False
     values: Mapping[str, Tensor] = MappingProxyType({})
+    strengths: tuple[tuple[str, float], ...] = ()
 
     def is_same(self, other: CallState) -> bool:
         """Whether a call computes the same in both states."""
         return (
             self.tasks == other.tasks
             and self.versions == other.versions
+            and self.strengths == other.strengths
             and self.batch is other.batch
             and (self.merged, self.held, self.mixed) == (other.merged, other.held, other.mixed)
         )
@@ -183,8 +186,28 @@ def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
     return None
 
 
+def strengths_of_call(holder: Any) -> dict[str, float]:
+    """The tasks' factors in a call, which are those of the forward pass if it is computed again; for what holds no weight."""
+    if is_recomputing():
+        past = holder.history.recall()
+        return holder.scaling if past is None else dict(past.strengths)
+    if may_be_recomputed():
+        state = CallState((), strengths=_strengths(holder))
+        if holder.history.is_news(state):
+            holder.history.note(state)
+    return holder.scaling
+
+
 def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computed in a state; gradients flow to the coefficients that the layer holds now."""
+    now, layer.scaling = layer.scaling, dict(past.strengths)
+    try:
+        return _call_again(layer, past, args, kwargs)
+    finally:
+        layer.scaling = now
+
+
+def _call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
     if past.batch is not None:
         return call_mixed(layer, past.batch, args, kwargs)
     values = {}
@@ -206,10 +229,23 @@ def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
     if batch is not None:
         tasks = tuple(dict.fromkeys(name for name in batch.names if layer.has_task(name)))
         kept = batch if torch.is_grad_enabled() else None
-        return CallState(tasks, held=layer.held, mixed=True, batch=kept, versions=_versions(layer, tasks))
+        return CallState(
+            tasks, held=layer.held, mixed=True, batch=kept, versions=_versions(layer, tasks), strengths=_strengths(layer)
+        )
     tasks = tuple(layer.tasks_in_force())
     versions = _versions(layer, tasks)
-    return CallState(tasks, bool(layer.merged_adapters), layer.held, versions=versions, recorded=torch.is_grad_enabled())
+    return CallState(
+        tasks,
+        bool(layer.merged_adapters),
+        layer.held,
+        versions=versions,
+        recorded=torch.is_grad_enabled(),
+        strengths=_strengths(layer),
+    )
+
+
+def _strengths(layer: Any) -> tuple[tuple[str, float], ...]:
+    return tuple(layer.scaling.items()) if layer.scaling else ()
 
 
 def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RecastConfigError
 
@@ -15,20 +17,24 @@ from ..errors import RecastConfigError
 class Strength:
     """What a task's offsets are multiplied by in a layer; a mixin of layers.
 
-    It belongs to the model, as the scale of a LoRA does, and is not saved. What is merged follows at the next call.
+    It belongs to the model, as the scale of a LoRA does, and is not saved. What is merged follows.
     """
 
     scaling: dict[str, float]  # task -> factor
     active_adapters: Any
-    merged: Any
     has_task: Any
-    is_stale: bool
+    without_strength: dict[str, str] = {}  # task -> what of it a factor does not reach
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let a task act with a factor; 1 is what it was trained with. A task that has nothing here is passed over."""
         if self.has_task(adapter):
+            if scale != 1 and adapter in self.without_strength:
+                warnings.warn(
+                    f"the strength of task {adapter!r} does not reach {self.without_strength[adapter]}, which stay as they are",
+                    stacklevel=2,
+                )
             self.scaling[adapter] = scale
-            self.is_stale = self.is_stale or bool(self.merged)
+            self.rescaled()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the factors of the active tasks."""
@@ -40,16 +46,25 @@ class Strength:
         for name in self.active_adapters:
             self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
 
+    def rescaled(self) -> None:
+        """Called after a factor was set."""
+
+
+def at_strength(base: Tensor, changed: Tensor, factor: float) -> Tensor:
+    """The way from what the base has to what a task makes of it, as far as a factor goes; 1 is all of it, to the last bit."""
+    return changed if factor == 1 else torch.lerp(base, changed, factor)
+
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Let every task of a model act with a multiple of its strength until the block ends, its LoRA part with it.
+    """Let every task of a model act with a multiple of its strength until the block ends, with all of its parts.
 
     ``peft.helpers.rescale_adapter_scale`` for models with RECAST tasks; that one looks for LoRAs alone.
 
     Args:
         model: a model with tasks, in any wrapper.
-        multiplier: 0 is the pretrained model, 1 the tasks as they are.
+        multiplier: 0 is the pretrained model, 1 the tasks as they are. Modules that a task owns whole (a classifier,
+            ``modules_to_save``) and biases of the model's own that were trained (``bias=``) have no strength, as with LoRA.
 
     Raises:
         TypeError: if the multiplier is no number.
@@ -61,10 +76,14 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not layers:
         raise RecastConfigError("the model has no RECAST or LoRA layer whose strength could be set")
     before = [dict(layer.scaling) for layer in layers]
-    names = [list(getattr(layer, "recast_bank", layer.scaling)) for layer in layers]
     try:
-        for layer, own in zip(layers, names, strict=True):
-            _set(layer, {name: layer.scaling.get(name, 1.0) * multiplier for name in own})
+        for layer in layers:
+            factors = {name: layer.scaling.get(name, 1.0) * multiplier for name in layer._get_available_adapters()}
+            if isinstance(layer, Strength):
+                for name, factor in factors.items():
+                    layer.set_scale(name, factor)
+            else:
+                _set(layer, {**layer.scaling, **factors})
         yield
     finally:
         for layer, scaling in zip(layers, before, strict=True):
@@ -73,5 +92,5 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 def _set(layer: Any, scaling: dict[str, float]) -> None:
     layer.scaling = scaling
-    if isinstance(layer, Strength):
-        layer.is_stale = layer.is_stale or bool(layer.merged)
+    if hasattr(layer, "rescaled"):
+        layer.rescaled()

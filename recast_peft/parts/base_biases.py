@@ -53,7 +53,9 @@ def _with_layers(model: nn.Module) -> set[str]:
     return {*recast_layers(model), *(layer.module_name for layer in part_layers(model))}
 
 
-def train_biases(model: nn.Module, bias: str, inference_mode: bool) -> None:
+def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode: bool) -> None:
     """Let a task's biases learn, in the modules of both of its parts and whichever tasks were there before."""
+    for layer in recast_layers(model).values() if bias != "none" else ():
+        layer.without_strength[adapter_name] = f"the model's own biases (bias={bias!r})"
     for _, module in biased_modules(model, bias):
         module._parameters["bias"].requires_grad_(not inference_mode)  # type: ignore[union-attr]

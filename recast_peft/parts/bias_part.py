@@ -127,17 +127,18 @@ class TaskBiases(TaskPartners):
         assert offsets is not None
         module = self._coefficient(slot)
         scale = None if module.scale_templates() is None else self.pretrained("weight")
-        return module.by_sample(y, self.pretrained(), offsets, scale)
+        return module.by_sample(y, self.pretrained(), self.scaling.get(slot, 1.0) * offsets, scale)
 
     # ---------------------------------------------------------------- merging
 
-    def merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Write the tasks' biases into the module.
+    def merge(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the tasks' biases (None: those of the active ones) into the module.
 
         Raises:
             ValueError: for ``safe_merge``, if the bias is not finite; nothing is changed then.
         """
-        new = [name for name in adapter_names if name in self._adapters]
+        wanted = self._active_adapter if adapter_names is None else adapter_names
+        new = [name for name in wanted if name in self._adapters]
         composed = self._composed(new)
         if safe_merge and not all(torch.isfinite(values).all() for values in composed.values()):
             raise ValueError(f"NaNs detected in the merged biases. The adapter {new[-1]} seems to be broken")
@@ -163,12 +164,21 @@ class TaskBiases(TaskPartners):
 
     def _composed(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
         """The bias with what tasks add to it, and the scale of a norm if they move it."""
-        tasks = [self._coefficient(name) for name in adapter_names]
+        moves: dict[str, list[Tensor]] = {"bias": [], "weight": []}
         with torch.no_grad():
-            biases, scales = [task.change(self.pretrained()) for task in tasks], [task.scale_change() for task in tasks]
-            moves: dict[str, list[Tensor]] = {"bias": biases, "weight": [scale for scale in scales if scale is not None]}
+            for name in adapter_names:
+                task, factor = self._coefficient(name), self.scaling.get(name, 1.0)
+                moves["bias"].append(factor * task.change(self.pretrained()))
+                growth = task.scale_change()
+                moves["weight"] += [] if growth is None else [factor * growth]
             sums = {name: self.pretrained(name) + torch.stack(own).sum(0) for name, own in moves.items() if own}
             return {name: values.to(self.pretrained(name).dtype) for name, values in sums.items()}
+
+    def rescaled(self) -> None:
+        if self._merged is not None:
+            with torch.no_grad():
+                for name, values in self._composed(self.merged_adapters).items():
+                    self._now(name).data = values
 
     def unmerge(self) -> None:
         """Put the pretrained bias back: the very tensor that was there before."""

@@ -1,8 +1,7 @@
 """The LoRA part of a task: PEFT's own LoRA layers under the task's name, which belong to the task as its coefficients do.
 
-PEFT makes the layers; they stand around RECAST's layers or around plain modules. Each becomes a subclass of itself that
-obeys the model's tasks alone, takes the tasks of a mixed batch, and gives the pretrained weight back to the last bit when it is
-unmerged.
+PEFT makes the layers; they stand around RECAST's layers or around plain modules. Each becomes a subclass of itself that obeys
+the model's tasks alone, takes the tasks of a mixed batch, and gives the pretrained weight back to the last bit when unmerged.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from ..layer import recast_layers
 from ..names import BASE_ADAPTER, lies_in, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
+from .lora_strength import PartStrength, with_strengths_of_call
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
 
@@ -57,7 +57,7 @@ def _computes(value: bool = True) -> Iterator[None]:
         _computing.reset(token)
 
 
-class PartLayer(Mixed, TaskHolder):
+class PartLayer(PartStrength, Mixed, TaskHolder):
     """What a LoRA layer does differently as a part of RECAST tasks.
 
     PEFT's layers hold a task under ``container_key`` of its name, so that a name can be any string.
@@ -69,11 +69,10 @@ class PartLayer(Mixed, TaskHolder):
     _parts: Any = None  # LoraParts, once the layer is a part
     _by_weight = False  # computed by the weight, where the pair beside the module says something else
     _switched_off = False  # inside RecastModel.disable_part("lora")
-    _trainable: list[nn.Parameter] = []  # before the tasks were switched off
+    _trainable: list[nn.Parameter] = []  # before they were switched off
     _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
     active_adapters: list[str]
     lora_variant: dict[str, Any]
-    merged: bool
     _disable_adapters: bool
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -221,6 +220,7 @@ class PartLayer(Mixed, TaskHolder):
                 added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
         return added
 
+    @with_strengths_of_call
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
         batch = current_batch()
@@ -245,7 +245,7 @@ class PartLayer(Mixed, TaskHolder):
 
 
 def _keys(names: Sequence[str]) -> list[str]:
-    return [name if name == BASE_ADAPTER else container_key(name) for name in names]
+    return [n if n == BASE_ADAPTER else container_key(n) for n in names]
 
 
 def _one_task_for_all(layer: PartLayer) -> RecastBankError:
@@ -340,6 +340,7 @@ def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection
 def _install(place: Place, plan: LoraPlan) -> None:
     model = place.model
     parts = next((layer._parts for layer in part_layers(model)), None) or LoraParts(place.tuner.peft_config)
+    parts.tasks = place.tuner.peft_config  # a new one, if diffusers has deleted all tasks
     config = copy.deepcopy(plan.config)
     config.inference_mode, config.target_modules = place.inference_mode, None
     key, active = container_key(place.adapter_name), list(place.tuner.active_adapters)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.mixed_batch import MixedBatch, current_batch
+from ..composition.recomputation import strengths_of_call
+from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import SideContainer, put_at
@@ -28,7 +30,7 @@ from ..planning.heads import head_names
 from .base import Piece, Place, Request, TaskPart, device_and_dtype
 from .places import places_of
 from .stacking import stack_around
-from .wrapper import TaskModule
+from .wrapper import ScaledModule
 
 
 @dataclass
@@ -129,8 +131,9 @@ class PartnerPart(TaskPart):
         key = place_key(piece.place)
         if key not in container:
             container[key] = nn.ModuleDict()
-        if self.name not in container[key]:
+        if not isinstance(container[key]._modules.get(self.name), TaskPartners):
             container[key][self.name] = self.holder_class(piece.place, self.name)
+            container[key][self.name].home = (container[key],)
         return container[key][self.name]
 
     def bank_reference(self, pieces: list[PreparedPartner]) -> Any:
@@ -140,7 +143,7 @@ class PartnerPart(TaskPart):
         return None if self.chosen(config) is None else f"the partner {self.name}"
 
 
-class TaskPartners(TaskModule):
+class TaskPartners(ScaledModule):
     """The partners of one kind that stand at one place, by task; the active task's acts."""
 
     def __init__(self, place: str, method: str) -> None:
@@ -148,6 +151,7 @@ class TaskPartners(TaskModule):
         self.place, self.method = place, method
         self.what = f"the partner {method}"
         self.hosts: tuple[nn.Module, ...] = ()  # the module at the place; in a tuple, since it is no child
+        self.home: tuple[nn.ModuleDict, ...] = ()  # where it lies in the model; whoever takes it out of there ends its work
 
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (("partners", parameter) for parameter in self.modules_to_save.parameters())
@@ -166,6 +170,8 @@ class TaskPartners(TaskModule):
     def adapt(self, x: Any, y: Any) -> Any:
         """The output of the place with the partner of the active task, or of each sample's own task."""
         task, batch = self.shown_task, current_batch()
+        if self.home and self.home[0]._modules.get(self.method) is not self:
+            return y
         if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
             return y
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -174,14 +180,17 @@ class TaskPartners(TaskModule):
                 "are tensors: name other modules with its target_modules"
             )
         if batch is None:
-            return self._adapted(cast(str, task), x, y)
+            return self._scaled(cast(str, task), x, y)
         if batch.pool is not None:
             return self._adapted_from_pool(batch, y)
         for key, indices in batch.rows(len(x)).items():
             if isinstance(key, str) and key in self._adapters:
                 rows = batch.index(indices, y.device)
-                y = y.index_copy(0, rows, self._adapted(key, x[rows], y[rows]))
+                y = y.index_copy(0, rows, self._scaled(key, x[rows], y[rows]))
         return y
+
+    def _scaled(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
+        return at_strength(y, self._adapted(adapter_name, x, y), strengths_of_call(self).get(adapter_name, 1.0))
 
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.modules_to_save[adapter_name](x, y)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..composition.recomputation import strengths_of_call
+from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..holders import Entry, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
 from .base import Piece, Place, Request, TaskPart
-from .wrapper import TaskModule, was_replaced
+from .wrapper import ScaledModule, TaskModule, was_replaced
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SavedPart(TaskPart):
         for piece in pieces:
             present = plain_modules(place.model)[piece.place]
             if not isinstance(present, TaskModule):
-                present = TaskModule(present, piece.place)
+                present = (TaskNorm if is_norm(piece.module) else TaskModule)(present, piece.place)
                 put_at(place.model, piece.place, present)
             if not present.has_task(place.adapter_name):  # another part may own it already, as a head of another size does
                 own = copy.deepcopy(present.original_module)
@@ -94,12 +96,48 @@ def find_norms(model: nn.Module) -> list[str]:
     """
     names = []
     for name, present in plain_modules(model).items():
-        module = unwrapped_module(present)
-        holds = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
-        is_leaf = not any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
-        if "Norm" in type(module).__name__ and holds and is_leaf:
+        if is_norm(unwrapped_module(present)):
             names.append(name)
     return names
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer that holds parameters or running statistics."""
+    holds = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
+    is_leaf = not any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
+    return "Norm" in type(module).__name__ and holds and is_leaf
+
+
+class TaskNorm(ScaledModule):
+    """The norms of all tasks in the place of one of the model's: by its strength a task's output is mixed with the model's."""
+
+    def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = module(*args, **kwargs)
+        factor = self._factor_of(module)
+        return own if factor == 1 else at_strength(self.original_module(*args, **kwargs), own, factor)
+
+    def _factor_of(self, module: nn.Module) -> float:
+        return next((scale for name, scale in strengths_of_call(self).items() if self.modules_to_save[name] is module), 1.0)
+
+    def refusal_to_merge(self, adapter_name: str) -> str | None:
+        """Two norms of one input are one norm, of the mix of both; not so with statistics, or an activation inside."""
+        has_more = any(True for _ in self.original_module.buffers()) or any(True for _ in self.original_module.children())
+        if self.scaling.get(adapter_name, 1.0) in (0, 1) or not has_more:
+            return None
+        return (
+            f"a strength of {self.scaling[adapter_name]:g}, and a norm at {self.module_name} that no norm of that strength "
+            "stands for (set_scale(name, 1.0) first)"
+        )
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        factor = self._factor_of(module)
+        if factor == 0:
+            return self.original_module
+        with torch.no_grad():
+            for own, base in zip(module.parameters(), self.original_module.parameters(), strict=True):
+                own.data = at_strength(base.to(own.dtype), own, factor)
+        return module
 
 
 class KeptStatistics:

@@ -110,6 +110,11 @@ class Stacked(Mixed):
             super().unmerge()  # type: ignore[misc]
 
     @property
+    def merged_tasks(self) -> list[str]:
+        """The names of the adapters that are merged, as ``merge`` takes them."""
+        return list(self.merged_adapters)  # type: ignore[attr-defined]
+
+    @property
     def weight(self) -> Tensor:
         layer = self.recast_beside[0]
         return layer.weight if layer in inner_layers(self) else super().weight  # type: ignore

@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch, current_batch
+from ..composition.recomputation import CallHistory
+from ..composition.strength import Strength
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, TaskModules, module_entries
 
@@ -103,9 +106,9 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
         self.changed()
 
-    def merge(self, adapter_names: Sequence[str], safe_merge: bool = False) -> None:
-        """Call the named tasks' module while they are merged, whichever task is active."""
-        self._merged = list(adapter_names)
+    def merge(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Call the named tasks' module (None: the active ones') while they are merged, whichever task is active."""
+        self._merged = list(self._active_adapter if adapter_names is None else adapter_names)
         self.changed()
 
     def unmerge(self) -> None:
@@ -182,6 +185,41 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         names = (self._active_adapter if adapter_names is None else adapter_names) if merge else []
         owners = [name for name in names if name in self._adapters]
         return self.modules_to_save[owners[0]] if owners else self.original_module
+
+
+class ScaledModule(Strength, TaskModule):
+    """What tasks have in a place and act with by their strength; loops over the layers of PEFT's methods come by it too."""
+
+    def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
+        super().__init__(module_to_save, module_name)
+        self.scaling = {}
+        self.history = CallHistory()
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The module of the model; whoever takes a model's layers out puts it in their place."""
+        return self.original_module
+
+    def get_base_layer(self) -> nn.Module:
+        """The module of the model."""
+        return self.original_module
+
+    @property
+    def merged(self) -> bool:
+        """Whether something is merged that tasks have here."""
+        return bool(self.merged_adapters)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: what a task has here is no change of a weight."""
+        return False
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        self.scaling.pop(adapter_name, None)
+        super().delete_adapter(adapter_name, new_active_adapters)
+
+
+# diffusers and PEFT's users go through these layers to activate, scale and merge; PEFT's own class has more than these can mean
+BaseTunerLayer.register(ScaledModule)
 
 
 def joined(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:

@@ -41,6 +41,8 @@ def _noted(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def _put_back(held: Any, content: Any) -> None:
+    if isinstance(held, dict) and [*held] == [*content] and all(held[key] is content[key] for key in content):
+        return  # a dictionary may refuse to be written to, as those of diffusers do
     if isinstance(held, (dict, set)) and content is not None:
         held.clear()
         held.update(content)

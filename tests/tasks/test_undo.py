@@ -134,3 +134,22 @@ class TestASnapshot:
         snapshot.restore()
         assert self.noted(model) == before
         assert (model[0].weight == 7.0).all()
+
+
+class Unwritable(dict[str, Any]):
+    """A dictionary that refuses to be written to, as the configs of diffusers do."""
+
+    def clear(self) -> None:
+        raise AssertionError("it was written to")
+
+    update = clear  # type: ignore[assignment]
+
+
+def test_a_dictionary_that_was_not_changed_is_not_written_to() -> None:
+    model = tiny_vit()
+    model.own = Unwritable(depth=4)  # type: ignore[assignment]
+    model.other = {"depth": 4}  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="inside"), undone_on_failure(model):
+        model.other["depth"] = 5  # type: ignore[operator]
+        raise RuntimeError("inside")
+    assert model.own == {"depth": 4} == model.other  # type: ignore[comparison-overlap]

@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ...composition.compose import average_sets
 from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig
 from ...errors import RecastBankError, RecastConfigError
@@ -135,7 +136,7 @@ class Source:
         check_exportable(self.backbone, name, config)
         row = torch.zeros(self.layout.width)
         for module, layer in self.layout.layers.items():
-            row[self.layout.slices[module]] = layer.offset(name).detach().float().cpu()
+            row[self.layout.slices[module]] = average_sets(layer.coefficients(name)).detach().float().cpu()
         for key, offset in bias_coefficients(self.backbone, name).items():
             row[self.layout.slices[key]] = offset.detach().float().cpu()
         return GraphTask(name, row, owned_tensors(self.backbone, name))
