@@ -90,6 +90,20 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             _set(layer, scaling)
 
 
+@contextmanager
+def at_full_strength(model: nn.Module) -> Iterator[None]:
+    """A block in which what is composed of a model's tasks is what they were trained as; nothing that is merged changes."""
+    layers = [module for module in model.modules() if isinstance(module, Strength)]
+    before = [layer.scaling for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling = {}
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling = scaling
+
+
 def _set(layer: Any, scaling: dict[str, float]) -> None:
     layer.scaling = scaling
     if hasattr(layer, "rescaled"):

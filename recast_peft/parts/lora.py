@@ -23,11 +23,11 @@ from ..composition.mixed_batch import current_batch
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, unwrapped_module
-from ..layer import recast_layers
-from ..names import BASE_ADAPTER, lies_in, unwrapped
+from ..layer import RecastLayer, recast_layers
+from ..names import lies_in, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
-from .lora_strength import PartStrength, with_strengths_of_call
+from .lora_strength import PartStrength, is_left_out, keys_of, with_strengths_of_call
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
 
@@ -38,10 +38,12 @@ class LoraParts:
     Attributes:
         tasks: the configs of the model's adapters by name: the very dictionary of the tuner.
         configs: configs of the parts, by the name of the task, with their targets named.
+        beside: a layer of the tasks' coefficients.
     """
 
     tasks: Mapping[str, PeftConfig]
     configs: dict[str, LoraConfig] = field(default_factory=dict)
+    beside: RecastLayer | None = None
 
 
 # Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one.
@@ -80,7 +82,7 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         parts = self._parts
         if parts is None or not names or any(isinstance(parts.tasks.get(name), RecastConfig) for name in names):
-            super().set_adapter(_keys(names), inference_mode)  # type: ignore[misc]
+            super().set_adapter(keys_of(names), inference_mode)  # type: ignore[misc]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the tasks on or off; what was frozen before is frozen afterwards."""
@@ -126,7 +128,7 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
 
     @property
     def disable_adapters(self) -> bool:
-        return self._disable_adapters or self.stands_aside or self._switched_off
+        return self._disable_adapters or self.stands_aside or self._switched_off or is_left_out(self._parts)
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
@@ -140,7 +142,7 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into tensors of its own; the pretrained ones are kept beside them."""
-        keys = None if adapter_names is None else _keys(adapter_names)
+        keys = None if adapter_names is None else keys_of(adapter_names)
         wanted = check_adapters_to_merge(self, keys)  # type: ignore[arg-type]
         new = [name for name in wanted if name in self._get_available_adapters()]  # type: ignore[attr-defined]
         if not new:
@@ -233,7 +235,7 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
             if batch.pool is not None:  # tasks of a pool have no LoRA part
                 return self.base_layer(x, *args, **kwargs)
             repeats = batch.repeats(len(x))
-            kwargs["adapter_names"] = [name for name in _keys(batch.names) for _ in range(repeats)]
+            kwargs["adapter_names"] = [name for name in keys_of(batch.names) for _ in range(repeats)]
         if not self.lora_variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         with _computes():
@@ -242,10 +244,6 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: what a task adds here is more than its LoRA."""
         return False
-
-
-def _keys(names: Sequence[str]) -> list[str]:
-    return [n if n == BASE_ADAPTER else container_key(n) for n in names]
 
 
 def _one_task_for_all(layer: PartLayer) -> RecastBankError:
@@ -341,12 +339,13 @@ def _install(place: Place, plan: LoraPlan) -> None:
     model = place.model
     parts = next((layer._parts for layer in part_layers(model)), None) or LoraParts(place.tuner.peft_config)
     parts.tasks = place.tuner.peft_config  # a new one, if diffusers has deleted all tasks
+    parts.beside = next(iter(recast_layers(model).values()), None)
     config = copy.deepcopy(plan.config)
     config.inference_mode, config.target_modules = place.inference_mode, None
     key, active = container_key(place.adapter_name), list(place.tuner.active_adapters)
     token = making_part.set(True)
     try:
-        maker = _PartMaker(model, key, config, plan, _keys(active))
+        maker = _PartMaker(model, key, config, plan, keys_of(active))
         with _without(list(recast_layers(model).values())):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}

@@ -1,13 +1,28 @@
-"""How strongly the LoRA part of a task acts: PEFT's own factors, by the task's name, and what is merged follows them."""
+"""Whether and how strongly the LoRA part of a task acts: PEFT's own factors by the task's name; what is merged follows."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..composition.recomputation import CallHistory, strengths_of_call
+from ..config import RecastConfig
 from ..holders import container_key, task_of_key
+from ..names import BASE_ADAPTER
+
+
+def keys_of(names: Sequence[str]) -> list[str]:
+    """The names under which PEFT's layers hold tasks."""
+    return [name if name == BASE_ADAPTER else container_key(name) for name in names]
+
+
+def is_left_out(parts: Any) -> bool:
+    """Whether no task is active, but adapters of other methods in the same model: then the parts are not told of them."""
+    beside = None if parts is None else parts.beside
+    if beside is None or not beside.active_adapters:
+        return False
+    return not any(isinstance(parts.tasks.get(name), RecastConfig) for name in beside.active_adapters)
 
 
 def with_strengths_of_call(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..composition.kinds import kind_of
+from ..composition.strength import at_full_strength
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
+from ..parts.wrapper import ScaledModule
 from ..planning.table import text_table
 
 
@@ -136,8 +138,9 @@ def convert_to_lora(
         )
     if config.bias != "none":
         raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
-    with _targets_named(model, adapter_name, sorted(layers)):
-        lora_config, state = peft_convert_to_lora(model, rank, adapter_name, progressbar)
+    with _targets_named(model, adapter_name, sorted(layers)), at_full_strength(model):
+        lora_config, state = peft_convert_to_lora(cast(Any, _WeightsAlone(model)), rank, adapter_name, progressbar)
+        measured = tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items())
     lora_config.target_modules = sorted(layers)
     state = {_lora_key(key): value for key, value in state.items()}
     owned = _owned_modules(model, adapter_name)
@@ -145,7 +148,7 @@ def convert_to_lora(
     for name, module in owned.items():
         state.update({f"{MODEL_PREFIX}{name}.{key}": v.detach().clone() for key, v in module.state_dict().items()})
     report = LoraConversionReport(
-        tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items()),
+        measured,
         sum({id(p): p.numel() for p in (layer.recast_coefficients[adapter_name] for layer in layers.values())}.values()),
         sum(value.numel() for key, value in state.items() if ".lora_" in key),
     )
@@ -196,6 +199,19 @@ def _targets_named(model: PeftModel, adapter_name: str, names: list[str]) -> Ite
         yield
     finally:
         model.peft_config[adapter_name] = config
+
+
+class _WeightsAlone:
+    """A model as PEFT's conversion is to see it: without what tasks have beside weights, which it would refuse."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.peft_config, self._model = model.peft_config, model
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return ((name, module) for name, module in self._model.named_modules() if not isinstance(module, ScaledModule))
+
+    def modules(self) -> Iterator[nn.Module]:
+        return (module for _, module in self.named_modules())
 
 
 def _lora_key(key: str) -> str:

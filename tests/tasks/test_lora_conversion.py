@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from recast_peft import RecastConfig, RecastConfigError, convert_to_lora, get_recast_model, save_as_lora
+from recast_peft import RecastConfig, RecastConfigError, convert_to_lora, get_recast_model, rescale_adapter_scale, save_as_lora
 
 
 def small_gpt2() -> nn.Module:
@@ -104,9 +104,19 @@ class TestLora:
                 if ".modules_to_save.task." in name:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         x = torch.randn(2, 1, 16, 16)
-        save_as_lora(tmp_path, model, 16, "task")
+        expected = outputs(model, x)
+        with rescale_adapter_scale(model, 0.5):  # a strength belongs to the model and not to the task
+            assert not torch.allclose(outputs(model, x), expected, atol=1e-4)
+            save_as_lora(tmp_path, model, 16, "task")
         lora = PeftModel.from_pretrained(small_vit(), tmp_path).eval()
-        torch.testing.assert_close(outputs(lora, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs(lora, x), expected, rtol=1e-4, atol=1e-5)
+
+    def test_partners_of_another_task_do_not_stand_in_the_way(self, tmp_path):
+        model = task()
+        model.add_adapter("other", RecastConfig(target_modules=["qkv"], partners=["bias"]))
+        save_as_lora(tmp_path, model, 8)
+        lora = PeftModel.from_pretrained(tiny_vit(), tmp_path).eval()
+        torch.testing.assert_close(outputs(lora, vit_input()), outputs(model, vit_input()), rtol=1e-4, atol=1e-5)
 
     def test_low_precision_differences_do_not_drown_in_the_weights(self):
         model = converted().to(torch.bfloat16)
