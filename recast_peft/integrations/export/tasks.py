@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ...composition.compose import average_sets
 from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig
 from ...errors import RecastBankError, RecastConfigError
@@ -29,7 +28,8 @@ from ...layer import recast_layers
 from ...model import RecastModel
 from ...names import unwrapped
 from ...parts import PARTS
-from ...parts.bias_part import bias_coefficients
+from ...parts.bias_part import bias_coefficients, bias_holders
+from ...parts.saved import TaskNorm
 from ...parts.wrapper import TaskModule
 from ...pool.layout import PoolLayout, same_layout
 from ...pool.pool import TaskPool
@@ -136,9 +136,10 @@ class Source:
         check_exportable(self.backbone, name, config)
         row = torch.zeros(self.layout.width)
         for module, layer in self.layout.layers.items():
-            row[self.layout.slices[module]] = average_sets(layer.coefficients(name)).detach().float().cpu()
+            row[self.layout.slices[module]] = layer.offset(name).detach().float().cpu()
+        strengths = bias_strengths(self.backbone, name)
         for key, offset in bias_coefficients(self.backbone, name).items():
-            row[self.layout.slices[key]] = offset.detach().float().cpu()
+            row[self.layout.slices[key]] = strengths[key] * offset.detach().float().cpu()
         return GraphTask(name, row, owned_tensors(self.backbone, name))
 
     def example(self) -> GraphTask:
@@ -160,6 +161,23 @@ class Source:
         head = self.pool.prepared_head(self.example().name)
         assert head is not None
         return head.module
+
+
+def bias_strengths(model: nn.Module, task: str) -> dict[str, float]:
+    """The strengths of a task's coefficients of biases, by the names that ``bias_coefficients`` has.
+
+    Raises:
+        RecastConfigError: if biases of one group have several, which no coefficient can say.
+    """
+    found: dict[str, float] = {}
+    for holder in bias_holders(model, task):
+        factor = holder.scaling.get(task, 1.0)
+        if found.setdefault(holder.key_of(task), factor) != factor:
+            raise RecastConfigError(
+                f"task {task!r} has strengths of {found[holder.key_of(task)]:g} and {factor:g} at biases that share their "
+                "coefficients: set one of them on all layers (set_scale)"
+            )
+    return found
 
 
 def owned_modules(model: nn.Module, task: str) -> list[TaskModule]:
@@ -190,6 +208,9 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
     parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
     layers = [layer for layer in recast_layers(model).values() if layer.has_task(task)]
     parts += [layer.refusal_to_pool(task) for layer in layers]
+    parts += [
+        f"a strength at the norm {h.module_name}" for h in found if isinstance(h, TaskNorm) and h.scaling.get(task, 1) != 1
+    ]
     refused = list(dict.fromkeys(text for text in parts if text is not None))
     compressed = [layer.module_name for layer in layers if layer.is_compressed]
     if compressed:

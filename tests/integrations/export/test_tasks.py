@@ -12,10 +12,20 @@ import numpy as np
 import pytest
 import torch
 from exported import MODELS, header, two_tasks
+from grown_biases import grown, on
 from models import converted, layers_of, randomise
 from safetensors.numpy import load_file
 
-from recast_peft import RecastConfig, RecastConfigError, TaskPool, export_task, export_tasks, rescale_adapter_scale
+from recast_peft import (
+    RecastBankError,
+    RecastConfig,
+    RecastConfigError,
+    TaskPool,
+    export_task,
+    export_tasks,
+    rescale_adapter_scale,
+)
+from recast_peft.parts.bias_part import bias_holders
 
 
 def shown(language: str, page: str = "reference/files.md") -> str:
@@ -126,6 +136,24 @@ class TestFiles:
         assert torch.equal(full[:2], first.mean(0))
         with rescale_adapter_scale(model, 0.5):
             assert torch.allclose(export_task(model, tmp_path / "task")["coefficients"], full / 2)
+
+    def test_the_strength_of_biases_is_written_and_one_of_norms_is_refused(self, tmp_path):
+        model = converted(partners=["bias"])
+        randomise(model)
+        with torch.no_grad():
+            for holder in bias_holders(model):
+                holder.modules_to_save["default"].offset.fill_(0.5)
+        full = export_task(model, tmp_path / "task")["coefficients"]
+        with rescale_adapter_scale(model, 0.5):
+            assert torch.allclose(export_task(model, tmp_path / "task")["coefficients"], full / 2)
+        assert full.count_nonzero() == len(full)
+        on_bank = on(grown())
+        bias_holders(on_bank)[0].set_scale("default", 0.5)
+        with pytest.raises(RecastConfigError, match="strengths of 0.5 and 1 at biases"):
+            export_task(on_bank, tmp_path / "task")
+        model = converted(train_norms=True)
+        with rescale_adapter_scale(model, 0.5), pytest.raises(RecastBankError, match=r"a strength at the norm blocks\.0\.norm"):
+            export_task(model, tmp_path / "task")
 
     def test_many_tasks_lie_in_one_file_row_by_row(self, tmp_path):
         model = converted("one", num_classes=3)
