@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
     """
     is_flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
     is_fsdp2 = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
+    known = _fsdp2_parameters()  # the model around may be the one that is sharded
+    is_fsdp2 = is_fsdp2 or (bool(known) and any(id(parameter) in known for parameter in model.parameters()))
     if is_flat or (is_fsdp2 and not for_inference):
         raise RecastConfigError(
             f"the model was sharded by {'FSDP1' if is_flat else 'FSDP2'}, which knows nothing of parameters that come later: "
@@ -65,7 +68,8 @@ def is_spread_in_calls(tensor: Tensor) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes, also while it is gathered for a call."""
-    return is_partitioned(tensor) or hasattr(tensor, "full_tensor") or _piece_of(tensor) is not None
+    is_known = is_partitioned(tensor) or hasattr(tensor, "full_tensor") or _piece_of(tensor) is not None
+    return is_known or id(tensor) in _fsdp2_parameters()
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -134,6 +138,9 @@ def write(tensor: Tensor, values: Tensor) -> None:
             piece.write(values)
         else:
             tensor.copy_(values)
+            gathered = _fsdp2_parameters().get(id(tensor))
+            if gathered is not None:  # until the next call, which reads the shard
+                write(gathered.sharded_param, values)
 
 
 def _marked(gathered: Tensor, shard: Tensor) -> Tensor:
@@ -146,6 +153,25 @@ def _gathered_by_deepspeed(tensor: Tensor, **options: Any) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([tensor], **options)
+
+
+# ---------------------------------------------------------------- FSDP2
+
+
+def _fsdp2_parameters() -> dict[int, Any]:
+    """What FSDP2 knows of its parameters, by the identity of the shard and of the whole.
+
+    The whole stands in the shard's place during the calls of its module, and after them in the module that is sharded last.
+    """
+    registry = sys.modules.get("torch.distributed._composable_state")
+    states = [] if registry is None else [reference() for reference in registry._module_state_mapping.values()]
+    known: dict[int, Any] = {}
+    for state in states:
+        single = [getattr(state, "_fsdp_param_group", None)]  # before torch 2.10
+        for group in getattr(state, "_fsdp_param_groups", single):
+            for found in () if group is None else group.fsdp_params:
+                known |= {id(found.sharded_param): found, id(getattr(found, "_unsharded_param", found)): found}
+    return known
 
 
 # ---------------------------------------------------------------- FSDP1

@@ -31,12 +31,12 @@ LIMIT_S = 240
 # ---------------------------------------------------------------- what shards, and what is trained under it
 
 
-def by_fsdp2(model: Any) -> Any:
+def by_fsdp2(model: Any, as_one: bool = False) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    for block in model.get_base_model().model.layers:
+    for block in () if as_one else model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -78,6 +78,7 @@ def by_accelerate(model: Any, version: int) -> Any:
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "FSDP2": by_fsdp2,
+    "FSDP2 as one": lambda model: by_fsdp2(model, as_one=True),
     "FSDP1": by_fsdp1,
     "FSDP1 as one": lambda model: by_fsdp1(model, as_one=True),
     "accelerate DDP": lambda model: by_accelerate(model, 0),
@@ -92,6 +93,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "FSDP2, compressed": ("FSDP2", {"num_templates": 1}),
     "FSDP1, compressed": ("FSDP1", {"num_templates": 1}),
     "FSDP2, masks": ("FSDP2", MASKED),
+    "FSDP2 as one, masks": ("FSDP2 as one", MASKED),
     "FSDP1, masks": ("FSDP1", MASKED),
 }
 
@@ -152,6 +154,10 @@ def tried(kind: str, config: dict[str, Any], rank: int, folder: Path) -> dict[st
     found["loaded"] = logits(model)
     with plain.disable_adapter():
         found["without"] = logits(model)
+    if "FSDP" in kind:  # right after a call, when what is sharded last is whole
+        found["merge at once"] = refusal(plain.merge_adapter)
+        found["unload at once"] = refusal(plain.merge_and_unload)
+        plain.save_pretrained(folder / "at once")
     found["kept"] = numbers_kept(model, IDS[rank : rank + 1])
     if "FSDP" in kind:
         found["merge"] = refusal(plain.merge_adapter)
@@ -325,7 +331,10 @@ def test_ZeRO_3_does_what_one_process_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, (kind, _) in CASES.items() if "FSDP" in kind])
 def test_what_shards_cannot_do_is_refused_and_changes_nothing(results: Path, name: str) -> None:
     found = torch.load(results / name / "0.pt")
-    assert "spread over processes" in found["merge"]
+    assert all("spread over processes" in found[way] for way in ("merge", "merge at once", "unload at once"))
+    for way in ("by all", "at once"):
+        given = load_file(results / name / way / "task" / "adapter_model.safetensors")
+        torch.testing.assert_close(given, load_file(results / name / "by one" / "task" / "adapter_model.safetensors"))
     assert "add or load tasks first, then shard it" in found["add"]
     torch.testing.assert_close(found["after"], found["loaded"], rtol=0, atol=0)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from recast_peft import RecastConfigError
@@ -88,6 +89,34 @@ class TestDTensors:
         (whole_trained(shard) * factors).sum().backward()
         assert isinstance(shard.grad, Tensor)
         assert shard.grad.full_tensor().tolist() == factors.tolist()  # type: ignore[attr-defined]
+
+
+class TestWhatFSDP2HasGathered:
+    """``fully_shard`` of a whole model leaves its parameters whole after a call; the next one reads the shards."""
+
+    @pytest.fixture
+    def around(self, shard: nn.Parameter) -> nn.Module:
+        model = fully_shard(nn.Sequential(nn.Linear(2, 2)), mesh=shard.device_mesh)  # type: ignore[attr-defined]
+        with torch.no_grad():
+            model(torch.ones(1, 2))
+        return model
+
+    def test_is_known_as_sharded_and_written_to_the_shard_too(self, around: nn.Module) -> None:
+        weight = around[0].weight  # type: ignore[index]
+        assert not hasattr(weight, "full_tensor")
+        assert is_sharded(weight)
+        assert not is_sharded(nn.Linear(2, 2).weight)
+        write(weight, torch.full((2, 2), 3.0))
+        assert weight.tolist() == [[3.0, 3.0]] * 2
+        around.reshard()  # type: ignore[operator]
+        assert around[0].weight.full_tensor().tolist() == [[3.0, 3.0]] * 2  # type: ignore[index]
+
+    def test_is_not_added_to_whichever_model_was_sharded(self, around: nn.Module) -> None:
+        for _ in range(2):
+            with pytest.raises(RecastConfigError, match="by FSDP2"):
+                check_may_be_added_to(around[0], False)  # type: ignore[index]
+            check_may_be_added_to(around[0], True)  # type: ignore[index]
+            around.reshard()  # type: ignore[operator]
 
 
 class FSDPModule:
