@@ -13,13 +13,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import RecastBankError
 from .coefficient_gradients import EXACT
 from .compose import compose_weight, needs_plain_operations
-from .kinds import is_lazily_readable, kind_of
+from .kinds import LINEAR, is_lazily_readable, kind_of
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
 from .parallel import split_of, spread_like
+from .quantised import quantised_by
 from .recomposed import call_recomposed, can_recompose, scaled, scales_input
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
@@ -55,6 +57,7 @@ class ComposedLayer(Protocol):
     def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] | None = ...) -> Terms | None: ...
     def tasks_in_force(self) -> list[str]: ...
     def modules(self) -> Any: ...
+    def get_base_layer(self) -> nn.Module: ...
 
 
 # Attribute of a weight that is in the place of the pretrained one: the pretrained one, or None if that was released.
@@ -76,11 +79,14 @@ def call(
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
         values: coefficients by task in place of those that the layer holds now.
+
+    Raises:
+        RecastBankError: where a quantised module cannot be called with another weight.
     """
     if layer.instead is not None:
         return call_with(layer, layer.instead(), args, kwargs)
-    if len(args) == 1 and not kwargs and computes_from_outputs(layer, adapters):
-        return call_from_outputs(layer, adapters, args[0], values)
+    if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):
+        return call_from_outputs(layer, adapters, given[0], values)
     if not layer.present(adapters) and is_out_of_reach(layer):
         return layer.base_layer(*args, **kwargs)
     direct = direct_call(layer, args, kwargs)
@@ -121,6 +127,7 @@ def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[st
     held = layer.weight_parameter
     if weight is held:
         return base(*args, **kwargs)
+    _check_reads_weight(layer)
     if split_of(held) is not None:
         return _call_exchanged(layer, spread_like(weight, held), args, kwargs)
     weight = marked_as_pretrained(layer, weight)
@@ -130,6 +137,22 @@ def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[st
         setattr(weight, STANDS_FOR, layer.pretrained)  # for threads that look for the pretrained weight meanwhile
     with _EXCHANGE:
         return _call_exchanged(layer, weight, args, kwargs)
+
+
+def _check_reads_weight(layer: ComposedLayer) -> None:
+    """Refuse to exchange the weight of a module that would compute with its packed one all the same.
+
+    Raises:
+        RecastBankError: naming the module.
+    """
+    inner = layer.get_base_layer()
+    library = quantised_by(inner)
+    if library is not None and kind_of(inner) is not LINEAR:
+        raise RecastBankError(
+            f"{layer.module_name} ({type(inner).__name__}) is quantised by {library}, and has hooks, another method's layer "
+            "around it, or was called with more than its input: it would be called with its own weight in place of the task's. "
+            "Take them off, or give one task at a time, without masks and compressed banks"
+        )
 
 
 def _call_exchanged(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:

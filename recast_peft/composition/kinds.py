@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from .quantised import quantised_by
+
 # ---------------------------------------------------------------- products with a given weight
 
 
 def _linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
     return F.linear(x, weight, module.bias if bias else None)  # type: ignore[arg-type]
+
+
+def _quantised_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
+    held = module.bias if bias else None  # it may be in half precision where inputs are not
+    return F.linear(x, weight.to(x.dtype), None if held is None else held.to(x.dtype))  # type: ignore[operator, arg-type]
 
 
 def _linear_into(module: nn.Module, weight: Tensor, x: Tensor, out: Tensor) -> None:
@@ -219,22 +226,25 @@ CONVOLUTION = LayerKind(
     is_read_lazily=True,
 )
 
+QUANTISED_LINEAR = LayerKind(
+    name="quantised linear",
+    names=(
+        "bitsandbytes.nn.modules.Linear4bit",
+        "bitsandbytes.nn.modules.Linear8bitLt",
+        "hqq.core.quantize.HQQLinear",
+        "optimum.quanto.nn.qlinear.QLinear",
+    ),
+    call=_quantised_linear,
+    rows=_rows_of_linear,
+    takes_low_rank=True,
+    takes_lora=lambda module: True,
+)
+
 KINDS: list[LayerKind] = [
     LINEAR,
     TRANSPOSED_LINEAR,
     CONVOLUTION,
-    LayerKind(
-        name="quantised linear",
-        names=(
-            "bitsandbytes.nn.modules.Linear4bit",
-            "bitsandbytes.nn.modules.Linear8bitLt",
-            "hqq.core.quantize.HQQLinear",
-            "optimum.quanto.nn.qlinear.QLinear",
-        ),
-        call=_linear,
-        rows=_rows_of_linear,
-        takes_low_rank=True,
-    ),
+    QUANTISED_LINEAR,
     LayerKind(name="embedding", classes=(nn.Embedding,), takes_lora=lambda module: True),
     LayerKind(name="attention", family=(nn.MultiheadAttention,), rows=_rows_of_linear),
     LayerKind(
@@ -291,7 +301,10 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     forward = type(module).forward
     if forward not in _BY_FORWARD:
         origin = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), type(module))
-        _BY_FORWARD[forward] = _BY_NAME.get(f"{origin.__module__}.{origin.__qualname__}")
+        known = _BY_NAME.get(f"{origin.__module__}.{origin.__qualname__}")
+        if known is None and quantised_by(module) == "gptqmodel":  # a class for each of its many kernels
+            known = QUANTISED_LINEAR
+        _BY_FORWARD[forward] = known
     return _BY_FORWARD[forward]
 
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..errors import RecastBankError
 from ..placement.offloaded import is_offloaded
 from ..placement.sharded import is_spread_in_calls
 from .parallel import for_neighbour, for_own
@@ -39,6 +41,9 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
     """What the wrapped module computes with the weight of the given tasks.
 
     ``values`` are coefficients by task in place of those that the layer holds now.
+
+    Raises:
+        RecastBankError: where the coefficients would be trained, and the wrapped module gives no gradient of its input.
     """
     scale: Tensor | None = None
     factors: dict[int, tuple[Any, Tensor]] = {}
@@ -51,7 +56,13 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
                 known = factors.get(id(neighbour))
                 factors[id(neighbour)] = (neighbour, offset if known is None else known[1] + offset)
     held = layer.weight_parameter
-    y = layer.base_layer(x if scale is None else x * (1 + for_own(scale, held)))
+    scaled = x if scale is None else x * (1 + for_own(scale, held))
+    y = layer.base_layer(scaled)
+    if torch.is_grad_enabled() and scaled.requires_grad and not y.requires_grad:
+        raise RecastBankError(
+            f"{layer.module_name} cannot be trained: {type(layer.get_base_layer()).__name__} gives no gradient of its input. "
+            "Load the model with a kernel that does (GPTQ and AWQ: backend='auto_trainable'), or compute without gradients"
+        )
     for neighbour, factor in factors.values():
         y = y + for_neighbour(factor, held) * _product(neighbour, x)
     return y

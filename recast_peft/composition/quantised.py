@@ -1,18 +1,23 @@
 """Weights that are stored in fewer bits than they compute in: what they stand for, by the libraries that make them.
 
-bitsandbytes, HQQ and torchao are told apart as PEFT does it (``dequantize_module_weight``); quanto's tensors by their package.
-Nothing is imported for it.
+bitsandbytes, HQQ, torchao and gptqmodel (GPTQ and AWQ) are told apart as PEFT does it (``dequantize_module_weight``,
+``is_gptqmodel_quant_linear``); quanto's tensors by their package. Nothing is imported for it.
 """
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import is_gptqmodel_quant_linear
 from torch import Tensor, nn
 
 _BITSANDBYTES = ("Params4bit", "Int8Params")
+_GPTQMODEL = ("gptq", "awq")  # it has kernels of other methods too
+_ROWS = 1024  # of a packed weight that are unpacked at a time
 
 
 def quantised_by(module: nn.Module) -> str | None:
@@ -21,26 +26,53 @@ def quantised_by(module: nn.Module) -> str | None:
     if type(weight) is nn.Parameter:
         return None
     if weight is None:
-        return "hqq" if getattr(module, "W_q", None) is not None else None
+        if getattr(module, "W_q", None) is not None:
+            return "hqq"
+        return "gptqmodel" if _is_of_gptqmodel(module) else None
     if type(weight).__name__ in _BITSANDBYTES:
         return "bitsandbytes"
     package = type(weight).__module__
     return next((name for name in ("torchao", "optimum.quanto") if package.startswith(name)), None)
 
 
+def _is_of_gptqmodel(module: nn.Module) -> bool:
+    methods = getattr(type(module), "SUPPORTS_METHODS", None)  # PEFT's question would import the library
+    if not methods or not any(getattr(method, "value", method) in _GPTQMODEL for method in methods):
+        return False
+    return is_gptqmodel_quant_linear(module) and not type(module).__name__.endswith("Embeddings")
+
+
 def dequantised(module: Any) -> Tensor:
     """The weight that a quantised module computes with, ``(out, in)``; a copy, of which nothing is kept."""
     with torch.no_grad():
-        if quantised_by(module) == "optimum.quanto":
+        library = quantised_by(module)
+        if library == "optimum.quanto":
             return module.weight.dequantize()
+        if library == "gptqmodel":
+            dtype = getattr(getattr(module, "scales", None), "dtype", torch.float16)
+            return _unpacked(module, dtype if dtype.is_floating_point else torch.float16)
         weight = module._parameters.get("weight")
         if type(weight).__name__ == "Int8Params":  # the scales move to the module at its first call
             scale = module.state.SCB if weight.SCB is None else weight.SCB
             return weight.data.float() * (scale.float() / 127).view(-1, 1)
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):  # since a call without gradients
+            return _unpacked(module, torch.float32)
         return dequantize_module_weight(module).detach()
+
+
+def _unpacked(module: Any, dtype: torch.dtype) -> Tensor:
+    """What a linear layer makes of unit vectors: libraries pack weights in a dozen ways, and few of them can unpack them."""
+    twin = copy.copy(module)  # the layer itself is left as it is, for other threads that call it
+    twin._parameters = {name: held for name, held in module._parameters.items() if name != "bias"}
+    twin._buffers = {name: held for name, held in module._buffers.items() if name != "bias"}
+    twin.bias = None
+    width, device = module.in_features, device_of_weight(module)
+    starts = range(0, width, _ROWS)
+    units = (torch.eye(min(_ROWS, width - start), width, dtype=dtype, device=device).roll(start, 1) for start in starts)
+    return torch.cat([twin(unit) for unit in units]).T.contiguous()  # (in, out) -> (out, in)
 
 
 def device_of_weight(module: Any) -> torch.device:
     """Where a quantised weight lies."""
     weight = module._parameters.get("weight")
-    return (module.W_q if weight is None else weight).device
+    return (next(chain(module.parameters(), module.buffers())) if weight is None else weight).device

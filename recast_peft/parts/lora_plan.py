@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..composition.kinds import kind_of
+from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, module_entries
@@ -134,6 +135,12 @@ def _shortest_names(targets: list[str], candidates: list[Candidate]) -> set[str]
 def _check_target(target: Candidate, lora: LoraConfig) -> None:
     if target.reason is not None:
         raise RecastTargetError(f"lora_config: {target.name} cannot be a target: {target.reason}")
+    library = quantised_by(target.module)
+    if library is not None and "weight" not in target.module._parameters:
+        raise RecastTargetError(
+            f"lora_config: {target.name} ({type(target.module).__name__}) is quantised by {library}, and a LoRA part on it is "
+            "not supported yet: leave it out, or load the model in float32, bfloat16 or float16. Coefficients can be there."
+        )
     if lora.lora_bias and getattr(target.module, "bias", None) is None:
         raise RecastTargetError(f"lora_config: lora_bias needs a bias to be merged into, and {target.name} has none")
     if (lora.lora_bias or lora.lora_dropout) and not adds_to_output(target.module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.mixed_batch import MixedBatch, current_batch
+from ..composition.quantised import quantised_by
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
@@ -94,6 +95,8 @@ class PartnerPart(TaskPart):
         for candidate in places_of(partner, candidates, head_names(request.model), request.targets):
             layer = composed_layer(candidate.visible)
             weight = None if candidate.weight_name is None else candidate.module._parameters.get(candidate.weight_name)
+            if candidate.weight_name is not None and quantised_by(candidate.module) is not None:  # packed, it has another shape
+                weight = candidate.weight  # type: ignore[assignment]
             shape = layer.weight_shape if layer is not None else None if weight is None else tuple(weight.shape)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.config.seed} {candidate.name}".encode()))
             like = device_and_dtype(request.model, candidate.module, request.counting)

@@ -23,6 +23,10 @@ from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..placement.sharded import whole, whole_shape
 
+# what libraries put beside a packed weight; compressed-tensors rounds whatever weight lies there in each call
+_MARKS_OF_QUANTISATION = ("qweight", "W_q", "quant_state", "weight_packed", "quantization_scheme")
+_DEQUANTIZE = "transformers: dequantize=True in its quantization config"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -127,8 +131,8 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
             return name, "its query, key and value have different sizes; only the fused projection is supported"
     if quantised_by(module) is not None:
         return name, None
-    if any(getattr(module, n, None) is not None for n in ("qweight", "W_q", "quant_state")):
-        return name, f"{kind} is quantized, which is not supported yet; load the model without quantization"
+    if packed := _why_packed(module):
+        return name, packed
     weight = module._parameters.get(name)
     if weight is not None:
         return name, _why_unfit(weight, kind)
@@ -160,7 +164,16 @@ def _named_parameter(
         both = " and ".join(dict.fromkeys((*own, held)))
         return own[0], f"{both} are of one module, of which one can be composed: name one of them in target_parameters"
     weight = module._parameters[held]
-    return held, None if weight is None else _why_unfit(weight, type(module).__name__)
+    return held, _why_packed(module) or (None if weight is None else _why_unfit(weight, type(module).__name__))
+
+
+def _why_packed(module: nn.Module) -> str | None:
+    """Why a module of a library that is not known computes with no weight of its own; None if nothing says so."""
+    mark = next((mark for mark in _MARKS_OF_QUANTISATION if getattr(module, mark, None) is not None), None)
+    if mark is None:
+        return None
+    kind = type(module).__name__
+    return f"{kind} is quantized (it has a {mark}), which is not supported yet; load the model without it ({_DEQUANTIZE})"
 
 
 def _why_unfit(weight: Tensor, kind: str) -> str | None:
@@ -176,8 +189,8 @@ def _why_unfit(weight: Tensor, kind: str) -> str | None:
     is_plain = weight.is_floating_point() and weight.element_size() >= 2 and weight.layout == torch.strided
     if not is_plain or hasattr(weight, "quant_state"):
         return (
-            f"its weight is of {weight.dtype} ({weight.layout}), a sparse, integer or quantized type, which is not supported "
-            "yet; load the model dense and in float32, bfloat16 or float16"
+            f"the weight of {kind} is of {weight.dtype} ({weight.layout}), a sparse, integer or quantized type, which is not "
+            f"supported yet; load the model dense and in float32, bfloat16 or float16 ({_DEQUANTIZE})"
         )
     shape = whole_shape(weight)
     if len(shape) < 2:

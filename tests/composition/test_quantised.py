@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from models import Chain, layers_of, randomise, seeded
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
 from recast_peft.composition.quantised import dequantised, quantised_by
 
 WIDTH = 64
@@ -64,6 +65,32 @@ def torchao(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
+def torchao_float(model: nn.Module) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, quantization.Float8WeightOnlyConfig())
+    return model
+
+
+def gptqmodel(model: nn.Module, method: str) -> nn.Module:
+    pytest.importorskip("gptqmodel")
+    if method == "gptq":
+        from gptqmodel.nn_modules.qlinear.torch import TorchLinear as Packed
+    else:
+        from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear as Packed
+    settings = {"bits": 4, "group_size": 32, "sym": False, "desc_act": False, "register_buffers": True}
+
+    def made(old: nn.Linear) -> nn.Module:
+        new = Packed(**settings, in_features=WIDTH, out_features=WIDTH, bias=True)
+        grouped = old.weight.data.view(WIDTH, -1, 32)  # (out, groups, 32)
+        scales = (grouped.amax(-1) - grouped.amin(-1)) / 14
+        zeros = (-grouped.amin(-1) / scales).round()
+        with torch.no_grad():
+            new.pack(old, scales, zeros, torch.arange(WIDTH) // 32)
+        return new.eval()
+
+    return replaced(model, made)
+
+
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bitsandbytes, 8 bits": bitsandbytes_8,
     "bitsandbytes, 4 bits": bitsandbytes_4,
@@ -71,6 +98,9 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "quanto": quanto,
     "torchao, 8 bits": lambda model: torchao(model, 8),
     "torchao, 4 bits": lambda model: torchao(model, 4),
+    "torchao, float8": torchao_float,
+    "GPTQ": lambda model: gptqmodel(model, "gptq"),
+    "AWQ": lambda model: gptqmodel(model, "awq"),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 sizes = pytest.mark.parametrize("group_size", [1, 2, 3])
@@ -107,12 +137,17 @@ def expanded(model: nn.Module) -> nn.Module:
 
 
 X = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
-# 8-bit products of bitsandbytes round the input too
-close: dict[str, dict[str, float]] = {"bitsandbytes, 8 bits": {"rtol": 0.05, "atol": 0.1}}
+# 8-bit products of bitsandbytes round the input too, and AWQ computes in half precision
+close: dict[str, dict[str, float]] = {"bitsandbytes, 8 bits": {"rtol": 0.05, "atol": 0.1}, "AWQ": {"rtol": 5e-3, "atol": 5e-3}}
 
 
 def near(kind: str) -> dict[str, float]:
     return close.get(kind, {"rtol": 1e-3, "atol": 1e-3})
+
+
+def near_without_gradients(kind: str) -> dict[str, float]:
+    """bitsandbytes packs 4 bits otherwise then, where a CPU has a product of bfloat16 for it."""
+    return {"rtol": 0.02, "atol": 0.02} if kind == "bitsandbytes, 4 bits" else near(kind)
 
 
 @kinds
@@ -178,6 +213,125 @@ def test_merging_is_refused_and_changes_nothing(kind: str) -> None:
     assert torch.equal(model(X), before)
     with model.disable_adapter():
         assert torch.equal(model(X), quantised(kind)(X))
+
+
+@kinds
+def test_a_task_for_each_sample_and_calls_by_keyword(kind: str) -> None:
+    model = converted(quantised(kind), 3)
+    model.add_adapter("other", RecastConfig(target_modules=["0", "1", "2"], group_size=3))
+    for name in ("task", "other"):
+        randomise(model, name, size=0.1)
+    model.eval()
+    with torch.no_grad():
+        alone = {}
+        for name in ("other", "task"):
+            model.set_adapter(name)
+            alone[name] = model(X)
+        with model.disable_adapter():
+            alone["__base__"] = model(X)
+        names = ["task", "__base__", "other", "task", "other"]
+        expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
+        assert not torch.allclose(expected, alone["__base__"], rtol=0.05, atol=0.05)
+        torch.testing.assert_close(model(X, adapter_names=names), expected, **near_without_gradients(kind))
+        layer = layers_of(model)["layers.0"]
+        first, *_ = inspect.signature(layer.get_base_layer().forward).parameters
+        name = "x" if first == "args" else first
+        torch.testing.assert_close(layer(**{name: X}), layer(X), rtol=0, atol=0)
+        layer.get_base_layer().register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(X), alone["task"], **near_without_gradients(kind))
+        if kind.startswith("torchao"):  # of torch's own class, which computes with what is put in the weight's place
+            torch.testing.assert_close(model(X, adapter_names=names), expected, **near(kind))
+        else:
+            with pytest.raises(RecastBankError, match="has hooks"):
+                model(X, adapter_names=names)
+
+
+@kinds
+def test_a_mask_is_of_the_weight_that_it_stands_for(kind: str, tmp_path: Path) -> None:
+    config = RecastConfig(target_modules=["0", "1", "2"], group_size=3, partners=["piggyback"])
+    outputs = []
+    for base in (quantised(kind), expanded(quantised(kind))):
+        model = get_recast_model(base, config, "task").eval()
+        randomise(model, "task", size=0.1)
+        draw = torch.Generator().manual_seed(1)
+        for layer in layers_of(model).values():
+            scores = layer.recast_masks["task"].scores
+            assert scores.shape == (WIDTH, WIDTH)
+            scores.data = torch.where(torch.rand(scores.shape, generator=draw) > 0.3, 0.01, 0.0).to(scores)
+        with torch.no_grad():
+            outputs.append(model(X))
+        if len(outputs) == 1:
+            model.save_pretrained(tmp_path)
+    torch.testing.assert_close(*outputs, **near(kind))
+    loaded = PeftModel.from_pretrained(quantised(kind), tmp_path / "task", "task").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(X), outputs[0], **near(kind))
+
+
+@kinds
+def test_a_lora_part_is_refused_or_adds_what_it_adds_to_the_weights(kind: str) -> None:
+    lora = LoraConfig(r=2, target_modules=["0", "1"])
+    config = RecastConfig(target_modules=["0", "1", "2"], group_size=3, lora_config=lora)
+    if not kind.startswith(("torchao", "quanto")):
+        with pytest.raises(RecastTargetError, match="lora_config"):
+            get_recast_model(quantised(kind), config, "task")
+        return
+    outputs = []
+    for base in (quantised(kind), expanded(quantised(kind))):
+        model = get_recast_model(base, config, "task").eval()
+        randomise(model, "task", size=0.1)
+        draw = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
+        with torch.no_grad():
+            outputs.append(model(X))
+    torch.testing.assert_close(*outputs, **near(kind))
+
+
+@kinds
+def test_quantised_layers_beside_plain_ones(kind: str) -> None:
+    outputs = []
+    for middle in (quantised(kind), expanded(quantised(kind))):
+        model = plain()
+        model.layers[1] = middle.layers[1]
+        model = get_recast_model(model, RecastConfig(target_modules=["0", "1", "2"], group_size=1), "task")
+        randomise(model, "task", size=0.1)
+        with torch.no_grad():
+            outputs.append(model(X))
+    torch.testing.assert_close(*outputs, **near(kind))
+
+
+class WithoutGradients(nn.Module):
+    """A packed layer, marked as HQQ's are, whose kernel is not differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_q, self.bias = nn.Parameter(torch.randn(WIDTH, WIDTH), requires_grad=False), None
+
+    def dequantize(self) -> torch.Tensor:
+        return self.W_q
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.W_q.T).detach()
+
+
+def test_a_kernel_without_gradients_is_not_trained_in_silence() -> None:
+    model = converted(Chain([WithoutGradients() for _ in range(3)]), 3)
+    with pytest.raises(RecastBankError, match=r"layers\.0 cannot be trained: WithoutGradients gives no gradient"):
+        model(X)
+    with torch.no_grad():
+        assert model(X).shape == X.shape
+
+
+def test_packed_embeddings_are_no_linear_layers() -> None:
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchQuantEmbeddings
+
+    settings = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "register_buffers": True}
+    model = nn.Sequential(TorchQuantEmbeddings(**settings, in_features=WIDTH, out_features=WIDTH))
+    with pytest.raises(RecastTargetError, match=r"TorchQuantEmbeddings is quantized \(it has a qweight\)"):
+        get_recast_model(model, RecastConfig(target_modules=["0"]))
 
 
 def test_a_weight_in_float_is_not_quantised() -> None:

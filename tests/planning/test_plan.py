@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import converted, outputs, tiny_vit, vit_input
 from torch import nn
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model, plan_recast
 
@@ -136,6 +137,16 @@ class Quantized(nn.Module):
         self.out.qweight = torch.zeros(4, 4, dtype=torch.int32)
 
 
+def rounded_in_each_call() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].quantization_scheme = object()  # as compressed-tensors leaves it; the weight is in float all the same
+    return model
+
+
+def fine_grained_floats() -> nn.Module:
+    return nn.Sequential(FP8Linear(4, 4, block_size=(2, 2)))
+
+
 def eight_bit_floats() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
@@ -164,6 +175,8 @@ def parametrised() -> nn.Module:
         (Shared, r"first\.0", r"shared by first\.0 and second\.0"),
         (IntegerWeight, ["out"], "integer or quantized"),
         (Quantized, ["out"], "quantized"),
+        (rounded_in_each_call, ["0"], r"Linear is quantized \(it has a quantization_scheme\)"),
+        (fine_grained_floats, ["0"], r"FP8Linear is of torch\.float8_e4m3fn(?s:.*)dequantize=True"),
         (eight_bit_floats, ["0"], "float8"),
         (sparse, ["0"], r"sparse_coo\), a sparse, integer"),
         (different_sizes, ["0"], "different sizes"),
