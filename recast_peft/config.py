@@ -67,10 +67,10 @@ class RecastConfig(PeftConfig):
             differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and ``inference_mode`` are
             given to the RecastConfig, for both parts.
         max_coefficients: what a task may cost: the largest number of parameters that it trains beside its classifier. The plan
-            keeps it by choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. What
-            the coefficients leave goes to a LoRA part, unless the config names one, or partners, biases, norms, a bank or
-            ``modules_to_save``, which are not counted then. None means 48 where neither a size nor a sharing is given, else no
-            limit.
+            keeps it by choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. Of
+            more than 48 the coefficients are the default's, and the rest goes to a LoRA part, unless the config names one, or
+            partners, biases, norms, a bank or ``modules_to_save``, which are not counted then. None means 48 where neither a
+            size nor a sharing is given, else no limit.
         coefficient_sharing: layers that share their offsets: ``"roles"``: those of the same place in depth across roles (query,
             key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that many consecutive banks of a
             role. None: every layer has its own.

@@ -13,8 +13,9 @@ from torch import nn
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules
+from ..planning.budget import DEFAULT_BUDGET, names_a_size
 from ..planning.candidates import Candidate
-from ..planning.plan import RecastPlan
+from ..planning.plan import RecastPlan, plan_layers
 from ..planning.targets import find_targets
 from .lora import PartLayer
 from .lora_plan import numbers_of_rank_one
@@ -22,15 +23,35 @@ from .lora_plan import numbers_of_rank_one
 MOST_USEFUL_RANK = 64  # more is as much as a dense update in most layers
 
 
-def fill_budget(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastConfig:
-    """Give what ``max_coefficients`` leaves beside the coefficients to a LoRA part, where the config names nothing else.
+def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPlan, RecastConfig]:
+    """Plan a task's layers, and give what ``max_coefficients`` leaves beside the coefficients to a LoRA part.
 
-    It stands on the modules that PEFT's LoRA takes by default in such a model, else on its attention, else on the targets: from
-    the last module on as many as fit with rank 1, and if all do, the highest rank that fits.
+    A budget above the default one trains the default's coefficients, where a LoRA part has room beside them: larger groups
+    gained less (docs/results/frontier.md). The part stands on the modules that PEFT's LoRA takes by default in such a model,
+    else on its attention, else on the targets: with rank 1 on as many as fit, the cheapest and of equals the last first; if
+    all do, with the highest rank that fits. A config that names parts of its own gets none.
 
     Returns:
-        the config, with its ``lora_config`` where there is room for one.
+        the plan of the layers, and the config, with its ``lora_config`` where there is room for one.
+
+    Raises:
+        RecastTargetError: see ``plan_layers``.
+        RecastConfigError: likewise.
     """
+    budget = config.max_coefficients if isinstance(config, RecastConfig) else None
+    if budget is not None and budget > DEFAULT_BUDGET:
+        usual = config.as_chosen(max_coefficients=None)
+        if not names_a_size(usual):
+            plan = plan_layers(model, usual)
+            filled = _filled(model, config, plan)
+            if filled is not config:
+                return plan, filled
+    plan = plan_layers(model, config)
+    return plan, _filled(model, config, plan)
+
+
+def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastConfig:
+    """The config with a LoRA part that fits beside the coefficients, or the very config."""
     budget = config.max_coefficients
     more = (config.lora_config, config.partners, config.bank, config.train_norms, config.modules_to_save, config.bias != "none")
     if budget is None or any(more) or config.is_stored_task or not config.train_coefficients:
@@ -38,10 +59,10 @@ def fill_budget(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> Rec
     left = budget - plan.num_coefficients
     modules = plain_modules(model)
     free = [target for target in _usual_targets(model, config, plan) if not _has_other_lora(modules[target.name])]
-    costs = {target.name: cost for target in free if (cost := numbers_of_rank_one(target)) is not None}
+    costs = {target.name: cost for target in reversed(free) if (cost := numbers_of_rank_one(target)) is not None}
     rank = min(left // sum(costs.values()), MOST_USEFUL_RANK) if costs else 0
     chosen = list(costs) if rank else []
-    for name in [] if rank else reversed(costs):
+    for name in [] if rank else sorted(costs, key=costs.__getitem__):
         if costs[name] <= left:
             left -= costs[name]
             chosen.append(name)

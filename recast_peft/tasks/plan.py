@@ -10,8 +10,8 @@ from torch import nn
 from ..config import RecastConfig
 from ..parts import PARTS
 from ..parts.base import Request
-from ..parts.lora_budget import fill_budget
-from ..planning.plan import RecastPlan, plan_layers
+from ..parts.lora_budget import plan_within_budget
+from ..planning.plan import RecastPlan
 
 
 def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
@@ -29,10 +29,10 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
         RecastTargetError: if nothing can be targeted, a target is not supported, or groups that were given do not fit.
         RecastConfigError: if an argument is of another kind, or a budget cannot be kept.
     """
-    plan = plan_layers(model, config)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    request = Request(model, fill_budget(model, config, plan), plan.targets, counting=True)
+    plan, config = plan_within_budget(model, config)
+    request = Request(model, config, plan.targets, counting=True)
     pieces = {part.name: part.prepare(request) for part in PARTS}
     lora = next(iter(pieces.pop("lora")), None)
     counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items() if own}

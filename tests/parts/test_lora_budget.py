@@ -12,18 +12,31 @@ from recast_peft import BiasConfig, RecastConfig, get_recast_model, plan_recast
 
 
 class TestBudget:
-    """tiny_vit has four blocks: 32 coefficients in groups of four; a LoRA of rank 1 costs 32 on qkv and 16 on proj."""
+    """tiny_vit has four blocks: 16 coefficients by default, 32 at most; a LoRA of rank 1 costs 32 on qkv and 16 on proj."""
 
-    def test_what_a_budget_leaves_goes_to_a_lora_on_the_last_modules_that_fit(self):
-        plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=100))
-        assert sorted(plan.lora.targets) == ["blocks.2.attn.proj", "blocks.3.attn.proj", "blocks.3.attn.qkv"]
-        assert (plan.num_coefficients, plan.num_lora_numbers) == (32, 16 + 32 + 16)
+    @pytest.mark.parametrize(
+        ("budget", "wanted"),
+        [
+            (60, ["blocks.2.attn.proj", "blocks.3.attn.proj"]),
+            (100, [f"blocks.{i}.attn.proj" for i in range(4)]),
+            (120, [*(f"blocks.{i}.attn.proj" for i in range(4)), "blocks.3.attn.qkv"]),
+        ],
+    )
+    def test_what_a_budget_leaves_goes_to_a_lora_on_the_cheapest_modules_the_last_ones_first(self, budget, wanted):
+        plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=budget))
+        assert sorted(plan.lora.targets) == wanted
+        numbers = sum(16 if name.endswith("proj") else 32 for name in wanted)
+        assert (plan.num_coefficients, plan.num_lora_numbers) == (16, numbers)
 
-    @pytest.mark.parametrize(("budget", "rank"), [(32 + 192, 1), (32 + 3 * 192 - 1, 2), (32 + 3 * 192, 3)])
+    @pytest.mark.parametrize(("budget", "rank"), [(16 + 192, 1), (16 + 3 * 192 - 1, 2), (16 + 3 * 192, 3)])
     def test_where_all_modules_fit_the_rank_rises(self, budget, rank):
         model = get_recast_model(tiny_vit(), RecastConfig(max_coefficients=budget))
         assert model.peft_config["default"].lora_config.r == rank
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32 + rank * 192 <= budget
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 16 + rank * 192 <= budget
+
+    def test_a_size_that_is_named_goes_before_the_part(self):
+        plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=100, group_size=4))
+        assert (plan.num_coefficients, plan.num_lora_numbers) == (32, 64)
 
     @pytest.mark.parametrize("wrap", [lambda model: model, Around])
     def test_it_stands_where_peft_s_lora_would(self, wrap):
@@ -44,6 +57,7 @@ class TestBudget:
     )
     def test_a_config_that_names_more_or_has_no_room_gets_none(self, fields):
         plan = plan_recast(tiny_vit(), RecastConfig(**{"max_coefficients": 1000, **fields}))
+        assert plan.num_coefficients == (16 if fields.get("max_coefficients", 0) is None else 32)  # the whole budget
         assert plan.num_lora_numbers == (4 * 2 * (8 + 16) if "lora_config" in fields else 0)
 
     @pytest.mark.parametrize(
@@ -64,7 +78,7 @@ class TestBudget:
         model = get_recast_model(tiny_vit(), RecastConfig(max_coefficients=100, init_weights=False), "task").eval()
         model.save_pretrained(tmp_path)
         config = RecastConfig.from_pretrained(tmp_path / "task")
-        assert len(config.lora_config.target_modules) == 3
+        assert len(config.lora_config.target_modules) == 4
         loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "task", "task").eval()
         x = torch.randn(2, 5, 8)
         assert torch.equal(loaded(x), model(x))
