@@ -5,9 +5,10 @@ They are no copies: a model can have one such task, and a switch to another task
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..holders import Entry, plain_modules, unwrapped_module
@@ -40,13 +41,23 @@ def biased_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -
         bias: ``"none"``, ``"all"`` or ``"recast_only"``: those of the modules that have coefficients or a LoRA part.
         targets: names of modules that are going to have some.
     """
+    for name, module in _own_modules(model, bias, targets):
+        if module._parameters.get("bias") is not None:
+            yield name, module
+
+
+def _own_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Iterator[tuple[str, nn.Module]]:
     if bias == "none":
         return
     composed = {*_with_layers(model), *targets}
     for name, present in plain_modules(model).items():
-        module = unwrapped_module(present)
-        if module._parameters.get("bias") is not None and (bias == "all" or name in composed):
-            yield name, module
+        if bias == "all" or name in composed:
+            yield name, unwrapped_module(present)
+
+
+def _has_frozen_bias(module: nn.Module) -> bool:
+    """Whether a bias is a plain tensor or a buffer."""
+    return "bias" not in module._parameters and isinstance(getattr(module, "bias", None), Tensor)
 
 
 def _with_layers(model: nn.Module) -> set[str]:
@@ -57,5 +68,12 @@ def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode:
     """Let a task's biases learn, in the modules of both of its parts and whichever tasks were there before."""
     for layer in recast_layers(model).values() if bias != "none" else ():
         layer.without_strength[adapter_name] = f"the model's own biases (bias={bias!r})"
+    frozen = [name for name, module in _own_modules(model, bias) if _has_frozen_bias(module)]
+    if frozen:
+        warnings.warn(
+            f"bias={bias!r} does not train the biases of {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: they are "
+            "no parameters there, as in layers of GPTQ, AWQ and HQQ",
+            stacklevel=2,
+        )
     for _, module in biased_modules(model, bias):
         module._parameters["bias"].requires_grad_(not inference_mode)  # type: ignore[union-attr]

@@ -56,6 +56,16 @@ def test_those_of_both_parts_are_trained_and_stored(bias: str, expected: set[str
     assert torch.equal(other(x), model(x))
 
 
+def test_biases_that_are_no_parameters_are_told_of() -> None:
+    model = three_layers()
+    bias = model.third.bias.detach()
+    del model.third.bias
+    model.third.register_buffer("bias", bias)  # as gptqmodel's layers hold theirs
+    with pytest.warns(UserWarning, match="does not train the biases of third: they are no parameters"):
+        converted = get_recast_model(model, config("all"))
+    assert trained(converted) == {"first.bias", "second.bias"}
+
+
 def test_those_of_a_later_task_learn_too() -> None:
     model = get_recast_model(three_layers(), config("none"), "plain")
     model.add_adapter("with_biases", config("recast_only"))
