@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from .parts.base import Place
 from .parts.base_biases import train_biases
 from .parts.saved import freeze_running_statistics
 from .parts.stacking import TaskConfigs
+from .parts.wrapper import ScaledModule
 from .planning.groups import coefficient_owners
 from .tasks.backbone import describe_backbone
 from .tasks.calls import TaskCalls, waits_for_calls
@@ -152,7 +153,9 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # coefficients are created in float32, so the only cast is to the dtype of the weights, for those who ask for it
         if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            for layer in self.model.modules():  # what a task has of whole modules keeps their dtype
+                if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ScaledModule):
+                    cast_adapter_dtype(layer, adapter_name)
             return
         for layer in recast_layers(self.model).values():
             if adapter_name in layer.recast_coefficients:

@@ -52,7 +52,7 @@ class Strength:
 
 def at_strength(base: Tensor, changed: Tensor, factor: float) -> Tensor:
     """The way from what the base has to what a task makes of it, as far as a factor goes; 1 is all of it, to the last bit."""
-    return changed if factor == 1 else torch.lerp(base, changed, factor)
+    return changed if factor == 1 else torch.lerp(base.to(changed.dtype), changed, factor)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..holders import container_key, task_of_key
@@ -30,6 +32,8 @@ def with_strengths_of_call(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
         vars(self).setdefault("history", CallHistory())  # the layer was PEFT's before
         now = self.scaling
         then = strengths_of_call(self)

@@ -136,7 +136,7 @@ class TaskNorm(ScaledModule):
             return self.original_module
         with torch.no_grad():
             for own, base in zip(module.parameters(), self.original_module.parameters(), strict=True):
-                own.data = at_strength(base.to(own.dtype), own, factor)
+                own.data = at_strength(base, own, factor)
         return module
 
 

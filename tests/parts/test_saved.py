@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from models import Around
+from models import Around, tiny_vit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -50,6 +51,14 @@ def test_running_statistics_stay_those_of_the_pretrained_model(way: str) -> None
 
 
 class TestNorms:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_have_the_dtype_of_the_models_own(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit().to(dtype), RecastConfig(target_modules=["qkv"], train_norms=True))
+        model.save_pretrained(tmp_path)
+        for one in (model, PeftModel.from_pretrained(tiny_vit().to(dtype), tmp_path)):
+            own = [p.dtype for name, p in one.named_parameters() if "norm.modules_to_save" in name]
+            assert own == [dtype] * 8
+
     def test_running_statistics_stay_the_pretrained_models(self):
         model = get_recast_model(timm.create_model("resnet10t", num_classes=3), RecastConfig(num_classes=2))
         before = {k: v.clone() for k, v in model.state_dict().items()}
