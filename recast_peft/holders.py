@@ -167,10 +167,10 @@ def unwrapped_module(module: nn.Module) -> nn.Module:
     """The model's own module inside whatever wrappers and tuners put around it."""
     while True:
         inner = unwrapped(module)
-        if isinstance(inner, BaseTunerLayer):
-            inner = inner.get_base_layer()
-        elif isinstance(inner, AuxiliaryTrainingWrapper):
+        if isinstance(inner, AuxiliaryTrainingWrapper):
             inner = inner.original_module
+        elif isinstance(inner, BaseTunerLayer):
+            inner = inner.get_base_layer()
         if inner is module:
             return module
         module = inner

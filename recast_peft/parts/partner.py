@@ -8,7 +8,7 @@ module of the model gets another name. What acts on a weight belongs to the ``Re
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from ..composition.quantised import quantised_by
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
-from ..errors import RecastConfigError, RecastTargetError
+from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import SideContainer, put_at
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
@@ -164,6 +164,20 @@ class TaskPartners(ScaledModule):
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
         return f"the partner {self.method}" if self.has_task(adapter_name) else None
+
+    def merge(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Note the tasks that are merged.
+
+        Raises:
+            RecastBankError: if one of them has something here that cannot be, and a loop over the layers did not look before.
+        """
+        for name in self._active_adapter if adapter_names is None else adapter_names:
+            refusal = self.refusal_to_merge(name)
+            if refusal is not None:
+                raise RecastBankError(
+                    f"task {name!r} has {refusal}. Take back what was merged before (unfuse_lora), and leave the task unmerged."
+                )
+        super().merge(adapter_names, safe_merge)
 
     def attach(self, place: nn.Module, visible: nn.Module) -> None:
         """Hang on the module of the place, or on our layer around it."""

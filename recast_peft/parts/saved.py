@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
+from ..errors import RecastBankError
 from ..holders import Entry, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
 from .base import Piece, Place, Request, TaskPart
@@ -132,12 +133,15 @@ class TaskNorm(ScaledModule):
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         factor = self._factor_of(module)
-        if factor == 0:
-            return self.original_module
+        if factor in (0, 1):
+            return module if factor else self.original_module
+        for refusal in filter(None, map(self.refusal_to_merge, self.scaling)):
+            raise RecastBankError(f"nothing can be merged at {self.module_name}: a task has {refusal}")
+        mixed = copy.deepcopy(module)
         with torch.no_grad():
-            for own, base in zip(module.parameters(), self.original_module.parameters(), strict=True):
+            for own, base in zip(mixed.parameters(), self.original_module.parameters(), strict=True):
                 own.data = at_strength(base, own, factor)
-        return module
+        return mixed
 
 
 class KeptStatistics:

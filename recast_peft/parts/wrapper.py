@@ -201,8 +201,8 @@ class ScaledModule(Strength, TaskModule):
         return self.original_module
 
     def get_base_layer(self) -> nn.Module:
-        """The module of the model."""
-        return self.original_module
+        """What stays when a model's layers are taken out: the module of the model, or what is merged."""
+        return self.unload_and_optionally_merge_module(self.merged, False, self.merged_adapters)
 
     @property
     def merged(self) -> bool:
