@@ -200,6 +200,8 @@ def strengths_of_call(holder: Any) -> dict[str, float]:
 
 def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computed in a state; gradients flow to the coefficients that the layer holds now."""
+    if past.strengths == _strengths(layer):
+        return _call_again(layer, past, args, kwargs)
     now, layer.scaling = layer.scaling, dict(past.strengths)
     try:
         return _call_again(layer, past, args, kwargs)
