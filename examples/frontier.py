@@ -30,7 +30,7 @@ from torch import nn
 from worlds import WORLDS, Task, World, folder_worlds
 from worlds.training import accuracy, features, fresh_classifier, train
 
-from recast_peft import BiasConfig, MissingWords, RecastConfig, StoredBank, get_recast_model, practice_bank
+from recast_peft import BiasConfig, KnownPictures, MissingWords, RecastConfig, StoredBank, get_recast_model, practice_bank
 
 REFERENCE = "LoRA r=8"  # gains are given as shares of this method's gain over the probe
 FACTORS = (1.0, 0.3, 3.0)  # of a method's learning rate
@@ -83,16 +83,25 @@ BANKS: dict[str, StoredBank] = {}  # by world; a bank is made once
 
 
 def practised(world: World) -> peft.PeftConfig:
-    """RECAST on a bank of biases that practice tasks made of the world's training texts; their labels are not read."""
+    """RECAST on a bank that practice tasks made of the world's training examples; their labels are not read. 48 numbers.
+
+    Of texts: six templates of biases in each of six blocks, beside the scales of the MLP. Of pictures: three templates of the
+    scales and shifts of norms in each of sixteen blocks.
+    """
+    is_text = world.name == "text"
     if world.name not in BANKS:
-        texts = [task().train.inputs for task in world.tasks.values()]
-        ids, mask = (torch.cat(parts) for parts in zip(*texts, strict=True))
-        family, data = (
-            MissingWords(world.special_tokens[0], world.special_tokens[1:]),
-            {"input_ids": ids, "attention_mask": mask},
-        )
-        BANKS[world.name] = practice_bank(world.backbone(), data, **{"family": family, **PRACTICE})  # type: ignore[arg-type]
-    return RecastConfig(target_modules="all-mlp", group_size=1, partners=[BiasConfig(bank=BANKS[world.name])])
+        inputs = [torch.cat(parts) for parts in zip(*(task().train.inputs for task in world.tasks.values()), strict=True)]
+        if is_text:
+            how: dict[str, object] = {"family": MissingWords(world.special_tokens[0], world.special_tokens[1:])}
+            data: object = dict(zip(("input_ids", "attention_mask"), inputs, strict=True))
+        else:
+            how, data = {"family": KnownPictures(), "scales": True}, inputs[0]
+        made = {**how, "num_templates": 6 if is_text else 3, **PRACTICE}
+        BANKS[world.name] = practice_bank(world.backbone(), data, **made)  # type: ignore[arg-type]
+    on_bank = [BiasConfig(bank=BANKS[world.name])]
+    if is_text:
+        return RecastConfig(target_modules="all-mlp", group_size=1, partners=on_bank)
+    return RecastConfig(train_coefficients=False, partners=on_bank)
 
 
 METHODS: dict[str, Method] = {
@@ -103,7 +112,7 @@ METHODS: dict[str, Method] = {
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
     "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
-    "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2}),
+    "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2, "pictures": 2e-1}),
     "RECAST, biases trained": Method(recast(bias="all", train_coefficients=False), {"text": 3e-3}),
     "TinyLoRA": Method(lambda w: peft.TinyLoraConfig(r=2, u=2, target_modules=["query", "key", "value"]), {"text": 3e-2}),
     "Uni-LoRA": Method(lambda w: peft.UniLoraConfig(r=4, theta_d_length=512, target_modules=everything(w)), {"text": 3e-2}),

@@ -13,7 +13,7 @@ from worlds.base import Split, Task
 from worlds.pictures import category_icons, make_task
 from worlds.training import accuracy, fresh_classifier, train
 
-from recast_peft import MissingWords
+from recast_peft import KnownPictures, MissingWords
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,16 @@ def test_a_bank_is_practised_once_without_labels(monkeypatch):
     model = frontier.get_recast_model(TEXT.backbone(), first)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trained == 12 + 2 * 6  # a scale for each MLP weight, a number for each task's template in each block
+
+
+def test_a_bank_of_pictures_gives_forty_eight_numbers(monkeypatch, small):
+    monkeypatch.setattr(frontier, "BANKS", {})
+    family = KnownPictures(pictures=2, views=4)
+    monkeypatch.setattr(frontier, "PRACTICE", {"tasks": 3, "epochs": 3, "family": family, "progress": False})
+    model = frontier.adapted(small, "RECAST, bank from practice tasks")
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(trained.values()) == 16 * 3  # in each block a number for each template
+    assert all(".bn" in name for name in trained)
 
 
 def test_the_loop_learns_and_keeps_the_order(icons):
