@@ -26,10 +26,11 @@ MOST_USEFUL_RANK = 64  # more is as much as a dense update in most layers
 def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPlan, RecastConfig]:
     """Plan a task's layers, and give what ``max_coefficients`` leaves beside the coefficients to a LoRA part.
 
-    A budget above the default one trains the default's coefficients, where a LoRA part has room beside them: larger groups
-    gained less (docs/results/frontier.md). The part stands on the modules that PEFT's LoRA takes by default in such a model,
-    else on its attention, else on the targets: with rank 1 on as many as fit, the cheapest and of equals the last first; if
-    all do, with the highest rank that fits. A config that names parts of its own gets none.
+    A budget of at least the default one trains the default's coefficients where a LoRA part has room beside them, since larger
+    groups gained less (docs/results/frontier.md); else the larger choice of coefficients. The part stands on the modules that
+    PEFT's LoRA takes by default in such a model, else on its attention, else on the targets: with rank 1 on as many as fit, the
+    cheapest and of equals the last first; if all do, with the highest rank that fits. A config that names parts of its own
+    gets none.
 
     Returns:
         the plan of the layers, and the config, with its ``lora_config`` where there is room for one.
@@ -39,14 +40,17 @@ def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPl
         RecastConfigError: likewise.
     """
     budget = config.max_coefficients if isinstance(config, RecastConfig) else None
-    if budget is not None and budget > DEFAULT_BUDGET:
+    default = None
+    if budget is not None and budget >= DEFAULT_BUDGET:
         usual = config.as_chosen(max_coefficients=None)
         if not names_a_size(usual):
-            plan = plan_layers(model, usual)
-            filled = _filled(model, config, plan)
+            default = plan_layers(model, usual)
+            filled = _filled(model, config, default)
             if filled is not config:
-                return plan, filled
+                return default, filled
     plan = plan_layers(model, config)
+    if default is not None and default.num_coefficients >= plan.num_coefficients:
+        return default, config
     return plan, _filled(model, config, plan)
 
 

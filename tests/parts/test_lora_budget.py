@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from lora_parts import lora
 from models import Around, small_transformer, tiny_vit
@@ -33,6 +34,12 @@ class TestBudget:
         model = get_recast_model(tiny_vit(), RecastConfig(max_coefficients=budget))
         assert model.peft_config["default"].lora_config.r == rank
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 16 + rank * 192 <= budget
+
+    def test_the_default_budget_said_aloud_is_the_default(self):
+        network = timm.create_model("mobilenetv3_small_050", num_classes=0)
+        said, default = (plan_recast(network, RecastConfig(max_coefficients=n)) for n in (48, None))
+        assert said.targets == default.targets
+        assert said.num_coefficients == default.num_coefficients == 29
 
     def test_a_size_that_is_named_goes_before_the_part(self):
         plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=100, group_size=4))
