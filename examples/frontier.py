@@ -105,14 +105,14 @@ def practised(world: World) -> peft.PeftConfig:
 
 
 METHODS: dict[str, Method] = {
-    "RECAST": Method(recast(), {"text": 5e-2, "pictures": 1e-2}),
+    "RECAST": Method(recast(), {"text": 5e-2, "pictures": 3e-2}),
     "RECAST, all linear layers": Method(recast(target_modules="all-linear", group_size=1), {"text": 5e-2}),
-    "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), {"text": 5e-3, "pictures": 5e-3}),
-    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 5e-3, "pictures": 5e-3}),
+    "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), {"text": 5e-3, "pictures": 1.5e-2}),
+    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 5e-3, "pictures": 1.5e-2}),
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
     "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
-    "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2, "pictures": 2e-1}),
+    "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2, "pictures": 4e-1}),
     "RECAST, biases trained": Method(recast(bias="all", train_coefficients=False), {"text": 3e-3}),
     "TinyLoRA": Method(lambda w: peft.TinyLoraConfig(r=2, u=2, target_modules=["query", "key", "value"]), {"text": 3e-2}),
     "Uni-LoRA": Method(lambda w: peft.UniLoraConfig(r=4, theta_d_length=512, target_modules=everything(w)), {"text": 3e-2}),
@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
         {"text": 1e-2},
     ),
     "LN tuning": Method(lambda w: peft.LNTuningConfig(target_modules=["LayerNorm"]), {"text": 3e-3}),
-    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 5e-3}),
+    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2}),
     REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3}),
 }
 PROBE = "probe"
@@ -244,7 +244,7 @@ def as_markdown(table: list[Row]) -> str:
 
 
 def draw(tables: dict[str, list[Row]], path: Path) -> None:
-    """Accuracy against trainable parameters, a panel for each world."""
+    """Accuracy against trainable parameters, a panel for each world; methods that lack a task are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -252,7 +252,8 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
 
     figure, panels = plt.subplots(1, len(tables), figsize=(7 * len(tables), 5), layout="constrained", squeeze=False)
     for panel, (world, table) in zip(panels[0], tables.items(), strict=True):
-        for row in table:
+        most = max(len(row.accuracies) for row in table)
+        for row in (row for row in table if len(row.accuracies) == most):
             where, height = max(row.trainable, 1), mean(row.accuracies.values())
             ours = row.method.startswith("RECAST")
             panel.plot(where, height, "o" if ours else "s", color="tab:red" if ours else "tab:grey")
