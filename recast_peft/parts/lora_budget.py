@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
@@ -39,12 +40,14 @@ def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPl
         RecastTargetError: see ``plan_layers``.
         RecastConfigError: likewise.
     """
-    budget = config.max_coefficients if isinstance(config, RecastConfig) else None
+    budget = config.max_coefficients if isinstance(config, RecastConfig) and config.groups is None else None
     default = None
     if budget is not None and budget >= DEFAULT_BUDGET:
         usual = config.as_chosen(max_coefficients=None)
         if not names_a_size(usual):
             default = plan_layers(model, usual)
+            chosen = f"max_coefficients={budget}: {default.num_coefficients} coefficients, as by default"
+            default = replace(default, reason="\n".join(filter(None, (chosen, default.reason))))
             filled = _filled(model, config, default)
             if filled is not config:
                 return default, filled

@@ -28,6 +28,7 @@ class TestBudget:
         assert sorted(plan.lora.targets) == wanted
         numbers = sum(16 if name.endswith("proj") else 32 for name in wanted)
         assert (plan.num_coefficients, plan.num_lora_numbers) == (16, numbers)
+        assert f"max_coefficients={budget}: 16 coefficients, as by default" in str(plan)
 
     @pytest.mark.parametrize(("budget", "rank"), [(16 + 192, 1), (16 + 3 * 192 - 1, 2), (16 + 3 * 192, 3)])
     def test_where_all_modules_fit_the_rank_rises(self, budget, rank):
