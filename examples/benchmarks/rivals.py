@@ -24,7 +24,7 @@ TARGET_SETS = {
 
 CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "RECAST": lambda targets: RecastConfig(target_modules=targets),
-    "RECAST n=1": lambda targets: RecastConfig(target_modules=targets, num_templates=1),
+    "RECAST, group_size=1": lambda targets: RecastConfig(target_modules=targets, group_size=1),
     "LoRA r=1": lambda targets: LoraConfig(target_modules=targets, r=1),
     "LoRA r=8": lambda targets: LoraConfig(target_modules=targets, r=8),
     "DoRA r=8": lambda targets: LoraConfig(target_modules=targets, r=8, use_dora=True),

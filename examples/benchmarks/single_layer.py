@@ -38,7 +38,7 @@ class Chain(nn.Module):
 METHODS: dict[str, Callable[[], Any]] = {
     "plain": lambda: None,
     "RECAST": lambda: RecastConfig(target_modules=["fc"]),
-    "RECAST n=1": lambda: RecastConfig(target_modules=["fc"], num_templates=1),
+    "RECAST, group_size=1": lambda: RecastConfig(target_modules=["fc"], group_size=1),
     "LoRA r=2": lambda: LoraConfig(target_modules=["fc"], r=2),
     "DoRA r=2": lambda: LoraConfig(target_modules=["fc"], r=2, use_dora=True),
     "IA3": lambda: IA3Config(target_modules=["fc"], feedforward_modules=[]),
