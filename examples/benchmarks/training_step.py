@@ -3,7 +3,7 @@
     python examples/benchmarks/training_step.py                         # ViT-Small at 224, batch 8, qkv, then fc1 + fc2
     python examples/benchmarks/training_step.py --targets mlp --methods RECAST "LoRA r=8" --rounds 15
     python examples/benchmarks/training_step.py --device cuda --precision autocast --batch 64 --model vit_base_patch16_224
-    python examples/benchmarks/training_step.py --model resnet34 --targets conv --methods RECAST "RECAST, group_size=1" "LoRA r=8"
+    python examples/benchmarks/training_step.py --model resnet34 --targets conv --methods RECAST "LoRA r=8"
 
 A step is forward pass, loss, backward pass and AdamW on what the method trains. Every method takes its turn in every round;
 medians of times and of ratios within a round are shown. Memory is the most that was allocated at one moment of a step above
