@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError
 from .coefficient_gradients import EXACT
-from .compose import compose_weight, needs_plain_operations
+from .compose import compose_weight, marked
 from .kinds import LINEAR, is_lazily_readable, kind_of
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
 from .parallel import split_of, spread_like
 from .quantised import quantised_by
-from .recomposed import call_recomposed, can_recompose, scaled, scales_input
+from .recomposed import call_recomposed, can_recompose, product_of_one
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
 """Anchor, templates and coefficients of a weight."""
@@ -96,11 +96,10 @@ def call(
     if direct is None or terms is None:
         return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
     base, x = layer.base_layer, args[0]
-    anchor, templates, coefficients = terms
     if can_recompose(base, x, *terms):
         return call_recomposed(base, direct, x, *terms, _gradient_way(layer, adapters))
-    if anchor is not None and not torch.is_grad_enabled() and scales_input(x, anchor, templates):
-        return direct(base, marked_as_pretrained(layer, anchor.detach()), scaled(x, coefficients))
+    if not torch.is_grad_enabled() and (y := product_of_one(base, direct, x, *terms)) is not None:
+        return y
     return direct(base, marked_as_pretrained(layer, compose_weight(*terms)), x)
 
 
@@ -170,22 +169,8 @@ def _call_exchanged(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: d
 
 
 def marked_as_pretrained(layer: ComposedLayer, weight: Tensor) -> Tensor:
-    """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are.
-
-    torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only marked so
-    does the composed weight give the unconverted model's output to the last bit. Under autocast the product gets a copy that is
-    never marked, and of a marked weight autocast would keep that copy until its block ends.
-    """
-    if torch.is_grad_enabled() or type(weight) is nn.Parameter or needs_plain_operations() or is_cast(weight):
-        return weight
-    if weight is not layer.weight_parameter and weight is not layer.pretrained:
-        weight.requires_grad_()
-    return weight
-
-
-def is_cast(weight: Tensor) -> bool:
-    """Whether autocast would change a tensor's dtype for a product."""
-    return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+    """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are."""
+    return weight if weight is layer.weight_parameter or weight is layer.pretrained else marked(weight)
 
 
 def lazy_weight(layer: ComposedLayer) -> Tensor | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -29,6 +29,23 @@ def needs_plain_operations() -> bool:
 def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which weights are composed: float32, or float64 as soon as one of ``dtypes`` is float64."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def is_cast(weight: Tensor) -> bool:
+    """Whether autocast would change a tensor's dtype for a product."""
+    return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+
+
+def marked(weight: Tensor) -> Tensor:
+    """A composed weight, marked like a pretrained one where no gradient is recorded.
+
+    torch chooses among matrix products by whether the weight requires a gradient, also where none is recorded: only marked so
+    does the composed weight give the unconverted model's output to the last bit. Under autocast the product gets a copy that is
+    never marked, and of a marked weight autocast would keep that copy until its block ends.
+    """
+    if torch.is_grad_enabled() or type(weight) is nn.Parameter or needs_plain_operations() or is_cast(weight):
+        return weight
+    return weight.requires_grad_()
 
 
 def average_sets(coefficients: Tensor) -> Tensor:

@@ -40,6 +40,17 @@ def _linear_into(module: nn.Module, weight: Tensor, x: Tensor, out: Tensor) -> N
         torch.addmm(module.bias, rows, weight.T, out=product)  # type: ignore[arg-type]
 
 
+def _scaled_linear(module: nn.Module, weight: Tensor, x: Tensor, factor: float) -> Tensor:
+    return _scaled_product(module, weight.T, x, factor)
+
+
+def _scaled_product(module: nn.Module, matrix: Tensor, x: Tensor, factor: float) -> Tensor:
+    rows, bias = x.reshape(-1, x.shape[-1]), module.bias
+    none = x.new_empty(1) if bias is None else bias  # not read at a beta of zero
+    product = torch.addmm(none, rows, matrix, beta=0 if bias is None else 1, alpha=factor)  # type: ignore[arg-type]
+    return product.view((*x.shape[:-1], matrix.shape[1]))
+
+
 def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
     flat = x.view(-1, x.shape[-1])
     product = torch.addmm(module.bias, flat, weight) if bias else flat @ weight  # type: ignore[arg-type]
@@ -149,6 +160,8 @@ class LayerKind:
         widths: what it calls the numbers of its in and out features; where it has no such attributes its weight's shape tells.
         call: what it computes with a given weight, ``call(module, weight, x, bias=True)``; None: it is called as it is.
         call_into: the same into memory that is there, ``call_into(module, weight, x, out)``, without gradients; None: no way.
+        call_scaled: the same with the product times a number, ``call_scaled(module, weight, x, number)``, without gradients and
+            at the cost of the product alone; None: no way.
         gradients: gradients of that product; None leaves them to autograd.
         rows: what its weight is multiplied with, ``rows(module, x)`` ``(places, fan in)``; None: not known.
         is_transposed: whether the weight is ``(in, out)`` and not ``(out, in)``.
@@ -166,6 +179,7 @@ class LayerKind:
     widths: tuple[str, str] = ("in_features", "out_features")
     call: Callable[..., Tensor] | None = None
     call_into: Callable[[nn.Module, Tensor, Tensor, Tensor], None] | None = None
+    call_scaled: Callable[[nn.Module, Tensor, Tensor, float], Tensor] | None = None
     gradients: Gradients | None = None
     rows: Callable[[nn.Module, Tensor], Tensor] | None = None
     is_transposed: bool = False
@@ -194,6 +208,7 @@ LINEAR = LayerKind(
     classes=(nn.Linear,),
     call=_linear,
     call_into=_linear_into,
+    call_scaled=_scaled_linear,
     gradients=_LinearGradients(),
     rows=_rows_of_linear,
     takes_low_rank=True,
@@ -208,6 +223,7 @@ TRANSPOSED_LINEAR = replace(
     widths=("nx", "nf"),
     call=_transposed_linear,
     call_into=None,
+    call_scaled=_scaled_product,
     gradients=_TransposedLinearGradients(),
     is_transposed=True,
 )

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError
 from ..names import BASE_ADAPTER
-from .calling import call, call_with, direct_call, is_cast
-from .compose import compose_into, compose_weight, mix_by_sample, needs_plain_operations
+from .calling import call, call_with, direct_call
+from .compose import compose_into, compose_weight, is_cast, mix_by_sample, needs_plain_operations
 from .kinds import add_bias, kind_of, positions_of
 from .mixed_batch import NO_TASK, MixedBatch
 

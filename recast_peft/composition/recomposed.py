@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from ..placement.sharded import SHARD, whole
 from .coefficient_gradients import AUTO, EXACT, is_faster_in_bfloat16, with_known_sum
-from .compose import compose_weight, composition_dtype, needs_plain_operations, template_inner_products
+from .compose import compose_weight, composition_dtype, is_cast, marked, needs_plain_operations, template_inner_products
 from .kinds import Gradients, LayerKind, kind_of
+
+Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""What a module computes with a given weight: ``call(module, weight, x)``."""
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -41,19 +44,37 @@ def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: S
     return kind.gradients.fits(module, x) and (x.requires_grad or coefficients.requires_grad)
 
 
-def scales_input(x: Tensor, anchor: Tensor | None, templates: Sequence[Tensor]) -> bool:
-    """Whether a weight is its only template, and larger than the input: scaling the input gives the same product for less."""
-    return anchor is not None and len(templates) == 1 and templates[0] is anchor and x.numel() < anchor.numel()
+def product_of_one(
+    module: nn.Module, call: Call, x: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor
+) -> Tensor | None:
+    """What a module computes where its weight is its only template, times a number; zero coefficients change no bit.
+
+    A linear layer's product on a CPU takes the number along at no cost. Others get a scaled input, where that is smaller than
+    the weight.
+
+    Returns:
+        the module's output, without gradients; None where composing the weight is the better way, or the only one.
+    """
+    if anchor is None or len(templates) != 1 or templates[0] is not anchor:
+        return None
+    weight, scale = anchor.detach(), _kind(module).call_scaled
+    if scale is not None and _takes_a_number(x, weight):
+        return scale(module, weight, x, 1 + float(coefficients))
+    if x.numel() >= weight.numel():
+        return None
+    scaled = x * (1 + coefficients.to(composition_dtype(coefficients.dtype, x.dtype)))[0]
+    return call(module, marked(weight), scaled) if scaled.stride() == x.stride() else None  # else another product would do it
 
 
-def scaled(x: Tensor, offset: Tensor) -> Tensor:
-    """The input with which the pretrained weight gives what the weight times ``1 + offset`` gives; zero changes nothing."""
-    return x * (1 + offset.to(composition_dtype(offset.dtype, x.dtype)))[0]
+def _takes_a_number(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product with a number is the very operation that torch chooses for one without; an accelerator would wait."""
+    is_plain = type(x) in _PLAIN and type(weight) in _PLAIN and x.dtype == weight.dtype and x.dtype.itemsize >= 4
+    return is_plain and x.device.type == "cpu" and x.is_contiguous() and not (needs_plain_operations() or is_cast(weight))
 
 
 def call_recomposed(
     module: nn.Module,
-    call: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    call: Call,
     x: Tensor,
     anchor: Tensor | None,
     templates: Sequence[Tensor],
@@ -96,7 +117,7 @@ class _Recomposed(torch.autograd.Function):
     def forward(
         ctx: Any,
         module: nn.Module,
-        call: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        call: Call,
         places: tuple[int, ...],
         way: str,
         shards: tuple[Tensor | None, ...],
@@ -109,13 +130,10 @@ class _Recomposed(torch.autograd.Function):
         ctx.module, ctx.places, ctx.way, ctx.shards, ctx.x_shape = module, places, way, shards, x.shape
         kept = [weight if shard is None else None for weight, shard in zip(weights, shards, strict=True)]
         ctx.save_for_backward(x if ctx.needs_input_grad[7] else None, coefficients, anchor, *kept)
-        if scales_input(x, anchor, _templates(anchor, weights, places)):
-            weight, x = anchor.detach(), scaled(x, coefficients)  # type: ignore[union-attr]
-        else:
-            weight = compose_weight(anchor, _templates(anchor, weights, places), coefficients)
-        if not torch.is_autocast_enabled(x.device.type):
-            weight.requires_grad_()  # torch chooses among matrix products by this mark; autocast would keep a copy for it
-        y = call(module, weight, x)
+        terms = _templates(anchor, weights, places)
+        y = product_of_one(module, call, x, anchor, terms, coefficients)
+        if y is None:
+            y = call(module, marked(compose_weight(anchor, terms, coefficients)), x)
         # a product over several dimensions may come as a view of the one over two, which nobody could then change in place
         return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 

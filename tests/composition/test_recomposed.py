@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import Chain, converted, layers_of, randomise, seeded, vit_input
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
@@ -256,3 +258,76 @@ def test_what_cannot_be_composed_again_takes_the_ordinary_call() -> None:
     assert not can_recompose(nn.Conv2d(2, 4, 3, padding="same"), x, anchor, templates, coefficients)
     with torch.no_grad():
         assert not can_recompose(module, x, anchor, templates, coefficients)
+
+
+ONE_TEMPLATE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(64, 96), lambda: torch.randn(2, 5, 64)),
+    "linear, no bias": (lambda: nn.Linear(64, 96, bias=False), lambda: torch.randn(2, 5, 64)),
+    "linear, many rows": (lambda: nn.Linear(8, 8), lambda: torch.randn(100, 8)),
+    "linear, one vector": (lambda: nn.Linear(64, 96), lambda: torch.randn(64)),
+    "linear, no rows": (lambda: nn.Linear(64, 96), lambda: torch.randn(3, 0, 64)),
+    "linear, every other number": (lambda: nn.Linear(64, 96), lambda: torch.randn(2, 5, 128)[..., ::2]),
+    "transposed": (lambda: Conv1D(96, 64), lambda: torch.randn(2, 5, 64)),
+    "conv2d": (lambda: nn.Conv2d(16, 24, 3), lambda: torch.randn(1, 16, 6, 6)),
+    "conv2d, channels last": (
+        lambda: nn.Conv2d(16, 24, 3),
+        lambda: torch.randn(1, 16, 6, 6).to(memory_format=torch.channels_last),
+    ),
+}
+one_template = pytest.mark.parametrize("case", ONE_TEMPLATE)
+
+
+def one(case: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A module, one with a template of its own in its place, and an input."""
+    build_module, build_input = ONE_TEMPLATE[case]
+    plain = seeded(build_module).to(dtype)
+    model = get_recast_model(nn.Sequential(copy.deepcopy(plain)), RecastConfig(target_modules=["0"], group_size=1))
+    return plain, model, build_input().to(dtype)
+
+
+@one_template
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_template_without_a_task_changes_no_bit(case: str, dtype: torch.dtype, recorded: bool) -> None:
+    plain, model, x = one(case, dtype)
+    with torch.set_grad_enabled(recorded):
+        assert torch.equal(model(x), plain(x))
+
+
+@one_template
+@pytest.mark.parametrize("factor", [-1.0, 0.7])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_template_is_the_weight_times_a_number(case: str, factor: float, recorded: bool) -> None:
+    plain, model, x = one(case, torch.float64)
+    (layer,) = layers_of(model).values()
+    layer.recast_coefficients["default"].data.fill_(factor)
+    with torch.set_grad_enabled(recorded):
+        actual = model(x)
+    expected = torch.func.functional_call(
+        plain, {"weight": plain.weight * (1 + layer.recast_coefficients["default"].double()[0, 0])}, (x,)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+class Touched(TorchDispatchMode):
+    """The memory that operations gave tensors of more than a few numbers in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > 8:
+            self.memory.add(result.untyped_storage().data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("case", ["linear", "linear, no bias", "linear, many rows", "transposed"])
+def test_the_product_of_one_template_takes_the_number_along(case: str) -> None:
+    _, model, x = one(case)
+    randomise(model)
+    with torch.no_grad(), Touched() as touched:
+        y = model(x)
+    (layer,) = layers_of(model).values()
+    assert touched.memory - {t.data_ptr() for t in (x, layer.pretrained_weight)} == {y.data_ptr()}
