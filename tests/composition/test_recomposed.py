@@ -266,7 +266,7 @@ ONE_TEMPLATE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = 
     "linear, many rows": (lambda: nn.Linear(8, 8), lambda: torch.randn(100, 8)),
     "linear, one vector": (lambda: nn.Linear(64, 96), lambda: torch.randn(64)),
     "linear, no rows": (lambda: nn.Linear(64, 96), lambda: torch.randn(3, 0, 64)),
-    "linear, every other number": (lambda: nn.Linear(64, 96), lambda: torch.randn(2, 5, 128)[..., ::2]),
+    "linear, every other number": (lambda: nn.Linear(64, 256), lambda: torch.randn(6, 40, 128)[..., ::2]),
     "transposed": (lambda: Conv1D(96, 64), lambda: torch.randn(2, 5, 64)),
     "conv2d": (lambda: nn.Conv2d(16, 24, 3), lambda: torch.randn(1, 16, 6, 6)),
     "conv2d, channels last": (
