@@ -197,10 +197,25 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def put_at(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module at a place of the plain model, in the stead of whatever stands there."""
+    """Put a module at a place of the plain model, in the stead of whatever stands there.
+
+    A tuner's layer takes the place of what stands inside of the modules that tasks own whole there.
+    """
     parent_name, _, child = name.rpartition(".")
-    parent = plain_modules(model)[parent_name] if parent_name else model
-    put_child(unwrapped_module(parent), child, module)
+    places = plain_modules(model)
+    parent = unwrapped_module(places[parent_name] if parent_name else model)
+    if not isinstance(module, AuxiliaryTrainingWrapper):
+        present = places[name]
+        while isinstance(present, AuxiliaryTrainingWrapper):
+            parent, child, present = present, "original_module", present.original_module
+    put_child(parent, child, module)
+
+
+def shared(present: nn.Module) -> nn.Module:
+    """What stands at a place for the tasks that do not own the module there whole."""
+    while isinstance(present, AuxiliaryTrainingWrapper):
+        present = present.original_module
+    return present
 
 
 def put_child(parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -210,13 +225,32 @@ def put_child(parent: nn.Module, name: str, module: nn.Module) -> None:
         parent.__setstate__(parent.__getstate__())  # makes its call anew
 
 
+def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
+    """A copy of a part of the model as it was before any task came: without wrappers, layers of tuners, modules of tasks.
+
+    Without numbers its parameters and buffers are on the meta device.
+    """
+    memo: dict[int, Any] = {} if with_numbers else _without_numbers(module)
+    for wrapper in [m for m in module.modules() if unwrapped_module(m) is not m][::-1]:  # the innermost first
+        inner = unwrapped_module(wrapper)
+        own = memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
+        if getattr(wrapper, "is_released", False):  # a compressed bank stands for its weight
+            weight: Any = wrapper.compose([]).detach().clone()  # type: ignore[operator]
+            own._parameters[str(wrapper.weight_name)] = nn.Parameter(weight if with_numbers else weight.to("meta"))
+    return memo.get(id(module)) or copy.deepcopy(module, memo)
+
+
 def without_numbers(module: nn.Module) -> nn.Module:
     """A copy of a module whose parameters and buffers are on the meta device."""
+    return copy.deepcopy(module, _without_numbers(module))
+
+
+def _without_numbers(module: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    return memo
 
 
 # ---------------------------------------------------------------- containers by a task's name

@@ -112,6 +112,18 @@ class MixedBatch:
         place = self.side_by_side(samples)
         return x[self.index(samples, x.device)] if place is None else x[place]
 
+    def of_rows(self, samples: Sequence[int], count: int) -> MixedBatch:
+        """The batch of some rows of an input that has ``count`` rows."""
+        repeats = self.repeats(count)
+        entries = [row // repeats for row in samples]
+        chosen: dict[str, Any] = {"names": tuple(self.names[entry] for entry in entries) if self.names else ()}
+        if self.task_ids is not None:
+            chosen["task_ids"] = self.task_ids[self.index(entries, self.task_ids.device)]
+            chosen["keys"] = None if self.keys is None else tuple(self.keys[entry] for entry in entries)
+        if self.coefficients is not None:
+            chosen["coefficients"] = self.coefficients[self.index(entries, self.coefficients.device)]
+        return MixedBatch(**chosen, pool=self.pool, is_off=self.is_off)
+
     @staticmethod
     def side_by_side(samples: Sequence[int]) -> slice | None:
         """Where samples lie if each comes right after the one before; None if they do not."""

@@ -7,6 +7,7 @@ task that occurs; whichever costs less.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..names import BASE_ADAPTER
 from .calling import call, call_with, direct_call
 from .compose import compose_into, compose_weight, is_cast, mix_by_sample, needs_plain_operations
 from .kinds import add_bias, kind_of, positions_of
-from .mixed_batch import NO_TASK, MixedBatch
+from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
 
 # Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
 # examples/benchmarks/mixed_batch.py.
@@ -122,7 +123,10 @@ def _call_by_rows(
         return call_with(layer, weight_of(key, indices[0]), args, kwargs)
 
     def part_of(key: Any, indices: list[int]) -> Tensor:
-        return call_with(layer, weight_of(key, indices[0]), (batch.taken(x, indices), *rest), kwargs)
+        # other layers of tasks may stand inside
+        within = mixed_batch(batch.of_rows(indices, len(x))) if len(layer.other_layers) else nullcontext()
+        with within:
+            return call_with(layer, weight_of(key, indices[0]), (batch.taken(x, indices), *rest), kwargs)
 
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         outputs = [part_of(key, indices) for key, indices in rows.items()]

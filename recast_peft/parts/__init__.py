@@ -5,9 +5,11 @@ A new part is a file and a row here; a partner (a part with options of its own, 
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..options.partner import PARTNERS, PartnerConfig, resolve_partners
 from .adaptformer import AdaptFormerConfig
-from .base import TaskPart
+from .base import Request, TaskPart
 from .base_biases import BaseBiasesPart
 from .bias import BiasConfig
 from .bias_part import BiasPart
@@ -30,6 +32,24 @@ PARTS: list[TaskPart] = [
     PartnerPart(PiggybackConfig),
 ]
 
+
+def pieces_of(request: Request) -> list[tuple[TaskPart, list[Any]]]:
+    """What every part would give a task; a module that several name whole is given once, by the first of them.
+
+    Raises:
+        RecastError: saying what cannot be.
+    """
+    found: list[tuple[TaskPart, list[Any]]] = []
+    owned: list[str] = []
+    for part in PARTS:
+        pieces = part.prepare(request)
+        if part.owns_modules:
+            pieces = [left for piece in pieces for left in piece.beside(owned)]
+            owned += [piece.place for piece in pieces]
+        found.append((part, pieces))
+    return found
+
+
 __all__ = [
     "PARTNERS",
     "PARTS",
@@ -39,5 +59,6 @@ __all__ = [
     "PartnerConfig",
     "PiggybackConfig",
     "TaskPart",
+    "pieces_of",
     "resolve_partners",
 ]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import RecastConfig
 from ..holders import Entry
-from ..names import plain_name
+from ..names import lies_in, plain_name
 
 
 class Piece:
@@ -37,6 +37,14 @@ class Piece:
     def num_parameters(self) -> int:
         """The parameters that a task trains there."""
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def beside(self, owned: Collection[str]) -> list[Any]:
+        """What is left of a module that the task owns whole, beside others that it owns too: this, parts of it, or nothing.
+
+        Raises:
+            RecastConfigError: if it cannot be told apart.
+        """
+        return [] if lies_in(self.place, owned) else [self]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..config import RecastConfig
 from ..holders import Entry, plain_modules, unwrapped_module
 from ..layer import recast_layers
 from .base import TaskPart
-from .lora import part_layers
+from .lora_strength import part_layers
 
 
 class BaseBiasesPart(TaskPart):

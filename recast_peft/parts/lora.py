@@ -7,7 +7,7 @@ the model's tasks alone, takes the tasks of a mixed batch, and gives the pretrai
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import current_batch
+from ..composition.quantised import quantised_by
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, unwrapped_module
+from ..errors import RecastBankError, RecastTargetError
+from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
 from ..layer import RecastLayer, recast_layers
 from ..names import lies_in, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
-from .lora_strength import PartStrength, is_left_out, keys_of, with_strengths_of_call
+from .lora_strength import PartStrength, is_left_out, keys_of, part_layers, with_strengths_of_call, without
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
 
@@ -112,6 +113,15 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
     def entries(self, adapter_name: str) -> Iterator[Entry]:
         yield from lora_entries(self.module_name, self, container_key(adapter_name))
 
+    def refusal_to_merge(self, adapter_name: str) -> str | None:
+        library = quantised_by(super().get_base_layer())  # type: ignore[misc]
+        has_part = library is not None and self.has_task(adapter_name)
+        return (
+            f"a LoRA part on {self.module_name}, whose weight is quantised by {library} and cannot hold it"
+            if has_part
+            else None
+        )
+
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (("lora", parameter) for parameter in self.own_parameters())
 
@@ -147,6 +157,8 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
         new = [name for name in wanted if name in self._get_available_adapters()]  # type: ignore[attr-defined]
         if not new:
             return
+        if refusal := self.refusal_to_merge(task_of_key(new[0])):
+            raise RecastBankError(f"nothing can be merged: the task has {refusal}")
         if not self._kept:
             self._kept = self._written_parameters()
             for parameter, values in self._kept:
@@ -264,7 +276,7 @@ class _PartMaker(LoraModel):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         present = plain_modules(model)
-        targets = {id(unwrapped(present[name])) for name in plan.targets}
+        targets = {id(shared(unwrapped(present[name]))) for name in plan.targets}
         self._targets = {key for key, module in model.named_modules() if id(module) in targets}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -281,11 +293,6 @@ class _PartMaker(LoraModel):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Nothing: RECAST's tuner has done it."""
-
-
-def part_layers(model: nn.Module) -> list[Any]:
-    """The layers of LoRA parts in a model."""
-    return [module for module in model.modules() if isinstance(module, PartLayer)]
 
 
 def lora_config_of(model: nn.Module, adapter_name: str) -> LoraConfig | None:
@@ -327,7 +334,7 @@ def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection
             f"lora_config: {'DoRA' if plan.config.use_dora else 'MiCA'} starts from the pretrained weight of {name}, and a "
             "compressed bank stands for it: use a plain LoraConfig, other target_modules, or an exact bank"
         )
-    module = plain_modules(model)[name]
+    module = shared(plain_modules(model)[name])
     if isinstance(module, LoraLayer) and not isinstance(module, PartLayer):
         raise RecastTargetError(
             f"lora_config: another LoRA stands on {name} ({', '.join(sorted(module._get_available_adapters()))}): give the "
@@ -342,11 +349,14 @@ def _install(place: Place, plan: LoraPlan) -> None:
     parts.beside = next(iter(recast_layers(model).values()), None)
     config = copy.deepcopy(plan.config)
     config.inference_mode, config.target_modules = place.inference_mode, None
+    # beside a packed weight a pair is what it is beside others: PEFT's layers for those write into it, or leave ours out
+    modules = (unwrapped_module(present) for name, present in plain_modules(model).items() if name in plan.targets)
+    config._register_custom_module({type(m): Linear for m in modules if quantised_by(m) is not None})
     key, active = container_key(place.adapter_name), list(place.tuner.active_adapters)
     token = making_part.set(True)
     try:
         maker = _PartMaker(model, key, config, plan, keys_of(active))
-        with _without(list(recast_layers(model).values())):  # initialise from pretrained weights
+        with without(list(recast_layers(model).values())):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
         for layer in [m for m in model.modules() if isinstance(m, LoraLayer) and key in m._get_available_adapters()]:
@@ -365,35 +375,3 @@ def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
     composed = next(iter(layer.recast_beside), None)
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
         layer._move_adapter_to_device_of_base_layer(key, composed.weight_device)
-
-
-PARTS = ("recast", "lora")
-
-
-@contextmanager
-def switched_off(model: nn.Module, part: str) -> Iterator[None]:
-    """Compute without one of the two parts of the tasks until the block ends; see ``RecastModel.disable_part``."""
-    if part not in PARTS:
-        raise RecastConfigError(f"disable_part({part!r}): expected one of {', '.join(map(repr, PARTS))}")
-    layers = part_layers(model)
-    if not layers:
-        raise RecastConfigError(
-            "disable_part: the model's tasks have no LoRA part; give one with RecastConfig(lora_config=...)"
-        )
-    recast = list(recast_layers(model).values())
-    if any(layer.merged for layer in (*layers, *recast)):
-        raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
-    with _without(layers if part == "lora" else recast):
-        yield
-
-
-@contextmanager
-def _without(layers: Sequence[Any]) -> Iterator[None]:
-    before = [layer._switched_off for layer in layers]
-    try:
-        for layer in layers:
-            layer._switched_off = True
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._switched_off = value

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import plain_modules
+from ..holders import plain_modules, shared
 from ..planning.budget import DEFAULT_BUDGET, names_a_size
 from ..planning.candidates import Candidate
 from ..planning.plan import RecastPlan, plan_layers
@@ -65,7 +65,7 @@ def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastC
         return config
     left = budget - plan.num_coefficients
     modules = plain_modules(model)
-    free = [target for target in _usual_targets(model, config, plan) if not _has_other_lora(modules[target.name])]
+    free = [target for target in _usual_targets(model, config, plan) if not _has_other_lora(shared(modules[target.name]))]
     costs = {target.name: cost for target in reversed(free) if (cost := numbers_of_rank_one(target)) is not None}
     rank = min(left // sum(costs.values()), MOST_USEFUL_RANK) if costs else 0
     chosen = list(costs) if rank else []

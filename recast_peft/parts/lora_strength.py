@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
+from ..errors import RecastConfigError
 from ..holders import container_key, task_of_key
+from ..layer import recast_layers
 from ..names import BASE_ADAPTER
 
 
@@ -81,3 +85,41 @@ class PartStrength:
     def merged_tasks(self) -> list[str]:
         """The tasks whose parts are merged."""
         return [task_of_key(key) for key in self.merged_adapters]
+
+
+def part_layers(model: nn.Module) -> list[Any]:
+    """The layers of LoRA parts in a model."""
+    return [module for module in model.modules() if isinstance(module, PartStrength)]
+
+
+PARTS = ("recast", "lora")
+
+
+@contextmanager
+def switched_off(model: nn.Module, part: str) -> Iterator[None]:
+    """Compute without one of the two parts of the tasks until the block ends; see ``RecastModel.disable_part``."""
+    if part not in PARTS:
+        raise RecastConfigError(f"disable_part({part!r}): expected one of {', '.join(map(repr, PARTS))}")
+    layers = part_layers(model)
+    if not layers:
+        raise RecastConfigError(
+            "disable_part: the model's tasks have no LoRA part; give one with RecastConfig(lora_config=...)"
+        )
+    recast = list(recast_layers(model).values())
+    if any(layer.merged for layer in (*layers, *recast)):
+        raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
+    with without(layers if part == "lora" else recast):
+        yield
+
+
+@contextmanager
+def without(layers: Sequence[Any]) -> Iterator[None]:
+    """Compute without these layers' tasks until the block ends."""
+    before = [layer._switched_off for layer in layers]
+    try:
+        for layer in layers:
+            layer._switched_off = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._switched_off = value

@@ -81,7 +81,6 @@ class PartnerPart(TaskPart):
         return next((p for p in cast(Any, config.partners) or () if p.method == self.name), None)
 
     def prepare(self, request: Request) -> list[PreparedPartner]:
-        _check_not_copied(request.config, [holder.place for holder in partner_holders(request.model)])
         partner = self.chosen(request.config)
         if partner is None:
             return []

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
-from ..errors import RecastBankError
-from ..holders import Entry, plain_modules, put_at, unwrapped, unwrapped_module
+from ..errors import RecastBankError, RecastConfigError
+from ..holders import Entry, plain_copy, plain_modules, put_at, unwrapped_module
 from ..names import lies_in
 from .base import Piece, Place, Request, TaskPart
+from .partner import detach_partners
 from .wrapper import ScaledModule, TaskModule, was_replaced
 
 
@@ -26,11 +28,27 @@ class SavedModule(Piece):
 
     Attributes:
         place: its name in the plain model.
-        module: the model's own.
+        module: the model's own, without its numbers.
     """
 
     place: str
     module: nn.Module
+
+    def beside(self, owned: Collection[str]) -> list[SavedModule]:
+        if lies_in(self.place, owned) or not any(lies_in(name, [self.place]) for name in owned):
+            return super().beside(owned)
+        if any(True for _ in (*self.module.parameters(recurse=False), *self.module.buffers(recurse=False))):
+            raise RecastConfigError(
+                f"modules_to_save names {self.place}, which holds tensors of its own beside {sorted(owned)[0]}, that the task "
+                "owns already: name other modules of it one by one"
+            )
+        children = ((f"{self.place}.{name}", child) for name, child in self.module.named_children())
+        return [
+            piece
+            for name, child in children
+            if any(True for _ in child.state_dict())
+            for piece in SavedModule(name, child).beside(owned)
+        ]
 
 
 class SavedPart(TaskPart):
@@ -50,7 +68,14 @@ class SavedPart(TaskPart):
         for name in self.names(request):
             if not lies_in(name, outermost):
                 outermost.append(name)
-        return [SavedModule(name, unwrapped_module(modules[name])) for name in outermost]
+        return [SavedModule(name, plain_copy(modules[name], with_numbers=False)) for name in outermost]
+
+    def check(self, request: Request, pieces: list[SavedModule], owned: Collection[str], compressed: Collection[str]) -> None:
+        if pieces and any(isinstance(module, BaseTunerLayer) and module.merged for module in request.model.modules()):
+            raise RecastConfigError(
+                f"{self.name}: a task is merged, and would stay in the copy of {pieces[0].place}: call unmerge_adapter() "
+                "first, and merge it again afterwards"
+            )
 
     def install(self, place: Place, pieces: list[SavedModule]) -> None:
         for piece in pieces:
@@ -59,8 +84,9 @@ class SavedPart(TaskPart):
                 present = (TaskNorm if is_norm(piece.module) else TaskModule)(present, piece.place)
                 put_at(place.model, piece.place, present)
             if not present.has_task(place.adapter_name):  # another part may own it already, as a head of another size does
-                own = copy.deepcopy(present.original_module)
+                own = plain_copy(present.original_module)
                 release_running_statistics(own)
+                detach_partners(own)
                 own.train(present.training)
                 present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
 
@@ -70,10 +96,10 @@ class SavedPart(TaskPart):
         Raises:
             RecastTargetError: if another module is in the place of the task's.
         """
-        modules = plain_modules(model)
+        held = [m.module_name for m in model.modules() if isinstance(m, TaskModule) and m.has_task(adapter_name)]
         for piece in self.prepare(Request(model, config, ())):
-            present: Any = unwrapped(modules[piece.place])
-            if not (isinstance(present, TaskModule) and present.has_task(adapter_name)):
+            # another part may own it, a module around it or the modules in it
+            if not lies_in(piece.place, held) and not any(lies_in(name, [piece.place]) for name in held):
                 raise was_replaced(f"{piece.place} of task {adapter_name!r} ({self.name})")
         return ()
 

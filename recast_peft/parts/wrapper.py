@@ -15,11 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..composition.mixed_batch import MixedBatch, current_batch
+from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..composition.recomputation import CallHistory
 from ..composition.strength import Strength
 from ..errors import RecastConfigError, RecastTargetError
-from ..holders import Entry, TaskHolder, TaskModules, module_entries
+from ..holders import Entry, TaskHolder, TaskModules, module_entries, plain_modules, put_child, unwrapped_module
 
 
 class TaskModule(ModulesToSaveWrapper, TaskHolder):
@@ -48,11 +48,18 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         """Give a task its module, which is called from now on if ``active``."""
         self.modules_to_save[adapter_name] = module
         self._adapters.add(adapter_name)
-        self.original_module.requires_grad_(False)
+        for own in map(unwrapped_module, (self.original_module, *plain_modules(self.original_module).values())):
+            for parameter in own.parameters(recurse=False):  # other tasks may have something in there
+                parameter.requires_grad_(False)
         if active:
             self.set_adapter([adapter_name], inference_mode=inference_mode)
         else:
             module.requires_grad_(False)
+
+    def check_module(self) -> None:
+        """Unlike PEFT's container, this one may stand around a layer of other tasks: its modules are copies without it."""
+        if not isinstance(self.original_module, BaseTunerLayer):
+            super().check_module()
 
     def update(self, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
         """Called by PEFT for modules that are saved whole: a task that has its module here keeps it."""
@@ -170,7 +177,9 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         """Every sample with its own task's module."""
         parts = []
         for key, indices in batch.rows(len(x)).items():
-            parts.append((indices, self.called(self._module_of(key, batch), batch.taken(x, indices), *args, **kwargs)))
+            module = self._module_of(key, batch)
+            with mixed_batch(batch.of_rows(indices, len(x))):  # other tasks may have something in the model's own
+                parts.append((indices, self.called(module, batch.taken(x, indices), *args, **kwargs)))
         return joined(parts, len(x))
 
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +193,9 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         """The module that stays: of merged tasks the one that owns it, else the model's own."""
         names = (self._active_adapter if adapter_names is None else adapter_names) if merge else []
         owners = [name for name in names if name in self._adapters]
-        return self.modules_to_save[owners[0]] if owners else self.original_module
+        if owners:
+            return self.modules_to_save[owners[0]]
+        return _taken_apart(self.original_module, merge, safe_merge, adapter_names)
 
 
 class ScaledModule(Strength, TaskModule):
@@ -220,6 +231,21 @@ class ScaledModule(Strength, TaskModule):
 
 # diffusers and PEFT's users go through these layers to activate, scale and merge; PEFT's own class has more than these can mean
 BaseTunerLayer.register(ScaledModule)
+
+
+def _taken_apart(module: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """A part of the model without the layers of tasks in it."""
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        module = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+    elif isinstance(module, BaseTunerLayer):
+        if merge:
+            module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        module = module.get_base_layer()
+    for name, child in [*module.named_children()]:
+        plain = _taken_apart(child, merge, safe_merge, adapter_names)
+        if plain is not child:
+            put_child(module, name, plain)
+    return module
 
 
 def joined(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:

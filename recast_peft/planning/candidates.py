@@ -106,17 +106,22 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[tuple[str, n
         here = (*path, (slot, inner))
         held = held_name(inner)
         for child_name, child in inner.named_children():
-            if isinstance(child, AuxiliaryTrainingWrapper) or id(child) in seen:
-                continue
-            if child_name in (BANK_CONTAINER, PARTNER_CONTAINER):
+            if child_name in (BANK_CONTAINER, PARTNER_CONTAINER) or id(child) in seen:
                 continue
             seen.add(id(child))
             name = prefix if child_name == held else f"{prefix}.{child_name}" if prefix else child_name
-            if isinstance(child, TaskHolder):  # named when it was put in; a wrapper that came later gives it no other name
-                name = child.module_name
+            around = here
+            while True:
+                if isinstance(child, TaskHolder):  # named when it was put in; a wrapper that came later gives it no other name
+                    name = child.module_name
+                if not isinstance(child, AuxiliaryTrainingWrapper):
+                    break
+                # tasks own this module whole: the model's own, which is the other tasks', is inside
+                around, child_name, child = (*around, (child_name, child)), "original_module", child.original_module
+                seen.add(id(child))
             if name and held_name(child) is None:
-                yield name, child, here
-            yield from visit(child, name, child_name, here)
+                yield name, child, around
+            yield from visit(child, name, child_name, around)
 
     yield from visit(model, "", "", ())
 

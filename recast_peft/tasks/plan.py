@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..config import RecastConfig
-from ..parts import PARTS
+from ..parts import pieces_of
 from ..parts.base import Request
 from ..parts.lora_budget import plan_within_budget
 from ..planning.plan import RecastPlan
@@ -33,7 +33,7 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
         model = model.get_base_model()
     plan, config = plan_within_budget(model, config)
     request = Request(model, config, plan.targets, counting=True)
-    pieces = {part.name: part.prepare(request) for part in PARTS}
+    pieces = {part.name: own for part, own in pieces_of(request)}
     lora = next(iter(pieces.pop("lora")), None)
     counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items() if own}
     return replace(plan, lora=lora, parts=counts)

@@ -15,7 +15,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import bank_name
-from ..parts import PARTS
+from ..parts import pieces_of
 from ..parts.base import Place, Request
 from ..parts.lora_budget import plan_within_budget
 from ..parts.partner import attach_partners
@@ -146,8 +146,3 @@ def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
     called = Renaming(model, pairs, record.key_mapping)
     renamed = replace(record, groups=groups, recipes=recipes, base_fingerprint=fingerprints, renamed=called)
     return config.as_chosen(record=renamed)
-
-
-def pieces_of(request: Request) -> list[tuple[Any, list[Any]]]:
-    """What every part would give a task."""
-    return [(part, part.prepare(request)) for part in PARTS]

@@ -14,7 +14,7 @@ from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import put_child
-from ..parts.lora import switched_off
+from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import check_one_owner
 from . import verbs

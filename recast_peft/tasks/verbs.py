@@ -15,7 +15,7 @@ from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskHolder, holders
 from ..layer import RecastLayer, recast_layers
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER
-from ..parts.lora import part_layers
+from ..parts.lora_strength import part_layers
 from ..parts.partner import attach_partners, detach_partners
 from ..parts.saved import release_running_statistics
 from ..parts.wrapper import TaskModule

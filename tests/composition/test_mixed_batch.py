@@ -36,6 +36,17 @@ class TestRows:
         with pytest.raises(RecastConfigError, match=rf"`{given}` should be .* but got 2 and 3 respectively"):
             batch.rows(3)
 
+    def test_some_rows_are_a_batch_of_their_own(self) -> None:
+        batch = MixedBatch(("b", "a", "c"), beams=2)
+        assert batch.of_rows([5, 0, 1], 6).names == ("c", "b", "b")
+        assert batch.of_rows([2, 0], 3).names == ("c", "b")  # the encoder sees no beams
+        assert batch.of_rows([5, 0], 6).rows(2) == {"c": [0], "b": [1]}
+        table = torch.tensor([[1.0], [2.0], [3.0]])
+        numbered = MixedBatch(task_ids=torch.tensor([7, -1, 9]), keys=(7, -1, 9), coefficients=table).of_rows([2, 0], 3)
+        assert numbered.task_ids is not None
+        assert numbered.coefficients is not None
+        assert (numbered.task_ids.tolist(), numbered.keys, numbered.coefficients.tolist()) == ([9, 7], (9, 7), [[3.0], [1.0]])
+
 
 class TestSamples:
     @pytest.mark.parametrize(

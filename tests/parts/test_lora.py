@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, create_recast_optimizer, get_recast_model
 from recast_peft.parts import lora as lora_part_module
-from recast_peft.parts.lora import part_layers
+from recast_peft.parts.lora_strength import part_layers
 
 
 class TestComputation:

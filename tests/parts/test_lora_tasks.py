@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from recast_peft import RecastConfig, RecastConfigError, TaskPool, convert_to_lora, get_recast_model
-from recast_peft.parts.lora import part_layers
+from recast_peft.parts.lora_strength import part_layers
 
 
 @pytest.fixture

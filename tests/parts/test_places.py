@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from models import tiny_vit
+import torch
+from models import outputs, tiny_vit, vit_input
 from partner_cases import frozen_state, learned, same_state, tiny_cnn
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -52,10 +53,15 @@ class TestPlaces:
         config = RecastConfig(target_modules=["qkv"], partners=["adaptformer"], modules_to_save=["blocks.3.mlp"])
         with pytest.raises(RecastConfigError, match=r"would copy blocks\.3\.mlp"):
             get_recast_model(tiny_vit(), config)
+
+    def test_are_not_in_the_copy_that_another_task_has_of_their_place(self):
         model = learned("adaptformer")
-        with pytest.raises(RecastConfigError, match=r"would copy blocks\.3\.mlp"):
-            model.add_adapter("second", RecastConfig(target_modules=["qkv"], modules_to_save=["blocks.3"]))
-        assert list(model.peft_config) == ["default"]
+        before = outputs(model, vit_input())
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"], modules_to_save=["blocks.3"]))
+        model.set_adapter("second")
+        torch.testing.assert_close(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
+        model.set_adapter("default")
+        assert torch.equal(outputs(model, vit_input()), before)
 
     def test_are_not_meant_by_names_of_the_models_own_modules(self):
         config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(layer_norm=True)], modules_to_save=["norm"])

@@ -1,0 +1,208 @@
+"""Modules that a task owns whole, around and inside of what it and other tasks have: each task is what it is alone."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import small_transformer, small_vit
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
+from recast_peft.tasks.state import task_entries
+
+TASKS: dict[str, dict[str, Any]] = {
+    "coefficients": {},
+    "all linear layers": {"target_modules": "all-linear", "group_size": 1},
+    "classifier": {"num_classes": 5},
+    "block": {"modules_to_save": ["blocks.1"]},
+    "blocks and classifier": {"modules_to_save": ["blocks.0", "blocks.1"], "num_classes": 5, "target_modules": ["qkv"]},
+    "layer": {"modules_to_save": ["mlp.fc1"]},
+    "norms": {"train_norms": True},
+    "patches and norms": {"modules_to_save": ["patch_embed"], "train_norms": True},
+    "LoRA": {"lora_config": LoraConfig(r=2, target_modules=["qkv", "fc1"])},
+    "AdaptFormer": {"partners": ["adaptformer"]},
+    "masks": {"partners": ["piggyback"]},
+}
+OWNING = ("block", "blocks and classifier", "layer", "norms", "patches and norms")
+PAIRS = [pair for pair in product(TASKS, TASKS) if pair[0] != pair[1] and any(task in OWNING for task in pair)]
+PAIRS += [("LoRA", "all linear layers"), ("all linear layers", "LoRA"), ("LoRA", "masks")]  # one's layers inside the other's
+X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def backbone() -> nn.Module:
+    return small_vit(num_classes=3, depth=3).eval()
+
+
+def config(task: str) -> RecastConfig:
+    fields = dict(TASKS[task])
+    if task == "blocks and classifier":  # the third block is what is left
+        fields["group_size"] = 1
+    return RecastConfig(**fields)
+
+
+def learn(model: PeftModel, name: str) -> Tensor:
+    """Move everything that a task trains; its output."""
+    model.set_adapter(name)
+    draw = torch.Generator().manual_seed(len(name))
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return output(model, name)
+
+
+@torch.no_grad()
+def output(model: PeftModel, name: str) -> Tensor:
+    model.set_adapter(name)
+    return model.eval()(X)
+
+
+def numbers(model: PeftModel, name: str) -> dict[str, Tensor]:
+    entries = task_entries(model, name, model.peft_config[name])
+    return {key: entry.stored(entry.tensor).clone() for key, entry in entries.items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name)
+def test_two_tasks_on_one_model_are_what_each_is_alone(first: str, second: str, tmp_path: Path) -> None:
+    alone, expected, held = {}, {}, {}
+    for name, task in (("one", first), ("two", second)):
+        alone[name] = get_recast_model(backbone(), config(task), name)
+        expected[name] = learn(alone[name], name)
+        held[name] = numbers(alone[name], name)
+        alone[name].save_pretrained(tmp_path)
+
+    model = alone["one"]
+    model.add_adapter("two", config(second))  # a fresh one has the same numbers to learn
+    assert numbers(model, "two").keys() == held["two"].keys()
+    model.delete_adapter("two")
+    assert torch.equal(output(model, "one"), expected["one"])
+
+    model.load_adapter(tmp_path / "two", "two")
+    for name in ("two", "one"):
+        torch.testing.assert_close(output(model, name), expected[name], rtol=1e-5, atol=1e-5)
+        assert same(numbers(model, name), held[name])
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(model(X), backbone()(X), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        mixed = model(X, adapter_names=["one", "two"])
+    for row, name in enumerate(("one", "two")):
+        classes = expected[name].shape[1]
+        torch.testing.assert_close(mixed[row, :classes], expected[name][row], rtol=1e-4, atol=1e-5)
+
+    folder = tmp_path / "again"
+    model.save_pretrained(folder)
+    for name in ("one", "two"):
+        fresh = PeftModel.from_pretrained(backbone(), folder / name, name)
+        assert same(numbers(fresh, name), held[name])
+
+    if second != "AdaptFormer":
+        model.set_adapter("two")
+        plain = model.merge_and_unload().eval()
+        with torch.no_grad():
+            torch.testing.assert_close(plain(X), expected["two"], rtol=1e-4, atol=1e-5)
+        assert dict(plain.named_modules()).keys() == dict(backbone().named_modules()).keys()
+
+
+def test_a_merged_task_is_not_copied() -> None:
+    model = get_recast_model(backbone(), config("coefficients"), "one")
+    before = learn(model, "one")
+    model.merge_adapter()
+    for task in ("block", "layer", "norms"):
+        with pytest.raises(RecastConfigError, match=r"a task is merged, and would stay in the copy of"):
+            model.add_adapter("two", config(task))
+    model.unmerge_adapter()
+    model.add_adapter("two", config("block"))
+    torch.testing.assert_close(output(model, "two"), backbone()(X).detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output(model, "one"), before)
+
+
+@pytest.mark.parametrize("saved", ["blocks.1", "mlp.fc1"])
+def test_a_weight_that_a_compressed_bank_stands_for_is_in_the_copy(saved: str) -> None:
+    model = get_recast_model(backbone(), RecastConfig(num_templates=1, group_size=3), "one")
+    before = learn(model, "one")
+    with model.disable_adapter(), torch.no_grad():
+        without = model(X)
+    model.add_adapter("two", RecastConfig(target_modules=["qkv"], modules_to_save=[saved]))
+    torch.testing.assert_close(output(model, "two"), without, rtol=1e-5, atol=1e-5)
+    assert torch.equal(output(model, "one"), before)
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ({"modules_to_save": ["blocks.1"], "train_norms": True}, "blocks.1 and the other blocks' norms"),
+        ({"modules_to_save": ["head"], "num_classes": 5}, "the classifier of five classes"),
+        ({"modules_to_save": ["patch_embed", "norm"], "train_norms": True}, "norms twice"),
+        ({"modules_to_save": ["blocks.1", "blocks.1.mlp"]}, "a block and a part of it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_task_names_twice_it_owns_once(task: dict[str, Any], names: str, tmp_path: Path) -> None:
+    model = get_recast_model(backbone(), RecastConfig(**task), "task")
+    expected, held = learn(model, "task"), numbers(model, "task")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(backbone(), tmp_path / "task", "task")
+    assert same(numbers(loaded, "task"), held)
+    assert torch.equal(output(loaded, "task"), expected)
+    planned = sum(sum(part.values()) for part in plan_recast(backbone(), RecastConfig(**task)).parts.values())
+    trained = sum(p.numel() for name, p in model.named_parameters() if "modules_to_save" in name and "recast_" not in name)
+    assert planned == trained
+
+
+class Head(nn.Module):
+    """A norm and a classifier in one module, as ConvNeXt has them; with a tensor of its own, as few have."""
+
+    def __init__(self, scale: bool) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.ones(8)) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.fc(x if self.scale is None else x * self.scale)
+
+
+class Net(nn.Module):
+    def __init__(self, scale: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.head = Head(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_a_module_around_the_classifier_is_owned_but_for_the_classifier(tmp_path: Path) -> None:
+    task = RecastConfig(target_modules=["0", "2"], num_classes=5, head_module="head.fc", modules_to_save=["head"])
+    model = get_recast_model(Net(), task, "task")
+    model.save_pretrained(tmp_path)
+    names = {name.split("model.", 2)[-1] for name in numbers(model, "task") if "recast" not in name}
+    assert names == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "task", "task").eval()
+    x = torch.randn(4, 8)
+    assert loaded(x).shape == (4, 5)
+    assert torch.equal(loaded(x), model.eval()(x))
+    with pytest.raises(RecastConfigError, match=r"modules_to_save names head, which holds tensors of its own beside head\.fc"):
+        get_recast_model(Net(scale=True), task, "task")
+
+
+@pytest.mark.parametrize("fields", [{}, {"head_module": "classifier"}])
+def test_a_task_type_and_other_classes(fields: dict[str, Any], tmp_path: Path) -> None:
+    # PEFT's models for a task_type add the classifier to modules_to_save by themselves
+    task = RecastConfig(task_type="SEQ_CLS", num_classes=5, **fields)
+    model = get_recast_model(small_transformer("bert"), task, "task")
+    learned = numbers(model, "task")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small_transformer("bert"), tmp_path / "task", "task")
+    assert same(numbers(loaded, "task"), learned)
+    assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 5)
