@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..composition.kinds import kind_of
+from ..composition.kinds import in_and_out_features, kind_of
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastTargetError
@@ -136,10 +136,11 @@ def _check_target(target: Candidate, lora: LoraConfig) -> None:
     if target.reason is not None:
         raise RecastTargetError(f"lora_config: {target.name} cannot be a target: {target.reason}")
     library = quantised_by(target.module)
-    if library is not None and "weight" not in target.module._parameters:
+    if library is not None and (lora.use_dora or lora.init_lora_weights == "mica"):
         raise RecastTargetError(
-            f"lora_config: {target.name} ({type(target.module).__name__}) is quantised by {library}, and a LoRA part on it is "
-            "not supported yet: leave it out, or load the model in float32, bfloat16 or float16. Coefficients can be there."
+            f"lora_config: {target.name} ({type(target.module).__name__}) is quantised by {library}, so that a LoRA part "
+            "cannot read its weight: leave out use_dora and init_lora_weights='mica', or load the model in float32, bfloat16 "
+            "or float16"
         )
     if lora.lora_bias and getattr(target.module, "bias", None) is None:
         raise RecastTargetError(f"lora_config: lora_bias needs a bias to be merged into, and {target.name} has none")
@@ -192,7 +193,8 @@ def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
 
 def _stand_in(target: Candidate) -> nn.Module:
     """A copy of a plain module with parameters that hold no numbers; the module itself is left alone."""
-
+    if quantised_by(target.module) is not None:
+        return nn.Linear(*in_and_out_features(target.module, ()), bias=getattr(target.module, "bias", None) is not None)
     twin = copy.copy(target.module)
     twin._parameters = {
         key: None if value is None else nn.Parameter(value.to("meta"), requires_grad=False)

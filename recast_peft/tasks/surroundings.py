@@ -6,7 +6,8 @@ is what the task was learned on, up to a change of dtype; a difference is warned
 
 Every tensor counts as much as any other: as a sample of unit length, and as a point on a circle whose angle is the logarithm of
 its size. On an ImageNet EfficientNet-Lite0 and a MobileNetV2 (about 200 tensors beside the targets) that tells a hundredth in
-the size of every norm, or a twentieth in the size of one; a shift within one tensor only where it is large.
+the size of every norm, or a twentieth in the size of one; a shift within one tensor only where it is large. Of a quantised
+layer the bias alone counts.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..composition.quantised import quantised_by
 from ..holders import plain_modules, unwrapped_module
 from ..names import lies_in
 from ..planning.heads import head_names
@@ -56,8 +58,9 @@ def _tensors(model: nn.Module, targets: Collection[str]) -> Iterator[Tensor]:
         if lies_in(name, heads):
             continue
         module = unwrapped_module(present)
-        buffers = (b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set)
-        weights = (p for key, p in module._parameters.items() if name not in targeted or key == "bias")
+        is_packed = quantised_by(module) is not None  # libraries refuse much of what could be asked of such weights
+        buffers = (b for key, b in module._buffers.items() if not is_packed and key not in module._non_persistent_buffers_set)
+        weights = (p for key, p in module._parameters.items() if key == "bias" or not (is_packed or name in targeted))
         yield from (t for t in (*weights, *buffers) if t is not None and t.is_floating_point() and t.numel())
 
 
