@@ -204,7 +204,8 @@ class RecastConfig(PeftConfig):
             hub_kwargs, _, _ = cls._split_kwargs(kwargs)
             if subfolder is not None:
                 hub_kwargs["subfolder"] = subfolder
-            config.record = replace(config.record, origin=(str(pretrained_model_name_or_path), hub_kwargs))
+            saved = tuple(config.modules_to_save or ())
+            config.record = replace(config.record, origin=(str(pretrained_model_name_or_path), hub_kwargs), saved=saved)
         return config
 
     @classmethod

@@ -240,11 +240,6 @@ def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
     return memo.get(id(module)) or copy.deepcopy(module, memo)
 
 
-def without_numbers(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters and buffers are on the meta device."""
-    return copy.deepcopy(module, _without_numbers(module))
-
-
 def _without_numbers(module: nn.Module) -> dict[int, Any]:
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):

@@ -77,6 +77,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         """Add a task: plan, check, prepare, then replace modules; see the class for what is raised."""
         check_adapter_name(adapter_name)
         config = cast(RecastConfig, self.peft_config[adapter_name])
+        if config.record is not None and config.record.origin is not None:
+            config.modules_to_save = list(config.record.saved) or None
         chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
         if state_dict is not None and chosen.groups is None:
             names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}

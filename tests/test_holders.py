@@ -12,7 +12,7 @@ from models import tiny_vit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from recast_peft.holders import TaskModules, TaskParameters, container_key, plain_modules, put_at, task_of_key, without_numbers
+from recast_peft.holders import TaskModules, TaskParameters, container_key, plain_copy, plain_modules, put_at, task_of_key
 
 NAMES = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)
 
@@ -67,7 +67,7 @@ def test_wrappers_give_modules_no_other_names() -> None:
 
 def test_a_copy_without_numbers_takes_no_memory() -> None:
     model = tiny_vit()
-    empty = without_numbers(model)
+    empty = plain_copy(model, with_numbers=False)
     assert all(parameter.is_meta for parameter in empty.parameters())
     assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert not any(parameter.is_meta for parameter in model.parameters())

@@ -47,6 +47,8 @@ class TaskRecord:
             another model; any other is dropped then, and the config describes a new task.
         origin: where the task was read from, a folder or repository and the options for the Hub, until it is put on a model;
             not stored.
+        saved: the ``modules_to_save`` that the file names, likewise: PEFT's models for a ``task_type`` add classifiers to those
+            of a config, which the file does not hold.
         key_mapping: regular expressions and what replaces them in the names of the task's modules, as PEFT takes them; not
             stored.
         renamed: how a module that the task's file names is called in the model, where that has other names; not stored.
@@ -66,6 +68,7 @@ class TaskRecord:
     surroundings_fingerprint: str | None = None
     is_stored: bool = False
     origin: tuple[str, dict[str, Any]] | None = None
+    saved: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] | None = None
     renamed: Callable[[str], str | None] | None = None
 

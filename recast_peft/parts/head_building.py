@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import plain_modules, put_child, unwrapped_module, without_numbers
+from ..holders import plain_copy, plain_modules, put_child, unwrapped_module
 from ..planning.heads import head_names
 from .base import Piece
 
@@ -123,10 +123,10 @@ def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False)
     if config.num_classes is None:
         return None
     name = find_head(model, config.head_module)
-    original = unwrapped_module(plain_modules(model)[name])
+    original = plain_copy(plain_modules(model)[name], with_numbers=not counting)
     if counting:
         with torch.device("meta"):
-            module = build_head(model, without_numbers(original), name, config, torch.device("meta"))
+            module = build_head(model, original, name, config, torch.device("meta"))
     else:
         module = build_head(model, original, name, config)
     module.train(original.training)
@@ -163,10 +163,9 @@ def build_head(
             f"head {name!r} is a {type(original).__name__}; prototypes need a single linear layer there: "
             f"head_module={f'{name}.{last_name}'!r}"
         )
-    whole = copy.deepcopy(original)
     parent, _, child = last_name.rpartition(".")
-    put_child(whole.get_submodule(parent), child, new)
-    return whole
+    put_child(original.get_submodule(parent), child, new)
+    return original
 
 
 def _last_layer(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d | None]:

@@ -21,6 +21,7 @@ from ..planning.targets import find_targets
 from .lora import PartLayer
 from .lora_plan import numbers_of_rank_one
 
+ADDED_BY_TASK_TYPE = {"classifier", "score", "qa_outputs"}  # to modules_to_save, by PEFT's models
 MOST_USEFUL_RANK = 64  # more is as much as a dense update in most layers
 
 
@@ -60,7 +61,8 @@ def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPl
 def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastConfig:
     """The config with a LoRA part that fits beside the coefficients, or the very config."""
     budget = config.max_coefficients
-    more = (config.lora_config, config.partners, config.bank, config.train_norms, config.modules_to_save, config.bias != "none")
+    saved = set(config.modules_to_save or ()) - ADDED_BY_TASK_TYPE
+    more = (config.lora_config, config.partners, config.bank, config.train_norms, saved, config.bias != "none")
     if budget is None or any(more) or config.is_stored_task or not config.train_coefficients:
         return config
     left = budget - plan.num_coefficients

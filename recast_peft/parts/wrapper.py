@@ -8,17 +8,19 @@ are switched off and on again; a mixed batch takes any kind of module.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..composition.recomputation import CallHistory
 from ..composition.strength import Strength
-from ..errors import RecastConfigError, RecastTargetError
+from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, TaskModules, module_entries, plain_modules, put_child, unwrapped_module
 
 
@@ -173,14 +175,36 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
             return self.called(self.original_module if task is None else self.modules_to_save[task], *args, **kwargs)
         return self._mixed(batch, *args, **kwargs)
 
-    def _mixed(self, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Every sample with its own task's module."""
-        parts = []
-        for key, indices in batch.rows(len(x)).items():
+    def _mixed(self, batch: MixedBatch, *args: Any, **kwargs: Any) -> Any:
+        """Every sample with its own task's module.
+
+        Raises:
+            RecastBankError: if what is called keeps something of the call, which several modules would write into.
+        """
+        given = [*args, *kwargs.values()]
+        lengths = [len(value) for value in given if isinstance(value, Tensor) and value.ndim]
+        fitting = [length for length in lengths if length in (len(batch), batch.beams * len(batch))]
+        samples = next(iter(fitting or lengths), 0)
+        groups: dict[int, tuple[Any, list[int]]] = {}
+        for key, indices in batch.rows(samples).items():
             module = self._module_of(key, batch)
-            with mixed_batch(batch.of_rows(indices, len(x))):  # other tasks may have something in the model's own
-                parts.append((indices, self.called(module, batch.taken(x, indices), *args, **kwargs)))
-        return joined(parts, len(x))
+            groups.setdefault(id(module), (module, []))[1].extend(indices)
+        if len(groups) == 1:
+            return self.called(next(iter(groups.values()))[0], *args, **kwargs)
+        if any(hasattr(value, "get_seq_length") for value in given):
+            raise RecastBankError(
+                f"tasks of this batch own {self.module_name} whole, which writes into a cache: pass one task at a time instead "
+                "of adapter_names, or use_cache=False"
+            )
+        parts = []
+        for module, indices in groups.values():
+            if args and all(value is None or isinstance(value, (bool, int, float, str)) for value in given[1:]):
+                with mixed_batch(batch.of_rows(indices, samples)):  # other tasks may have something in the model's own
+                    part = self.called(module, batch.taken(args[0], indices), *args[1:], **kwargs)
+            else:  # nobody knows which of the arguments go by sample
+                part = tree_map(partial(_rows_of, indices, samples), self.called(module, *args, **kwargs))
+            parts.append((indices, part))
+        return joined(parts, samples)
 
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a module gives that is called here."""
@@ -248,16 +272,32 @@ def _taken_apart(module: Any, merge: bool, safe_merge: bool, adapter_names: list
     return module
 
 
-def joined(parts: list[tuple[list[int], Tensor]], samples: int) -> Tensor:
-    """Put what several modules give in one tensor; logits of several classifiers are padded with -inf to the widest.
+def _rows_of(rows: list[int], samples: int, value: Any) -> Any:
+    by_sample = isinstance(value, Tensor) and value.ndim > 0 and len(value) == samples
+    return value[torch.tensor(rows, device=value.device)] if by_sample else value
+
+
+def joined(parts: list[tuple[list[int], Any]], samples: int) -> Any:
+    """Put what several modules give in one; logits of several classifiers are padded with -inf to the widest.
 
     Args:
-        parts: the rows and the output ``(rows, ..., features)`` of each module.
+        parts: the rows and the output of each module: ``(rows, ..., features)``, or several of these.
         samples: rows of the whole batch.
 
     Returns:
-        ``(samples, ..., most features)``.
+        ``(samples, ..., most features)``, or several of these.
     """
+    flat = [tree_flatten(output) for _, output in parts]
+    rows = [indices for indices, _ in parts]
+    leaves = [
+        _joined(list(zip(rows, values, strict=True)), samples) for values in zip(*(values for values, _ in flat), strict=True)
+    ]
+    return tree_unflatten(leaves, flat[0][1])
+
+
+def _joined(parts: list[tuple[list[int], Any]], samples: int) -> Any:
+    if not isinstance(parts[0][1], Tensor):
+        return parts[0][1]
     widest = max(part.shape[-1] for _, part in parts)
     result = None
     for rows, part in parts:

@@ -51,6 +51,14 @@ class TestBudget:
         plan = plan_recast(wrap(small_transformer("bert")), RecastConfig(max_coefficients=100_000))
         assert {name.rpartition(".")[2] for name in plan.lora.targets} == {"query", "value"}
 
+    def test_a_classifier_that_a_task_type_brings_is_no_part_that_was_named(self):
+        plain, typed = (
+            get_recast_model(small_transformer("bert"), RecastConfig(max_coefficients=300, **fields))
+            for fields in ({}, {"task_type": "SEQ_CLS"})
+        )
+        numbers = [sum(p.numel() for n, p in m.named_parameters() if p.requires_grad and "lora_" in n) for m in (plain, typed)]
+        assert numbers[0] == numbers[1] > 200
+
     @pytest.mark.parametrize(
         "fields",
         [

@@ -12,7 +12,7 @@ from models import small_transformer, small_vit
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, get_recast_model, plan_recast
 from recast_peft.tasks.state import task_entries
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -206,3 +206,77 @@ def test_a_task_type_and_other_classes(fields: dict[str, Any], tmp_path: Path) -
     loaded = PeftModel.from_pretrained(small_transformer("bert"), tmp_path / "task", "task")
     assert same(numbers(loaded, "task"), learned)
     assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 5)
+
+
+def test_a_task_without_a_classifier_beside_one_whose_type_brings_one(tmp_path: Path) -> None:
+    plain = get_recast_model(small_transformer("bert"), RecastConfig(), "plain")
+    ids = torch.tensor([[1, 2, 3]])
+    learn_from = [p for p in plain.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in learn_from:
+            parameter.fill_(0.1)
+        expected = plain.eval()(input_ids=ids).logits
+    plain.save_pretrained(tmp_path)
+    model = get_recast_model(small_transformer("bert"), RecastConfig(task_type="SEQ_CLS"), "typed")
+    model.load_adapter(tmp_path / "plain", "plain")
+    model.set_adapter("plain")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected)
+    assert model.peft_config["plain"].modules_to_save is None
+
+
+class Gated(nn.Module):
+    """Takes more than its input, and gives two tensors and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, table: Tensor | None = None, past: Any = None) -> Any:
+        y = self.fc(x) if gate is None else self.fc(x) * gate[:, None]
+        return (y if table is None else y + table.sum(), x - y), 7
+
+
+class Past:
+    """Marked as the caches of transformers are."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.gated = nn.Linear(8, 8), Gated()
+
+    def forward(self, x: Tensor, how: str, past: Any = None) -> Tensor:
+        x, gate, table = self.first(x), x[:, 0], torch.ones(4, 3)  # as long as the batch, and the same for every sample
+        given: dict[str, Any] = {"gate": gate, "table": table[:3]} if how != "alone" else {}
+        (y, rest), number = self.gated(x=x, **given) if how == "by keyword" else self.gated(x, **given, past=past)
+        return y * number + rest
+
+
+@pytest.mark.parametrize("how", ["alone", "beside others", "by keyword"])
+def test_a_task_for_each_sample_where_a_module_takes_and_gives_more(how: str) -> None:
+    model = get_recast_model(Gates(), RecastConfig(target_modules=["first", "fc"]), "one")
+    model.add_adapter("two", RecastConfig(target_modules=["first"], modules_to_save=["gated"]))
+    model.add_adapter("three", RecastConfig(target_modules=["first", "fc"]))
+    model.eval()
+    x, alone = torch.randn(4, 8), {}
+    names = ["one", "two", "three", "one"]
+    with torch.no_grad():
+        for name in ("one", "two", "three"):
+            model.set_adapter(name)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        for name in ("one", "two", "three"):
+            model.set_adapter(name)
+            alone[name] = model(x, how)
+        expected = torch.stack([alone[name][row] for row, name in enumerate(names)])
+        torch.testing.assert_close(model(x, how, adapter_names=names), expected)
+        if how == "alone":
+            with pytest.raises(RecastBankError, match="own gated whole, which writes into a cache"):
+                model(x, how, Past(), adapter_names=names)
+            torch.testing.assert_close(model(x, how, Past(), adapter_names=["two"] * 4), alone["two"])
