@@ -8,6 +8,7 @@ inside a key.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -194,6 +195,16 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     visit(model, "")
     return found
+
+
+def plain_place(model: nn.Module, module: nn.Module) -> str | None:
+    """The name in the plain model of a module, which may be one that a task owns; None if it is not in the model."""
+    wanted = unwrapped_module(module)
+    for name, present in plain_modules(model).items():
+        if unwrapped_module(present) is wanted:
+            return name
+    copies = (name for name, other in model.named_modules() if other is wanted)
+    return next((re.sub(r"\.modules_to_save\.[^.]+", "", plain_name(name)) for name in copies), None)
 
 
 def put_at(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import plain_copy, plain_modules, put_child, unwrapped_module
+from ..holders import plain_copy, plain_modules, plain_place, put_child, unwrapped_module
 from ..planning.heads import head_names
 from .base import Piece
 
@@ -94,10 +94,9 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
             raise RecastTargetError(
                 f"the model has {len(classifier)} classifiers; name the one that the task replaces with head_module="
             )
-        inner = None if classifier is None else unwrapped_module(classifier)  # type: ignore[arg-type]
-        for key, module in modules.items():
-            if key and module is inner:
-                return key
+        place = None if classifier is None else plain_place(model, classifier)  # type: ignore[arg-type]
+        if place is not None:
+            return place
     for key in TRANSFORMERS_HEADS:
         if isinstance(modules.get(key), nn.Module):
             return key

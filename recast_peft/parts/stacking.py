@@ -160,7 +160,7 @@ making_part: ContextVar[bool] = ContextVar("recast_making_part", default=False)
 
 
 def _refuse_variants(other: Any, layer: RecastLayer) -> None:
-    if making_part.get():
+    if making_part.get() or getattr(other, "_parts", None) is not None:
         return
     variants = getattr(other, "lora_variant", None)
     if variants:

@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from ..holders import plain_place
 from ..names import plain_name, unwrapped
 
 _HEAD_FIRST = re.compile(
@@ -32,8 +33,7 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
         except (AttributeError, NotImplementedError, TypeError):
             continue
         found += [m for m in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(m, nn.Module)]
-    identities = {id(module) for module in found}
-    names = {name for name, module in modules if id(module) in identities}
+    names = {name for module in found if (name := plain_place(model, module)) is not None}
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(base, nn.Module):  # transformers: a model for a task is the base model with the task's modules beside it
         names.update(name for name, child in model.named_children() if child is not base)

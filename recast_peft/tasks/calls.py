@@ -37,6 +37,21 @@ def waits_for_calls(verb: Callable[..., Any]) -> Callable[..., Any]:
     return waiting
 
 
+class _MethodWithTasks:
+    """A method of the plain model that takes a task for each sample too; copied and pickled with a PEFT model that keeps it."""
+
+    def __init__(self, tuner: Any, method: Callable[..., Any]) -> None:
+        self.tuner, self.method = tuner, method
+        functools.update_wrapper(self, method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tasks = {name: kwargs.pop(name) for name in TASK_ARGUMENTS if name in kwargs and not _names(self.method, name)}
+        if all(value is None for value in tasks.values()):
+            return self.method(*args, **kwargs)
+        with self.tuner._enable_peft_forward_hooks(**tasks):
+            return self.method(*args, **kwargs)
+
+
 class TaskCalls:
     """The side of ``RecastModel`` that calls see; a base class of it."""
 
@@ -70,18 +85,7 @@ class TaskCalls:
         found = super().__getattr__(name)  # type: ignore[misc]
         if not inspect.ismethod(found) or found.__self__ is not self.model:
             return found
-        return self._with_task_arguments(found) if _takes_any_keyword(found) else found
-
-    def _with_task_arguments(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tasks = {name: kwargs.pop(name) for name in TASK_ARGUMENTS if name in kwargs and not _names(method, name)}
-            if all(value is None for value in tasks.values()):
-                return method(*args, **kwargs)
-            with self._enable_peft_forward_hooks(**tasks):
-                return method(*args, **kwargs)
-
-        return call
+        return _MethodWithTasks(self, found) if _takes_any_keyword(found) else found
 
     def guard_calls(self) -> None:
         """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks."""

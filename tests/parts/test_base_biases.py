@@ -75,3 +75,15 @@ def test_those_of_a_later_task_learn_too() -> None:
 
 def test_those_of_a_frozen_task_do_not_learn() -> None:
     assert trained(get_recast_model(three_layers(), config("all", inference_mode=True))) == set()
+
+
+@pytest.mark.parametrize("saved", [{"modules_to_save": ["second"]}, {"num_classes": 6, "head_module": "third"}])
+def test_of_a_module_that_the_task_owns_whole_are_trained_in_its_copy_alone(saved: dict) -> None:
+    model = get_recast_model(three_layers(), RecastConfig(target_modules=["first"], bias="all", **saved))
+    owned = next(iter(saved.get("modules_to_save", ["third"])))
+    assert trained(model) == {
+        f"{owned}.modules_to_save.default.bias",
+        *(f"{n}.bias" for n in ("first", "second", "third") if n != owned),
+    }
+    model(torch.randn(3, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

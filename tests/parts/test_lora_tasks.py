@@ -111,3 +111,17 @@ class TestSeveralTasks:
         model.save_pretrained(tmp_path)
         with pytest.raises(RecastConfigError, match="a LoRA part"):
             TaskPool(model, like="alone").add("task", tmp_path / "task")
+
+
+def test_coefficients_of_a_task_that_comes_later_stand_beside_a_part_that_reads_the_weight():
+    config = RecastConfig(target_modules=["fc2"], lora_config=lora(target_modules=["fc1"], use_dora=True))
+    model = get_recast_model(tiny_vit(), config, "task").eval()
+    fill(model, "task")
+    before = outputs(model, vit_input())
+    model.add_adapter("other", RecastConfig(target_modules=["fc1"]))
+    fill(model, "other", 5)
+    assert torch.equal(outputs(model, vit_input()), before)
+    model.set_adapter("other")
+    alone = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"]), "other").eval()
+    fill(alone, "other", 5)
+    close(outputs(model, vit_input()), outputs(alone, vit_input()))

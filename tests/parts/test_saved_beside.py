@@ -225,6 +225,19 @@ def test_a_task_without_a_classifier_beside_one_whose_type_brings_one(tmp_path: 
     assert model.peft_config["plain"].modules_to_save is None
 
 
+def test_the_classifier_is_found_inside_of_a_module_that_another_task_owns() -> None:
+    class Named(Net):
+        def get_classifier(self) -> nn.Module:
+            return self.head.fc
+
+    model = get_recast_model(Named(), RecastConfig(target_modules=["0", "2"], modules_to_save=["head"]), "one")
+    model.add_adapter("two", RecastConfig(target_modules=["0", "2"], num_classes=5))
+    model.set_adapter("two")
+    assert model(torch.randn(4, 8)).shape == (4, 5)
+    names = {name.split("model.", 2)[-1] for name in numbers(model, "two") if "recast" not in name}
+    assert names == {"head.fc.weight", "head.fc.bias"}
+
+
 class Gated(nn.Module):
     """Takes more than its input, and gives two tensors and a number."""
 

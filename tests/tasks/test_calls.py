@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import io
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +129,21 @@ class TestGenerating:
             input_ids=self.tokens, adapter_names=["one", "two"], do_sample=True, num_return_sequences=3, max_new_tokens=2
         )
         assert out.shape[0] == 6
+
+
+def test_a_method_that_peft_keeps_is_copied_and_pickled_with_the_model() -> None:
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=20, n_positions=16)).eval()
+    model = get_recast_model(plain, RecastConfig(task_type="CAUSAL_LM"))
+    kept = model.base_model_prepare_inputs_for_generation
+    assert inspect.signature(kept) == inspect.signature(plain.prepare_inputs_for_generation)
+    twin = copy.deepcopy(model)
+    assert twin.base_model_prepare_inputs_for_generation.method.__self__ is twin.get_base_model()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    for each in (twin, loaded):
+        assert torch.equal(each.generate(input_ids=ids, max_new_tokens=3, do_sample=False), expected)
