@@ -40,6 +40,8 @@ ESTIMATED: dict[str, Callable[[list[str]], Any]] = {
 """RECAST with gradients of its coefficients that cost less; it differs from "RECAST" in training alone."""
 
 FULL = "full fine-tuning"
+LEAST = "the first block's first bias"
+"""A gradient through the whole frozen model, and next to nothing learned: what no method can be cheaper than."""
 ON_BIASES = "RECAST, own weights, bank of biases"
 """A scale for each target and four templates of biases for each block: what gains most with few numbers."""
 
@@ -74,6 +76,10 @@ def adapted(method: str, targets: list[str], name: str = MODEL) -> nn.Module:
     """A fresh model with a method on it."""
     if method == FULL:
         return backbone(name)
+    if method == LEAST:
+        model = backbone(name).requires_grad_(False)
+        next(p for key, p in model.named_parameters() if ".0." in key and key.endswith("bias")).requires_grad_()
+        return model
     if method == ON_BIASES:
         partners = [BiasConfig(bank=bias_bank(name))]
         return get_peft_model(backbone(name), RecastConfig(target_modules=targets, group_size=1, partners=partners))

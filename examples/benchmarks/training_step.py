@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from memory import peak_bytes
-from rivals import CONFIGS, ESTIMATED, FULL, MODEL, ON_BIASES, QUICK, REFERENCE, TARGET_SETS, adapted, backbone, images
+from rivals import CONFIGS, ESTIMATED, FULL, LEAST, MODEL, ON_BIASES, QUICK, REFERENCE, TARGET_SETS, adapted, backbone, images
 from timing import Row, Tables, add_device, arguments, captured, compare, finish, in_precision, start, where
 
 METHODS = ["RECAST", *ESTIMATED, ON_BIASES, *(name for name in CONFIGS if name not in ("RECAST", "LoRA r=1"))]
@@ -67,7 +67,9 @@ def main(given: list[str] | None = None) -> Tables:
     parser = arguments(__doc__)
     add_device(parser)
     parser.add_argument("--targets", nargs="+", choices=list(TARGET_SETS), default=["qkv", "mlp"])
-    parser.add_argument("--methods", nargs="+", choices=[*CONFIGS, *ESTIMATED, ON_BIASES, FULL], default=[*METHODS, FULL])
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*CONFIGS, *ESTIMATED, ON_BIASES, LEAST, FULL], default=[*METHODS, LEAST, FULL]
+    )
     parser.add_argument("--model", default=MODEL, help="of timm (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
