@@ -8,6 +8,7 @@ are switched off and on again; a mixed batch takes any kind of module.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -199,7 +200,9 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         parts = []
         for module, indices in groups.values():
             if args and all(value is None or isinstance(value, (bool, int, float, str)) for value in given[1:]):
-                with mixed_batch(batch.of_rows(indices, samples)):  # other tasks may have something in the model's own
+                # other tasks may have something in the model's own
+                is_own = module is self.original_module
+                with mixed_batch(batch.of_rows(indices, samples)) if is_own else nullcontext():
                     part = self.called(module, batch.taken(args[0], indices), *args[1:], **kwargs)
             else:  # nobody knows which of the arguments go by sample
                 part = tree_map(partial(_rows_of, indices, samples), self.called(module, *args, **kwargs))

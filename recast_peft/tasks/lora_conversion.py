@@ -24,6 +24,7 @@ from ..composition.kinds import kind_of
 from ..composition.strength import at_full_strength
 from ..config import RecastConfig
 from ..errors import RecastConfigError
+from ..holders import plain_copy
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
 from ..parts.wrapper import ScaledModule
@@ -138,12 +139,12 @@ def convert_to_lora(
         )
     if config.bias != "none":
         raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
+    owned = _owned_modules(model, adapter_name)
     with _targets_named(model, adapter_name, sorted(layers)), at_full_strength(model):
         lora_config, state = peft_convert_to_lora(cast(Any, _WeightsAlone(model)), rank, adapter_name, progressbar)
         measured = tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items())
     lora_config.target_modules = sorted(layers)
     state = {_lora_key(key): value for key, value in state.items()}
-    owned = _owned_modules(model, adapter_name)
     lora_config.modules_to_save = sorted(owned) or None
     for name, module in owned.items():
         state.update({f"{MODEL_PREFIX}{name}.{key}": v.detach().clone() for key, v in module.state_dict().items()})
@@ -220,12 +221,23 @@ def _lora_key(key: str) -> str:
 
 
 def _owned_modules(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """What a task owns whole, by the names of the plain model."""
-    return {
-        plain_name(name).removeprefix(MODEL_PREFIX): module.modules_to_save[adapter_name]
-        for name, module in model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-    }
+    """What a task owns whole, by the names of the plain model.
+
+    Raises:
+        RecastConfigError: if a module is none that a LoRA could put in the place of the model's own.
+    """
+    owned = {}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            module, place = wrapper.modules_to_save[adapter_name], plain_name(name).removeprefix(MODEL_PREFIX)
+            like = plain_copy(wrapper, with_numbers=False).state_dict().keys()
+            if like and module.state_dict().keys() != like:  # a backbone without a classifier has nothing there
+                raise RecastConfigError(
+                    f"task {adapter_name!r} cannot be converted to a LoRA: it has a {type(module).__name__} at {place}, and a "
+                    "LoRA brings modules like the model's own alone. Export the whole model instead: model.merge_and_unload()."
+                )
+            owned[place] = module
+    return owned
 
 
 def _measure(name: str, layer: Any, adapter_name: str, state: dict[str, Tensor]) -> LayerConversion:

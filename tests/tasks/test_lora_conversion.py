@@ -111,6 +111,11 @@ class TestLora:
         lora = PeftModel.from_pretrained(small_vit(), tmp_path).eval()
         torch.testing.assert_close(outputs(lora, x), expected, rtol=1e-4, atol=1e-5)
 
+    def test_a_classifier_that_no_lora_holds_is_refused(self):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_type="prototypes"), "task")
+        with pytest.raises(RecastConfigError, match="it has a PrototypeHead at head, and a LoRA brings modules like"):
+            convert_to_lora(model, 4, "task")
+
     def test_partners_of_another_task_do_not_stand_in_the_way(self, tmp_path):
         model = task()
         model.add_adapter("other", RecastConfig(target_modules=["qkv"], partners=["bias"]))
