@@ -31,6 +31,8 @@ from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .lora_strength import PartStrength, is_left_out, keys_of, part_layers, with_strengths_of_call, without
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
+A_PART = "a LoRA part"  # as messages call it
+
 
 @dataclass
 class LoraParts:
@@ -126,7 +128,7 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
         return (("lora", parameter) for parameter in self.own_parameters())
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return "a LoRA part" if self.has_task(adapter_name) else None
+        return A_PART if self.has_task(adapter_name) else None
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         if not making_part.get():
@@ -322,7 +324,7 @@ class LoraPart(TaskPart):
             _install(place, plan)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
-        return None if config.lora_config is None else "a LoRA part"
+        return None if config.lora_config is None else A_PART
 
 
 def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection[str], compressed: Collection[str]) -> None:

@@ -1,7 +1,8 @@
 """Arithmetic on tasks: a new task as a weighted combination of others (task arithmetic, Ilharco et al., ICLR 2023).
 
 A composed weight is linear in its coefficients, so ``"linear"`` is exact here: the offsets of the sum describe the sum of what
-the tasks add to every weight. Negative weights forget, weights that sum to one interpolate or average.
+the tasks add to every weight, and LoRA parts are put side by side. Negative weights forget, weights that sum to one interpolate
+or average.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ..holders import holders
 from ..parts import PARTS
 from ..parts.head import task_head, task_heads
 from ..parts.head_building import PreparedHead
+from ..parts.lora import A_PART
+from ..parts.lora_sum import summed_config, write_sum
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
@@ -163,8 +166,8 @@ def _summed_head(heads: dict[str, PreparedHead | None], weights: Sequence[float]
 # ---------------------------------------------------------------- tasks of a model
 
 
-def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None:
-    """Refuse tasks whose coefficients do not mean the same, or that own more than coefficients and a classifier.
+def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combination_type: str = "linear") -> None:
+    """Refuse tasks whose coefficients do not mean the same, or that own more than can be combined in this way.
 
     Raises:
         RecastBankError: if they are on different banks.
@@ -173,10 +176,13 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig]) -> None
     first = next(iter(configs))
     for name, config in configs.items():
         refusals = refusals_to_combine(model, name, config)
+        if combination_type == "linear":
+            refusals = [refusal for refusal in refusals if refusal != A_PART]
         if refusals:
             raise RecastConfigError(
                 f"task {name!r} cannot be combined with others: it owns more than coefficients and a classifier "
-                f"({shown(refusals)}), which cannot be added. Combine tasks without such parts."
+                f"({shown(refusals)}), which cannot be {'added' if combination_type == 'linear' else 'pruned'}. Combine tasks "
+                "without such parts."
             )
         for holder in holders(model):
             mine, other = holder.bank_of(name), holder.bank_of(first)
@@ -252,7 +258,8 @@ def add_combined(
         raise RecastConfigError(f"the model {what}; its tasks: {', '.join(tuner.peft_config)}")
     model = tuner.model
     configs = {name: known[name] for name in adapters}
-    check_combinable(model, configs)
+    check_combinable(model, configs, options["combination_type"])
+    part = summed_config(model, adapters)
     head = combine_heads({name: head_of_adapter(model, name) for name in adapters}, weights, heads)
     row = combine_rows([task_row(model, name) for name in adapters], weights, **options)
     sharing = {config.coefficient_sharing for config in configs.values()}
@@ -261,6 +268,7 @@ def add_combined(
         coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,
+        lora_config=part,
         head_type=first.head_type if head is not None else "linear",
         head_dtype=next((config.head_dtype for config in configs.values() if head is not None), None),
         **({} if head is None else dataclasses.asdict(head.labels)),
@@ -272,5 +280,7 @@ def add_combined(
         del tuner.peft_config[adapter_name]
         raise
     write_row(model, adapter_name, row)
+    if part is not None:
+        write_sum(model, adapters, weights, adapter_name)
     if head is not None:
         task_head(model, head.place).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())

@@ -1,0 +1,127 @@
+"""LoRA parts of a combined task: what they add is the weighted sum of what the tasks add."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_parts import fill, lora
+from models import EmbeddingNet, composed_weights, outputs, seeded, tiny_vit, vit_input
+from peft import PeftModel
+from torch import Tensor, nn
+
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
+from recast_peft.parts.lora_strength import part_layers
+
+TASKS: dict[str, Any] = {
+    "wide": lora(r=3, lora_alpha=5, target_modules=["qkv", "fc1"]),
+    "scaled by the root": lora(r=4, use_rslora=True, target_modules=["fc1", "fc2"]),
+    "coefficients alone": None,
+}
+
+
+def added(model: PeftModel, task: str) -> dict[str, Tensor]:
+    """What a task's LoRA part adds to every weight, by plain arithmetic."""
+    found = {}
+    for layer in part_layers(model):
+        if layer.has_task(task):
+            a, b = layer.lora_A[task].weight, layer.lora_B[task].weight
+            config = layer._parts.configs[task]
+            rank = layer.r[task]
+            found[layer.module_name] = b @ a * (layer.lora_alpha[task] / (rank**0.5 if config.use_rslora else rank))
+    return {name: value.detach() for name, value in found.items()}
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    names = {"one": "wide", "two": "scaled by the root", "three": "coefficients alone"}
+    model = None
+    for seed, (name, task) in enumerate(names.items()):
+        config = RecastConfig(target_modules=["qkv", "proj"], lora_config=TASKS[task])
+        if model is None:
+            model = get_recast_model(tiny_vit(), config, name)
+        else:
+            model.add_adapter(name, config)
+        fill(model, name, seed + 1)
+    assert model is not None
+    return model.eval()
+
+
+WEIGHTS = {"one": 0.5, "two": -1.5, "three": 2.0}
+
+
+def test_what_is_added_is_the_weighted_sum(model: PeftModel, tmp_path: Path) -> None:
+    for layer in part_layers(model):  # a strength belongs to the model and not to the task
+        if layer.has_task("one"):
+            layer.set_scale("one", 0.3)
+    model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "sum")
+    parts, total = {name: added(model, name) for name in WEIGHTS}, added(model, "sum")
+    assert total.keys() == parts["one"].keys() | parts["two"].keys()
+    assert {layer.module_name.rpartition(".")[2]: layer.r["sum"] for layer in part_layers(model)} == {
+        "qkv": 3,
+        "fc1": 7,
+        "fc2": 4,
+    }
+    for name, value in total.items():
+        expected = sum(weight * parts[task][name] for task, weight in WEIGHTS.items() if name in parts[task])
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    plain = tiny_vit()
+    start = dict(plain.named_parameters())
+    weights = {task: composed_weights(plain, model, [task]) for task in (*WEIGHTS, "sum")}
+    for name, value in weights["sum"].items():
+        base = start[name]
+        expected = sum(weight * (weights[task][name] - base) for task, weight in WEIGHTS.items())
+        torch.testing.assert_close(value - base, expected, rtol=1e-4, atol=1e-5)
+    model.set_adapter("sum")
+    y = outputs(model, vit_input())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "sum", "sum").eval()
+    assert torch.equal(outputs(loaded, vit_input()), y)
+
+
+def test_one_task_alone_is_itself(model: PeftModel) -> None:
+    model.add_weighted_adapter(["two"], [1.0], "same")
+    results = []
+    for name in ("two", "same"):
+        model.set_adapter(name)
+        results.append(outputs(model, vit_input()))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "x"),
+    [
+        (EmbeddingNet, "tables.0", torch.tensor([[1, 2, 0]])),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), "0", torch.randn(1, 3, 7, 7)),
+    ],
+    ids=["embedding", "convolution"],
+)
+def test_parts_of_other_kinds_of_layers(build: Any, target: str, x: Tensor) -> None:
+    config = RecastConfig(target_modules=[target], group_size=1, lora_config=lora())
+    model = get_recast_model(seeded(build), config, "one").eval()
+    model.add_adapter("two", config)
+    for seed, name in enumerate(("one", "two")):
+        fill(model, name, seed + 1)
+    for weights, name in (([1.0, 0.0], "one"), ([0.0, 1.0], "two")):
+        model.add_weighted_adapter(["one", "two"], weights, "sum")
+        results = []
+        for task in (name, "sum"):
+            model.set_adapter(task)
+            results.append(outputs(model, x))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        model.delete_adapter("sum")
+
+
+def test_what_cannot_be_summed_is_refused_and_changes_nothing(model: PeftModel) -> None:
+    with pytest.raises(RecastConfigError, match=r"owns more than .* \(a LoRA part\), which cannot be pruned"):
+        model.add_weighted_adapter(["one", "three"], [1, 1], "sum", "ties", density=0.5)
+    model.add_adapter(
+        "dora", RecastConfig(target_modules=["qkv", "proj"], lora_config=lora(target_modules=["fc1"], use_dora=True))
+    )
+    with pytest.raises(RecastConfigError, match=r"its LoRA part at blocks\.0\.mlp\.fc1 is more than two factors"):
+        model.add_weighted_adapter(["one", "dora"], [1, 1], "sum")
+    assert "sum" not in model.peft_config
+    with pytest.raises(RecastConfigError, match="a pool cannot hold task 'one': it owns a LoRA part"):
+        TaskPool(model, like="three").add("one", "one")
