@@ -104,7 +104,7 @@ class TestSeveralTasks:
     def test_what_a_combination_or_a_lora_cannot_hold_is_refused(self, three, tmp_path):
         model, _ = three
         with pytest.raises(RecastConfigError, match="a LoRA part"):
-            model.add_weighted_adapter(["task"], [-1.0], "forget")
+            model.add_weighted_adapter(["task"], [-1.0], "forget", "magnitude_prune", density=0.5)
         with pytest.raises(RecastConfigError, match="a LoRA part"):
             convert_to_lora(model, 4, "task")
         assert not model.base_model.supports_lora_conversion("task")
