@@ -58,6 +58,8 @@ class TestPlaces:
         model = learned("adaptformer")
         before = outputs(model, vit_input())
         model.add_adapter("second", RecastConfig(target_modules=["qkv"], modules_to_save=["blocks.3"]))
+        copied = model.get_base_model().blocks[3].modules_to_save["second"]
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in copied.modules())
         model.set_adapter("second")
         torch.testing.assert_close(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
         model.set_adapter("default")

@@ -89,3 +89,22 @@ def test_names_of_heads_are_those_of_the_plain_model_after_a_conversion() -> Non
         plan_recast(model, RecastConfig(target_modules="all-linear")).targets
         == plan_recast(tiny_vit(), RecastConfig(target_modules="all-linear")).targets
     )
+
+
+def test_a_head_is_found_by_the_models_own_word_also_inside_of_what_a_task_owns() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.last = nn.Sequential(OrderedDict({"norm": nn.LayerNorm(4), "out": nn.Linear(4, 4)}))
+
+        def get_classifier(self) -> nn.Module:
+            return self.last.out
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.body(x))
+
+    assert head_names(Own()) == {"last.out"}
+    model = get_recast_model(Own(), RecastConfig(target_modules=["body.0"], modules_to_save=["last"]))
+    assert model.get_base_model().get_classifier() is not model.get_base_model().last.original_module.out
+    assert head_names(model.get_base_model()) == {"last.out"}
