@@ -20,7 +20,6 @@ from ..holders import holders
 from ..layer import RecastLayer
 from ..names import BASE_ADAPTER
 from ..parts.stacking import Adding
-from . import verbs
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")
 REPEATING = ("num_beams", "num_return_sequences")  # arguments of generate that repeat each sample
@@ -133,14 +132,8 @@ class TaskCalls:
 
     @contextmanager
     def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
-        """Give every sample its own task until the block ends, also in modules that tasks own whole.
-
-        Raises:
-            RecastBankError: if the tasks are a pool's, and an ordinary task has parts of its own active.
-        """
-        found = holders(self.model)
-        verbs.check_batch(found, batch)
-        disabled = any(holder._disable_adapters for holder in found if isinstance(holder, RecastLayer))
+        """Give every sample its own task until the block ends, also in modules that tasks own whole."""
+        disabled = any(holder._disable_adapters for holder in holders(self.model) if isinstance(holder, RecastLayer))
         with mixed_batch(replace(batch, is_off=self.calls.is_off(disabled))):
             yield
 

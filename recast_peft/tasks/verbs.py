@@ -10,7 +10,6 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
-from ..composition.mixed_batch import MixedBatch
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskHolder, holders
 from ..layer import RecastLayer, recast_layers
@@ -150,26 +149,6 @@ def _bring_back(model: nn.Module) -> None:
 def _layers_of_others(model: nn.Module) -> list[Any]:
     """The tuner layers of other methods."""
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, TaskHolder)]
-
-
-def check_batch(found: Sequence[Any], batch: MixedBatch) -> None:
-    """Refuse a pool's tasks while an ordinary task with parts of its own is active, which the pool's tasks do not share.
-
-    Args:
-        found: what holds parts of tasks in the model.
-        batch: the tasks.
-
-    Raises:
-        RecastBankError: naming the task.
-    """
-    slot = None if batch.pool is None else batch.pool.slot
-    for module in found if slot is not None else ():
-        task = module.shown_task if isinstance(module, TaskModule) else None
-        refusal = None if task in (None, slot) else module.refusal_to_pool(str(task))
-        if refusal is not None:
-            raise RecastBankError(
-                f"the active task {task!r} owns {refusal}, which a pool's tasks do not share: call pool.deactivate() first"
-            )
 
 
 # ---------------------------------------------------------------- taking a model apart

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from peft import PeftModelForSequenceClassification, get_peft_model
+from peft import LoraConfig, PeftModelForSequenceClassification, get_peft_model
 from pools import TARGETS, TEXT_MODELS, TOKENS, model_with_pool, small_vit, text_model, tiny_pool
 
 from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
@@ -31,6 +31,33 @@ class TestMixedBatch:
             thread.join(10)  # the other thread's batch is over before this one
         assert mixed_batch._shared is None
         assert mixed_batch.current_batch() is None
+
+    @pytest.mark.parametrize(
+        "owned",
+        [
+            {"train_norms": True, "num_classes": 3},
+            {"modules_to_save": ["blocks.1"]},
+            {"modules_to_save": ["mlp.fc1"]},
+            {"partners": ["adaptformer"]},
+            {"partners": ["piggyback"]},
+            {"lora_config": LoraConfig(r=2, target_modules=["fc1"])},
+        ],
+        ids=str,
+    )
+    @torch.no_grad()
+    def test_whatever_the_active_task_owns(self, owned, images):
+        model, pool = model_with_pool(2)
+        names = ["task1", None, "task0"]
+        model.base_model.set_adapter(pool.slot)
+        expected = model(images[:3], task_ids=pool.ids(names))
+        model.add_adapter("owner", RecastConfig(target_modules=TARGETS, **owned))
+        model.set_adapter("owner")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.eval()
+        assert not torch.allclose(model(images[:3])[0, :3], expected[0, :3], atol=1e-3)
+        torch.testing.assert_close(model(images[:3], task_ids=pool.ids(names)), expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("ids", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([9]), torch.tensor([-2])])
     def test_row_numbers_that_are_none(self, ids, images):
