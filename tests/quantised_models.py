@@ -139,3 +139,18 @@ def near(kind: str) -> dict[str, float]:
 def near_without_gradients(kind: str) -> dict[str, float]:
     """bitsandbytes packs 4 bits otherwise then, where a CPU has a product of bfloat16 for it."""
     return {"rtol": 0.02, "atol": 0.02} if kind == "bitsandbytes, 4 bits" else near(kind)
+
+
+NAMES = ["task", "__base__", "other", "task", "other"]  # of the five samples
+
+
+@torch.no_grad()
+def alone_by_sample(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What each sample's own task gives, and what each task gives for all samples; the task ``"task"`` is active afterwards."""
+    alone = {}
+    for name in ("other", "task"):
+        model.set_adapter(name)
+        alone[name] = model(X)
+    with model.disable_adapter():
+        alone["__base__"] = model(X)
+    return torch.stack([alone[name][i] for i, name in enumerate(NAMES)]), alone

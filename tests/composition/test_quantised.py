@@ -11,7 +11,19 @@ import pytest
 import torch
 from models import Chain, layers_of, randomise
 from peft import PeftModel
-from quantised_models import KINDS, WIDTH, X, expanded, kinds, near, near_without_gradients, plain, quantised
+from quantised_models import (
+    KINDS,
+    NAMES,
+    WIDTH,
+    X,
+    alone_by_sample,
+    expanded,
+    kinds,
+    near,
+    near_without_gradients,
+    plain,
+    quantised,
+)
 from torch import nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
@@ -97,16 +109,9 @@ def test_a_task_for_each_sample_and_calls_by_keyword(kind: str) -> None:
         randomise(model, name, size=0.1)
     model.eval()
     with torch.no_grad():
-        alone = {}
-        for name in ("other", "task"):
-            model.set_adapter(name)
-            alone[name] = model(X)
-        with model.disable_adapter():
-            alone["__base__"] = model(X)
-        names = ["task", "__base__", "other", "task", "other"]
-        expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
+        expected, alone = alone_by_sample(model)
         assert not torch.allclose(expected, alone["__base__"], rtol=0.05, atol=0.05)
-        torch.testing.assert_close(model(X, adapter_names=names), expected, **near_without_gradients(kind))
+        torch.testing.assert_close(model(X, adapter_names=NAMES), expected, **near_without_gradients(kind))
         layer = layers_of(model)["layers.0"]
         first, *_ = inspect.signature(layer.get_base_layer().forward).parameters
         name = "x" if first == "args" else first
@@ -114,10 +119,10 @@ def test_a_task_for_each_sample_and_calls_by_keyword(kind: str) -> None:
         layer.get_base_layer().register_forward_hook(lambda *_: None)
         torch.testing.assert_close(model(X), alone["task"], **near_without_gradients(kind))
         if kind.startswith("torchao"):  # of torch's own class, which computes with what is put in the weight's place
-            torch.testing.assert_close(model(X, adapter_names=names), expected, **near(kind))
+            torch.testing.assert_close(model(X, adapter_names=NAMES), expected, **near(kind))
         else:
             with pytest.raises(RecastBankError, match="has hooks"):
-                model(X, adapter_names=names)
+                model(X, adapter_names=NAMES)
 
 
 @kinds

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import randomise
 from peft import LoraConfig, PeftModel
-from quantised_models import X, expanded, kinds, near, near_without_gradients, quantised
+from quantised_models import NAMES, X, alone_by_sample, expanded, kinds, near, near_without_gradients, quantised
 from torch import nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
@@ -82,16 +82,9 @@ def test_saving_and_loading_keep_every_number(kind: str, place: str, tmp_path: P
 def test_a_task_for_each_sample(kind: str, place: str) -> None:
     model = with_part(quantised(kind), place, ("task", "other"))
     with torch.no_grad():
-        alone = {}
-        for name in ("task", "other"):
-            model.set_adapter(name)
-            alone[name] = model(X)
-        with model.disable_adapter():
-            alone["__base__"] = model(X)
-        names = ["task", "__base__", "other", "task", "other"]
-        expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
+        expected, alone = alone_by_sample(model)
         assert not torch.allclose(expected, alone["task"], rtol=0.05, atol=0.05)
-        torch.testing.assert_close(model(X, adapter_names=names), expected, **near_without_gradients(kind))
+        torch.testing.assert_close(model(X, adapter_names=NAMES), expected, **near_without_gradients(kind))
 
 
 @kinds
