@@ -55,6 +55,11 @@ def get_recast_model(
     if not isinstance(model, nn.Module):
         raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
     check_adapter_name(adapter_name)
+    if isinstance(model, PeftModel) and not any(isinstance(m, RecastLayer) for m in model.modules()):
+        raise RecastConfigError(
+            f"the model is a {type(model).__name__} with other methods' adapters ({', '.join(model.peft_config)}): put RECAST "
+            "around the model inside, get_recast_model(model.base_model.model, config), or merge first, merge_and_unload()"
+        )
     if isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, RecastLayer) for m in model.modules()):
         raise RecastConfigError(
             "the model is converted already: add a task with model.add_adapter(name, config) or "

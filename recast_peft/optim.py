@@ -17,20 +17,22 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .composition.kinds import CONVOLUTION, family_of
 from .errors import RecastConfigError
-from .holders import trained_kinds
+from .holders import plain_modules, trained_kinds, unwrapped_module
 from .layer import RecastLayer, recast_layers
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
+from .model import RecastModel
 from .names import block_of, plain_name, unwrapped
+from .validation import is_number, shown
 
 COEFFICIENT_LR = 0.05  # at most, in units of a template as large as the pretrained weight
 FEATURE_CHANGE = 0.13  # of the features in one step, in units of their norm
@@ -71,8 +73,12 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
         the rate, for ``create_recast_optimizer(coefficient_lr=...)``.
 
     Raises:
-        RecastConfigError: if the model trains no coefficients, or they do not move its features.
+        RecastConfigError: if the model trains no coefficients, a task is merged, or they do not move its features.
     """
+    if not is_number(change) or change <= 0:
+        raise RecastConfigError(f"change={shown(change)}: expected a number above 0")
+    if any(layer.merged for layer in recast_layers(model).values()):
+        raise RecastConfigError("a task is merged, so its coefficients move nothing: call unmerge_adapter() first")
     parameters = list({id(p): p for _, p in _trained(model)}.values())
     backbone = unwrapped(model.get_base_model() if isinstance(model, PeftModel) else model)
     if not parameters:
@@ -137,12 +143,15 @@ def create_recast_optimizer(
         kwargs: further arguments of the optimiser (``weight_decay``, ``betas``, ...).
 
     Raises:
-        RecastConfigError: if the model trains neither coefficients nor partners.
+        RecastConfigError: if the model trains neither coefficients nor partners, or a rate is no number from 0.
 
     Warns:
-        UserWarning: if nothing gives class scores; and at a step, if a task that was activated since is trained by none, or a
-            merged one has no gradient.
+        UserWarning: if nothing gives class scores, or parameters of the pretrained model are trainable; and at a step, if a
+            task that was activated since is trained by none, or a merged one has no gradient.
     """
+    _check_rates(lr=lr, coefficient_lr=coefficient_lr, lora_lr=lora_lr, partner_lr=partner_lr)
+    if not callable(optimizer_cls):
+        raise RecastConfigError(f"optimizer_cls={shown(optimizer_cls)}: expected a class, such as torch.optim.AdamW")
     groups_of = trained_kinds(model)
     parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
     for parameter in model.parameters():
@@ -158,6 +167,7 @@ def create_recast_optimizer(
         coefficient_lr = default_coefficient_lr(model)
     if not parts["others"]:
         _warn_of_features(model)
+    _warn_of_pretrained(model, groups_of)
     options: dict[str, dict[str, Any]] = {
         "coefficients": {"lr": coefficient_lr, "weight_decay": 0.0},
         "biases": {"lr": coefficient_lr if partner_lr is None else partner_lr, "weight_decay": 0.0},
@@ -170,6 +180,34 @@ def create_recast_optimizer(
     if isinstance(optimizer, Optimizer):
         optimizer.register_step_pre_hook(_StepCheck(model))
     return optimizer
+
+
+def _check_rates(**rates: Any) -> None:
+    for name, rate in rates.items():
+        if rate is not None and not isinstance(rate, Tensor) and not (is_number(rate) and rate >= 0):
+            raise RecastConfigError(f"{name}={shown(rate)}: expected a number from 0")
+
+
+def _warn_of_pretrained(model: nn.Module, owned: Container[int]) -> None:
+    """Say so where the pretrained model's own parameters would be trained, which no task has."""
+    tuners = [module for module in model.modules() if isinstance(module, RecastModel)]
+    names = [
+        f"{name}.{key}" if name else key
+        for tuner in tuners
+        for name, module in plain_modules(tuner.model).items()
+        for key, parameter in unwrapped_module(module)._parameters.items()
+        if parameter is not None
+        and parameter.requires_grad
+        and id(parameter) not in owned
+        and not (key == "bias" and any(getattr(config, "bias", "none") != "none" for config in tuner.peft_config.values()))
+    ]
+    if names:
+        warnings.warn(
+            f"{len(names)} parameters of the pretrained model are trainable, such as {names[0]}: they would change for all "
+            "tasks, and are saved with none. Freeze them (requires_grad_(False)), or give the task copies (modules_to_save, "
+            "train_norms, bias).",
+            stacklevel=3,
+        )
 
 
 def _warn_of_features(model: nn.Module) -> None:

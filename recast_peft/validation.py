@@ -13,6 +13,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from peft import PeftModel
+
 from .errors import RecastConfigError
 
 T = TypeVar("T")
@@ -73,6 +75,18 @@ def checked_count(name: str, value: Any, most: int | None = None) -> int:
         between = "of at least 1" if most is None else f"from 1 to {most:,}"
         raise RecastConfigError(f"{name}={shown(value)}: expected a whole number {between}")
     return int(value)
+
+
+def check_is_peft_model(model: Any) -> None:
+    """Refuse a plain model where one with tasks is meant.
+
+    Raises:
+        RecastConfigError: naming what was given.
+    """
+    if not isinstance(model, PeftModel):
+        raise RecastConfigError(
+            f"model is a {type(model).__name__}: expected one with RECAST tasks, as get_recast_model(model, config) returns it"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

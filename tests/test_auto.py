@@ -16,7 +16,7 @@ from hub_backbones import BASE, TASK, TIMM_SIZES, learned, make_timm, make_trans
 from hub_server import HubServer, folder_content
 from huggingface_hub import constants
 from models import outputs, randomise, tiny_vit, vit_input
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from timm.models import save_for_hf
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
@@ -365,3 +365,12 @@ def test_a_key_mapping_says_which_of_equal_modules_are_meant(way: str, tmp_path:
         warnings.simplefilter("error")  # stored under the model's own names, with what the model has beside its targets
         again = PeftModel.from_pretrained(Twins(), tmp_path / "again" / "task", "again").eval()
     torch.testing.assert_close(outputs(again, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_another_method_is_told_where_recast_goes() -> None:
+    lora = get_peft_model(tiny_vit(), LoraConfig(target_modules=["qkv"], init_lora_weights=False)).eval()
+    expected = outputs(lora, vit_input())
+    with pytest.raises(RecastConfigError, match=r"get_recast_model\(model\.base_model\.model, config\)"):
+        get_recast_model(lora, RecastConfig())
+    around = get_recast_model(lora.base_model.model, RecastConfig(), "task").eval()
+    assert torch.equal(outputs(around, vit_input()), expected)

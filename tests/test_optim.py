@@ -52,6 +52,32 @@ def test_a_model_without_coefficients_is_refused() -> None:
         create_recast_optimizer(nn.Linear(2, 2), lr=0.1)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"lr": "1e-2"}, {"lr": -1.0}, {"lr": 0.1, "coefficient_lr": float("nan")}, {"lr": 0.1, "partner_lr": -1}],
+)
+def test_a_rate_that_is_no_number_from_0_is_refused(arguments: dict[str, Any]) -> None:
+    name, value = list(arguments.items())[-1]
+    with pytest.raises(RecastConfigError, match=f"{name}={value!r}: expected a number from 0"):
+        create_recast_optimizer(converted(depth=2, num_classes=3), **arguments)
+    create_recast_optimizer(converted(depth=2, num_classes=3), lr=torch.tensor(0.1))  # as capturable optimisers take it
+
+
+def test_an_optimiser_in_place_of_its_class_is_refused() -> None:
+    with pytest.raises(RecastConfigError, match="optimizer_cls='adamw': expected a class"):
+        create_recast_optimizer(converted(depth=2), "adamw", lr=0.1)  # type: ignore[arg-type]
+
+
+def test_parameters_of_the_pretrained_model_are_not_trained_in_silence() -> None:
+    model = converted(depth=2, num_classes=3, bias="all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what a task has is its own
+        create_recast_optimizer(model, lr=0.1)
+    model.get_base_model().blocks[1].norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 parameters of the pretrained model.*blocks\.1\.norm\.weight"):
+        create_recast_optimizer(model, lr=0.1)
+
+
 # ---------------------------------------------------------------- rates
 
 
@@ -115,6 +141,12 @@ def test_a_rate_that_was_found_moves_the_features_as_far_as_was_asked() -> None:
 def test_no_rate_is_found_where_nothing_is_trained() -> None:
     with pytest.raises(RecastConfigError, match="trains no RECAST coefficients"):
         find_coefficient_lr(nn.Linear(2, 2), torch.zeros(1, 2))
+    model = converted(depth=2)
+    with pytest.raises(RecastConfigError, match="change=0: expected a number above 0"):
+        find_coefficient_lr(model, vit_input(), change=0)
+    model.merge_adapter()
+    with pytest.raises(RecastConfigError, match="a task is merged"):
+        find_coefficient_lr(model, vit_input())
 
 
 # ---------------------------------------------------------------- what goes wrong in silence

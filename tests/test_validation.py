@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from torch import nn
 
-from recast_peft import RecastConfigError
+from recast_peft import (
+    RecastConfigError,
+    collapse_coefficient_sets,
+    convert_to_lora,
+    push_task_to_hub,
+    push_tasks_to_hub,
+    save_compressed_model,
+)
 from recast_peft.validation import (
     DEEPEST,
     LONGEST_NAME,
@@ -138,3 +146,18 @@ class TestOptionsByName:
     def test_are_refused(self, given: Any, message: str) -> None:
         with pytest.raises(RecastConfigError, match=message):
             self.resolve(given)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: convert_to_lora(model, 2),
+        lambda model: push_task_to_hub(model, "ada/task"),
+        lambda model: push_tasks_to_hub(model, "ada/tasks"),
+        lambda model: save_compressed_model(model, "compressed"),
+        lambda model: collapse_coefficient_sets(model),
+    ],
+)
+def test_what_needs_a_task_says_so_of_a_plain_model(call: Any) -> None:
+    with pytest.raises(RecastConfigError, match="get_recast_model"):
+        call(nn.Linear(2, 2))

@@ -17,6 +17,7 @@ from ..mimicry import gram_matrix
 from ..planning.plan import RecastPlan
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
+from ..validation import is_count, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,9 +130,11 @@ def scaling_table(
         the alternatives in the order of numbers per task.
 
     Raises:
-        RecastError: if nothing can be targeted, or the model is converted already.
+        RecastError: if nothing can be targeted, a size is no whole number from 1, or the model is converted already.
     """
     check_plain(model, "scaling_table")
+    group_sizes, coefficient_sets = _counts("group_sizes", group_sizes), _counts("coefficient_sets", coefficient_sets)
+    templates = None if templates is None else _counts("templates", templates)
     listed = list(targets) if isinstance(targets, (list, tuple)) and not _is_names(targets) else [targets]
     rows: list[ScalingRow] = []
     for target in listed:
@@ -143,6 +146,13 @@ def scaling_table(
     if not rows:
         raise RecastConfigError("no group size that was given fits the model: give smaller group_sizes")
     return ScalingTable(tuple(sorted(rows, key=lambda row: (row.num_coefficients, row.model_bytes))))
+
+
+def _counts(name: str, given: Any) -> list[int]:
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    if not listed or not all(map(is_count, listed)):
+        raise RecastConfigError(f"{name}={shown(given)}: expected a list of whole numbers of at least 1")
+    return listed
 
 
 def _is_names(targets: Sequence[Any]) -> bool:

@@ -18,6 +18,7 @@ from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.cards import CARD_NAME
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
+from ..validation import check_is_peft_model
 from .cards import write_repository_card
 from .task_files import read_task_config, task_sizes, tasks_inside
 
@@ -56,6 +57,7 @@ def push_task_to_hub(
         RecastConfigError: if there is no such task.
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
     """
+    check_is_peft_model(model)
     names = [adapter_name] if adapter_name is not None else list(model.active_adapters)
     if len(names) != 1:
         raise RecastConfigError(f"the model's active tasks are {names}: name the one to push with adapter_name")
@@ -101,6 +103,7 @@ def push_tasks_to_hub(
         RecastConfigError: if there is no such task.
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
     """
+    check_is_peft_model(model)
     names = task_names(model) if adapter_names is None else list(adapter_names)
     results = results or {}
     commit = {

@@ -22,7 +22,7 @@ from ..banks.files import BANK_WEIGHTS, StoredBank, load_bank
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastLoadError
+from ..errors import RecastBankError, RecastConfigError, RecastLoadError
 from ..layer import recast_layers
 from ..names import BANK_CONTAINER, PREFIX, plain_name
 from ..storage.json_reader import parse_json
@@ -46,9 +46,12 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
         the stored bank, under the folder's name.
 
     Raises:
+        RecastConfigError: if the model is not converted.
         RecastBankError: if no bank is compressed, a bank was grown, or a task is merged.
     """
     layers = recast_layers(model)
+    if not layers:
+        raise RecastConfigError("the model has no RECAST layers: convert it with get_recast_model first")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RecastBankError(f"a task is merged into {merged[0]}: call model.unmerge_adapter() before the model is saved")

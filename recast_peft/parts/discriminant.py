@@ -211,8 +211,8 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     ]
     if len(found) != 1:
         raise RecastTargetError(
-            f"task {name!r} owns {len(found)} linear classifiers with biases; one is expected: "
-            "make the task with RecastConfig(num_classes=...)"
+            f"{f'task {name!r}' if name else 'the active task'} owns {len(found)} linear classifiers with biases; one is "
+            "expected: make the task with RecastConfig(num_classes=...)"
         )
     if any(m.disable_adapters or name not in m.active_adapters for m in wrappers):
         raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")

@@ -33,7 +33,8 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
     name = adapter_name or (heads[0].active_adapters[0] if heads and heads[0].active_adapters else None)
     head = heads[0].modules_to_save[name] if heads and name is not None and name in heads[0].modules_to_save else None
     if not isinstance(head, PrototypeHead):
-        raise RecastTargetError(f"task {name!r} has no prototypes: make it with RecastConfig(..., head_type='prototypes')")
+        task = "the active task" if name is None else f"task {name!r}"
+        raise RecastTargetError(f"{task} has no prototypes: make it with RecastConfig(..., head_type='prototypes')")
     if heads[0].disable_adapters or name not in heads[0].active_adapters:
         raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
     classes, features = head.prototypes.shape

@@ -20,7 +20,13 @@ from ..parts import PARTS
 from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
+from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
+
+CHOICES = (  # fields by which a config says where its coefficients are, and how many
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+    *("group_size", "num_groups", "num_templates", "max_coefficients", "bank"),
+)
 
 
 class PoolLayout:
@@ -83,6 +89,17 @@ class PoolLayout:
         self.check_biases(f"the task at {what!r}", config)
         self.check_fingerprint(what, config.base_fingerprint or {})
         self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
+
+    def check_choices(self, what: str, config: RecastConfig) -> None:
+        """Refuse a config for a fresh task whose targets or sizes are not the pool's; one that names none has the pool's."""
+        if config.groups is None and all(getattr(config, name) is None for name in CHOICES):
+            return
+        plan = plan_recast(self.backbone, config)
+        groups = {group.name: list(group.members) for group in plan.groups}
+        sizes = {member: group.num_templates for group in plan.groups for member in group.members}
+        own = {name: part.stop - part.start for name, part in self.slices.items() if name in self.layers}
+        if groups != self.config.groups or (sizes != own and not self.versions) or plan.lora is not None:
+            raise _other_layout(what, config.as_chosen(groups=groups), self.config)
 
     def check_surroundings(self, what: str, recorded: str | None) -> None:
         """Warn of what was learned where the model has other weights or norms beside the targets."""

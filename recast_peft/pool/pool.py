@@ -51,7 +51,7 @@ class TaskPool(ResidentTasks):
             sets are stored as their mean, which describes the same weights. It can be trained: see ``parameters``.
 
     Raises:
-        RecastConfigError: if the model has no RECAST task.
+        RecastConfigError: if the model has no RECAST task, or the slot's name is that of a task.
     """
 
     def __init__(
@@ -71,6 +71,11 @@ class TaskPool(ResidentTasks):
         if not was_there:
             with torch.inference_mode(False):
                 model.add_adapter(slot, layout)
+        elif all(pool.slot != slot for pool in tuner.task_pool):
+            raise RecastConfigError(
+                f"slot={slot!r}: the model has a task of this name, and the pool would write its tasks over it: give the slot "
+                "another name"
+            )
         config = cast(RecastConfig, tuner.peft_config[slot])
         if not same_layout(layout, config):
             raise RecastConfigError(

@@ -89,8 +89,10 @@ def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None)
     """
     layers = recast_layers(model)
     tasks = {name for layer in layers.values() for name in layer.recast_coefficients}
-    if not tasks or adapter_name not in {None, *tasks}:
-        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks)) or 'none'}")
+    if not tasks:
+        raise RecastConfigError("the model has no RECAST task: convert it with get_recast_model first")
+    if adapter_name not in {None, *tasks}:
+        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks))}")
     configs = getattr(model, "peft_config", {})
     for task in sorted(tasks) if adapter_name is None else [adapter_name]:
         collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared

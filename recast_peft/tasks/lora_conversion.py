@@ -29,6 +29,7 @@ from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
 from ..parts.wrapper import ScaledModule
 from ..planning.table import text_table
+from ..validation import check_is_peft_model
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def convert_to_lora(
     Raises:
         RecastConfigError: if the rank or the task cannot be used, or the task has modules that no LoRA describes.
     """
+    check_is_peft_model(model)
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, RecastConfig):
         raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its tasks: {', '.join(model.peft_config)}")

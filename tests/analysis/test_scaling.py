@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,3 +211,11 @@ class TestTable:
         with pytest.raises(ValueError, match="smaller group_sizes") as caught:
             scaling_table(model, group_sizes=(50,))
         assert isinstance(caught.value, RecastConfigError)
+
+    @pytest.mark.parametrize(
+        "sizes", [{"group_sizes": 2}, {"group_sizes": (0,)}, {"templates": [1.5]}, {"coefficient_sets": []}]
+    )
+    def test_refuses_sizes_that_are_none(self, sizes: dict[str, Any]) -> None:
+        with pytest.raises(RecastConfigError, match=f"{next(iter(sizes))}=.*expected a list of whole numbers"):
+            scaling_table(tiny_vit(), **sizes)
+        assert len(scaling_table(tiny_vit(), "all-mlp", group_sizes=iter([1, 2]), fidelity=False).rows) > 2

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import layers_of, run_at_once
+from models import layers_of, outputs, run_at_once
 from peft import PeftModel, get_peft_model
 from pools import TARGETS, TEXT_MODELS, TOKENS, by_adapter, model_with_pool, random_state, small_vit, text_model
 from torch import nn
@@ -290,6 +290,13 @@ class TestSavingTheModel:
         model.save_pretrained(tmp_path)
         assert not [path for path in tmp_path.iterdir() if path.is_dir()]
         assert (tmp_path / "adapter_model.safetensors").is_file()
+
+    def test_a_slot_is_never_a_task(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(init_weights=False), "trained").eval()
+        before = outputs(model, images)
+        with pytest.raises(RecastConfigError, match="slot='trained'.*write its tasks over it"):
+            TaskPool(model, slot="trained")
+        assert torch.equal(outputs(model, images), before)
 
     def test_pools_of_two_layouts_need_two_slots(self, tmp_path, images):
         model, pool = model_with_pool(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pools import tiny_pool
 
-from recast_peft import RecastConfig, RecastConfigError, RecastLoadError
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, RecastLoadError
 from recast_peft.storage.versions import roll_back, versions
 
 
@@ -25,6 +25,25 @@ class TestNumbersThatAreNotFinite:
         with pytest.raises(RecastConfigError, match="'diverged' holds numbers that are not finite"):
             pool.add("diverged", "first")
         assert len(pool) == 0
+
+
+class TestFreshTasks:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"target_modules": ["fc1"]},
+            {"target_modules": ["qkv"], "group_size": 4},
+            {"num_templates": 1, "target_modules": ["qkv"]},
+            {"max_coefficients": 1000, "target_modules": ["qkv"]},
+        ],
+    )
+    def test_a_config_of_other_targets_or_sizes_is_refused(self, fields):
+        pool = tiny_pool()
+        with pytest.raises(RecastBankError, match="task 'other' has other target modules or banks than the pool"):
+            pool.add("other", RecastConfig(**fields))
+        assert len(pool) == 0
+        pool.add("same", RecastConfig(target_modules=["qkv"], group_size=2, num_classes=3))
+        assert pool.names == ["same"]
 
 
 class TestFiles:
