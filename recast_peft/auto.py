@@ -31,6 +31,12 @@ from .storage.transfer import fetch_together
 PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")
 
 
+NEEDED_BY_TASK_TYPE = {  # attributes of the model that PEFT's classes for a task type use
+    **dict.fromkeys(("CAUSAL_LM", "SEQ_2_SEQ_LM"), "prepare_inputs_for_generation"),
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"), "config"),
+}
+
+
 def get_recast_model(
     model: nn.Module, config: RecastConfig | None = None, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
@@ -64,6 +70,12 @@ def get_recast_model(
         raise RecastConfigError(
             "the model is converted already: add a task with model.add_adapter(name, config) or "
             "model.load_adapter(path, name), or get the plain model back with model.unload()"
+        )
+    needed = NEEDED_BY_TASK_TYPE.get(str(config.task_type))
+    if needed is not None and not hasattr(model, needed):
+        raise RecastConfigError(
+            f"task_type={str(config.task_type)!r} is for models of transformers with {needed!r}, which {type(model).__name__} "
+            "has not: leave task_type out"
         )
     with any_name():
         made = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs)

@@ -15,7 +15,7 @@ import torch
 from hub_backbones import BASE, TASK, TIMM_SIZES, learned, make_timm, make_transformers, output, serve_timm, serve_transformers
 from hub_server import HubServer, folder_content
 from huggingface_hub import constants
-from models import outputs, randomise, tiny_vit, vit_input
+from models import outputs, randomise, state, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 from timm.models import save_for_hf
 from torch import nn
@@ -374,3 +374,12 @@ def test_a_model_of_another_method_is_told_where_recast_goes() -> None:
         get_recast_model(lora, RecastConfig())
     around = get_recast_model(lora.base_model.model, RecastConfig(), "task").eval()
     assert torch.equal(outputs(around, vit_input()), expected)
+
+
+@pytest.mark.parametrize(("task_type", "needed"), [("CAUSAL_LM", "prepare_inputs_for_generation"), ("SEQ_CLS", "config")])
+def test_a_task_type_that_the_model_is_not_made_for_is_refused_before_anything_changes(task_type: str, needed: str) -> None:
+    model = tiny_vit()
+    before = state(model)
+    with pytest.raises(RecastConfigError, match=f"task_type='{task_type}' is for models of transformers with '{needed}'"):
+        get_recast_model(model, RecastConfig(task_type=task_type))
+    assert state(model) == before

@@ -246,8 +246,12 @@ def _named(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> dict[str, Ada
         if double:
             raise RecastConfigError(f"two adapters would be called {double[0]!r}: give a mapping of names to adapters")
         named = dict(zip(names, adapters, strict=True))
-    for name in named:
+    for name, adapter in named.items():
         check_adapter_name(name)
+        if not isinstance(adapter, (str, Path, PeftModel, tuple)):
+            raise RecastConfigError(
+                f"the adapter {name!r} is a {type(adapter).__name__}: expected a LoRA's folder, or a PeftModel"
+            )
     return named
 
 
@@ -256,7 +260,7 @@ def _name_of(adapter: Adapter) -> str:
         return adapter[1]
     if isinstance(adapter, PeftModel):
         return _active_of(adapter)
-    return Path(adapter).name
+    return Path(adapter).name if isinstance(adapter, (str, Path)) else type(adapter).__name__
 
 
 def _active_of(model: PeftModel) -> str:
@@ -327,6 +331,8 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
             continue
         weight = getattr(model.get_submodule(module), "weight", None)
         pairs[module] = _pair(layer, adapter)
+        if not all(side.isfinite().all() for side in pairs[module]):
+            raise RecastBankError(f"the adapter {name!r} holds numbers that are not finite at {module}: leave it out")
         wanted = None if weight is None else (len(weight), weight.numel() // len(weight))
         given = (len(pairs[module][0]), pairs[module][1].shape[1])
         if given != wanted:

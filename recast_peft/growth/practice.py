@@ -30,6 +30,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
 from ..tasks.plan import plan_recast
+from ..validation import is_int, is_number, shown
 from .biases import bias_places, grow_bias_bank, is_norm
 from .sources import check_plain, check_sizes
 from .weights import grow_bank
@@ -45,11 +46,24 @@ class PracticeTask:
         name: in a few words, for the bank's card.
         inputs: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments.
         labels: ``(examples,)``, numbers of classes.
+
+    Raises:
+        RecastConfigError: if there is no label for each example, or only one class.
     """
 
     name: str
     inputs: Inputs
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        labels, inputs = self.labels, [*self.inputs.values()] if isinstance(self.inputs, Mapping) else [self.inputs]
+        are_numbers = labels.ndim == 1 and labels.dtype == torch.long and int((labels < 0).sum()) == 0
+        if not inputs or any(len(tensor) != len(labels) for tensor in inputs) or not are_numbers or len(labels.unique()) < 2:
+            raise RecastConfigError(
+                f"practice task {self.name!r}: expected a label for each example, whole numbers from 0 of two classes or more\n"
+                f"  inputs: {', '.join(str(tuple(tensor.shape)) for tensor in inputs) or 'none'}\n"
+                f"  labels: {tuple(labels.shape)} in {labels.dtype}, {len(labels.unique())} different"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -88,6 +102,9 @@ class MissingWords:
     examples: int = 40
     least: int = 10
     text: str = "input_ids"
+
+    def __post_init__(self) -> None:
+        check_sizes(words=self.words, examples=self.examples, least=self.least)
 
     def make(self, data: Inputs, generator: torch.Generator) -> PracticeTask:
         """Draw words that stand in enough texts, but in no more than a tenth of them where that leaves enough words."""
@@ -141,6 +158,9 @@ class KnownPictures:
     crop: float = 0.5
     colour: float = 0.3
     noise: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_sizes(pictures=self.pictures, views=self.views)
 
     def make(self, data: Inputs, generator: torch.Generator) -> PracticeTask:
         """Draw pictures, and views of each."""
@@ -225,6 +245,17 @@ def practice_bank(
     if of not in ("biases", "weights"):
         raise RecastConfigError(f"practice_bank(of={of!r}): expected 'biases' or 'weights'")
     families = list(family) if isinstance(family, Sequence) else [family]
+    if not families or any(isinstance(one, type) or not callable(getattr(one, "make", None)) for one in families):
+        raise RecastConfigError(f"family={shown(family)}: expected an object with a method make, such as KnownPictures()")
+    _check_data(data)
+    wrong = {
+        f"lr={shown(lr)}: expected a number above 0": not is_number(lr) or lr <= 0,
+        f"seed={shown(seed)}: expected a whole number": not is_int(seed),
+        "batch_size=1: expected at least 2": batch_size == 1,
+    }
+    for message, holds in wrong.items():
+        if holds:
+            raise RecastConfigError(message)
     generator = torch.Generator().manual_seed(seed)
     plan = plan_recast(model, config or RecastConfig(group_size=1)) if of == "weights" else None
     how: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features}
@@ -244,6 +275,15 @@ def practice_bank(
         bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
     made = dict(bank.mimicry) if isinstance(bank.mimicry, Mapping) else {}
     return replace(bank, mimicry={**made, "sources": names})
+
+
+def _check_data(data: Any) -> None:
+    tensors = [*data.values()] if isinstance(data, Mapping) else [data]
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
+        kinds = ", ".join(type(tensor).__name__ for tensor in tensors) or "an empty dictionary"
+        raise RecastConfigError(f"data is {kinds}: expected a tensor (examples, ...), or tensors by the model's arguments")
+    if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
+        raise RecastConfigError("data holds numbers that are not finite")
 
 
 def mean_features(model: nn.Module, inputs: Any) -> Tensor:
@@ -308,6 +348,11 @@ def _train(
         [{"params": head.parameters(), "lr": 1e-2, "weight_decay": 0.01}, {"params": free, "lr": lr, "weight_decay": 0.0}]
     )
     batches = math.ceil(len(task.labels) / batch_size)
+    if epochs * batches < 2:
+        raise RecastConfigError(
+            f"practice task {task.name!r} has {len(task.labels)} examples, one step of batch_size={batch_size}: the first step "
+            "moves the classifier alone. Expected more: give more examples, a smaller batch_size, or more epochs."
+        )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, lr], total_steps=epochs * batches, pct_start=0.1)
     with torch.enable_grad():
         for rows in _batches(len(task.labels), batch_size, epochs, generator):

@@ -8,6 +8,7 @@ from typing import Any
 from ..banks.files import StoredBank
 from ..errors import RecastBankError
 from ..planning.table import text_table
+from .sources import check_bank
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def growth_report(bank: StoredBank) -> GrowthReport:
     Raises:
         RecastBankError: if the bank was not grown.
     """
+    check_bank(bank)
     groups = tuple(
         GrownGroup(name, len(g.members), g.num_templates, len(g.grown), g.grown.energy, g.grown.nbytes, g.num_coefficients)
         for name, g in bank.groups.items()

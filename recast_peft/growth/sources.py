@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..banks.files import StoredBank
 from ..errors import RecastBankError, RecastConfigError, RecastError
 from ..layer import RecastLayer
 from ..planning.candidates import Candidate
@@ -31,6 +32,16 @@ def check_plain(model: nn.Module, verb: str) -> None:
     """
     if any(isinstance(module, RecastLayer) for module in model.modules()):
         raise RecastConfigError(f"{verb} needs the plain pretrained model; this one is converted already (see model.unload())")
+
+
+def check_bank(bank: StoredBank) -> None:
+    """Refuse what is no bank.
+
+    Raises:
+        RecastConfigError: naming what was given.
+    """
+    if not isinstance(bank, StoredBank):
+        raise RecastConfigError(f"bank is a {type(bank).__name__}: expected a StoredBank, as load_bank(name) reads it")
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -51,10 +62,8 @@ def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
         RecastConfigError: naming what was given.
     """
     if isinstance(sources, (str, Path, Mapping, nn.Module)) or not len(sources):
-        raise RecastConfigError(
-            f"sources={sources if isinstance(sources, (str, Path)) else type(sources).__name__!r}: "
-            "expected a list with at least one source"
-        )
+        given = "an empty list" if isinstance(sources, (list, tuple)) else shown_source(sources)  # type: ignore[arg-type]
+        raise RecastConfigError(f"sources is {given}: expected a list with at least one source")
     check_sizes(**sizes)
 
 
@@ -67,7 +76,7 @@ def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candida
     vectors = moves_by_source(model, source, {n: (f"{n}.{t.weight_name}", t.weight) for n, t in targets.items()})
     if not vectors:
         raise RecastBankError(
-            f"the source {_shown(source)} has none of the target modules\n  targets: {', '.join(list(targets)[:4])}, ..."
+            f"the source {shown_source(source)} has none of the target modules\n  targets: {', '.join(list(targets)[:4])}, ..."
         )
     return vectors
 
@@ -94,10 +103,14 @@ def moves_by_source(model: nn.Module, source: Source, parameters: Mapping[str, t
             continue
         if moved.shape != pretrained.shape:
             raise RecastBankError(
-                f"the source {_shown(source)} does not fit the model: {name} has another shape\n"
+                f"the source {shown_source(source)} does not fit the model: {name} has another shape\n"
                 f"  source: {tuple(moved.shape)}\n  model:  {tuple(pretrained.shape)}"
             )
         vectors[name] = moved.detach().float().cpu() - pretrained.detach().float().cpu()
+        if not vectors[name].isfinite().all():
+            raise RecastBankError(
+                f"the source {shown_source(source)} holds numbers that are not finite at {name}: leave it out"
+            )
     return vectors
 
 
@@ -174,5 +187,6 @@ def origin_of(source: Source) -> str:
     return f"weights of {type(source).__name__}" if isinstance(source, nn.Module) else "a state dict"
 
 
-def _shown(source: Source) -> str:
+def shown_source(source: Source) -> str:
+    """A source as an error message shows it."""
     return repr(str(source)) if isinstance(source, (str, Path)) else f"of type {type(source).__name__}"

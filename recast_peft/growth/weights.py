@@ -19,7 +19,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
 from .biases import bias_moves
-from .sources import Source, check_plain, check_sources, origin_of, task_vectors
+from .sources import Source, check_bank, check_plain, check_sources, origin_of, task_vectors
 
 
 def grow_bank(
@@ -95,6 +95,7 @@ def extend_bank(
         RecastBankError: if the bank was not grown, stands for other weights, or a source cannot be read.
     """
     check_sources(sources, num_templates=num_templates)
+    check_bank(bank)
     if bank.is_of_biases:
         return _next_version(bank, bias_moves(bank, model, sources), sources, num_templates)
     if not any(group.grown is not None for group in bank.groups.values()):

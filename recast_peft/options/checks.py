@@ -238,6 +238,10 @@ def _check_classes(config: Any) -> None:
             f"RecastConfig(problem_type={config.problem_type!r}): expected num_classes too, since it is the kind of loss of "
             "the task's own classifier. Without one the loss is that of the model: set model.config.problem_type."
         )
+    usual = {"head_init": "fresh", "head_type": "linear", "head_dtype": None}
+    idle = [f"{name}={getattr(config, name)!r}" for name, value in usual.items() if getattr(config, name) != value]
+    if idle and config.num_classes is None and config.id2label is None:
+        warnings.warn(f"{', '.join(idle)}: without num_classes or id2label the task has no classifier of its own", stacklevel=2)
     if config.id2label is None:
         return
     if config.num_classes is None:

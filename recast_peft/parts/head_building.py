@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_copy, plain_modules, plain_place, put_child, unwrapped_module
-from ..planning.heads import head_names
+from ..planning.heads import check_head_module, head_names, top_level
 from .base import Piece
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
@@ -83,8 +83,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     """
     modules = {key: unwrapped_module(module) for key, module in plain_modules(model).items()}
     if name is not None:
-        if name not in modules:
-            raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {_top_level(model)}")
+        check_head_module(model, name)
         return name
     # transformers has timm's models inside a model of its own
     get_classifier = getattr(model, "get_classifier", None) or getattr(modules.get("timm_model"), "get_classifier", None)
@@ -105,7 +104,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
         last = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-3:]
         raise RecastTargetError(
             f"num_classes was given, but the model's classifier is not known ({len(found)} modules look like one: {found}): "
-            f"name it with head_module=; last linear layers: {', '.join(last) or 'none'}; top level: {_top_level(model)}"
+            f"name it with head_module=; last linear layers: {', '.join(last) or 'none'}; top level: {top_level(model)}"
         )
     return found[0]
 
@@ -238,7 +237,3 @@ def write_timm_labels(model: nn.Module, labels: Labels) -> None:
     kept = {key: value for key, value in pretrained.items() if key not in ("label_names", "label_descriptions")}
     names = {} if labels.id2label is None else {"label_names": [labels.id2label[i] for i in range(labels.num_classes)]}
     model.pretrained_cfg = {**kept, "num_classes": labels.num_classes, **names}  # type: ignore[assignment]
-
-
-def _top_level(model: nn.Module) -> str:
-    return ", ".join(name for name in plain_modules(model) if "." not in name)

@@ -19,9 +19,9 @@ from ..planning.candidates import Candidate
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.targets import find_targets
 from .lora import PartLayer
-from .lora_plan import numbers_of_rank_one
+from .lora_plan import rank_one
+from .saved import ADDED_BY_TASK_TYPE
 
-ADDED_BY_TASK_TYPE = {"classifier", "score", "qa_outputs"}  # to modules_to_save, by PEFT's models
 MOST_USEFUL_RANK = 64  # more is as much as a dense update in most layers
 
 
@@ -31,8 +31,8 @@ def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPl
     A budget of at least the default one trains the default's coefficients where a LoRA part has room beside them, since larger
     groups gained less (docs/results/frontier.md); else the larger choice of coefficients. The part stands on the modules that
     PEFT's LoRA takes by default in such a model, else on its attention, else on the targets: with rank 1 on as many as fit, the
-    cheapest and of equals the last first; if all do, with the highest rank that fits. A config that names parts of its own
-    gets none.
+    cheapest and of equals the last first; if all do, with the highest rank that fits, but none above the modules' own. A
+    config that names parts of its own gets none.
 
     Returns:
         the plan of the layers, and the config, with its ``lora_config`` where there is room for one.
@@ -68,8 +68,10 @@ def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastC
     left = budget - plan.num_coefficients
     modules = plain_modules(model)
     free = [target for target in _usual_targets(model, config, plan) if not _has_other_lora(shared(modules[target.name]))]
-    costs = {target.name: cost for target in reversed(free) if (cost := numbers_of_rank_one(target)) is not None}
-    rank = min(left // sum(costs.values()), MOST_USEFUL_RANK) if costs else 0
+    found = {target.name: one for target in reversed(free) if (one := rank_one(target)) is not None}
+    costs = {name: cost for name, (cost, _) in found.items()}
+    full = max((full for _, full in found.values()), default=0)
+    rank = min(left // sum(costs.values()), MOST_USEFUL_RANK, full) if costs else 0
     chosen = list(costs) if rank else []
     for name in [] if rank else sorted(costs, key=costs.__getitem__):
         if costs[name] <= left:

@@ -83,12 +83,13 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
     return LoraPlan(tuple(target.name for target in targets), shapes, lora)
 
 
-def numbers_of_rank_one(target: Candidate) -> int | None:
-    """The numbers of a LoRA of rank 1 on a module; None if it takes none."""
+def rank_one(target: Candidate) -> tuple[int, int] | None:
+    """The numbers of a LoRA of rank 1 on a module, and the highest rank of its weight; None if it takes none."""
     lora = LoraConfig(r=1)
     try:
         _check_target(target, lora)
-        return sum(torch.Size(shape).numel() for shape in _shapes_of(target, lora).values())
+        sizes = [torch.Size(shape).numel() for shape in _shapes_of(target, lora).values()]
+        return sum(sizes), min(sizes)
     except RecastTargetError:
         return None
 

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastConfigError
+from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, plain_copy, plain_modules, put_at, unwrapped_module
 from ..names import lies_in
+from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .partner import detach_partners
 from .wrapper import ScaledModule, TaskModule, was_replaced
+
+ADDED_BY_TASK_TYPE = {"classifier", "score", "qa_outputs"}  # to modules_to_save, by PEFT's models
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,19 @@ class SavedPart(TaskPart):
     owns_modules = True
 
     def names(self, request: Request) -> list[str]:
-        """Names of the modules; as PEFT does, a name means every module whose name ends with it."""
-        wanted = tuple(request.config.modules_to_save or ())
-        return [name for name in plain_modules(request.model) if wanted and name.endswith(wanted)]
+        """Names of the modules; as PEFT does, a name means every module whose name ends with it.
+
+        Raises:
+            RecastTargetError: if the user named one that the model does not have.
+        """
+        wanted, known = tuple(request.config.modules_to_save or ()), plain_modules(request.model)
+        unknown = [name for name in wanted if not any(place.endswith(name) for place in known)]
+        if request.config.task_type is not None:
+            unknown = [name for name in unknown if name not in ADDED_BY_TASK_TYPE]
+        if unknown and not request.config.is_stored_task:
+            near = did_you_mean(unknown[0], {place.rpartition(".")[2] for place in known})
+            raise RecastTargetError(f"modules_to_save names {', '.join(unknown)}, which the model does not have{near}")
+        return [name for name in known if wanted and name.endswith(wanted)]
 
     def prepare(self, request: Request) -> list[SavedModule]:
         modules = plain_modules(request.model)

@@ -6,7 +6,8 @@ import re
 
 from torch import nn
 
-from ..holders import plain_place
+from ..errors import RecastTargetError
+from ..holders import plain_modules, plain_place
 from ..names import plain_name, unwrapped
 
 _HEAD_FIRST = re.compile(
@@ -48,3 +49,17 @@ def _is_called_a_head(parts: list[str], kind: str) -> bool:
     in_a_block = any(part.isdigit() for part in parts)
     anywhere = _HEAD_ANYWHERE.match(parts[-1]) or _HEAD_CLASS.search(kind)
     return bool(_HEAD_FIRST.match(parts[0]) or _HEAD_LAST.match(parts[-1]) or (anywhere and not in_a_block))
+
+
+def top_level(model: nn.Module) -> str:
+    return ", ".join(name for name in plain_modules(model) if "." not in name)
+
+
+def check_head_module(model: nn.Module, name: str | None) -> None:
+    """Refuse a name of a classifier that the model does not have.
+
+    Raises:
+        RecastTargetError: naming what it has.
+    """
+    if name is not None and name not in plain_modules(model):
+        raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {top_level(model)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..names import lies_in
+from ..validation import did_you_mean
 from .candidates import Candidate, find_candidates
-from .heads import head_names
+from .heads import check_head_module, head_names
 from .roles import SHORTHANDS, default_shorthands, in_shape, is_convolution, is_linear, is_minor_convolution
 
 
@@ -33,6 +35,8 @@ def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate
     candidates = find_candidates(model, config.target_parameters or ())
     if config.groups is not None:
         return _by_name(candidates, [m for members in config.groups.values() for m in members]), {}
+    check_head_module(model, config.head_module)
+    _warn_of_exclusions(candidates, config.exclude_modules)
     heads = head_names(model, config.head_module)
     if config.target_parameters is not None:
         targets, skipped = _with_parameters(candidates, config, heads)
@@ -41,6 +45,20 @@ def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate
     if not targets:
         raise _nothing_matches(candidates, config, skipped)
     return targets, skipped
+
+
+def _warn_of_exclusions(candidates: list[Candidate], excluded: list[str] | str | None) -> None:
+    """Say so where a name in ``exclude_modules`` leaves nothing out."""
+    names = [c.name for c in candidates if c.weight_name is not None or c.reason is not None]
+    idle = [excluded] if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names) else []
+    if not isinstance(excluded, str):
+        idle = [one for one in excluded or () if not any(f".{name}".endswith(f".{one}") for name in names)]
+    if idle:
+        warnings.warn(
+            f"exclude_modules: nothing is left out by {', '.join(map(repr, idle))}{did_you_mean(idle[0], names)}\nA name in a "
+            "list means the modules that are called so, not what lies in them; a regular expression means whole names.",
+            stacklevel=2,
+        )
 
 
 def _by_module(candidates: list[Candidate], config: RecastConfig, heads: set[str]) -> tuple[list[Candidate], dict[str, str]]:

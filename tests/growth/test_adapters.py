@@ -162,6 +162,12 @@ class TestSources:
         with pytest.raises(RecastBankError, match="none of the adapters"):
             fresh = get_peft_model(tiny_vit(), LoraConfig(target_modules=["qkv"]))
             compress_adapters(tiny_vit(), [fresh], num_templates=1)
+        with pytest.raises(RecastConfigError, match="the adapter 'a' is a TinyVit: expected a LoRA's folder, or a PeftModel"):
+            compress_adapters(tiny_vit(), {"a": tiny_vit()}, num_templates=1)  # type: ignore[dict-item]
+        diverged = lora(0)
+        next(p for n, p in diverged.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
+        with pytest.raises(RecastBankError, match="the adapter 'a' holds numbers that are not finite"):
+            compress_adapters(tiny_vit(), {"a": diverged, "b": lora(1)}, num_templates=1)
         with pytest.raises(RecastConfigError, match="plain pretrained model"):
             compress_adapters(get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])), [lora(0)], num_templates=1)
 

@@ -174,6 +174,9 @@ class TestTheBank:
             ({"of": "heads"}, "of='heads'"),
             ({"tasks": 0}, "tasks=0"),
             ({"epochs": True}, "epochs=True"),
+            ({"lr": float("nan")}, "lr=nan: expected a number above 0"),
+            ({"seed": "0"}, "seed='0'"),
+            ({"batch_size": 1}, "batch_size=1"),
         ):
             with pytest.raises(RecastConfigError, match=message):
                 practice_bank(bert(), texts(), family, progress=False, **fields)
@@ -187,3 +190,40 @@ def test_features_are_means_over_what_is_attended_to() -> None:
     hidden = bert()(**data).last_hidden_state
     torch.testing.assert_close(found[0], hidden[0, :8].mean(0))
     torch.testing.assert_close(found[1], hidden[1].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([torch.zeros(5, 8)] * 64, "data is list: expected a tensor"),
+        ({}, "data is an empty dictionary"),
+        (torch.full((64, 5, 8), float("nan")), "data holds numbers that are not finite"),
+    ],
+)
+def test_data_that_are_no_examples_are_refused(data: Any, message: str) -> None:
+    with pytest.raises(RecastConfigError, match=message):
+        practice_bank(tiny_vit(), data, Halves(), tasks=1, progress=False)
+
+
+@pytest.mark.parametrize("family", [None, Halves, [], "Halves"])
+def test_what_makes_no_tasks_is_refused(family: Any) -> None:
+    with pytest.raises(RecastConfigError, match="family=.*expected an object with a method make"):
+        practice_bank(tiny_vit(), torch.randn(64, 5, 8), family, tasks=1, progress=False)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4).long(), torch.arange(3), torch.rand(4), torch.arange(-1, 3)])
+def test_labels_that_no_classifier_can_learn_are_refused(labels: Tensor) -> None:
+    with pytest.raises(RecastConfigError, match="practice task 'mine': expected a label for each example"):
+        PracticeTask("mine", torch.randn(4, 5, 8), labels)
+
+
+def test_a_single_step_which_moves_nothing_is_refused() -> None:
+    with pytest.raises(RecastConfigError, match="32 examples, one step of batch_size=32"):
+        practice_bank(tiny_vit(), torch.randn(32, 5, 8), Halves(), tasks=1, epochs=1, progress=False)
+    assert practice_bank(tiny_vit(), torch.randn(32, 5, 8), Halves(), tasks=1, epochs=2, progress=False).is_of_biases
+
+
+def test_families_of_nothing_are_refused() -> None:
+    for made, message in ((lambda: KnownPictures(views=0), "views=0"), (lambda: MissingWords(MASK, words=1.5), "words=1.5")):  # type: ignore[arg-type]
+        with pytest.raises(RecastConfigError, match=message):
+            made()

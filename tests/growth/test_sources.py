@@ -107,5 +107,8 @@ class TestSources:
         name = f"{next(iter(grown().groups))}.weight"
         with pytest.raises(RecastBankError, match="another shape"):
             grow_bank(tiny_vit(), [{name: torch.zeros(1, 1)}], config())
+        state = {key: value * float("nan") for key, value in tiny_vit().state_dict().items()}
+        with pytest.raises(RecastBankError, match=f"not finite at {name.removesuffix('.weight')}"):
+            grow_bank(tiny_vit(), [lora(0), state], config())
         with pytest.raises(RecastConfigError, match="plain pretrained model"):
             grow_bank(on(grown()), [lora(0)], config())

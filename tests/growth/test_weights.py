@@ -128,6 +128,8 @@ class TestExtending:
             extend_bank(grown(), tiny_vit(seed=5), [lora(0)])
         with pytest.raises(RecastConfigError, match="at least one source"):
             extend_bank(grown(), tiny_vit(), [])
+        with pytest.raises(RecastConfigError, match="bank is a str: expected a StoredBank"):
+            extend_bank("bank", tiny_vit(), [lora(0)])  # type: ignore[arg-type]
 
 
 class TestWithTheRest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -189,3 +190,13 @@ class TestAValueThatCannotBeMeant:
 def test_sharing_of_no_kind_is_refused(value: Any) -> None:
     with pytest.raises(RecastConfigError, match="coefficient_sharing"):
         RecastConfig(coefficient_sharing=value)
+
+
+@pytest.mark.parametrize("field", [{"head_type": "prototypes"}, {"head_init": "copy"}, {"head_dtype": "float16"}])
+def test_a_classifier_that_is_described_without_classes_is_none_and_that_is_said(field: dict[str, str]) -> None:
+    name, value = next(iter(field.items()))
+    with pytest.warns(UserWarning, match=f"{name}={value!r}: without num_classes or id2label"):
+        RecastConfig(**field)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RecastConfig(num_classes=2, **field)

@@ -36,6 +36,10 @@ class TestBudget:
         assert model.peft_config["default"].lora_config.r == rank
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 16 + rank * 192 <= budget
 
+    def test_the_rank_is_no_higher_than_that_of_the_weights(self):
+        plan = plan_recast(tiny_vit(), RecastConfig(max_coefficients=10**6))
+        assert plan.num_lora_numbers == 8 * 192  # weights of width 8
+
     def test_the_default_budget_said_aloud_is_the_default(self):
         network = timm.create_model("mobilenetv3_small_050", num_classes=0)
         said, default = (plan_recast(network, RecastConfig(max_coefficients=n)) for n in (48, None))

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from models import Around, tiny_vit
+from models import Around, state, tiny_vit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, RecastTargetError, get_recast_model
 from recast_peft.parts.saved import find_norms
 
 
@@ -87,3 +87,11 @@ class TestNorms:
         assert any(key.endswith("running_mean") for key in stored)
         again = PeftModel.from_pretrained(backbone(), tmp_path).eval()
         assert torch.equal(again(x), live)
+
+
+def test_a_module_that_the_model_does_not_have_is_refused() -> None:
+    model = tiny_vit()
+    before = state(model)
+    with pytest.raises(RecastTargetError, match="modules_to_save names nrom, .*did you mean 'norm'"):
+        get_recast_model(model, RecastConfig(modules_to_save=["nrom", "head"]))
+    assert state(model) == before

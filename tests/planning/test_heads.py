@@ -8,7 +8,7 @@ import pytest
 from models import tiny_vit
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, get_recast_model, plan_recast
+from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 from recast_peft.planning.heads import head_names
 
 
@@ -108,3 +108,8 @@ def test_a_head_is_found_by_the_models_own_word_also_inside_of_what_a_task_owns(
     model = get_recast_model(Own(), RecastConfig(target_modules=["body.0"], modules_to_save=["last"]))
     assert model.get_base_model().get_classifier() is not model.get_base_model().last.original_module.out
     assert head_names(model.get_base_model()) == {"last.out"}
+
+
+def test_a_classifier_that_the_model_does_not_have_is_refused_without_classes_too() -> None:
+    with pytest.raises(RecastTargetError, match="head_module='hed': the model has no such module; top level: blocks, head"):
+        get_recast_model(tiny_vit(), RecastConfig(head_module="hed"))

@@ -95,3 +95,9 @@ def test_fused_experts_are_named_with_the_reason() -> None:
     plan = plan_recast(model, RecastConfig())
     assert plan.targets == ("blocks.0.attn", "blocks.1.attn")
     assert "experts in fused parameters (gate_up_proj, down_proj)" in plan.skipped["blocks.0.mlp"]
+
+
+@pytest.mark.parametrize("excluded", [["fc3"], ["fc1", "blocks.0"], "fc1"])
+def test_what_leaves_nothing_out_is_said(excluded: list[str] | str) -> None:
+    with pytest.warns(UserWarning, match="exclude_modules: nothing is left out by '(fc3|blocks.0|fc1)'"):
+        plan_recast(tiny_vit(), RecastConfig(exclude_modules=excluded))
