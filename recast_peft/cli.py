@@ -21,6 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_model
 from torch import nn
 
+from ._version import __version__
 from .auto import AutoRecastModel
 from .config import RecastConfig
 from .errors import RecastConfigError, RecastError
@@ -81,6 +82,7 @@ def _printable(value: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="recast-peft", description="RECAST tasks for PEFT.")
+    parser.add_argument("--version", action="version", version=f"recast-peft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     plan = commands.add_parser("plan", help="show what converting a model would do; no weights are loaded")
@@ -225,6 +227,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _versions(options: argparse.Namespace) -> None:
     if options.roll_back is not None:
         print(f"version {roll_back(options.file, options.roll_back or None)} is in the place of {options.file}")
+    elif not versions(options.file):
+        if not options.file.is_file():
+            raise RecastConfigError(f"{options.file}: there is no such file")
+        print(f"{options.file} has no version before this one: it keeps some if it is saved with keep=")
     for number in versions(options.file):
         seen = version_path(options.file, number).stat()
         when = datetime.fromtimestamp(seen.st_mtime).isoformat(" ", "seconds")

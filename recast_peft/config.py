@@ -55,8 +55,9 @@ class RecastConfig(PeftConfig):
         bias: which biases are trained and stored with the task: ``"none"``, ``"all"`` or ``"recast_only"``.
         init_weights: True starts at the pretrained weights (all offsets zero). False, meant for tests, starts at random offsets
             of size 0.1 to 0.2, from a generator that ``seed`` and the task's name seed, and at a random LoRA part.
-        group_size: number of consecutive layers of one role and shape that share a template bank; 2 unless ``num_groups`` is
-            given. A remainder makes a smaller group; a lone layer has one template.
+        group_size: number of consecutive layers of one role and shape that share a template bank. A remainder makes a smaller
+            group; a lone layer has one template. None is what fits the budget, 2 or 1 by default, unless ``num_groups`` is
+            given.
         num_groups: number of groups into which the layers of each role and shape are divided, instead of ``group_size``.
         num_templates: number of templates in a bank. None takes as many as the group has layers, so that the pretrained weights
             themselves are the templates and nothing is approximated. Fewer compress the model.

@@ -11,6 +11,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peft import PeftModel
@@ -75,6 +76,16 @@ def checked_count(name: str, value: Any, most: int | None = None) -> int:
         between = "of at least 1" if most is None else f"from 1 to {most:,}"
         raise RecastConfigError(f"{name}={shown(value)}: expected a whole number {between}")
     return int(value)
+
+
+def check_is_no_folder(path: Any, example: str) -> None:
+    """Refuse a folder where the name of a file is meant.
+
+    Raises:
+        RecastConfigError: naming it.
+    """
+    if Path(path).is_dir():
+        raise RecastConfigError(f"path={str(path)!r} is a folder; expected the name of a file, such as {example}")
 
 
 def check_is_peft_model(model: Any) -> None:

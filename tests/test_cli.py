@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+import recast_peft
 from recast_peft import RecastConfig, TaskPool, get_recast_model, save_compressed_model, write_model_card
 from recast_peft.cli import main
 from recast_peft.storage.atomic import write_text
@@ -225,6 +226,23 @@ def test_versions_are_listed_and_rolled_back(capsys, tmp_path):
     capsys.readouterr()
     assert main(["versions", str(file), "--roll-back", "9"]) == 1
     assert "no version 9" in capsys.readouterr().err
+    file.unlink()
+    assert main(["versions", str(file)]) == 0  # what is left of it can be put back
+
+
+def test_a_file_without_versions_and_none_at_all_are_told_apart(capsys, tmp_path):
+    (tmp_path / "pool.safetensors").write_text("a")
+    assert main(["versions", str(tmp_path / "pool.safetensors")]) == 0
+    assert "has no version before this one" in capsys.readouterr().out
+    assert main(["versions", str(tmp_path / "nothing")]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"recast-peft {recast_peft.__version__}\n"
 
 
 class TestMerge:

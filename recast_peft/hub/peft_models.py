@@ -199,12 +199,14 @@ def _with_verbs(peft_class: Any) -> type[PeftModel]:
 
     verbs = {"forward": forward, "generate": generate}
     name = f"Recast{peft_class.__name__}"
-    return type(name, (TaskModel, peft_class), {"__module__": __name__, "__doc__": peft_class.__doc__, **verbs})
+    # it is called what it stands for: transformers' pipelines look for PEFT's classes by name, pickle by the qualified one
+    about = {"__module__": __name__, "__qualname__": name, "__doc__": peft_class.__doc__}
+    return type(peft_class.__name__, (TaskModel, peft_class), {**about, **verbs})
 
 
 # one for each class of PEFT, by names in this module, so that pickle finds them
 _WITH_VERBS = {cls: _with_verbs(cls) for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
-globals().update({cls.__name__: cls for cls in _WITH_VERBS.values()})
+globals().update({cls.__qualname__: cls for cls in _WITH_VERBS.values()})
 
 
 def with_task_verbs(model: PeftModel) -> PeftModel:

@@ -29,6 +29,7 @@ from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
 from ..storage.tensors import read_tensors, write_tensors
 from ..tasks.surroundings import surroundings_fingerprint
+from ..validation import check_is_no_folder
 from .heads import HeadKinds, StoredHead
 from .layout import PoolLayout, other_bank
 from .routing import TaskFeatures
@@ -100,8 +101,7 @@ def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None
     Raises:
         RecastConfigError: if a task holds numbers that are not finite, or the path is a folder.
     """
-    if Path(path).is_dir():
-        raise RecastConfigError(f"path={str(path)!r} is a folder; expected the name of a file, such as pool.safetensors")
+    check_is_no_folder(path, "pool.safetensors")
     bad = [tasks.names[place] for place in tasks.damaged()]
     if bad:
         raise RecastConfigError(

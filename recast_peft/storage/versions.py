@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RecastConfigError
+from ..validation import is_int, shown
 from .atomic import flush, locked, replace, staged
 
 VERSIONS = ".versions"
@@ -44,6 +45,8 @@ def keeping_version(path: str | os.PathLike, keep: int) -> Iterator[None]:
 
     If the block fails nothing becomes a version. Two writers take turns.
     """
+    if not is_int(keep) or keep < 0:
+        raise RecastConfigError(f"keep={shown(keep)}: expected a whole number from 0")
     if not keep:
         yield
         return

@@ -103,6 +103,7 @@ class TestTheClassThatShares:
     def test_stays_the_class_of_the_task_type(self) -> None:
         model = get_recast_model(make_backbone(), RecastConfig(task_type="FEATURE_EXTRACTION"))
         assert isinstance(model, PeftModelForFeatureExtraction)
+        assert type(model).__name__ == "PeftModelForFeatureExtraction"  # by which transformers' pipelines know it
         assert type(pickle.loads(pickle.dumps(model))) is type(model)
 
 

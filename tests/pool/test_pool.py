@@ -204,7 +204,7 @@ class TestMixedBatch:
     @pytest.mark.parametrize("task_type", sorted(TEXT_MODELS))
     def test_in_the_class_of_a_task_type(self, task_type):
         model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type)).eval()
-        assert type(model).__name__ != "RecastPeftModel"
+        assert type(model).__name__.startswith("PeftModelFor")
         pool = TaskPool(model)
         for name, seed in (("up", 1), ("down", 2)):
             pool.add(name, {key: 8 * value for key, value in random_state(pool, seed).items()})

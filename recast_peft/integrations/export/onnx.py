@@ -13,6 +13,7 @@ from peft import PeftModel
 from ...errors import RecastConfigError
 from ...pool.pool import TaskPool
 from ...storage.atomic import staged_folder
+from ...validation import check_is_no_folder
 from .graph import INPUT, prepare
 from .layers import AUTO
 from .program import Shapes, trace
@@ -57,6 +58,7 @@ def export_onnx(
         RecastBankError: if a task has what a graph cannot express (a LoRA part, partners, masks, trained biases, a compressed
             bank, quantised weights), or is merged; nothing is written.
     """
+    check_is_no_folder(path, "model.onnx")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise RecastConfigError(f"{' and '.join(missing)} is not installed: pip install onnx onnxscript (the extra `export`)")

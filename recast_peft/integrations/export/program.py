@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from ...pool.pool import TaskPool
 from ...storage.atomic import staged_folder
+from ...validation import check_is_no_folder
 from .graph import INPUT, Prepared, prepare
 from .layers import AUTO
 
@@ -83,6 +84,7 @@ def export_aoti(
         RecastConfigError: if an argument cannot be used.
         RecastBankError: if a task has what a graph cannot express, or is merged; nothing is written.
     """
+    check_is_no_folder(path, "model.pt2")
     target = Path(path)
     program = export_program(model, example, tasks, way=way, dynamic_shapes=dynamic_shapes)
     with staged_folder(target.parent) as folder:

@@ -35,6 +35,7 @@ from ...pool.layout import PoolLayout, same_layout
 from ...pool.pool import TaskPool
 from ...storage.tensors import write_tensors
 from ...tasks.verbs import merged_tasks
+from ...validation import check_is_no_folder
 
 COEFFICIENTS = "coefficients"
 LAYOUT = "recast_layout"  # the entry of the metadata of graphs and files that says which belong together
@@ -262,6 +263,7 @@ def export_task(model: PeftModel | TaskPool, path: str | Path, task: str | None 
         RecastConfigError: if there is no such task.
         RecastBankError: if it has what no graph can express; nothing is written.
     """
+    check_is_no_folder(path, "task.safetensors")
     source = Source(model, task if not isinstance(model, TaskPool) else None)
     name = task or (source.pool.active if source.pool is not None else source.adapter)
     if name is None:
@@ -288,6 +290,7 @@ def export_tasks(model: PeftModel | TaskPool, path: str | Path, tasks: Sequence[
         RecastConfigError: if there is no such task, or their classifiers differ in size.
         RecastBankError: if one has what no graph can express; nothing is written.
     """
+    check_is_no_folder(path, "tasks.safetensors")
     source = Source(model, tasks[0] if tasks and not isinstance(model, TaskPool) else None)
     names = source.names() if tasks is None else list(tasks)
     if not names:

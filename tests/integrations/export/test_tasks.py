@@ -13,7 +13,7 @@ import pytest
 import torch
 from exported import MODELS, header, two_tasks
 from grown_biases import grown, on
-from models import converted, layers_of, randomise
+from models import converted, layers_of, randomise, vit_input
 from safetensors.numpy import load_file
 
 from recast_peft import (
@@ -21,6 +21,7 @@ from recast_peft import (
     RecastConfig,
     RecastConfigError,
     TaskPool,
+    export_onnx,
     export_task,
     export_tasks,
     rescale_adapter_scale,
@@ -174,3 +175,13 @@ class TestFiles:
         with pytest.raises(RecastConfigError, match=r"first.*\n.*second"):
             export_tasks(model, tmp_path / "tasks")
         assert export_tasks(model, tmp_path / "tasks", ["first", "fresh"]) == ["first", "fresh"]
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    model = converted(group_size=1)
+    for write in (export_task, export_tasks):
+        with pytest.raises(RecastConfigError, match=r"is a folder; expected the name of a file, such as tasks?\.safetensors"):
+            write(model, tmp_path)
+    with pytest.raises(RecastConfigError, match=r"is a folder; expected the name of a file, such as model\.onnx"):
+        export_onnx(model, tmp_path, vit_input())
+    assert not list(tmp_path.iterdir())
