@@ -11,7 +11,7 @@ class RecastError(Exception):
 
 
 class RecastConfigError(RecastError, ValueError):
-    """A field of a config has a value that cannot be used."""
+    """A field of a config, or an argument, has a value that cannot be used."""
 
 
 class RecastTargetError(RecastError, ValueError):

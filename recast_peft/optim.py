@@ -142,6 +142,9 @@ def create_recast_optimizer(
         partner_lr: learning rate of the task's partners; None is ``lr``, and for coefficients of biases ``coefficient_lr``.
         kwargs: further arguments of the optimiser (``weight_decay``, ``betas``, ...).
 
+    Returns:
+        the optimiser, with a parameter group for each kind of part that is trained.
+
     Raises:
         RecastConfigError: if the model trains neither coefficients nor partners, or a rate is no number from 0.
 

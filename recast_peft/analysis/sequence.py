@@ -30,6 +30,7 @@ from ..mimicry.features import evaluating
 from ..names import check_adapter_name
 from ..parts import BiasConfig
 from ..parts.bias_part import bias_config
+from ..planning.plan import SAID_BY_BANK
 from ..validation import checked_count, shown
 from .matrix import AccuracyMatrix
 
@@ -213,7 +214,7 @@ def _add_task(
         others = [partner for partner in own.partners or () if partner is not bias_config(own)]
         own.partners = [*others, BiasConfig(bank=bank)]
     elif bank is not None:
-        own.bank = bank  # type: ignore[assignment]
+        own = own.as_chosen(bank=bank, **dict.fromkeys(SAID_BY_BANK))
     return with_task(model, own, name)
 
 

@@ -27,6 +27,8 @@ class Strength:
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let a task act with a factor; 1 is what it was trained with. A task that has nothing here is passed over."""
+        if not isinstance(scale, (int, float, Tensor)):
+            raise RecastConfigError(f"set_scale({adapter!r}, {scale!r}): expected a number")
         if self.has_task(adapter):
             if scale != 1 and adapter in self.without_strength:
                 warnings.warn(

@@ -36,6 +36,9 @@ def random_bank(
         plain_templates: keep the members' pretrained weights as templates beside the random ones.
         seed: random seed for the templates.
 
+    Returns:
+        the bank, under no name.
+
     Raises:
         RecastConfigError: if a number is below 1, or the model is converted already.
     """

@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import RecastConfig
+from ..errors import RecastConfigError
 from ..holders import trained_kinds
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
+from ..validation import shown
 from .cards import write_model_card, write_repository_card
 from .task_files import has_task_numbers
 from .transfer import local_task, push_tasks_to_hub, task_names
@@ -110,7 +112,17 @@ class TaskModel:
             return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
 
     def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; a task may have any name."""
+        """As in PEFT; a task may have any name.
+
+        Raises:
+            RecastConfigError: if the config is none, such as a dictionary or the folder of a task.
+        """
+        config = args[0] if args else kwargs.get("peft_config")
+        if not isinstance(config, PeftConfig):
+            raise RecastConfigError(
+                f"add_adapter({shown(adapter_name)}, {shown(config)}): expected a name and a RecastConfig; a saved task is "
+                "loaded by load_adapter(folder, name)"
+            )
         with any_name():
             return super().add_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
 

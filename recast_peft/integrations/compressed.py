@@ -99,6 +99,9 @@ def load_compressed_model(
         adapter_name: name of the first task.
         kwargs: passed on to ``get_recast_model``.
 
+    Returns:
+        the model, as ``get_recast_model`` returns it.
+
     Raises:
         RecastLoadError: if the files are damaged or do not fit, or a tensor of the backbone stays without numbers.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -140,6 +141,18 @@ def _shown_reasons(skipped: dict[str, str]) -> list[str]:
     return [f"left out: {', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''} ({r})" for r, n in names.items()]
 
 
+SAID_BY_BANK = (
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
+    *("group_size", "num_groups", "num_templates"),
+)
+
+
+def _warn_of_what_a_bank_says(config: RecastConfig) -> None:
+    idle = [f"{name}={value!r}" for name in SAID_BY_BANK if (value := getattr(config, name)) is not None]
+    if idle:
+        warnings.warn(f"the bank says which modules are targets and how: {', '.join(idle)} is not looked at", stacklevel=3)
+
+
 def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
     """The plan of a task without its parts beside the coefficients; see ``plan_recast`` for what is raised."""
     if not isinstance(model, nn.Module) or not isinstance(config, RecastConfig):
@@ -156,6 +169,7 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
             "RecastConfig(partners=[BiasConfig(bank=...)])"
         )
     if bank is not None and config.groups is None:
+        _warn_of_what_a_bank_says(config)
         config = config.as_chosen(groups={name: list(group.members) for name, group in bank.groups.items()})
     targets, skipped = find_targets(model, config)
     check_materialised(targets)

@@ -16,7 +16,8 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..layer import recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX
-from ..parts import PARTS
+from ..parts import PARTS, pieces_of
+from ..parts.base import Request
 from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
@@ -90,16 +91,21 @@ class PoolLayout:
         self.check_fingerprint(what, config.base_fingerprint or {})
         self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
 
-    def check_choices(self, what: str, config: RecastConfig) -> None:
-        """Refuse a config for a fresh task whose targets or sizes are not the pool's; one that names none has the pool's."""
-        if config.groups is None and all(getattr(config, name) is None for name in CHOICES):
+    def check_choices(self, name: str, config: RecastConfig) -> None:
+        """Refuse a config for a fresh task that owns modules, or whose targets or sizes are not the pool's.
+
+        One that names neither targets nor sizes has the pool's.
+        """
+        modules = pieces_of(Request(self.backbone, config, tuple(self.layers), counting=True)) if config.modules_to_save else ()
+        refuse(name, [part.name for part, own in modules if own and part.name == "modules_to_save"])
+        if config.groups is None and all(getattr(config, choice) is None for choice in CHOICES):
             return
         plan = plan_recast(self.backbone, config)
         groups = {group.name: list(group.members) for group in plan.groups}
         sizes = {member: group.num_templates for group in plan.groups for member in group.members}
-        own = {name: part.stop - part.start for name, part in self.slices.items() if name in self.layers}
+        own = {member: part.stop - part.start for member, part in self.slices.items() if member in self.layers}
         if groups != self.config.groups or (sizes != own and not self.versions) or plan.lora is not None:
-            raise _other_layout(what, config.as_chosen(groups=groups), self.config)
+            raise _other_layout(f"task {name!r}", config.as_chosen(groups=groups), self.config)
 
     def check_surroundings(self, what: str, recorded: str | None) -> None:
         """Warn of what was learned where the model has other weights or norms beside the targets."""

@@ -30,7 +30,7 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
         refuse_parts(name, given)
         layout.check_biases(f"task {name!r}", given)
     if isinstance(source, RecastConfig):
-        layout.check_choices(f"task {name!r}", source)
+        layout.check_choices(name, source)
     if source is None or isinstance(source, RecastConfig):
         return torch.zeros(layout.width), None if source is None else prepare_head(layout.backbone, source)
     if isinstance(source, Mapping):

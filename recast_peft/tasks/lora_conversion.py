@@ -173,6 +173,9 @@ def save_as_lora(
 
     Returns:
         the errors, which are also written to ``conversion.txt`` beside the LoRA.
+
+    Raises:
+        RecastConfigError: as ``convert_to_lora``; nothing is written then.
     """
     lora_config, state, report = convert_to_lora(model, rank, adapter_name, progressbar)
     folder = Path(path)

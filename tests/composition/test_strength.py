@@ -401,3 +401,11 @@ def test_a_deleted_task_leaves_no_strength_behind() -> None:
     set_scale(model, 0.5, "second")
     model.delete_adapter("second")
     assert {key for m in model.modules() if isinstance(m, BaseTunerLayer) for key in m.scaling} == set()  # type: ignore[attr-defined]
+
+
+def test_a_strength_that_is_no_number_is_refused_before_anything_changes():
+    model = converted(init_weights=False)
+    layer, before = next(iter(layers_of(model).values())), outputs(model, vit_input())
+    with pytest.raises(RecastConfigError, match="'default', 'half'.*expected a number"):
+        layer.set_scale("default", "half")
+    assert torch.equal(outputs(model, vit_input()), before)

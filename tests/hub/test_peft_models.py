@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_vit, vit_input
+from models import converted, tiny_vit, vit_input
 
-from recast_peft import RecastConfig, RecastLoadError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
 
 CONFIG = RecastConfig(target_modules=["qkv"], init_weights=False)
 
@@ -59,3 +59,11 @@ def test_a_task_may_have_any_name_without_a_warning() -> None:
         model = get_recast_model(tiny_vit(), CONFIG, "cast")
         model.add_adapter("t", CONFIG)
     assert list(model.peft_config) == ["cast", "t"]
+
+
+@pytest.mark.parametrize("given", [("task", {"num_classes": 3}), ("task", "folder/task"), (RecastConfig(), "task")])
+def test_what_is_no_config_is_refused(given):
+    model = converted()
+    with pytest.raises(RecastConfigError, match=r"add_adapter\(.*expected a name and a RecastConfig"):
+        model.add_adapter(*given)
+    assert list(model.peft_config) == ["default"]

@@ -13,7 +13,7 @@ from models import converted, outputs, tiny_vit, vit_input
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model, plan_recast
+from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model, plan_recast, random_bank
 
 
 class TestSizes:
@@ -271,3 +271,10 @@ class TestALaterAdapter:
     def test_computes_what_it_would_alone(self, first: int, second: int, depth: int) -> None:
         assume(first != second)
         self.agree({"group_size": first}, {"group_size": second}, depth)
+
+
+def test_what_a_bank_says_cannot_be_said_otherwise_in_silence() -> None:
+    bank = random_bank(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=1))
+    with pytest.warns(UserWarning, match=r"the bank says.*target_modules=\['fc1'\], group_size=2 is not looked at"):
+        plan = plan_recast(tiny_vit(), RecastConfig(bank=bank, target_modules=["fc1"], group_size=2))
+    assert {name.rpartition(".")[2] for name in plan.targets} == {"qkv"}
