@@ -28,6 +28,7 @@ from ..layer import RecastLayer, recast_layers
 from ..names import lies_in, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
+from .lora_pool import PooledPart, one_task_for_all
 from .lora_strength import PartStrength, is_left_out, keys_of, part_layers, with_strengths_of_call, without
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
@@ -62,7 +63,7 @@ def _computes(value: bool = True) -> Iterator[None]:
         _computing.reset(token)
 
 
-class PartLayer(PartStrength, Mixed, TaskHolder):
+class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     """What a LoRA layer does differently as a part of RECAST tasks.
 
     PEFT's layers hold a task under ``container_key`` of its name, so that a name can be any string.
@@ -226,7 +227,7 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
         if self.disable_adapters or self.merged:
             return weight
         if current_batch() is not None:
-            raise _one_task_for_all(self)
+            raise one_task_for_all(self)
         added = weight
         for name in self.active_adapters:  # type: ignore[attr-defined]
             if name in self.lora_variant:
@@ -244,10 +245,10 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
             if batch is None:
                 return torch.func.functional_call(self.get_base_layer(), {"weight": self.weight}, (x, *args), kwargs)
             if batch.pool is None:
-                raise _one_task_for_all(self)
+                raise one_task_for_all(self)
         if batch is not None:
-            if batch.pool is not None:  # tasks of a pool have no LoRA part
-                return self.base_layer(x, *args, **kwargs)
+            if batch.pool is not None:
+                return self.call_from_pool(batch, x, args, kwargs)
             repeats = batch.repeats(len(x))
             kwargs["adapter_names"] = [name for name in keys_of(batch.names) for _ in range(repeats)]
         if not self.lora_variant:
@@ -258,13 +259,6 @@ class PartLayer(PartStrength, Mixed, TaskHolder):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: what a task adds here is more than its LoRA."""
         return False
-
-
-def _one_task_for_all(layer: PartLayer) -> RecastBankError:
-    return RecastBankError(
-        f"the LoRA part on {type(layer.get_base_layer()).__name__} is computed by its weight, which is one for all samples: "
-        "pass one task at a time instead of adapter_names"
-    )
 
 
 class _PartMaker(LoraModel):

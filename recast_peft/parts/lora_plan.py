@@ -169,11 +169,17 @@ def adds_to_output(module: nn.Module) -> bool:
     return kind is not None and kind.takes_lora(module)
 
 
+def rank_and_alpha(lora: Any, module_name: str) -> tuple[int, float]:
+    """The rank of a LoRA at a module, and what its product is multiplied with before it is divided by the rank."""
+    patterns = ((lora.rank_pattern, lora.r), (lora.alpha_pattern, lora.lora_alpha))
+    rank, alpha = (pattern.get(get_pattern_key(pattern.keys(), module_name), usual) for pattern, usual in patterns)
+    return rank, alpha
+
+
 def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of what PEFT would make for a module, from a layer made on the meta device."""
     name = "task"
-    rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern.keys(), target.name), lora.r)
-    alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern.keys(), target.name), lora.lora_alpha)
+    rank, alpha = rank_and_alpha(lora, target.name)
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # they come again when the layer is made

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ..errors import RecastConfigError
+from ..errors import RecastBankError, RecastConfigError
 from ..model import RecastModel
 from ..parts.bias_part import bias_holders
 from ..parts.head import TaskHead, task_head, task_heads
@@ -62,13 +62,21 @@ class Slot:
 
     def activate(self, name: str, row: Tensor, head: StoredHead | None, merge: bool) -> None:
         """Make a task active; see ``TaskPool.activate``."""
+        refusals = [part.refusal_to_merge(self.name) for part in self.layout.lora.layers] if merge else []
+        for refusal in filter(None, refusals):
+            raise RecastBankError(f"task {name!r} cannot be merged: it has {refusal}. Activate it without merge=True.")
         self._make_active()
         if not merge:
             self._unmerge()
         self._write(row)
         if merge:
+            parts = self.layout.lora.layers
+            for part in parts:
+                part.merge_in_place(self.name)
+            beside = {id(layer) for part in parts for layer in part.recast_beside}
             for layer in self.layout.layers.values():
-                layer.merge_in_place([self.name])
+                if id(layer) not in beside:
+                    layer.merge_in_place([self.name])
             for holder in self._holders:
                 holder.merge_in_place(self.name)
         self._show(head)
@@ -122,12 +130,14 @@ class Slot:
         with torch.no_grad():
             targets = [layer.recast_coefficients[self.name] for layer in layout.layers.values()]
             targets += [owner.offset for owner in layout.bias_owners.values()]
+            targets += [entry.tensor for entry in layout.lora.entries.values()]
             row = row.to(targets[0].device)
             sources = [row[part].detach() for part in layout.slices.values()]
             torch._foreach_copy_([t.data for t in targets], [s.view_as(t) for s, t in zip(sources, targets, strict=True)])
 
     def _unmerge(self) -> None:
-        parts: list[Any] = [*self.layout.layers.values(), *self._holders]
+        # layers first: a LoRA part then has nothing to compose again below it
+        parts: list[Any] = [*self.layout.layers.values(), *self.layout.lora.layers, *self._holders]
         for part in parts:
             part.unmerge()
 

@@ -1,6 +1,6 @@
 """One safetensors file for all tasks of a pool.
 
-    coefficients           (tasks, numbers per task)
+    coefficients           (tasks, numbers per task); last those of the LoRA part
     names                  UTF-8, one a line
     heads.K.places         (heads,) places among the tasks, of all classifiers of kind K
     heads.K.labels         (heads,) their labels in the metadata
@@ -119,6 +119,7 @@ def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None
         "surroundings_fingerprint": surroundings_fingerprint(layout.backbone, layout.layers),
         "bank": layout.bank,
         "biases": layout.biases(),
+        "lora": list(layout.lora.parts.items()),
         "heads": kinds,
         "labels": labels,
         "remembered": {},
@@ -204,6 +205,7 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     try:
         said = {key: parse_value(texts[key], f"{key!r} of {what}") for key in LAYOUT}
         biases = parse_value(texts.get("biases", "{}"), f"'biases' of {what}")  # files of earlier versions do not name them
+        lora = parse_value(texts.get("lora", "[]"), f"'lora' of {what}")
         labels = parse_value(texts.get("labels", "[]"), f"'labels' of {what}")
         surroundings = parse_value(texts.get("surroundings_fingerprint", "null"), f"'surroundings_fingerprint' of {what}")
         table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
@@ -213,6 +215,7 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
         raise RecastLoadError(f"{what} is damaged: {error!r}. Nothing was loaded; fetch it again.") from error
     _check_layout(path, said, biases, layout)
     layout.check_surroundings(what, surroundings)
+    table = layout.lora.padded(f"each task in {path}", lora, table)
     if tuple(table.shape) != (len(names), layout.width) or not table.is_floating_point() or len({*names}) < len(names):
         raise RecastLoadError(
             f"the table in {path} is damaged: {table.dtype} of shape {tuple(table.shape)} and {len({*names})} names, expected "
@@ -260,6 +263,8 @@ def describe_pool(path: str | Path) -> list[tuple[str, str]]:
         first_format = len(parse_value(file.metadata["heads"], f"'heads' of {what}"))
         heads = [tensor for key, tensor in file.tensors.items() if re.fullmatch(r"heads\.\d+\.places", key)]
         width = file.tensors["coefficients"].shape[1]
+        lora = parse_value(file.metadata.get("lora", "[]"), f"'lora' of {what}")
+        modules = f", with a LoRA part on {len(lora)} modules" if lora else ""
         members = sum(map(len, groups.values()))
     except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecastLoadError(f"{what} is damaged: {error!r}") from error
@@ -267,7 +272,7 @@ def describe_pool(path: str | Path) -> list[tuple[str, str]]:
     return [
         ("tasks", f"{len(names):,}: {shown}" if names else "none"),
         ("target modules", f"{members} in {len(groups)} banks"),
-        ("coefficients", f"{width:,} each"),
+        ("numbers" if modules else "coefficients", f"{width:,} each{modules}"),
         ("classifiers", f"{sum(map(len, heads)) if file.metadata['format'] == FORMATS[-1] else first_format:,}"),
         ("size", f"{Path(path).stat().st_size:,} bytes"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,13 @@ from ..names import COEFFICIENTS, MODEL_PREFIX
 from ..parts import PARTS, pieces_of
 from ..parts.base import Request
 from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
+from ..parts.lora import A_PART
+from ..parts.lora_plan import plan_lora_part
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
+from .lora import LoraColumns, modules_of, refusal_of
 
 CHOICES = (  # fields by which a config says where its coefficients are, and how many
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
@@ -34,8 +38,9 @@ class PoolLayout:
     """The layout of a pool's rows.
 
     Attributes:
-        slices: columns of a row, by target module and by the names of biases.
+        slices: columns of a row, by target module, by the names of biases, and last by those of the factors of a LoRA part.
         width: numbers of one task.
+        lora: the LoRA part of the tasks; without columns if they have none.
     """
 
     def __init__(self, backbone: nn.Module, config: RecastConfig, slot: str) -> None:
@@ -44,12 +49,19 @@ class PoolLayout:
         self.bias_owners = bias_owners(backbone, slot)
         sizes = {name: layer.recast_bank[slot].num_templates for name, layer in self.layers.items()}
         sizes.update({name: owner.offset.numel() for name, owner in self.bias_owners.items()})
+        self.lora = LoraColumns(backbone, slot, config)
+        sizes.update({name: torch.Size(entry.shape).numel() for name, entry in self.lora.entries.items()})
         self._surroundings: str | None = None
         self.slices: dict[str, slice] = {}
         self.width = 0
         for name, size in sizes.items():
             self.slices[name] = slice(self.width, self.width + size)
             self.width += size
+
+    @property
+    def coefficients(self) -> dict[str, slice]:
+        """The columns that are no LoRA part's: they come first."""
+        return {name: part for name, part in self.slices.items() if name not in self.lora.entries}
 
     # ---------------------------------------------------------------- banks
 
@@ -144,6 +156,20 @@ class PoolLayout:
 
     # ---------------------------------------------------------------- reading a task
 
+    def fresh_row(self, name: str, config: RecastConfig | None = None) -> Tensor:
+        """The row of a task that changes nothing yet.
+
+        Raises:
+            RecastBankError: if a config is given that asks for another LoRA part than the pool's.
+        """
+        if config is not None and config.lora_config is not None:
+            plan = plan_lora_part(self.backbone, config, list(self.layers))
+            assert plan is not None
+            self.lora.check(f"task {name!r}", plan.config, plan.targets)
+        row, seed = torch.zeros(self.width), 0 if config is None else config.seed
+        self.lora.fresh(row, self.slices, torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+        return row
+
     def row_of(self, what: str, entries: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], has_biases: bool) -> Tensor:
         """A task's row, from the entries of its file.
 
@@ -167,12 +193,18 @@ class PoolLayout:
             shapes[key] = (part.stop - part.start,)
             if key in entries and entries[key].ndim == 1 and len(self.bias_versions) > 1:
                 entries[key] = F.pad(entries[key], (0, max(0, part.stop - part.start - len(entries[key]))))
+        factors = {entry.key: (entry.shape, self.slices[name]) for name, entry in self.lora.entries.items()}
+        if any(key in entries for key in factors):
+            shapes.update({key: shape for key, (shape, _) in factors.items()})
         check_entries(what, entries, shapes)
         row = torch.zeros(self.width)
         for key, part in keys.items():
             row[part] = average_sets(entries[key].float())
         for key, part in biases.items():
             row[part] = entries[key].float()
+        for key, (_, part) in factors.items():
+            if key in entries:
+                row[part] = entries[key].float().flatten()
         return row
 
     def has_biases(self, entries: Mapping[str, Tensor]) -> bool:
@@ -188,7 +220,9 @@ class PoolLayout:
         """
         if config.groups != self.config.groups:
             raise _other_layout(f"task {adapter!r} of the model", config, self.config)
-        refuse(adapter, refusals_to_combine(self.backbone, adapter, config))
+        refuse(adapter, config, refusals_to_combine(self.backbone, adapter, config))
+        factors = self.lora.entries_of(adapter)
+        self.lora.check(f"task {adapter!r} of the model", config.lora_config, modules_of(factors))
         self._check_bank(f"task {adapter!r} of the model", config)
         row = torch.zeros(self.width)
         for name, layer in self.layers.items():
@@ -197,6 +231,8 @@ class PoolLayout:
         for name, offset in bias_coefficients(self.backbone, adapter).items():
             start = self.slices[name].start
             row[start : start + len(offset)] = offset.detach().float().cpu()
+        for name, values in factors.items():
+            row[self.slices[name]] = values.detach().float().cpu().flatten()
         return row
 
     def _extended(self, values: Tensor, part: slice) -> Tensor:
@@ -212,11 +248,13 @@ def same_layout(first: RecastConfig, second: RecastConfig) -> bool:
 
 def refuse_parts(name: str, config: RecastConfig) -> None:
     """Refuse a task whose config asks for what a pool cannot hold."""
-    refuse(name, [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None])
+    refuse(name, config, [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None])
 
 
-def refuse(name: str, refusals: Sequence[str]) -> None:
-    """Refuse a task for what it owns, if there is anything."""
+def refuse(name: str, config: RecastConfig, owned: Sequence[str]) -> None:
+    """Refuse a task for what it owns, if there is anything that a pool cannot hold."""
+    of_lora = refusal_of(config.lora_config)
+    refusals = [text for text in (*owned, of_lora) if text is not None and text != A_PART]
     if refusals:
         raise RecastConfigError(
             f"a pool cannot hold task {name!r}: it owns {shown(refusals)} beside its coefficients and its classifier. "

@@ -25,6 +25,7 @@ from .activation import Slot
 from .batches import hold, pool_of
 from .features import base_features
 from .layout import PoolLayout, same_layout
+from .lora import LoraColumns, poolable_part
 from .resident import ResidentTasks
 from .routing import nearest_task, summarise
 from .table import LAST_SERIAL
@@ -66,7 +67,8 @@ class TaskPool(ResidentTasks):
             raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names)}")
         self.model = model
         self._tuner = tuner
-        layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True)
+        part = poolable_part(tuner.model, like)
+        layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True, lora_config=part)
         was_there = slot in tuner.peft_config
         if not was_there:
             with torch.inference_mode(False):
@@ -77,12 +79,14 @@ class TaskPool(ResidentTasks):
                 "another name"
             )
         config = cast(RecastConfig, tuner.peft_config[slot])
-        if not same_layout(layout, config):
-            raise RecastConfigError(
-                f"slot={slot!r}: the model has such an adapter already, with other target modules or banks than {like!r}: "
-                "give the slot another name"
-            )
         pool_layout = PoolLayout(tuner.model, config, slot)
+        part_of_like = LoraColumns(tuner.model, like, layout)
+        if not same_layout(layout, config) or pool_layout.lora.parts != part_of_like.parts:
+            raise RecastConfigError(
+                f"slot={slot!r}: the model has such an adapter already, with other target modules, banks or another LoRA part "
+                f"than {like!r}: give the slot another name"
+            )
+        pool_layout.lora.compute_as(part_of_like)
         self._slot = Slot(model, slot, pool_layout)
         serial = tuner.pools_made % LAST_SERIAL
         super().__init__(pool_layout, tuner.peft_config, self._slot.make_place_for, head_dtype, serial)
@@ -105,7 +109,7 @@ class TaskPool(ResidentTasks):
         sizes = ", ".join(f"{key} {size:,} bytes" for key, size in self.sizes().items() if size)
         return (
             f"TaskPool({len(self)} task{'' if len(self) == 1 else 's'}: {', '.join(shown) or 'none'}; "
-            f"{self.numbers_per_task} coefficients each, {len(self._heads)} with a classifier; {sizes}; slot={self.slot!r}, "
+            f"{self.numbers_per_task} numbers each, {len(self._heads)} with a classifier; {sizes}; slot={self.slot!r}, "
             f"active={self.active!r})"
         )
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
 from .layout import PoolLayout, refuse_parts
+from .lora import modules_of
 
 Read = tuple[Tensor, PreparedHead | None]
 
@@ -32,7 +32,7 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
     if isinstance(source, RecastConfig):
         layout.check_choices(name, source)
     if source is None or isinstance(source, RecastConfig):
-        return torch.zeros(layout.width), None if source is None else prepare_head(layout.backbone, source)
+        return layout.fresh_row(name, source), None if source is None else prepare_head(layout.backbone, source)
     if isinstance(source, Mapping):
         entries = dict(source)
         return layout.row_of(f"task {name!r}", entries, {}, layout.has_biases(entries)), None
@@ -53,6 +53,7 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     layout.check_config(str(source), config)
     what = f"the task at {str(source)!r}"
     entries = read_entries(folder, {}, what)
+    layout.lora.check(what, config.lora_config, modules_of(key.removeprefix(MODEL_PREFIX) for key in entries))
     head = prepare_head(layout.backbone, config)
     shapes = {} if head is None else head.shapes()
     values = layout.row_of(what, entries, shapes, bias_config(config) is not None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -46,11 +47,17 @@ class ResidentTasks(TaskTable):
     def coefficients(self, name: str) -> dict[str, Tensor]:
         """A task's coefficients ``(templates,)`` by target module; those of biases by the name of their (first) bias."""
         with self.lock:
-            row = self.table[self.row(name)].detach().clone()
-        return {module: row[part].clone() for module, part in self._layout.slices.items()}
+            row = self.table[self.row(name)].detach()
+            return {module: row[part].clone() for module, part in self._layout.coefficients.items()}
+
+    def lora_factors(self, name: str) -> dict[str, Tensor]:
+        """The factors of a task's LoRA part by their names in its file (``blocks.0.attn.qkv.lora_A.weight``); empty without."""
+        with self.lock:
+            row, slices = self.table[self.row(name)].detach(), self._layout.slices
+            return {key: row[slices[key]].view(entry.shape).clone() for key, entry in self._layout.lora.entries.items()}
 
     def part_of(self, module_name: str) -> slice | None:
-        """The columns of a target module in the table, or of the coefficients of a bias by its name."""
+        """The columns of a target module in the table, of the coefficients of a bias or of a LoRA part's factor by its name."""
         return self._layout.slices.get(module_name)
 
     def head(self, row: int) -> nn.Module | None:
@@ -66,16 +73,18 @@ class ResidentTasks(TaskTable):
             return None if stored is None else stored.prepared()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes in memory of the coefficients, the classifiers, and what is remembered for routing."""
+        """Bytes in memory of the coefficients, the classifiers, what is remembered for routing, and LoRA parts if there are."""
         with self.lock:
             heads = bytes_of(self._heads.values())
             known = sum(tensor.nbytes for k in self._remembered.values() for tensor in (k.prototypes, k.scatter))
-        return {"coefficients": self.table.nbytes, "heads": heads, "remembered": known}
+        lora = self.table.nbytes * self._layout.lora.width // max(1, self._layout.width)
+        sizes = {"coefficients": self.table.nbytes - lora, "heads": heads, "remembered": known}
+        return {**sizes, "lora": lora} if lora else sizes
 
     def nbytes(self) -> int:
         """Bytes of the table and the heads; ``sizes`` has them one by one."""
         sizes = self.sizes()
-        return sizes["coefficients"] + sizes["heads"]
+        return sizes["coefficients"] + sizes["heads"] + sizes.get("lora", 0)
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do with table and heads what ``nn.Module.to`` and its kin do with the model; the model calls it."""
@@ -152,7 +161,7 @@ class ResidentTasks(TaskTable):
             the row.
 
         Raises:
-            RecastConfigError: if an argument cannot be used; the pool is left as it was.
+            RecastConfigError: if an argument cannot be used, or a task has a LoRA part; the pool is left as it was.
         """
         check_adapter_name(adapter_name)
         check_combination(adapters, weights, combination_type, heads=heads, **options)
@@ -162,7 +171,9 @@ class ResidentTasks(TaskTable):
                 stored = {name: self._heads.get(row) for name, row in rows.items()}
                 prepared = {name: None if head is None else head.prepared() for name, head in stored.items()}
                 numbers = [self.table.detach()[row].clone() for row in rows.values()]
-            values = combine_rows(numbers, weights, combination_type, **options)
+            coefficients = [row[: len(row) - self._layout.lora.width] for row in numbers]
+            self._layout.lora.check_combinable(dict(zip(rows, numbers, strict=True)))
+            values = F.pad(combine_rows(coefficients, weights, combination_type, **options), (0, self._layout.lora.width))
             head = combine_heads(prepared, weights, heads)
             self.check_new_name(adapter_name)
             return self.add_row(adapter_name, values, self._stored(head))

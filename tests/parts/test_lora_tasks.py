@@ -9,7 +9,7 @@ from models import layers_of, outputs, tiny_vit, vit_input
 from peft import PeftModel
 from torch import Tensor
 
-from recast_peft import RecastConfig, RecastConfigError, TaskPool, convert_to_lora, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, convert_to_lora, get_recast_model
 from recast_peft.parts.lora_strength import part_layers
 
 
@@ -85,11 +85,12 @@ class TestSeveralTasks:
 
     def test_a_pool_beside_tasks_of_two_parts(self, three):
         model, results = three
-        pool = TaskPool(model)
+        model.add_adapter("unlike", RecastConfig(target_modules=["qkv", "proj"]))
+        pool = TaskPool(model, like="unlike")
         pool.add("row")
         with torch.no_grad():
             pool.table[0].normal_(std=0.2)
-        with pytest.raises(RecastConfigError, match="it owns a LoRA part"):
+        with pytest.raises(RecastBankError, match="pool: no LoRA part"):
             pool.add("second", "task")
         pool.activate("row")
         row = outputs(model, vit_input())
@@ -109,7 +110,7 @@ class TestSeveralTasks:
             convert_to_lora(model, 4, "task")
         assert not model.base_model.supports_lora_conversion("task")
         model.save_pretrained(tmp_path)
-        with pytest.raises(RecastConfigError, match="a LoRA part"):
+        with pytest.raises(RecastBankError, match="other target modules"):
             TaskPool(model, like="alone").add("task", tmp_path / "task")
 
 

@@ -120,9 +120,11 @@ class Source:
 
         Raises:
             RecastConfigError: if there is none.
-            RecastBankError: if it has other targets or banks.
+            RecastBankError: if it has other targets or banks, or the tasks of the pool have a LoRA part.
         """
         if self.pool is not None:
+            if self.layout.lora.entries:
+                check_exportable(self.backbone, self.adapter, self.config)
             values = self.pool.coefficients(name)
             head = self.pool.prepared_head(name)
             owned = {} if head is None else {f"{head.place}.{key}": value for key, value in floating(head.module).items()}

@@ -15,7 +15,7 @@ from .store import TaskStore
 
 
 def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | None = None) -> TaskStore:
-    """A pool of the tasks in a folder.
+    """A pool of the tasks in a folder, which has the layout of the first one with a LoRA part, or of the first one.
 
     Args:
         folder: folder of saved tasks, one in a folder each.
@@ -26,7 +26,9 @@ def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | N
         RecastConfigError: if no task in the folder can be read; the reasons are in the message.
     """
     reasons = []
-    for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")):
+    paths = sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))
+    # a pool like a task with a LoRA part holds those without one as well
+    for path in sorted(paths, key=lambda path: b'"lora_config"' not in path.read_bytes()):
         try:
             model = AutoRecastModel.from_pretrained(path.parent, backbone=backbone, adapter_name="layout")
         except RecastError as error:

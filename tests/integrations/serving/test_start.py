@@ -13,8 +13,29 @@ import urllib.request
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save
-from served import CLASSES, backbone
+from served import CLASSES, alone, backbone
+
+from recast_peft import RecastConfig, get_recast_model
+from recast_peft.integrations.serving import TaskServer
+from recast_peft.integrations.serving.start import open_folder
+
+
+def test_a_pool_for_tasks_with_a_lora_part_and_without(store, image):
+    config = RecastConfig(target_modules=["qkv"], lora_config=LoraConfig(r=2))
+    model = get_recast_model(backbone(), config, "with").eval()
+    for name, parameter in model.named_parameters():
+        if ".with" in name:
+            parameter.data.add_(0.05)
+    model.save_pretrained(store.folder)
+    opened = open_folder(store.folder, backbone=backbone())
+    assert opened.problems == {}
+    assert sorted(opened.pool.names) == ["cars", "cats", "dogs", "with"]
+    with TaskServer(opened.pool) as server, torch.no_grad():
+        futures = {name: server.submit(name, image) for name in ("with", "cats")}
+        torch.testing.assert_close(futures["with"].result().output, model(image[None])[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(futures["cats"].result().output, alone(store.pool, "cats", image), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

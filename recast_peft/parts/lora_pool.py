@@ -1,0 +1,120 @@
+"""LoRA parts of a pool's tasks: merged one after the other in one storage, and one for each sample of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..composition.mixed_batch import MixedBatch
+from ..composition.mixing import call_mixed
+from ..errors import RecastBankError
+from ..holders import container_key
+
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
+
+
+class PooledPart:
+    """What a LoRA part's layer does for the tasks of a pool; a mixin of PEFT's layers."""
+
+    base_layer: nn.Module
+    module_name: str
+    merged: bool
+    merged_adapters: list[str]
+    recast_beside: tuple[Any, ...]
+    scaling: dict[str, float]
+    _by_weight: bool
+    _disable_adapters: bool
+    _kept: list[tuple[nn.Parameter, Tensor]]
+    _switched_off: bool
+
+    def merge_in_place(self, adapter_name: str) -> None:
+        """Merge a task, with its coefficients, in place of what is merged now, into the same storage.
+
+        Raises:
+            RecastBankError: if something of another method is merged here.
+        """
+        layer: Any = self
+        composed = next(iter(self.recast_beside), None)
+        others = [] if composed is None else [other for other in composed.other_layers if other.merged and other is not self]
+        if not self.merged or others:
+            if composed is not None:
+                composed.merge_in_place([adapter_name])
+            layer.merge(adapter_names=[adapter_name])
+            return
+        with torch.no_grad():
+            for parameter, values in self._kept:
+                parameter.data.copy_(values)
+            if composed is not None:
+                present = composed.present([adapter_name])
+                composed.compose(present, out=composed.weight_parameter.data)
+                composed.merged_adapters, composed.held = present, tuple(present)
+        self.merged_adapters.clear()
+        layer._plain_class.merge(self, adapter_names=[container_key(adapter_name)])
+
+    def call_from_pool(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The output with the two factors of each sample's own task; what is merged is no part of any.
+
+        Raises:
+            RecastBankError: if the module is computed by its weight, or what is merged cannot be left out.
+        """
+        layer: Any = self
+        y = self._call_unmerged(batch, x, args, kwargs)
+        assert batch.pool is not None
+        slot = batch.pool.slot
+        if not layer.has_task(slot) or self._switched_off or (self._disable_adapters and batch.is_off):
+            return y
+        if self._by_weight:
+            raise one_task_for_all(layer)
+        key = container_key(slot)
+        added = layer.lora_dropout[key](x.to(layer.lora_A[key].weight.dtype))
+        for name in ("lora_A", "lora_B"):
+            module: Any = getattr(layer, name)[key]
+            factors = batch.offsets(f"{self.module_name}.{name}.weight", len(x))
+            assert factors is not None
+            added = product_by_sample(module, added, factors.to(added.dtype).view(len(x), *module.weight.shape))
+        return (y + added * self.scaling[key]).to(y.dtype)
+
+    def _call_unmerged(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What lies below, without what is merged here."""
+        composed = next(iter(self.recast_beside), None)
+        if not self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if composed is self.base_layer:  # it keeps the pretrained weight, and takes what is merged for its own
+            return call_mixed(composed, batch, (x, *args), kwargs)
+        base: Any = self.base_layer
+        names = {id(parameter): name for name, parameter in base._parameters.items()}
+        if composed is not None or any(id(parameter) not in names for parameter, _ in self._kept):
+            raise RecastBankError(
+                f"a LoRA part is merged into {self.module_name}, where other layers stand between: unmerge it before samples "
+                "have tasks of their own (pool.deactivate(), or unmerge_adapter())"
+            )
+        kept = {names[id(parameter)]: values for parameter, values in self._kept}
+        return torch.func.functional_call(base, kept, (x, *args), kwargs)
+
+
+def product_by_sample(module: Any, x: Tensor, weights: Tensor) -> Tensor:
+    """What a linear layer or a convolution without a bias computes with a weight for each sample.
+
+    Args:
+        module: the layer.
+        x: ``(samples, ..., in)``; of a convolution ``(samples, in, ...)``.
+        weights: ``(samples, *shape of the layer's weight)``.
+    """
+    if isinstance(module, nn.Linear):
+        return (x.reshape(len(x), -1, x.shape[-1]) @ weights.mT).view(*x.shape[:-1], weights.shape[1])
+    convolution = CONVOLUTIONS[module.weight.ndim]  # all samples as the groups of one
+    groups = len(x) * module.groups
+    joined = x.reshape(1, -1, *x.shape[2:])
+    y = convolution(joined, weights.flatten(0, 1), None, module.stride, module.padding, module.dilation, groups)
+    return y.view(len(x), -1, *y.shape[2:])
+
+
+def one_task_for_all(layer: Any) -> RecastBankError:
+    """Says that a module cannot have a LoRA part for each sample."""
+    return RecastBankError(
+        f"the LoRA part on {type(layer.get_base_layer()).__name__} is computed by its weight, which is one for all samples: "
+        "pass one task at a time instead of adapter_names"
+    )

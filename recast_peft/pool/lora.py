@@ -1,0 +1,149 @@
+"""The LoRA part of a pool's tasks: columns of a row for the two factors of each of its modules.
+
+All tasks have the part of the pool's layout: the same modules, ranks and strengths. A task without one has zeros there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError, RecastLoadError
+from ..holders import Entry, container_key
+from ..parts.lora import A_PART, lora_config_of
+from ..parts.lora_plan import rank_and_alpha
+from ..parts.lora_strength import part_layers
+
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+MORE = f"{A_PART} that is more than two factors (DoRA or another variant, lora_bias)"
+
+Parts = dict[str, list[float]]  # of each module the rank, and what the product of the factors is multiplied with
+
+
+def poolable_part(model: nn.Module, adapter: str) -> LoraConfig | None:
+    """The config of a task's LoRA part; None if it has none, or one that no row holds."""
+    layers = [layer for layer in part_layers(model) if layer.has_task(adapter)]
+    are_factors = all(entry.name.endswith(FACTORS) for layer in layers for entry in layer.entries(adapter))
+    has_variant = any(container_key(adapter) in layer.lora_variant for layer in layers)
+    return lora_config_of(model, adapter) if layers and are_factors and not has_variant else None
+
+
+def refusal_of(lora: Any) -> str | None:
+    """What a LoRA part has that no row holds; None if two factors are all."""
+    more = ("use_dora", "lora_bias", "velora_config")
+    has_more = lora is not None and (lora.init_lora_weights == "mica" or any(getattr(lora, name, None) for name in more))
+    return MORE if has_more else None
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules of a LoRA part by the names of its factors."""
+    return [name.removesuffix(FACTORS[0]) for name in names if name.endswith(FACTORS[0])]
+
+
+class LoraColumns:
+    """The LoRA part of an adapter's layout.
+
+    Attributes:
+        entries: its factors by the names of their columns, as a task's file names them.
+        parts: rank and strength by module, in the order of the columns.
+        width: how many columns there are; they are the last of a row.
+    """
+
+    def __init__(self, backbone: nn.Module, adapter: str, config: RecastConfig) -> None:
+        self.backbone = backbone
+        self.layers = [layer for layer in part_layers(backbone) if layer.has_task(adapter)]
+        self.entries: dict[str, Entry] = {entry.name: entry for layer in self.layers for entry in layer.entries(adapter)}
+        self.width = sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+        self.parts = _parts(config.lora_config, [layer.module_name for layer in self.layers])
+
+    def compute_as(self, other: LoraColumns) -> None:
+        """Let the factors have the dtypes of another part's."""
+        for name, entry in self.entries.items():
+            entry.tensor.data = entry.tensor.data.to(other.entries[name].tensor.dtype)
+
+    def check(self, what: str, lora: Any, modules: Iterable[str]) -> None:
+        """Refuse a LoRA part on some modules that is not the pool's; a task without one (None) has zeros there.
+
+        Raises:
+            RecastBankError: saying both.
+        """
+        if lora is not None and (given := _parts(lora, modules)) != self.parts:
+            raise other_part(what, given, self.parts)
+
+    def entries_of(self, adapter: str) -> dict[str, Tensor]:
+        """The factors of a task of the model."""
+        held = (layer for layer in part_layers(self.backbone) if layer.has_task(adapter))
+        return {entry.name: entry.tensor for layer in held for entry in layer.entries(adapter)}
+
+    def fresh(self, row: Tensor, slices: Mapping[str, slice], generator: torch.Generator) -> None:
+        """Write a part that adds nothing yet, and can be trained, into a row: the first factors are random, as PEFT's are."""
+        for name, entry in self.entries.items():
+            if name.endswith(FACTORS[0]):
+                bound = torch.Size(entry.shape[1:]).numel() ** -0.5
+                row[slices[name]].uniform_(-bound, bound, generator=generator)
+
+    def padded(self, what: str, saved: Any, table: Tensor) -> Tensor:
+        """The table ``(tasks, numbers per task)`` of a file with the pool's columns.
+
+        Args:
+            what: its tasks are called in messages.
+            saved: pairs of ``parts``, as the file has them.
+            table: of the file; zeros are added where its tasks have no LoRA part.
+
+        Raises:
+            RecastBankError: if they have another part.
+            RecastLoadError: if the file is damaged.
+        """
+        if saved == [[name, part] for name, part in self.parts.items()]:
+            return table
+        if not saved:
+            return F.pad(table, (0, self.width))
+        try:
+            given = {str(name): [float(rank), float(factor)] for name, (rank, factor) in saved}
+        except (TypeError, ValueError) as error:
+            raise RecastLoadError(f"{what} is damaged: its LoRA part is {str(saved)[:100]}") from error
+        raise other_part(what, given, self.parts)
+
+    def check_combinable(self, rows: Mapping[str, Tensor]) -> None:
+        """Refuse rows with a LoRA part: a sum of products is no product of sums.
+
+        Raises:
+            RecastConfigError: naming a task.
+        """
+        for name, row in rows.items():
+            if self.width and row[-self.width :].any():
+                raise RecastConfigError(
+                    f"task {name!r} has {A_PART}, and the sum of two has a higher rank than a row of the pool holds: combine "
+                    "the tasks as adapters of the model (model.add_weighted_adapter)"
+                )
+
+
+def _parts(lora: Any, modules: Iterable[str]) -> Parts:
+    if lora is None:
+        return {}
+    known = {name: rank_and_alpha(lora, name) for name in modules}
+    return {name: [rank, alpha / (math.sqrt(rank) if lora.use_rslora else rank)] for name, (rank, alpha) in known.items()}
+
+
+def other_part(what: str, given: Parts, own: Parts) -> RecastBankError:
+    """Says that something has another LoRA part than the pool."""
+    return RecastBankError(
+        f"{what} has a LoRA part that is not the pool's\n  task: {_shown(given, own)}\n  pool: {_shown(own, given)}\n"
+        "Make a pool for it: TaskPool(model, like=<a task with its layout>)."
+    )
+
+
+def _shown(parts: Parts, other: Parts) -> str:
+    """Parts in a line, with the first module at which they differ from others."""
+    if not parts:
+        return "no LoRA part"
+    first = next((name for name in parts if parts[name] != other.get(name)), next(iter(parts)))
+    rank, factor = parts[first]
+    return f"{len(parts)} modules, rank {rank:g} and strength {factor:g} at {first}"
