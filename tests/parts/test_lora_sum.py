@@ -12,7 +12,7 @@ from models import EmbeddingNet, composed_weights, outputs, seeded, tiny_vit, vi
 from peft import PeftModel
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 from recast_peft.parts.lora_strength import part_layers
 
 TASKS: dict[str, Any] = {
@@ -123,5 +123,3 @@ def test_what_cannot_be_summed_is_refused_and_changes_nothing(model: PeftModel) 
     with pytest.raises(RecastConfigError, match=r"its LoRA part at blocks\.0\.mlp\.fc1 is more than two factors"):
         model.add_weighted_adapter(["one", "dora"], [1, 1], "sum")
     assert "sum" not in model.peft_config
-    with pytest.raises(RecastConfigError, match="a pool cannot hold task 'one': it owns a LoRA part"):
-        TaskPool(model, like="three").add("one", "one")
