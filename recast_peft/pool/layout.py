@@ -103,21 +103,26 @@ class PoolLayout:
         self.check_fingerprint(what, config.base_fingerprint or {})
         self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
 
-    def check_choices(self, name: str, config: RecastConfig) -> None:
-        """Refuse a config for a fresh task that owns modules, or whose targets or sizes are not the pool's.
+    def check_choices(self, name: str, config: RecastConfig) -> bool:
+        """Refuse a config for a fresh task that owns modules, or whose targets, sizes or LoRA part are not the pool's.
 
         One that names neither targets nor sizes has the pool's.
+
+        Returns:
+            whether it has the LoRA part of the pool.
         """
         modules = pieces_of(Request(self.backbone, config, tuple(self.layers), counting=True)) if config.modules_to_save else ()
         refuse(name, [part.name for part, own in modules if own and part.name == "modules_to_save"])
         if config.groups is None and all(getattr(config, choice) is None for choice in CHOICES):
-            return
+            self.lora.check_plan(name, plan_lora_part(self.backbone, config, list(self.layers)))
+            return True
         plan = plan_recast(self.backbone, config)
         groups = {group.name: list(group.members) for group in plan.groups}
         sizes = {member: group.num_templates for group in plan.groups for member in group.members}
         own = {member: part.stop - part.start for member, part in self.slices.items() if member in self.layers}
-        if groups != self.config.groups or (sizes != own and not self.versions) or plan.lora is not None:
+        if groups != self.config.groups or (sizes != own and not self.versions):
             raise _other_layout(f"task {name!r}", config.as_chosen(groups=groups), self.config)
+        return self.lora.check_plan(name, plan.lora)
 
     def check_surroundings(self, what: str, recorded: str | None) -> None:
         """Warn of what was learned where the model has other weights or norms beside the targets."""
@@ -157,17 +162,10 @@ class PoolLayout:
     # ---------------------------------------------------------------- reading a task
 
     def fresh_row(self, name: str, config: RecastConfig | None = None) -> Tensor:
-        """The row of a task that changes nothing yet.
-
-        Raises:
-            RecastBankError: if a config is given that asks for another LoRA part than the pool's.
-        """
-        if config is not None and config.lora_config is not None:
-            plan = plan_lora_part(self.backbone, config, list(self.layers))
-            assert plan is not None
-            self.lora.check(f"task {name!r}", plan.config, plan.targets)
+        """The row of a task that changes nothing yet; see ``check_choices`` for what a config may say."""
         row, seed = torch.zeros(self.width), 0 if config is None else config.seed
-        self.lora.fresh(row, self.slices, torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
+        if config is None or self.check_choices(name, config):
+            self.lora.fresh(row, self.slices, torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
         return row
 
     def row_of(self, what: str, entries: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], has_biases: bool) -> Tensor:
@@ -220,7 +218,7 @@ class PoolLayout:
         """
         if config.groups != self.config.groups:
             raise _other_layout(f"task {adapter!r} of the model", config, self.config)
-        refuse(adapter, config, refusals_to_combine(self.backbone, adapter, config))
+        refuse(adapter, refusals_to_combine(self.backbone, adapter, config), config.lora_config)
         factors = self.lora.entries_of(adapter)
         self.lora.check(f"task {adapter!r} of the model", config.lora_config, modules_of(factors))
         self._check_bank(f"task {adapter!r} of the model", config)
@@ -248,13 +246,13 @@ def same_layout(first: RecastConfig, second: RecastConfig) -> bool:
 
 def refuse_parts(name: str, config: RecastConfig) -> None:
     """Refuse a task whose config asks for what a pool cannot hold."""
-    refuse(name, config, [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None])
+    owned = [text for part in PARTS if (text := part.refusal_to_combine(config)) is not None]
+    refuse(name, owned, config.lora_config)
 
 
-def refuse(name: str, config: RecastConfig, owned: Sequence[str]) -> None:
-    """Refuse a task for what it owns, if there is anything that a pool cannot hold."""
-    of_lora = refusal_of(config.lora_config)
-    refusals = [text for text in (*owned, of_lora) if text is not None and text != A_PART]
+def refuse(name: str, owned: Sequence[str], lora: Any = None) -> None:
+    """Refuse a task for what it owns, if there is anything but a LoRA part (None: it has none) of two factors."""
+    refusals = [text for text in (*owned, refusal_of(lora)) if text is not None and text != A_PART]
     if refusals:
         raise RecastConfigError(
             f"a pool cannot hold task {name!r}: it owns {shown(refusals)} beside its coefficients and its classifier. "

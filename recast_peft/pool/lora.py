@@ -89,6 +89,12 @@ class LoraColumns:
                 bound = torch.Size(entry.shape[1:]).numel() ** -0.5
                 row[slices[name]].uniform_(-bound, bound, generator=generator)
 
+    def check_plan(self, name: str, plan: Any) -> bool:
+        """Refuse the planned part of a fresh task (or None) that is not the pool's; whether it has one."""
+        if plan is not None:
+            self.check(f"task {name!r}", plan.config, plan.targets)
+        return plan is not None
+
     def padded(self, what: str, saved: Any, table: Tensor) -> Tensor:
         """The table ``(tasks, numbers per task)`` of a file with the pool's columns.
 

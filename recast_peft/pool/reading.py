@@ -29,8 +29,6 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
     if isinstance(given, RecastConfig):
         refuse_parts(name, given)
         layout.check_biases(f"task {name!r}", given)
-    if isinstance(source, RecastConfig):
-        layout.check_choices(name, source)
     if source is None or isinstance(source, RecastConfig):
         return layout.fresh_row(name, source), None if source is None else prepare_head(layout.backbone, source)
     if isinstance(source, Mapping):

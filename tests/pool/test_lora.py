@@ -49,6 +49,16 @@ class TestTraining:
             if key.endswith("lora_B.weight"):
                 assert pool.table.grad[0, pool.part_of(key)].any()
 
+    def test_a_budget_that_is_the_pools_and_a_smaller_one(self):
+        model, _ = with_tasks("a budget of its own")
+        pool = TaskPool(model)
+        pool.add("same", RecastConfig(max_coefficients=1_000, num_classes=3))
+        assert pool.table[pool.row("same")].any()
+        pool.add("small", RecastConfig(group_size=2))  # trains its coefficients alone
+        assert not pool.table[pool.row("small")].any()
+        with pytest.raises(RecastBankError, match="LoRA part that is not the pool's"):
+            pool.add("larger", RecastConfig(max_coefficients=2_000))
+
     def test_dropout_of_a_part(self):
         part = copy.deepcopy(PART)
         part.lora_dropout = 0.5
