@@ -30,7 +30,17 @@ from torch import nn
 from worlds import WORLDS, Task, World, folder_worlds
 from worlds.training import accuracy, features, fresh_classifier, train
 
-from recast_peft import BiasConfig, KnownPictures, MissingWords, RecastConfig, StoredBank, get_recast_model, practice_bank
+from recast_peft import (
+    BiasConfig,
+    KnownPictures,
+    MissingWords,
+    ReadoutConfig,
+    RecastConfig,
+    StoredBank,
+    get_recast_model,
+    practice_bank,
+    readout_bank,
+)
 
 REFERENCE = "LoRA r=8"  # gains are given as shares of this method's gain over the probe
 FACTORS = (1.0, 0.3, 3.0)  # of a method's learning rate
@@ -73,9 +83,23 @@ def lora(rank: int) -> Callable[[World], peft.PeftConfig]:
     return lambda world: peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=world.lora_targets)
 
 
+def ia3(world: World) -> peft.PeftConfig:
+    """Scales of keys, values and what the second layer of the MLP reads; of pictures those of the outputs of convolutions."""
+    if world.name == "text":
+        targets = ["key", "value", "intermediate.dense"]
+        return peft.IA3Config(target_modules=targets, feedforward_modules=["intermediate.dense"])
+    return peft.IA3Config(target_modules=world.lora_targets, feedforward_modules=[])
+
+
 def recast(**fields: object) -> Callable[[World], peft.PeftConfig]:
     """RECAST with fields of its config; without any it is the default."""
     return lambda world: RecastConfig(**fields)  # type: ignore[arg-type]
+
+
+def unlabelled(world: World) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The training examples of all tasks of a world, without their labels."""
+    inputs = [torch.cat(parts) for parts in zip(*(task().train.inputs for task in world.tasks.values()), strict=True)]
+    return dict(zip(("input_ids", "attention_mask"), inputs, strict=True)) if world.name == "text" else inputs[0]
 
 
 PRACTICE: dict[str, object] = {"tasks": 12}
@@ -90,29 +114,49 @@ def practised(world: World) -> peft.PeftConfig:
     """
     is_text = world.name == "text"
     if world.name not in BANKS:
-        inputs = [torch.cat(parts) for parts in zip(*(task().train.inputs for task in world.tasks.values()), strict=True)]
+        how: dict[str, object] = {"family": KnownPictures(), "scales": True}
         if is_text:
-            how: dict[str, object] = {"family": MissingWords(world.special_tokens[0], world.special_tokens[1:])}
-            data: object = dict(zip(("input_ids", "attention_mask"), inputs, strict=True))
-        else:
-            how, data = {"family": KnownPictures(), "scales": True}, inputs[0]
+            how = {"family": MissingWords(world.special_tokens[0], world.special_tokens[1:])}
         made = {**how, "num_templates": 6 if is_text else 3, **PRACTICE}
-        BANKS[world.name] = practice_bank(world.backbone(), data, **made)  # type: ignore[arg-type]
+        BANKS[world.name] = practice_bank(world.backbone(), unlabelled(world), **made)  # type: ignore[arg-type]
     on_bank = [BiasConfig(bank=BANKS[world.name])]
     if is_text:
         return RecastConfig(target_modules="all-mlp", group_size=1, partners=on_bank)
     return RecastConfig(train_coefficients=False, partners=on_bank)
 
 
+READOUTS: dict[str, StoredBank] = {}  # by world
+
+
+def with_readout(**fields: object) -> Callable[[World], peft.PeftConfig]:
+    """RECAST whose classifier reads several blocks: by a bank of the world's training examples, without their labels."""
+
+    def config(world: World) -> peft.PeftConfig:
+        if world.name not in READOUTS:
+            READOUTS[world.name] = readout_bank(world.backbone(), unlabelled(world), progress=False)
+        return RecastConfig(partners=[ReadoutConfig(bank=READOUTS[world.name])], **fields)  # type: ignore[arg-type]
+
+    return config
+
+
 METHODS: dict[str, Method] = {
     "RECAST": Method(recast(), {"text": 5e-2, "pictures": 3e-2}),
     "RECAST, all linear layers": Method(recast(target_modules="all-linear", group_size=1), {"text": 5e-2}),
+    "RECAST, 500 parameters": Method(recast(max_coefficients=500), {"text": 5e-2, "pictures": 3e-2}),
     "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), {"text": 5e-3, "pictures": 1.5e-2}),
+    "RECAST, 7,000 parameters": Method(recast(max_coefficients=7_000), {"text": 5e-3, "pictures": 1.5e-2}),
     "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 5e-3, "pictures": 1.5e-2}),
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
     "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
     "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2, "pictures": 4e-1}),
+    "readout alone": Method(with_readout(train_coefficients=False), {"text": 0.0, "pictures": 0.0}),
+    "RECAST, readout": Method(with_readout(), {"text": 5e-2, "pictures": 3e-2}),
+    "RECAST, readout, 2,000 parameters": Method(with_readout(max_coefficients=2_000), {"text": 5e-3, "pictures": 1.5e-2}),
+    "RECAST, readout, 10,000 parameters": Method(with_readout(max_coefficients=10_000), {"text": 5e-3, "pictures": 1.5e-2}),
+    "LoRA r=8, readout": Method(
+        lambda w: with_readout(train_coefficients=False, lora_config=lora(8)(w))(w), {"text": 3e-3, "pictures": 3e-3}
+    ),
     "RECAST, biases trained": Method(recast(bias="all", train_coefficients=False), {"text": 3e-3}),
     "TinyLoRA": Method(lambda w: peft.TinyLoraConfig(r=2, u=2, target_modules=["query", "key", "value"]), {"text": 3e-2}),
     "Uni-LoRA": Method(lambda w: peft.UniLoraConfig(r=4, theta_d_length=512, target_modules=everything(w)), {"text": 3e-2}),
@@ -125,13 +169,11 @@ METHODS: dict[str, Method] = {
     ),
     "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 1e-2}),
     "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-3}),
-    "IA3": Method(
-        lambda w: peft.IA3Config(
-            target_modules=["key", "value", "intermediate.dense"], feedforward_modules=["intermediate.dense"]
-        ),
-        {"text": 1e-2},
+    "IA3": Method(ia3, {"text": 1e-2, "pictures": 1e-2}),
+    "LN tuning": Method(
+        lambda w: peft.LNTuningConfig(target_modules=["LayerNorm"] if w.name == "text" else r".*\.bn\d"),
+        {"text": 3e-3, "pictures": 3e-3},
     ),
-    "LN tuning": Method(lambda w: peft.LNTuningConfig(target_modules=["LayerNorm"]), {"text": 3e-3}),
     "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2}),
     REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3}),
 }
