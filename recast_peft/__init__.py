@@ -24,6 +24,7 @@ from .growth.biases import grow_bias_bank
 from .growth.fitting import fit_bank
 from .growth.practice import KnownPictures, MissingWords, PracticeFamily, PracticeTask, practice_bank
 from .growth.random import random_bank
+from .growth.readout import readout_bank
 from .growth.report import GrowthReport, growth_report
 from .growth.weights import extend_bank, grow_bank
 from .hub.cards import write_card_of_saved_task, write_model_card
@@ -35,7 +36,7 @@ from .layer import RecastLayer
 from .model import RecastModel
 from .optim import create_recast_optimizer, find_coefficient_lr
 from .options.record import AFTER_SAVING
-from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig
+from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig, ReadoutConfig
 from .parts.discriminant import fit_discriminant_head
 from .parts.head import split_logits
 from .parts.prototypes import fit_prototypes
@@ -68,6 +69,7 @@ __all__ = [
     "PiggybackConfig",
     "PracticeFamily",
     "PracticeTask",
+    "ReadoutConfig",
     "RecastBankError",
     "RecastBaseMismatchError",
     "RecastCompatibilityError",
@@ -114,6 +116,7 @@ __all__ = [
     "push_task_to_hub",
     "push_tasks_to_hub",
     "random_bank",
+    "readout_bank",
     "rescale_adapter_scale",
     "save_as_lora",
     "save_compressed_model",

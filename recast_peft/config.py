@@ -91,8 +91,8 @@ class RecastConfig(PeftConfig):
         head_dtype: precision in which the classifier is stored: ``"float16"`` or ``"bfloat16"``; None is that of training.
         train_norms: True gives the task all normalisation layers, with parameters and running statistics. Otherwise they stay
             the pretrained model's, and running statistics do not move while a task is trained.
-        partners: what the task trains beside its coefficients: a list of ``AdaptFormerConfig``, ``BiasConfig``, ``CLRConfig``
-            and ``PiggybackConfig``, or their names or dictionaries.
+        partners: what the task trains beside its coefficients: a list of ``AdaptFormerConfig``, ``BiasConfig``, ``CLRConfig``,
+            ``PiggybackConfig`` and ``ReadoutConfig``, or their names or dictionaries.
         train_coefficients: False leaves the coefficients at zero and trains partners, head and norms alone.
         coefficient_gradient: way in which training forms the gradient of the coefficients: ``"exact"``; ``"bfloat16"``: the
             product that only they need is formed in bfloat16, which is faster where the hardware has such products; ``"auto"``:
@@ -281,9 +281,10 @@ class RecastConfig(PeftConfig):
         """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
         targets = ("target_modules", "target_parameters", "head_module")
         same = (*targets, "groups", "recipes", "keep_base_weights", "base_fingerprint")
-        biases = [copy.deepcopy(p) for p in self.partners or () if isinstance(p, PartnerConfig) and p.acts_on == "bias"]
+        partners = [p for p in self.partners or () if isinstance(p, PartnerConfig)]
+        shared = [copy.deepcopy(p) for p in partners if p.acts_on == "bias" or not p.is_trained]
         own = {name: copy.deepcopy(getattr(self, name)) for name in same}
-        config = RecastConfig(**{**own, "bank": self.bank_reference, "partners": biases, **fields})
+        config = RecastConfig(**{**own, "bank": self.bank_reference, "partners": shared, **fields})
         if config.record is not None and self.record is not None:
             config.record = replace(config.record, partner_banks=dict(self.record.partner_banks))
         return config

@@ -136,6 +136,10 @@ class TaskHolder:
         """The parameters of all tasks here, each with its kind: ``create_recast_optimizer`` has groups for some of them."""
         return ()
 
+    def refusal_to_unload(self, adapter_name: str) -> str | None:
+        """What a task has here that acts beside merged weights, and that a model without tasks has no place for."""
+        return None
+
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         """Why what a task has here cannot be merged; None if it can, or there is nothing to merge."""
         return None

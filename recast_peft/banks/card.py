@@ -128,6 +128,10 @@ def made_by(mimicry: Any) -> str:
         tasks = ", ".join(_texts(mimicry.get("tasks")))
         start = made_by(mimicry.get("start"))
         return f"learned together with the tasks {tasks} in {mimicry.get('steps')} steps; started from a bank {start}"
+    if method == "readout" and isinstance(mimicry, Mapping):
+        kept = mimicry.get("variance")
+        share = f"{100 * kept:.0f} %" if isinstance(kept, float) else "some"
+        return f"a readout of {one_line(mimicry.get('examples'))} examples, {share} of whose variance it keeps"
     return "of random templates" if method == "random" else one_line(mimicry)
 
 

@@ -75,6 +75,18 @@ class StoredBank:
         return any(group.kind == "bias" for group in self.groups.values())
 
     @property
+    def is_readout(self) -> bool:
+        """Whether its templates read the outputs of blocks, so that it belongs to a ``ReadoutConfig``."""
+        return any(group.kind == "readout" for group in self.groups.values())
+
+    @property
+    def field(self) -> str:
+        """How a task's config is given it."""
+        if self.is_readout:
+            return "RecastConfig(partners=[ReadoutConfig(bank=...)])"
+        return "RecastConfig(partners=[BiasConfig(bank=...)])" if self.is_of_biases else "RecastConfig(bank=...)"
+
+    @property
     def reference(self) -> dict[str, str | None]:
         """What a task stores of its bank: ``{"name": ..., "fingerprint": ...}``."""
         return {"name": self.name, "fingerprint": self.fingerprint}

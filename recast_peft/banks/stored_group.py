@@ -17,7 +17,7 @@ from ..validation import is_matrix
 from .grown_templates import PARTS, GrownTemplates
 
 # how a group's templates are given; a further kind is a row here and in StoredGroup
-KINDS = ("exact", "dense", "grown", "bias")
+KINDS = ("exact", "dense", "grown", "bias", "readout")
 MOST = 1 << 40  # templates, widths and sides of shapes, which the tensors themselves bound
 
 
@@ -32,8 +32,9 @@ class StoredGroup:
         recipe: how the templates were mixed from the pretrained weights, where they were: a task that names its recipe
             knows the bank by it.
         grown: templates beside or in place of the members' pretrained weights, to which offsets are added.
-        widths: for templates of biases the numbers in each member's bias; a template of ``grown`` holds those of all members
-            side by side. None for templates of weights.
+        widths: for templates of biases the numbers in each member's bias, of a readout the features that each member gives; a
+            template of ``grown`` holds those of all members side by side. None for templates of weights.
+        offset: of a readout: what is added to the features that its templates read, ``(templates,)``; else None.
     """
 
     members: tuple[str, ...]
@@ -42,6 +43,7 @@ class StoredGroup:
     recipe: Recipe | None = None
     grown: GrownTemplates | None = None
     widths: tuple[int, ...] | None = None
+    offset: Tensor | None = None
 
     @classmethod
     def of(cls, members: tuple[str, ...], fitted: FittedTemplates | None) -> StoredGroup:
@@ -50,7 +52,9 @@ class StoredGroup:
 
     @property
     def kind(self) -> str:
-        """``"exact"``, ``"dense"``, ``"grown"`` or ``"bias"``."""
+        """``"exact"``, ``"dense"``, ``"grown"``, ``"bias"`` or ``"readout"``."""
+        if self.offset is not None:
+            return "readout"
         if self.grown is not None:
             return "grown" if self.widths is None else "bias"
         return "exact" if self.templates is None else "dense"
@@ -71,11 +75,13 @@ class StoredGroup:
 
     @property
     def num_coefficients(self) -> int:
-        """Numbers that a task trains for the group; one coefficient of a template of biases moves all members."""
+        """Numbers that a task trains for the group: none for a readout; for biases a coefficient moves all members."""
+        if self.offset is not None:
+            return 0
         return self.num_templates * (len(self.members) if self.widths is None else 1)
 
-    def biases(self) -> dict[str, Tensor]:
-        """The templates of biases by member, each ``(templates, width)``, in the same memory."""
+    def by_member(self) -> dict[str, Tensor]:
+        """The templates of biases, or of a readout, by member, each ``(templates, width)``, in the same memory."""
         assert self.grown is not None
         assert self.widths is not None
         return dict(zip(self.members, self.grown.tensors[0].split(list(self.widths), dim=1), strict=True))
@@ -83,7 +89,7 @@ class StoredGroup:
     def named(self, bank: str) -> dict[str, Tensor]:
         """The tensors by their names in a bank file."""
         if self.grown is not None:
-            return self.grown.named(bank)
+            return {**self.grown.named(bank), **({} if self.offset is None else {f"{bank}.offset": self.offset})}
         if self.templates is None or self.base is None:
             return {}
         return {f"{bank}.templates": self.templates, f"{bank}.base": self.base}
@@ -130,7 +136,8 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
             members,
             recipe=recipe,
             grown=_grown(bank, entry, tensors, what),
-            widths=tuple(entry.integers("widths", 1, MOST)) if kind == "bias" else None,
+            widths=tuple(entry.integers("widths", 1, MOST)) if kind in ("bias", "readout") else None,
+            offset=_offset(bank, tensors, what, entry.integer("templates", 0, MOST)) if kind == "readout" else None,
         )
     if group.num_templates != entry["templates"]:
         raise RecastLoadError(
@@ -139,7 +146,7 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
         )
     if group.widths is not None and (len(group.widths) != len(members) or (sum(group.widths),) != group.weight_shape):
         raise RecastLoadError(
-            f"bank {bank!r} of {what} has templates of {group.weight_shape} numbers for biases of {list(group.widths)[:6]}, "
+            f"bank {bank!r} of {what} has templates of {group.weight_shape} numbers for widths of {list(group.widths)[:6]}, "
             f"for {len(members)} members. Nothing was loaded; fetch it again."
         )
     return group
@@ -173,6 +180,12 @@ def _grown(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: str) -
         expected = {names[0]: (count, *shape)}
     check_shapes(what, tensors, expected)
     return GrownTemplates(tuple(tensors[name] for name in names), shape, plain, tuple(entry.numbers("energy", [])))
+
+
+def _offset(bank: str, tensors: Mapping[str, Tensor], what: str, count: int) -> Tensor:
+    name = f"{bank}.offset"
+    check_shapes(what, tensors, {name: (count,)})
+    return tensors[name]
 
 
 def _recipe(entry: Fields, layers: int, templates: int) -> Recipe | None:

@@ -337,7 +337,7 @@ def _train(
     generator: torch.Generator,
 ) -> None:
     with torch.no_grad():
-        first = features(model, _rows(task.inputs, torch.arange(min(2, len(task.labels)))))
+        first = features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
     device = device_of(model)
     # the scale of features differs from model to model: a classifier of standardised ones has one learning rate for all
     scale = nn.BatchNorm1d(first.shape[1], affine=False).to(device)
@@ -356,7 +356,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, lr], total_steps=epochs * batches, pct_start=0.1)
     with torch.enable_grad():
         for rows in _batches(len(task.labels), batch_size, epochs, generator):
-            logits = head(scale(features(model, _rows(task.inputs, rows)).float()))
+            logits = head(scale(features(model, rows_of_inputs(task.inputs, rows)).float()))
             loss = F.cross_entropy(logits, task.labels[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -374,7 +374,8 @@ def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> 
         yield from order
 
 
-def _rows(inputs: Inputs, rows: Tensor) -> Inputs:
+def rows_of_inputs(inputs: Inputs, rows: Tensor) -> Inputs:
+    """Some of the examples."""
     if isinstance(inputs, Mapping):
         return {key: value[rows.to(value.device)] for key, value in inputs.items()}
     return inputs[rows.to(inputs.device)]

@@ -83,8 +83,8 @@ def growth_report(bank: StoredBank) -> GrowthReport:
     groups = tuple(
         GrownGroup(name, len(g.members), g.num_templates, len(g.grown), g.grown.energy, g.grown.nbytes, g.num_coefficients)
         for name, g in bank.groups.items()
-        if g.grown is not None
+        if g.grown is not None and g.offset is None
     )
     if not groups:
-        raise RecastBankError("growth_report needs a bank that grow_bank made; this one has no grown templates")
+        raise RecastBankError("growth_report needs a bank that grow_bank made; this one was not grown")
     return GrowthReport(groups, bank.version)

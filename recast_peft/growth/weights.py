@@ -96,6 +96,8 @@ def extend_bank(
     """
     check_sources(sources, num_templates=num_templates)
     check_bank(bank)
+    if bank.is_readout:
+        raise RecastBankError("a readout does not grow: make another one of more data with readout_bank")
     if bank.is_of_biases:
         return _next_version(bank, bias_moves(bank, model, sources), sources, num_templates)
     if not any(group.grown is not None for group in bank.groups.values()):

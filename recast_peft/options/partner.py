@@ -60,9 +60,11 @@ class PartnerConfig(ABC):
             on; ``"weight"``: it is called with the weight that the place computes with and returns the one to use;
             ``"bias"``: it is called with the output and the bias of the place and returns the output with the bias to use,
             whose difference to the place's own its ``change(bias)`` gives, so that it can be merged.
+        is_trained: whether a task trains numbers for it.
     """
 
     acts_on: ClassVar[str] = "output"
+    is_trained: ClassVar[bool] = True
 
     method: str = field(default="", init=False)
     target_modules: tuple[str, ...] | list[str] | str | None = None

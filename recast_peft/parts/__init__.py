@@ -18,6 +18,7 @@ from .head import HeadPart
 from .lora import LoraPart
 from .partner import PartnerPart
 from .piggyback import PiggybackConfig
+from .readout import ReadoutConfig, ReadoutPart
 from .saved import NormsPart, SavedPart
 
 PARTS: list[TaskPart] = [
@@ -30,6 +31,7 @@ PARTS: list[TaskPart] = [
     BiasPart(),
     PartnerPart(CLRConfig),
     PartnerPart(PiggybackConfig),
+    ReadoutPart(),
 ]
 
 
@@ -58,6 +60,7 @@ __all__ = [
     "CLRConfig",
     "PartnerConfig",
     "PiggybackConfig",
+    "ReadoutConfig",
     "TaskPart",
     "pieces_of",
     "resolve_partners",

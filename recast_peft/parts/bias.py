@@ -18,11 +18,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..banks.files import StoredBank
 from ..composition.kinds import family_of, kind_of
-from ..errors import RecastBankError, RecastConfigError
-from ..options.checks import bank
-from ..options.partner import Candidate, PartnerConfig
-from ..options.record import Reference, reference_of
-from ..validation import Unexpected
+from ..errors import RecastBankError
+from ..options.partner import Candidate
+from .banked import BankedPartnerConfig
 
 
 def channels_of(module: nn.Module) -> int | None:
@@ -32,7 +30,7 @@ def channels_of(module: nn.Module) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiasConfig(PartnerConfig, method="bias"):
+class BiasConfig(BankedPartnerConfig, method="bias"):
     """One coefficient for the bias of each module, or coefficients for the templates of a bank of biases.
 
     Args:
@@ -44,30 +42,6 @@ class BiasConfig(PartnerConfig, method="bias"):
     """
 
     acts_on = "bias"
-
-    bank: StoredBank | dict[str, str | None] | str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = self.bank
-        if given is None:
-            return
-        if self.target_modules is not None:
-            raise RecastConfigError(
-                f"BiasConfig(bank=..., target_modules={self.target_modules!r}): the bank says which modules take part; give "
-                "one of the two"
-            )
-        try:
-            bank(given)
-        except Unexpected as error:
-            self.check("bank", False, str(error))
-
-    @property
-    def bank_reference(self) -> Reference | None:
-        return reference_of(self.bank)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "bank": self.bank_reference}
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         family = family_of(candidate.module)

@@ -9,16 +9,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..banks.files import StoredBank, find_bank, how_to_load
+from ..banks.files import StoredBank
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import kind_of
 from ..composition.mixed_batch import MixedBatch, current_batch
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastTargetError
+from ..errors import RecastTargetError
 from ..names import MODEL_PREFIX
 from ..options.partner import PartnerConfig
-from ..options.record import bank_to_use
 from ..planning.candidates import Candidate
+from .banked import bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
 from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix, partner_holders
@@ -198,35 +198,14 @@ class BiasPart(PartnerPart):
         assert isinstance(partner, BiasConfig)
         if partner.bank is None:
             return super()._prepared(request, partner, candidates)
-        bank = _bank_of(request, partner)
+        banks = [cast(BiasTemplates, t).bank for holder in bias_holders(request.model) for t in holder.banks.values()]
+        bank = bank_of_partner(request, partner, banks)
+        if not bank.is_of_biases:
+            raise refuse_bank(bank, "grow_bias_bank")
         return list(_on_bank(request, replace(partner, bank=bank), bank, candidates))
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return None  # they are rows of numbers, as the coefficients of weights are
-
-
-def _bank_of(request: Request, partner: BiasConfig) -> StoredBank:
-    """The bank that a partner names, from memory, from the model or from its file.
-
-    Raises:
-        RecastBankError: if it is not found, or is a bank of weights.
-    """
-    record = request.config.record
-    named = bank_to_use(partner.bank, record, partner.method)
-    assert named is not None
-    banks = [cast(BiasTemplates, t).bank for holder in bias_holders(request.model) for t in holder.banks.values()]
-    if isinstance(named, StoredBank):
-        bank = named
-    else:
-        same = [bank for bank in banks if bank.fingerprint == named["fingerprint"]]
-        hint = how_to_load("partners", "[BiasConfig(bank=load_bank(folder_or_repository))]")
-        bank = next(iter(same), None) or find_bank(named, None if record is None else record.folder, hint)
-    if not bank.is_of_biases:
-        raise RecastBankError(
-            f"the bank {bank.name or 'in memory'} holds templates of weights: give it as RecastConfig(bank=...); "
-            "a bank of biases is made by grow_bias_bank"
-        )
-    return bank
 
 
 def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates: list[Candidate]) -> Iterator[PreparedPartner]:
@@ -236,7 +215,7 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
     for group in bank.groups.values():
         owner: BiasMix | None = None
         scales: dict[str, Tensor] = {}
-        for member, templates in group.biases().items():
+        for member, templates in group.by_member().items():
             norm, own = scaled_by(member, places), bias_of(places, member, templates.shape[1])
             holder = held.get(norm or member)
             pretrained = own if holder is None else holder.pretrained("bias" if norm is None else "weight")
@@ -244,7 +223,7 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
                 bank.check_base(member, weight_fingerprint(pretrained))
             if norm is not None:
                 scales[norm] = templates
-        for member, templates in group.biases().items():
+        for member, templates in group.by_member().items():
             if scaled_by(member, places) is not None:
                 continue
             refusal = partner.refusal(places[member])

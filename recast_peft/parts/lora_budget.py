@@ -14,6 +14,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, shared
+from ..options.partner import resolve_partners
 from ..planning.budget import DEFAULT_BUDGET, names_a_size
 from ..planning.candidates import Candidate
 from ..planning.plan import RecastPlan, plan_layers
@@ -61,8 +62,9 @@ def plan_within_budget(model: nn.Module, config: RecastConfig) -> tuple[RecastPl
 def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastConfig:
     """The config with a LoRA part that fits beside the coefficients, or the very config."""
     budget = config.max_coefficients
+    partners = [partner for partner in resolve_partners(config.partners or []) if partner.is_trained]
     saved = set(config.modules_to_save or ()) - ADDED_BY_TASK_TYPE
-    more = (config.lora_config, config.partners, config.bank, config.train_norms, saved, config.bias != "none")
+    more = (config.lora_config, partners, config.bank, config.train_norms, saved, config.bias != "none")
     if budget is None or any(more) or config.is_stored_task or not config.train_coefficients:
         return config
     left = budget - plan.num_coefficients

@@ -178,6 +178,11 @@ class TaskPartners(ScaledModule):
                 )
         super().merge(adapter_names, safe_merge)
 
+    def attach_in(self, model: nn.Module, places: dict[str, Candidate]) -> None:
+        """Hang on what belongs to the place in a model; ``places`` are its modules by name."""
+        place = places[self.place]
+        self.attach(place.module, composed_layer(place.visible) or place.module)
+
     def attach(self, place: nn.Module, visible: nn.Module) -> None:
         """Hang on the module of the place, or on our layer around it."""
         self.hosts = (place,)
@@ -243,8 +248,7 @@ def attach_partners(model: nn.Module) -> None:
     holders = partner_holders(model)
     places = {candidate.name: candidate for candidate in find_candidates(model)} if holders else {}
     for holder in holders:
-        place = places[holder.place]
-        holder.attach(place.module, composed_layer(place.visible) or place.module)
+        holder.attach_in(model, places)
 
 
 def detach_partners(model: nn.Module) -> None:

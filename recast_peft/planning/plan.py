@@ -163,11 +163,8 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         model = model.get_base_model()
     config = config.as_chosen()
     bank = _bank_of(model, config)
-    if bank is not None and bank.is_of_biases:
-        raise RecastBankError(
-            f"the bank {bank.name or 'in memory'} holds templates of biases: give it as "
-            "RecastConfig(partners=[BiasConfig(bank=...)])"
-        )
+    if bank is not None and (bank.is_of_biases or bank.is_readout):
+        raise RecastBankError(f"the bank {bank.name or 'in memory'} holds no templates of weights: give it as {bank.field}")
     if bank is not None and config.groups is None:
         _warn_of_what_a_bank_says(config)
         config = config.as_chosen(groups={name: list(group.members) for name, group in bank.groups.items()})

@@ -14,6 +14,7 @@ from ..errors import RecastBankError, RecastConfigError
 from ..model import RecastModel
 from ..parts.bias_part import bias_holders
 from ..parts.head import TaskHead, task_head, task_heads
+from ..parts.readout import readout_holders
 from .heads import StoredHead
 from .layout import PoolLayout
 
@@ -27,6 +28,7 @@ class Slot:
     def __init__(self, model: PeftModel, name: str, layout: PoolLayout) -> None:
         self.model, self.name, self.layout = model, name, layout
         self._holders = bias_holders(layout.backbone, name)
+        self._readouts = readout_holders(layout.backbone, name)
         layers = layout.layers.values()
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
         self._keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
@@ -87,7 +89,8 @@ class Slot:
         self._make_active()
         self._unmerge()
         self._write(torch.zeros(self.layout.width))
-        for layer in self._keep_base:
+        idle: list[Any] = [*self._keep_base, *self._readouts]
+        for layer in idle:
             layer.idle_slot = self.name
         self._show(None)
         self.holds = None
@@ -122,7 +125,8 @@ class Slot:
         if not self.is_active():
             self.tuner.set_adapter(self.name, inference_mode=True)
             self.model.active_adapter = self.name
-        for layer in self._keep_base:
+        idle: list[Any] = [*self._keep_base, *self._readouts]
+        for layer in idle:
             layer.idle_slot = None
 
     def _write(self, row: Tensor) -> None:

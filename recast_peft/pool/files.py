@@ -120,6 +120,7 @@ def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None
         "bank": layout.bank,
         "biases": layout.biases(),
         "lora": list(layout.lora.parts.items()),
+        "readout": layout.readout,
         "heads": kinds,
         "labels": labels,
         "remembered": {},
@@ -214,6 +215,7 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
             raise
         raise RecastLoadError(f"{what} is damaged: {error!r}. Nothing was loaded; fetch it again.") from error
     _check_layout(path, said, biases, layout)
+    layout.check_readout(f"the tasks in {path}", parse_value(texts.get("readout", "null"), f"'readout' of {what}"))
     layout.check_surroundings(what, surroundings)
     table = layout.lora.padded(f"each task in {path}", lora, table)
     if tuple(table.shape) != (len(names), layout.width) or not table.is_floating_point() or len({*names}) < len(names):

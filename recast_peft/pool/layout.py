@@ -22,6 +22,7 @@ from ..parts.base import Request
 from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
+from ..parts.readout import ReadoutConfig
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
@@ -92,6 +93,11 @@ class PoolLayout:
         sizes = {name: owner.offset.numel() for name, owner in self.bias_owners.items()}
         return {"bank": self.bias_versions[0], "coefficients": sizes} if sizes else {}
 
+    @property
+    def readout(self) -> str | None:
+        """Fingerprint of the bank by which the tasks' classifiers read several blocks."""
+        return readout_fingerprint(self.config)
+
     # ---------------------------------------------------------------- does a task fit?
 
     def check_config(self, what: str, config: RecastConfig) -> None:
@@ -100,6 +106,7 @@ class PoolLayout:
             raise _other_layout(f"the task at {what!r}", config, self.config)
         self._check_bank(f"the task at {what!r}", config)
         self.check_biases(f"the task at {what!r}", config)
+        self.check_readout(f"the task at {what!r}", readout_fingerprint(config))
         self.check_fingerprint(what, config.base_fingerprint or {})
         self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
 
@@ -142,6 +149,15 @@ class PoolLayout:
             raise RecastBankError(
                 f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(config)}\n"
                 f"  pool: {_shown_biases(self.config)}\nMake a pool for it: TaskPool(model, like=<a task with its layout>)."
+            )
+
+    def check_readout(self, what: str, fingerprint: str | None) -> None:
+        """Refuse a task whose classifier reads by another bank than those of the pool."""
+        if fingerprint != self.readout:
+            raise RecastBankError(
+                f"{what} has a classifier that reads otherwise than those of the pool\n"
+                f"  readout of the task: {fingerprint or 'none'}\n  readout of the pool: {self.readout or 'none'}\n"
+                "Make a pool for it: TaskPool(model, like=<a task with its readout>)."
             )
 
     def check_fingerprint(self, what: str, recorded: Mapping[str, str]) -> None:
@@ -222,6 +238,7 @@ class PoolLayout:
         factors = self.lora.entries_of(adapter)
         self.lora.check(f"task {adapter!r} of the model", config.lora_config, modules_of(factors))
         self._check_bank(f"task {adapter!r} of the model", config)
+        self.check_readout(f"task {adapter!r} of the model", readout_fingerprint(config))
         row = torch.zeros(self.width)
         for name, layer in self.layers.items():
             values = layer.recast_coefficients[adapter].detach().float().cpu()
@@ -266,6 +283,12 @@ def bank_fingerprint(config: RecastConfig) -> str | None:
     return None if reference is None else reference["fingerprint"]
 
 
+def readout_fingerprint(config: RecastConfig) -> str | None:
+    """Of the bank of the readout that a config names."""
+    reference = config.partner_bank(ReadoutConfig.method)
+    return None if reference is None else reference["fingerprint"]
+
+
 def other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:
     """Says that something is on another bank than the pool."""
     return RecastBankError(
@@ -278,7 +301,7 @@ def other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> Recast
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
     partner = bias_config(config)
     biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
-    return config.groups, config.recipes, bank_fingerprint(config), biases
+    return config.groups, config.recipes, bank_fingerprint(config), biases, readout_fingerprint(config)
 
 
 def _shown_biases(config: RecastConfig) -> str:

@@ -17,7 +17,7 @@ from ..parts.bias_part import bias_config
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
-from .layout import PoolLayout, refuse_parts
+from .layout import PoolLayout, readout_fingerprint, refuse_parts
 from .lora import modules_of
 
 Read = tuple[Tensor, PreparedHead | None]
@@ -29,6 +29,7 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
     if isinstance(given, RecastConfig):
         refuse_parts(name, given)
         layout.check_biases(f"task {name!r}", given)
+        layout.check_readout(f"task {name!r}", readout_fingerprint(given))
     if source is None or isinstance(source, RecastConfig):
         return layout.fresh_row(name, source), None if source is None else prepare_head(layout.backbone, source)
     if isinstance(source, Mapping):

@@ -27,6 +27,7 @@ from ..parts.head import task_head, task_heads
 from ..parts.head_building import PreparedHead
 from ..parts.lora import A_PART
 from ..parts.lora_sum import summed_config, write_sum
+from ..parts.readout import Readout
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
@@ -212,8 +213,9 @@ def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) ->
 def _members(bank: Any) -> str:
     if bank is None:
         return "no bank"
-    is_of_weights = isinstance(bank, TemplateBank)
-    return f"{bank.num_templates} templates of {', '.join(bank.members)}" if is_of_weights else "templates of biases"
+    if isinstance(bank, TemplateBank):
+        return f"{bank.num_templates} templates of {', '.join(bank.members)}"
+    return f"the readout {bank.bank.fingerprint}" if isinstance(bank, Readout) else "templates of biases"
 
 
 def task_coefficients(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

@@ -16,6 +16,7 @@ from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
 from ..options.record import Reference
 from ..parts.bias_part import bias_bank_of
+from ..parts.readout import readout_bank_of
 
 
 def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
@@ -113,16 +114,17 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
 
     Raises:
         RecastBankError: if the banks follow from the pretrained weights, or there is no bank of biases.
-        RecastConfigError: if ``of`` is neither ``"weights"`` nor ``"biases"``.
+        RecastConfigError: if ``of`` is neither ``"weights"`` nor ``"biases"`` nor ``"readout"``.
     """
     name = adapter_name or tuner.active_adapters[0]
-    if of == "biases":
-        bank = bias_bank_of(tuner.model, name)
+    of_partners = {"biases": bias_bank_of, "readout": readout_bank_of}
+    if of in of_partners:
+        bank = of_partners[of](tuner.model, name)
         if bank is None:
-            raise RecastBankError(f"task {name!r} is on no bank of biases: there is nothing to store")
+            raise RecastBankError(f"task {name!r} is on no bank of {of}: there is nothing to store")
         return bank
     if of != "weights":
-        raise RecastConfigError(f"of={of!r}: expected 'weights' or 'biases'")
+        raise RecastConfigError(f"of={of!r}: expected 'weights', 'biases' or 'readout'")
     return stored_bank_of(tuner.model, name, tuner.peft_config[name].method.to_dict())
 
 
@@ -132,9 +134,10 @@ def remember_stored_bank(tuner: Any, stored: StoredBank) -> StoredBank:
     Returns:
         the bank.
     """
-    if not stored.is_of_biases:
+    is_of_partner = stored.is_of_biases or stored.is_readout
+    if not is_of_partner:
         remember_bank_name(tuner.model, stored)
-    for config in tuner.peft_config.values() if stored.is_of_biases else ():
+    for config in tuner.peft_config.values() if is_of_partner else ():
         record: Any = getattr(config, "record", None)
         for partner, reference in () if record is None else record.partner_banks.items():
             if stored.at(reference["fingerprint"]) is not None:

@@ -100,13 +100,13 @@ class TaskVerbs:
         """Put the pretrained weights back, to the last bit."""
         verbs.unmerge(self.model)
 
-    def _tasks_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+    def _tasks_to_merge(self, adapter_names: list[str] | None, unload: bool = False) -> list[str]:
         names = verbs.tasks_in_force(self.model, self.active_adapters) if adapter_names is None else list(adapter_names)
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
         check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
-        verbs.check_mergeable(self.model, names)
+        verbs.check_mergeable(self.model, names, unload)
         return names
 
     @contextmanager
@@ -133,7 +133,7 @@ class TaskVerbs:
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        names = self._tasks_to_merge(adapter_names) if merge else None
+        names = self._tasks_to_merge(adapter_names, unload=True) if merge else None
         with verbs.taken_apart(self, names, safe_merge):
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
         self.remove_guards()
@@ -180,7 +180,7 @@ class TaskVerbs:
         Args:
             path: the folder; tasks that are saved from now on name their bank by it.
             adapter_name: the task; None means the active one.
-            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
+            of: ``"weights"``, or the bank of a partner: ``"biases"`` (``BiasConfig``) or ``"readout"`` (``ReadoutConfig``).
 
         Returns:
             the stored bank.
@@ -199,7 +199,7 @@ class TaskVerbs:
         Args:
             repo_id: the repository, made if it does not exist.
             adapter_name: name of the task; None means the active one.
-            of: ``"weights"``, or ``"biases"`` for the bank of the task's ``BiasConfig``.
+            of: ``"weights"``, or the bank of a partner: ``"biases"`` (``BiasConfig``) or ``"readout"`` (``ReadoutConfig``).
             kwargs: further arguments of :func:`recast_peft.push_bank_to_hub`, such as ``private`` and ``token``.
 
         Returns:

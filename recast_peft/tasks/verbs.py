@@ -77,8 +77,10 @@ def tasks_in_force(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*adapter_names, *of_layers]))
 
 
-def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
+def check_mergeable(model: nn.Module, adapter_names: Sequence[str], unload: bool = False) -> None:
     """Refuse to merge tasks with a part that no weight can hold, or while one of their two parts is switched off.
+
+    ``unload``: into a model that has no place for tasks any more.
 
     Raises:
         RecastBankError: naming the task and its part.
@@ -86,7 +88,9 @@ def check_mergeable(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """
     for holder in holders(model):
         for name in adapter_names:
-            refusal = holder.refusal_to_merge(name) if holder.has_task(name) else None
+            if not holder.has_task(name):
+                continue
+            refusal = holder.refusal_to_merge(name) or (holder.refusal_to_unload(name) if unload else None)
             if refusal is not None:
                 raise RecastBankError(
                     f"task {name!r} has {refusal}; nothing was changed. Leave it unmerged, or activate and merge a task "

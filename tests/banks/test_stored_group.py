@@ -31,8 +31,15 @@ GROUPS = {
     "dense": StoredGroup(("a", "b", "c"), torch.ones(1, 2, 3), torch.ones(3, 1)),
     "grown": StoredGroup(("a", "b"), grown=grown_templates(2, 3, plain=True)),
     "bias": StoredGroup(("a", "b"), grown=grown_templates(5, plain=False), widths=(2, 3)),
+    "readout": StoredGroup(("a", "b"), grown=grown_templates(5, plain=False), widths=(2, 3), offset=torch.ones(2)),
 }
-COUNTS = {"exact": (2, 4), "dense": (1, 3), "grown": (4, 8), "bias": (2, 2)}  # of templates, and of a task's coefficients
+COUNTS = {
+    "exact": (2, 4),
+    "dense": (1, 3),
+    "grown": (4, 8),
+    "bias": (2, 2),
+    "readout": (2, 0),
+}  # of templates, and of a task's coefficients
 
 
 class TestReading:
@@ -49,7 +56,7 @@ class TestReading:
         [
             ({"templates": 3}, r"in its description: 3\n  in its tensors:     4"),
             ({"members": ["a", "a"]}, "each is expected once"),
-            ({"kind": "tied"}, "kind 'tied'; known: exact, dense, grown, bias"),
+            ({"kind": "tied"}, "kind 'tied'; known: exact, dense, grown, bias, readout"),
             ({"shape": [3, 2]}, "another shape"),
             ({"factored": True}, "lacks g.left"),
             ({"kind": "bias", "templates": 2, "plain": False, "widths": [1, 2]}, "lacks g.only_grown"),
@@ -74,10 +81,10 @@ class TestDescribing:
         }
 
     def test_templates_of_biases_are_cut_by_the_widths_of_the_members(self) -> None:
-        found = {name: values.tolist() for name, values in GROUPS["bias"].biases().items()}
+        found = {name: values.tolist() for name, values in GROUPS["bias"].by_member().items()}
         assert found == {"a": [[0.0, 1.0], [5.0, 6.0]], "b": [[2.0, 3.0, 4.0], [7.0, 8.0, 9.0]]}
 
     def test_widths_that_do_not_fit_the_templates_are_refused(self) -> None:
         group = GROUPS["bias"]
-        with pytest.raises(RecastLoadError, match=r"templates of \(5,\) numbers for biases of \[2, 4\]"):
+        with pytest.raises(RecastLoadError, match=r"templates of \(5,\) numbers for widths of \[2, 4\]"):
             read_group("g", fields({**group.describe(), "widths": [2, 4]}), group.named("g"), "the file")

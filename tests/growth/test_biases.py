@@ -136,7 +136,7 @@ class TestGrowing:
         composed = by_hand(grown(), on_bank).blocks[1].mlp.fc2.bias.detach() - pretrained
         for given, wanted in ((tmp_path / "lora", torch.full((8,), 0.5)), (task, 2 * pretrained), (on_bank, composed)):
             bank = grow_bias_bank(tiny_vit(), [given])
-            (template,) = bank.groups["blocks.1"].biases()["blocks.1.mlp.fc2"]
+            (template,) = bank.groups["blocks.1"].by_member()["blocks.1.mlp.fc2"]
             torch.testing.assert_close(template.abs(), wanted.abs(), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("fields", [{"num_templates": 0}, {"group_size": 0}, {"group_size": True}])
@@ -303,7 +303,7 @@ def moved_by_hand(make: Any, model: nn.Module, task: str, stored: StoredBank) ->
     plain, owned = make(), bias_coefficients(model, task)
     for group in stored.groups.values():
         offset = owned[f"{group.members[0]}.bias"]
-        for member, templates in group.biases().items():
+        for member, templates in group.by_member().items():
             parameter = plain.get_parameter(member if member.endswith(".weight") else f"{member}.bias")
             parameter += offset.double() @ templates.double()
     return plain(IMAGES.double())

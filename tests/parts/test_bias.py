@@ -104,7 +104,7 @@ class TestRefusals:
         weights = grow_bank(tiny_vit(), [lora], RecastConfig(target_modules=["qkv"], group_size=1))
         with pytest.raises(RecastBankError, match=r"holds templates of weights: give it as RecastConfig\(bank=...\)"):
             get_recast_model(tiny_vit(), config(weights))
-        with pytest.raises(RecastBankError, match=r"holds templates of biases: give it as RecastConfig\(partners="):
+        with pytest.raises(RecastBankError, match=r"holds no templates of weights: give it as RecastConfig\(partners="):
             get_recast_model(tiny_vit(), RecastConfig(bank=grown()))
 
     def test_places_and_a_bank(self) -> None:

@@ -18,6 +18,7 @@ from ...names import PARTNER_CONTAINER
 from ...parts.bias_part import bias_holders
 from ...parts.head import TaskHead
 from ...parts.partner import detach_partners
+from ...parts.readout import readout_holders
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
 from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
@@ -272,7 +273,7 @@ def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] 
     """A copy of the model whose targets, and whose modules that the task owns, look at what is given; and biases, likewise."""
     held = {id(tensor): tensor for tensor in (*source.backbone.parameters(), *source.backbone.buffers())}
     model: nn.Module = copy.deepcopy(source.backbone, held)
-    holders = bias_holders(model, source.adapter)
+    holders, readouts = bias_holders(model, source.adapter), readout_holders(model, source.adapter)
     detach_partners(model)
     own = {name for task in read or [source.example()] for name in task.owned}
     replaced: dict[int, nn.Module] = {}
@@ -292,6 +293,8 @@ def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] 
     for bias, holder in zip(biases, holders, strict=True):
         host = holder.hosts[0]
         bias.attach(host, layers.get(id(host), host))
+    for readout in readouts:
+        readout.stay(model, source.adapter)
     return model, biases
 
 

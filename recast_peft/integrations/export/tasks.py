@@ -102,7 +102,7 @@ class Source:
     def identity(self) -> str:
         """A hash of which numbers a row holds, and of the pretrained weights that they are for: 16 hexadecimal digits."""
         columns = {name: [part.start, part.stop] for name, part in self.layout.slices.items()}
-        banks = {"bank": self.layout.bank, "biases": self.layout.bias_versions[0]}
+        banks = {"bank": self.layout.bank, "biases": self.layout.bias_versions[0], "readout": self.layout.readout}
         named = {key: value for key, value in banks.items() if value is not None}
         said = json.dumps({"columns": columns, "base": self.config.base_fingerprint, **named}, sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]

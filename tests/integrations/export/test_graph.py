@@ -6,18 +6,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from exported import called, onnx_tools
 from models import converted, randomise, vit_input
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from recast_peft import (
     PiggybackConfig,
+    ReadoutConfig,
     RecastBankError,
+    RecastConfig,
     RecastConfigError,
     TaskPool,
     export_onnx,
     export_program,
     export_task,
+    get_recast_model,
+    readout_bank,
 )
 from recast_peft.integrations.export.graph import prepare
 
@@ -75,3 +82,35 @@ class TestTheModel:
         assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
         assert model.training
         assert np.array_equal(called(model, vit_input()), before)
+
+
+class TestReadouts:
+    def test_a_graph_reads_as_its_tasks_do(self, tmp_path):
+        model = with_readout()
+        graph = export_program(model, X).module()
+        for name in ("a", "b"):
+            model.set_adapter(name)
+            export_task(model, tmp_path / name)
+            found = graph(load_file(tmp_path / name), X)["output"]
+            torch.testing.assert_close(found, torch.from_numpy(called(model, X)), atol=1e-5, rtol=1e-4)
+
+    def test_a_table_takes_no_task_that_reads_otherwise(self):
+        model = with_readout()
+        assert prepare(model, X, "table").names == ["a", "b"]
+        with pytest.raises((RecastBankError, RecastConfigError), match="plain"):
+            prepare(model, X, ["a", "plain"])
+        assert prepare(model, X, ["plain"]).source.identity != prepare(model, X, ["a"]).source.identity
+
+
+X = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+
+
+def with_readout():
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", num_classes=0).eval()
+    bank = readout_bank(vit, torch.randn(20, 3, 160, 160), progress=False)
+    own = {"num_classes": 3, "init_weights": False}
+    model = get_recast_model(vit, RecastConfig(partners=[ReadoutConfig(bank=bank)], **own), "a")
+    model.add_adapter("b", RecastConfig(partners=[ReadoutConfig(bank=bank)], seed=1, **own))
+    model.add_adapter("plain", RecastConfig(**own))
+    return model.eval()

@@ -1,0 +1,78 @@
+"""Partners on a stored bank: how their options name it, and how it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..banks.files import StoredBank, find_bank, how_to_load
+from ..errors import RecastBankError, RecastConfigError
+from ..options.checks import bank
+from ..options.partner import PartnerConfig
+from ..options.record import Reference, bank_to_use, reference_of
+from ..validation import Unexpected
+from .base import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankedPartnerConfig(PartnerConfig):
+    """A partner that can be on a bank, which says where it stands.
+
+    Args:
+        target_modules: where it stands without a bank.
+        bank: the bank, or the name of a folder or repository where it lies. Stored configs hold
+            ``{"name": ..., "fingerprint": ...}``.
+    """
+
+    bank: StoredBank | dict[str, str | None] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bank is None:
+            return
+        if self.target_modules is not None:
+            raise RecastConfigError(
+                f"{type(self).__name__}(bank=..., target_modules={self.target_modules!r}): the bank says which modules take "
+                "part; give one of the two"
+            )
+        try:
+            bank(self.bank)
+        except Unexpected as error:
+            self.check("bank", False, str(error))
+
+    @property
+    def bank_reference(self) -> Reference | None:
+        return reference_of(self.bank)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "bank": self.bank_reference}
+
+
+def bank_of_partner(request: Request, partner: BankedPartnerConfig, held: Iterable[StoredBank]) -> StoredBank:
+    """The bank that a partner names, from memory, from the model or from its file.
+
+    Args:
+        request: of the task.
+        partner: its partner.
+        held: banks that the model has for partners of this kind.
+
+    Raises:
+        RecastBankError: if it is not found.
+    """
+    record = request.config.record
+    named = bank_to_use(partner.bank, record, partner.method)
+    if named is None:
+        raise RecastBankError(f"{type(partner).__name__} needs a bank, and neither the config nor the stored task names one")
+    if isinstance(named, StoredBank):
+        return named
+    same = [bank for bank in held if bank.fingerprint == named["fingerprint"]]
+    hint = how_to_load("partners", f"[{type(partner).__name__}(bank=load_bank(folder_or_repository))]")
+    return next(iter(same), None) or find_bank(named, None if record is None else record.folder, hint)
+
+
+def refuse_bank(bank: StoredBank, maker: str) -> RecastBankError:
+    """The error for a bank of another kind; ``maker`` is the function that makes those that are meant."""
+    return RecastBankError(
+        f"the bank {bank.name or 'in memory'} is of another kind: give it as {bank.field}; a bank for here is made by {maker}"
+    )

@@ -1,0 +1,351 @@
+"""A readout: what the classifier reads is mixed from the outputs of several blocks, by templates that all tasks share.
+
+A pretrained model's last features have lost some of what its earlier blocks know. The templates of a readout are the principal
+directions of the outputs of several blocks together (``readout_bank``), as many as the classifier reads features, so that the
+classifier keeps its size. A task has no number of its own here. That classifiers gain by reading all blocks is Head2Toe's
+(Evci et al., ICML 2022, arXiv 2201.03529), which chooses among their features task by task; here they are projected, once for
+all tasks, without labels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from threading import get_ident
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..banks.files import StoredBank
+from ..composition.kinds import family_of
+from ..composition.mixed_batch import NO_TASK, MixedBatch, current_batch
+from ..composition.quantised import quantised_by
+from ..composition.recomputation import is_recomputing
+from ..config import RecastConfig
+from ..errors import RecastBankError, RecastConfigError, RecastTargetError
+from ..holders import plain_modules, unwrapped_module
+from ..mimicry.features import main_tensor
+from ..names import lies_in
+from ..options.partner import Candidate, PartnerConfig
+from ..planning.candidates import Candidate as Place
+from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
+from .base import Request, device_and_dtype
+from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, partner_holders
+from .wrapper import TaskModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutConfig(BankedPartnerConfig, method="readout"):
+    """What the classifier reads comes from several blocks, by the templates of a bank; a task trains no number for it.
+
+    Args:
+        target_modules: is left None: the bank says which modules are read.
+        bank: that ``readout_bank`` made: the bank, or the name of a folder or repository where it lies. Stored configs hold
+            ``{"name": ..., "fingerprint": ...}``.
+
+    Raises:
+        RecastConfigError: for anything else.
+    """
+
+    is_trained = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("target_modules", self.target_modules is None, "None: the bank says which modules are read")
+
+    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+        return False
+
+    def refusal(self, candidate: Candidate) -> str | None:
+        return "its bank says where it stands"
+
+    def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
+        assert isinstance(self.bank, StoredBank)
+        return Readout(self.bank, like["device"])
+
+
+class Readout(nn.Module):
+    """The templates of a readout; one module for all tasks on one bank.
+
+    Shapes:
+        ``templates`` ``(features, widths of all members)``, ``offset`` ``(features,)``.
+    """
+
+    templates: Tensor
+    offset: Tensor
+
+    def __init__(self, bank: StoredBank, device: torch.device) -> None:
+        super().__init__()
+        (group,) = bank.groups.values()
+        assert group.grown is not None
+        assert group.widths is not None
+        self.bank, self.members, self.widths = bank, group.members, list(group.widths)
+        self.register_buffer("templates", group.grown.tensors[0].to(device, torch.float32), persistent=False)
+        self.register_buffer("offset", cast(Tensor, group.offset).to(device, torch.float32), persistent=False)
+
+    def forward(self, outputs: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The features for the classifier.
+
+        Args:
+            outputs: of the members but for the last, by name; of a batch, as the model's modules give them.
+            x: what the classifier reads in the pretrained model, ``(samples, features)`` or ``(samples, positions, features)``;
+                the last member.
+
+        Returns:
+            shaped like ``x``, in its dtype.
+
+        Raises:
+            RecastTargetError: if a member was not called, or gives outputs that do not fit.
+        """
+        missing = [name for name in self.members[:-1] if name not in outputs]
+        if missing:
+            raise RecastTargetError(
+                f"the readout needs the output of {missing[0]}, which was not called before the classifier: call the model as "
+                "a whole"
+            )
+        mask = outputs.get(MASK)
+        given = [pooled(outputs[name], x, width, mask) for name, width in zip(self.members[:-1], self.widths, strict=False)]
+        y = F.linear(torch.cat([part.to(self.templates.dtype) for part in (*given, x)], dim=-1), self.templates, self.offset)
+        return y.to(x.dtype)
+
+
+# among the outputs by name, but no names of modules:
+MASK = ".mask"  # which positions of a text count, ``(samples, positions)``
+UNRECORDED = ".unrecorded"  # an output for which no gradient was recorded
+
+
+def pooled(output: Tensor, x: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
+    """The output of a block as a classifier can read it: its mean over positions, or position by position as ``x`` is.
+
+    Args:
+        output: ``(samples, positions, width)``, ``(samples, width, height, width of the picture)``, the same with the features
+            last, or ``(samples, width)``.
+        x: what the classifier reads in the pretrained model.
+        width: features of the block.
+        mask: ``(samples, positions)``; positions of zero are left out of the mean.
+
+    Returns:
+        ``(*x.shape[:-1], width)``.
+
+    Raises:
+        RecastTargetError: if it does not fit.
+    """
+    is_last = output.shape[-1] == width and not (output.ndim > 3 and output.shape[1] == width)
+    if x.ndim == 2 and output.ndim > 2 and (is_last or output.shape[1] == width):
+        if not is_last:
+            return output.flatten(2).mean(2)
+        if mask is None or mask.shape != output.shape[:2] or output.ndim > 3:
+            return output.flatten(1, -2).mean(1)
+        weights = mask[..., None].to(output.dtype)
+        return (output * weights).sum(1) / weights.sum(1).clamp_min(1)
+    if x.ndim == 3 and output.ndim == 3 and output.shape[1] > x.shape[1]:  # texts that are generated: the last words alone
+        output = output[:, -x.shape[1] :]
+    if output.shape != (*x.shape[:-1], width):
+        raise RecastTargetError(
+            f"a block gives {tuple(output.shape)} where the classifier reads {tuple(x.shape)}: a readout needs {width} "
+            "features of it for each vector that the classifier reads"
+        )
+    return output
+
+
+class _Seen(dict):
+    """What blocks gave in a call that is on its way, by thread; no part of a copy."""
+
+    def __deepcopy__(self, memo: Any) -> _Seen:
+        return _Seen()
+
+    def __reduce__(self) -> tuple:
+        return _Seen, ()
+
+    def own(self) -> dict[str, Tensor]:
+        """Of this thread."""
+        return self.setdefault(0 if torch.compiler.is_compiling() else get_ident(), {})
+
+
+class TaskReadouts(TaskPartners):
+    """The readouts before one classifier, by task."""
+
+    def __init__(self, place: str, method: str) -> None:
+        super().__init__(place, method)
+        self.seen = _Seen()
+        self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
+
+    def add(self, adapter_name: str, module: nn.Module, active: bool, inference_mode: bool) -> None:
+        """Give a task its readout; tasks on one bank share it."""
+        same = [m for m in self.readouts if m.bank.fingerprint == cast(Readout, module).bank.fingerprint]
+        super().add(adapter_name, same[0] if same else module, active, inference_mode)
+
+    @property
+    def readouts(self) -> list[Readout]:
+        """Of all tasks."""
+        return [cast(Readout, module) for module in self.modules_to_save.values()]
+
+    def attach_in(self, model: nn.Module, places: dict[str, Place]) -> None:
+        """Hang on the classifier, whosever it is, and on every module that is read."""
+        visible = plain_modules(model)
+        visible[self.place].register_forward_pre_hook(PartnerHook(self, before=True), with_kwargs=True)
+        read = dict.fromkeys(name for readout in self.readouts for name in readout.members[:-1])
+        for name in read:
+            visible[name].register_forward_hook(_OutputHook(self, name), with_kwargs=True)
+        above = [model, *(module for name, module in visible.items() if any(lies_in(member, {name}) for member in read))]
+        for module in above:
+            module.register_forward_pre_hook(_MaskHook(self), with_kwargs=True)
+
+    def bank_of(self, adapter_name: str) -> Any:
+        return self.modules_to_save[adapter_name] if self.has_task(adapter_name) else None
+
+    def refusal_to_pool(self, adapter_name: str) -> str | None:
+        return None  # all tasks of a pool have the same
+
+    def stay(self, model: nn.Module, adapter_name: str) -> None:
+        """Hang on a copy of the model that has no place for tasks, with the readout of one of them."""
+        self.home, self.idle_slot = (), None
+        self.set_adapter([adapter_name], inference_mode=True)
+        self.attach_in(model, {})
+        model.add_module(ReadoutConfig.method, self.modules_to_save[adapter_name])
+
+    @property
+    def acting_task(self) -> str | None:
+        """The task whose readout acts now; none for a pool's slot without a task in it."""
+        task = self.shown_task
+        return None if task == self.idle_slot else task
+
+    def refusal_to_merge(self, adapter_name: str) -> str | None:
+        return None  # it acts beside merged weights
+
+    def refusal_to_unload(self, adapter_name: str) -> str | None:
+        return "a readout, which a model without tasks has no place for (merge_adapter() keeps it)"
+
+    def note(self, name: str, tensor: Tensor | None) -> None:
+        """Note what a block gave, where somebody will read it."""
+        is_read = self.acting_task is not None or current_batch() is not None
+        if tensor is not None and is_read and not is_recomputing():
+            self.seen.own()[name] = tensor
+            if not torch.is_grad_enabled():
+                self.seen.own()[UNRECORDED] = tensor
+
+    def adapt(self, x: Any, y: Any) -> Any:
+        """The features that the classifier reads, of the active task or of each sample's own."""
+        outputs = dict(self.seen.own())
+        self.seen.own().clear()
+        task, batch = self.acting_task, current_batch()
+        if outputs.pop(UNRECORDED, None) is not None and y.requires_grad:
+            raise RecastBankError(
+                "blocks that a readout reads recorded no gradient while the rest of the model did, so that their part of the "
+                "gradient would be lost: gradient checkpointing works with use_reentrant=False alone"
+            )
+        if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
+            return y
+        if batch is None:
+            return self._scaled(cast(str, task), outputs, y)  # type: ignore[arg-type]
+        if batch.pool is not None:
+            return self._read_from_pool(batch, outputs, y)
+        before = y
+        for key, indices in batch.rows(len(y)).items():
+            if isinstance(key, str) and key in self._adapters:
+                rows = batch.index(indices, y.device)
+                y = y.index_copy(0, rows, self._scaled(key, outputs, before)[rows])  # type: ignore[arg-type]
+        return y
+
+    def _read_from_pool(self, batch: MixedBatch, outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+        """The features of samples with tasks of a pool, all of which have the readout of its slot."""
+        slot = batch.pool.slot if batch.pool is not None else ""
+        if not self.has_task(slot):
+            return y
+        assert batch.task_ids is not None
+        has_task = (batch.task_ids > NO_TASK).repeat_interleave(batch.repeats(len(y))).view(-1, *[1] * (y.ndim - 1))
+        return torch.where(has_task.to(y.device), self._scaled(slot, outputs, y), y)  # type: ignore[arg-type]
+
+
+class _OutputHook(PartnerHook):
+    """Stands behind a module that is read."""
+
+    def __init__(self, partners: TaskReadouts, name: str) -> None:
+        super().__init__(partners)
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+        cast(TaskReadouts, self.partners).note(self.name, main_tensor(output))
+
+
+class _MaskHook(PartnerHook):
+    """Stands before the modules that the blocks lie in, one of which is told the positions that count."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is None and args:
+            names = list(inspect.signature(module.forward).parameters)[: len(args)]
+            mask = args[names.index("attention_mask")] if "attention_mask" in names else None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            cast(TaskReadouts, self.partners).note(MASK, mask)
+
+
+class ReadoutPart(PartnerPart):
+    """A readout before the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__(ReadoutConfig, TaskReadouts)
+
+    def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Place]) -> list[PreparedPartner]:
+        assert isinstance(partner, ReadoutConfig)
+        bank = bank_of_partner(request, partner, [r.bank for holder in readout_holders(request.model) for r in holder.readouts])
+        if not bank.is_readout:
+            raise refuse_bank(bank, "readout_bank")
+        (group,) = bank.groups.values()
+        _check_classifier(request, group.members[-1])
+        places = {candidate.name: candidate for candidate in candidates}
+        missing = [name for name in group.members if name not in places]
+        if missing:
+            raise RecastTargetError(
+                f"the bank {bank.name or 'in memory'} reads {missing[0]}, which this model does not have: load the model that "
+                "the bank was made for, or make one for this model with readout_bank"
+            )
+        if not request.counting:
+            for name, fingerprint in fingerprints_of(group.members[:-1], candidates).items():
+                bank.check_base(name, fingerprint)
+        partner, place = replace(partner, bank=bank), places[group.members[-1]]
+        like = device_and_dtype(request.model, place.module, request.counting)
+        module = partner.build(place.module, None, torch.Generator(), **like)
+        return [PreparedPartner(partner, place, module.train(place.module.training))]
+
+    def refusal_to_combine(self, config: RecastConfig) -> str | None:
+        return None  # tasks on the same readout can be combined
+
+
+def _check_classifier(request: Request, name: str) -> None:
+    """Refuse new features for a classifier that was trained on the old ones, and is not trained with the task."""
+    config, module = request.config, plain_modules(request.model).get(name)
+    saved = tuple(config.modules_to_save or ())
+    is_own = config.num_classes is not None or (bool(saved) and name.endswith(saved))
+    stands_alone = isinstance(module, TaskModule)  # other tasks have classifiers here, and this one may be a pool's slot
+    if not (module is None or is_own or stands_alone or isinstance(unwrapped_module(module), nn.Identity)):
+        raise RecastConfigError(
+            f"a readout changes what {name} reads, which was trained on other features: give the task a classifier of its own, "
+            f"RecastConfig(num_classes=...), or name it in modules_to_save"
+        )
+
+
+def fingerprints_of(members: Collection[str], candidates: list[Place]) -> dict[str, str]:
+    """By member the fingerprint of the first matrix or kernel in it; without those that are not at hand as they were."""
+    found: dict[str, str] = {}
+    for member in members:
+        within = (c for c in candidates if lies_in(c.name, {member}) and c.weight_name is not None)
+        first = next((c for c in within if family_of(c.module) is not None and c.weight.ndim > 1), None)
+        if first is not None and quantised_by(first.module) is None and not first.weight.is_meta:
+            found[member] = first.fingerprint
+    return found
+
+
+def readout_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskReadouts]:
+    """What holds the readouts of a model; of one task, or of all."""
+    held = [holder for holder in partner_holders(model) if isinstance(holder, TaskReadouts)]
+    return held if adapter_name is None else [holder for holder in held if holder.has_task(adapter_name)]
+
+
+def readout_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
+    """The bank of a task's readout; None if it has none."""
+    held = (holder.modules_to_save[adapter_name] for holder in readout_holders(model, adapter_name))
+    return next((cast(Readout, readout).bank for readout in held), None)

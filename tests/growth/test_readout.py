@@ -1,0 +1,159 @@
+"""Banks of readouts: principal directions of the outputs of several blocks, found again by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models import small_transformer
+from torch import Tensor, nn
+
+from recast_peft import (
+    RecastBankError,
+    RecastConfig,
+    RecastConfigError,
+    RecastTargetError,
+    extend_bank,
+    get_recast_model,
+    growth_report,
+    load_bank,
+    readout_bank,
+)
+from recast_peft.banks.card import made_by
+
+
+def vit(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit", num_classes=0, **options).eval()
+
+
+def pictures(count: int = 30, size: int = 160) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def read_by_hand(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
+    """The mean over positions of what the named modules give, and the model's own features."""
+    seen: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    handles = [modules[n].register_forward_hook(lambda m, a, y, n=n: seen.update({n: y})) for n in names]
+    features = model(x)
+    for handle in handles:
+        handle.remove()
+    spots = {3: (1,), 4: (2, 3)}
+    return [*(seen[n].mean(spots[seen[n].ndim]) for n in names), features]
+
+
+def templates_of(bank: Any) -> tuple[Tensor, Tensor]:
+    group = bank.groups["readout"]
+    return group.grown.tensors[0], group.offset
+
+
+class TestDirections:
+    def test_features_are_the_principal_components_of_all_outputs_counted_equally(self) -> None:
+        model, x = vit(), pictures()
+        names = [f"blocks.{i}" for i in range(6)]
+        bank = readout_bank(model, x, progress=False)
+        group = bank.groups["readout"]
+        assert group.members == (*names, "head")
+        assert group.widths == (64,) * 7
+        found = read_by_hand(model, names, x)
+        centred = [values - values.mean(0) for values in found]
+        flat = torch.cat([values / values.norm(dim=1).mean() for values in centred], dim=1).double()
+        left, sizes, _ = torch.linalg.svd(
+            flat, full_matrices=False
+        )  # principal components, by numpy's way and not by a Gram matrix
+        wanted = left[:, :29] * sizes[:29]
+        templates, offset = templates_of(bank)
+        features = torch.cat(found, dim=1) @ templates.T + offset
+        assert (features.norm(dim=1).mean() - found[-1].norm(dim=1).mean()).abs() < 1e-4
+        scale = found[-1].norm(dim=1).mean() / wanted.norm(dim=1).mean()
+        torch.testing.assert_close(features[:, :29].abs().double(), (wanted * scale).abs(), atol=2e-4, rtol=1e-3)
+        assert not templates[29:].any()  # thirty examples about their mean have no more directions
+
+    def test_more_examples_than_numbers_give_the_same_components(self) -> None:
+        torch.manual_seed(0)
+        model = timm.create_model("test_efficientnet", num_classes=0).eval()
+        x = pictures(500, 32)
+        names = [f"blocks.{i}" for i in range(5)]
+        templates, offset = templates_of(readout_bank(model, x, progress=False))
+        features = (torch.cat(read_by_hand(model, names, x), dim=1) @ templates.T + offset).double()
+        assert features.mean(0).abs().max() < 1e-4
+        spread = features.T @ features
+        assert torch.all(spread.diagonal().diff() < 1e-4 * spread.diagonal()[0])  # the largest first
+        assert (spread - spread.diagonal().diag()).abs().max() < 1e-4 * spread.diagonal()[0]
+
+    def test_what_is_padded_does_not_count(self) -> None:
+        model = small_transformer("bert", num_labels=2)
+        ids = torch.randint(3, 20, (24, 8), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[:, 5:] = 0
+        other = ids.clone()
+        other[:, 5:] = 7
+        first, second = (readout_bank(model, {"input_ids": i, "attention_mask": mask}, progress=False) for i in (ids, other))
+        torch.testing.assert_close(first.groups["readout"].offset, second.groups["readout"].offset, atol=1e-4, rtol=1e-4)
+        assert first.groups["readout"].widths == second.groups["readout"].widths
+
+    def test_at_most_eight_blocks_are_read_evenly_spaced_with_the_last(self) -> None:
+        bank = readout_bank(vit(depth=20), pictures(4), progress=False)
+        assert bank.groups["readout"].members[:-1] == tuple(f"blocks.{i}" for i in (1, 4, 6, 9, 11, 14, 16, 19))
+
+    def test_named_modules_are_read(self) -> None:
+        bank = readout_bank(vit(), pictures(4), target_modules=["blocks.4", "blocks.1.mlp"], progress=False)
+        assert bank.groups["readout"].members == ("blocks.1.mlp", "blocks.4", "head")
+
+    def test_the_model_and_its_mode_are_left_as_they_were(self) -> None:
+        model = vit().train()
+        before = copy.deepcopy(model.state_dict())
+        readout_bank(model, pictures(4), progress=False)
+        assert model.training
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+class TestFiles:
+    def test_saved_and_loaded(self, tmp_path: Path) -> None:
+        bank = readout_bank(vit(), pictures(6), progress=False)
+        loaded = load_bank(bank.save(tmp_path / "bank").name or "")
+        assert loaded.fingerprint == bank.fingerprint
+        assert loaded.is_readout
+        assert all(map(torch.equal, templates_of(bank), templates_of(loaded)))
+        assert loaded.base_fingerprint == bank.base_fingerprint
+        assert made_by(loaded.mimicry) == "a readout of 6 examples, 100 % of whose variance it keeps"
+
+    def test_a_readout_has_no_coefficients(self) -> None:
+        assert readout_bank(vit(), pictures(6), progress=False).groups["readout"].num_coefficients == 0
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("data", [pictures(1), [1, 2], {}, torch.tensor(1.0)], ids=["one", "list", "nothing", "number"])
+    def test_data_that_cannot_be_used(self, data: Any) -> None:
+        with pytest.raises(RecastConfigError, match="two examples or more"):
+            readout_bank(vit(), data, progress=False)
+
+    def test_modules_that_are_not_there(self) -> None:
+        with pytest.raises(RecastTargetError, match=r"target_modules=\['block'\]"):
+            readout_bank(vit(), pictures(4), target_modules=["block"], progress=False)
+
+    def test_modules_that_are_not_called(self) -> None:
+        model = vit()
+        model.unused = nn.Linear(4, 4)  # type: ignore[assignment]
+        with pytest.raises(RecastTargetError, match="unused is not called"):
+            readout_bank(model, pictures(4), target_modules=["unused"], progress=False)
+
+    def test_a_converted_model(self) -> None:
+        with pytest.raises(RecastConfigError, match="readout_bank needs the plain pretrained model"):
+            readout_bank(get_recast_model(vit(), RecastConfig()), pictures(4), progress=False)
+
+    def test_it_neither_grows_nor_is_a_bank_of_weights(self) -> None:
+        bank = readout_bank(vit(), pictures(4), progress=False)
+        with pytest.raises(RecastBankError, match="a readout does not grow"):
+            extend_bank(bank, vit(), [vit(1)])
+        with pytest.raises(RecastBankError, match="was not grown"):
+            growth_report(bank)
+        with pytest.raises(RecastBankError, match=r"partners=\[ReadoutConfig\(bank=...\)\]"):
+            get_recast_model(vit(), RecastConfig(bank=bank))

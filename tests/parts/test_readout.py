@@ -1,0 +1,254 @@
+"""A readout before a task's classifier: what it computes, beside other tasks, saved, merged, and in a mixed batch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models import run_at_once, small_transformer
+from peft import PeftModel
+from torch import Tensor, nn
+
+from recast_peft import (
+    BiasConfig,
+    ReadoutConfig,
+    RecastBankError,
+    RecastConfig,
+    RecastConfigError,
+    RecastTargetError,
+    StoredBank,
+    get_recast_model,
+    readout_bank,
+)
+
+X = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+
+
+def vit(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit", num_classes=0, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def bank() -> StoredBank:
+    data = torch.randn(20, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    return readout_bank(vit(), data, progress=False)
+
+
+def config(bank: StoredBank, seed: int = 0, **fields: Any) -> RecastConfig:
+    return RecastConfig(init_weights=False, seed=seed, partners=[ReadoutConfig(bank=bank)], **{"num_classes": 3, **fields})
+
+
+def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Tensor:
+    """A task's logits: its weights by the layers, its features by the bank's tensors, its classifier by a product."""
+    group = bank.groups["readout"]
+    without = copy.deepcopy(model)
+    without.set_adapter(name)
+    plain = without.base_model.model
+    del plain._modules["recast_partners"]
+    for module in plain.modules():
+        module._forward_pre_hooks.clear()
+    seen: dict[str, Tensor] = {}
+    for block in group.members[:-1]:
+        plain.get_submodule(block).register_forward_hook(lambda m, a, y, n=block: seen.update({n: y.mean(1)}))
+    head = plain.get_submodule("head").modules_to_save[name]  # type: ignore[union-attr]
+    kept = []
+    head.register_forward_pre_hook(lambda m, args: kept.append(args[0]))  # type: ignore[union-attr]
+    with torch.no_grad():
+        plain(x)
+        assert group.grown is not None
+        read = torch.cat([*(seen[block] for block in group.members[:-1]), kept[0]], dim=1)
+        return nn.functional.linear(read @ group.grown.tensors[0].T + group.offset, head.weight, head.bias)  # type: ignore
+
+
+class TestComputing:
+    def test_the_classifier_reads_the_mixed_outputs(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), by_hand(model, bank, "task"), atol=1e-5, rtol=1e-5)
+
+    def test_a_task_trains_no_number_for_it(self, bank: StoredBank) -> None:
+        plain = get_recast_model(vit(), RecastConfig(num_classes=3))
+        assert get_recast_model(vit(), config(bank)).get_nb_trainable_parameters()[0] == plain.get_nb_trainable_parameters()[0]
+
+    def test_a_budget_is_spent_beside_it(self, bank: StoredBank) -> None:
+        def size(**fields: Any) -> int:
+            return get_recast_model(vit(), RecastConfig(max_coefficients=3_000, **fields)).get_nb_trainable_parameters()[0]
+
+        assert size(partners=[ReadoutConfig(bank=bank)]) == size() > 1_000
+
+    def test_gradients_flow_through_all_blocks(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task")
+        by_blocks = {}
+        for last_alone in (False, True):
+            copied = copy.deepcopy(model)
+            readout = next(m for m in copied.modules() if type(m).__name__ == "Readout")
+            if last_alone:
+                readout.templates[:, : -readout.widths[-1]] = 0
+            copied(X).square().sum().backward()
+            first = next(p for n, p in copied.named_parameters() if "blocks.0.mlp.fc1" in n and p.requires_grad)
+            by_blocks[last_alone] = first.grad
+        assert not torch.allclose(by_blocks[False], by_blocks[True], rtol=0.1)
+
+    def test_checkpointing_changes_no_gradient(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").train()
+        grads = []
+        for checkpointed in (False, True):
+            model.base_model.model.set_grad_checkpointing(checkpointed)
+            model.zero_grad()
+            model(X).square().sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        for first, second in zip(*grads, strict=True):
+            torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)
+
+    def test_blocks_that_record_no_gradient_are_refused(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").train()
+        blocks = model.base_model.model.blocks
+        forward = blocks.forward
+        blocks.forward = lambda x: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=True)
+        with pytest.raises(RecastBankError, match="use_reentrant=False"):
+            model(X.clone().requires_grad_())
+
+    def test_switched_off_it_is_the_pretrained_model(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        with torch.no_grad(), model.disable_adapter():
+            assert torch.equal(model(X), vit()(X))
+
+    def test_padding_changes_nothing(self) -> None:
+        ids = torch.randint(3, 20, (20, 8), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[:, 6:] = 0
+        text = readout_bank(small_transformer("bert", num_labels=2), {"input_ids": ids, "attention_mask": mask}, progress=False)
+        model = get_recast_model(small_transformer("bert", num_labels=2), config(text)).eval()
+        with torch.no_grad():
+            padded = model(input_ids=ids[:3], attention_mask=mask[:3]).logits
+            torch.testing.assert_close(padded, model(input_ids=ids[:3, :6]).logits, atol=1e-6, rtol=1e-5)
+
+    def test_compiled_in_one_graph(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        with torch.no_grad():
+            compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+            torch.testing.assert_close(compiled(X), model(X))
+
+    def test_threads_do_not_read_each_others_blocks(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        with torch.no_grad():
+            wanted = [model(X[i : i + 1]) for i in range(4)]
+        found: list[list[Tensor]] = [[] for _ in range(4)]
+
+        def call(i: int) -> None:
+            with torch.no_grad():
+                found[i].extend(model(X[i : i + 1]) for _ in range(5))
+
+        run_at_once([lambda i=i: call(i) for i in range(4)])  # type: ignore[misc]
+        assert all(torch.equal(y, wanted[i]) for i in range(4) for y in found[i])
+
+
+class TestTasks:
+    def test_each_sample_reads_as_its_task_does(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "a")
+        model.add_adapter("plain", RecastConfig(init_weights=False, num_classes=5, seed=1))
+        model.add_adapter("b", config(bank, seed=2, num_classes=4))
+        model.eval()
+        with torch.no_grad():
+            mixed = model(X, adapter_names=["a", "plain", "b", "__base__"])
+            for row, (name, classes) in enumerate((("a", 3), ("plain", 5), ("b", 4))):
+                model.set_adapter(name)
+                torch.testing.assert_close(mixed[row, :classes], model(X[row : row + 1])[0], atol=1e-5, rtol=1e-4)
+                if name != "plain":
+                    torch.testing.assert_close(
+                        mixed[row, :classes], by_hand(model, bank, name, X[row : row + 1])[0], atol=1e-5, rtol=1e-4
+                    )
+
+    def test_tasks_on_one_bank_share_its_templates(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "a")
+        model.add_adapter("b", config(bank, seed=2))
+        assert sum(type(module).__name__ == "Readout" for module in model.modules()) == 1
+        model.delete_adapter("a")
+        assert sum(type(module).__name__ == "Readout" for module in model.modules()) == 1
+
+    def test_saved_and_loaded(self, bank: StoredBank, tmp_path: Path) -> None:
+        stored = bank.save(tmp_path / "bank")
+        model = get_recast_model(vit(), config(stored), "task").eval()
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(vit(), tmp_path / "task", "task").eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(X), model(X))
+        alone = PeftModel.from_pretrained(
+            vit(), tmp_path / "task", "task", config=RecastConfig.from_pretrained(tmp_path / "task"), low_cpu_mem_usage=True
+        ).eval()
+        with torch.no_grad():
+            assert torch.equal(alone(X), model(X))
+
+    def test_a_bank_in_memory_is_stored_by_the_model(self, bank: StoredBank, tmp_path: Path) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        model.base_model.save_bank(tmp_path / "bank", of="readout")
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(vit(), tmp_path / "task", "task").eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(X), model(X))
+
+    def test_copied_and_pickled_after_an_unfinished_call(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        model.base_model.model.forward_features(X)  # never reaches the classifier
+        with torch.no_grad():
+            wanted = model(X)
+            assert torch.equal(copy.deepcopy(model)(X), wanted)
+            assert torch.equal(pickle.loads(pickle.dumps(model))(X), wanted)
+
+    def test_merged_beside_the_weights_and_never_without_tasks(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        with torch.no_grad():
+            wanted = model(X)
+            with pytest.raises(RecastBankError, match=r"merge_adapter\(\) keeps it"):
+                model.merge_and_unload()
+            model.merge_adapter()
+            torch.testing.assert_close(model(X), wanted, atol=1e-5, rtol=1e-5)
+            model.unmerge_adapter()
+            assert torch.equal(model(X), wanted)
+            assert torch.equal(model.unload()(X), vit()(X))
+
+    def test_tasks_that_read_alike_are_added(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "a")
+        model.add_adapter("b", config(bank, seed=2))
+        model.add_adapter("plain", RecastConfig(num_classes=3))
+        model.add_weighted_adapter(["a", "b"], [0.25, 0.75], "sum", heads="linear")
+        model.eval().set_adapter("sum")
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), by_hand(model, bank, "sum"), atol=1e-5, rtol=1e-5)
+        with pytest.raises(RecastBankError, match="the readout"):
+            model.add_weighted_adapter(["a", "plain"], [1, 1], "other", heads="linear")
+
+
+class TestRefusals:
+    def test_a_bank_is_needed_and_one_of_readouts(self, bank: StoredBank) -> None:
+        for partner in (ReadoutConfig(), "readout"):
+            with pytest.raises(RecastBankError, match="ReadoutConfig needs a bank"):
+                get_recast_model(vit(), RecastConfig(num_classes=3, partners=[partner]))
+        with pytest.raises(RecastBankError, match=r"give it as RecastConfig\(partners=\[ReadoutConfig"):
+            get_recast_model(vit(), RecastConfig(num_classes=3, partners=[BiasConfig(bank=bank)]))
+
+    def test_target_modules_are_the_banks(self) -> None:
+        with pytest.raises(RecastConfigError, match="the bank says which modules are read"):
+            ReadoutConfig(target_modules=["blocks.0"])
+
+    def test_a_classifier_that_was_trained_on_other_features(self, bank: StoredBank) -> None:
+        with pytest.raises(RecastConfigError, match="a classifier of its own"):
+            get_recast_model(timm.create_model("test_vit", num_classes=10), config(bank, num_classes=None))
+
+    @pytest.mark.parametrize(
+        ("build", "error", "message"),
+        [
+            (lambda: vit(1), RecastBankError, "was made for other pretrained weights; blocks.0 differs"),
+            (lambda: vit(depth=3), RecastTargetError, "reads blocks.3, which this model does not have"),
+        ],
+        ids=["other weights", "other model"],
+    )
+    def test_another_model(self, bank: StoredBank, build: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            get_recast_model(build(), config(bank))
