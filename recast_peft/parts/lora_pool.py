@@ -75,7 +75,7 @@ class PooledPart:
             factors = batch.offsets(f"{self.module_name}.{name}.weight", len(x))
             assert factors is not None
             added = product_by_sample(module, added, factors.to(added.dtype).view(len(x), *module.weight.shape))
-        return (y + added * self.scaling[key]).to(y.dtype)
+        return torch.add(y, added, alpha=self.scaling[key]).to(y.dtype)
 
     def _call_unmerged(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What lies below, without what is merged here."""
@@ -105,6 +105,9 @@ def product_by_sample(module: Any, x: Tensor, weights: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return (x.reshape(len(x), -1, x.shape[-1]) @ weights.mT).view(*x.shape[:-1], weights.shape[1])
+    is_of_places = {*module.kernel_size, *module.stride, module.groups} == {1}
+    if is_of_places and not any(module._reversed_padding_repeated_twice):
+        return (weights.flatten(2) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
     convolution = CONVOLUTIONS[module.weight.ndim]  # all samples as the groups of one
     groups = len(x) * module.groups
     joined = x.reshape(1, -1, *x.shape[2:])

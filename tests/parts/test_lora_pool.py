@@ -32,6 +32,9 @@ def _no_grad() -> Iterator[None]:
         (nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (3, 4, 7)),
         (nn.Conv2d(4, 6, 3, padding="same", groups=2, bias=False), (3, 4, 7, 5)),
         (nn.Conv3d(4, 6, 2, dilation=2, bias=False), (3, 4, 5, 5, 5)),
+        (nn.Conv2d(4, 6, 1, bias=False), (3, 4, 7, 5)),
+        (nn.Conv2d(4, 6, 1, padding=1, bias=False), (3, 4, 7, 5)),
+        (nn.Conv2d(4, 6, 1, stride=2, bias=False), (3, 4, 7, 5)),
     ],
 )
 def test_a_product_with_a_weight_for_each_sample(layer, shape):
