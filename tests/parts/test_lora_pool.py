@@ -9,7 +9,7 @@ import quantised_models
 import torch
 from lora_parts import fill
 from models import layers_of, seeded, small_vit
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from pooled_parts import CASES, IMAGES, NAMES, PART, answer, assert_mixed, each_alone, pool_of, with_tasks
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -104,6 +104,10 @@ class TestAsAlone:
         model.merge_adapter()  # the slot, by the model's own verb
         pool.activate("t2", merge=True)
         torch.testing.assert_close(answer(model, x), alone["t2"], rtol=1e-5, atol=1e-5)
+        pool.activate("t0")
+        model.merge_adapter(["t1"])  # another task over the slot
+        pool.activate("t2", merge=True)
+        torch.testing.assert_close(answer(model, x), alone["t2"], rtol=1e-5, atol=1e-5)
         with model.disable_adapter():
             assert torch.equal(answer(model, x), alone[None])
             assert_mixed_off = answer(model, x, task_ids=pool.ids(["t0"] * 5))
@@ -120,6 +124,21 @@ class TestAsAlone:
         torch.testing.assert_close(answer(model, x), alone["t1"], rtol=1e-5, atol=1e-5)
         with pytest.raises(RecastBankError, match="other layers stand between: unmerge it"):
             answer(model, x, task_ids=pool.ids(["t0"] * 5))
+
+    def test_what_another_method_has_merged_is_not_overwritten(self):
+        model, x = with_tasks()
+        pool = pool_of(model)
+        pool.activate("t0")
+        outer = get_peft_model(model.get_base_model(), IA3Config(target_modules=["qkv"], feedforward_modules=[]))
+        for name, parameter in outer.named_parameters():
+            if "ia3" in name:
+                parameter.fill_(1.5)
+        pool.activate("t0", merge=True)
+        outer.merge_adapter()
+        before = outer(x)
+        with pytest.raises(RecastBankError, match="Unmerge them first"):
+            pool.activate("t1", merge=True)
+        assert torch.equal(outer(x), before)
 
     def test_the_strength_of_the_slot(self):
         model, x = with_tasks()
