@@ -48,9 +48,7 @@ class PooledPart:
             for parameter, values in self._kept:
                 parameter.data.copy_(values)
             if composed is not None:
-                present = composed.present([adapter_name])
-                composed.compose(present, out=composed.weight_parameter.data)
-                composed.merged_adapters, composed.held = present, tuple(present)
+                composed.compose(composed.present([adapter_name]), out=composed.weight_parameter.data)
         self.merged_adapters.clear()
         layer._plain_class.merge(self, adapter_names=[container_key(adapter_name)])
 
