@@ -21,7 +21,7 @@ from ..planning.heads import head_names
 from .practice import Inputs, rows_of_inputs
 from .sources import check_plain, check_sizes
 
-MOST_MODULES = 8
+MOST_MODULES = 16
 MOST_EXAMPLES = 4096
 SMALLEST = 1e-4  # standard deviation of a direction, in units of the first one's; below lies rounding
 
@@ -42,7 +42,7 @@ def readout_bank(
         data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments; some hundred
             examples or more. Of more than 4,096 as many are drawn.
         target_modules: names of the modules whose outputs are read beside the features that the classifier reads anyway; None
-            is at most 8 of the model's numbered blocks, evenly spaced, the last one among them.
+            is at most 16 of the model's numbered blocks, evenly spaced, the last one among them.
         head_module: name of the classifier; None finds it. It may be an ``nn.Identity``.
         batch_size: examples that the model is called with at once.
         progress: show a progress bar.
@@ -95,17 +95,12 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None) -> list[
         return [name for name in names if name in wanted]
     heads = {*head_names(model), head}
     blocks = [c.name for c in find_candidates(model) if c.weight_name is not None and not lies_in(c.name, heads)]
-    outermost = list(dict.fromkeys(_stage_of(block_of(name)) for name in blocks if block_of(name) != name))
-    if not outermost:
+    blocks = list(dict.fromkeys(block_of(name) for name in blocks if block_of(name) != name))
+    blocks = [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)]
+    if not blocks:
         raise RecastTargetError("the model has no numbered blocks: name the modules to read with target_modules")
-    count = min(MOST_MODULES, len(outermost))
-    return [outermost[(i + 1) * len(outermost) // count - 1] for i in range(count)]
-
-
-def _stage_of(block: str) -> str:
-    """A block's name up to its first number: of ``stages.1.blocks.0`` the stage."""
-    parts = block.split(".")
-    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
+    count = min(MOST_MODULES, len(blocks))
+    return [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
 
 
 def _drawn(data: Inputs) -> Inputs:

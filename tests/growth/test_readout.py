@@ -79,7 +79,7 @@ class TestDirections:
         torch.manual_seed(0)
         model = timm.create_model("test_efficientnet", num_classes=0).eval()
         x = pictures(500, 32)
-        names = [f"blocks.{i}" for i in range(5)]
+        names = [name for name, _ in model.named_modules() if name.startswith("blocks.") and name.count(".") == 2]
         templates, offset = templates_of(readout_bank(model, x, progress=False))
         features = (torch.cat(read_by_hand(model, names, x), dim=1) @ templates.T + offset).double()
         assert features.mean(0).abs().max() < 1e-4
@@ -98,9 +98,16 @@ class TestDirections:
         torch.testing.assert_close(first.groups["readout"].offset, second.groups["readout"].offset, atol=1e-4, rtol=1e-4)
         assert first.groups["readout"].widths == second.groups["readout"].widths
 
-    def test_at_most_eight_blocks_are_read_evenly_spaced_with_the_last(self) -> None:
-        bank = readout_bank(vit(depth=20), pictures(4), progress=False)
-        assert bank.groups["readout"].members[:-1] == tuple(f"blocks.{i}" for i in (1, 4, 6, 9, 11, 14, 16, 19))
+    def test_at_most_sixteen_blocks_are_read_evenly_spaced_with_the_last(self) -> None:
+        bank = readout_bank(vit(depth=24), pictures(4), progress=False)
+        wanted = (0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23)
+        assert bank.groups["readout"].members[:-1] == tuple(f"blocks.{i}" for i in wanted)
+
+    def test_the_innermost_blocks_are_read(self) -> None:
+        model = timm.create_model("test_convnext", num_classes=0).eval()  # stages have weights beside their blocks
+        members = readout_bank(model, pictures(4, 64), progress=False).groups["readout"].members
+        counts = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr, arg-type]
+        assert members == (*(f"stages.{i}.blocks.{j}" for i, n in enumerate(counts) for j in range(n)), "head.fc")
 
     def test_named_modules_are_read(self) -> None:
         bank = readout_bank(vit(), pictures(4), target_modules=["blocks.4", "blocks.1.mlp"], progress=False)
