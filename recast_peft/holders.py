@@ -7,19 +7,17 @@ inside a key.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, plain_name, unwrapped
+from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, lies_in, plain_name, unwrapped
 from .placement.offloaded import bring_back, kept_tensor
 from .placement.sharded import whole_shape, write
 
@@ -201,6 +199,21 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def other_names(model: nn.Module) -> dict[str, str]:
+    """The further names of modules that stand at several places of the plain model, with those that ``plain_modules`` gives."""
+    modules = plain_modules(model)
+    first = {id(unwrapped_module(module)): name for name, module in modules.items()}
+    tops: dict[str, str] = {}
+    for name, module in {"": model, **modules}.items():
+        for key, child in unwrapped_module(module)._modules.items():
+            known = None if child is None else first.get(id(unwrapped_module(child)))
+            full = f"{name}.{key}" if name else key
+            if known is not None and full not in modules:
+                tops[full] = known
+    inside = {f"{other}{name[len(top) :]}": name for other, top in tops.items() for name in modules if lies_in(name, [top])}
+    return {other: name for other, name in inside.items() if other not in modules}
+
+
 def plain_place(model: nn.Module, module: nn.Module) -> str | None:
     """The name in the plain model of a module, which may be one that a task owns; None if it is not in the model."""
     wanted = unwrapped_module(module)
@@ -216,14 +229,15 @@ def put_at(model: nn.Module, name: str, module: nn.Module) -> None:
 
     A tuner's layer takes the place of what stands inside of the modules that tasks own whole there.
     """
-    parent_name, _, child = name.rpartition(".")
-    places = plain_modules(model)
-    parent = unwrapped_module(places[parent_name] if parent_name else model)
-    if not isinstance(module, AuxiliaryTrainingWrapper):
-        present = places[name]
-        while isinstance(present, AuxiliaryTrainingWrapper):
-            parent, child, present = present, "original_module", present.original_module
-    put_child(parent, child, module)
+    present = plain_modules(model)[name]
+    exchange(model, present if isinstance(module, AuxiliaryTrainingWrapper) else shared(present), module)
+
+
+def exchange(model: nn.Module, present: nn.Module, module: nn.Module) -> None:
+    """Put a module in the place of another one, wherever that stands: what a model shares stays shared."""
+    for parent in list(model.modules()):
+        for name in [name for name, child in parent._modules.items() if child is present]:
+            put_child(parent, name, module)
 
 
 def shared(present: nn.Module) -> nn.Module:
@@ -238,29 +252,6 @@ def put_child(parent: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, name, module)
     if name == COMPILED:
         parent.__setstate__(parent.__getstate__())  # makes its call anew
-
-
-def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
-    """A copy of a part of the model as it was before any task came: without wrappers, layers of tuners, modules of tasks.
-
-    Without numbers its parameters and buffers are on the meta device.
-    """
-    memo: dict[int, Any] = {} if with_numbers else _without_numbers(module)
-    for wrapper in [m for m in module.modules() if unwrapped_module(m) is not m][::-1]:  # the innermost first
-        inner = unwrapped_module(wrapper)
-        own = memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
-        if getattr(wrapper, "is_released", False):  # a compressed bank stands for its weight
-            weight: Any = wrapper.compose([]).detach().clone()  # type: ignore[operator]
-            own._parameters[str(wrapper.weight_name)] = nn.Parameter(weight if with_numbers else weight.to("meta"))
-    return memo.get(id(module)) or copy.deepcopy(module, memo)
-
-
-def _without_numbers(module: nn.Module) -> dict[int, Any]:
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return memo
 
 
 # ---------------------------------------------------------------- containers by a task's name

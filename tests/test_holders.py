@@ -12,7 +12,7 @@ from models import tiny_vit
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from recast_peft.holders import TaskModules, TaskParameters, container_key, plain_copy, plain_modules, put_at, task_of_key
+from recast_peft.holders import TaskModules, TaskParameters, container_key, other_names, plain_modules, put_at, task_of_key
 
 NAMES = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12)
 
@@ -65,9 +65,16 @@ def test_wrappers_give_modules_no_other_names() -> None:
     assert plain_modules(wrapped)["blocks.1.mlp.fc1"] is new
 
 
-def test_a_copy_without_numbers_takes_no_memory() -> None:
-    model = tiny_vit()
-    empty = plain_copy(model, with_numbers=False)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert not any(parameter.is_meta for parameter in model.parameters())
+def test_a_module_at_two_places_is_exchanged_at_both() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "inside": nn.Sequential(nn.ReLU())})
+    model["again"] = model["inside"][0]
+    new = nn.Identity()
+    put_at(model, "inside.0", new)
+    assert model["again"] is model["inside"][0] is new
+
+
+def test_the_further_names_of_shared_modules_are_known() -> None:
+    model = nn.ModuleDict({"first": nn.Sequential(nn.Linear(2, 2)), "norm": nn.LayerNorm(2)})
+    model["again"], model["last"] = model["first"], nn.Sequential(model["norm"])
+    assert other_names(model) == {"again": "first", "again.0": "first.0", "last.0": "norm"}
+    assert other_names(tiny_vit()) == {}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import unwrapped
 from ..layer import recast_layers
+from ..parts.head import task_heads
 from ..tasks.conversion import check_fingerprints
-from ..tasks.files import load_into, read_entries
+from ..tasks.files import check_not_merged, load_into, read_entries
 from ..tasks.preparation import under_names_of
 from ..tasks.state import backbone_of
-from ..tasks.verbs import merged_tasks
 
 # what two tasks have to have in common
-_ALIKE = ("groups", "recipes", "bank", "num_coefficient_sets", "coefficient_sharing", "lora_config")
+_ALIKE = ("groups", "recipes", "bank", "num_coefficient_sets", "coefficient_sharing", "bias", "partners", "lora_config")
+# of a LoRA part and of partners: what decides how their numbers act
+_OF_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+_NOT_OF_PARTNERS = ("target_modules", "dropout", "bank")
 
 
 def hotswap_adapter(
@@ -47,18 +50,46 @@ def hotswap_adapter(
     if not isinstance(own, RecastConfig):
         raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its adapters: {', '.join(inner.peft_config)}")
     backbone = backbone_of(inner)
-    if adapter_name in merged_tasks(backbone):
-        raise RecastConfigError(f"task {adapter_name!r} is merged: call unmerge_adapter(), swap, and merge again")
-    path = str(model_name_or_path)
+    config, entries = check_replacement(backbone, str(model_name_or_path), adapter_name, own, **kwargs)
+    with inner.base_model.calls.change():
+        load_into(inner, config, adapter_name, entries)
+        take_over(backbone, config, adapter_name, own)
+
+
+def check_replacement(
+    backbone: nn.Module, path: str, adapter_name: str, own: RecastConfig, **kwargs: Any
+) -> tuple[RecastConfig, dict[str, Tensor]]:
+    """Refuse a stored task whose numbers mean something else than those of a model's task; the model is not touched.
+
+    Args:
+        backbone: the backbone, with its tasks.
+        path: folder or repository of the stored task.
+        adapter_name: the task that it replaces.
+        own: the config of that task.
+        kwargs: for reading from the Hub.
+
+    Returns:
+        the stored task's config, with modules called as they are in the model, and its entries.
+
+    Raises:
+        RecastError: as ``hotswap_adapter`` says.
+    """
+    check_not_merged(backbone, adapter_name)
     config = under_names_of(backbone, RecastConfig.from_pretrained(path, **kwargs))
     _check_alike(path, config, adapter_name, own)
     entries = read_entries(path, kwargs, f"the task at {path!r}")
     layers = {name: layer for name, layer in recast_layers(backbone).items() if layer.has_task(adapter_name)}
     quantised = {name for name, layer in layers.items() if quantised_by(layer.get_base_layer()) is not None}
     check_fingerprints(config, {name: layer.fingerprint for name, layer in layers.items()}, entries, quantised)
-    with inner.base_model.calls.change():
-        load_into(inner, config, adapter_name, entries)
-        own.results, own.id2label = config.results, config.id2label
+    return config, entries
+
+
+def take_over(backbone: nn.Module, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:
+    """Let a model's task say of itself what the stored one says whose numbers it has now: results, names of classes, loss."""
+    own.results, own.id2label = config.results, config.id2label
+    for head in task_heads(backbone):
+        if head.has_task(adapter_name):
+            head.relabel(adapter_name, config.id2label, config.problem_type)
 
 
 def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:
@@ -72,7 +103,9 @@ def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: Recast
 
 
 def _plain(value: Any) -> Any:
-    """Values that compare; a LoRA's config says more than what a swap depends on."""
+    """Values that compare; configs of parts say more than what a swap depends on."""
     if hasattr(value, "to_dict"):
-        return {key: each for key, each in value.to_dict().items() if key in ("r", "lora_alpha", "use_rslora", "rank_pattern")}
-    return value
+        return {key: each for key, each in value.to_dict().items() if key in _OF_LORA}
+    if isinstance(value, list):
+        return {p.method: {k: v for k, v in p.to_dict().items() if k not in _NOT_OF_PARTNERS} for p in value}
+    return value or None

@@ -31,6 +31,7 @@ from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
 from ..validation import shown
 from .cards import write_model_card, write_repository_card
+from .hotswap import check_replacement, take_over
 from .task_files import has_task_numbers
 from .transfer import local_task, push_tasks_to_hub, task_names
 
@@ -75,6 +76,8 @@ class TaskModel:
         """
         if save_embedding_layers == "auto" and not hasattr(self, "get_input_embeddings"):
             save_embedding_layers = False  # PEFT would ask the Hub for a vocabulary that the model does not have
+        if isinstance(selected_adapters, str):
+            raise TypeError(f"selected_adapters should be a list of names, got {selected_adapters!r}.")
         names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
         if not is_main_process or os.path.isfile(save_directory):  # PEFT says that the latter is no folder
             super().save_pretrained(  # type: ignore[misc]
@@ -108,8 +111,16 @@ class TaskModel:
         file = Path(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
         if file.is_file():
             RecastConfig.from_json_file(str(file))  # says what is wrong with it before PEFT looks for keys in it
+        own = self.peft_config.get(adapter_name)  # type: ignore[attr-defined]
         with modules_called(kwargs.pop("key_mapping", None)):
-            return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
+            if not isinstance(own, RecastConfig):
+                return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
+            # PEFT would read the numbers alone, whatever the file's config says of them
+            backbone, hub_kwargs = self.get_base_model(), self._split_kwargs(kwargs)[0]  # type: ignore[attr-defined]
+            config, _ = check_replacement(backbone, str(model_id), adapter_name, own, **hub_kwargs)
+            loaded = super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
+            take_over(backbone, config, adapter_name, own)
+            return loaded
 
     def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT; a task may have any name.

@@ -38,6 +38,7 @@ class TaskBiases(TaskPartners):
         super().__init__(place, method)
         self.register_buffer("pretrained_bias", None, persistent=False)
         self.register_buffer("pretrained_weight", None, persistent=False)
+        self.originals: dict[str, nn.Parameter] = {}  # the model's own, while others are merged in their place
         self.banks = nn.ModuleDict()  # fingerprint -> templates of this bias
 
     def _coefficient(self, adapter_name: str) -> BiasCoefficient:
@@ -143,7 +144,10 @@ class TaskBiases(TaskPartners):
         if safe_merge and not all(torch.isfinite(values).all() for values in composed.values()):
             raise ValueError(f"NaNs detected in the merged biases. The adapter {new[-1]} seems to be broken")
         for name, values in composed.items():
-            self._buffers[f"pretrained_{name}"] = self.pretrained(name).data
+            if name not in self.originals:  # other modules may have the same parameter
+                self.originals[name] = self._now(name)
+                self._buffers[f"pretrained_{name}"] = self._now(name).data
+                self.hosts[0]._parameters[name] = nn.Parameter(values, requires_grad=False)
             self._now(name).data = values
         super().merge(adapter_names)
 
@@ -183,7 +187,8 @@ class TaskBiases(TaskPartners):
     def unmerge(self) -> None:
         """Put the pretrained bias back: the very tensor that was there before."""
         for name in self._kept():
-            self._now(name).data = self.pretrained(name)
+            self.originals[name].data = self.pretrained(name)  # which followed the model to another device or dtype
+            self.hosts[0]._parameters[name] = self.originals.pop(name)
             self._buffers[f"pretrained_{name}"] = None
         super().unmerge()
 

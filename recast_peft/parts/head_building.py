@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import plain_copy, plain_modules, plain_place, put_child, unwrapped_module
+from ..holders import plain_modules, plain_place, put_child, unwrapped_module
 from ..planning.heads import check_head_module, head_names, top_level
 from .base import Piece
+from .copies import plain_copy
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
 HEAD_STD = 0.001  # of a fresh head's weights: larger ones drive the coefficients into random directions at first

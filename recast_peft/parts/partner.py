@@ -31,7 +31,7 @@ from ..planning.heads import head_names
 from .base import Piece, Place, Request, TaskPart, device_and_dtype
 from .places import places_of
 from .stacking import stack_around
-from .wrapper import ScaledModule
+from .wrapper import ScaledModule, was_replaced
 
 
 @dataclass
@@ -180,7 +180,10 @@ class TaskPartners(ScaledModule):
 
     def attach_in(self, model: nn.Module, places: dict[str, Candidate]) -> None:
         """Hang on what belongs to the place in a model; ``places`` are its modules by name."""
-        place = places[self.place]
+        known = (candidate for candidate in places.values() if any(candidate.module is host for host in self.hosts))
+        place = next(known, None) or places.get(self.place)  # a wrapper that came later gives it another name
+        if place is None:
+            raise was_replaced(f"{self.place}, where tasks have {self.what},")
         self.attach(place.module, composed_layer(place.visible) or place.module)
 
     def attach(self, place: nn.Module, visible: nn.Module) -> None:

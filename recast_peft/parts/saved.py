@@ -15,10 +15,11 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, plain_copy, plain_modules, put_at, unwrapped_module
+from ..holders import Entry, other_names, plain_modules, put_at, unwrapped_module
 from ..names import lies_in
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
+from .copies import plain_copy
 from .partner import detach_partners
 from .wrapper import ScaledModule, TaskModule, was_replaced
 
@@ -66,14 +67,15 @@ class SavedPart(TaskPart):
         Raises:
             RecastTargetError: if the user named one that the model does not have.
         """
-        wanted, known = tuple(request.config.modules_to_save or ()), plain_modules(request.model)
+        wanted = tuple(request.config.modules_to_save or ())
+        known = {name: name for name in plain_modules(request.model)} | other_names(request.model) if wanted else {}
         unknown = [name for name in wanted if not any(place.endswith(name) for place in known)]
-        if request.config.task_type is not None:
+        if request.config.task_type is not None or ADDED_BY_TASK_TYPE & {*wanted} - {*unknown}:
             unknown = [name for name in unknown if name not in ADDED_BY_TASK_TYPE]
         if unknown and not request.config.is_stored_task:
             near = did_you_mean(unknown[0], {place.rpartition(".")[2] for place in known})
             raise RecastTargetError(f"modules_to_save names {', '.join(unknown)}, which the model does not have{near}")
-        return [name for name in known if wanted and name.endswith(wanted)]
+        return list(dict.fromkeys(name for place, name in known.items() if place.endswith(wanted)))
 
     def prepare(self, request: Request) -> list[SavedModule]:
         modules = plain_modules(request.model)

@@ -268,7 +268,7 @@ def _taken_apart(module: Any, merge: bool, safe_merge: bool, adapter_names: list
         if merge:
             module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         module = module.get_base_layer()
-    for name, child in [*module.named_children()]:
+    for name, child in [(name, child) for name, child in module._modules.items() if child is not None]:
         plain = _taken_apart(child, merge, safe_merge, adapter_names)
         if plain is not child:
             put_child(module, name, plain)

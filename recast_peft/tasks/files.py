@@ -13,7 +13,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..errors import RecastError, RecastLoadError
+from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..holders import Entry
 from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
 from ..parts.base_biases import biased_modules
@@ -21,6 +21,7 @@ from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, outliers, read_tensors
 from ..storage.transfer import fetch_file
 from .state import backbone_of, put_in, shared_entries, task_entries
+from .verbs import merged_tasks
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -113,7 +114,9 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     Raises:
         RecastLoadError: if entries are missing, unexpected, wrongly shaped, of another kind of number or not finite. A task
             that was made for this file is taken out of the model again.
+        RecastConfigError: if the task is merged.
     """
+    check_not_merged(backbone_of(model), adapter_name)
     unfilled = getattr(getattr(model, "base_model", None), "forget_unfilled", None)
     try:
         renamed = None if config.record is None else config.record.renamed
@@ -133,6 +136,16 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     resized = {key: value for key, value in given.items() if key not in entries}
     own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
     return {**written, **{own[key]: value for key, value in resized.items()}}
+
+
+def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
+    """Refuse to exchange the numbers of a task that is merged: what is merged would stay what it was.
+
+    Raises:
+        RecastConfigError: if it is.
+    """
+    if adapter_name in merged_tasks(backbone):
+        raise RecastConfigError(f"task {adapter_name!r} is merged: call unmerge_adapter(), load, and merge again")
 
 
 def called(key: str, renamed: Callable[[str], str | None] | None) -> str:

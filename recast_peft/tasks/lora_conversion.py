@@ -24,9 +24,9 @@ from ..composition.kinds import kind_of
 from ..composition.strength import at_full_strength
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import plain_copy
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
+from ..parts.copies import plain_copy
 from ..parts.wrapper import ScaledModule
 from ..planning.table import text_table
 from ..validation import check_is_peft_model

@@ -13,7 +13,7 @@ from torch import nn
 from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import put_child
+from ..holders import exchange
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import check_one_owner
@@ -45,12 +45,13 @@ class TaskVerbs:
             inference_mode: freeze them instead of making them trainable.
 
         Raises:
-            RecastConfigError: naming the tasks and the module.
+            RecastConfigError: if a task is unknown, or naming the tasks and the module.
         """
         if self._keeps_active:  # PEFT sets the active tasks again whenever one is added, which would unmerge them
             return
         Adding.end()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
         check_one_owner(self.model, names)
         super().set_adapter(adapter_name, inference_mode)  # type: ignore[misc]
         verbs.activate(self.model, names, inference_mode)
@@ -101,13 +102,18 @@ class TaskVerbs:
         verbs.unmerge(self.model)
 
     def _tasks_to_merge(self, adapter_names: list[str] | None, unload: bool = False) -> list[str]:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # PEFT's words
         names = verbs.tasks_in_force(self.model, self.active_adapters) if adapter_names is None else list(adapter_names)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
+        self._check_known(names)
         check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
         verbs.check_mergeable(self.model, names, unload)
         return names
+
+    def _check_known(self, adapter_names: Sequence[str]) -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
 
     @contextmanager
     def disable_part(self, part: str) -> Iterator[None]:
@@ -123,7 +129,7 @@ class TaskVerbs:
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        put_child(parent, child_name, new_module)
+        exchange(self.model, child, new_module)
 
     @waits_for_calls
     def _unload_and_optionally_merge(  # type: ignore[override]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import converted, tiny_vit, vit_input
+from models import converted, outputs, small_transformer, tiny_vit, vit_input
+from peft import LoraConfig
 
-from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
+from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
 
 CONFIG = RecastConfig(target_modules=["qkv"], init_weights=False)
 
@@ -67,3 +68,41 @@ def test_what_is_no_config_is_refused(given):
     with pytest.raises(RecastConfigError, match=r"add_adapter\(.*expected a name and a RecastConfig"):
         model.add_adapter(*given)
     assert list(model.peft_config) == ["default"]
+
+
+class TestLoadingOverATask:
+    """PEFT reads the numbers alone, and leaves what the file's config says of them."""
+
+    OTHERS = (
+        ("lora_config", {"lora_config": LoraConfig(r=1, lora_alpha=2)}, {"lora_config": LoraConfig(r=1, lora_alpha=20)}),
+        (
+            "lora_config",
+            {"lora_config": LoraConfig(r=1, alpha_pattern={"qkv": 2})},
+            {"lora_config": LoraConfig(r=1, alpha_pattern={"qkv": 20})},
+        ),
+        ("partners", {"partners": [AdaptFormerConfig(scale=0.1)]}, {"partners": [AdaptFormerConfig(scale=1.0)]}),
+        ("coefficient_sharing", {}, {"coefficient_sharing": 2}),
+        ("groups", {"group_size": 4}, {"group_size": 2}),
+    )
+
+    @pytest.mark.parametrize(("field", "own", "other"), OTHERS)
+    def test_takes_no_numbers_that_would_mean_something_else(self, field: str, own: dict, other: dict, tmp_path: Path) -> None:
+        stored = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], init_weights=False, **other), "cars")
+        stored.save_pretrained(tmp_path)
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **own), "cars").eval()
+        before = outputs(model, vit_input())
+        with pytest.raises(RecastConfigError, match=f"{field} differs"):
+            model.load_adapter(tmp_path / "cars", "cars")
+        assert torch.equal(outputs(model, vit_input()), before)
+
+    def test_of_the_same_kind_takes_its_names_of_classes_too(self, tmp_path: Path) -> None:
+        def tagged(*names: str) -> torch.nn.Module:
+            labels = dict(enumerate(names))
+            return get_recast_model(small_transformer("bert"), RecastConfig(num_classes=2, id2label=labels), "tags")
+
+        tagged("cat", "dog").save_pretrained(tmp_path)
+        model = tagged("no", "yes")
+        model.load_adapter(tmp_path / "tags", "tags")
+        assert model.config.id2label == {0: "cat", 1: "dog"}
+        model.save_pretrained(tmp_path / "again")
+        assert RecastConfig.from_pretrained(tmp_path / "again" / "tags").id2label == {0: "cat", 1: "dog"}

@@ -317,3 +317,24 @@ class TestTasks:
         torch._dynamo.reset()
         with torch.no_grad():
             torch.testing.assert_close(torch.compile(model, backend="aot_eager")(X), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_that_modules_share_are_merged_each_with_its_own_change() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain[1].bias = plain[0].bias
+    shared, x = plain[0].bias, torch.randn(3, 4)
+    expected = copy.deepcopy(plain)
+    model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], partners=[BiasConfig(target_modules=["0", "1"])]))
+    for holder, factor in zip(partner_holders(model), (0.5, -2.0), strict=True):
+        holder.modules_to_save["default"].offset.data.fill_(factor)
+        expected[int(holder.place)].bias = nn.Parameter((1 + factor) * shared.detach())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x))
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected(x))
+        model.double()
+        torch.testing.assert_close(model(x.double()), expected.double()(x.double()))
+        model.unmerge_adapter()
+        assert plain[0].base_layer.bias is plain[1].base_layer.bias is shared
+        assert shared.dtype == torch.float64

@@ -41,6 +41,7 @@ from recast_peft import (
     RecastConfig,
     RecastConfigError,
     RecastLoadError,
+    RecastTargetError,
     TaskPool,
     convert_to_lora,
     create_recast_optimizer,
@@ -343,3 +344,29 @@ class TestTraining:
             assert result.dtype == torch.bfloat16
             result.float().square().sum().backward()
             assert all(p.grad is not None for n, p in model.named_parameters() if is_partners(n))
+
+
+def test_partners_stay_where_they_are_when_another_wrapper_comes_between() -> None:
+    class Around(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inside(x)
+
+    model = learned("adaptformer")
+    live = outputs(model, CASES["adaptformer"].inputs())
+    blocks = model.get_base_model().blocks
+    for i, block in enumerate(blocks):
+        blocks[i] = Around(block)
+    model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
+    assert torch.equal(outputs(model, CASES["adaptformer"].inputs()), live)
+
+
+def test_a_place_that_is_gone_is_named() -> None:
+    model = learned("adaptformer")
+    model.get_base_model().blocks[0].mlp = nn.Identity()
+    model.get_base_model().blocks[0].add_module("other", model.get_base_model().blocks[0]._modules.pop("mlp"))
+    with pytest.raises(RecastTargetError, match=r"blocks.0.mlp, where tasks have the partner adaptformer, is no longer"):
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"]))

@@ -95,3 +95,53 @@ def test_a_module_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(RecastTargetError, match="modules_to_save names nrom, .*did you mean 'norm'"):
         get_recast_model(model, RecastConfig(modules_to_save=["nrom", "head"]))
     assert state(model) == before
+
+
+class Shared(nn.Module):
+    """A norm and a classifier that stand at two places each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm = self.last_norm = nn.LayerNorm(4)
+        self.heads = nn.ModuleList([nn.Linear(4, 3)])
+        self.again = self.heads[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last_norm(self.second(self.norm(self.first(x))))
+        return self.heads[0](y) + 2 * self.again(y + 1)
+
+
+class TestModulesThatStandAtSeveralPlaces:
+    CONFIGS = (
+        {"train_norms": True},
+        {"modules_to_save": ["last_norm"]},
+        {"modules_to_save": ["again"]},
+        {"modules_to_save": ["norm", "last_norm", "heads.0"]},
+    )
+
+    @pytest.mark.parametrize("config", CONFIGS, ids=str)
+    def test_are_owned_at_all_of_them(self, config: dict, tmp_path: Path) -> None:
+        x, plain, expected = torch.randn(2, 4), Shared(), Shared()
+        model = get_recast_model(Shared(), RecastConfig(target_modules=["first", "second"], **config))
+        changed = {
+            "norm": config.get("train_norms") or "last_norm" in config.get("modules_to_save", ()),
+            "again": any(name in config.get("modules_to_save", ()) for name in ("again", "heads.0")),
+        }
+        with torch.no_grad():
+            for name, module in model.get_base_model().named_modules():
+                if name.endswith("modules_to_save.default"):
+                    module.weight.mul_(2)
+                    module.bias.add_(1)
+            for name in filter(changed.get, changed):
+                expected.get_submodule(name).weight.mul_(2)
+                expected.get_submodule(name).bias.add_(1)
+            assert not torch.allclose(expected(x), plain(x))
+            torch.testing.assert_close(model(x), expected(x))
+            model.save_pretrained(tmp_path)
+            torch.testing.assert_close(PeftModel.from_pretrained(Shared(), tmp_path)(x), expected(x))
+            assert torch.equal(copy.deepcopy(model).unload()(x), plain(x))
+            merged = model.merge_and_unload()
+            torch.testing.assert_close(merged(x), expected(x))
+        assert set(dict(merged.named_parameters())) == set(dict(plain.named_parameters()))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from saved_tasks import CONFIG, WEIGHTS, rewrite, rewrite_config, save
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastLoadError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
 
 
 class TestTheFiles:
@@ -228,3 +228,15 @@ def test_resized_embeddings_are_stored_with_the_task_and_come_back(tmp_path: Pat
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+def test_numbers_are_not_put_into_a_task_that_is_merged(tmp_path: Path) -> None:
+    model = converted().eval()
+    randomise(model, size=0.2)
+    numbers = {key: value + 1 for key, value in get_peft_model_state_dict(model).items()}
+    model.merge_adapter()
+    before = outputs(model, vit_input())
+    with pytest.raises(RecastConfigError, match="'default' is merged: call unmerge_adapter"):
+        set_peft_model_state_dict(model, numbers)
+    model.unmerge_adapter()
+    torch.testing.assert_close(outputs(model, vit_input()), before)

@@ -85,3 +85,20 @@ class TestStoringABank:
         with pytest.raises(error, match=message):
             model.save_bank(tmp_path / "bank", of=of)
         assert not (tmp_path / "bank").exists()
+
+
+class TestNamesThatNoTaskHas:
+    def test_are_not_activated(self, model: PeftModel) -> None:
+        before = outputs(model, vit_input())
+        for names in ("typo", ["typo"], ["b", "typo"]):
+            with pytest.raises(RecastConfigError, match="no task 'typo'; its tasks: a, b, c"):
+                model.base_model.set_adapter(names)
+        assert model.active_adapters == ["a"]
+        assert torch.equal(outputs(model, vit_input()), before)
+
+    def test_a_text_is_no_list_of_names(self, model: PeftModel, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="adapter_names should be a list of strings, got 'ab'"):
+            model.merge_adapter("ab")
+        with pytest.raises(TypeError, match="selected_adapters should be a list of names, got 'ab'"):
+            model.save_pretrained(tmp_path, selected_adapters="ab")
+        assert not any(tmp_path.iterdir())
