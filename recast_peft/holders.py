@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, lies_in, plain_name, unwrapped
+from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, lies_in, plain_name, unwrapped, without_wrappers
 from .placement.offloaded import bring_back, kept_tensor
 from .placement.sharded import whole_shape, write
 
@@ -97,7 +97,7 @@ def module_entries(name: str, module: nn.Module, **options: Any) -> Iterator[Ent
         held = [*owner._parameters.items(), *owner._buffers.items()]
         for attribute, tensor in held:
             if tensor is not None and attribute not in owner._non_persistent_buffers_set:
-                yield Entry(plain_name(".".join(filter(None, (name, path, attribute)))), owner, attribute, **options)
+                yield Entry(without_wrappers(".".join(filter(None, (name, path, attribute)))), owner, attribute, **options)
 
 
 class TaskHolder:

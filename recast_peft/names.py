@@ -51,6 +51,26 @@ def check_adapter_name(name: str) -> None:
         raise RecastConfigError(f"adapter_name={name!r}: a file of this name lies beside the folders of tasks")
 
 
+def without_wrappers(name: str) -> str:
+    """A name without what wrappers of torch put in.
+
+    >>> without_wrappers("_orig_mod.blocks.0._checkpoint_wrapped_module.base_layer.weight")
+    'blocks.0.base_layer.weight'
+    """
+    return _WRAPPER_PARTS.sub("", name).removeprefix(".")
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """What an entry of a file may be called in the plain model, the likeliest first: a module may be called ``base_layer``.
+
+    >>> spellings("base_layer.base_layer.bias")
+    ('base_layer.base_layer.bias', 'base_layer.bias', 'base_layer.bias')
+    """
+    name = without_wrappers(name)
+    before, found, after = name.rpartition(".base_layer.")
+    return name, f"{before}.{after}" if found else name, plain_name(name)
+
+
 def plain_name(name: str) -> str:
     """A module's name in the plain model: without what PEFT and wrappers put in.
 
@@ -61,7 +81,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("blocks.0._checkpoint_wrapped_module.mlp.fc1")
     'blocks.0.mlp.fc1'
     """
-    name = _WRAPPER_PARTS.sub("", name).removeprefix(".")
+    name = without_wrappers(name)
     prefix = MODEL_PREFIX if name.startswith(MODEL_PREFIX) else ""
     # timm's DLA has a base_layer of its own: nothing wraps the model itself, so a first part of that name is the model's, and
     # tuners wrap modules with a weight, which have no numbered children

@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import RecastConfig
@@ -95,6 +95,9 @@ class TaskModel:
             if _is_checkpoint(save_directory) and DEFAULT not in names:
                 for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
                     _copy_task(folder / active, folder)
+            outdated = _in_other_formats(folder)
+        for file in outdated:
+            Path(save_directory, file).unlink(missing_ok=True)
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As in PEFT, but a task of the model is read from its own folder in a checkpoint of the Trainer.
@@ -196,6 +199,13 @@ def _copy_cards(source: Path, target: Path, names: list[str]) -> None:
         if (source / place / CARD_NAME).is_file():
             (target / place).mkdir(exist_ok=True)
             shutil.copyfile(source / place / CARD_NAME, target / place / CARD_NAME)
+
+
+def _in_other_formats(folder: Path) -> list[Path]:
+    """The files of numbers that an earlier save in another format may have left; a reader would take them for the new ones."""
+    formats = {SAFETENSORS_WEIGHTS_NAME: WEIGHTS_NAME, WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}
+    written = [file.relative_to(folder) for name in formats for file in folder.rglob(name)]
+    return [other for file in written if (other := file.with_name(formats[file.name])) not in written]
 
 
 def _copy_task(source: Path, target: Path) -> None:

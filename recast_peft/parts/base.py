@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import RecastConfig
 from ..holders import Entry
-from ..names import lies_in, plain_name
+from ..names import lies_in, without_wrappers
 
 
 class Piece:
@@ -32,7 +32,7 @@ class Piece:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its entries by the names that a task's file has."""
-        return {plain_name(f"{self.place}.{key}"): tuple(value.shape) for key, value in self.module.state_dict().items()}
+        return {without_wrappers(f"{self.place}.{key}"): tuple(value.shape) for key, value in self.module.state_dict().items()}
 
     def num_parameters(self) -> int:
         """The parameters that a task trains there."""

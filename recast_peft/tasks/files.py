@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..holders import Entry
-from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name
+from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name, spellings
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, outliers, read_tensors
@@ -51,8 +51,10 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
         for member in group.members
     }
     shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
-    given = {called(plain_name(key), record.renamed): value for key, value in read_entries(folder, hub_kwargs, what).items()}
     optional = _optional(model, config, plan.targets)
+    known = {**shapes, **optional}
+    entries = read_entries(folder, hub_kwargs, what)
+    given = {_key_of(key, known, record.renamed): value for key, value in entries.items()}
     check_entries(what, given, shapes, optional)
     for key, value in outliers({key: tensor for key, tensor in given.items() if COEFFICIENTS in key}).items():
         warnings.warn(
@@ -120,9 +122,10 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     unfilled = getattr(getattr(model, "base_model", None), "forget_unfilled", None)
     try:
         renamed = None if config.record is None else config.record.renamed
-        given = {called(_prefixed(plain_name(key)), renamed): value for key, value in state_dict.items()}
         entries = task_entries(model, adapter_name, config)
         optional = {**_biases(backbone_of(model), "all"), **_optional(backbone_of(model), config, ())}  # as PEFT takes them
+        known = {**entries, **optional}
+        given = {_key_of(_prefixed(key), known, renamed): value for key, value in state_dict.items()}
         wanted = _wanted(entries, given, optional)
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
         values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}
@@ -146,6 +149,12 @@ def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
     """
     if adapter_name in merged_tasks(backbone):
         raise RecastConfigError(f"task {adapter_name!r} is merged: call unmerge_adapter(), load, and merge again")
+
+
+def _key_of(key: str, known: Collection[str], renamed: Callable[[str], str | None] | None) -> str:
+    """The key that a model has for one of a file, which is one of the known keys if the file fits."""
+    meant = [called(spelling, renamed) for spelling in spellings(key)]
+    return next((key for key in meant if key in known), meant[-1])
 
 
 def called(key: str, renamed: Callable[[str], str | None] | None) -> str:

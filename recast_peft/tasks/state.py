@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..holders import Entry, entries_of, unwrapped
-from ..names import MODEL_PREFIX, plain_name
+from ..names import MODEL_PREFIX, plain_name, without_wrappers
 from ..parts import PARTS
 from ..placement.sharded import is_sharded, whole
 
@@ -42,8 +42,8 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
 
     Values come from ``state_dict``, where they were gathered from several processes; what it lacks is taken from the model.
     """
-    given = {plain_name(key): value for key, value in state_dict.items()}
-    paths = {id(module): plain_name(path) for path, module in model.named_modules()}
+    given = {without_wrappers(key): value for key, value in state_dict.items()}
+    paths = {id(module): without_wrappers(path) for path, module in model.named_modules()}
     tensors = {}
     for entry in task_entries(model, adapter_name, config).values():
         value = given.get(f"{paths.get(id(entry.module), '')}.{entry.attribute}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import converted, outputs, small_transformer, tiny_vit, vit_input
-from peft import LoraConfig
+from models import converted, outputs, randomise, small_transformer, tiny_vit, vit_input
+from peft import LoraConfig, PeftModel
 
 from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
 
@@ -106,3 +106,16 @@ class TestLoadingOverATask:
         assert model.config.id2label == {0: "cat", 1: "dog"}
         model.save_pretrained(tmp_path / "again")
         assert RecastConfig.from_pretrained(tmp_path / "again" / "tags").id2label == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["safetensors first", "pickle first"])
+def test_numbers_of_an_earlier_format_are_not_taken_for_the_new_ones(first: bool, tmp_path: Path) -> None:
+    model = get_recast_model(tiny_vit(), CONFIG, "cars").eval()
+    model.add_adapter("birds", CONFIG)
+    model.save_pretrained(tmp_path, safe_serialization=first)
+    randomise(model, "cars", seed=3)
+    model.save_pretrained(tmp_path, safe_serialization=not first, selected_adapters=["cars"])
+    for name in ("cars", "birds"):
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / name).eval()
+        assert torch.equal(outputs(loaded, vit_input()), outputs(model, vit_input()))

@@ -173,14 +173,15 @@ class TestPools:
         bank = grown()
         pool = filled(bank, "one", "two")
         assert pool.numbers_per_task == 16
-        bias = pool.model.get_base_model().blocks[0].mlp.fc1.bias
-        pretrained = bias.detach().clone()
+        layer = pool.model.get_base_model().blocks[0].mlp.fc1
+        bias, pretrained = layer.bias, layer.bias.detach().clone()
         storage = set()
         for name in ("one", "two", "one"):
             pool.activate(name, merge=merge)
             torch.testing.assert_close(outputs(pool.model, X), outputs(of_pool(pool, bank, name), X), rtol=1e-5, atol=1e-5)
-            storage.add(bias.data_ptr())
-            assert torch.equal(bias, pretrained) == (not merge)
+            storage.add(layer.bias.data_ptr())
+            assert torch.equal(layer.bias, pretrained) == (not merge)
+            assert torch.equal(bias, pretrained)
         assert len(storage) == 1  # a task is merged in place of the one before
         pool.deactivate()
         assert torch.equal(bias, pretrained)

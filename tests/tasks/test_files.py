@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import KINDS, converted, layers_of, outputs, randomise, seeded, tiny_vit, vit_input
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from saved_tasks import CONFIG, WEIGHTS, rewrite, rewrite_config, save
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
+from recast_peft import BiasConfig, RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
 
 
 class TestTheFiles:
@@ -240,3 +240,42 @@ def test_numbers_are_not_put_into_a_task_that_is_merged(tmp_path: Path) -> None:
         set_peft_model_state_dict(model, numbers)
     model.unmerge_adapter()
     torch.testing.assert_close(outputs(model, vit_input()), before)
+
+
+class NamedLikeWrappers(nn.Module):
+    """Modules whose names are those that PEFT's layers and containers give to what is inside of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("base_layer", "original_module", "modules_to_save")})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.block.values():
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": "all"},
+        {"target_modules": ["modules_to_save"], "modules_to_save": ["base_layer", "original_module"]},
+        {"partners": [BiasConfig(target_modules=["base_layer", "original_module", "modules_to_save"])]},
+        {"lora_config": LoraConfig(r=1)},
+    ],
+    ids=str,
+)
+def test_modules_may_be_called_as_PEFTs_wrappers_call_what_is_inside(options: dict, tmp_path: Path) -> None:
+    config = {"target_modules": ["base_layer", "original_module", "modules_to_save"], **options}
+    model = get_recast_model(seeded(NamedLikeWrappers), RecastConfig(**config))
+    with torch.no_grad():
+        for place, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1 * (place + 1))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    assert sum(tensor.numel() for tensor in load_file(tmp_path / WEIGHTS).values()) == trained
+    x = torch.ones(1, 4)
+    loaded = PeftModel.from_pretrained(seeded(NamedLikeWrappers), tmp_path)
+    assert torch.equal(outputs(loaded, x), outputs(model, x))
+    assert not torch.allclose(outputs(loaded, x), outputs(seeded(NamedLikeWrappers), x))
