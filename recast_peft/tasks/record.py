@@ -20,7 +20,7 @@ from ..planning.groups import PlannedGroup, sharing_of
 from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask
-from .state import backbone_of
+from .state import backbone_of, trained_outside_tasks
 
 
 def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
@@ -61,6 +61,14 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         warnings.warn(
             f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
             "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
+            stacklevel=2,
+        )
+    outside = trained_outside_tasks(model)
+    if outside:
+        shown = ", ".join(outside[:3]) + (", ..." if len(outside) > 3 else "")
+        warnings.warn(
+            f"{len(outside)} parameters of the pretrained model are trained and belong to no task ({shown}): they are not "
+            "saved. Give the task modules_to_save=, train_norms=True or bias=, or freeze them: requires_grad_(False).",
             stacklevel=2,
         )
     sets = {whole_shape(layer.recast_coefficients[adapter_name])[0] for layer in layers.values()}

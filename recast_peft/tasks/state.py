@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..holders import Entry, entries_of, unwrapped
+from ..errors import RecastConfigError
+from ..holders import Entry, entries_of, plain_modules, unwrapped, unwrapped_module
 from ..names import MODEL_PREFIX, plain_name, without_wrappers
 from ..parts import PARTS
 from ..placement.sharded import is_sharded, whole
@@ -41,17 +42,47 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
     """A task's tensors as its file holds them.
 
     Values come from ``state_dict``, where they were gathered from several processes; what it lacks is taken from the model.
+
+    Raises:
+        RecastConfigError: if it holds something, but nothing of the task.
     """
-    given = {without_wrappers(key): value for key, value in state_dict.items()}
-    paths = {id(module): without_wrappers(path) for path, module in model.named_modules()}
+    given = {_within(key): value for key, value in state_dict.items()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    entries = task_entries(model, adapter_name, config)
+    keys = {key: _within(f"{paths.get(id(entry.module), '')}.{entry.attribute}") for key, entry in entries.items()}
+    if given and keys and given.keys().isdisjoint(keys.values()):
+        raise RecastConfigError(
+            f"state_dict holds nothing of task {adapter_name!r}, so that other numbers than its own would be saved\n"
+            f"  given:    {', '.join(list(state_dict)[:2])}, ...\n  expected: {next(iter(keys.values()))}, ...\n"
+            "Give the state dict of this very model, or leave it out to save the numbers that the model has."
+        )
     tensors = {}
-    for entry in task_entries(model, adapter_name, config).values():
-        value = given.get(f"{paths.get(id(entry.module), '')}.{entry.attribute}")
-        own = entry.tensor
+    for key, entry in entries.items():
+        value, own = given.get(keys[key]), entry.tensor
         if value is None or (is_sharded(own) and value.data_ptr() == own.data_ptr()):  # not gathered, but this process's shard
             value = own
         tensors[entry.file_key] = entry.stored(whole(value))
     return tensors
+
+
+def _within(key: str) -> str:
+    """A key of a state dict as the backbone has it, whatever is around that."""
+    return without_wrappers(key).removeprefix(f"module.{MODEL_PREFIX}").removeprefix(MODEL_PREFIX)
+
+
+def trained_outside_tasks(model: nn.Module) -> list[str]:
+    """The pretrained model's own parameters that are trained and stored with no task, by their names in the plain model.
+
+    Biases are a choice of ``bias=``, and PEFT stores embeddings.
+    """
+    backbone = backbone_of(model)
+    stored = {id(parameter) for parameter in shared_entries(model).values()}
+    return [
+        f"{name}.{key}"
+        for name, present in {"": backbone, **plain_modules(backbone)}.items()
+        for key, parameter in unwrapped_module(present)._parameters.items()
+        if parameter is not None and parameter.requires_grad and key != "bias" and id(parameter) not in stored
+    ]
 
 
 def put_in(model: nn.Module, entries: Mapping[str, Entry], values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from recast_peft import RecastConfig, RecastLayer, RecastLoadError, RecastTargetError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastLayer, RecastLoadError, RecastTargetError, get_recast_model
 
 PARTS = {
     "coefficients": {},
@@ -192,3 +192,37 @@ def test_a_file_that_is_refused_while_it_is_put_in_leaves_nothing(damage: str, t
     assert not any("second" in m.recast_coefficients for m in model.modules() if isinstance(m, RecastLayer))
     model.load_adapter(str(folder), "second")
     assert list(model.peft_config) == ["first", "second"]
+
+
+class TestAStateDictThatIsGivenToSave:
+    """Its numbers are those that are saved, and no others in silence."""
+
+    @pytest.mark.parametrize("within", ["", "module.", "_orig_mod.", "the backbone"])
+    def test_is_what_is_saved_whatever_stood_around_the_model(self, within: str, tmp_path: Path) -> None:
+        model = learned(get_recast_model(tiny_vit(), RecastConfig(train_norms=True, num_classes=5), "t"))
+        expected = outputs(model, vit_input())
+        source = model.get_base_model() if within == "the backbone" else model
+        before = "" if within == "the backbone" else within
+        numbers = {f"{before}{key}": value.clone() for key, value in source.state_dict().items()}
+        learned(model, seed=4)
+        model.save_pretrained(tmp_path, state_dict=numbers)
+        loaded = PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "t"), "t").eval()
+        assert torch.equal(outputs(loaded, vit_input()), expected)
+
+    def test_that_holds_nothing_of_the_task_is_refused(self, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit(), RecastConfig(), "t")
+        numbers = {f"encoder.{key}": value for key, value in model.state_dict().items()}
+        with pytest.raises(RecastConfigError, match="(?s)state_dict holds nothing of task 't'.*given: +encoder.base_model"):
+            model.save_pretrained(tmp_path, state_dict=numbers)
+        assert not any(tmp_path.iterdir())
+
+
+def test_what_is_trained_and_not_saved_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(bias="all", train_norms=True), "t")
+    model.add_adapter("u", RecastConfig(partners=["bias"], lora_config={"r": 1}))
+    model.set_adapter("t")
+    model.save_pretrained(tmp_path)
+    assert not [w for w in recwarn if "not saved" in str(w.message)]
+    model.get_base_model().blocks[0].attn.proj.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"belong to no task \(blocks.0.attn.proj.weight\): they are not saved"):
+        model.save_pretrained(tmp_path, selected_adapters=["t"])
