@@ -240,14 +240,14 @@ class TaskReadouts(TaskPartners):
         if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
             return y
         if batch is None:
-            return self._scaled(cast(str, task), outputs, y)  # type: ignore[arg-type]
+            return self._adapted(cast(str, task), outputs, y)  # type: ignore[arg-type]
         if batch.pool is not None:
             return self._read_from_pool(batch, outputs, y)
         before = y
         for key, indices in batch.rows(len(y)).items():
             if isinstance(key, str) and key in self._adapters:
                 rows = batch.index(indices, y.device)
-                y = y.index_copy(0, rows, self._scaled(key, outputs, before)[rows])  # type: ignore[arg-type]
+                y = y.index_copy(0, rows, self._adapted(key, outputs, before)[rows])  # type: ignore[arg-type]
         return y
 
     def _read_from_pool(self, batch: MixedBatch, outputs: dict[str, Tensor], y: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ class TaskReadouts(TaskPartners):
             return y
         assert batch.task_ids is not None
         has_task = (batch.task_ids > NO_TASK).repeat_interleave(batch.repeats(len(y))).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(has_task.to(y.device), self._scaled(slot, outputs, y), y)  # type: ignore[arg-type]
+        return torch.where(has_task.to(y.device), self._adapted(slot, outputs, y), y)  # type: ignore[arg-type]
 
 
 class _OutputHook(PartnerHook):

@@ -12,6 +12,7 @@ import timm
 import torch
 from models import run_at_once, small_transformer
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from recast_peft import (
@@ -41,7 +42,8 @@ def bank() -> StoredBank:
 
 
 def config(bank: StoredBank, seed: int = 0, **fields: Any) -> RecastConfig:
-    return RecastConfig(init_weights=False, seed=seed, partners=[ReadoutConfig(bank=bank)], **{"num_classes": 3, **fields})
+    usual = {"num_classes": 3, "init_weights": False}
+    return RecastConfig(seed=seed, partners=[ReadoutConfig(bank=bank)], **{**usual, **fields})
 
 
 def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Tensor:
@@ -118,6 +120,16 @@ class TestComputing:
         model = get_recast_model(vit(), config(bank), "task").eval()
         with torch.no_grad(), model.disable_adapter():
             assert torch.equal(model(X), vit()(X))
+
+    def test_it_stays_with_its_classifier_whatever_the_strength(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        fresh = get_recast_model(vit(), config(bank, init_weights=True), "task").eval()
+        fresh.load_state_dict({k: v for k, v in model.state_dict().items() if ".head." in k}, strict=False)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_scale("task", 0.0)
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), fresh(X), atol=1e-6, rtol=1e-5)
 
     def test_padding_changes_nothing(self) -> None:
         ids = torch.randint(3, 20, (20, 8), generator=torch.Generator().manual_seed(0))
