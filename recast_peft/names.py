@@ -20,7 +20,7 @@ BANK_CONTAINER, PARTNER_CONTAINER = "recast_banks", "recast_partners"
 
 
 # Files that lie beside the folders of tasks: a task of such a name could not be saved there.
-_TAKEN_FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+_TAKEN_FILES = ("readme.md", "adapter_config.json", "adapter_model.safetensors")
 MOST_BYTES = 255  # of a file's name
 
 # Children by which wrappers hold what they wrap: torch.compile, activation checkpointing and offloading, FSDP.
@@ -47,7 +47,7 @@ def check_adapter_name(name: str) -> None:
         raise RecastConfigError(f"adapter_name={name[:20]!r}...: a name has at most {MOST_BYTES} bytes")
     if name == BASE_ADAPTER:
         raise RecastConfigError(f"adapter_name={name!r}: this is the name of the model without any task")
-    if name in _TAKEN_FILES:
+    if name.lower() in _TAKEN_FILES:  # some file systems do not tell them apart
         raise RecastConfigError(f"adapter_name={name!r}: a file of this name lies beside the folders of tasks")
 
 

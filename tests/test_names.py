@@ -61,6 +61,7 @@ class TestANameOfATask:
             ("..", "plain name"),
             ("a\x00b", "plain name"),
             ("README.md", "lies beside"),
+            ("readme.md", "lies beside"),
             ("weight", None),
             ("a task with spaces", None),
             ("aufgabe-ä", None),

@@ -85,6 +85,7 @@ class TaskModel:
             )
             return
         with staged_pairs(save_directory, {SAFETENSORS_WEIGHTS_NAME: CONFIG_NAME}) as folder:
+            _make_folders(folder, names)
             _copy_cards(Path(save_directory), folder, names)
             super().save_pretrained(  # type: ignore[misc]
                 str(folder), safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
@@ -191,6 +192,19 @@ class TaskModel:
 def _is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether a folder is one of those that the Trainer makes while it trains."""
     return Path(folder).is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
+
+
+def _make_folders(folder: Path, names: list[str]) -> None:
+    """A folder for every task; a file system may take two names for one, as "Cat" and "cat"."""
+    for name in dict.fromkeys(names):
+        try:
+            if name != DEFAULT:
+                (folder / name).mkdir()
+        except FileExistsError as error:
+            raise RecastConfigError(
+                f"task {name!r} would lie in the folder of another one, whose name this file system does not tell from it: "
+                "save them to folders of their own with selected_adapters="
+            ) from error
 
 
 def _copy_cards(source: Path, target: Path, names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +120,24 @@ def test_numbers_of_an_earlier_format_are_not_taken_for_the_new_ones(first: bool
         model.set_adapter(name)
         loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / name).eval()
         assert torch.equal(outputs(loaded, vit_input()), outputs(model, vit_input()))
+
+
+def test_tasks_do_not_take_each_others_folder_where_names_differ_in_case_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_recast_model(tiny_vit(), CONFIG, "Cat")
+    model.add_adapter("cat", CONFIG)
+    model.save_pretrained(tmp_path / "told apart")
+    assert (tmp_path / "told apart" / "Cat").is_dir()
+    assert (tmp_path / "told apart" / "cat").is_dir()
+    mkdir = Path.mkdir
+
+    def as_other_systems_do(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.parent.is_dir() and path.name.lower() in {other.name.lower() for other in path.parent.iterdir()}:
+            raise FileExistsError(path)
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", as_other_systems_do)
+    with pytest.raises(RecastConfigError, match="task 'cat' would lie in the folder of another one"):
+        model.save_pretrained(tmp_path / "new")
+    assert not [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
