@@ -13,10 +13,10 @@ from torch import nn
 from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import exchange
+from ..holders import exchange, put_child
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
-from ..parts.wrapper import check_one_owner
+from ..parts.wrapper import TaskModule, check_one_owner
 from . import verbs
 from .arithmetic import add_combined
 from .banks import remember_stored_bank, stored_bank
@@ -129,7 +129,10 @@ class TaskVerbs:
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        exchange(self.model, child, new_module)
+        if isinstance(child, TaskModule):  # a module that a model shares can be a task's own, but no target
+            exchange(self.model, child, new_module)
+        else:
+            put_child(parent, child_name, new_module)
 
     @waits_for_calls
     def _unload_and_optionally_merge(  # type: ignore[override]
