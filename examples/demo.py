@@ -4,8 +4,9 @@
 
 Two backbones that other people trained, MiniLM (sentences) and an ImageNet EfficientNet-Lite0 (pictures), each with tasks of
 real data (``examples/worlds``). For each backbone the tasks are learned in sequence with RECAST, saved, reloaded into a fresh
-backbone, swapped, and mixed in one batch. Beside it every task is learned with a linear probe and with PEFT's LoRA of rank 8
-and 1: the same examples, epochs, batches, schedule and classifier. Table, picture and figures go to the output folder.
+backbone, swapped, and mixed in one batch. Beside it every task is learned with a linear probe, with a classifier that reads
+several blocks (a readout, made of the texts or pictures without their labels), and with PEFT's LoRA of rank 8 and 1: the same
+examples, epochs, batches and schedule, and classifiers of one size. Table, picture and figures go to the output folder.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from recast_peft.analysis.matrix import AccuracyMatrix
 from recast_peft.analysis.sequence import learn_in_sequence
 
 RECAST = "RECAST"
-RIVALS = (PROBE, "LoRA r=1", "LoRA r=8")
-RATES = {PROBE: 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
+RIVALS = (PROBE, "readout alone", "LoRA r=1", "LoRA r=8")
+RATES = {PROBE: 0.0, "readout alone": 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
 SHORT = {"text": ("field", "type", "kind"), "pictures": ("digits", "icons", "scripts")}  # tasks of the demo
 EPOCHS = {"text": 3, "pictures": 6}
 
@@ -132,12 +133,12 @@ def swap_time(pool: TaskPool, tasks: dict[str, Task], times: int = 60) -> float:
 def table(results: dict[str, Result]) -> str:
     """A row for each method."""
     tasks = list(results[RECAST].accuracies)
-    lines = ["method".ljust(12) + "trainable".rjust(11) + "bytes".rjust(10) + "seconds".rjust(9)]
+    lines = ["method".ljust(15) + "trainable".rjust(11) + "bytes".rjust(10) + "seconds".rjust(9)]
     lines[0] += "".join(task.rjust(10) for task in (*tasks, "mean"))
     for name, one in results.items():
         found = [one.accuracies[task] for task in tasks]
         cost = f"{one.trainable:>11,}{one.bytes:>10,}{one.seconds / len(tasks):>9.1f}"
-        lines.append(name.ljust(12) + cost + "".join(f"{value:>10.1f}" for value in (*found, sum(found) / len(found))))
+        lines.append(name.ljust(15) + cost + "".join(f"{value:>10.1f}" for value in (*found, sum(found) / len(found))))
     lines.append(
         "(of a task, its classifier aside: trainable parameters, bytes on disk, seconds of training; accuracy in percent)"
     )
