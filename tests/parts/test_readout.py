@@ -26,6 +26,7 @@ from recast_peft import (
     get_recast_model,
     readout_bank,
 )
+from recast_peft.parts.readout import readout_holders
 
 X = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(2))
 
@@ -104,6 +105,7 @@ class TestComputing:
             model.base_model.model.set_grad_checkpointing(checkpointed)
             model.zero_grad()
             model(X).square().sum().backward()
+            assert not any(holder.seen.own() for holder in readout_holders(model))  # nothing of the backward pass is kept
             grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         for first, second in zip(*grads, strict=True):
             torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-4)

@@ -74,7 +74,7 @@ class TestStoringABank:
     @pytest.mark.parametrize(
         ("of", "error", "message"),
         [
-            ("heads", RecastConfigError, "of='heads': expected 'weights' or 'biases'"),
+            ("heads", RecastConfigError, "of='heads': expected 'weights', 'biases' or 'readout'"),
             ("biases", RecastBankError, "task 'a' is on no bank of biases"),
             ("weights", RecastBankError, "nothing to store"),
         ],
