@@ -178,9 +178,10 @@ def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key in ("subfolder", "revision") if (value := getattr(options, key)) is not None}
 
 
-def _bias_banks(config: RecastConfig) -> list[str]:
-    banks = [partner.bank_reference for partner in config.partners or () if isinstance(partner, PartnerConfig)]
-    return [bank["name"] or "in memory" for bank in banks if bank is not None]
+def _partner_banks(config: RecastConfig) -> list[tuple[str, str]]:
+    partners = [partner for partner in config.partners or () if isinstance(partner, PartnerConfig)]
+    banks = [({"bias": "biases"}.get(p.method, p.method), p.bank_reference) for p in partners]
+    return [(f"bank of {what}", bank["name"] or "in memory") for what, bank in banks if bank is not None]
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -200,7 +201,7 @@ def _inspect(options: argparse.Namespace) -> None:
         ("coefficients", f"{sizes.coefficients:,}"),
         *([("LoRA part", f"{sizes.lora:,} numbers")] if sizes.lora else []),
         *([("partners", sizes.of_partners())] if sizes.partners else []),
-        *[("bank of biases", name) for name in _bias_banks(config)],
+        *_partner_banks(config),
         ("further numbers", f"{sizes.others:,}"),
         ("classes", config.num_classes if config.num_classes is not None else "the model's own head"),
         ("size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),

@@ -146,7 +146,7 @@ def create_recast_optimizer(
         the optimiser, with a parameter group for each kind of part that is trained.
 
     Raises:
-        RecastConfigError: if the model trains neither coefficients nor partners, or a rate is no number from 0.
+        RecastConfigError: if the model trains nothing that a RECAST task has, or a rate is no number from 0.
 
     Warns:
         UserWarning: if nothing gives class scores, or parameters of the pretrained model are trainable; and at a step, if a
@@ -161,12 +161,13 @@ def create_recast_optimizer(
         if parameter.requires_grad:
             group = groups_of.get(id(parameter), "others")
             parts[group if group in parts else "others"].append(parameter)
-    if not parts["coefficients"] and not parts["biases"] and not parts["partners"]:
+    if not any(id(parameter) in groups_of for trained in parts.values() for parameter in trained):
         raise RecastConfigError(
-            f"{type(model).__name__} trains no RECAST coefficients or partners ({sum(map(len, parts.values()))} trainable "
-            "parameters): convert it with get_recast_model, and activate a task that is not in inference mode"
+            f"{type(model).__name__} trains no RECAST coefficients and nothing else of a task "
+            f"({sum(map(len, parts.values()))} trainable parameters): convert it with get_recast_model, and activate a task "
+            "that is not in inference mode"
         )
-    if coefficient_lr is None:
+    if coefficient_lr is None and (parts["coefficients"] or parts["biases"]):
         coefficient_lr = default_coefficient_lr(model)
     if not parts["others"]:
         _warn_of_features(model)

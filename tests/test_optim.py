@@ -52,6 +52,12 @@ def test_a_model_without_coefficients_is_refused() -> None:
         create_recast_optimizer(nn.Linear(2, 2), lr=0.1)
 
 
+def test_a_task_that_trains_its_classifier_alone() -> None:
+    model = converted(num_classes=3, train_coefficients=False)
+    (group,) = create_recast_optimizer(model, lr=0.1).param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for n, p in model.named_parameters() if ".head." in n and p.requires_grad}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"lr": "1e-2"}, {"lr": -1.0}, {"lr": 0.1, "coefficient_lr": float("nan")}, {"lr": 0.1, "partner_lr": -1}],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..holders import plain_modules
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
-from ..parts.readout import fingerprints_of, pooled
+from ..parts.readout import fingerprints_of, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
 from .practice import Inputs, rows_of_inputs
@@ -120,8 +121,14 @@ def _drawn(data: Inputs) -> Inputs:
 def _outputs(model: nn.Module, data: Inputs, members: list[str], head: str, batch_size: int, progress: bool) -> list[Tensor]:
     """What every member gives, and last what the classifier reads: ``(examples, width)`` each, in float32 on the CPU."""
     read: list[Tensor] = []
-    classifier = plain_modules(model)[head]
-    handle = classifier.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    masks: list[Tensor | None] = []
+
+    def note_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        masks.append(mask_of(module, args, kwargs))
+
+    handles = [plain_modules(model)[head].register_forward_pre_hook(lambda module, args: read.append(args[0]))]
+    # a module inside may be given fewer positions than the model
+    handles += [m.register_forward_pre_hook(note_mask, with_kwargs=True) for m in modules_around(model, members)]
     found: list[list[Tensor]] = []
     rows = torch.arange(len(next(iter(data.values()))) if isinstance(data, Mapping) else len(data)).split(batch_size)
     try:
@@ -132,10 +139,13 @@ def _outputs(model: nn.Module, data: Inputs, members: list[str], head: str, batc
                 if not read or any(name not in outputs for name in members):
                     silent = next((name for name in members if name not in outputs), head)
                     raise RecastTargetError(f"{silent} is not called when the model is, or gives no tensor: name other modules")
-                found.append(_vectors([outputs[name] for name in members], read.pop(), kwargs.get("attention_mask")))
+                mask = next((mask for mask in reversed(masks) if mask is not None), None)
+                found.append(_vectors([outputs[name] for name in members], read.pop(), mask))
                 read.clear()
+                masks.clear()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 

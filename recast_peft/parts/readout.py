@@ -151,6 +151,20 @@ def pooled(output: Tensor, x: Tensor, width: int, mask: Tensor | None = None) ->
     return output
 
 
+def modules_around(model: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """The model, and the modules that the named ones lie in, from the outside in."""
+    return [model, *(module for name, module in plain_modules(model).items() if any(lies_in(n, {name}) for n in names))]
+
+
+def mask_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The ``attention_mask`` ``(samples, positions)`` of a call; None if it has none of this form."""
+    mask = kwargs.get("attention_mask")
+    if mask is None and args:
+        names = list(inspect.signature(module.forward).parameters)[: len(args)]
+        mask = args[names.index("attention_mask")] if "attention_mask" in names else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 class _Seen(dict):
     """What blocks gave in a call that is on its way, by thread; no part of a copy."""
 
@@ -187,11 +201,10 @@ class TaskReadouts(TaskPartners):
         """Hang on the classifier, whosever it is, and on every module that is read."""
         visible = plain_modules(model)
         visible[self.place].register_forward_pre_hook(PartnerHook(self, before=True), with_kwargs=True)
-        read = dict.fromkeys(name for readout in self.readouts for name in readout.members[:-1])
+        read = list(dict.fromkeys(name for readout in self.readouts for name in readout.members[:-1]))
         for name in read:
             visible[name].register_forward_hook(_OutputHook(self, name), with_kwargs=True)
-        above = [model, *(module for name, module in visible.items() if any(lies_in(member, {name}) for member in read))]
-        for module in above:
+        for module in modules_around(model, read):
             module.register_forward_pre_hook(_MaskHook(self), with_kwargs=True)
 
     def bank_of(self, adapter_name: str) -> Any:
@@ -275,12 +288,7 @@ class _MaskHook(PartnerHook):
     """Stands before the modules that the blocks lie in, one of which is told the positions that count."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is None and args:
-            names = list(inspect.signature(module.forward).parameters)[: len(args)]
-            mask = args[names.index("attention_mask")] if "attention_mask" in names else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            cast(TaskReadouts, self.partners).note(MASK, mask)
+        cast(TaskReadouts, self.partners).note(MASK, mask_of(module, args, kwargs))
 
 
 class ReadoutPart(PartnerPart):

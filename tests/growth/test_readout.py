@@ -98,6 +98,24 @@ class TestDirections:
         torch.testing.assert_close(first.groups["readout"].offset, second.groups["readout"].offset, atol=1e-4, rtol=1e-4)
         assert first.groups["readout"].widths == second.groups["readout"].widths
 
+    def test_positions_that_the_model_cuts_off_do_not_count_either(self) -> None:
+        class Trimmed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.encoder, self.classifier = small_transformer("bert").base_model, nn.Identity()
+
+            def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+                longest = int(mask.sum(1).max())
+                states = self.encoder(input_ids=input_ids[:, :longest], attention_mask=mask[:, :longest]).last_hidden_state
+                return self.classifier(states[:, 0])
+
+        ids = torch.randint(3, 20, (24, 8), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[::2, 3:], mask[:, 6:] = 0, 0
+        other = ids.masked_fill(mask == 0, 7)
+        first, second = (readout_bank(Trimmed().eval(), {"input_ids": i, "mask": mask}, progress=False) for i in (ids, other))
+        torch.testing.assert_close(first.groups["readout"].offset, second.groups["readout"].offset, atol=1e-4, rtol=1e-4)
+
     def test_at_most_sixteen_blocks_are_read_evenly_spaced_with_the_last(self) -> None:
         bank = readout_bank(vit(depth=24), pictures(4), progress=False)
         wanted = (0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23)
