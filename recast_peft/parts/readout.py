@@ -108,8 +108,8 @@ class Readout(nn.Module):
             )
         mask = outputs.get(MASK)
         given = [pooled(outputs[name], x, width, mask) for name, width in zip(self.members[:-1], self.widths, strict=False)]
-        y = F.linear(torch.cat([part.to(self.templates.dtype) for part in (*given, x)], dim=-1), self.templates, self.offset)
-        return y.to(x.dtype)
+        read = torch.cat([part.to(self.templates) for part in (*given, x)], dim=-1)  # blocks may lie on several devices
+        return F.linear(read, self.templates, self.offset).to(x)
 
 
 # among the outputs by name, but no names of modules:
@@ -174,9 +174,17 @@ class _Seen(dict):
     def __reduce__(self) -> tuple:
         return _Seen, ()
 
-    def own(self) -> dict[str, Tensor]:
-        """Of this thread."""
-        return self.setdefault(0 if torch.compiler.is_compiling() else get_ident(), {})
+    def note(self, name: str, tensor: Tensor) -> None:
+        """Note a tensor of this thread's call."""
+        self.setdefault(_thread(), {})[name] = tensor
+
+    def take(self) -> dict[str, Tensor]:
+        """What was noted in this thread since it was last asked."""
+        return self.pop(_thread(), {})
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 class TaskReadouts(TaskPartners):
@@ -205,7 +213,7 @@ class TaskReadouts(TaskPartners):
         for name in read:
             visible[name].register_forward_hook(_OutputHook(self, name), with_kwargs=True)
         for module in modules_around(model, read):
-            module.register_forward_pre_hook(_MaskHook(self), with_kwargs=True)
+            module.register_forward_pre_hook(_MaskHook(self, is_first=module is model), with_kwargs=True)
 
     def bank_of(self, adapter_name: str) -> Any:
         return self.modules_to_save[adapter_name] if self.has_task(adapter_name) else None
@@ -236,15 +244,15 @@ class TaskReadouts(TaskPartners):
         """Note what a block gave, where somebody will read it."""
         is_read = self.acting_task is not None or current_batch() is not None
         if tensor is not None and is_read and not is_recomputing():
-            self.seen.own()[name] = tensor
+            self.seen.note(name, tensor)
             if not torch.is_grad_enabled():
-                self.seen.own()[UNRECORDED] = tensor
+                self.seen.note(UNRECORDED, tensor)
 
     def adapt(self, x: Any, y: Any) -> Any:
         """The features that the classifier reads, of the active task or of each sample's own."""
-        outputs = dict(self.seen.own())
-        self.seen.own().clear()
-        task, batch = self.acting_task, current_batch()
+        outputs, task, batch = self.seen.take(), self.acting_task, current_batch()
+        if self.home and self.home[0]._modules.get(self.method) is not self:
+            return y
         if outputs.pop(UNRECORDED, None) is not None and y.requires_grad:
             raise RecastBankError(
                 "blocks that a readout reads recorded no gradient while the rest of the model did, so that their part of the "
@@ -287,7 +295,13 @@ class _OutputHook(PartnerHook):
 class _MaskHook(PartnerHook):
     """Stands before the modules that the blocks lie in, one of which is told the positions that count."""
 
+    def __init__(self, partners: TaskReadouts, is_first: bool) -> None:
+        super().__init__(partners)
+        self.is_first = is_first
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+        if self.is_first:  # a call before this one may never have come to the classifier
+            cast(TaskReadouts, self.partners).seen.take()
         cast(TaskReadouts, self.partners).note(MASK, mask_of(module, args, kwargs))
 
 
