@@ -86,5 +86,5 @@ def growth_report(bank: StoredBank) -> GrowthReport:
         if g.grown is not None and g.offset is None
     )
     if not groups:
-        raise RecastBankError("growth_report needs a bank that grow_bank made; this one was not grown")
+        raise RecastBankError("growth_report needs a bank that grow_bank made; this one has no grown templates")
     return GrowthReport(groups, bank.version)

@@ -45,9 +45,9 @@ def test_runs_are_made_once_and_shown(small, tmp_path, capsys, monkeypatch):
 
 
 def test_a_third_and_three_times_each_rate(small):
-    options = frontier.parse(["--every-rate", "--methods", frontier.PROBE, "RECAST", "IA3", "--worlds", "pictures"])
+    options = frontier.parse(["--every-rate", "--methods", frontier.PROBE, "RECAST", "VeRA", "--worlds", "pictures"])
     found = [(method, rate) for _, _, method, _, rate in frontier.jobs(options, {"pictures": small})]
-    assert found == [(frontier.PROBE, 0.0), ("RECAST", 0.03), ("RECAST", 0.009), ("RECAST", 0.09)]  # IA3 has no rate here
+    assert found == [(frontier.PROBE, 0.0), ("RECAST", 0.03), ("RECAST", 0.009), ("RECAST", 0.09)]  # VeRA has no rate here
 
 
 def test_the_best_rate_and_the_share_are_those_worked_out_by_hand():

@@ -178,7 +178,7 @@ class TestRefusals:
         bank = readout_bank(vit(), pictures(4), progress=False)
         with pytest.raises(RecastBankError, match="a readout does not grow"):
             extend_bank(bank, vit(), [vit(1)])
-        with pytest.raises(RecastBankError, match="was not grown"):
+        with pytest.raises(RecastBankError, match="no grown templates"):
             growth_report(bank)
         with pytest.raises(RecastBankError, match=r"partners=\[ReadoutConfig\(bank=...\)\]"):
             get_recast_model(vit(), RecastConfig(bank=bank))

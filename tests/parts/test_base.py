@@ -16,10 +16,14 @@ def piece(place: str) -> Piece:
     return found
 
 
-@pytest.mark.parametrize("place", ["blocks.0.mlp", "blocks.0._checkpoint_wrapped_module.mlp", "blocks.0.mlp.base_layer"])
+@pytest.mark.parametrize("place", ["blocks.0.mlp", "blocks.0._checkpoint_wrapped_module.mlp"])
 def test_a_piece_is_stored_by_the_names_of_the_plain_model(place: str) -> None:
     assert piece(place).shapes() == {"blocks.0.mlp.weight": (3, 2), "blocks.0.mlp.bias": (3,)}
     assert piece(place).num_parameters() == 3 * 2 + 3
+
+
+def test_a_module_may_be_called_as_wrappers_call_what_they_hold() -> None:
+    assert set(piece("blocks.0.mlp.base_layer").shapes()) == {"blocks.0.mlp.base_layer.weight", "blocks.0.mlp.base_layer.bias"}
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class TestRefusals:
     def test_the_wrong_kind_of_bank(self, tmp_path: Path) -> None:
         lora = get_peft_model(tiny_vit(), LoraConfig(target_modules=["qkv"], init_lora_weights=False))
         weights = grow_bank(tiny_vit(), [lora], RecastConfig(target_modules=["qkv"], group_size=1))
-        with pytest.raises(RecastBankError, match=r"holds templates of weights: give it as RecastConfig\(bank=...\)"):
+        with pytest.raises(RecastBankError, match=r"of another kind: give it as RecastConfig\(bank=...\)"):
             get_recast_model(tiny_vit(), config(weights))
         with pytest.raises(RecastBankError, match=r"holds no templates of weights: give it as RecastConfig\(partners="):
             get_recast_model(tiny_vit(), RecastConfig(bank=grown()))
