@@ -247,7 +247,7 @@ def practice_bank(
     families = list(family) if isinstance(family, Sequence) else [family]
     if not families or any(isinstance(one, type) or not callable(getattr(one, "make", None)) for one in families):
         raise RecastConfigError(f"family={shown(family)}: expected an object with a method make, such as KnownPictures()")
-    _check_data(data)
+    check_data(data)
     wrong = {
         f"lr={shown(lr)}: expected a number above 0": not is_number(lr) or lr <= 0,
         f"seed={shown(seed)}: expected a whole number": not is_int(seed),
@@ -277,13 +277,21 @@ def practice_bank(
     return replace(bank, mimicry={**made, "sources": names})
 
 
-def _check_data(data: Any) -> None:
+def check_data(data: Any) -> None:
+    """Refuse unlabelled data that are no tensors with as many examples each, or hold numbers that are not finite.
+
+    Raises:
+        RecastConfigError: saying what was given.
+    """
     tensors = [*data.values()] if isinstance(data, Mapping) else [data]
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
         kinds = ", ".join(type(tensor).__name__ for tensor in tensors) or "an empty dictionary"
         raise RecastConfigError(f"data is {kinds}: expected a tensor (examples, ...), or tensors by the model's arguments")
     if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
         raise RecastConfigError("data holds numbers that are not finite")
+    counts = [len(tensor) for tensor in tensors]
+    if len(set(counts)) > 1:
+        raise RecastConfigError(f"data has tensors of {', '.join(map(str, counts))} examples: expected as many in each")
 
 
 def mean_features(model: nn.Module, inputs: Any) -> Tensor:

@@ -19,11 +19,12 @@ from ..parts.head_building import find_head
 from ..parts.readout import fingerprints_of, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
-from .practice import Inputs, rows_of_inputs
+from .practice import Inputs, check_data, rows_of_inputs
 from .sources import check_plain, check_sizes
 
 MOST_MODULES = 16
 MOST_EXAMPLES = 4096
+SMALLEST_SPREAD = 1e-5  # of outputs about their mean, in units of their norm; below lies rounding
 SMALLEST = 1e-4  # standard deviation of a direction, in units of the first one's; below lies rounding
 
 
@@ -66,8 +67,12 @@ def readout_bank(
         mean = values.mean(0)
         centred.append(values - mean)
         means.append(mean)
-        sizes.append(centred[-1].norm(dim=1).mean().clamp_min(torch.finfo(torch.float32).tiny))
+        size = centred[-1].norm(dim=1).mean()
+        is_rounding = size <= SMALLEST_SPREAD * values.norm(dim=1).mean()
+        sizes.append(torch.full_like(size, torch.inf) if is_rounding else size)  # it would count as much as any other one
     flat = torch.cat([values / size for values, size in zip(centred, sizes, strict=True)], dim=1)
+    if not flat.any():
+        raise RecastConfigError("the model gives the same for all examples: give examples that differ, two or more")
     directions, kept = _principal_directions(flat, found[-1].shape[1])
     size = found[-1].norm(dim=1).mean() / (flat @ directions.T).norm(dim=1).mean()
     widths = tuple(values.shape[1] for values in found)
@@ -105,15 +110,13 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None) -> list[
 
 
 def _drawn(data: Inputs) -> Inputs:
-    first = next(iter(data.values()), None) if isinstance(data, Mapping) else data
-    if not isinstance(first, Tensor) or first.ndim < 1 or len(first) < 2:
-        raise RecastConfigError(
-            "readout_bank needs two examples or more: a tensor (examples, ...), or such tensors by the names of the model's "
-            f"arguments; given: {type(first).__name__} {tuple(first.shape) if isinstance(first, Tensor) else ''}"
-        )
-    if len(first) <= MOST_EXAMPLES:
+    check_data(data)
+    count = len(next(iter(data.values())) if isinstance(data, Mapping) else data)
+    if count < 2:
+        raise RecastConfigError(f"readout_bank needs two examples or more; given: {count}")
+    if count <= MOST_EXAMPLES:
         return data
-    rows = torch.randperm(len(first), generator=torch.Generator().manual_seed(0))[:MOST_EXAMPLES]
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MOST_EXAMPLES]
     return rows_of_inputs(data, rows.sort().values)
 
 
@@ -126,7 +129,7 @@ def _outputs(model: nn.Module, data: Inputs, members: list[str], head: str, batc
     def note_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         masks.append(mask_of(module, args, kwargs))
 
-    handles = [plain_modules(model)[head].register_forward_pre_hook(lambda module, args: read.append(args[0]))]
+    handles = [plain_modules(model)[head].register_forward_pre_hook(lambda module, args: read.extend(args[:1]))]
     # a module inside may be given fewer positions than the model
     handles += [m.register_forward_pre_hook(note_mask, with_kwargs=True) for m in modules_around(model, members)]
     found: list[list[Tensor]] = []
@@ -136,7 +139,7 @@ def _outputs(model: nn.Module, data: Inputs, members: list[str], head: str, batc
             for some in tqdm(rows, desc="readout", disable=not progress):
                 args, kwargs = call_arguments(rows_of_inputs(data, some), device_of(model))
                 model(*args, **kwargs)
-                if not read or any(name not in outputs for name in members):
+                if not read or not isinstance(read[-1], Tensor) or any(name not in outputs for name in members):
                     silent = next((name for name in members if name not in outputs), head)
                     raise RecastTargetError(f"{silent} is not called when the model is, or gives no tensor: name other modules")
                 mask = next((mask for mask in reversed(masks) if mask is not None), None)

@@ -52,6 +52,7 @@ def _is_called_a_head(parts: list[str], kind: str) -> bool:
 
 
 def top_level(model: nn.Module) -> str:
+    """The names of a model's outermost modules, for a message."""
     return ", ".join(name for name in plain_modules(model) if "." not in name)
 
 

@@ -31,6 +31,13 @@ def vit(seed: int = 0, **options: Any) -> nn.Module:
     return timm.create_model("test_vit", num_classes=0, **options).eval()
 
 
+class Constant(nn.Module):
+    """Gives the same for every input, but for rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linspace(-1, 1, x.shape[-1]).expand_as(x) + 1e-8 * x
+
+
 def pictures(count: int = 30, size: int = 160) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -86,6 +93,14 @@ class TestDirections:
         spread = features.T @ features
         assert torch.all(spread.diagonal().diff() < 1e-4 * spread.diagonal()[0])  # the largest first
         assert (spread - spread.diagonal().diag()).abs().max() < 1e-4 * spread.diagonal()[0]
+
+    def test_a_module_that_always_gives_the_same_counts_for_nothing(self) -> None:
+        model = vit()
+        model.blocks[2] = Constant()  # type: ignore[index, operator]
+        names = ["blocks.1", "blocks.2"]
+        templates, _ = templates_of(readout_bank(model, pictures(), target_modules=names, progress=False))
+        assert templates[:, :64].any()
+        assert not templates[:, 64:128].any()
 
     def test_what_is_padded_does_not_count(self) -> None:
         model = small_transformer("bert", num_labels=2)
@@ -155,9 +170,21 @@ class TestFiles:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("data", [pictures(1), [1, 2], {}, torch.tensor(1.0)], ids=["one", "list", "nothing", "number"])
-    def test_data_that_cannot_be_used(self, data: Any) -> None:
-        with pytest.raises(RecastConfigError, match="two examples or more"):
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (pictures(1), "two examples or more; given: 1"),
+            (pictures(1).repeat(3, 1, 1, 1), "the same for all examples"),
+            (pictures(2) * float("nan"), "not finite"),
+            ({"x": pictures(2), "attn_mask": torch.ones(3)}, "2, 3 examples: expected as many in each"),
+            ([1, 2], "data is list"),
+            ({}, "an empty dictionary"),
+            (torch.tensor(1.0), "expected a tensor"),
+        ],
+        ids=["one", "equal", "no numbers", "other lengths", "list", "nothing", "number"],
+    )
+    def test_data_that_cannot_be_used(self, data: Any, message: str) -> None:
+        with pytest.raises(RecastConfigError, match=message):
             readout_bank(vit(), data, progress=False)
 
     def test_modules_that_are_not_there(self) -> None:

@@ -69,6 +69,15 @@ def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Ten
         return nn.functional.linear(read @ group.grown.tensors[0].T + group.offset, head.weight, head.bias)  # type: ignore
 
 
+def of_texts() -> tuple[PeftModel, Tensor, Tensor]:
+    """A model of texts with a readout, token numbers, and a mask that leaves out the last two positions."""
+    ids = torch.randint(3, 20, (20, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    text = readout_bank(small_transformer("bert", num_labels=2), {"input_ids": ids, "attention_mask": mask}, progress=False)
+    return get_recast_model(small_transformer("bert", num_labels=2), config(text)).eval(), ids, mask
+
+
 class TestComputing:
     def test_the_classifier_reads_the_mixed_outputs(self, bank: StoredBank) -> None:
         model = get_recast_model(vit(), config(bank), "task").eval()
@@ -134,21 +143,13 @@ class TestComputing:
             torch.testing.assert_close(model(X), fresh(X), atol=1e-6, rtol=1e-5)
 
     def test_padding_changes_nothing(self) -> None:
-        ids = torch.randint(3, 20, (20, 8), generator=torch.Generator().manual_seed(0))
-        mask = torch.ones_like(ids)
-        mask[:, 6:] = 0
-        text = readout_bank(small_transformer("bert", num_labels=2), {"input_ids": ids, "attention_mask": mask}, progress=False)
-        model = get_recast_model(small_transformer("bert", num_labels=2), config(text)).eval()
+        model, ids, mask = of_texts()
         with torch.no_grad():
             padded = model(input_ids=ids[:3], attention_mask=mask[:3]).logits
             torch.testing.assert_close(padded, model(input_ids=ids[:3, :6]).logits, atol=1e-6, rtol=1e-5)
 
     def test_the_mask_of_a_call_that_never_came_to_the_classifier_is_forgotten(self) -> None:
-        ids = torch.randint(3, 20, (20, 8), generator=torch.Generator().manual_seed(0))
-        mask = torch.ones_like(ids)
-        mask[:, 6:] = 0
-        text = readout_bank(small_transformer("bert", num_labels=2), {"input_ids": ids, "attention_mask": mask}, progress=False)
-        model = get_recast_model(small_transformer("bert", num_labels=2), config(text)).eval()
+        model, ids, mask = of_texts()
         with torch.no_grad():
             wanted = model(input_ids=ids[:3]).logits
             model.base_model.model.bert(input_ids=ids[:3], attention_mask=mask[:3])
