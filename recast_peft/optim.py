@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ from torch.optim import AdamW, Optimizer
 
 from .composition.kinds import CONVOLUTION, family_of
 from .errors import RecastConfigError
-from .holders import plain_modules, trained_kinds, unwrapped_module
+from .holders import trained_kinds
 from .layer import RecastLayer, recast_layers
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
 from .names import block_of, plain_name, unwrapped
+from .tasks.state import trained_outside_tasks
 from .validation import is_number, shown
 
 COEFFICIENT_LR = 0.05  # at most, in units of a template as large as the pretrained weight
@@ -171,7 +172,7 @@ def create_recast_optimizer(
         coefficient_lr = default_coefficient_lr(model)
     if not parts["others"]:
         _warn_of_features(model)
-    _warn_of_pretrained(model, groups_of)
+    _warn_of_pretrained(model)
     options: dict[str, dict[str, Any]] = {
         "coefficients": {"lr": coefficient_lr, "weight_decay": 0.0},
         "biases": {"lr": coefficient_lr if partner_lr is None else partner_lr, "weight_decay": 0.0},
@@ -192,19 +193,10 @@ def _check_rates(**rates: Any) -> None:
             raise RecastConfigError(f"{name}={shown(rate)}: expected a number from 0")
 
 
-def _warn_of_pretrained(model: nn.Module, owned: Container[int]) -> None:
+def _warn_of_pretrained(model: nn.Module) -> None:
     """Say so where the pretrained model's own parameters would be trained, which no task has."""
-    tuners = [module for module in model.modules() if isinstance(module, RecastModel)]
-    names = [
-        f"{name}.{key}" if name else key
-        for tuner in tuners
-        for name, module in plain_modules(tuner.model).items()
-        for key, parameter in unwrapped_module(module)._parameters.items()
-        if parameter is not None
-        and parameter.requires_grad
-        and id(parameter) not in owned
-        and not (key == "bias" and any(getattr(config, "bias", "none") != "none" for config in tuner.peft_config.values()))
-    ]
+    tuners = [module for module in model.modules() if isinstance(module, RecastModel)]  # what is around them may be trained
+    names = [name for tuner in tuners for name in trained_outside_tasks(tuner.model)]
     if names:
         warnings.warn(
             f"{len(names)} parameters of the pretrained model are trainable, such as {names[0]}: they would change for all "

@@ -28,10 +28,11 @@ class Slot:
     def __init__(self, model: PeftModel, name: str, layout: PoolLayout) -> None:
         self.model, self.name, self.layout = model, name, layout
         self._holders = bias_holders(layout.backbone, name)
-        self._readouts = readout_holders(layout.backbone, name)
         layers = layout.layers.values()
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
-        self._keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
+        keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
+        # what acts even where all coefficients are zero
+        self._idle: list[Any] = [*keep_base, *readout_holders(layout.backbone, name)]
         self._heads: list[TaskHead] = task_heads(layout.backbone)
         self._places: set[str] = set()  # names of the modules in whose place they stand
         self.holds: str | None = None  # the task that is written into it
@@ -89,8 +90,7 @@ class Slot:
         self._make_active()
         self._unmerge()
         self._write(torch.zeros(self.layout.width))
-        idle: list[Any] = [*self._keep_base, *self._readouts]
-        for layer in idle:
+        for layer in self._idle:
             layer.idle_slot = self.name
         self._show(None)
         self.holds = None
@@ -125,8 +125,7 @@ class Slot:
         if not self.is_active():
             self.tuner.set_adapter(self.name, inference_mode=True)
             self.model.active_adapter = self.name
-        idle: list[Any] = [*self._keep_base, *self._readouts]
-        for layer in idle:
+        for layer in self._idle:
             layer.idle_slot = None
 
     def _write(self, row: Tensor) -> None:

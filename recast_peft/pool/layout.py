@@ -23,16 +23,14 @@ from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias
 from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig
+from ..planning.plan import SAID_BY_BANK
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
 from .lora import LoraColumns, modules_of, refusal_of
 
-CHOICES = (  # fields by which a config says where its coefficients are, and how many
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
-    *("group_size", "num_groups", "num_templates", "max_coefficients", "bank"),
-)
+CHOICES = (*SAID_BY_BANK, "max_coefficients", "bank")  # by which a config says where its coefficients are, and how many
 
 
 class PoolLayout:
