@@ -18,7 +18,7 @@ from .composition.coefficient_gradients import AUTO
 from .errors import RecastConfigError
 from .mimicry import MimicryMethod, resolve_method
 from .options.checks import check_config
-from .options.config_file import read_fields, write_fields
+from .options.config_file import read_fields, writable, write_fields
 from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
@@ -219,7 +219,11 @@ class RecastConfig(PeftConfig):
         return read_fields(path_json_file)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, as ``adapter_config.json`` holds them: a task's record lies among what was chosen."""
+        """The fields as plain values, as ``adapter_config.json`` holds them: a task's record lies among what was chosen.
+
+        Raises:
+            RecastConfigError: naming a field that was set to what JSON does not hold.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "record"}
         values["bank"] = reference_of(self.bank)
         banks: dict[str, Reference] = {}
@@ -233,7 +237,7 @@ class RecastConfig(PeftConfig):
             values["lora_config"] = stored_lora_config(values["lora_config"])
         if self.base_model_name_or_path is None:
             values["base_model_name_or_path"] = hub_repository(self.backbone)
-        return copy.deepcopy(values)
+        return writable(values)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` without the fields of RECAST that are None, then call ``AFTER_SAVING``."""

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .errors import RecastConfigError
 from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, lies_in, plain_name, unwrapped, without_wrappers
 from .placement.offloaded import bring_back, kept_tensor
 from .placement.sharded import whole_shape, write
@@ -145,6 +146,17 @@ class TaskHolder:
     def refusal_to_pool(self, adapter_name: str) -> str | None:
         """What a task has here that no row of a pool can hold; None if a row can."""
         return None
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse an assignment, such as ``layer.weight = parameter``: it would belong to no task, and reach no call.
+
+        Raises:
+            RecastConfigError: saying what can be changed instead.
+        """
+        raise RecastConfigError(
+            f"{name!r} of {self.module_name} cannot be assigned while tasks have something there: change the tasks' own "
+            "numbers, or the pretrained model before it is converted (model.unload() gives it back)"
+        )
 
 
 def holders(model: nn.Module) -> list[Any]:

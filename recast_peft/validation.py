@@ -233,7 +233,9 @@ def share(value: Any) -> float:
 
 
 def plain(value: Any, depth: int = DEEPEST) -> Any:
-    """A value that JSON can hold, as a copy."""
+    """A value that JSON can hold, as a copy; one number of NumPy or torch becomes a plain one."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if isinstance(value, Mapping) and depth:
         if not all(isinstance(key, str) for key in value):
             raise Unexpected("texts as the keys of dictionaries")
@@ -242,4 +244,6 @@ def plain(value: Any, depth: int = DEEPEST) -> Any:
         return [plain(inner, depth - 1) for inner in value]
     if value is not None and not isinstance(value, (str, int, float, bool)):
         raise Unexpected(f"what JSON can hold, at most {DEEPEST} levels deep, not a {type(value).__name__} in it")
+    if isinstance(value, float) and not is_number(value):
+        raise Unexpected(f"finite numbers alone, since JSON holds no {value}")
     return value

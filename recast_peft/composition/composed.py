@@ -9,7 +9,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..errors import RecastBankError
+from ..errors import RecastBankError, RecastConfigError
+from ..holders import TaskHolder
 from ..placement.offloaded import execution_device, is_offloaded, kept_tensor
 from ..placement.sharded import is_plain, whole, whole_shape, whole_trained
 from . import merging
@@ -252,14 +253,21 @@ class ComposedModule(nn.Module):
         return [] if self.disable_adapters else self.present(self.merged_adapters or self.acting_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What a task adds to the weight without it, shaped like the weight, in its dtype; zero without coefficients here."""
+        """What a task adds to the weight without it, shaped like the weight, in its dtype.
+
+        Raises:
+            RecastConfigError: if the task has nothing here.
+        """
         if adapter in self.recast_masks:
             return self.compose([adapter]) - self.compose([])
         if adapter not in self.recast_coefficients:
-            return torch.zeros(self.weight_shape, dtype=self.weight_dtype, device=self.weight_device)
+            known = ", ".join(self.recast_coefficients.keys()) or "none"
+            raise RecastConfigError(f"task {adapter!r} has no coefficients at {self.module_name}; those that have: {known}")
         device = self.weight_device
         offsets = self.offset(adapter).to(device)
         return compose_weight(None, self.recast_bank[adapter].get_templates(device), offsets, self.weight_dtype)
+
+    register_parameter = TaskHolder.register_parameter
 
     def __getattr__(self, name: str) -> Any:
         for kind in ("_modules", "_buffers"):  # what a call asks for most; torch's own look-up takes several times as long

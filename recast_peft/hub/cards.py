@@ -14,6 +14,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..config import RecastConfig
 from ..errors import RecastLoadError
 from ..names import METHOD_NAME, role_of
 from ..options.record import hub_repository
@@ -21,6 +22,7 @@ from ..storage.cards import CARD_NAME, PAPER, code, hub_link, merge_card, one_li
 from ..storage.json_reader import Fields
 from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
+from ..validation import is_number
 from .task_files import TaskSizes, has_task_numbers, read_task_config, task_sizes, tasks_inside
 
 PIPELINES = {
@@ -63,11 +65,13 @@ def write_model_card(
 
     Raises:
         RecastLoadError: if the folder holds no task.
+        RecastConfigError: if a result is neither a finite number nor a text, nor made of these.
     """
     folder = Path(folder)
     config = read_task_config(folder)
     sizes = task_sizes(folder)
-    measured = {**dict(config.object("results", None) or {}), **(results or {})}
+    given = RecastConfig(results=None if results is None else dict(results)).results
+    measured = {**dict(config.object("results", None) or {}), **(given or {})}
     name = repo_id or folder.resolve().name
     where = quoted(name) + (f", subfolder={quoted(subfolder)}" if subfolder else "")
     if _is_made_from_a_path(config):
@@ -269,8 +273,8 @@ def _card_data(config: Fields, results: Mapping[str, Any], license: str | None, 
         pipeline = "image-classification"
     if pipeline:
         data["pipeline_tag"] = pipeline
-    accuracy = results.get("accuracy")
-    if pipeline and isinstance(accuracy, (int, float)) and results.get("dataset"):
+    accuracy: Any = results.get("accuracy")
+    if pipeline and is_number(accuracy) and results.get("dataset"):
         data["model-index"] = [_model_index(name, pipeline, one_line(results["dataset"]), accuracy)]
     return data
 

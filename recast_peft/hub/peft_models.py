@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ def any_name() -> Iterator[None]:
 class TaskModel:
     """What the classes of this module add to PEFT's (see :func:`with_task_verbs`)."""
 
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """As in PEFT; once every task was deleted, the config of one that changes nothing, so that the model is the base."""
+        return self.peft_config.get(self.active_adapter) or RecastConfig()  # type: ignore[attr-defined]
+
     def save_pretrained(
         self,
         save_directory: str,
@@ -79,6 +84,8 @@ class TaskModel:
         if isinstance(selected_adapters, str):
             raise TypeError(f"selected_adapters should be a list of names, got {selected_adapters!r}.")
         names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
+        if not names:
+            raise RecastConfigError("the model has no task to save: add one with add_adapter(name, config) or load_adapter")
         if not is_main_process or os.path.isfile(save_directory):  # PEFT says that the latter is no folder
             super().save_pretrained(  # type: ignore[misc]
                 save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
@@ -126,8 +133,8 @@ class TaskModel:
             take_over(backbone, config, adapter_name, own)
             return loaded
 
-    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; a task may have any name.
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; a task may have any name, and in a model whose tasks were all deleted it is active, as a first one is.
 
         Raises:
             RecastConfigError: if the config is none, such as a dictionary or the folder of a task.
@@ -138,8 +145,11 @@ class TaskModel:
                 f"add_adapter({shown(adapter_name)}, {shown(config)}): expected a name and a RecastConfig; a saved task is "
                 "loaded by load_adapter(folder, name)"
             )
+        is_first = not self.peft_config  # type: ignore[attr-defined]
         with any_name():
-            return super().add_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+            super().add_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+        if is_first:
+            self.set_adapter(adapter_name, config.inference_mode)  # type: ignore[attr-defined]
 
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
         """The folder in a checkpoint and the name that are meant."""
@@ -163,7 +173,8 @@ class TaskModel:
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """As in PEFT; the mixed batches of other threads keep their tasks."""
-        with self.base_model.calls.switched_off(), super().disable_adapter():  # type: ignore[attr-defined, misc]
+        switched_off = super().disable_adapter() if self.peft_config else nullcontext()  # type: ignore[attr-defined, misc]
+        with self.base_model.calls.switched_off(), switched_off:  # type: ignore[attr-defined]
             yield
 
     def print_trainable_parameters(self) -> None:

@@ -205,8 +205,10 @@ def check_config(config: Any) -> None:
             setattr(config, name, check(value))
         except Unexpected as error:
             raise RecastConfigError(f"RecastConfig({name}={shown(value)}): expected {error}") from error
+    is_stored = config.base_fingerprint is not None
     try:
-        config.lora_config = optional(lambda value: checked_lora_config(value, config.task_type))(config.lora_config)
+        checked = optional(lambda value: checked_lora_config(value, config.task_type, is_stored))
+        config.lora_config = checked(config.lora_config)
     except ValueError as error:
         raise RecastConfigError(f"RecastConfig(lora_config=...): expected {error}") from error
     _check_sizes(config)

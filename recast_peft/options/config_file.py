@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from ..storage.atomic import write_text
 from ..storage.json_reader import parse_json
 from ..storage.pairs import read_companion
 from ..storage.patterns import check_pattern
-from ..validation import shown
+from ..validation import Unexpected, plain, shown
 
 
 def read_fields(file: str | os.PathLike) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def read_fields(file: str | os.PathLike) -> dict[str, Any]:
         raise RecastConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     values = dict(parse_json(content, str(path), error=RecastConfigError))
     values.pop("runtime_config", None)  # as PEFT does: it is of no use in a file
+    if "results" in values:  # earlier versions wrote nan there, which no JSON holds
+        values["results"] = json.loads(json.dumps(values["results"]), parse_constant=lambda name: None)
     method = values.get("peft_type")
     if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & values.keys():
         raise RecastConfigError(f"{path} is no config of a method that PEFT knows: peft_type={shown(method)}")
@@ -62,3 +65,20 @@ def write_fields(folder: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """Write the fields of a config, without those of RECAST's own that are None: they would outweigh a task's numbers."""
     kept = {name: value for name, value in values.items() if value is not None or name in PeftConfig.__dataclass_fields__}
     write_text(Path(folder, CONFIG_NAME), json.dumps(kept, indent=2, sort_keys=True))
+
+
+def writable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the fields of a config as JSON holds them; PEFT makes lists of sets when it writes them.
+
+    Raises:
+        RecastConfigError: naming a field that was set to what JSON does not hold.
+    """
+    copied: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            copied[name] = plain(value) if name == "results" else copy.deepcopy(value)
+            json.dumps(list(value) if isinstance(value, set) else copied[name], allow_nan=False)
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = f"expected {error}" if isinstance(error, Unexpected) else str(error)
+            raise RecastConfigError(f"RecastConfig({name}={shown(value)}) cannot be written: {what}") from error
+    return copied

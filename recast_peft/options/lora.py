@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftType
 from ..validation import (
     Check,
     Unexpected,
+    did_you_mean,
     flag,
     indices,
     names_or_pattern,
@@ -53,8 +54,10 @@ REFUSED_FIELDS = {
 }
 
 
-def checked_lora_config(value: Any, task_type: Any) -> LoraConfig:
+def checked_lora_config(value: Any, task_type: Any, is_stored: bool = False) -> LoraConfig:
     """A copy of the config of a LoRA part, from an object or from what a file holds.
+
+    Of a task that was stored (``is_stored``) PEFT passes over fields that a later version of it has, with a warning.
 
     Raises:
         ValueError: saying what was expected instead; the caller names the field.
@@ -62,6 +65,10 @@ def checked_lora_config(value: Any, task_type: Any) -> LoraConfig:
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise ValueError("the fields of a LoraConfig by their names")
+        unknown = [name for name in value if name not in LoraConfig.__dataclass_fields__]
+        if unknown and not is_stored:
+            near = did_you_mean(unknown[0], LoraConfig.__dataclass_fields__)
+            raise ValueError(f"the fields of a LoraConfig, which has no {', '.join(map(shown, unknown[:5]))}{near}")
         kind = value.get("peft_type", PeftType.LORA)
         if str(getattr(kind, "value", kind)) != PeftType.LORA.value:
             raise ValueError(f"a LoraConfig, and this is a config of {kind}")

@@ -7,7 +7,7 @@ the model's tasks alone, takes the tasks of a mixed batch, and gives the pretrai
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -87,6 +87,11 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         parts = self._parts
         if parts is None or not names or any(isinstance(parts.tasks.get(name), RecastConfig) for name in names):
             super().set_adapter(keys_of(names), inference_mode)  # type: ignore[misc]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make tasks trainable or frozen here."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        super().set_requires_grad(keys_of(names), requires_grad)  # type: ignore[misc]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the tasks on or off; what was frozen before is frozen afterwards."""

@@ -149,6 +149,8 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
 
     # ---------------------------------------------------------------- what a holder can be asked
 
+    register_parameter = TaskHolder.register_parameter
+
     def has_task(self, adapter_name: str) -> bool:
         return adapter_name in self._adapters
 

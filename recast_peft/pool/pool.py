@@ -62,9 +62,9 @@ class TaskPool(ResidentTasks):
         if not isinstance(tuner, RecastModel):
             raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
         names = [name for name in tuner.peft_config if isinstance(tuner.peft_config[name], RecastConfig)]
-        like = like or names[0]
+        like = like or next(iter(names), None)
         if like not in names:
-            raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names)}")
+            raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names) or '(none)'}")
         self.model = model
         self._tuner = tuner
         part = poolable_part(tuner.model, like)

@@ -114,9 +114,11 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
 
     Raises:
         RecastBankError: if the banks follow from the pretrained weights, or there is no bank of biases.
-        RecastConfigError: if ``of`` is neither ``"weights"`` nor ``"biases"`` nor ``"readout"``.
+        RecastConfigError: if there is no such task, or ``of`` is neither ``"weights"`` nor ``"biases"`` nor ``"readout"``.
     """
-    name = adapter_name or tuner.active_adapters[0]
+    name: Any = adapter_name or next(iter(tuner.active_adapters), None)
+    if name not in tuner.peft_config:
+        raise RecastConfigError(f"the model has no task {name!r}; its tasks: {', '.join(tuner.peft_config) or 'none'}")
     of_partners = {"biases": bias_bank_of, "readout": readout_bank_of}
     if of in of_partners:
         bank = of_partners[of](tuner.model, name)

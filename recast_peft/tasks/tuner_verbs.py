@@ -56,6 +56,19 @@ class TaskVerbs:
         super().set_adapter(adapter_name, inference_mode)  # type: ignore[misc]
         verbs.activate(self.model, names, inference_mode)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make tasks trainable or frozen, active or not.
+
+        Args:
+            adapter_names: name of the task, or names of several.
+            requires_grad: False freezes them.
+
+        Raises:
+            RecastConfigError: if a task is unknown.
+        """
+        self._check_known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
+
     @waits_for_calls
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task, with all of its parts. If it was active, the other active tasks stay so, or else the first task is.
@@ -113,7 +126,7 @@ class TaskVerbs:
     def _check_known(self, adapter_names: Sequence[str]) -> None:
         unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
-            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config)}")
+            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config) or 'none'}")
 
     @contextmanager
     def disable_part(self, part: str) -> Iterator[None]:

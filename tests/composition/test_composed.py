@@ -9,7 +9,7 @@ import torch
 from models import converted, layers_of, randomise, tiny_vit
 from torch import Tensor, nn
 
-from recast_peft import PiggybackConfig, RecastBankError, RecastConfig
+from recast_peft import PiggybackConfig, RecastBankError, RecastConfig, RecastConfigError
 
 QKV = "blocks.1.attn.qkv"
 OFFSETS = {"a": torch.tensor([[0.5, -1.0], [1.5, 0.0]]), "b": torch.tensor([[2.0, 3.0]])}  # two sets, whose mean counts
@@ -52,14 +52,28 @@ def test_a_tensor_to_write_to_and_other_values() -> None:
 
 @pytest.mark.parametrize("partners", [None, [PiggybackConfig()]])
 def test_what_a_task_adds_is_the_weight_with_it_less_the_weight_without(partners: Any) -> None:
-    layer, first, second = two_tasks(partners=partners)
+    layer, _, second = two_tasks(partners=partners)
     with torch.no_grad():
         for name in OFFSETS:
             if partners:
                 next(layer.recast_masks[name].parameters()).uniform_(-1, 1)
             close(layer.get_delta_weight(name), layer.compose([name]) - second)
         assert not torch.equal(layer.get_delta_weight("a"), layer.get_delta_weight("b"))
-        assert torch.equal(layer.get_delta_weight("unknown"), torch.zeros_like(first))
+
+
+def test_a_task_without_coefficients_adds_nothing_that_could_be_asked_for() -> None:
+    layer, _, _ = two_tasks()
+    with pytest.raises(RecastConfigError, match="task 'unknown' has no coefficients at blocks.1.attn.qkv; .*: a, b$"):
+        layer.get_delta_weight("unknown")
+
+
+def test_a_parameter_that_is_assigned_is_refused_and_changes_nothing() -> None:
+    layer, first, second = two_tasks()
+    for name in ("weight", "bias", "other"):
+        with pytest.raises(RecastConfigError, match=f"'{name}' of blocks.1.attn.qkv cannot be assigned while tasks have"):
+            setattr(layer, name, nn.Parameter(torch.zeros_like(second)))
+    close(layer.compose(["a"]), 1.0 * first + 0.5 * second)
+    assert not hasattr(layer, "other")
 
 
 def test_the_tasks_that_a_call_computes_with() -> None:

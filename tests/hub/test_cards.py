@@ -13,7 +13,15 @@ from hub_tasks import files_of, learn, make_backbone, make_model, metadata, outp
 from torch import nn
 from transformers import ViTForImageClassification
 
-from recast_peft import RecastConfig, RecastLayer, RecastLoadError, get_recast_model, push_tasks_to_hub, write_model_card
+from recast_peft import (
+    RecastConfig,
+    RecastConfigError,
+    RecastLayer,
+    RecastLoadError,
+    get_recast_model,
+    push_tasks_to_hub,
+    write_model_card,
+)
 
 
 class TestTheCard:
@@ -32,6 +40,14 @@ class TestTheCard:
         assert f"| Size | {size:,} bytes" in card
         assert "| Targets | 8 modules in 4 banks:" in card
         assert "exact" in card
+
+    def test_takes_results_as_a_config_does(self, tmp_path: Path) -> None:
+        before = self.save(tmp_path)
+        with pytest.raises(RecastConfigError, match="finite numbers alone, since JSON holds no nan"):
+            write_model_card(tmp_path, results={"accuracy": float("nan")})
+        assert (tmp_path / "README.md").read_text() == before
+        write_model_card(tmp_path, results={"accuracy": torch.tensor(0.5)})
+        assert "| accuracy | 0.5 |" in (tmp_path / "README.md").read_text()
 
     def test_counts_the_norms_that_a_task_owns(self, tmp_path: Path) -> None:
         counts = {}

@@ -11,7 +11,7 @@ import torch
 from models import converted, outputs, randomise, small_transformer, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel
 
-from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
+from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
 
 CONFIG = RecastConfig(target_modules=["qkv"], init_weights=False)
 
@@ -141,3 +141,45 @@ def test_tasks_do_not_take_each_others_folder_where_names_differ_in_case_alone(
     with pytest.raises(RecastConfigError, match="task 'cat' would lie in the folder of another one"):
         model.save_pretrained(tmp_path / "new")
     assert not [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
+
+
+class TestAModelWhoseTasksWereAllDeleted:
+    @pytest.fixture
+    def model(self) -> PeftModel:
+        model = get_recast_model(tiny_vit(), CONFIG, "cars").eval()
+        model.delete_adapter("cars")
+        return model
+
+    def test_is_the_pretrained_model(self, model: PeftModel) -> None:
+        plain = outputs(tiny_vit().eval(), vit_input())
+        assert torch.equal(outputs(model, vit_input()), plain)
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, vit_input()), plain)
+        assert torch.equal(model(vit_input(), adapter_names=["__base__"] * len(vit_input())), plain)
+        assert model.active_adapters == []
+        assert model.get_nb_trainable_parameters()[0] == 0
+        assert model.get_base_model() is model.base_model.model
+        model.merge_adapter()
+        assert torch.equal(outputs(model.merge_and_unload(), vit_input()), plain)
+
+    def test_says_that_there_is_no_task(self, model: PeftModel, tmp_path: Path) -> None:
+        with pytest.raises(RecastConfigError, match="the model has no task to save: add one"):
+            model.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+        with pytest.raises(RecastConfigError, match=r"like=None: the model has the tasks \(none\)"):
+            TaskPool(model)
+        with pytest.raises(RecastConfigError, match="has no task None; its tasks: none"):
+            model.save_bank(tmp_path)
+
+    @pytest.mark.parametrize("is_loaded", [False, True], ids=["added", "loaded"])
+    def test_the_next_task_is_active(self, model: PeftModel, is_loaded: bool, tmp_path: Path) -> None:
+        saved = get_recast_model(tiny_vit(), CONFIG, "birds").eval()
+        saved.save_pretrained(tmp_path)
+        if is_loaded:
+            model.load_adapter(tmp_path, "birds")
+        else:
+            model.add_adapter("birds", CONFIG)
+        assert (model.active_adapter, model.active_adapters) == ("birds", ["birds"])
+        # 4 layers in groups of two
+        assert model.get_nb_trainable_parameters()[0] == (0 if is_loaded else 8)
+        assert torch.equal(outputs(model, vit_input()), outputs(saved, vit_input()))

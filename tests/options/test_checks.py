@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_vit
@@ -63,6 +64,9 @@ class TestAValueThatCannotBeMeant:
             ("results", [0.9]),
             ("results", {"accuracy": object()}),
             ("results", {1: 2}),
+            ("results", {"accuracy": float("nan")}),
+            ("results", {"losses": [1.0, float("inf")]}),
+            ("results", {"accuracies": torch.tensor([0.5, 0.25])}),
             ("fidelity", {"mean_cosine": math.nan}),
             ("backbone", {"library": "timm", "name": {1, 2}}),
             ("task_type", "SEQ"),

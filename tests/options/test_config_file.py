@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, PeftConfig
 
 from recast_peft import RecastConfig, RecastConfigError, RecastError
@@ -40,6 +42,29 @@ class TestAConfigFile:
         path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
         with pytest.warns(UserWarning, match="from_the_future"):
             assert RecastConfig.from_pretrained(tmp_path).target_modules == ["qkv"]
+
+    def test_with_a_result_that_is_not_finite_is_read_and_never_written(self, tmp_path: Path) -> None:
+        config = RecastConfig(target_modules=["qkv"], results={"accuracy": 0.5})
+        config.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        before = path.read_text()
+        for value in (math.nan, math.inf, object()):
+            config.results = {"losses": [1.0, value]}  # set later, past the checks of a new config
+            with pytest.raises(RecastConfigError, match=r"RecastConfig\(results=.*\) cannot be written: "):
+                config.save_pretrained(tmp_path)
+        config.results, config.revision = None, object()
+        with pytest.raises(RecastConfigError, match=r"RecastConfig\(revision=.*\) cannot be written: "):
+            config.save_pretrained(tmp_path)
+        assert path.read_text() == before
+        path.write_text(before.replace("0.5", "NaN"))  # as earlier versions wrote it
+        assert RecastConfig.from_pretrained(tmp_path).results == {"accuracy": None}
+
+    def test_holds_numbers_of_other_libraries_as_plain_ones(self, tmp_path: Path) -> None:
+        config = RecastConfig(target_modules=["qkv"], results={"accuracy": torch.tensor(0.5), "n": [np.int64(3)]})
+        assert config.results == {"accuracy": 0.5, "n": [3]}
+        config.results = {"accuracy": np.float32(0.25)}
+        config.save_pretrained(tmp_path)
+        assert RecastConfig.from_pretrained(tmp_path).results == {"accuracy": 0.25}
 
     @pytest.mark.parametrize(
         "content", [{}, {"peft_type": 3}, {"peft_type": ["A"]}, {"peft_type": "NONE"}, {"cls": 1}, {"self": 1}]

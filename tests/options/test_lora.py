@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from lora_parts import lora
+from models import tiny_vit
 from peft import AdaLoraConfig
 
-from recast_peft import RecastConfig, RecastConfigError
+from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 
 
 class TestRefusals:
@@ -38,6 +40,18 @@ class TestRefusals:
     def test_what_is_no_lora_config(self, given):
         with pytest.raises(RecastConfigError, match="expected a LoraConfig"):
             RecastConfig(lora_config=given)
+
+    def test_a_field_that_does_not_exist(self, tmp_path):
+        with pytest.raises(RecastConfigError, match="the fields of a LoraConfig, which has no 'rr', 'x'; did you mean 'r'"):
+            RecastConfig(lora_config={"rr": 3, "x": 1})
+
+    def test_a_field_of_a_later_version_in_a_stored_task_is_passed_over_with_a_warning(self, tmp_path):
+        get_recast_model(tiny_vit(), RecastConfig(lora_config={"r": 3})).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_config.json"
+        fields = json.loads(file.read_text())
+        file.write_text(json.dumps({**fields, "lora_config": {**fields["lora_config"], "from_the_future": True}}))
+        with pytest.warns(UserWarning, match="from_the_future"):
+            assert RecastConfig.from_pretrained(tmp_path).lora_config.r == 3
 
     @pytest.mark.parametrize(
         "lora",

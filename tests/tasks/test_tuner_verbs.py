@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import converted, outputs, randomise, vit_input
+from models import converted, outputs, randomise, tiny_vit, vit_input
 from peft import PeftModel
 
-from recast_peft import RecastBankError, RecastConfig, RecastConfigError
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, get_recast_model
 
 
 @pytest.fixture
@@ -102,3 +102,27 @@ class TestNamesThatNoTaskHas:
         with pytest.raises(TypeError, match="selected_adapters should be a list of names, got 'ab'"):
             model.save_pretrained(tmp_path, selected_adapters="ab")
         assert not any(tmp_path.iterdir())
+
+    def test_are_not_trained(self, model: PeftModel) -> None:
+        with pytest.raises(RecastConfigError, match="no task 'typo'; its tasks: a, b, c"):
+            model.set_requires_grad(["b", "typo"])
+        assert trained(model) == {"a"}
+        model.set_requires_grad("b")
+        assert trained(model) == {"a", "b"}
+
+    def test_have_no_bank(self, model: PeftModel, tmp_path: Path) -> None:
+        with pytest.raises(RecastConfigError, match="no task 'typo'; its tasks: a, b, c"):
+            model.save_bank(tmp_path, "typo")
+
+
+@pytest.mark.parametrize("partner", [None, "bias", "adaptformer", "piggyback"])
+def test_all_of_a_task_of_any_name_is_frozen_and_trained(partner: str | None) -> None:
+    more = {"lora_config": {"r": 2, "target_modules": ["fc1"]}, "modules_to_save": ["fc2"], "train_norms": True}
+    config = RecastConfig(target_modules=["qkv"], **({"partners": [partner]} if partner else more))
+    model = get_recast_model(tiny_vit(), config, "v1.2")
+    before = model.get_nb_trainable_parameters()[0]
+    assert before > 8  # the coefficients are not all
+    model.set_requires_grad("v1.2", False)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.set_requires_grad("v1.2")
+    assert model.get_nb_trainable_parameters()[0] == before
