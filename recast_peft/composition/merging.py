@@ -144,7 +144,7 @@ def merge_in_place(layer: Any, adapter_names: Sequence[str]) -> None:
     """See ``RecastLayer.merge_in_place``."""
     present = layer.present(adapter_names)
     if layer.held is not None:
-        raise _held_error(layer, present)
+        raise held_error(layer, present)
     if not layer.merged:
         layer.merge(adapter_names=present)
         return
@@ -186,21 +186,28 @@ def written_by_others(layer: Any) -> Iterator[None]:
             layer.held = None
 
 
+def layers_on_top(layer: Any) -> list[Any]:
+    """The layers of other methods that are merged into the weight; those that were switched off are unmerged first."""
+    merged = [other for other in layer.other_layers if other.merged]
+    for other in [other for other in merged if other.disable_adapters]:
+        other.unmerge()
+    return [other for other in merged if other.merged]
+
+
 def check_held(layer: Any, wanted: Sequence[str] | None = None) -> None:
     """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones.
 
     Raises:
         RecastBankError: naming both.
     """
-    for other in layer.other_layers:
-        if other.merged and other.disable_adapters:
-            other.unmerge()
+    layers_on_top(layer)
     wanted = layer.tasks_in_force() if wanted is None else wanted
     if layer.held is not None and set(layer.held) != set(wanted):
-        raise _held_error(layer, wanted)
+        raise held_error(layer, wanted)
 
 
-def _held_error(layer: Any, wanted: Sequence[str]) -> RecastBankError:
+def held_error(layer: Any, wanted: Sequence[str]) -> RecastBankError:
+    """Says that adapters of another method are merged on top of other tasks than the wanted ones."""
     merged = sorted({name for other in layer.other_layers for name in other.merged_adapters})
     return RecastBankError(
         f"adapters of another method ({', '.join(merged)}) are merged into {layer.module_name} on top of other tasks\n"

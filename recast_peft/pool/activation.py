@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from ..composition.merging import check_writable, held_error, layers_on_top
 from ..errors import RecastBankError, RecastConfigError
 from ..model import RecastModel
 from ..parts.bias_part import bias_holders
 from ..parts.head import TaskHead, task_head, task_heads
+from ..parts.lora_strength import PartStrength
 from ..parts.readout import readout_holders
 from .heads import StoredHead
 from .layout import PoolLayout
@@ -65,9 +67,7 @@ class Slot:
 
     def activate(self, name: str, row: Tensor, head: StoredHead | None, merge: bool) -> None:
         """Make a task active; see ``TaskPool.activate``."""
-        refusals = [part.refusal_to_merge(self.name) for part in self.layout.lora.layers] if merge else []
-        for refusal in filter(None, refusals):
-            raise RecastBankError(f"task {name!r} cannot be merged: it has {refusal}. Activate it without merge=True.")
+        self._check_writable(name, merge)
         self._make_active()
         if not merge:
             self._unmerge()
@@ -87,6 +87,7 @@ class Slot:
 
     def deactivate(self) -> None:
         """Make the pretrained model active, to the last bit (the slot's coefficients are zero)."""
+        self._check_writable(None, False)
         self._make_active()
         self._unmerge()
         self._write(torch.zeros(self.layout.width))
@@ -120,6 +121,20 @@ class Slot:
             wrapper = task_head(self.layout.backbone, head_name)
             if not any(known is wrapper for known in self._heads):
                 self._heads.append(wrapper)
+
+    def _check_writable(self, name: str | None, merge: bool) -> None:
+        """Refuse what would fail after the first number was written, or leave what is merged another task's."""
+        layout = self.layout
+        refusals = [part.refusal_to_merge(self.name) for part in layout.lora.layers] if merge else []
+        for refusal in filter(None, refusals):
+            raise RecastBankError(f"task {name!r} cannot be merged: it has {refusal}. Activate it without merge=True.")
+        for layer in layout.layers.values():
+            if layer.held is not None and any(not isinstance(other, PartStrength) for other in layers_on_top(layer)):
+                raise held_error(layer, [] if name is None else [name])
+            if merge and not layer.merged:
+                check_writable(layer)
+        if merge and any(part._switched_off for part in (*layout.layers.values(), *layout.lora.layers)):
+            raise RecastConfigError("tasks are merged whole: leave the block of disable_part() first")
 
     def _make_active(self) -> None:
         if not self.is_active():

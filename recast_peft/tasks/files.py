@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..holders import Entry
+from ..layer import recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name, spellings
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
@@ -145,10 +146,12 @@ def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
     """Refuse to exchange the numbers of a task that is merged: what is merged would stay what it was.
 
     Raises:
-        RecastConfigError: if it is.
+        RecastConfigError: if it is, or an adapter of another method is merged on top of it.
     """
-    if adapter_name in merged_tasks(backbone):
-        raise RecastConfigError(f"task {adapter_name!r} is merged: call unmerge_adapter(), load, and merge again")
+    held = {name for layer in recast_layers(backbone).values() for name in layer.held or ()}
+    if adapter_name in {*merged_tasks(backbone), *held}:
+        what = f"task {adapter_name!r} is merged" + (", or others on top of it" if adapter_name in held else "")
+        raise RecastConfigError(f"{what}: call unmerge_adapter(), load, and merge again")
 
 
 def _key_of(key: str, known: Collection[str], renamed: Callable[[str], str | None] | None) -> str:

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import captured, layers_of
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from pools import TARGETS, by_adapter, model_with_pool, random_state, small_vit
 from torch._dynamo.testing import CompileCounter
 
-from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model, mimicry_report
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, get_recast_model, mimicry_report
 
 
 class TestOneTask:
@@ -233,3 +233,63 @@ class TestOtherBanks:
             torch.testing.assert_close(model(images), task)
             pool.deactivate()
             assert torch.equal(model(images), expected)
+
+
+class TestAMergedLayerOfAnotherMethod:
+    """What lies in its weight is the task that was active when it was merged; another one cannot come below it."""
+
+    @pytest.fixture
+    def parts(self):
+        model, pool = model_with_pool(2)
+        pool.activate("task0")
+        lora = LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+        other = get_peft_model(model.base_model.model, lora, adapter_name="other").eval()
+        pool.activate("task0")  # PEFT made its own adapter the active one
+        other.merge_adapter(["other"])
+        return model, pool, other
+
+    @pytest.mark.parametrize(
+        "verb",
+        [
+            lambda pool: pool.activate("task1"),
+            lambda pool: pool.activate("task1", merge=True),
+            lambda pool: pool.deactivate(),
+            lambda pool: pool.remove("task0"),
+        ],
+        ids=["activate", "merge", "deactivate", "remove"],
+    )
+    def test_is_left_as_it_is_by_what_is_refused(self, parts, images, verb):
+        model, pool, other = parts
+        before = model(images)
+        numbers = [layer.recast_coefficients[pool.slot].clone() for layer in layers_of(model).values()]
+        with pytest.raises(RecastBankError, match="Unmerge them first"):
+            verb(pool)
+        assert (pool.active, "task0" in pool.names) == ("task0", True)
+        now = [layer.recast_coefficients[pool.slot] for layer in layers_of(model).values()]
+        assert all(torch.equal(a, b) for a, b in zip(numbers, now, strict=True))
+        assert torch.equal(model(images), before)
+
+    def test_lets_another_task_be_active_once_it_is_unmerged(self, parts, images):
+        model, pool, other = parts
+        other.unmerge_adapter()
+        pool.activate("task1", merge=True)
+        merged = model(images)
+        pool.activate("task1")
+        torch.testing.assert_close(model(images), merged)
+        assert not torch.equal(merged, by_adapter(random_state(pool, 1), images))  # the other method acts too
+
+
+def test_a_merge_that_no_weight_can_hold_is_refused_before_anything_is_written(images):
+    model, pool = model_with_pool(2)
+    pool.activate("task0")
+    before = model(images)
+    layer = layers_of(model)["blocks.3.mlp.fc1"]
+    layer._switched_off = True  # as inside of disable_part
+    try:
+        with pytest.raises(RecastConfigError, match="leave the block of disable_part"):
+            pool.activate("task1", merge=True)
+    finally:
+        layer._switched_off = False
+    assert pool.active == "task0"
+    assert torch.equal(model(images), before)
+    assert not layers_of(model)["blocks.0.attn.qkv"].merged
