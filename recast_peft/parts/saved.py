@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,8 @@ class SavedPart(TaskPart):
                 f"{self.name}: a task is merged, and would stay in the copy of {pieces[0].place}: call unmerge_adapter() "
                 "first, and merge it again afterwards"
             )
+        if pieces and not request.config.is_stored_task:
+            _warn_of_ties(request.model, [piece.place for piece in pieces])
 
     def install(self, place: Place, pieces: list[SavedModule]) -> None:
         for piece in pieces:
@@ -117,6 +120,25 @@ class SavedPart(TaskPart):
             if not lies_in(piece.place, held) and not any(lies_in(name, [piece.place]) for name in held):
                 raise was_replaced(f"{piece.place} of task {adapter_name!r} ({self.name})")
         return ()
+
+
+def _warn_of_ties(model: nn.Module, saved: list[str]) -> None:
+    """Say which modules use a parameter of a saved module and keep the pretrained one."""
+    owners: dict[int, list[str]] = {}
+    for name, module in plain_modules(model).items():
+        for parameter in unwrapped_module(module)._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        own = [name for name in names if lies_in(name, saved)]
+        others = [name for name in names if name not in own]
+        if own and others:
+            warnings.warn(
+                f"modules_to_save: a parameter of {', '.join(own)} is also that of {', '.join(others)}, which keeps the "
+                f"pretrained one: the task's copy is used by calls of {', '.join(own)} alone, and a module that the model never "
+                "calls learns nothing. Name the others too if they are meant; each has a copy of its own.",
+                stacklevel=2,
+            )
 
 
 class NormsPart(SavedPart):

@@ -18,7 +18,7 @@ from ..banks.template_bank import PLACEHOLDER
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
-from ..holders import TaskHolder
+from ..holders import TaskHolder, other_names
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..placement.sharded import whole, whole_shape
@@ -40,6 +40,7 @@ class Candidate:
         reason: why the module cannot be a target; None if it can.
         path: the modules from the root down to the one that holds it, wrappers among them, each with its name in the one
             before it: ``((name, module), ...)``.
+        names: all of its names, of which there are several where the model holds it, or a module around it, at several places.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Candidate:
     weight_name: str | None
     reason: str | None
     path: tuple[tuple[str, nn.Module], ...]
+    names: tuple[str, ...]
 
     @property
     def slot(self) -> str:
@@ -87,13 +89,16 @@ def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[
     """
     owners = _parameter_owners(model)
     places = _module_places(model)
+    further: dict[str, list[str]] = defaultdict(list)
+    for other, name in other_names(model).items():
+        further[name].append(other)
     candidates = []
     for name, visible, path in _walk(model):
         module = visible.get_base_layer() if isinstance(visible, BaseTunerLayer) else visible
         weight_name, reason = _named_parameter(visible, module, name, parameters) or _weight_of(visible, module)
         if weight_name is not None and reason is None:
             reason = _sharing(module, weight_name, owners, places[id(visible)])
-        candidates.append(Candidate(name, module, visible, weight_name, reason, path))
+        candidates.append(Candidate(name, module, visible, weight_name, reason, path, (name, *further[name])))
     return candidates
 
 

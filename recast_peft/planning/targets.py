@@ -111,7 +111,7 @@ def _by_name(candidates: list[Candidate], names: list[str]) -> list[Candidate]:
 
 def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], dict[str, str]]:
     _check_every_name(candidates, config)
-    matched = [c for c in candidates if _is_meant(config, c.name)]
+    matched = [c for c in candidates if any(_is_meant(config, name) for name in c.names) and not _left_out(config, *c.names)]
     # a multi-head attention module stands for both of its projections
     chosen = {c.name for c in matched}
     for attention in [c for c in matched if isinstance(c.module, nn.MultiheadAttention)]:
@@ -135,7 +135,7 @@ def _check_every_name(candidates: list[Candidate], config: RecastConfig) -> None
     wanted = config.target_modules
     if not isinstance(wanted, list):
         return
-    unknown = [name for name in wanted if not any(f".{c.name}".endswith(f".{name}") for c in candidates)]
+    unknown = [name for name in wanted if not any(f".{one}".endswith(f".{name}") for c in candidates for one in c.names)]
     if unknown and len(unknown) < len(wanted):
         known = sorted({known for c in candidates if _usable(c) for known in (c.name, c.name.rpartition(".")[2])})
         near = [hit for name in unknown for hit in difflib.get_close_matches(name, known, n=3)]
@@ -191,8 +191,9 @@ def _is_kept(config: RecastConfig, name: str) -> bool:
     return _is_meant(config.as_chosen(target_modules=[name.rpartition(".")[2]]), name)
 
 
-def _left_out(config: RecastConfig, name: str) -> bool:
-    return not check_target_module_exists(config.as_chosen(target_modules=[name]), name)
+def _left_out(config: RecastConfig, *names: str) -> bool:
+    """Whether the config leaves a module out, by one of its names."""
+    return not all(check_target_module_exists(config.as_chosen(target_modules=[name]), name) for name in names)
 
 
 def _usable(candidate: Candidate) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 from models import Around, state, tiny_vit
 from peft import PeftModel
+from pools import text_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -145,3 +147,21 @@ class TestModulesThatStandAtSeveralPlaces:
             merged = model.merge_and_unload()
             torch.testing.assert_close(merged(x), expected(x))
         assert set(dict(merged.named_parameters())) == set(dict(plain.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (["shared"], "a parameter of shared is also that of encoder.embed_tokens, decoder.embed_tokens, lm_head, which keeps"),
+        (["embed_tokens"], "of encoder.embed_tokens, decoder.embed_tokens is also that of shared, lm_head, which"),
+        (["shared", "embed_tokens", "lm_head"], None),
+        (["wo"], None),
+    ],
+)
+def test_modules_that_keep_the_pretrained_one_of_a_tied_parameter_are_named(saved: list[str], message: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_recast_model(text_model("SEQ_2_SEQ_LM"), RecastConfig(target_modules=["q"], modules_to_save=saved))
+    said = [str(one.message) for one in caught if "modules_to_save" in str(one.message)]
+    assert len(said) == (message is not None)
+    assert message is None or message in said[0]

@@ -101,3 +101,31 @@ def test_fused_experts_are_named_with_the_reason() -> None:
 def test_what_leaves_nothing_out_is_said(excluded: list[str] | str) -> None:
     with pytest.warns(UserWarning, match="exclude_modules: nothing is left out by '(fc3|blocks.0|fc1)'"):
         plan_recast(tiny_vit(), RecastConfig(exclude_modules=excluded))
+
+
+class Repeated(nn.Module):
+    """One linear layer under two names, and one block at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again = self.first
+        block = nn.Sequential(nn.Linear(4, 4))
+        self.blocks, self.tail = nn.ModuleList([block, nn.Sequential(nn.Linear(4, 4))]), block
+
+
+@pytest.mark.parametrize("targets", [["first"], ["again"], ["again", "own"], "again|own"])
+def test_a_shared_module_is_refused_by_any_of_its_names(targets: Any) -> None:
+    with pytest.raises(RecastTargetError, match="first: the module is shared by first and again"):
+        plan_recast(Repeated(), RecastConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("targets", [["blocks.0.0"], ["tail.0"], r"tail\.0"])
+def test_a_module_of_a_shared_block_is_found_by_any_of_its_names(targets: Any) -> None:
+    plan = plan_recast(Repeated(), RecastConfig(target_modules=targets))
+    assert [group.members for group in plan.groups] == [("blocks.0.0",)]
+
+
+def test_a_module_of_a_shared_block_is_left_out_by_any_of_its_names() -> None:
+    plan = plan_recast(Repeated(), RecastConfig(target_modules=["0"], exclude_modules=["tail.0"]))
+    assert [group.members for group in plan.groups] == [("blocks.1.0",)]
