@@ -31,6 +31,7 @@ from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
 from .lora import LoraColumns, modules_of, refusal_of
 
 CHOICES = (*SAID_BY_BANK, "max_coefficients", "bank")  # by which a config says where its coefficients are, and how many
+OF_EVERY_ROW = {"coefficient_sharing": None, "init_weights": True, "train_coefficients": True}  # choices a fresh row lacks
 
 
 class PoolLayout:
@@ -109,7 +110,8 @@ class PoolLayout:
         self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
 
     def check_choices(self, name: str, config: RecastConfig) -> bool:
-        """Refuse a config for a fresh task that owns modules, or whose targets, sizes or LoRA part are not the pool's.
+        """Refuse a config for a fresh task that owns modules, whose targets, sizes or LoRA part are not the pool's, or that asks
+        for less than a row trains.
 
         One that names neither targets nor sizes has the pool's.
 
@@ -118,6 +120,16 @@ class PoolLayout:
         """
         modules = pieces_of(Request(self.backbone, config, tuple(self.layers), counting=True)) if config.modules_to_save else ()
         refuse(name, [part.name for part, own in modules if own and part.name == "modules_to_save"])
+        idle = [f"{field}={value!r}" for field, usual in OF_EVERY_ROW.items() if (value := getattr(config, field)) != usual]
+        most = config.max_coefficients
+        if most is not None and most < self.width - self.lora.width:
+            idle.append(f"max_coefficients={most}")
+        if idle:
+            raise RecastConfigError(
+                f"a fresh task of a pool cannot have {', '.join(idle)}, and {name!r} does: its row has {self.width} numbers, offsets "
+                "of its own for each layer, which start at zero and are all trained. Leave it out, or train the task as an adapter "
+                "(model.add_adapter) and put that into the pool."
+            )
         if config.groups is None and all(getattr(config, choice) is None for choice in CHOICES):
             self.lora.check_plan(name, plan_lora_part(self.backbone, config, list(self.layers)))
             return True

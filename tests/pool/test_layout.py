@@ -62,3 +62,28 @@ class TestOtherBanks:
             other.add("task", tmp_path / "first")
         with pytest.raises(RecastBankError, match="another template bank"):
             other.load(tmp_path / "pool")
+
+
+class TestFreshTasks:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"max_coefficients": 1},
+            {"max_coefficients": 1, "target_modules": TARGETS, "group_size": 2},
+            {"coefficient_sharing": "all"},
+            {"coefficient_sharing": "blocks", "target_modules": TARGETS},
+            {"init_weights": False},
+            {"train_coefficients": False, "num_classes": 3},
+        ],
+    )
+    def test_that_ask_for_less_than_a_row_trains_are_refused(self, fields):
+        _, pool = model_with_pool()
+        # 4 blocks in groups of two, two target modules each
+        with pytest.raises(RecastConfigError, match=r"cannot have .*: its row has 16 numbers, offsets of its own for each layer"):
+            pool.add("less", RecastConfig(**fields))
+        assert len(pool) == 0
+
+    def test_whose_cost_a_row_keeps_are_taken(self):
+        _, pool = model_with_pool()
+        pool.add("enough", RecastConfig(target_modules=TARGETS, group_size=2, max_coefficients=16))
+        assert pool.names == ["enough"]
