@@ -6,6 +6,7 @@ the principal components of the task vectors of a group become templates beside 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -88,11 +89,13 @@ def extend_bank(
         num_templates: new templates of a group at most; None takes all principal components.
 
     Returns:
-        the bank's next version, under no name yet: save or push it in place of the earlier one, which it contains.
+        the bank's next version, under no name yet: save or push it in place of the earlier one, which it contains. The bank
+        itself, with a warning, if its templates span the sources already.
 
     Raises:
         RecastConfigError: if a number is below 1, or there is no source.
-        RecastBankError: if the bank was not grown, stands for other weights, or a source cannot be read.
+        RecastBankError: if the bank was not grown, stands for other weights, a source cannot be read, or none of them moved
+            what the bank has templates for.
     """
     check_sources(sources, num_templates=num_templates)
     check_bank(bank)
@@ -114,9 +117,19 @@ def extend_bank(
 def _next_version(
     bank: StoredBank, moves: Mapping[str, list[Tensor]], sources: Sequence[Source], num_templates: int | None
 ) -> StoredBank:
-    """A bank with templates for the task vectors of further sources, by group."""
+    """A bank with templates for the task vectors of further sources, by group; the bank itself where it spans them."""
+    if not any(moves[name] for name in bank.groups if bank.groups[name].grown is not None):
+        raise RecastBankError(
+            f"none of the {len(sources)} sources moved what the bank has templates for ({', '.join(list(bank.groups)[:4])}, ...)"
+        )
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
     groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
+    if all(group is bank.groups[name] for name, group in groups.items()):
+        warnings.warn(
+            f"the bank spans all that the {len(sources)} sources moved: it stays version {bank.version}, without a new template",
+            stacklevel=3,
+        )
+        return bank
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}
     made: dict[str, Any] = {"method": bank.mimicry} if isinstance(bank.mimicry, str) else dict(bank.mimicry)
     made["sources"] = [*made.get("sources", ()), *map(origin_of, sources)]
