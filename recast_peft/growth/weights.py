@@ -120,13 +120,14 @@ def _next_version(
     """A bank with templates for the task vectors of further sources, by group; the bank itself where it spans them."""
     if not any(moves[name] for name in bank.groups if bank.groups[name].grown is not None):
         raise RecastBankError(
-            f"none of the {len(sources)} sources moved what the bank has templates for ({', '.join(list(bank.groups)[:4])}, ...)"
+            f"none of the {len(sources)} sources moved what the bank has templates for ({', '.join(list(bank.groups)[:3])}, "
+            "...): give sources that were trained on it"
         )
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
     groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
     if all(group is bank.groups[name] for name, group in groups.items()):
         warnings.warn(
-            f"the bank spans all that the {len(sources)} sources moved: it stays version {bank.version}, without a new template",
+            f"the bank spans all that the {len(sources)} sources moved: it stays version {bank.version}",
             stacklevel=3,
         )
         return bank

@@ -135,8 +135,8 @@ def _warn_of_ties(model: nn.Module, saved: list[str]) -> None:
         if own and others:
             warnings.warn(
                 f"modules_to_save: a parameter of {', '.join(own)} is also that of {', '.join(others)}, which keeps the "
-                f"pretrained one: the task's copy is used by calls of {', '.join(own)} alone, and a module that the model never "
-                "calls learns nothing. Name the others too if they are meant; each has a copy of its own.",
+                f"pretrained one: the task's copy is used by calls of {', '.join(own)} alone, and a module that the model "
+                "never calls learns nothing. Name the others too if they are meant; each has a copy of its own.",
                 stacklevel=2,
             )
 

@@ -110,8 +110,8 @@ class PoolLayout:
         self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
 
     def check_choices(self, name: str, config: RecastConfig) -> bool:
-        """Refuse a config for a fresh task that owns modules, whose targets, sizes or LoRA part are not the pool's, or that asks
-        for less than a row trains.
+        """Refuse a config for a fresh task that owns modules, that has other targets, sizes or another LoRA part than the pool,
+        or that asks for less than a row trains.
 
         One that names neither targets nor sizes has the pool's.
 
@@ -126,9 +126,9 @@ class PoolLayout:
             idle.append(f"max_coefficients={most}")
         if idle:
             raise RecastConfigError(
-                f"a fresh task of a pool cannot have {', '.join(idle)}, and {name!r} does: its row has {self.width} numbers, offsets "
-                "of its own for each layer, which start at zero and are all trained. Leave it out, or train the task as an adapter "
-                "(model.add_adapter) and put that into the pool."
+                f"fresh task {name!r} of a pool cannot have {', '.join(idle)}: its row has {self.width} numbers, offsets of "
+                "its own for each layer, which start at zero and are all trained. Leave it out, or train the task as an "
+                "adapter (model.add_adapter) and put that into the pool."
             )
         if config.groups is None and all(getattr(config, choice) is None for choice in CHOICES):
             self.lora.check_plan(name, plan_lora_part(self.backbone, config, list(self.layers)))

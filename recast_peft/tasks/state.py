@@ -7,18 +7,22 @@ gathered from several processes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import Entry, entries_of, plain_modules, unwrapped, unwrapped_module
+from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name, without_wrappers
 from ..parts import PARTS
-from ..placement.sharded import is_sharded, whole
+from ..parts.lora_strength import part_layers
+from ..placement.sharded import is_plain, is_sharded, whole
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -70,6 +74,41 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
 def _within(key: str) -> str:
     """A key of a state dict as the backbone has it, whatever is around that."""
     return without_wrappers(key).removeprefix(f"module.{MODEL_PREFIX}").removeprefix(MODEL_PREFIX)
+
+
+def check_base_weights(tuner: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Look at the weights below tasks in a state dict that is about to be loaded into a whole model.
+
+    One that was made while tasks were merged holds the merged weights in the place of the pretrained ones.
+
+    Args:
+        tuner: the ``RecastModel``.
+        state_dict: what is loaded.
+        prefix: of the tuner's keys in it.
+
+    Raises:
+        RecastConfigError: if tasks are merged in the model, and what is loaded is another weight than what lies there.
+    """
+    if not any(".base_layer." in key for key in state_dict):
+        return
+    paths = {id(module): path for path, module in tuner.named_modules()}
+    layers = [*recast_layers(tuner).values(), *part_layers(tuner)]
+    differ = []
+    for layer in layers:
+        base, name = layer.get_base_layer(), getattr(layer, "weight_name", "weight")
+        own, given = base._parameters.get(name), state_dict.get(f"{prefix}{paths[id(base)]}.{name}")
+        is_known = own is not None and given is not None and own.shape == given.shape and is_plain(own) and not own.is_meta
+        if is_known and not torch.equal(given.to(own), own):  # type: ignore[union-attr, arg-type]
+            differ.append(layer.module_name)
+    what = f"the state dict has other weights than the model at {len(differ)} modules with tasks ({', '.join(differ[:2])}, ...)"
+    if differ and any(layer.merged for layer in layers):
+        raise RecastConfigError(f"{what}, where tasks are merged: call unmerge_adapter(), load, and merge again")
+    if differ:
+        warnings.warn(
+            f"{what}: it belongs to other pretrained weights, or was made while tasks were merged, which then count twice. "
+            "Call unmerge_adapter() before state_dict().",
+            stacklevel=2,
+        )
 
 
 def trained_outside_tasks(model: nn.Module) -> list[str]:

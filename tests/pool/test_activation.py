@@ -259,7 +259,7 @@ class TestAMergedLayerOfAnotherMethod:
         ids=["activate", "merge", "deactivate", "remove"],
     )
     def test_is_left_as_it_is_by_what_is_refused(self, parts, images, verb):
-        model, pool, other = parts
+        model, pool, _ = parts
         before = model(images)
         numbers = [layer.recast_coefficients[pool.slot].clone() for layer in layers_of(model).values()]
         with pytest.raises(RecastBankError, match="Unmerge them first"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +227,47 @@ def test_what_is_trained_and_not_saved_is_said(tmp_path: Path, recwarn: pytest.W
     model.get_base_model().blocks[0].attn.proj.weight.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"belong to no task \(blocks.0.attn.proj.weight\): they are not saved"):
         model.save_pretrained(tmp_path, selected_adapters=["t"])
+
+
+class TestAStateDictOfTheWholeModel:
+    """With the merged weights in the place of the pretrained ones, or the other way round."""
+
+    CONFIG = RecastConfig(target_modules=["qkv"], lora_config={"r": 2, "target_modules": ["fc1"]}, partners=["bias"])
+
+    @pytest.fixture
+    def model(self) -> PeftModel:
+        return learned(get_recast_model(tiny_vit(), self.CONFIG))
+
+    def test_that_holds_merged_weights_is_warned_of_where_nothing_is_merged(self, model: PeftModel) -> None:
+        other = learned(get_recast_model(tiny_vit(), self.CONFIG))
+        other.merge_adapter()
+        with pytest.warns(UserWarning, match=r"at 8 modules with tasks .* merged, which then count twice"):
+            model.load_state_dict(other.state_dict())
+
+    def test_that_holds_pretrained_weights_is_refused_where_tasks_are_merged(self, model: PeftModel) -> None:
+        live = copy.deepcopy(model.state_dict())
+        expected = outputs(model, vit_input())
+        model.merge_adapter()
+        merged = outputs(model, vit_input())
+        with pytest.raises(RecastConfigError, match=r"where tasks are merged: call unmerge_adapter\(\), load, and merge again"):
+            model.load_state_dict(live)
+        assert torch.equal(outputs(model, vit_input()), merged)
+        model.unmerge_adapter()
+        assert torch.equal(outputs(model, vit_input()), expected)
+
+    @pytest.mark.parametrize("is_merged", [False, True])
+    def test_of_the_same_kind_is_loaded_without_a_word(self, model: PeftModel, is_merged: bool) -> None:
+        other = copy.deepcopy(model)
+        if is_merged:
+            model.merge_adapter()
+            other.merge_adapter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.load_state_dict(other.state_dict())
+        assert torch.equal(outputs(model, vit_input()), outputs(other, vit_input()))
+
+    def test_in_another_precision_is_loaded_without_a_word(self, model: PeftModel) -> None:
+        state = copy.deepcopy(model.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.to(torch.bfloat16).load_state_dict(state)
