@@ -59,15 +59,17 @@ class TaskHead(TaskModule):
         self._note_problem_type()
         self._merged = None
         if head is None:
+            self._adapters.discard(slot)  # its module waits for the next head like it, and is no task's until then
             self._active_adapter = []
             self._write_labels()
             return
-        present = self.modules_to_save[slot] if self.has_task(slot) else None
+        present = dict(self.modules_to_save.items()).get(slot)
         if present is not None and present is not head.module and _alike(present, head.module):
             present.load_state_dict(head.module.state_dict())
             self._labels[slot] = head.labels
         elif present is not head.module:
             self.put(slot, dataclasses.replace(head, module=copy.deepcopy(head.module).requires_grad_(False)))
+        self._adapters.add(slot)
         self._active_adapter = [slot]
         self._write_labels()
 

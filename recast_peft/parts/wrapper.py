@@ -110,8 +110,8 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         """Delete a task's module; which task is active next says the model's own verb."""
-        if adapter_name in self._adapters:
-            self._adapters.discard(adapter_name)
+        self._adapters.discard(adapter_name)
+        if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
         self._active_adapter = [name for name in self._active_adapter if name != adapter_name]
         self.changed()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -293,3 +295,46 @@ def test_a_merge_that_no_weight_can_hold_is_refused_before_anything_is_written(i
     assert pool.active == "task0"
     assert torch.equal(model(images), before)
     assert not layers_of(model)["blocks.0.attn.qkv"].merged
+
+
+class TestAHeadThatWasActiveBefore:
+    """The slot keeps its module for the next head like it; no verb takes it for that of a task without one."""
+
+    @pytest.mark.parametrize("then", ["the base", "task0"])
+    @pytest.mark.parametrize(
+        "verb",
+        [
+            lambda model, x: model(x),
+            lambda model, x: model.merge_adapter() or model(x),
+            lambda model, x: model.set_adapter("first") or model.set_adapter("task_pool") or model(x),
+            lambda model, x: model(x, adapter_names=["task_pool"] * len(x)),
+            lambda model, x: copy.deepcopy(model).merge_and_unload()(x),
+        ],
+        ids=["call", "merge", "set_adapter", "adapter_names", "merge_and_unload"],
+    )
+    def test_is_not_that_of_what_is_active_now(self, images, verb, then):
+        model, pool = model_with_pool(1)
+        pool.add("classes", RecastConfig(num_classes=3, seed=1))
+        pool.activate("classes")
+        assert model(images).shape[-1] == 3
+        if then == "task0":
+            pool.activate("task0")
+            expected = by_adapter(random_state(pool, 0), images)
+        else:
+            pool.deactivate()
+            expected = small_vit()(images)
+        torch.testing.assert_close(verb(model, images), expected)
+
+    def test_comes_back_in_the_same_storage_and_goes_with_the_slot(self, images):
+        model, pool = model_with_pool()
+        pool.add("classes", RecastConfig(num_classes=3, seed=1))
+        pool.activate("classes")
+        head = model.get_base_model().head
+        expected, module = model(images), head.modules_to_save[pool.slot]
+        pool.deactivate()
+        pool.activate("classes")
+        assert head.modules_to_save[pool.slot] is module
+        assert torch.equal(model(images), expected)
+        pool.deactivate()
+        model.delete_adapter(pool.slot)
+        assert pool.slot not in head.modules_to_save
