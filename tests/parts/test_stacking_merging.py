@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models import KINDS, layers_of, outputs, randomise, seeded, tiny_vit, vit_input
-from peft import PeftModel, PeftType, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from stacked import FIELDS, ORDERS, TARGETS, lora, plain_key, stacked, task_model, with_method, with_seed, with_task
 from torch import Tensor, nn
 
-from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, RecastTargetError, get_recast_model
 
 
 @pytest.fixture
@@ -47,6 +47,18 @@ class TestProtection:
         task.disable_adapter_layers()
         with torch.no_grad():
             assert torch.equal(model(vit_input()), tiny_vit()(vit_input()))
+
+    def test_numbers_are_not_loaded_under_a_merged_lora(self, both):
+        task, model = both
+        numbers = {key: value + 1 for key, value in get_peft_model_state_dict(task, adapter_name="task").items()}
+        model.merge_adapter(["other"])
+        before = outputs(model, vit_input())
+        with pytest.raises(RecastConfigError, match="'task' is merged, or others on top of it: call unmerge_adapter"):
+            set_peft_model_state_dict(task, numbers, "task")
+        assert torch.equal(outputs(model, vit_input()), before)
+        model.unmerge_adapter()
+        set_peft_model_state_dict(task, numbers, "task")
+        assert not torch.allclose(outputs(model, vit_input()), before)
 
     def test_tasks_are_not_changed_under_a_merged_lora(self, both):
         task, model = both
