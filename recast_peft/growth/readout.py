@@ -1,8 +1,9 @@
-"""readout_bank: templates that read the outputs of several blocks for the classifier, from unlabelled data."""
+"""readout_bank: templates that read the layers of several blocks for the classifier, from unlabelled data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from tqdm import tqdm
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
+from ..composition.kinds import family_of
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import plain_modules
-from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating
+from ..mimicry.features import call_arguments, device_of, evaluating
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
-from ..parts.readout import fingerprints_of, mask_of, modules_around, pooled
+from ..parts.readout import fingerprints_of, given_to, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
 from .practice import Inputs, check_data, rows_of_inputs
@@ -37,31 +39,34 @@ def readout_bank(
     batch_size: int = 64,
     progress: bool = True,
 ) -> StoredBank:
-    """Make a bank that lets the classifier of every task read several blocks: principal directions of their outputs.
+    """Make a bank that lets the classifier of every task read several blocks: principal directions of what layers in them read.
 
     Args:
         model: plain model with its pretrained weights; it is not changed.
         data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments; some hundred
             examples or more. Of more than 4,096 as many are drawn.
-        target_modules: names of the modules whose outputs are read beside the features that the classifier reads anyway; None
-            is at most 16 of the model's numbered blocks, evenly spaced, the last one among them.
+        target_modules: names of the layers whose inputs are read beside the features that the classifier reads anyway. None is
+            one layer in each of at most 16 of the model's numbered blocks, evenly spaced, the last one among them: the layer
+            that reads most features, and of equals the last. In a transformer that is the second layer of the MLP, whose
+            inputs are the neurons of its first.
         head_module: name of the classifier; None finds it. It may be an ``nn.Identity``.
         batch_size: examples that the model is called with at once.
         progress: show a progress bar.
 
     Returns:
-        the bank, version 1, to be given as ``ReadoutConfig(bank=...)``, saved and pushed. The outputs count equally, whatever
-        their size; the new features are as large as the old ones, their mean is zero.
+        the bank, version 1, to be given as ``ReadoutConfig(bank=...)``, saved and pushed. The layers count equally, whatever
+        the size of what they read; the new features are as large as the old ones, their mean is zero.
 
     Raises:
         RecastConfigError: if an argument cannot be used, there are fewer than two examples, or the model is converted already.
-        RecastTargetError: if the classifier or a module is not found, or outputs do not fit what the classifier reads.
+        RecastTargetError: if the classifier or a layer is not found, or inputs do not fit what the classifier reads.
     """
     check_plain(model, "readout_bank")
     check_sizes(batch_size=batch_size)
     head = find_head(model, head_module)
-    members = _members(model, head, target_modules)
-    found = _outputs(model, _drawn(data), members, head, batch_size, progress)
+    drawn = _drawn(data)
+    members = _members(model, head, target_modules, rows_of_inputs(drawn, torch.arange(batch_size)[: _count(drawn)]))
+    found = _features(model, drawn, members, head, batch_size, progress)
     centred, means, sizes = [], [], []
     for values in found:
         mean = values.mean(0)
@@ -90,28 +95,46 @@ def readout_bank(
     )
 
 
-def _members(model: nn.Module, head: str, wanted: Sequence[str] | None) -> list[str]:
-    """The modules that are read, in their order."""
-    names = list(plain_modules(model))
-    if wanted is not None:
-        if isinstance(wanted, str) or not wanted or any(name not in names for name in wanted):
-            raise RecastTargetError(
-                f"readout_bank(target_modules={wanted!r}): expected a list of names of modules of the model"
-            )
-        return [name for name in names if name in wanted]
+def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: Inputs) -> list[str]:
+    """The layers that are read, in their order; ``some`` are examples to try them on."""
     heads = {*head_names(model), head}
-    blocks = [c.name for c in find_candidates(model) if c.weight_name is not None and not lies_in(c.name, heads)]
-    blocks = list(dict.fromkeys(block_of(name) for name in blocks if block_of(name) != name))
-    blocks = [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)]
-    if not blocks:
-        raise RecastTargetError("the model has no numbered blocks: name the modules to read with target_modules")
+    candidates = [c for c in find_candidates(model) if c.weight_name is not None and not lies_in(c.name, heads)]
+    kinds = ((c.name, family_of(c.module)) for c in candidates)
+    layers = [name for name, kind in kinds if kind is not None and kind.rows is not None]
+    if wanted is not None:
+        if isinstance(wanted, str) or not wanted or any(name not in layers for name in wanted):
+            raise RecastTargetError(
+                f"readout_bank(target_modules={wanted!r}): expected a list of names of linear layers or convolutions"
+            )
+        return [name for name in layers if name in wanted]
+    blocks = list(dict.fromkeys(block_of(name) for name in layers if block_of(name) != name))
+    blocks = [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)] or layers
     count = min(MOST_MODULES, len(blocks))
-    return [blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)]
+    chosen = {blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)}
+    layers = [name for name in layers if lies_in(name, chosen)]
+    with _reading(model, layers, head) as read:
+        inputs, x, mask = read(some)
+    widest: dict[str, tuple[int, str]] = {}
+    for name in layers:
+        block = next(b for b in blocks if lies_in(name, {b}))
+        if name in inputs and _fits(inputs[name], x, mask) and inputs[name].shape[-1] >= widest.get(block, (0, ""))[0]:
+            widest[block] = inputs[name].shape[-1], name
+    if not widest:
+        raise RecastTargetError("no layer of the model reads what its classifier could: name layers with target_modules")
+    return [name for name in layers if any(name == layer for _, layer in widest.values())]
+
+
+def _fits(given: Tensor, x: Tensor, mask: Tensor | None) -> bool:
+    try:
+        pooled(given, x, given.shape[-1], mask)
+    except RecastTargetError:
+        return False
+    return True
 
 
 def _drawn(data: Inputs) -> Inputs:
     check_data(data)
-    count = len(next(iter(data.values())) if isinstance(data, Mapping) else data)
+    count = _count(data)
     if count < 2:
         raise RecastConfigError(f"readout_bank needs two examples or more; given: {count}")
     if count <= MOST_EXAMPLES:
@@ -120,46 +143,67 @@ def _drawn(data: Inputs) -> Inputs:
     return rows_of_inputs(data, rows.sort().values)
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, data: Inputs, members: list[str], head: str, batch_size: int, progress: bool) -> list[Tensor]:
-    """What every member gives, and last what the classifier reads: ``(examples, width)`` each, in float32 on the CPU."""
-    read: list[Tensor] = []
+def _count(data: Inputs) -> int:
+    return len(next(iter(data.values())) if isinstance(data, Mapping) else data)
+
+
+def _features(model: nn.Module, data: Inputs, members: list[str], head: str, batch_size: int, progress: bool) -> list[Tensor]:
+    """What every member reads, and last what the classifier does: ``(examples, width)`` each, in float32 on the CPU."""
+    found: list[list[Tensor]] = []
+    with _reading(model, members, head) as read:
+        for rows in tqdm(torch.arange(_count(data)).split(batch_size), desc="readout", disable=not progress):
+            inputs, x, mask = read(rows_of_inputs(data, rows))
+            silent = next((name for name in members if name not in inputs), None)
+            if silent is not None:
+                raise RecastTargetError(f"{silent} is not called when the model is, or with no tensor: name other layers")
+            vectors = [pooled(inputs[name], x, inputs[name].shape[-1], mask) for name in members]
+            flat = [v.float().cpu().flatten(0, -2) for v in (*vectors, x)]
+            if x.ndim == 3 and mask is not None and mask.shape == x.shape[:2]:
+                flat = [v[mask.flatten().bool().cpu()] for v in flat]
+            found.append(flat)
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+@contextmanager
+def _reading(
+    model: nn.Module, members: list[str], head: str
+) -> Iterator[Callable[[Inputs], tuple[dict[str, Tensor], Tensor, Tensor | None]]]:
+    """Inside, a function calls the model on examples and gives what the members and the classifier read, and the mask."""
+    inputs: dict[str, Tensor] = {}
     masks: list[Tensor | None] = []
+    modules = plain_modules(model)
+
+    def note(name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x = given_to(module, args, kwargs)
+            if x is not None:
+                inputs[name] = x
+
+        return hook
 
     def note_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         masks.append(mask_of(module, args, kwargs))
 
-    handles = [plain_modules(model)[head].register_forward_pre_hook(lambda module, args: read.extend(args[:1]))]
+    @torch.no_grad()
+    def read(some: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        inputs.clear()
+        masks.clear()
+        args, kwargs = call_arguments(some, device_of(model))
+        model(*args, **kwargs)
+        x = inputs.pop(head, None)
+        if x is None:
+            raise RecastTargetError(f"{head} is not called when the model is, or with no tensor: name another head_module")
+        return dict(inputs), x, next((mask for mask in reversed(masks) if mask is not None), None)
+
+    handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in (*members, head)]
     # a module inside may be given fewer positions than the model
     handles += [m.register_forward_pre_hook(note_mask, with_kwargs=True) for m in modules_around(model, members)]
-    found: list[list[Tensor]] = []
-    rows = torch.arange(len(next(iter(data.values()))) if isinstance(data, Mapping) else len(data)).split(batch_size)
     try:
-        with evaluating(model), captured_outputs(model, members) as outputs:
-            for some in tqdm(rows, desc="readout", disable=not progress):
-                args, kwargs = call_arguments(rows_of_inputs(data, some), device_of(model))
-                model(*args, **kwargs)
-                if not read or not isinstance(read[-1], Tensor) or any(name not in outputs for name in members):
-                    silent = next((name for name in members if name not in outputs), head)
-                    raise RecastTargetError(f"{silent} is not called when the model is, or gives no tensor: name other modules")
-                mask = next((mask for mask in reversed(masks) if mask is not None), None)
-                found.append(_vectors([outputs[name] for name in members], read.pop(), mask))
-                read.clear()
-                masks.clear()
+        with evaluating(model):
+            yield read
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
-
-
-def _vectors(outputs: list[Tensor], x: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Outputs of a batch as the classifier can read them, position by position where it reads so."""
-    is_last = any(o.ndim == 4 and o.shape[-1] == x.shape[-1] != o.shape[1] for o in outputs)
-    vectors = [pooled(o, x, o.shape[1] if o.ndim > 3 and not is_last else o.shape[-1], mask) for o in outputs]
-    flat = [v.float().cpu().flatten(0, -2) for v in (*vectors, x)]
-    if x.ndim == 3 and mask is not None and mask.shape == x.shape[:2]:
-        flat = [v[mask.flatten().bool().cpu()] for v in flat]
-    return flat
 
 
 def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:

@@ -86,7 +86,7 @@ class PartnerPart(TaskPart):
             return []
         candidates = find_candidates(request.model)
         prepared = self._prepared(request, partner, candidates)
-        _check_not_copied(request.config, [piece.place for piece in prepared])
+        check_not_copied(request.config, [piece.place for piece in prepared])
         return prepared
 
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
@@ -266,7 +266,7 @@ def detach_partners(model: nn.Module) -> None:
                 with_kwargs.pop(key, None)
 
 
-def _check_not_copied(config: RecastConfig, places: list[str]) -> None:
+def check_not_copied(config: RecastConfig, places: list[str]) -> None:
     """Refuse ``modules_to_save`` that would copy a module at which partners of a task stand."""
     saved = tuple(config.modules_to_save or ())
     copied = [place for place in places if saved and _is_under(place, saved)]

@@ -1,10 +1,12 @@
-"""A readout: what the classifier reads is mixed from the outputs of several blocks, by templates that all tasks share.
+"""A readout: what the classifier reads is mixed from what layers of several blocks read, by templates that all tasks share.
 
 A pretrained model's last features have lost some of what its earlier blocks know. The templates of a readout are the principal
-directions of the outputs of several blocks together (``readout_bank``), as many as the classifier reads features, so that the
-classifier keeps its size. A task has no number of its own here. That classifiers gain by reading all blocks is Head2Toe's
-(Evci et al., ICML 2022, arXiv 2201.03529), which chooses among their features task by task; here they are projected, once for
-all tasks, without labels.
+directions of the inputs of layers in several blocks together (``readout_bank``), as many as the classifier reads features, so
+that the classifier keeps its size. A task has no number of its own here. That classifiers gain by reading all blocks is
+Head2Toe's (Evci et al., ICML 2022, arXiv 2201.03529), which chooses among their features task by task; here they are projected,
+once for all tasks, without labels. Over positions the root of the mean square is taken, which shows a neuron that answers
+strongly in one place, where a mean hides it (generalised means as in Radenovic et al., TPAMI 2019, arXiv 1711.02512, at a power
+of two).
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ from ..composition.recomputation import is_recomputing
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import plain_modules, unwrapped_module
-from ..mimicry.features import main_tensor
 from ..names import lies_in
 from ..options.partner import Candidate, PartnerConfig
 from ..planning.candidates import Candidate as Place
 from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
-from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, partner_holders
+from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied, partner_holders
 from .wrapper import TaskModule
 
 
@@ -86,11 +87,11 @@ class Readout(nn.Module):
         self.register_buffer("templates", group.grown.tensors[0].to(device, torch.float32), persistent=False)
         self.register_buffer("offset", cast(Tensor, group.offset).to(device, torch.float32), persistent=False)
 
-    def forward(self, outputs: dict[str, Tensor], x: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], x: Tensor) -> Tensor:
         """The features for the classifier.
 
         Args:
-            outputs: of the members but for the last, by name; of a batch, as the model's modules give them.
+            inputs: of the members but for the last, by name, with their features last.
             x: what the classifier reads in the pretrained model, ``(samples, features)`` or ``(samples, positions, features)``;
                 the last member.
 
@@ -98,33 +99,41 @@ class Readout(nn.Module):
             shaped like ``x``, in its dtype.
 
         Raises:
-            RecastTargetError: if a member was not called, or gives outputs that do not fit.
+            RecastTargetError: if a member was not called, or reads what does not fit.
         """
-        missing = [name for name in self.members[:-1] if name not in outputs]
+        missing = [name for name in self.members[:-1] if name not in inputs]
         if missing:
             raise RecastTargetError(
-                f"the readout needs the output of {missing[0]}, which was not called before the classifier: call the model as "
+                f"the readout needs what {missing[0]} reads, which was not called before the classifier: call the model as "
                 "a whole"
             )
-        mask = outputs.get(MASK)
-        given = [pooled(outputs[name], x, width, mask) for name, width in zip(self.members[:-1], self.widths, strict=False)]
+        mask = inputs.get(MASK)
+        given = [pooled(inputs[name], x, width, mask) for name, width in zip(self.members[:-1], self.widths, strict=False)]
         read = torch.cat([part.to(self.templates) for part in (*given, x)], dim=-1)  # blocks may lie on several devices
         return F.linear(read, self.templates, self.offset).to(x)
 
 
-# among the outputs by name, but no names of modules:
+# among the inputs by name, but no names of modules:
 MASK = ".mask"  # which positions of a text count, ``(samples, positions)``
-UNRECORDED = ".unrecorded"  # an output for which no gradient was recorded
+UNRECORDED = ".unrecorded"  # an input for which no gradient was recorded
 
 
-def pooled(output: Tensor, x: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
-    """The output of a block as a classifier can read it: its mean over positions, or position by position as ``x`` is.
+def given_to(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """What a layer, or a wrapper around it, is called with, its features last; None if that is no tensor of real numbers."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return None
+    kind = family_of(unwrapped_module(layer))
+    return x.movedim(kind.channels, -1) if kind is not None and x.ndim > 2 else x
+
+
+def pooled(given: Tensor, x: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
+    """What a layer reads as a classifier can read it: the root of its mean square over positions, or each as ``x`` has them.
 
     Args:
-        output: ``(samples, positions, width)``, ``(samples, width, height, width of the picture)``, the same with the features
-            last, or ``(samples, width)``.
+        given: ``(samples, positions, width)``, with any number of dimensions of positions.
         x: what the classifier reads in the pretrained model.
-        width: features of the block.
+        width: features of the layer.
         mask: ``(samples, positions)``; positions of zero are left out of the mean.
 
     Returns:
@@ -133,22 +142,20 @@ def pooled(output: Tensor, x: Tensor, width: int, mask: Tensor | None = None) ->
     Raises:
         RecastTargetError: if it does not fit.
     """
-    is_last = output.shape[-1] == width and not (output.ndim > 3 and output.shape[1] == width)
-    if x.ndim == 2 and output.ndim > 2 and (is_last or output.shape[1] == width):
-        if not is_last:
-            return output.flatten(2).mean(2)
-        if mask is None or mask.shape != output.shape[:2] or output.ndim > 3:
-            return output.flatten(1, -2).mean(1)
-        weights = mask[..., None].to(output.dtype)
-        return (output * weights).sum(1) / weights.sum(1).clamp_min(1)
-    if x.ndim == 3 and output.ndim == 3 and output.shape[1] > x.shape[1]:  # texts that are generated: the last words alone
-        output = output[:, -x.shape[1] :]
-    if output.shape != (*x.shape[:-1], width):
+    if x.ndim == 2 and given.ndim > 2 and (len(given), given.shape[-1]) == (len(x), width):
+        rows = given.flatten(1, -2).to(torch.promote_types(given.dtype, torch.float32))  # squares leave half precision's range
+        if mask is None or mask.shape != given.shape[:2] or given.ndim > 3:
+            return torch.linalg.vector_norm(rows, dim=1) / rows.shape[1] ** 0.5
+        weights = mask[..., None].to(rows)
+        return torch.linalg.vector_norm(rows * weights, dim=1) / weights.sum(1).clamp_min(1).sqrt()
+    if x.ndim == 3 and given.ndim == 3 and given.shape[1] > x.shape[1]:  # texts that are generated: the last words alone
+        given = given[:, -x.shape[1] :]
+    if given.shape != (*x.shape[:-1], width):
         raise RecastTargetError(
-            f"a block gives {tuple(output.shape)} where the classifier reads {tuple(x.shape)}: a readout needs {width} "
+            f"a layer reads {tuple(given.shape)} where the classifier reads {tuple(x.shape)}: a readout needs {width} "
             "features of it for each vector that the classifier reads"
         )
-    return output
+    return given
 
 
 def modules_around(model: nn.Module, names: Collection[str]) -> list[nn.Module]:
@@ -166,7 +173,7 @@ def mask_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | 
 
 
 class _Seen(dict):
-    """What blocks gave in a call that is on its way, by thread; no part of a copy."""
+    """What layers read in a call that is on its way, by thread; no part of a copy."""
 
     def __deepcopy__(self, memo: Any) -> _Seen:
         return _Seen()
@@ -211,7 +218,7 @@ class TaskReadouts(TaskPartners):
         visible[self.place].register_forward_pre_hook(PartnerHook(self, before=True), with_kwargs=True)
         read = list(dict.fromkeys(name for readout in self.readouts for name in readout.members[:-1]))
         for name in read:
-            visible[name].register_forward_hook(_OutputHook(self, name), with_kwargs=True)
+            visible[name].register_forward_pre_hook(_InputHook(self, name), with_kwargs=True)
         for module in modules_around(model, read):
             module.register_forward_pre_hook(_MaskHook(self, is_first=module is model), with_kwargs=True)
 
@@ -241,7 +248,7 @@ class TaskReadouts(TaskPartners):
         return "a readout, which a model without tasks has no place for (merge_adapter() keeps it)"
 
     def note(self, name: str, tensor: Tensor | None) -> None:
-        """Note what a block gave, where somebody will read it."""
+        """Note what a layer reads, where somebody will read it too."""
         is_read = self.acting_task is not None or current_batch() is not None
         if tensor is not None and is_read and not is_recomputing():
             self.seen.note(name, tensor)
@@ -250,50 +257,50 @@ class TaskReadouts(TaskPartners):
 
     def adapt(self, x: Any, y: Any) -> Any:
         """The features that the classifier reads, of the active task or of each sample's own."""
-        outputs, task, batch = self.seen.take(), self.acting_task, current_batch()
+        inputs, task, batch = self.seen.take(), self.acting_task, current_batch()
         if self.home and self.home[0]._modules.get(self.method) is not self:
             return y
-        if outputs.pop(UNRECORDED, None) is not None and y.requires_grad:
+        if inputs.pop(UNRECORDED, None) is not None and y.requires_grad:
             raise RecastBankError(
-                "blocks that a readout reads recorded no gradient while the rest of the model did, so that their part of the "
+                "layers that a readout reads recorded no gradient while the rest of the model did, so that their part of the "
                 "gradient would be lost: gradient checkpointing works with use_reentrant=False alone"
             )
         if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
             return y
         if batch is None:
-            return self._adapted(cast(str, task), outputs, y)  # type: ignore[arg-type]
+            return self._adapted(cast(str, task), inputs, y)  # type: ignore[arg-type]
         if batch.pool is not None:
-            return self._read_from_pool(batch, outputs, y)
+            return self._read_from_pool(batch, inputs, y)
         before = y
         for key, indices in batch.rows(len(y)).items():
             if isinstance(key, str) and key in self._adapters:
                 rows = batch.index(indices, y.device)
-                y = y.index_copy(0, rows, self._adapted(key, outputs, before)[rows])  # type: ignore[arg-type]
+                y = y.index_copy(0, rows, self._adapted(key, inputs, before)[rows])  # type: ignore[arg-type]
         return y
 
-    def _read_from_pool(self, batch: MixedBatch, outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+    def _read_from_pool(self, batch: MixedBatch, inputs: dict[str, Tensor], y: Tensor) -> Tensor:
         """The features of samples with tasks of a pool, all of which have the readout of its slot."""
         slot = batch.pool.slot if batch.pool is not None else ""
         if not self.has_task(slot):
             return y
         assert batch.task_ids is not None
         has_task = (batch.task_ids > NO_TASK).repeat_interleave(batch.repeats(len(y))).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(has_task.to(y.device), self._adapted(slot, outputs, y), y)  # type: ignore[arg-type]
+        return torch.where(has_task.to(y.device), self._adapted(slot, inputs, y), y)  # type: ignore[arg-type]
 
 
-class _OutputHook(PartnerHook):
-    """Stands behind a module that is read."""
+class _InputHook(PartnerHook):
+    """Stands before a layer whose input is read."""
 
     def __init__(self, partners: TaskReadouts, name: str) -> None:
         super().__init__(partners)
         self.name = name
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-        cast(TaskReadouts, self.partners).note(self.name, main_tensor(output))
+        cast(TaskReadouts, self.partners).note(self.name, given_to(module, args, kwargs))
 
 
 class _MaskHook(PartnerHook):
-    """Stands before the modules that the blocks lie in, one of which is told the positions that count."""
+    """Stands before the modules that the layers lie in, one of which is told the positions that count."""
 
     def __init__(self, partners: TaskReadouts, is_first: bool) -> None:
         super().__init__(partners)
@@ -325,6 +332,7 @@ class ReadoutPart(PartnerPart):
                 f"the bank {bank.name or 'in memory'} reads {missing[0]}, which this model does not have: load the model that "
                 "the bank was made for, or make one for this model with readout_bank"
             )
+        check_not_copied(request.config, list(group.members[:-1]))
         if not request.counting:
             for name, fingerprint in fingerprints_of(group.members[:-1], candidates).items():
                 bank.check_base(name, fingerprint)
@@ -351,14 +359,9 @@ def _check_classifier(request: Request, name: str) -> None:
 
 
 def fingerprints_of(members: Collection[str], candidates: list[Place]) -> dict[str, str]:
-    """By member the fingerprint of the first matrix or kernel in it; without those that are not at hand as they were."""
-    found: dict[str, str] = {}
-    for member in members:
-        within = (c for c in candidates if lies_in(c.name, {member}) and c.weight_name is not None)
-        first = next((c for c in within if family_of(c.module) is not None and c.weight.ndim > 1), None)
-        if first is not None and quantised_by(first.module) is None and not first.weight.is_meta:
-            found[member] = first.fingerprint
-    return found
+    """Of the members' weights, without those that are not at hand as they were."""
+    at_hand = (c for c in candidates if c.name in members and quantised_by(c.module) is None and not c.weight.is_meta)
+    return {candidate.name: candidate.fingerprint for candidate in at_hand}
 
 
 def readout_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskReadouts]:
