@@ -90,7 +90,7 @@ class Slot:
         self._check_writable(None, False)
         self._make_active()
         self._unmerge()
-        self._write(torch.zeros(self.layout.width))
+        torch._foreach_zero_(self._numbers())
         for layer in self._idle:
             layer.idle_slot = self.name
         self._show(None)
@@ -143,15 +143,18 @@ class Slot:
         for layer in self._idle:
             layer.idle_slot = None
 
+    def _numbers(self) -> list[Tensor]:
+        """Where a row's numbers lie, in the row's order."""
+        tensors = [layer.recast_coefficients[self.name] for layer in self.layout.layers.values()]
+        tensors += [owner.offset for owner in self.layout.bias_owners.values()]
+        tensors += [entry.tensor for entry in self.layout.lora.entries.values()]
+        return [tensor.data for tensor in tensors]
+
     def _write(self, row: Tensor) -> None:
-        layout = self.layout
-        with torch.no_grad():
-            targets = [layer.recast_coefficients[self.name] for layer in layout.layers.values()]
-            targets += [owner.offset for owner in layout.bias_owners.values()]
-            targets += [entry.tensor for entry in layout.lora.entries.values()]
-            row = row.to(targets[0].device)
-            sources = [row[part].detach() for part in layout.slices.values()]
-            torch._foreach_copy_([t.data for t in targets], [s.view_as(t) for s, t in zip(sources, targets, strict=True)])
+        targets = self._numbers()
+        row = row.detach().to(targets[0].device)
+        sources = [row[part].view_as(target) for part, target in zip(self.layout.slices.values(), targets, strict=True)]
+        torch._foreach_copy_(targets, sources)
 
     def _unmerge(self) -> None:
         # layers first: a LoRA part then has nothing to compose again below it
