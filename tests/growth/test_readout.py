@@ -1,8 +1,9 @@
-"""Banks of readouts: principal directions of the outputs of several blocks, found again by hand."""
+"""Banks of readouts: principal directions of what layers of several blocks read, found again by hand."""
 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,15 @@ def pictures(count: int = 30, size: int = 160) -> Tensor:
 
 @torch.no_grad()
 def read_by_hand(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
-    """The mean over positions of what the named modules give, and the model's own features."""
+    """The root of the mean square over positions of what the named layers read, and the model's own features."""
     seen: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
-    handles = [modules[n].register_forward_hook(lambda m, a, y, n=n: seen.update({n: y})) for n in names]
+    handles = [modules[n].register_forward_hook(lambda m, a, y, n=n: seen.update({n: a[0]})) for n in names]
     features = model(x)
     for handle in handles:
         handle.remove()
     spots = {3: (1,), 4: (2, 3)}
-    return [*(seen[n].mean(spots[seen[n].ndim]) for n in names), features]
+    return [*(seen[n].square().mean(spots[seen[n].ndim]).sqrt() for n in names), features]
 
 
 def templates_of(bank: Any) -> tuple[Tensor, Tensor]:
@@ -61,13 +62,13 @@ def templates_of(bank: Any) -> tuple[Tensor, Tensor]:
 
 
 class TestDirections:
-    def test_features_are_the_principal_components_of_all_outputs_counted_equally(self) -> None:
+    def test_features_are_the_principal_components_of_all_inputs_counted_equally(self) -> None:
         model, x = vit(), pictures()
-        names = [f"blocks.{i}" for i in range(6)]
+        names = [f"blocks.{i}.mlp.fc2" for i in range(6)]  # which read the neurons of the MLP: the most in a block
         bank = readout_bank(model, x, progress=False)
         group = bank.groups["readout"]
         assert group.members == (*names, "head")
-        assert group.widths == (64,) * 7
+        assert group.widths == (model.blocks[0].mlp.fc2.in_features,) * 6 + (64,)  # type: ignore[index, union-attr]
         found = read_by_hand(model, names, x)
         centred = [values - values.mean(0) for values in found]
         flat = torch.cat([values / values.norm(dim=1).mean() for values in centred], dim=1).double()
@@ -86,21 +87,31 @@ class TestDirections:
         torch.manual_seed(0)
         model = timm.create_model("test_efficientnet", num_classes=0).eval()
         x = pictures(500, 32)
-        names = [name for name, _ in model.named_modules() if name.startswith("blocks.") and name.count(".") == 2]
-        templates, offset = templates_of(readout_bank(model, x, progress=False))
+        bank = readout_bank(model, x, progress=False)
+        names = list(bank.groups["readout"].members[:-1])
+        blocks = dict.fromkeys(".".join(name.split(".")[:3]) for name, _ in model.named_modules() if name.count(".") >= 3)
+        assert [name.rpartition(".")[0] for name in names] == [block for block in blocks if block.startswith("blocks.")]
+        modules = dict(model.named_modules())
+        for name in names:  # the last of the layers of its block that read most channels
+            convolutions = [
+                (n, m.in_channels) for n, m in modules.items() if isinstance(m, nn.Conv2d) and n.startswith(name[:11])
+            ]
+            assert name == max(reversed(convolutions), key=lambda found: found[1])[0]
+        templates, offset = templates_of(bank)
         features = (torch.cat(read_by_hand(model, names, x), dim=1) @ templates.T + offset).double()
         assert features.mean(0).abs().max() < 1e-4
         spread = features.T @ features
         assert torch.all(spread.diagonal().diff() < 1e-4 * spread.diagonal()[0])  # the largest first
         assert (spread - spread.diagonal().diag()).abs().max() < 1e-4 * spread.diagonal()[0]
 
-    def test_a_module_that_always_gives_the_same_counts_for_nothing(self) -> None:
+    def test_a_layer_that_always_reads_the_same_counts_for_nothing(self) -> None:
         model = vit()
-        model.blocks[2] = Constant()  # type: ignore[index, operator]
-        names = ["blocks.1", "blocks.2"]
+        model.blocks[2].mlp.act = Constant()  # type: ignore[index, union-attr]
+        names = ["blocks.1.attn.qkv", "blocks.2.mlp.fc2"]
         templates, _ = templates_of(readout_bank(model, pictures(), target_modules=names, progress=False))
         assert templates[:, :64].any()
-        assert not templates[:, 64:128].any()
+        assert not templates[:, 64:-64].any()
+        assert templates[:, -64:].any()
 
     def test_what_is_padded_does_not_count(self) -> None:
         model = small_transformer("bert", num_labels=2)
@@ -134,17 +145,54 @@ class TestDirections:
     def test_at_most_sixteen_blocks_are_read_evenly_spaced_with_the_last(self) -> None:
         bank = readout_bank(vit(depth=24), pictures(4), progress=False)
         wanted = (0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23)
-        assert bank.groups["readout"].members[:-1] == tuple(f"blocks.{i}" for i in wanted)
+        assert bank.groups["readout"].members[:-1] == tuple(f"blocks.{i}.mlp.fc2" for i in wanted)
 
     def test_the_innermost_blocks_are_read(self) -> None:
         model = timm.create_model("test_convnext", num_classes=0).eval()  # stages have weights beside their blocks
         members = readout_bank(model, pictures(4, 64), progress=False).groups["readout"].members
         counts = [len(stage.blocks) for stage in model.stages]  # type: ignore[union-attr, arg-type]
-        assert members == (*(f"stages.{i}.blocks.{j}" for i, n in enumerate(counts) for j in range(n)), "head.fc")
+        assert members == (*(f"stages.{i}.blocks.{j}.mlp.fc2" for i, n in enumerate(counts) for j in range(n)), "head.fc")
+
+    def test_a_model_without_numbered_blocks_has_its_layers_read(self) -> None:
+        class Plain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.classifier = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.classifier(self.second(self.first(x).relu()).mean((2, 3)))
+
+        bank = readout_bank(Plain(), pictures(4, 16), progress=False)
+        assert bank.groups["readout"].members == ("first", "second", "classifier")
+        assert bank.groups["readout"].widths == (3, 8, 4)
+
+    def test_a_layer_that_reads_other_rows_than_samples_is_passed_over(self) -> None:
+        class Routed(nn.Module):
+            """Gives its widest layer some positions of all samples in one, as experts are given."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.up, self.down, self.wide = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(8, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + self.down(self.up(x).relu()) + self.wide(x[:, :2].flatten(0, 1).repeat(1, 2)).mean()
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.blocks, self.classifier = nn.ModuleList(Routed() for _ in range(2)), nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                for block in self.blocks:
+                    x = block(x)
+                return self.classifier(x.mean(1))
+
+        bank = readout_bank(Model(), torch.randn(5, 3, 4), progress=False)
+        assert bank.groups["readout"].members[:-1] == ("blocks.0.down", "blocks.1.down")
 
     def test_named_modules_are_read(self) -> None:
-        bank = readout_bank(vit(), pictures(4), target_modules=["blocks.4", "blocks.1.mlp"], progress=False)
-        assert bank.groups["readout"].members == ("blocks.1.mlp", "blocks.4", "head")
+        bank = readout_bank(vit(), pictures(4), target_modules=["blocks.4.attn.proj", "blocks.1.mlp.fc1"], progress=False)
+        assert bank.groups["readout"].members == ("blocks.1.mlp.fc1", "blocks.4.attn.proj", "head")
 
     def test_the_model_and_its_mode_are_left_as_they_were(self) -> None:
         model = vit().train()
@@ -188,8 +236,9 @@ class TestRefusals:
             readout_bank(vit(), data, progress=False)
 
     def test_modules_that_are_not_there(self) -> None:
-        with pytest.raises(RecastTargetError, match=r"target_modules=\['block'\]"):
-            readout_bank(vit(), pictures(4), target_modules=["block"], progress=False)
+        for names in (["block"], ["blocks.0"], ["norm"], []):
+            with pytest.raises(RecastTargetError, match=re.escape(f"target_modules={names!r}")):
+                readout_bank(vit(), pictures(4), target_modules=names, progress=False)
 
     def test_modules_that_are_not_called(self) -> None:
         model = vit()

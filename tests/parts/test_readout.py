@@ -26,7 +26,7 @@ from recast_peft import (
     get_recast_model,
     readout_bank,
 )
-from recast_peft.parts.readout import readout_holders
+from recast_peft.parts.readout import pooled, readout_holders
 
 X = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(2))
 
@@ -58,7 +58,8 @@ def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Ten
         module._forward_pre_hooks.clear()
     seen: dict[str, Tensor] = {}
     for block in group.members[:-1]:
-        plain.get_submodule(block).register_forward_hook(lambda m, a, y, n=block: seen.update({n: y.mean(1)}))
+        note = lambda m, a, y, n=block: seen.update({n: a[0].square().mean(1).sqrt()})  # noqa: E731
+        plain.get_submodule(block).register_forward_hook(note)
     head = plain.get_submodule("head").modules_to_save[name]  # type: ignore[union-attr]
     kept = []
     head.register_forward_pre_hook(lambda m, args: kept.append(args[0]))  # type: ignore[union-attr]
@@ -175,7 +176,41 @@ class TestComputing:
         assert all(torch.equal(y, wanted[i]) for i in range(4) for y in found[i])
 
 
+class TestPooling:
+    def test_squares_do_not_leave_the_range_of_half_precision(self) -> None:
+        given = torch.full((1, 3, 2), 1000.0, dtype=torch.float16)
+        assert torch.equal(pooled(given, torch.zeros(1, 5), 2), torch.full((1, 2), 1000.0))
+
+    def test_positions_that_do_not_count_are_left_out(self) -> None:
+        given = torch.tensor([[[3.0], [-4.0], [100.0]]])
+        found = pooled(given, torch.zeros(1, 5), 1, torch.tensor([[1, 1, 0]]))
+        torch.testing.assert_close(found, torch.tensor([[12.5**0.5]]))
+
+    def test_a_neuron_that_is_silent_everywhere_has_a_gradient(self) -> None:
+        given = torch.zeros(1, 3, 2, requires_grad=True)
+        pooled(given, torch.zeros(1, 5), 2).sum().backward()
+        assert given.grad is not None
+        assert torch.isfinite(given.grad).all()
+
+    def test_where_the_classifier_reads_each_position_the_layer_is_read_there(self) -> None:
+        given = torch.randn(2, 3, 4)
+        assert torch.equal(pooled(given, torch.zeros(2, 3, 5), 4), given)
+        assert torch.equal(pooled(given, torch.zeros(2, 1, 5), 4), given[:, -1:])  # the last words of a text
+
+
 class TestTasks:
+    def test_beside_a_task_that_owns_what_is_read(self, bank: StoredBank) -> None:
+        model = get_recast_model(vit(), config(bank), "task").eval()
+        with torch.no_grad():
+            wanted = model(X)
+            own = RecastConfig(target_modules=["qkv"], modules_to_save=["blocks.1.mlp", "head"], exclude_modules=["blocks.1.*"])
+            model.add_adapter("owner", own)
+            assert torch.equal(model(X), wanted)
+            model.set_adapter("owner")
+            assert torch.equal(model.base_model.model.blocks[1].mlp(X[:, 0, :5, :64]), vit().blocks[1].mlp(X[:, 0, :5, :64]))
+            model.set_adapter("task")
+            assert torch.equal(model(X), wanted)
+
     def test_each_sample_reads_as_its_task_does(self, bank: StoredBank) -> None:
         model = get_recast_model(vit(), config(bank), "a")
         model.add_adapter("plain", RecastConfig(init_weights=False, num_classes=5, seed=1))
@@ -267,11 +302,15 @@ class TestRefusals:
         with pytest.raises(RecastConfigError, match="a classifier of its own"):
             get_recast_model(timm.create_model("test_vit", num_classes=10), config(bank, num_classes=None))
 
+    def test_a_task_that_would_copy_what_is_read(self, bank: StoredBank) -> None:
+        with pytest.raises(RecastConfigError, match=r"would copy blocks\.2\.mlp\.fc2"):
+            get_recast_model(vit(), config(bank, target_modules=["qkv"], modules_to_save=["blocks.2"]))
+
     @pytest.mark.parametrize(
         ("build", "error", "message"),
         [
-            (lambda: vit(1), RecastBankError, "was made for other pretrained weights; blocks.0 differs"),
-            (lambda: vit(depth=3), RecastTargetError, "reads blocks.3, which this model does not have"),
+            (lambda: vit(1), RecastBankError, "was made for other pretrained weights; blocks.0.mlp.fc2 differs"),
+            (lambda: vit(depth=3), RecastTargetError, "reads blocks.3.mlp.fc2, which this model does not have"),
         ],
         ids=["other weights", "other model"],
     )
