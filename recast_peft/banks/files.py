@@ -76,7 +76,7 @@ class StoredBank:
 
     @property
     def is_readout(self) -> bool:
-        """Whether its templates read the outputs of blocks, so that it belongs to a ``ReadoutConfig``."""
+        """Whether its templates read layers for a classifier, so that it belongs to a ``ReadoutConfig``."""
         return any(group.kind == "readout" for group in self.groups.values())
 
     @property

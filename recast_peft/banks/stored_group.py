@@ -32,7 +32,7 @@ class StoredGroup:
         recipe: how the templates were mixed from the pretrained weights, where they were: a task that names its recipe
             knows the bank by it.
         grown: templates beside or in place of the members' pretrained weights, to which offsets are added.
-        widths: for templates of biases the numbers in each member's bias, of a readout the features that each member gives; a
+        widths: for templates of biases the numbers in each member's bias, of a readout the features that each member reads; a
             template of ``grown`` holds those of all members side by side. None for templates of weights.
         offset: of a readout: what is added to the features that its templates read, ``(templates,)``; else None.
     """

@@ -193,6 +193,11 @@ def _reading(
         x = inputs.pop(head, None)
         if x is None:
             raise RecastTargetError(f"{head} is not called when the model is, or with no tensor: name another head_module")
+        if x.ndim not in (2, 3):
+            raise RecastTargetError(
+                f"{head} reads {tuple(x.shape)}: expected (samples, features) or (samples, positions, features). Name the "
+                "layer in it that reads these with head_module"
+            )
         return dict(inputs), x, next((mask for mask in reversed(masks) if mask is not None), None)
 
     handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in (*members, head)]

@@ -12,8 +12,10 @@ import timm
 import torch
 from models import small_transformer
 from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from recast_peft import (
+    ReadoutConfig,
     RecastBankError,
     RecastConfig,
     RecastConfigError,
@@ -37,6 +39,12 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.linspace(-1, 1, x.shape[-1]).expand_as(x) + 1e-8 * x
+
+
+def small_resnet_of_transformers() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3)).eval()
 
 
 def pictures(count: int = 30, size: int = 160) -> Tensor:
@@ -245,6 +253,16 @@ class TestRefusals:
         model.unused = nn.Linear(4, 4)  # type: ignore[assignment]
         with pytest.raises(RecastTargetError, match="unused is not called"):
             readout_bank(model, pictures(4), target_modules=["unused"], progress=False)
+
+    def test_a_classifier_that_begins_with_a_flattening(self) -> None:
+        model, x = small_resnet_of_transformers(), {"pixel_values": pictures(4, 32)}
+        with pytest.raises(RecastTargetError, match=r"classifier reads \(4, \d+, 1, 1\).*head_module"):
+            readout_bank(model, x, progress=False)
+        bank = readout_bank(model, x, head_module="classifier.1", progress=False)
+        assert bank.groups["readout"].members[-1] == "classifier.1"
+        config = RecastConfig(num_classes=2, head_module="classifier.1", partners=[ReadoutConfig(bank=bank)])
+        task = get_recast_model(small_resnet_of_transformers(), config)
+        assert task(**x).logits.shape == (4, 2)
 
     def test_a_converted_model(self) -> None:
         with pytest.raises(RecastConfigError, match="readout_bank needs the plain pretrained model"):
