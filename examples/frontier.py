@@ -157,8 +157,8 @@ METHODS: dict[str, Method] = {
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
     "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2, "pictures": 4e-1}),
     "readout alone": Method(with_readout(train_coefficients=False), {"text": 0.0, "pictures": 0.0}),
-    "RECAST, readout": Method(with_readout(), {"text": 5e-2, "pictures": 3e-2}),
-    "RECAST, practice tasks, readout": Method(practised_with_readout, {"text": 1.5e-1, "pictures": 1e-1}),
+    "RECAST, readout": Method(with_readout(), {"text": 5e-3, "pictures": 1e-2}),
+    "RECAST, practice tasks, readout": Method(practised_with_readout, {"text": 1.5e-1}),
     "RECAST, readout, 2,000 parameters": Method(with_readout(max_coefficients=2_000), {"text": 5e-3, "pictures": 1.5e-2}),
     "RECAST, readout, 10,000 parameters": Method(with_readout(max_coefficients=10_000), {"text": 5e-3, "pictures": 1.5e-2}),
     "LoRA r=8, readout": Method(
@@ -304,7 +304,7 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
         most = max(len(row.accuracies) for row in table)
         for row in (row for row in table if len(row.accuracies) == most):
             where, height = max(row.trainable, 1), mean(row.accuracies.values())
-            ours = row.method.startswith("RECAST")
+            ours = "RECAST" in row.method or "readout" in row.method
             panel.plot(where, height, "o" if ours else "s", color="tab:red" if ours else "tab:grey")
             panel.annotate(row.method, (where, height), xytext=(4, 4), textcoords="offset points", fontsize=8)
         panel.set_xscale("log")

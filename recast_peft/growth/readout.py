@@ -212,10 +212,7 @@ def _reading(
 
 
 def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:
-    """The first principal directions of centred rows, ``(count, width)`` in float32, and their share of the variance.
-
-    Directions beyond those that the rows have are zero.
-    """
+    """The first principal directions of centred rows, at most ``(count, width)`` in float32; their share of the variance."""
     examples, width = flat.shape
     flat = flat.double()
     gram = flat @ flat.T if examples <= width else flat.T @ flat
@@ -226,6 +223,4 @@ def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:
         vectors = flat.T @ vectors
         vectors = vectors / vectors.norm(dim=0)
     signs = torch.gather(vectors, 0, vectors.abs().argmax(0, keepdim=True)).sign()
-    directions = torch.zeros(count, width)
-    directions[: vectors.shape[1]] = (vectors * signs).T.float()
-    return directions, float(values.sum() / every.sum().clamp_min(torch.finfo(torch.float64).tiny))
+    return (vectors * signs).T.float(), float(values.sum() / every.sum().clamp_min(torch.finfo(torch.float64).tiny))

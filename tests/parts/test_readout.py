@@ -67,7 +67,9 @@ def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Ten
         plain(x)
         assert group.grown is not None
         read = torch.cat([*(seen[block] for block in group.members[:-1]), kept[0]], dim=1)
-        return nn.functional.linear(read @ group.grown.tensors[0].T + group.offset, head.weight, head.bias)  # type: ignore
+        features = kept[0].new_zeros(kept[0].shape)
+        features[:, : len(group.offset)] = read @ group.grown.tensors[0].T + group.offset
+        return nn.functional.linear(features, head.weight, head.bias)  # type: ignore
 
 
 def of_texts() -> tuple[PeftModel, Tensor, Tensor]:
