@@ -133,10 +133,10 @@ class TemplateBank(nn.Module):
 
     def get_templates(self, device: torch.device) -> list[Tensor]:
         """The n templates, each shaped like a member's weight, on ``device``."""
-        if self.templates is None:
-            templates = [layer.pretrained_weight for layer in self.layers]
-        else:
-            templates = list(self.templates.unbind(0))
+        held = self._parameters
+        # an exact bank is asked at every call, and torch's own look-up of an attribute takes ten times as long
+        own = None if "templates" in held and held["templates"] is None else self.templates
+        templates = [layer.pretrained_weight for layer in self.layers] if own is None else list(own.unbind(0))
         return [t if t.device == device else t.to(device) for t in templates]
 
     def product_terms(

@@ -85,10 +85,11 @@ def call(
     """
     if layer.instead is not None:
         return call_with(layer, layer.instead(), args, kwargs)
-    if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):
-        return call_from_outputs(layer, adapters, given[0], values)
-    if not layer.present(adapters) and is_out_of_reach(layer):
-        return layer.base_layer(*args, **kwargs)
+    if is_out_of_reach(layer):
+        if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):
+            return call_from_outputs(layer, adapters, given[0], values)
+        if not layer.present(adapters):
+            return layer.base_layer(*args, **kwargs)
     direct = direct_call(layer, args, kwargs)
     masks = layer.recast_masks
     is_masked = len(masks) and any(name in masks for name in adapters)
@@ -97,8 +98,8 @@ def call(
         return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
     base, x = layer.base_layer, args[0]
     if can_recompose(base, x, *terms):
-        return call_recomposed(base, direct, x, *terms, _gradient_way(layer, adapters))
-    if not torch.is_grad_enabled() and (y := product_of_one(base, direct, x, *terms)) is not None:
+        return call_recomposed(base, x, *terms, _gradient_way(layer, adapters))
+    if not torch.is_grad_enabled() and (y := product_of_one(base, x, *terms)) is not None:
         return y
     return direct(base, marked_as_pretrained(layer, compose_weight(*terms)), x)
 

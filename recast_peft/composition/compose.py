@@ -89,7 +89,7 @@ def compose_weight(
     if dtype is None:
         dtype = templates[0].dtype if anchor is None else anchor.dtype
     tensors = templates if anchor is None else [anchor, *templates]
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (coefficients, *tensors))
+    recorded = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (coefficients, *tensors)])
     if not recorded or needs_plain_operations():  # a compiler forms the inner products by itself
         return _composed(coefficients, dtype, anchor is not None, tensors)
     return _Compose.apply(coefficients, dtype, anchor is not None, *tensors)
@@ -97,7 +97,7 @@ def compose_weight(
 
 def _composed(coefficients: Tensor, dtype: torch.dtype, anchored: bool, tensors: Sequence[Tensor]) -> Tensor:
     """The weight in ``dtype``; of the tensors the first is the anchor if there is one, the others are templates."""
-    scale = coefficients.to(composition_dtype(coefficients.dtype, *(t.dtype for t in tensors)))
+    scale = coefficients.to(composition_dtype(coefficients.dtype, *[t.dtype for t in tensors]))
     anchor, templates = (tensors[0], tensors[1:]) if anchored else (None, tensors)
     if not templates:
         return tensors[0].to(dtype, copy=True)
@@ -123,7 +123,7 @@ def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Ten
         total = torch.mul(templates[0].to(work), factors[0], out=out)
     else:
         total = torch.addcmul(anchor.to(work), templates[0], factors[0], out=out)
-    apart = out is None and is_transformed()  # a transform may give the factors a dimension that the sum has not got yet
+    apart = out is None and len(factors) > 1 and is_transformed()  # a transform may give the factors a dimension that the sum has not got yet
     for template, factor in zip(templates[1:], factors[1:], strict=True):
         total = torch.addcmul(total, template, factor) if apart else total.addcmul_(template, factor)
     return total
@@ -164,9 +164,10 @@ def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Te
     Returns:
         ``(n,)`` in float32 (float64 if an argument is).
     """
-    work = composition_dtype(gradient.dtype, *(t.dtype for t in templates))
+    work = composition_dtype(gradient.dtype, *[t.dtype for t in templates])
     flat = gradient.to(work).reshape(-1)
-    return torch.stack([torch.dot(flat, template.to(work).reshape(-1)) for template in templates])
+    products = [torch.dot(flat, template.to(work).reshape(-1)) for template in templates]
+    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
 
 def mix_by_sample(product: Callable[[Any], Tensor], templates: Sequence[Any], coefficients: Tensor) -> Tensor:

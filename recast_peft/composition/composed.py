@@ -41,8 +41,6 @@ class ComposedModule(nn.Module):
         weight_name: the parameter that is composed.
     """
 
-    recast_coefficients: Any  # task -> (sets, templates)
-    recast_masks: Any  # task -> what changes its composed weight; see parts/piggyback.py
     scaling: dict[str, float]  # task -> its strength; see strength.py
     active_adapters: Any
     acting_adapters: Any
@@ -64,6 +62,23 @@ class ComposedModule(nn.Module):
         self.is_stale = False  # whether what is merged has to be composed once more
         self.instead: Callable[[], Tensor] | None = None  # composes another weight in place of the tasks', for measuring
         self.history = CallHistory()
+
+    # What every call asks for several times, as properties: torch's own look-up of a child takes ten times as long.
+
+    @property
+    def base_layer(self) -> Any:
+        """The wrapped module."""
+        return self._modules["base_layer"]
+
+    @property
+    def recast_coefficients(self) -> Any:
+        """task -> ``(sets, templates)``."""
+        return self._modules["recast_coefficients"]
+
+    @property
+    def recast_masks(self) -> Any:
+        """task -> what changes its composed weight; see parts/piggyback.py."""
+        return self._modules["recast_masks"]
 
     # ---------------------------------------------------------------- the pretrained weight
 
@@ -123,11 +138,11 @@ class ComposedModule(nn.Module):
     @property
     def weight_device(self) -> torch.device:
         """Device of the weight."""
-        weight = self.weight_parameter
+        base = self.get_base_layer()
+        weight = base._parameters.get(self.weight_name)
         if weight is not None:
-            is_brought = weight.is_meta and is_offloaded(self.get_base_layer())
-            return execution_device(self.get_base_layer()) if is_brought else weight.device
-        return self._bank_templates().device if self.compressed_bank else device_of_weight(self.get_base_layer())
+            return execution_device(base) if weight.is_meta and is_offloaded(base) else weight.device
+        return self._bank_templates().device if self.compressed_bank else device_of_weight(base)
 
     def _bank_templates(self) -> Tensor:
         templates = self.compressed_bank[0].templates
@@ -137,7 +152,8 @@ class ComposedModule(nn.Module):
     def get_base_layer(self) -> nn.Module:
         """The innermost module. PEFT's own asks every module for an attribute that it lacks, which is slow at every call."""
         base = self._modules["base_layer"]
-        return base.get_base_layer() if isinstance(base, BaseTunerLayer) else base  # type: ignore[return-value]
+        is_inside = "base_layer" in base._modules and isinstance(base, BaseTunerLayer)  # type: ignore[union-attr]
+        return base.get_base_layer() if is_inside else base  # type: ignore[return-value, union-attr, operator]
 
     @property
     def weight_parameter(self) -> nn.Parameter | None:
@@ -208,20 +224,20 @@ class ComposedModule(nn.Module):
         """Anchor, templates and coefficients of the tasks' weight; None for the pretrained weight alone."""
         names = self.with_coefficients(adapters)
         device = self.weight_device
-        offsets = {name: self.offset(name, values) for name in names}
         if self.compressed_bank and (names or self.is_released):
             bank = self.compressed_bank[0]
-            coefficients = sum(offsets.values(), bank.base_of(self.module_name))
+            coefficients = sum([self.offset(name, values) for name in names], bank.base_of(self.module_name))
             return None, bank.get_templates(device), coefficients.to(device)
         if not names:
             return None
         parts: dict[Any, Tensor] = {}  # bank -> the sum of its tasks' coefficients
-        for name, offset in offsets.items():
-            bank = self.recast_bank[name]
+        for name in names:
+            bank, offset = self.recast_bank[name], self.offset(name, values)
             parts[bank] = parts[bank] + offset if bank in parts else offset
-        coefficients = torch.cat(list(parts.values())) if len(parts) > 1 else parts[bank]
+        if len(parts) == 1:
+            return self.pretrained_weight, bank.get_templates(device), parts[bank].to(device)
         templates = [template for bank in parts for template in bank.get_templates(device)]
-        return self.pretrained_weight, templates, coefficients.to(device)
+        return self.pretrained_weight, templates, torch.cat(list(parts.values())).to(device)
 
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
@@ -270,10 +286,6 @@ class ComposedModule(nn.Module):
     register_parameter = TaskHolder.register_parameter
 
     def __getattr__(self, name: str) -> Any:
-        for kind in ("_modules", "_buffers"):  # what a call asks for most; torch's own look-up takes several times as long
-            held = self.__dict__.get(kind)
-            if held is not None and name in held:
-                return held[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import RecastBankError
 from ..placement.offloaded import is_offloaded
-from ..placement.sharded import is_spread_in_calls
+from ..placement.sharded import is_plain, is_spread_in_calls
 from .parallel import for_neighbour, for_own
 from .quantised import quantised_by
 
@@ -26,6 +26,8 @@ def is_out_of_reach(layer: Any) -> bool:
     """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
     base = layer.get_base_layer()
     weight = base._parameters.get(layer.weight_name)
+    if weight is not None and is_plain(weight):
+        return is_offloaded(base)
     return quantised_by(base) is not None or is_offloaded(base) or (weight is not None and is_spread_in_calls(weight))
 
 

@@ -7,7 +7,7 @@ weight's size, or as many of the input's, live for a moment in the backward pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from ..placement.sharded import SHARD, whole
 from .coefficient_gradients import AUTO, EXACT, is_faster_in_bfloat16, with_known_sum
 from .compose import compose_weight, composition_dtype, is_cast, marked, needs_plain_operations, template_inner_products
-from .kinds import Gradients, LayerKind, kind_of
-
-Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""What a module computes with a given weight: ``call(module, weight, x)``."""
+from .kinds import Gradients, LayerKind, bias_of, kind_of
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -39,13 +36,13 @@ def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: S
     if kind is None or kind.gradients is None:
         return False
     weights = templates if anchor is None else [anchor, *templates]
-    if type(x) not in _PLAIN or any(type(weight) not in _PLAIN or weight.requires_grad for weight in weights):
+    if type(x) not in _PLAIN or any([type(weight) not in _PLAIN or weight.requires_grad for weight in weights]):
         return False
     return kind.gradients.fits(module, x) and (x.requires_grad or coefficients.requires_grad)
 
 
 def product_of_one(
-    module: nn.Module, call: Call, x: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor
+    module: nn.Module, x: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor
 ) -> Tensor | None:
     """What a module computes where its weight is its only template, times a number; zero coefficients change no bit.
 
@@ -57,13 +54,14 @@ def product_of_one(
     """
     if anchor is None or len(templates) != 1 or templates[0] is not anchor:
         return None
-    weight, scale = anchor.detach(), _kind(module).call_scaled
-    if scale is not None and _takes_a_number(x, weight):
-        return scale(module, weight, x, 1 + float(coefficients))
-    if x.numel() >= weight.numel():
+    kind = kind_of(module)
+    assert kind is not None
+    if kind.call_scaled is not None and _takes_a_number(x, anchor):
+        return kind.call_scaled(module, anchor.detach(), x, 1 + float(coefficients))
+    if x.numel() >= anchor.numel():
         return None
     scaled = x * (1 + coefficients.to(composition_dtype(coefficients.dtype, x.dtype)))[0]
-    return call(module, marked(weight), scaled) if scaled.stride() == x.stride() else None  # else another product would do it
+    return kind.call(module, marked(anchor.detach()), scaled) if scaled.stride() == x.stride() else None  # else another product would do it
 
 
 def _takes_a_number(x: Tensor, weight: Tensor) -> bool:
@@ -74,7 +72,6 @@ def _takes_a_number(x: Tensor, weight: Tensor) -> bool:
 
 def call_recomposed(
     module: nn.Module,
-    call: Call,
     x: Tensor,
     anchor: Tensor | None,
     templates: Sequence[Tensor],
@@ -85,7 +82,6 @@ def call_recomposed(
 
     Args:
         module: a linear layer or convolution for which ``can_recompose`` holds.
-        call: what it computes with a given weight: ``call(module, weight, x)``.
         x: its input.
         anchor: shaped like the weight, or None for zero.
         templates: n tensors shaped like the weight.
@@ -99,15 +95,15 @@ def call_recomposed(
     x = _cast_for_autocast(x)
     # a copy: another task may be written into the coefficients before the backward pass comes
     coefficients = coefficients.clone()
-    bias = getattr(module, "bias", None)
+    kind, bias = kind_of(module), bias_of(module)
     others = [weight for weight in templates if weight is not anchor]
     # what was gathered from other processes is gathered again in the backward pass, as sharded models do with their weights
-    shards = tuple(getattr(weight, SHARD, None) for weight in others)
+    shards = [getattr(weight, SHARD, None) for weight in others]
     weights = [weight.detach() for weight in others]
     # which of the templates is the anchor itself: nothing is kept twice
-    places = tuple(place for place, template in enumerate(templates) if template is anchor)
+    places = [place for place, template in enumerate(templates) if template is anchor]
     anchor = None if anchor is None else anchor.detach()
-    return _Recomposed.apply(module, call, places, way, shards, x, bias, coefficients, anchor, *weights)
+    return _Recomposed.apply(module, kind, places, way, shards, x, bias, coefficients, anchor, *weights)
 
 
 class _Recomposed(torch.autograd.Function):
@@ -117,25 +113,26 @@ class _Recomposed(torch.autograd.Function):
     def forward(
         ctx: Any,
         module: nn.Module,
-        call: Call,
-        places: tuple[int, ...],
+        kind: LayerKind,
+        places: list[int],
         way: str,
-        shards: tuple[Tensor | None, ...],
+        shards: list[Tensor | None],
         x: Tensor,
         bias: Tensor | None,
         coefficients: Tensor,
         anchor: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
-        ctx.module, ctx.places, ctx.way, ctx.shards, ctx.x_shape = module, places, way, shards, x.shape
+        ctx.module, ctx.kind, ctx.places, ctx.way, ctx.shards, ctx.x_shape = module, kind, places, way, shards, x.shape
         kept = [weight if shard is None else None for weight, shard in zip(weights, shards, strict=True)]
         ctx.save_for_backward(x if ctx.needs_input_grad[7] else None, coefficients, anchor, *kept)
         terms = _templates(anchor, weights, places)
-        y = product_of_one(module, call, x, anchor, terms, coefficients)
+        y = product_of_one(module, x, anchor, terms, coefficients)
         if y is None:
-            y = call(module, marked(compose_weight(anchor, terms, coefficients)), x)
+            weight = compose_weight(anchor, terms, coefficients)
+            y = kind.call(module, weight if is_cast(weight) else weight.requires_grad_(), x)  # see ``marked``
         # a product over several dimensions may come as a view of the one over two, which nobody could then change in place
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -145,12 +142,12 @@ class _Recomposed(torch.autograd.Function):
         needs_x, needs_bias, needs_coefficients = ctx.needs_input_grad[5:8]
         grad_bias = None
         if needs_bias:
-            channels = _kind(ctx.module).channels % grad.ndim
+            channels = ctx.kind.channels % grad.ndim
             grad_bias = grad.sum([d for d in range(grad.ndim) if d != channels]).to(ctx.module.bias.dtype)
-        layer = _Layer(ctx.module, templates, coefficients, anchor, ctx.places)
+        layer = _Layer(ctx.module, ctx.kind, templates, coefficients, anchor, ctx.places)
         if not torch.is_grad_enabled():  # an estimate is not differentiated again
             layer.way = ctx.way
-        rows = _rows_with_gradient(ctx.module, grad)
+        rows = _rows_with_gradient(layer.rules, grad)
         if rows is None:
             grad_x, grad_coefficients = layer.gradients(grad, x, ctx.x_shape, needs_x, needs_coefficients)
         else:
@@ -171,11 +168,18 @@ class _Layer:
     """A layer in its backward pass: y is linear in the weight, and the weight is ``anchor + sum_i coefficients[i] T_i``."""
 
     module: nn.Module
+    kind: LayerKind
     templates: list[Tensor]
     coefficients: Tensor
     anchor: Tensor | None
-    places: tuple[int, ...]  # of the anchor among the templates
+    places: Sequence[int]  # of the anchor among the templates
     way: str = EXACT
+
+    @property
+    def rules(self) -> Gradients:
+        """How the gradients of its product are formed."""
+        assert self.kind.gradients is not None
+        return self.kind.gradients
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, x_shape: torch.Size, needs_x: bool, needs_coefficients: bool
@@ -186,8 +190,7 @@ class _Layer:
                 return self._estimated(grad, x)
             if self._product_by_template(grad, x):
                 return self._by_template(grad, x)
-        rules = _gradients(self.module)
-        grad_x = grad_coefficients = None
+        rules, grad_x, grad_coefficients = self.rules, None, None
         if needs_x:
             weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
             grad_x = rules.of_input(self.module, grad, weight, x_shape)
@@ -205,7 +208,7 @@ class _Layer:
 
     def _is_faster(self, grad: Tensor) -> bool:
         weight = self.templates[0]
-        channels = grad.shape[_kind(self.module).channels]
+        channels = grad.shape[self.kind.channels]
         if getattr(self.module, "groups", 1) != 1:
             return False
         rows = grad.numel() // channels
@@ -213,7 +216,7 @@ class _Layer:
 
     def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
-        rules = _gradients(self.module)
+        rules = self.rules
         weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
         grad_x = rules.of_input(self.module, grad, weight, x.shape)
         del weight
@@ -230,6 +233,8 @@ class _Layer:
         scale = self.coefficients.to(composition_dtype(self.coefficients.dtype, *(t.dtype for t in self.templates)))
         if not self.places:
             return scale
+        if len(self.places) == len(self.templates):
+            return scale + 1
         scale = scale.clone()
         for place in self.places:  # one by one: a list of places would be a tensor that an accelerator has to wait for
             scale[place].add_(1)
@@ -250,11 +255,10 @@ class _Layer:
         on_cpu, is_wide = grad.device.type == "cpu", grad.dtype.itemsize >= 4
         if len(self.templates) == 1:
             return on_cpu or is_wide or small
-        return len(self.templates) == 2 and small and _gradients(self.module).by_row and is_wide and on_cpu
+        return len(self.templates) == 2 and small and self.rules.by_row and is_wide and on_cpu
 
     def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        rules = _gradients(self.module)
-        scale = self._factors()
+        rules, scale = self.rules, self._factors()
         total, inner = None, []
         for i, template in enumerate(self.templates):
             part = rules.of_input(self.module, grad, template.to(grad.dtype), x.shape)
@@ -262,29 +266,17 @@ class _Layer:
             total = part * scale[i] if total is None else total.addcmul_(part, scale[i])
             del part
         assert total is not None
-        return total, torch.cat(inner)
+        return total, inner[0] if len(inner) == 1 else torch.cat(inner)
 
 
-def _kind(module: nn.Module) -> LayerKind:
-    kind = kind_of(module)
-    assert kind is not None
-    return kind
-
-
-def _gradients(module: nn.Module) -> Gradients:
-    gradients = _kind(module).gradients
-    assert gradients is not None
-    return gradients
-
-
-def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:
+def _rows_with_gradient(rules: Gradients, grad: Tensor) -> Tensor | None:
     """Which rows of a linear layer's input have a gradient, if it is so few that it pays to leave the others out.
 
     A class token that alone reaches the head leaves all other tokens of the last block without one, and so do padded
     sequences. A glance at one column tells at next to no cost that there is nothing to gain. On an accelerator the host
     would have to wait for the answer; and a gradient that is differentiated again needs every row.
     """
-    if not _gradients(module).by_row or grad.device.type != "cpu" or torch.is_grad_enabled():
+    if not rules.by_row or grad.device.type != "cpu" or torch.is_grad_enabled():
         return None
     flat = grad.reshape(-1, grad.shape[-1])
     limit = len(flat) // 2
@@ -294,7 +286,7 @@ def _rows_with_gradient(module: nn.Module, grad: Tensor) -> Tensor | None:
     return rows if len(rows) <= limit else None
 
 
-def _templates(anchor: Tensor | None, weights: Sequence[Tensor], places: tuple[int, ...]) -> list[Tensor]:
+def _templates(anchor: Tensor | None, weights: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
     templates = list(weights)
     for place in places:
         assert anchor is not None

@@ -48,12 +48,7 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether nobody has sharded a parameter: the answer for almost all, at the cost of one look."""
-    if type(tensor) is not nn.Parameter:
-        return False
-    if torch.compiler.is_compiling():  # a graph has no dictionaries of tensors
-        return not hasattr(tensor, "ds_id") and not getattr(tensor, "_fsdp_flattened", False)
-    marks = tensor.__dict__
-    return not marks or ("ds_id" not in marks and not marks.get("_fsdp_flattened"))
+    return type(tensor) is nn.Parameter and not hasattr(tensor, "ds_id") and not getattr(tensor, "_fsdp_flattened", False)
 
 
 def is_partitioned(tensor: Tensor) -> bool:

@@ -62,7 +62,7 @@ def gradients(
     anchors = {"template": weight, "other": draw(weight.shape), None: None}
     coefficients = draw(templates).requires_grad_()
     x = drawn(shape, 2, dtype).requires_grad_()
-    y = call_recomposed(module, kind_of(module).call, x, anchors[anchor], weights, coefficients, way)
+    y = call_recomposed(module, x, anchors[anchor], weights, coefficients, way)
     found = torch.autograd.grad((y * drawn(out, 3, dtype)).sum(), [x, coefficients])
     own = torch.zeros(templates, dtype=dtype)
     own[0] = anchor == "template"
@@ -106,7 +106,7 @@ def linear_call(x: Tensor, way: str) -> tuple[Tensor, Tensor]:
     other = torch.randn(16, 8, generator=torch.Generator().manual_seed(4))
     coefficients = torch.tensor([0.0, 0.0], requires_grad=True)
     weight = module.weight.data
-    y = call_recomposed(module, LINEAR.call, x, weight, [weight, other], coefficients, way)
+    y = call_recomposed(module, x, weight, [weight, other], coefficients, way)
     return y, coefficients
 
 

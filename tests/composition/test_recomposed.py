@@ -48,7 +48,7 @@ def build(
 
 def recomposed(module: nn.Module, x: Tensor, *terms: Any) -> Tensor:
     assert can_recompose(module, x, *terms)
-    return call_recomposed(module, kind_of(module).call, x, *terms)
+    return call_recomposed(module, x, *terms)
 
 
 def plain_call(module: nn.Module, x: Tensor, anchor: Tensor | None, templates: list[Tensor], coefficients: Tensor) -> Tensor:
