@@ -80,7 +80,8 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
     @property
     def acting_adapters(self) -> list[str]:
         """The active tasks; none while tasks are merged that have nothing here."""
-        return [] if self.stands_aside else self.active_adapters
+        active = [] if self.stands_aside else self._active_adapter
+        return [active] if isinstance(active, str) else active
 
     @property
     def disable_adapters(self) -> bool:
@@ -89,7 +90,8 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
 
     def is_off(self, batch: MixedBatch | None) -> bool:
         """Whether a call computes without any task; the tasks of a batch that began before they were switched off stay."""
-        return self.disable_adapters and (batch is None or batch.is_off or self._switched_off)
+        is_off = self._disable_adapters or self._switched_off
+        return is_off and (batch is None or batch.is_off or self._switched_off)
 
     def entries(self, adapter_name: str) -> Iterator[Entry]:
         if adapter_name in self.recast_coefficients:
@@ -230,16 +232,16 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
         if self.held is not None:
             return self.base_layer(*args, **kwargs)
         if self.is_off(batch):
-            if self.merged:
+            if self.merged_adapters:
                 self.unmerge()
             return call(self, [], args, kwargs)
         if batch is not None:
-            if self.merged and batch.pool is None:
+            if self.merged_adapters and batch.pool is None:
                 raise ValueError(
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
             return call_mixed(self, batch, args, kwargs)
-        if self.merged:
+        if self.merged_adapters:
             return self._call_merged(args, kwargs)
         return call(self, self.acting_adapters, args, kwargs)
 

@@ -123,7 +123,8 @@ def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Ten
         total = torch.mul(templates[0].to(work), factors[0], out=out)
     else:
         total = torch.addcmul(anchor.to(work), templates[0], factors[0], out=out)
-    apart = out is None and len(factors) > 1 and is_transformed()  # a transform may give the factors a dimension that the sum has not got yet
+    # a transform may give the factors a dimension that the sum has not got yet
+    apart = out is None and len(factors) > 1 and is_transformed()
     for template, factor in zip(templates[1:], factors[1:], strict=True):
         total = torch.addcmul(total, template, factor) if apart else total.addcmul_(template, factor)
     return total

@@ -29,6 +29,11 @@ class _ReleasedWeightError(RecastBankError, AttributeError):
     """An AttributeError as well, for whoever asks a module for all of its attributes (torch.jit does)."""
 
 
+def _child(name: str) -> property:
+    """A child of a module that every call asks for: torch's own look-up takes ten times as long."""
+    return property(lambda module: module._modules[name])
+
+
 class ComposedModule(nn.Module):
     """A module around another one, whose weight is composed from the templates of a bank.
 
@@ -41,6 +46,9 @@ class ComposedModule(nn.Module):
         weight_name: the parameter that is composed.
     """
 
+    base_layer: Any = _child("base_layer")
+    recast_coefficients: Any = _child("recast_coefficients")  # task -> (sets, templates)
+    recast_masks: Any = _child("recast_masks")  # task -> what changes its composed weight; see parts/piggyback.py
     scaling: dict[str, float]  # task -> its strength; see strength.py
     active_adapters: Any
     acting_adapters: Any
@@ -62,23 +70,6 @@ class ComposedModule(nn.Module):
         self.is_stale = False  # whether what is merged has to be composed once more
         self.instead: Callable[[], Tensor] | None = None  # composes another weight in place of the tasks', for measuring
         self.history = CallHistory()
-
-    # What every call asks for several times, as properties: torch's own look-up of a child takes ten times as long.
-
-    @property
-    def base_layer(self) -> Any:
-        """The wrapped module."""
-        return self._modules["base_layer"]
-
-    @property
-    def recast_coefficients(self) -> Any:
-        """task -> ``(sets, templates)``."""
-        return self._modules["recast_coefficients"]
-
-    @property
-    def recast_masks(self) -> Any:
-        """task -> what changes its composed weight; see parts/piggyback.py."""
-        return self._modules["recast_masks"]
 
     # ---------------------------------------------------------------- the pretrained weight
 

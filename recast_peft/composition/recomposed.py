@@ -56,12 +56,15 @@ def product_of_one(
         return None
     kind = kind_of(module)
     assert kind is not None
+    assert kind.call is not None
     if kind.call_scaled is not None and _takes_a_number(x, anchor):
         return kind.call_scaled(module, anchor.detach(), x, 1 + float(coefficients))
     if x.numel() >= anchor.numel():
         return None
     scaled = x * (1 + coefficients.to(composition_dtype(coefficients.dtype, x.dtype)))[0]
-    return kind.call(module, marked(anchor.detach()), scaled) if scaled.stride() == x.stride() else None  # else another product would do it
+    if scaled.stride() != x.stride():  # another product would do it
+        return None
+    return kind.call(module, marked(anchor.detach()), scaled)
 
 
 def _takes_a_number(x: Tensor, weight: Tensor) -> bool:
@@ -129,6 +132,7 @@ class _Recomposed(torch.autograd.Function):
         terms = _templates(anchor, weights, places)
         y = product_of_one(module, x, anchor, terms, coefficients)
         if y is None:
+            assert kind.call is not None
             weight = compose_weight(anchor, terms, coefficients)
             y = kind.call(module, weight if is_cast(weight) else weight.requires_grad_(), x)  # see ``marked``
         # a product over several dimensions may come as a view of the one over two, which nobody could then change in place

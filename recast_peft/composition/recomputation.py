@@ -29,6 +29,7 @@ from .mixing import call_mixed
 
 MOST_NOTES = 64  # of each thread
 MOST_THREADS = 64
+_NO_GRAPH = -1  # the number of a backward pass where none is running
 
 
 class CallState(NamedTuple):
@@ -148,16 +149,16 @@ class CallHistory:
 
 def is_recomputing() -> bool:
     """Whether a backward pass is running in this thread, so that a call computes something again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != _NO_GRAPH
 
 
 def may_be_recomputed() -> bool:
-    """Whether what is computed now may be computed again in the backward pass.
+    """Whether what is computed now, and not compiled, may be computed again in the backward pass.
 
     One kind of checkpointing records no gradient in the forward pass, as evaluation does; the other one takes hold of every
     tensor that the backward pass needs.
     """
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled():
         return False
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -170,7 +171,9 @@ def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
     Raises:
         RecastBankError: if it cannot be computed as in the forward pass.
     """
-    if is_recomputing():
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._current_graph_task_id() != _NO_GRAPH:
         past = layer.history.recall()
         if past is None:
             return None
@@ -188,6 +191,8 @@ def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
 
 def strengths_of_call(holder: Any) -> dict[str, float]:
     """The tasks' factors in a call, which are those of the forward pass if it is computed again; for what holds no weight."""
+    if torch.compiler.is_compiling():
+        return holder.scaling
     if is_recomputing():
         past = holder.history.recall()
         return holder.scaling if past is None else dict(past.strengths)
@@ -235,12 +240,11 @@ def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
             tasks, held=layer.held, mixed=True, batch=kept, versions=_versions(layer, tasks), strengths=_strengths(layer)
         )
     tasks = tuple(layer.tasks_in_force())
-    versions = _versions(layer, tasks)
     return CallState(
         tasks,
         bool(layer.merged_adapters),
         layer.held,
-        versions=versions,
+        versions=_versions(layer, tasks),
         recorded=torch.is_grad_enabled(),
         strengths=_strengths(layer),
     )

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 from recast_peft.composition import coefficient_gradients
 from recast_peft.composition.coefficient_gradients import with_known_sum
-from recast_peft.composition.kinds import LINEAR, kind_of
 from recast_peft.composition.recomposed import call_recomposed
 
 ROWS = 64

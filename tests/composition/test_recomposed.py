@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from recast_peft import RecastConfig, get_recast_model
-from recast_peft.composition.kinds import kind_of
 from recast_peft.composition.recomposed import _Layer, call_recomposed, can_recompose
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
