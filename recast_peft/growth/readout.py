@@ -26,7 +26,8 @@ from .sources import check_plain, check_sizes
 
 MOST_MODULES = 16
 MOST_EXAMPLES = 4096
-SMALLEST_SPREAD = 1e-5  # of outputs about their mean, in units of their norm; below lies rounding
+MOST_TRIED = 8  # examples on which layers are chosen; what all layers of all blocks read is held for them
+SMALLEST_SPREAD = 1e-5  # of what is read about its mean, in units of their norm; below lies rounding
 SMALLEST = 1e-4  # standard deviation of a direction, in units of the first one's; below lies rounding
 
 
@@ -65,7 +66,7 @@ def readout_bank(
     check_sizes(batch_size=batch_size)
     head = find_head(model, head_module)
     drawn = _drawn(data)
-    members = _members(model, head, target_modules, rows_of_inputs(drawn, torch.arange(batch_size)[: _count(drawn)]))
+    members = _members(model, head, target_modules, rows_of_inputs(drawn, torch.arange(min(_count(drawn), MOST_TRIED))))
     found = _features(model, drawn, members, head, batch_size, progress)
     centred, means, sizes = [], [], []
     for values in found:

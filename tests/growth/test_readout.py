@@ -198,6 +198,13 @@ class TestDirections:
         bank = readout_bank(Model(), torch.randn(5, 3, 4), progress=False)
         assert bank.groups["readout"].members[:-1] == ("blocks.0.down", "blocks.1.down")
 
+    def test_layers_are_chosen_on_few_examples(self) -> None:
+        model, sizes = vit(), []
+        handle = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        readout_bank(model, pictures(30, 160), batch_size=20, progress=False)
+        handle.remove()
+        assert sizes == [8, 20, 10]  # then all of them in batches
+
     def test_named_modules_are_read(self) -> None:
         bank = readout_bank(vit(), pictures(4), target_modules=["blocks.4.attn.proj", "blocks.1.mlp.fc1"], progress=False)
         assert bank.groups["readout"].members == ("blocks.1.mlp.fc1", "blocks.4.attn.proj", "head")
