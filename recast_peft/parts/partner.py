@@ -70,6 +70,7 @@ class PartnerPart(TaskPart):
     """One kind of partner, by its options' class."""
 
     acts_beside_layers = True
+    stands_before_copies = False  # whether it acts before its place, whichever copy of the module a task owns there
 
     def __init__(self, config_class: type[PartnerConfig], holder_class: type[TaskPartners] | None = None) -> None:
         self.config_class = config_class
@@ -86,7 +87,10 @@ class PartnerPart(TaskPart):
             return []
         candidates = find_candidates(request.model)
         prepared = self._prepared(request, partner, candidates)
-        check_not_copied(request.config, [piece.place for piece in prepared])
+        places = [piece.place for piece in prepared]
+        if self.stands_before_copies:  # of its place itself, and not of a module around it
+            places = [place.rpartition(".")[0] for place in places]
+        check_not_copied(request.config, places)
         return prepared
 
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:

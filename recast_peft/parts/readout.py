@@ -319,6 +319,8 @@ class _MaskHook(PartnerHook):
 class ReadoutPart(PartnerPart):
     """A readout before the classifier."""
 
+    stands_before_copies = True
+
     def __init__(self) -> None:
         super().__init__(ReadoutConfig, TaskReadouts)
 

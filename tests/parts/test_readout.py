@@ -177,6 +177,26 @@ class TestComputing:
         run_at_once([lambda i=i: call(i) for i in range(4)])  # type: ignore[misc]
         assert all(torch.equal(y, wanted[i]) for i in range(4) for y in found[i])
 
+    def test_a_classifier_that_the_task_owns_by_modules_to_save(self, bank: StoredBank, tmp_path: Path) -> None:
+        def backbone() -> nn.Module:
+            torch.manual_seed(0)
+            model = timm.create_model("test_vit", num_classes=10).eval()
+            model.load_state_dict(vit().state_dict(), strict=False)
+            return model
+
+        given = config(bank, num_classes=None, modules_to_save=["head"])
+        model = get_recast_model(backbone(), given, "task").eval()
+        with torch.no_grad():
+            wanted = by_hand(model, bank, "task")
+            torch.testing.assert_close(model(X), wanted, atol=1e-5, rtol=1e-5)
+            model.base_model.save_bank(tmp_path / "bank", of="readout")
+            model.save_pretrained(tmp_path)
+            loaded = PeftModel.from_pretrained(backbone(), tmp_path / "task", "task").eval()
+            assert torch.equal(loaded(X), model(X))
+            model.add_adapter("plain", RecastConfig(target_modules=["qkv"]))
+            model.set_adapter("plain")
+            assert torch.equal(model(X), backbone()(X))
+
 
 class TestPooling:
     def test_squares_do_not_leave_the_range_of_half_precision(self) -> None:
@@ -303,6 +323,14 @@ class TestRefusals:
     def test_a_classifier_that_was_trained_on_other_features(self, bank: StoredBank) -> None:
         with pytest.raises(RecastConfigError, match="a classifier of its own"):
             get_recast_model(timm.create_model("test_vit", num_classes=10), config(bank, num_classes=None))
+
+    def test_a_task_that_would_copy_what_lies_around_its_classifier(self) -> None:
+        torch.manual_seed(0)
+        model, x = timm.create_model("test_convnext", num_classes=10).eval(), torch.randn(4, 3, 64, 64)
+        bank = readout_bank(model, x, progress=False)
+        assert bank.groups["readout"].members[-1] == "head.fc"
+        with pytest.raises(RecastConfigError, match="would copy head, where partners"):
+            get_recast_model(model, config(bank, modules_to_save=["head"]))
 
     def test_a_task_that_would_copy_what_is_read(self, bank: StoredBank) -> None:
         with pytest.raises(RecastConfigError, match=r"would copy blocks\.2\.mlp\.fc2"):
