@@ -281,14 +281,15 @@ class RecastConfig(PeftConfig):
             setattr(chosen, name, value)
         return chosen
 
-    def layout(self, **fields: Any) -> RecastConfig:
-        """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
-        targets = ("target_modules", "target_parameters", "head_module")
-        same = (*targets, "groups", "recipes", "keep_base_weights", "base_fingerprint")
-        partners = [p for p in self.partners or () if isinstance(p, PartnerConfig)]
-        shared = [copy.deepcopy(p) for p in partners if p.acts_on == "bias" or not p.is_trained]
-        own = {name: copy.deepcopy(getattr(self, name)) for name in same}
-        config = RecastConfig(**{**own, "bank": self.bank_reference, "partners": shared, **fields})
-        if config.record is not None and self.record is not None:
-            config.record = replace(config.record, partner_banks=dict(self.record.partner_banks))
-        return config
+
+def layout_of(config: RecastConfig, **fields: Any) -> RecastConfig:
+    """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
+    targets = ("target_modules", "target_parameters", "head_module")
+    same = (*targets, "groups", "recipes", "keep_base_weights", "base_fingerprint")
+    partners = [p for p in config.partners or () if isinstance(p, PartnerConfig)]
+    shared = [copy.deepcopy(p) for p in partners if p.acts_on == "bias" or not p.is_trained]
+    own = {name: copy.deepcopy(getattr(config, name)) for name in same}
+    layout = RecastConfig(**{**own, "bank": config.bank_reference, "partners": shared, **fields})
+    if layout.record is not None and config.record is not None:
+        layout.record = replace(layout.record, partner_banks=dict(config.record.partner_banks))
+    return layout

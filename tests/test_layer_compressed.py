@@ -11,6 +11,7 @@ from models import layers_of, outputs, randomise, tiny_vit, vit_input
 from torch import nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastLayer, get_recast_model
+from recast_peft.composition import merging
 
 
 class TestACompressedBank:
@@ -104,7 +105,7 @@ class TestACompressedBank:
     def test_refuses_to_take_a_matrix_out_of_an_unknown_bank(self) -> None:
         _, model = self.compress()
         with pytest.raises(AssertionError):
-            RecastLayer(nn.Linear(2, 2), "x", "weight", "").release_pretrained_weight()
+            merging.release(RecastLayer(nn.Linear(2, 2), "x", "weight", ""))
         assert layers_of(model)
 
     def test_is_stored_as_a_recipe_and_rebuilt_to_the_last_bit(self, tmp_path: Any) -> None:

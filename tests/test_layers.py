@@ -1,4 +1,7 @@
-"""Imports run one way: from the outer rooms of the house to the inner ones, without exception and without a circle."""
+"""Imports run one way: from the outer rooms of the house to the inner ones, without exception and without a circle.
+
+No file and no class is longer than a reader can keep in mind.
+"""
 
 from __future__ import annotations
 
@@ -56,3 +59,10 @@ def test_there_is_no_circle() -> None:
 
 def test_no_file_has_more_than_400_lines() -> None:
     assert {name: lines for name, path in modules().items() if (lines := len(path.read_text().splitlines())) > 400} == {}
+
+
+def test_no_class_has_more_than_250_lines() -> None:
+    found = [(path, node) for path in ROOT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    classes = {f"{path.name}: {node.name}": node for path, node in found if isinstance(node, ast.ClassDef)}
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in classes.items()}
+    assert {name: lines for name, lines in lengths.items() if lines > 250} == {}

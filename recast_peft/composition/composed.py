@@ -155,12 +155,6 @@ class ComposedModule(nn.Module):
         """Put a parameter into the wrapped module."""
         self.get_base_layer()._parameters[self.weight_name] = parameter
 
-    def release_pretrained_weight(self) -> None:
-        """Give up the pretrained weight of a member of a compressed bank."""
-        assert self.compressed_bank
-        assert not self.merged
-        self.set_weight_parameter(None)
-
     # ---------------------------------------------------------------- the composed weight
 
     @property

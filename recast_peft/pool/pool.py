@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch
-from ..config import RecastConfig
+from ..config import RecastConfig, layout_of
 from ..errors import RecastConfigError
 from ..hub.peft_models import TaskModel, with_task_verbs
 from ..model import RecastModel
@@ -68,7 +68,7 @@ class TaskPool(ResidentTasks):
         self.model = model
         self._tuner = tuner
         part = poolable_part(tuner.model, like)
-        layout = cast(RecastConfig, tuner.peft_config[like]).layout(inference_mode=True, lora_config=part)
+        layout = layout_of(cast(RecastConfig, tuner.peft_config[like]), inference_mode=True, lora_config=part)
         was_there = slot in tuner.peft_config
         if not was_there:
             with torch.inference_mode(False):

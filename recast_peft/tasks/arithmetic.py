@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..banks.template_bank import TemplateBank
 from ..composition.compose import average_sets
-from ..config import RecastConfig
+from ..config import RecastConfig, layout_of
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import holders
 from ..parts import PARTS
@@ -266,7 +266,8 @@ def add_combined(
     row = combine_rows([task_row(model, name) for name in adapters], weights, **options)
     sharing = {config.coefficient_sharing for config in configs.values()}
     first = configs[adapters[0]]
-    config = first.layout(
+    config = layout_of(
+        first,
         coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import TemplateBank
+from ..composition import merging
 from ..composition.fingerprint import is_coarser_form, same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
@@ -304,4 +305,4 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
         for layer in bank.layers:
             layer.compressed_bank = (bank,)
             if not keep_base_weights:
-                layer.release_pretrained_weight()
+                merging.release(layer)
