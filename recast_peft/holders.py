@@ -135,6 +135,10 @@ class TaskHolder:
         """The parameters of all tasks here, each with its kind: ``create_recast_optimizer`` has groups for some of them."""
         return ()
 
+    def merged_into(self) -> Iterable[tuple[nn.Module, str]]:
+        """The pretrained parameters that merging tasks changes here, each as its module and its name in it."""
+        return ()
+
     def refusal_to_unload(self, adapter_name: str) -> str | None:
         """What a task has here that acts beside merged weights, and that a model without tasks has no place for."""
         return None

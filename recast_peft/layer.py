@@ -108,6 +108,9 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
     def bank_of(self, adapter_name: str) -> TemplateBank | None:
         return self.recast_bank.get(adapter_name)
 
+    def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
+        yield self.get_base_layer(), self.weight_name
+
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from (("coefficients", parameter) for parameter in self.recast_coefficients.parameters())
         yield from (("partners", parameter) for parameter in self.recast_masks.parameters())

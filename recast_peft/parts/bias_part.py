@@ -70,6 +70,10 @@ class TaskBiases(TaskPartners):
         module = self._coefficient(adapter_name) if self.has_task(adapter_name) else None
         return module.shared[0] if isinstance(module, BiasMix) else None
 
+    def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
+        scales = any(self._coefficient(name).scale_templates() is not None for name in self._adapters)
+        yield from ((self.hosts[0], name) for name in ("bias", "weight") if name == "bias" or scales)
+
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (("biases", parameter) for parameter in self.modules_to_save.parameters())
 

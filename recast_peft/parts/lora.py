@@ -78,6 +78,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     _trainable: list[nn.Parameter] = []  # before they were switched off
     _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
     active_adapters: list[str]
+    lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
     _disable_adapters: bool
 
@@ -129,6 +130,10 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             if has_part
             else None
         )
+
+    def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
+        plain = super().get_base_layer()  # type: ignore[misc]
+        yield from ((plain, name) for name in ("weight", "bias") if name == "weight" or any(self.lora_bias.values()))
 
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (("lora", parameter) for parameter in self.own_parameters())

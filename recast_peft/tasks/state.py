@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import Entry, entries_of, plain_modules, unwrapped, unwrapped_module
-from ..layer import recast_layers
+from ..holders import Entry, entries_of, holders, plain_modules, unwrapped, unwrapped_module
 from ..names import MODEL_PREFIX, plain_name, without_wrappers
 from ..parts import PARTS
-from ..parts.lora_strength import part_layers
+from ..parts.base_biases import biased_modules
 from ..placement.sharded import is_plain, is_sharded, whole
 
 
@@ -76,10 +76,10 @@ def _within(key: str) -> str:
     return without_wrappers(key).removeprefix(f"module.{MODEL_PREFIX}").removeprefix(MODEL_PREFIX)
 
 
-def check_base_weights(tuner: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Look at the weights below tasks in a state dict that is about to be loaded into a whole model.
+def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
 
-    One that was made while tasks were merged holds the merged weights in the place of the pretrained ones.
+    One that was made while tasks were merged holds the merged ones in the place of the pretrained ones.
 
     Args:
         tuner: the ``RecastModel``.
@@ -87,21 +87,27 @@ def check_base_weights(tuner: nn.Module, state_dict: Mapping[str, Tensor], prefi
         prefix: of the tuner's keys in it.
 
     Raises:
-        RecastConfigError: if tasks are merged in the model, and what is loaded is another weight than what lies there.
+        RecastConfigError: if tasks are merged in the model, and what is loaded is another weight or bias than lies there.
     """
     if not any(".base_layer." in key for key in state_dict):
         return
     paths = {id(module): path for path, module in tuner.named_modules()}
-    layers = [*recast_layers(tuner).values(), *part_layers(tuner)]
-    differ = []
-    for layer in layers:
-        base, name = layer.get_base_layer(), getattr(layer, "weight_name", "weight")
-        own, given = base._parameters.get(name), state_dict.get(f"{prefix}{paths[id(base)]}.{name}")
+    names = {id(unwrapped_module(module)): name for name, module in plain_modules(tuner.model).items()}
+    written = {holder: list(holder.merged_into()) for holder in holders(tuner)}
+    is_merged = any(holder.merged for holder, parameters in written.items() if parameters)
+    chosen = {"none"} if is_merged else {getattr(config, "bias", "none") for config in tuner.peft_config.values()}
+    trained = {id(module) for bias in chosen for _, module in biased_modules(tuner.model, bias)}  # they may well be others
+    differ: dict[str, None] = {}
+    for module, name in dict.fromkeys(chain.from_iterable(written.values())):
+        if name == "bias" and id(module) in trained:
+            continue
+        own, given = module._parameters.get(name), state_dict.get(f"{prefix}{paths.get(id(module))}.{name}")
         is_known = own is not None and given is not None and own.shape == given.shape and is_plain(own) and not own.is_meta
         if is_known and not torch.equal(given.to(own), own):  # type: ignore[union-attr, arg-type]
-            differ.append(layer.module_name)
-    what = f"the state dict has other weights than the model at {len(differ)} modules with tasks ({', '.join(differ[:2])}, ...)"
-    if differ and any(layer.merged for layer in layers):
+            differ[names.get(id(module), name)] = None
+    found = ", ".join(list(differ)[:2])
+    what = f"the state dict has other weights or biases than the model at {len(differ)} modules with tasks ({found}, ...)"
+    if differ and is_merged:
         raise RecastConfigError(f"{what}, where tasks are merged: call unmerge_adapter(), load, and merge again")
     if differ:
         warnings.warn(

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from recast_peft import RecastConfig, RecastConfigError, RecastLayer, RecastLoadError, RecastTargetError, get_recast_model
+from recast_peft import (
+    BiasConfig,
+    RecastConfig,
+    RecastConfigError,
+    RecastLayer,
+    RecastLoadError,
+    RecastTargetError,
+    get_recast_model,
+    grow_bias_bank,
+)
 
 PARTS = {
     "coefficients": {},
@@ -36,6 +46,22 @@ def learned(model: PeftModel, seed: int = 3) -> PeftModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model.eval()
+
+
+def biased(plain: nn.Module) -> nn.Module:
+    """The model with biases of norms that are not zero."""
+    for module in plain.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.bias.data += 0.5
+    return plain
+
+
+def only_biases_learned(model: PeftModel) -> PeftModel:
+    """Where a LoRA's factors say nothing, its bias does."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name and not name.endswith("lora_B.default.weight"):
+            parameter.data += 0.1
     return model.eval()
 
 
@@ -241,8 +267,44 @@ class TestAStateDictOfTheWholeModel:
     def test_that_holds_merged_weights_is_warned_of_where_nothing_is_merged(self, model: PeftModel) -> None:
         other = learned(get_recast_model(tiny_vit(), self.CONFIG))
         other.merge_adapter()
-        with pytest.warns(UserWarning, match=r"at 8 modules with tasks .* merged, which then count twice"):
+        with pytest.warns(UserWarning, match=r"at 16 modules with tasks .* merged, which then count twice"):
             model.load_state_dict(other.state_dict())
+
+    BIASES = {"train_coefficients": False, "partners": ["bias"], "target_modules": ["qkv"]}
+    BIASES_ALONE = {
+        "a bias": (BIASES, 16),
+        "a bias of no target": ({**BIASES, "partners": [BiasConfig(target_modules=["norm"])]}, 4),
+        "the bias of a LoRA": ({**BIASES, "partners": None, "lora_config": {"r": 2, "lora_bias": True}}, 4),
+    }
+
+    @pytest.mark.parametrize(("config", "count"), BIASES_ALONE.values(), ids=BIASES_ALONE)
+    def test_that_differs_in_biases_alone_is_no_other(self, config: dict[str, Any], count: int) -> None:
+        model, other = (only_biases_learned(get_recast_model(biased(tiny_vit()), RecastConfig(**config))) for _ in range(2))
+        live = copy.deepcopy(model.state_dict())
+        other.merge_adapter()
+        with pytest.warns(UserWarning, match=rf"at {count} modules with tasks .* merged, which then count twice"):
+            model.load_state_dict(other.state_dict())
+        with pytest.raises(RecastConfigError, match=rf"at {count} modules .* where tasks are merged"):
+            other.load_state_dict(live)
+
+    def test_that_differs_in_scales_of_norms_alone_is_no_other(self) -> None:
+        plain = tiny_vit()
+        moved = {n: 1.5 * p.detach() if n.endswith("norm.weight") else p.detach() for n, p in plain.named_parameters()}
+        bank = grow_bias_bank(plain, [moved], scales=True)
+        config = RecastConfig(target_modules=["qkv"], train_coefficients=False, partners=[BiasConfig(bank=bank)])
+        model, other = (learned(get_recast_model(tiny_vit(), config)) for _ in range(2))
+        other.merge_adapter()
+        with pytest.warns(UserWarning, match=r"at 4 modules with tasks"):
+            model.load_state_dict(other.state_dict())
+
+    def test_with_biases_that_a_task_trains_itself_is_loaded_without_a_word(self) -> None:
+        config = RecastConfig(target_modules=["qkv"], bias="all", partners=["bias"])
+        model = get_recast_model(tiny_vit(), config)
+        other = learned(copy.deepcopy(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.load_state_dict(other.state_dict())
+        assert torch.equal(outputs(model.eval(), vit_input()), outputs(other, vit_input()))
 
     def test_that_holds_pretrained_weights_is_refused_where_tasks_are_merged(self, model: PeftModel) -> None:
         live = copy.deepcopy(model.state_dict())
