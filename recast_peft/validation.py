@@ -66,6 +66,28 @@ def is_matrix(value: Any, rows: int, columns: int) -> bool:
     return all(isinstance(row, list) and len(row) == columns and all(map(is_number, row)) for row in value)
 
 
+def checked_names(argument: str, given: Any, once: bool = False) -> list[str]:
+    """The names of tasks that a verb was given: one, or several in a list.
+
+    Args:
+        argument: name of the verb's argument.
+        given: its value.
+        once: whether what is named twice would act twice.
+
+    Raises:
+        RecastConfigError: naming the argument and its value.
+    """
+    is_one = isinstance(given, (str, bytes)) or not isinstance(given, Iterable)
+    found = [given] if is_one else list(given)
+    wrong = [name for name in found if not isinstance(name, str)]
+    if wrong:
+        where = "" if is_one else f" in {shown(found)}"
+        raise RecastConfigError(f"{argument}: expected the name of a task, or a list of names, got {shown(wrong[0])}{where}")
+    if once and len(set(found)) < len(found):
+        raise RecastConfigError(f"{argument}={shown(found)}: a task is named twice, and would act twice: name each once")
+    return found
+
+
 def checked_count(name: str, value: Any, most: int | None = None) -> int:
     """A whole number of at least 1.
 

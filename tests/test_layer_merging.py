@@ -71,6 +71,15 @@ class TestMerging:
         model.merge_adapter()
         assert torch.equal(outputs(model, vit_input()), once)
 
+    def test_at_once_a_task_that_is_named_twice_counts_once(self) -> None:
+        model = converted()
+        randomise(model)
+        layer = next(iter(layers_of(model).values()))
+        expected = layer.weight.detach()
+        layer.merge(adapter_names=["default", "default"])
+        assert torch.equal(layer.base_layer.weight, expected)
+        assert layer.merged_adapters == ["default"]
+
     def test_leaves_the_neighbours_their_templates(self) -> None:
         model = converted(depth=2)
         randomise(model)

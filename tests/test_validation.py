@@ -22,6 +22,7 @@ from recast_peft.validation import (
     LONGEST_NAME,
     Unexpected,
     checked_count,
+    checked_names,
     flag,
     indices,
     names,
@@ -103,6 +104,22 @@ def test_a_count_is_refused_by_name() -> None:
     for value, message in ((0, "at least 1"), (True, "at least 1"), (9, "from 1 to 8")):
         with pytest.raises(RecastConfigError, match=f"steps={value}.*{message}"):
             checked_count("steps", value, 8 if value == 9 else None)
+
+
+class TestNamesOfTasks:
+    @pytest.mark.parametrize("given", ["a", ["a"], ("a",), {"a": 1}, iter(["a"])])
+    def test_are_a_list_however_they_were_given(self, given: Any) -> None:
+        assert checked_names("adapter_names", given) == ["a"]
+
+    @pytest.mark.parametrize("given", [None, 1, b"a", ["a", 1], [None], [b"a"]])
+    def test_are_texts(self, given: Any) -> None:
+        with pytest.raises(RecastConfigError, match="adapter_names: expected the name of a task, or a list of names, got"):
+            checked_names("adapter_names", given)
+
+    def test_that_would_act_twice_are_named_once(self) -> None:
+        assert checked_names("adapter_names", ["a", "b", "a"]) == ["a", "b", "a"]
+        with pytest.raises(RecastConfigError, match="a task is named twice"):
+            checked_names("adapter_names", ["a", "b", "a"], once=True)
 
 
 def test_messages_stay_short_and_safe() -> None:

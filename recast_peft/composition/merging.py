@@ -126,7 +126,7 @@ def rescaled(layer: Any) -> None:
 def merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
     """See ``RecastLayer.merge``."""
     adapter_names = check_adapters_to_merge(layer, adapter_names)
-    new = layer.present(adapter_names)
+    new = list(dict.fromkeys(layer.present(adapter_names)))  # PEFT's check leaves what is named twice
     if not new:
         return
     merged = [*layer.merged_adapters, *new]

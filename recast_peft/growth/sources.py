@@ -18,7 +18,7 @@ from ..banks.files import StoredBank
 from ..errors import RecastBankError, RecastConfigError, RecastError
 from ..layer import RecastLayer
 from ..planning.candidates import Candidate
-from ..validation import checked_count
+from ..validation import checked_count, checked_names
 
 Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
 CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
@@ -168,7 +168,7 @@ def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options
 
 
 def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
-    names = [names] if isinstance(names, str) else list(names)
+    names = checked_names("adapter", names)
     unknown = [name for name in names if name not in model.peft_config]
     if unknown:
         raise RecastBankError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(model.peft_config)}")

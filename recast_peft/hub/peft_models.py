@@ -26,10 +26,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import trained_kinds
+from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
-from ..validation import shown
+from ..validation import checked_names, shown
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
 from .task_files import has_task_numbers
@@ -83,10 +84,12 @@ class TaskModel:
             save_embedding_layers = False  # PEFT would ask the Hub for a vocabulary that the model does not have
         if isinstance(selected_adapters, str):
             raise TypeError(f"selected_adapters should be a list of names, got {selected_adapters!r}.")
-        names = task_names(self) if selected_adapters is None else list(selected_adapters)  # type: ignore[arg-type]
+        given = task_names(self) if selected_adapters is None else selected_adapters  # type: ignore[arg-type]
+        names = list(dict.fromkeys(checked_names("selected_adapters", given)))
         if not names:
             raise RecastConfigError("the model has no task to save: add one with add_adapter(name, config) or load_adapter")
-        if not is_main_process or os.path.isfile(save_directory):  # PEFT says that the latter is no folder
+        is_unknown = not set(names) <= set(self.peft_config)  # type: ignore[attr-defined]
+        if not is_main_process or os.path.isfile(save_directory) or is_unknown:  # PEFT says what is wrong with the latter two
             super().save_pretrained(  # type: ignore[misc]
                 save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
             )
@@ -145,6 +148,8 @@ class TaskModel:
                 f"add_adapter({shown(adapter_name)}, {shown(config)}): expected a name and a RecastConfig; a saved task is "
                 "loaded by load_adapter(folder, name)"
             )
+        if isinstance(config, RecastConfig):
+            check_adapter_name(adapter_name)
         is_first = not self.peft_config  # type: ignore[attr-defined]
         with any_name():
             super().add_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]

@@ -18,7 +18,7 @@ from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.cards import CARD_NAME
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
-from ..validation import check_is_peft_model
+from ..validation import check_is_peft_model, checked_names
 from .cards import write_repository_card
 from .task_files import read_task_config, task_sizes, tasks_inside
 
@@ -58,7 +58,7 @@ def push_task_to_hub(
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
     """
     check_is_peft_model(model)
-    names = [adapter_name] if adapter_name is not None else list(model.active_adapters)
+    names = list(model.active_adapters) if adapter_name is None else checked_names("adapter_name", adapter_name)
     if len(names) != 1:
         raise RecastConfigError(f"the model's active tasks are {names}: name the one to push with adapter_name")
     return push_tasks_to_hub(model, repo_id, names, results={names[0]: results} if results else None, **options)
@@ -104,7 +104,8 @@ def push_tasks_to_hub(
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
     """
     check_is_peft_model(model)
-    names = task_names(model) if adapter_names is None else list(adapter_names)
+    given = task_names(model) if adapter_names is None else checked_names("adapter_names", adapter_names)
+    names = list(dict.fromkeys(given))
     results = results or {}
     commit = {
         "private": private,

@@ -28,7 +28,7 @@ from ..names import BANK_CONTAINER, PREFIX, plain_name
 from ..storage.json_reader import parse_json
 from ..storage.pairs import TRIES, companion_of, staged_pairs
 from ..storage.tensors import FLOATING, TensorFile, checksum, read_tensors, write_tensors
-from ..tasks.banks import stored_bank_of
+from ..tasks.banks import stored_bank
 
 REST_WEIGHTS = "recast_backbone.safetensors"
 BANK = "recast_bank_checksum"  # the entry of its metadata that says which bank it belongs to
@@ -46,7 +46,7 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
         the stored bank, under the folder's name.
 
     Raises:
-        RecastConfigError: if the model is not converted.
+        RecastConfigError: if the model is not converted, or has no such task.
         RecastBankError: if no bank is compressed, a bank was grown, or a task is merged.
     """
     layers = recast_layers(model)
@@ -61,7 +61,7 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
             f"the bank of {grown[0]} adds to the pretrained weights, so the model has no compressed form: save the bank "
             "with model.save_bank(folder) and the tasks with model.save_pretrained(folder)"
         )
-    bank = stored_bank_of(model, adapter_name or model.active_adapter)
+    bank = stored_bank(model.base_model, adapter_name, "weights")
     replaced = {
         f"{layer.module_name}.{layer.weight_name}" for layer in layers.values() if layer.is_compressed and not layer.is_released
     }

@@ -203,16 +203,19 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
     active = next((m.active_adapters[0] for m in wrappers if m.active_adapters), None)
-    name = adapter_name or active or ""
+    name: Any = active if adapter_name is None else adapter_name
     found = [
         last
         for m in wrappers
-        if name in m.modules_to_save and (last := _last_linear(m.modules_to_save[name])) is not None and last.bias is not None
+        if name is not None
+        and name in m.modules_to_save
+        and (last := _last_linear(m.modules_to_save[name])) is not None
+        and last.bias is not None
     ]
     if len(found) != 1:
         raise RecastTargetError(
-            f"{f'task {name!r}' if name else 'the active task'} owns {len(found)} linear classifiers with biases; one is "
-            "expected: make the task with RecastConfig(num_classes=...)"
+            f"{'the active task' if name is None else f'task {name!r}'} owns {len(found)} linear classifiers with biases; one "
+            "is expected: make the task with RecastConfig(num_classes=...)"
         )
     if any(m.disable_adapters or name not in m.active_adapters for m in wrappers):
         raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")

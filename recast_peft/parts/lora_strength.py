@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
@@ -57,10 +57,25 @@ class PartStrength:
 
     merged: bool
     merged_adapters: list[str]
+    module_name: str
     merge: Any
+    _get_available_adapters: Any
     history: CallHistory
     scaling: dict[str, float]
     unmerge: Any
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a task's part adds to the weight; PEFT's own verbs ask with the key of a task.
+
+        Raises:
+            RecastConfigError: if the task has no part here.
+        """
+        known = self._get_available_adapters()
+        key = adapter if adapter in known else container_key(str(adapter))
+        if key not in known:
+            have = ", ".join(sorted(map(task_of_key, known))) or "none"
+            raise RecastConfigError(f"task {adapter!r} has no LoRA part at {self.module_name}; those that have: {have}")
+        return super().get_delta_weight(key)  # type: ignore[misc]
 
     def set_scale(self, adapter: str, scale: float) -> None:
         super().set_scale(container_key(adapter), scale)  # type: ignore[misc]

@@ -30,7 +30,8 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
             no example.
     """
     heads = task_heads(model)
-    name = adapter_name or (heads[0].active_adapters[0] if heads and heads[0].active_adapters else None)
+    active = heads[0].active_adapters[:1] if heads else []
+    name = next(iter(active), None) if adapter_name is None else adapter_name
     head = heads[0].modules_to_save[name] if heads and name is not None and name in heads[0].modules_to_save else None
     if not isinstance(head, PrototypeHead):
         task = "the active task" if name is None else f"task {name!r}"

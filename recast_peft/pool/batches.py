@@ -39,7 +39,7 @@ def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, b
         keys = tuple(numbers.tolist())
         rows = table.rows_of(keys)
         heads = {key: table._heads[row].call() for key, row in zip(keys, rows, strict=True) if row in table._heads}
-        where = torch.tensor(rows, device=table.table.device)
+        where = torch.tensor(rows, dtype=torch.int64, device=table.table.device)
         coefficients = _gathered(table.table, where)
     return MixedBatch(
         task_ids=numbers, keys=keys, pool=HeldTasks(slot, slices, heads.get), coefficients=coefficients, beams=beams

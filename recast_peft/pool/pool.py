@@ -62,7 +62,7 @@ class TaskPool(ResidentTasks):
         if not isinstance(tuner, RecastModel):
             raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
         names = [name for name in tuner.peft_config if isinstance(tuner.peft_config[name], RecastConfig)]
-        like = like or next(iter(names), None)
+        like = next(iter(names), None) if like is None else like
         if like not in names:
             raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names) or '(none)'}")
         self.model = model

@@ -17,6 +17,7 @@ from ..names import check_adapter_name
 from ..parts.head_building import PreparedHead
 from ..storage.versions import keeping_version
 from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
+from ..validation import checked_names
 from .files import PackedTasks, read_pool, write_pool
 from .heads import HeadKinds, StoredHead, bytes_of
 from .layout import PoolLayout
@@ -209,7 +210,8 @@ class ResidentTasks(TaskTable):
                 "gradients of its table and classifiers, and each process would train other numbers: train a pool in one "
                 "process, or the tasks one by one as adapters"
             )
-        rows = list(self._heads) if names is None else [self.row(name) for name in names]
+        given = () if names is None else dict.fromkeys(checked_names("names", names))
+        rows = list(self._heads) if names is None else [self.row(name) for name in given]
         heads = [parameter for row in rows if (head := self.head(row)) is not None for parameter in head.parameters()]
         return [self.table, *heads]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..banks.template_bank import follow_device
 from ..composition.mixed_batch import NO_TASK
 from ..errors import RecastConfigError
+from ..validation import shown
 from .heads import StoredHead
 from .routing import TaskFeatures
 
@@ -102,8 +103,8 @@ class TaskTable:
 
         A number is a task's own: after the task has been removed it is refused.
         """
-        if isinstance(names, str):
-            raise RecastConfigError(f"names={names!r}: expected a name for each sample, in a list")
+        if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+            raise RecastConfigError(f"names={shown(names)}: expected a name for each sample, in a list")
         with self.lock:
             numbers = [NO_TASK if name is None else self._ids[self.row(name)] for name in names]
         return torch.tensor(numbers, dtype=torch.int64, device=self.table.device)

@@ -53,7 +53,7 @@ def check_combination(
     Raises:
         RecastConfigError: naming the argument and its value.
     """
-    if isinstance(adapters, str) or not adapters:
+    if not isinstance(adapters, Sequence) or isinstance(adapters, (str, bytes)) or not adapters:
         raise RecastConfigError(f"adapters={adapters!r}: expected a list of at least one task")
     if len(set(adapters)) < len(adapters):
         raise RecastConfigError(f"adapters={list(adapters)!r}: a task is named twice; give it the sum of its weights once")

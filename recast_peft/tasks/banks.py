@@ -116,7 +116,7 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
         RecastBankError: if the banks follow from the pretrained weights, or there is no bank of biases.
         RecastConfigError: if there is no such task, or ``of`` is neither ``"weights"`` nor ``"biases"`` nor ``"readout"``.
     """
-    name: Any = adapter_name or next(iter(tuner.active_adapters), None)
+    name: Any = next(iter(tuner.active_adapters), None) if adapter_name is None else adapter_name
     if name not in tuner.peft_config:
         raise RecastConfigError(f"the model has no task {name!r}; its tasks: {', '.join(tuner.peft_config) or 'none'}")
     of_partners = {"biases": bias_bank_of, "readout": readout_bank_of}

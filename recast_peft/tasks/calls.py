@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -139,8 +139,7 @@ class TaskCalls:
 
     def _mixed_batch(self, adapter_names: Any, task_ids: Any, repeats: int) -> MixedBatch:
         if task_ids is None:
-            self._check_mixed_batch(adapter_names)
-            return MixedBatch(names=tuple(adapter_names), beams=repeats)
+            return MixedBatch(names=self._checked_names(adapter_names), beams=repeats)
         if adapter_names is not None:
             raise ValueError("adapter_names and task_ids were both given; give one of them")
         return self.pool_in_use(task_ids).mixed_batch_of(task_ids, repeats)
@@ -158,17 +157,21 @@ class TaskCalls:
             return latest
         return latest.pool_of(task_ids, self.task_pool)
 
-    def _check_mixed_batch(self, adapter_names: Any) -> None:
-        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+    def _checked_names(self, adapter_names: Any) -> tuple[str, ...]:
+        """The names of a batch's tasks, one for each sample."""
+        is_many = isinstance(adapter_names, Iterable) and not isinstance(adapter_names, str)
+        names = tuple(adapter_names) if is_many else (None,)
+        if not all(isinstance(name, str) for name in names):
             raise TypeError(f"adapter_names should be a list with a name for each sample, got {adapter_names!r}.")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_ADAPTER})
+        unknown = sorted(set(names) - set(self.peft_config) - {BASE_ADAPTER})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)} "
                 f"(the model has {', '.join(self.peft_config)})"
             )
+        return names
 
 
 class _Guard:

@@ -17,6 +17,7 @@ from ..holders import exchange, put_child
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import TaskModule, check_one_owner
+from ..validation import checked_names
 from . import verbs
 from .arithmetic import add_combined
 from .banks import remember_stored_bank, stored_bank
@@ -45,15 +46,14 @@ class TaskVerbs:
             inference_mode: freeze them instead of making them trainable.
 
         Raises:
-            RecastConfigError: if a task is unknown, or naming the tasks and the module.
+            RecastConfigError: if a task is unknown or named twice, or naming the tasks and the module.
         """
         if self._keeps_active:  # PEFT sets the active tasks again whenever one is added, which would unmerge them
             return
         Adding.end()
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_known(names)
+        names = self._known("adapter_name", adapter_name)
         check_one_owner(self.model, names)
-        super().set_adapter(adapter_name, inference_mode)  # type: ignore[misc]
+        super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)  # type: ignore[misc]
         verbs.activate(self.model, names, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -66,8 +66,7 @@ class TaskVerbs:
         Raises:
             RecastConfigError: if a task is unknown.
         """
-        self._check_known([adapter_names] if isinstance(adapter_names, str) else adapter_names)
-        super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
+        super().set_requires_grad(self._known("adapter_names", adapter_names, once=False), requires_grad)  # type: ignore[misc]
 
     @waits_for_calls
     def delete_adapter(self, adapter_name: str) -> None:
@@ -98,16 +97,17 @@ class TaskVerbs:
         """Merge tasks, with all of their parts; what fails leaves nothing merged that was not merged before.
 
         Args:
-            adapter_names: the tasks; None means the active ones. Until they are unmerged, the model computes what it would
-                compute with these tasks active, classifier and norms included.
+            adapter_names: the tasks; None means the active ones, an empty list does nothing. Until they are unmerged, the model
+                computes what it would compute with these tasks active, classifier and norms included.
             safe_merge: refuse weights and biases that are not finite.
 
         Raises:
-            RecastConfigError: if a task is unknown, or several own the same module.
+            RecastConfigError: if a task is unknown or named twice, or several own the same module.
             RecastBankError: if a task has a part that no weight can hold; nothing is changed then.
         """
         self._check_merge_allowed()
-        verbs.merge(self.model, self._tasks_to_merge(adapter_names), safe_merge, adapter_names)
+        names = self._tasks_to_merge(adapter_names)
+        verbs.merge(self.model, names, safe_merge, None if adapter_names is None else names)
 
     @waits_for_calls
     def unmerge_adapter(self) -> None:
@@ -117,16 +117,19 @@ class TaskVerbs:
     def _tasks_to_merge(self, adapter_names: list[str] | None, unload: bool = False) -> list[str]:
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # PEFT's words
-        names = verbs.tasks_in_force(self.model, self.active_adapters) if adapter_names is None else list(adapter_names)
-        self._check_known(names)
+        given = verbs.tasks_in_force(self.model, self.active_adapters) if adapter_names is None else adapter_names
+        names = self._known("adapter_names", given)
         check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
         verbs.check_mergeable(self.model, names, unload)
         return names
 
-    def _check_known(self, adapter_names: Sequence[str]) -> None:
-        unknown = [name for name in adapter_names if name not in self.peft_config]
+    def _known(self, argument: str, given: Any, once: bool = True) -> list[str]:
+        """The names of tasks that a verb was given; refuses others than the model's."""
+        names = checked_names(argument, given, once)
+        unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config) or 'none'}")
+        return names
 
     @contextmanager
     def disable_part(self, part: str) -> Iterator[None]:
@@ -156,6 +159,7 @@ class TaskVerbs:
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         names = self._tasks_to_merge(adapter_names, unload=True) if merge else None
+        adapter_names = None if adapter_names is None else names
         with verbs.taken_apart(self, names, safe_merge):
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
         self.remove_guards()

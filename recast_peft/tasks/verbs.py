@@ -106,6 +106,8 @@ def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, othe
     ``others`` are the adapters that layers of other methods merge; None means their active ones.
     """
     before = merged_tasks(model)
+    if others is not None and not others:
+        return  # as with PEFT's own methods, an empty list merges nothing
     if before and not set(adapter_names) - set(before):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)  # as PEFT's own methods say
     wanted = [*before, *(name for name in adapter_names if name not in before)]

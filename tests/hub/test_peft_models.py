@@ -143,6 +143,29 @@ def test_tasks_do_not_take_each_others_folder_where_names_differ_in_case_alone(
     assert not [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
 
 
+class TestNames:
+    @pytest.mark.parametrize("names", [["cars", 1], [None], 1])
+    def test_that_are_no_texts_are_not_saved(self, names: Any, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit(), CONFIG, "cars")
+        with pytest.raises(RecastConfigError, match="selected_adapters: expected the name of a task, or a list of names, got"):
+            model.save_pretrained(tmp_path / "new", selected_adapters=names)
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("name", ["", "typo"])
+    def test_that_no_task_has_are_refused_as_in_peft(self, name: str, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit(), CONFIG, "cars")
+        with pytest.raises(ValueError, match=r"invalid `selected_adapters` .* are \['cars'\]"):
+            model.save_pretrained(tmp_path / "new", selected_adapters=[name])
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("name", [None, 1, b"a"])
+    def test_of_new_tasks_are_texts(self, name: Any) -> None:
+        model = get_recast_model(tiny_vit(), CONFIG, "cars")
+        with pytest.raises(RecastConfigError, match="adapter_name=.* expected a name"):
+            model.add_adapter(name, CONFIG)
+        assert [*model.peft_config] == ["cars"]
+
+
 class TestAModelWhoseTasksWereAllDeleted:
     @pytest.fixture
     def model(self) -> PeftModel:

@@ -23,6 +23,12 @@ from recast_peft.banks.files import BANK_WEIGHTS
 
 
 class TestCompressedModel:
+    @pytest.mark.parametrize("name", ["typo", ""])
+    def test_of_an_unknown_task_is_not_stored(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(RecastConfigError, match=f"the model has no task '{name}'; its tasks: default"):
+            save_compressed_model(fitted(), tmp_path / "model", name)
+        assert not (tmp_path / "model").exists()
+
     @pytest.mark.parametrize("keep", [False, True])
     def test_is_stored_without_the_released_weights(self, tmp_path: Path, keep: bool) -> None:
         model = get_recast_model(tiny_vit(), RecastConfig(**FIELDS, keep_base_weights=keep)).eval()

@@ -61,10 +61,15 @@ class TestATaskForEachSample:
             outputs(model, vit_input(), adapter_names=["cars", "planes"])
         assert torch.equal(outputs(model, vit_input()), live)
 
-    @pytest.mark.parametrize("names", ["cars", ["cars", 1]])
+    @pytest.mark.parametrize("names", ["cars", ["cars", 1], 1])
     def test_is_given_as_a_list_of_names(self, names: Any) -> None:
         with pytest.raises(TypeError, match="adapter_names"):
             outputs(with_tasks(), vit_input(), adapter_names=names)
+
+    def test_may_come_one_by_one(self) -> None:
+        model, names = with_tasks(), ["cars", "birds"]
+        expected = outputs(model, vit_input(), adapter_names=names)
+        assert torch.equal(outputs(model, vit_input(), adapter_names=iter(names)), expected)
 
     def test_of_another_number_than_samples_is_refused(self) -> None:
         with pytest.raises(ValueError, match="adapter_names"):

@@ -244,6 +244,10 @@ class TestRefusals:
             with pytest.raises(RecastTargetError, match="owns 0 linear classifiers"):
                 fit_discriminant_head(model, [(x, labels)])
 
+    def test_a_name_that_is_empty_is_not_the_active_task(self):
+        with pytest.raises(RecastTargetError, match="task '' owns 0 linear classifiers"):
+            linear_head(task(), "")
+
     def test_a_classifier_without_biases(self):
         model = task()
         model.get_base_model().head.modules_to_save["default"].bias = None

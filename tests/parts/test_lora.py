@@ -47,6 +47,14 @@ class TestComputation:
         with pytest.raises(RecastConfigError, match="unmerge_adapter"), model.disable_part("lora"):
             pass
 
+    @pytest.mark.parametrize("name", ["task", "v1.2"])
+    def test_a_layer_knows_what_a_task_adds_by_its_name(self, name):
+        layer = part_layers(two_parts(name, target_modules=["fc1"]))[0]
+        (a,), (b,) = layer.lora_A.values(), layer.lora_B.values()
+        close(layer.get_delta_weight(name), 3 * b.weight @ a.weight)
+        with pytest.raises(RecastConfigError, match=rf"'typo' has no LoRA part at blocks.0.mlp.fc1; those that have: {name}"):
+            layer.get_delta_weight("typo")
+
     def test_a_part_that_is_not_there_cannot_be_switched_off(self):
         model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]))
         with pytest.raises(RecastConfigError, match="no LoRA part"), model.disable_part("lora"):

@@ -14,6 +14,10 @@ from recast_peft.composition import mixed_batch
 
 
 class TestMixedBatch:
+    def test_of_no_sample_is_a_batch(self, images):
+        model, pool = model_with_pool(2)
+        assert len(model(images[:0], task_ids=pool.ids([]))) == len(model(images[:0], task_ids=[])) == 0
+
     def test_nothing_is_left_of_batches_whose_threads_overlapped(self, images):
         _, pool = model_with_pool(2)
         inside, leave = threading.Event(), threading.Event()

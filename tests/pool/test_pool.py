@@ -303,6 +303,8 @@ class TestSavingTheModel:
         model.add_adapter("other", RecastConfig(target_modules=["fc2"]))
         with pytest.raises(RecastConfigError, match="slot='task_pool'.*another name"):
             TaskPool(model, like="other")
+        with pytest.raises(RecastConfigError, match="like='': the model has the tasks"):
+            TaskPool(model, like="")
         second = TaskPool(model, like="other", slot="second")
         second.add("b", random_state(second, 2))
         model.save_pretrained(tmp_path)

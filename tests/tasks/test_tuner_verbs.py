@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,9 +111,50 @@ class TestNamesThatNoTaskHas:
         model.set_requires_grad("b")
         assert trained(model) == {"a", "b"}
 
-    def test_have_no_bank(self, model: PeftModel, tmp_path: Path) -> None:
-        with pytest.raises(RecastConfigError, match="no task 'typo'; its tasks: a, b, c"):
-            model.save_bank(tmp_path, "typo")
+    @pytest.mark.parametrize("name", ["typo", ""])
+    def test_have_no_bank(self, model: PeftModel, name: str, tmp_path: Path) -> None:
+        with pytest.raises(RecastConfigError, match=f"no task '{name}'; its tasks: a, b, c"):
+            model.save_bank(tmp_path, name)
+
+    @pytest.mark.parametrize("given", [None, 1, ["a", 1], [None], b"a"])
+    @pytest.mark.parametrize("verb", ["set_adapter", "set_requires_grad", "merge_adapter", "merge_and_unload"])
+    def test_are_refused_if_they_are_no_texts(self, model: PeftModel, verb: str, given: Any) -> None:
+        if given is None and verb.startswith("merge"):
+            pytest.skip("the active tasks")
+        before = outputs(model, vit_input())
+        with pytest.raises(RecastConfigError, match="expected the name of a task, or a list of names, got"):
+            getattr(model.base_model, verb)(**{"adapter_name" if verb == "set_adapter" else "adapter_names": given})
+        assert torch.equal(outputs(model, vit_input()), before)
+        assert trained(model) == {"a"}
+
+
+class TestSeveralNames:
+    @pytest.mark.parametrize("verb", ["set_adapter", "merge_adapter", "merge_and_unload"])
+    def test_of_one_task_do_not_let_it_act_twice(self, model: PeftModel, verb: str) -> None:
+        before = outputs(model, vit_input())
+        with pytest.raises(RecastConfigError, match=r"\['a', 'b', 'a'\]: a task is named twice"):
+            getattr(model.base_model, verb)(**{"adapter_name" if verb == "set_adapter" else "adapter_names": ["a", "b", "a"]})
+        assert torch.equal(outputs(model, vit_input()), before)
+        assert model.active_adapters == ["a"]
+
+    @pytest.mark.parametrize("verb", ["set_adapter", "merge_adapter", "merge_and_unload"])
+    def test_may_come_one_by_one(self, model: PeftModel, verb: str) -> None:
+        model.base_model.set_adapter(["a", "b"])
+        expected = outputs(model, vit_input())
+        model.base_model.set_adapter("c")
+        one_by_one = (name for name in ("a", "b"))
+        result = getattr(model.base_model, verb)(**{"adapter_name" if verb == "set_adapter" else "adapter_names": one_by_one})
+        torch.testing.assert_close(outputs(model if result is None else result, vit_input()), expected)
+
+    def test_may_be_frozen_one_by_one(self, model: PeftModel) -> None:
+        model.set_requires_grad(name for name in ("b", "c"))
+        assert trained(model) == {"a", "b", "c"}
+
+    def test_may_be_none_to_merge(self, model: PeftModel) -> None:
+        before = outputs(model, vit_input())
+        model.merge_adapter(adapter_names=[])
+        assert torch.equal(outputs(model, vit_input()), before)
+        assert not model.base_model.model.blocks[0].attn.qkv.merged
 
 
 @pytest.mark.parametrize("partner", [None, "bias", "adaptformer", "piggyback"])

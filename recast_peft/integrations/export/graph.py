@@ -21,6 +21,7 @@ from ...parts.partner import detach_partners
 from ...parts.readout import readout_holders
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
+from ...validation import checked_names
 from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
 from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
 
@@ -174,7 +175,7 @@ def prepare(
         raise RecastConfigError(f"way={way!r}: expected one of {', '.join(WAYS)}")
     if isinstance(tasks, str) and tasks not in (INPUT, TABLE):
         raise RecastConfigError(f"tasks={tasks!r}: expected {INPUT!r}, {TABLE!r}, or a list of names")
-    given_names = None if isinstance(tasks, str) else list(tasks)
+    given_names = None if isinstance(tasks, str) else checked_names("tasks", tasks)
     source = Source(model, given_names[0] if given_names and not isinstance(model, TaskPool) else None)
     args, kwargs = as_arguments(example)
     arguments = named_arguments(source.backbone, args, kwargs)

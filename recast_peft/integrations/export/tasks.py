@@ -35,7 +35,7 @@ from ...pool.layout import PoolLayout, same_layout
 from ...pool.pool import TaskPool
 from ...storage.tensors import write_tensors
 from ...tasks.verbs import merged_tasks
-from ...validation import check_is_no_folder
+from ...validation import check_is_no_folder, checked_names
 
 COEFFICIENTS = "coefficients"
 LAYOUT = "recast_layout"  # the entry of the metadata of graphs and files that says which belong together
@@ -293,8 +293,9 @@ def export_tasks(model: PeftModel | TaskPool, path: str | Path, tasks: Sequence[
         RecastBankError: if one has what no graph can express; nothing is written.
     """
     check_is_no_folder(path, "tasks.safetensors")
-    source = Source(model, tasks[0] if tasks and not isinstance(model, TaskPool) else None)
-    names = source.names() if tasks is None else list(tasks)
+    given = None if tasks is None else checked_names("tasks", tasks)
+    source = Source(model, given[0] if given and not isinstance(model, TaskPool) else None)
+    names = source.names() if given is None else given
     if not names:
         raise RecastConfigError("there is no task to export")
     read = [source.task(name).tensors() for name in names]

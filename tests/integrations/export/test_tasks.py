@@ -175,6 +175,7 @@ class TestFiles:
         with pytest.raises(RecastConfigError, match=r"first.*\n.*second"):
             export_tasks(model, tmp_path / "tasks")
         assert export_tasks(model, tmp_path / "tasks", ["first", "fresh"]) == ["first", "fresh"]
+        assert export_tasks(model, tmp_path / "task", "first") == ["first"]  # a name, and no list of letters
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
