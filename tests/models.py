@@ -99,6 +99,22 @@ class Chain(nn.Module):
         return x
 
 
+class Repeated(nn.Module):
+    """One linear layer under two names, and one block at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again = self.first
+        block = nn.Sequential(nn.Linear(4, 4))
+        self.blocks, self.tail = nn.ModuleList([block, nn.Sequential(nn.Linear(4, 4))]), block
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.own, self.again, *self.blocks, self.tail):
+            x = torch.tanh(layer(x))
+        return x
+
+
 class WeightReader(nn.Module):
     """Never calls its projection: it reads the weight, and asks the projection for other attributes."""
 

@@ -103,11 +103,12 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: In
     kinds = ((c.name, family_of(c.module)) for c in candidates)
     layers = [name for name, kind in kinds if kind is not None and kind.rows is not None]
     if wanted is not None:
-        if isinstance(wanted, str) or not wanted or any(name not in layers for name in wanted):
+        known = {other: c.name for c in candidates for other in c.names}
+        if isinstance(wanted, str) or not wanted or any(known.get(name) not in layers for name in wanted):
             raise RecastTargetError(
                 f"readout_bank(target_modules={wanted!r}): expected a list of names of linear layers or convolutions"
             )
-        return [name for name in layers if name in wanted]
+        return [name for name in layers if name in [known[one] for one in wanted]]
     blocks = list(dict.fromkeys(block_of(name) for name in layers if block_of(name) != name))
     blocks = [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)] or layers
     count = min(MOST_MODULES, len(blocks))

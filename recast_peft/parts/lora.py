@@ -354,7 +354,8 @@ def _install(place: Place, plan: LoraPlan) -> None:
     parts.tasks = place.tuner.peft_config  # a new one, if diffusers has deleted all tasks
     parts.beside = next(iter(recast_layers(model).values()), None)
     config = copy.deepcopy(plan.config)
-    config.inference_mode, config.target_modules = place.inference_mode, None
+    # the plan has found the targets; PEFT would warn of what is left out as of what is not there
+    config.inference_mode, config.target_modules, config.exclude_modules = place.inference_mode, None, None
     # beside a packed weight a pair is what it is beside others: PEFT's layers for those write into it, or leave ours out
     modules = (unwrapped_module(present) for name, present in plain_modules(model).items() if name in plan.targets)
     config._register_custom_module({type(m): Linear for m in modules if quantised_by(m) is not None})

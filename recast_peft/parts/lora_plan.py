@@ -99,15 +99,16 @@ def _find_targets(
 ) -> list[Candidate]:
     wanted = lora.target_modules
     if wanted is None:
-        targets = [c for c in candidates if c.name in set(recast_targets)]
         # the choice of layers restricts RECAST's targets too, by the last part of the name: a whole name would pass it by
-        targets = [c for c in targets if _is_meant(lora, [c.name.rpartition(".")[2]], c.name)]
+        own = [c for c in candidates if c.name in set(recast_targets)]
+        targets = [c for c in own if any(_is_meant(lora, [name.rpartition(".")[2]], name) for name in c.names)]
     elif _is_shorthand(wanted):
         targets, _ = find_targets(model, RecastConfig(target_modules=wanted, exclude_modules=lora.exclude_modules))
     else:
-        targets = [c for c in candidates if check_target_module_exists(lora, c.name)]
         # containers match by their name too; what has no weight of its own is passed over
-        targets = [c for c in targets if c.weight_name is not None]
+        own = [c for c in candidates if c.weight_name is not None]
+        targets = [c for c in own if any(check_target_module_exists(lora, name) for name in c.names)]
+    targets = [c for c in targets if all(_is_meant(lora, [name], name) for name in c.names)]  # none is left out
     if not targets:
         raise RecastTargetError(
             f"lora_config: target_modules={wanted!r} not found in the base model, or all of them were left out "

@@ -27,7 +27,7 @@ def places_of(
             chosen = [c for c in outside if SHORTHANDS[str(wanted)](c) and c.weight_name is not None]
         chosen = [c for c in chosen if partner.refusal(c) is None]
     else:
-        chosen = [c for c in candidates if _is_named(wanted, c.name)]
+        chosen = [c for c in candidates if any(_is_named(wanted, name) for name in c.names)]
         refused = {c.name: reason for c in chosen if (reason := partner.refusal(c)) is not None}
         if refused:
             shown = "\n".join(f"  {name}: {reason}" for name, reason in list(refused.items())[:8])

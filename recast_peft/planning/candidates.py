@@ -95,10 +95,11 @@ def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[
     candidates = []
     for name, visible, path in _walk(model):
         module = visible.get_base_layer() if isinstance(visible, BaseTunerLayer) else visible
-        weight_name, reason = _named_parameter(visible, module, name, parameters) or _weight_of(visible, module)
+        names = (name, *further[name])
+        weight_name, reason = _named_parameter(visible, module, names, parameters) or _weight_of(visible, module)
         if weight_name is not None and reason is None:
             reason = _sharing(module, weight_name, owners, places[id(visible)])
-        candidates.append(Candidate(name, module, visible, weight_name, reason, path, (name, *further[name])))
+        candidates.append(Candidate(name, module, visible, weight_name, reason, path, names))
     return candidates
 
 
@@ -160,12 +161,13 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
 
 
 def _named_parameter(
-    visible: nn.Module, module: nn.Module, name: str, parameters: Collection[str]
+    visible: nn.Module, module: nn.Module, names: Collection[str], parameters: Collection[str]
 ) -> tuple[str, str | None] | None:
     """The parameter of a module that was named, and why it cannot be composed; None if none was."""
     if not parameters:
         return None
-    own = [key for key in module._parameters if any(f".{name}.{key}".endswith(f".{wanted}") for wanted in parameters)]
+    endings = tuple(f".{wanted}" for wanted in parameters)
+    own = [key for key in module._parameters if any(f".{name}.{key}".endswith(endings) for name in names)]
     if not own:
         return None
     layer = composed_layer(visible)

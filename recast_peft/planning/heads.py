@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from ..errors import RecastTargetError
-from ..holders import plain_modules, plain_place
+from ..holders import other_names, plain_modules, plain_place
 from ..names import plain_name, unwrapped
 
 _HEAD_FIRST = re.compile(
@@ -63,4 +63,6 @@ def check_head_module(model: nn.Module, name: str | None) -> None:
         RecastTargetError: naming what it has.
     """
     if name is not None and name not in plain_modules(model):
-        raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {top_level(model)}")
+        first = other_names(model).get(name)
+        what = f"no such module; top level: {top_level(model)}" if first is None else f"this module as {first!r}: name it so"
+        raise RecastTargetError(f"head_module={name!r}: the model has {what}")

@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate
 
 def _warn_of_exclusions(candidates: list[Candidate], excluded: list[str] | str | None) -> None:
     """Say so where a name in ``exclude_modules`` leaves nothing out."""
-    names = [c.name for c in candidates if c.weight_name is not None or c.reason is not None]
+    names = [name for c in candidates if c.weight_name is not None or c.reason is not None for name in c.names]
     idle = [excluded] if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names) else []
     if not isinstance(excluded, str):
         idle = [one for one in excluded or () if not any(f".{name}".endswith(f".{one}") for name in names)]
@@ -72,7 +72,7 @@ def _with_parameters(
 ) -> tuple[list[Candidate], dict[str, str]]:
     """The modules whose parameters were named, and those that ``target_modules`` names beside them."""
     wanted = config.target_parameters or []
-    names = {f"{c.name}.{key}": c for c in candidates for key in c.module._parameters}
+    names = {f"{name}.{key}": c for c in candidates for name in c.names for key in c.module._parameters}
     unknown = [name for name in wanted if not any(f".{known}".endswith(f".{name}") for known in names)]
     if unknown:
         near = sorted({hit for name in unknown for hit in difflib.get_close_matches(name, names, n=3, cutoff=0.3)})
@@ -81,7 +81,7 @@ def _with_parameters(
             f"  near: {', '.join(near) or 'none'}"
         )
     named = [c for known, c in names.items() if any(f".{known}".endswith(f".{name}") for name in wanted)]
-    chosen = {c.name for c in named if not _left_out(config, c.name) and _is_kept(config, c.name)}
+    chosen = {c.name for c in named if _is_kept(config, c)}
     if refused := {c.name: c.reason for c in named if c.name in chosen and c.reason is not None}:
         raise _cannot_be_targets(refused)
     skipped: dict[str, str] = {}
@@ -170,7 +170,7 @@ def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -
     head = next((name for name in sorted(heads) if lies_in(candidate.name, [name])), None)
     if head is not None:
         return f"it belongs to the head {head!r}"
-    if not _is_kept(config, candidate.name):
+    if not _is_kept(config, candidate):
         return "the config leaves it out (exclude_modules, layers_to_transform)"
     return candidate.reason
 
@@ -183,10 +183,14 @@ def _is_meant(config: RecastConfig, name: str) -> bool:
     return bool(check_target_module_exists(config, name))
 
 
-def _is_kept(config: RecastConfig, name: str) -> bool:
+def _is_kept(config: RecastConfig, candidate: Candidate) -> bool:
     """Whether a module that was chosen by its kind stays, for all that the config leaves out."""
+    return any(_is_in_layers(config, name) for name in candidate.names) and not _left_out(config, *candidate.names)
+
+
+def _is_in_layers(config: RecastConfig, name: str) -> bool:
     if "." not in name:
-        return config.layers_to_transform is None and not _left_out(config, name)
+        return config.layers_to_transform is None
     # the last part alone: for a whole name PEFT would not look at the layer's index
     return _is_meant(config.as_chosen(target_modules=[name.rpartition(".")[2]]), name)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import small_transformer
+from models import Repeated, small_transformer
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -260,6 +260,15 @@ class TestRefusals:
         model.unused = nn.Linear(4, 4)  # type: ignore[assignment]
         with pytest.raises(RecastTargetError, match="unused is not called"):
             readout_bank(model, pictures(4), target_modules=["unused"], progress=False)
+
+    def test_a_layer_of_a_shared_block_has_any_of_its_names(self):
+        model, x = nn.Sequential(Repeated(), nn.Identity()), torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+        found = [
+            readout_bank(model, x, target_modules=[name], head_module="1", progress=False)
+            for name in ("0.blocks.0.0", "0.tail.0")
+        ]
+        assert found[0].groups["readout"].members == ("0.blocks.0.0", "1")
+        assert found[0].fingerprint == found[1].fingerprint
 
     def test_a_classifier_that_begins_with_a_flattening(self) -> None:
         model, x = small_resnet_of_transformers(), {"pixel_values": pictures(4, 32)}

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import pytest
 from lora_parts import lora, lora_parameters
-from models import KINDS, layers_of, seeded, tiny_vit
+from models import KINDS, Repeated, layers_of, seeded, tiny_vit
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
+from recast_peft.parts.lora_strength import part_layers
 from recast_peft.planning.roles import SHORTHANDS
+
+
+class TestNamesOfSharedModules:
+    """A module of a block that stands at two places has two names."""
+
+    def targets(self, **part: object) -> list[str]:
+        config = RecastConfig(target_modules=["0", "own"], lora_config={"r": 1, **part})
+        model = get_recast_model(Repeated(), config)
+        return [layer.module_name for layer in part_layers(model)]
+
+    @pytest.mark.parametrize("wanted", [["tail.0"], ["blocks.0.0", "tail.0"], r"tail\.0"])
+    def test_all_of_them_mean_the_module(self, wanted, recwarn):
+        assert self.targets(target_modules=wanted) == ["blocks.0.0"]
+        assert not recwarn.list
+
+    @pytest.mark.parametrize("wanted", [["0", "own"], None, "all-linear"])
+    @pytest.mark.parametrize("excluded", ["tail.0", "blocks.0.0"])
+    def test_all_of_them_leave_it_out(self, wanted, excluded, recwarn):
+        more = ["again"] if wanted == "all-linear" else []
+        assert sorted(self.targets(target_modules=wanted, exclude_modules=[excluded, *more])) == ["blocks.1.0", "own"]
+        assert not recwarn.list
+
+    def test_a_layer_under_two_names_is_refused_by_both(self):
+        for name in ("first", "again"):
+            with pytest.raises(RecastTargetError, match="first cannot be a target: the module is shared by first and again"):
+                self.targets(target_modules=[name])
 
 
 @pytest.mark.filterwarnings("ignore")

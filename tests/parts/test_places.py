@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import outputs, tiny_vit, vit_input
+from models import Repeated, outputs, tiny_vit, vit_input
 from partner_cases import frozen_state, learned, same_state, tiny_cnn
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from recast_peft import (
     AdaptFormerConfig,
+    BiasConfig,
     CLRConfig,
     PiggybackConfig,
     RecastConfig,
@@ -29,6 +30,20 @@ class TestPlaces:
         config = RecastConfig(target_modules=["conv1"], partners=[CLRConfig(target_modules=r"conv\d")])
         model = get_recast_model(tiny_cnn(), config)
         assert [holder.place for holder in partner_holders(model)] == ["conv1", "conv2"]
+
+    @pytest.mark.parametrize("partner", [BiasConfig, PiggybackConfig])
+    @pytest.mark.parametrize("targets", [["tail.0"], ["blocks.0.0", "tail.0"], r"tail\.0"])
+    def test_in_a_shared_block_have_any_of_its_names(self, partner, targets):
+        config = RecastConfig(target_modules=["own"], partners=[partner(target_modules=targets)])
+        model = get_recast_model(Repeated(), config)
+        owned = [name for name, p in model.named_parameters() if p.requires_grad and "coefficients" not in name]
+        assert len(owned) == 1
+        assert "blocks/0/0" in owned[0] or "blocks.0.0" in owned[0]
+
+    def test_that_are_shared_cannot_be_masked_by_any_name(self):
+        config = RecastConfig(target_modules=["own"], partners=[PiggybackConfig(target_modules=["again"])])
+        with pytest.raises(RecastTargetError, match="first: the module is shared by first and again"):
+            get_recast_model(Repeated(), config)
 
     @pytest.mark.parametrize(
         ("partner", "message"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import pytest
-from models import tiny_vit
+from models import Repeated, tiny_vit
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
@@ -113,3 +113,5 @@ def test_a_head_is_found_by_the_models_own_word_also_inside_of_what_a_task_owns(
 def test_a_classifier_that_the_model_does_not_have_is_refused_without_classes_too() -> None:
     with pytest.raises(RecastTargetError, match="head_module='hed': the model has no such module; top level: blocks, head"):
         get_recast_model(tiny_vit(), RecastConfig(head_module="hed"))
+    with pytest.raises(RecastTargetError, match="head_module='again': the model has this module as 'first': name it so"):
+        get_recast_model(Repeated(), RecastConfig(target_modules=["own"], head_module="again"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_vit
+from models import Repeated, tiny_vit
 from torch import nn
 
 from recast_peft import RecastConfig, RecastTargetError, plan_recast
@@ -103,17 +103,6 @@ def test_what_leaves_nothing_out_is_said(excluded: list[str] | str) -> None:
         plan_recast(tiny_vit(), RecastConfig(exclude_modules=excluded))
 
 
-class Repeated(nn.Module):
-    """One linear layer under two names, and one block at two places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.own = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.again = self.first
-        block = nn.Sequential(nn.Linear(4, 4))
-        self.blocks, self.tail = nn.ModuleList([block, nn.Sequential(nn.Linear(4, 4))]), block
-
-
 @pytest.mark.parametrize("targets", [["first"], ["again"], ["again", "own"], "again|own"])
 def test_a_shared_module_is_refused_by_any_of_its_names(targets: Any) -> None:
     with pytest.raises(RecastTargetError, match="first: the module is shared by first and again"):
@@ -129,3 +118,21 @@ def test_a_module_of_a_shared_block_is_found_by_any_of_its_names(targets: Any) -
 def test_a_module_of_a_shared_block_is_left_out_by_any_of_its_names() -> None:
     plan = plan_recast(Repeated(), RecastConfig(target_modules=["0"], exclude_modules=["tail.0"]))
     assert [group.members for group in plan.groups] == [("blocks.1.0",)]
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", r".*\.0|own"])
+def test_a_module_of_a_shared_block_is_left_out_without_a_word(targets: Any, recwarn: pytest.WarningsRecorder) -> None:
+    plan = plan_recast(Repeated(), RecastConfig(target_modules=targets, exclude_modules=["tail.0", "again"]))
+    assert sorted(member for group in plan.groups for member in group.members) == ["blocks.1.0", "own"]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("wanted", ["block.experts.down", "again.experts.down"])
+def test_parameters_of_a_shared_block_are_found_by_any_of_its_names(wanted: str) -> None:
+    model = nn.Module()
+    experts = nn.Module()
+    experts.down = nn.Parameter(torch.randn(2, 3, 4))
+    model.block = nn.ModuleDict({"experts": experts})
+    model.again = model.block
+    plan = plan_recast(model, RecastConfig(target_parameters=[wanted]))
+    assert [group.members for group in plan.groups] == [("block.experts",)]
