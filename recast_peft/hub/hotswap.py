@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import unwrapped
 from ..layer import recast_layers
+from ..options.partner import PARTNERS
 from ..parts.head import task_heads
 from ..tasks.conversion import check_fingerprints
 from ..tasks.files import check_not_merged, load_into, read_entries
@@ -18,7 +20,7 @@ from ..tasks.preparation import under_names_of
 from ..tasks.state import backbone_of
 
 # what two tasks have to have in common
-_ALIKE = ("groups", "recipes", "bank", "num_coefficient_sets", "coefficient_sharing", "bias", "partners", "lora_config")
+_ALIKE = ("groups", "recipes", "num_coefficient_sets", "coefficient_sharing", "bias", "partners", "lora_config")
 # of a LoRA part and of partners: what decides how their numbers act
 _OF_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _NOT_OF_PARTNERS = ("target_modules", "dropout", "bank")
@@ -93,13 +95,20 @@ def take_over(backbone: nn.Module, config: RecastConfig, adapter_name: str, own:
 
 
 def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:
-    for field in _ALIKE:
-        given, expected = _plain(getattr(config, field)), _plain(getattr(own, field))
+    alike = {field: (_plain(getattr(config, field)), _plain(getattr(own, field))) for field in _ALIKE}
+    for what, given, expected in [("bank", *_banks(config, own)), *((field, *both) for field, both in alike.items())]:
         if given != expected:
             raise RecastConfigError(
-                f"the task at {path!r} cannot take the place of {adapter_name!r}: {field} differs\n  given:    {given}\n"
+                f"the task at {path!r} cannot take the place of {adapter_name!r}: {what} differs\n  given:    {given}\n"
                 f"  expected: {expected}\nLoad it under a name of its own with load_adapter."
             )
+
+
+def _banks(*configs: RecastConfig) -> Iterator[dict[str, str | None]]:
+    """Fingerprints of the banks that coefficients, biases and readouts of tasks are on, wherever these banks lie."""
+    for config in configs:
+        named = {"coefficients": config.bank_reference, **{method: config.partner_bank(method) for method in PARTNERS}}
+        yield {what: reference["fingerprint"] for what, reference in named.items() if reference is not None}
 
 
 def _plain(value: Any) -> Any:

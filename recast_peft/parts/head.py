@@ -107,9 +107,10 @@ class TaskHead(TaskModule):
 
     def relabel(self, adapter_name: str, id2label: dict[int, str] | None, problem_type: str | None) -> None:
         """Name the classes and the kind of loss of a task's head that has the numbers of another one now."""
-        labels = self._labels[adapter_name]
-        self._labels[adapter_name] = dataclasses.replace(labels, id2label=id2label, problem_type=problem_type)
-        self._write_labels()
+        labels = self._labels.get(adapter_name)
+        if labels is not None:  # one of ``modules_to_save`` has those of the model
+            self._labels[adapter_name] = dataclasses.replace(labels, id2label=id2label, problem_type=problem_type)
+            self._write_labels()
 
     def problem_type(self, adapter_name: str) -> str | None:
         """The kind of loss of a task, as it was given, found on the model, or set in the model's config since."""

@@ -99,6 +99,8 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         if enabled != self._disable_adapters:
             return
         if not enabled:
+            self.unmerge()
+            self.stands_aside = False
             self._trainable = [p for p in self.own_parameters() if p.requires_grad]
             super().enable_adapters(False)  # type: ignore[misc]
             return

@@ -237,7 +237,8 @@ class PartnerHook:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if self.before:
-            return (self.partners.adapt(x, x), *args[1:]), kwargs
+            adapted = self.partners.adapt(x, x)
+            return ((adapted, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs), ""): adapted})
         return self.partners.adapt(x, output)
 
 

@@ -17,6 +17,7 @@ from ..parts.bias_part import bias_holders
 from ..parts.head import TaskHead, task_head, task_heads
 from ..parts.lora_strength import PartStrength
 from ..parts.readout import readout_holders
+from ..tasks.verbs import merged_tasks
 from .heads import StoredHead
 from .layout import PoolLayout
 
@@ -98,13 +99,14 @@ class Slot:
 
     @contextmanager
     def kept_aside(self) -> Iterator[tuple[str | None, bool]]:
-        """A block that may activate tasks; an ordinary adapter that was active before comes back at its end.
+        """A block that may activate tasks; ordinary adapters that were active or merged before come back at its end.
 
         The block gets the pool's task that was active, and whether it was merged, to activate it again by itself.
         """
         merged = any(layer.merged for layer in self.layout.layers.values())
         ordinary = None if self.is_active() else (list(self.model.active_adapters), self.model.active_adapter)
         trainable = [(p, p.requires_grad) for p in self.model.parameters()] if ordinary is not None else []
+        merged_before = [] if ordinary is None else merged_tasks(self.tuner.model)  # they need not be the active ones
         try:
             yield self.active, merged
         finally:
@@ -113,6 +115,8 @@ class Slot:
                 self.model.active_adapter = ordinary[1]
                 for parameter, requires_grad in trainable:
                     parameter.requires_grad_(requires_grad)
+                if merged_before:
+                    self.tuner.merge_adapter(adapter_names=merged_before)
 
     def make_place_for(self, head_name: str) -> None:
         """Let the model have a classifier for each task in this place."""

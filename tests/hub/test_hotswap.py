@@ -7,18 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from models import converted, layers_of, randomise, vit_input
+from grown_biases import config as biases
+from grown_biases import source
+from models import converted, layers_of, randomise, tiny_vit, vit_input
+from peft import PeftModel
 from peft.utils import hotswap as peft_hotswap
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recast_peft import (
+    ReadoutConfig,
     RecastBaseMismatchError,
     RecastConfig,
     RecastConfigError,
     RecastLoadError,
     get_recast_model,
+    grow_bias_bank,
     hotswap_adapter,
+    random_bank,
+    readout_bank,
 )
 from recast_peft.composition.fingerprint import weight_fingerprint
 
@@ -86,6 +93,61 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     with pytest.raises(RecastBaseMismatchError, match="other pretrained weights"):
         hotswap_adapter(model, good, "default")
     assert torch.equal(output(model), before)
+
+
+def on_a_bank(kind: str, folder: Path, name: str, seed: int) -> tuple[Any, RecastConfig]:
+    """The bank in a folder of its name, and the config of a task on it."""
+    folder.mkdir(exist_ok=True)
+    plain, place = tiny_vit(), str(folder / name)
+    if kind == "coefficients":
+        bank = random_bank(plain, RecastConfig(target_modules=["qkv"]), seed=seed).save(place)
+        return bank, RecastConfig(bank=place, num_classes=3)
+    if kind == "bias":
+        bank = grow_bias_bank(plain, [source(seed), source(seed + 1)]).save(place)
+        return bank, biases(place, num_classes=3)
+    data = torch.randn(20 + seed, 5, 8, generator=torch.Generator().manual_seed(seed))
+    bank = readout_bank(plain, data, progress=False).save(place)
+    return bank, RecastConfig(target_modules=["qkv"], num_classes=3, partners=[ReadoutConfig(bank=place)])
+
+
+def load_adapter(model: PeftModel, folder: str, adapter_name: str) -> None:
+    model.load_adapter(folder, adapter_name)
+
+
+@pytest.mark.parametrize("kind", ["coefficients", "bias", "readout"])
+@pytest.mark.parametrize("put_in", [hotswap_adapter, load_adapter])
+def test_only_a_task_on_the_same_bank_is_put_in_place_wherever_the_bank_lies(tmp_path: Path, kind: str, put_in: Any) -> None:
+    banks, expected = {}, {}
+    for name, seed in (("one", 1), ("copy", 1), ("other", 5)):
+        banks[name], config = on_a_bank(kind, tmp_path, name, seed)
+        task = get_recast_model(tiny_vit(), config, "task").eval()
+        with torch.no_grad():
+            for parameter in task.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        task.save_pretrained(tmp_path / f"on_{name}")
+        expected[name] = output(task)
+    assert banks["one"].fingerprint == banks["copy"].fingerprint != banks["other"].fingerprint
+    model = get_recast_model(tiny_vit(), on_a_bank(kind, tmp_path, "one", 1)[1], "task").eval()
+    for name in ("one", "copy"):
+        put_in(model, str(tmp_path / f"on_{name}" / "task"), "task")
+        torch.testing.assert_close(output(model), expected[name])
+    with pytest.raises(RecastConfigError, match=rf"(?s)bank differs.*given.*{banks['other'].fingerprint}.*expected"):
+        put_in(model, str(tmp_path / "on_other" / "task"), "task")
+    torch.testing.assert_close(output(model), expected["copy"])
+
+
+@pytest.mark.parametrize("put_in", [hotswap_adapter, load_adapter])
+def test_a_classifier_of_modules_to_save_beside_those_of_num_classes(tmp_path: Path, put_in: Any) -> None:
+    config = RecastConfig(target_modules=["qkv"], modules_to_save=["head"])
+    folder, expected = stored(tmp_path, target_modules=["qkv"], modules_to_save=["head"], num_classes=None, head_module=None)
+    model = converted("classes", num_classes=5, head_module="head")
+    model.add_adapter("whole", config)
+    model.set_adapter("whole")
+    put_in(model, folder, "whole")
+    assert torch.equal(output(model), expected)
+    model.set_adapter("classes")
+    assert output(model).shape == (2, 5)
 
 
 def test_PEFTs_own_refuses_with_a_message(tmp_path: Path) -> None:

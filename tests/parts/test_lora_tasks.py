@@ -71,6 +71,25 @@ class TestSeveralTasks:
             model.merge_adapter()
             close(outputs(model, vit_input()), results[name])
 
+    def test_a_task_acts_again_after_tasks_were_switched_off_beside_a_merged_one(self, three):
+        model, results = three
+        model.set_adapter("task")
+        model.merge_adapter(["alone"])
+        close(outputs(model, vit_input()), results["alone"])
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
+        close(outputs(model, vit_input()), results["task"])
+        mixed = outputs(model, vit_input(), adapter_names=["task", "other"])
+        close(mixed, torch.stack([results["task"][0], results["other"][1]]))
+
+    def test_both_parts_come_out_when_tasks_are_switched_off(self, three):
+        model, results = three
+        model.set_adapter("task")
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert not any(module.merged for module in (*part_layers(model), *layers_of(model).values()))
+        close(outputs(model, vit_input()), results["task"])
+
     def test_deleting_a_task_takes_both_parts(self, three):
         model, results = three
         model.delete_adapter("task")

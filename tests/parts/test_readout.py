@@ -347,3 +347,35 @@ class TestRefusals:
     def test_another_model(self, bank: StoredBank, build: Any, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             get_recast_model(build(), config(bank))
+
+
+class ByKeyword(nn.Module):
+    """Layers and a classifier that are called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(input=x))
+        return self.head(input=x)
+
+
+def test_a_classifier_that_is_called_by_keyword() -> None:
+    torch.manual_seed(0)
+    plain = ByKeyword()
+    data = torch.randn(20, 8)
+    known = readout_bank(plain, data, progress=False)
+    group = known.groups["readout"]
+    model = get_recast_model(copy.deepcopy(plain), config(known, target_modules=["0"], init_weights=True)).eval()
+    with torch.no_grad():
+        given = [data]
+        for block in plain.blocks:
+            given.append(torch.tanh(block(given[-1])))
+        read = torch.cat([*given[: len(group.members) - 1], given[-1]], dim=1)
+        assert group.grown is not None
+        features = nn.functional.pad(read @ group.grown.tensors[0].T + group.offset, (0, 8 - len(group.offset)))
+        head = model.get_base_model().head.modules_to_save["default"]
+        torch.testing.assert_close(model(data), head(features))

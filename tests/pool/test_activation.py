@@ -153,6 +153,20 @@ class TestBesideOrdinaryTasks:
         assert trained
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
 
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_the_block_puts_a_merged_task_back_that_is_not_the_active_one(self, images, merge):
+        model, pool = self.tasks()
+        model.add_adapter("second", RecastConfig(target_modules=TARGETS, num_classes=3, init_weights=False))
+        active = model(images)
+        model.merge_adapter(["second"])
+        before = model(images)
+        assert before.shape != active.shape
+        with pool.use("task0", merge=merge):
+            assert model(images).shape == active.shape
+        assert torch.equal(model(images), before)
+        model.unmerge_adapter()
+        assert torch.equal(model(images), active)
+
     def test_deactivating_gives_the_base_whatever_was_active(self, images):
         model, pool = self.tasks()
         pool.activate("task0")
