@@ -35,6 +35,7 @@ class StoredGroup:
         widths: for templates of biases the numbers in each member's bias, of a readout the features that each member reads; a
             template of ``grown`` holds those of all members side by side. None for templates of weights.
         offset: of a readout: what is added to the features that its templates read, ``(templates,)``; else None.
+        pools: of a readout: whether what members read is pooled over positions, or read at each of them; else None.
     """
 
     members: tuple[str, ...]
@@ -44,6 +45,7 @@ class StoredGroup:
     grown: GrownTemplates | None = None
     widths: tuple[int, ...] | None = None
     offset: Tensor | None = None
+    pools: bool | None = None
 
     @classmethod
     def of(cls, members: tuple[str, ...], fitted: FittedTemplates | None) -> StoredGroup:
@@ -109,6 +111,8 @@ class StoredGroup:
             described["energy"] = list(self.grown.energy)
         if self.widths is not None:
             described["widths"] = list(self.widths)
+        if self.pools is not None:
+            described["pools"] = self.pools
         return described
 
 
@@ -138,6 +142,7 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
             grown=_grown(bank, entry, tensors, what),
             widths=tuple(entry.integers("widths", 1, MOST)) if kind in ("bias", "readout") else None,
             offset=_offset(bank, tensors, what, entry.integer("templates", 0, MOST)) if kind == "readout" else None,
+            pools=entry.flag("pools") if kind == "readout" else None,
         )
     if group.num_templates != entry["templates"]:
         raise RecastLoadError(

@@ -18,7 +18,7 @@ from ..holders import plain_modules
 from ..mimicry.features import call_arguments, device_of, evaluating
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
-from ..parts.readout import fingerprints_of, given_to, mask_of, modules_around, pooled
+from ..parts.readout import fingerprints_of, fitted, given_to, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
 from .practice import Inputs, check_data, rows_of_inputs
@@ -27,7 +27,9 @@ from .sources import check_plain, check_sizes
 MOST_MODULES = 16
 MOST_EXAMPLES = 4096
 MOST_TRIED = 8  # examples on which layers are chosen; what all layers of all blocks read is held for them
+FIRST_LAYERS = 0.5  # what the first third of the layers count in the directions, beside the others
 SMALLEST_SPREAD = 1e-5  # of what is read about its mean, in units of their norm; below lies rounding
+ROUNDING = 1e-3  # of a layer's templates in half precision, in units of their norm; more is lost where they leave its range
 SMALLEST = 1e-4  # standard deviation of a direction, in units of the first one's; below lies rounding
 
 
@@ -56,7 +58,8 @@ def readout_bank(
 
     Returns:
         the bank, version 1, to be given as ``ReadoutConfig(bank=...)``, saved and pushed. The layers count equally, whatever
-        the size of what they read; the new features are as large as the old ones, their mean is zero.
+        the size of what they read, but for the first third of them, which count half. The new features are as large as the
+        old ones, their mean is zero. Templates are in half precision, where that holds them.
 
     Raises:
         RecastConfigError: if an argument cannot be used, there are fewer than two examples, or the model is converted already.
@@ -66,16 +69,18 @@ def readout_bank(
     check_sizes(batch_size=batch_size)
     head = find_head(model, head_module)
     drawn = _drawn(data)
-    members = _members(model, head, target_modules, rows_of_inputs(drawn, torch.arange(min(_count(drawn), MOST_TRIED))))
-    found = _features(model, drawn, members, head, batch_size, progress)
+    some = rows_of_inputs(drawn, torch.arange(min(_count(drawn), MOST_TRIED)))
+    members, pools = _members(model, head, target_modules, some)
+    found = _features(model, drawn, members, head, pools, batch_size, progress)
     centred, means, sizes = [], [], []
-    for values in found:
+    for depth, values in enumerate(found):
         mean = values.mean(0)
         centred.append(values - mean)
         means.append(mean)
         size = centred[-1].norm(dim=1).mean()
         is_rounding = size <= SMALLEST_SPREAD * values.norm(dim=1).mean()
-        sizes.append(torch.full_like(size, torch.inf) if is_rounding else size)  # it would count as much as any other one
+        counts = FIRST_LAYERS if depth < len(members) // 3 else 1.0
+        sizes.append(torch.full_like(size, torch.inf) if is_rounding else size / counts)  # it would count as much as others
     flat = torch.cat([values / size for values, size in zip(centred, sizes, strict=True)], dim=1)
     if not flat.any():
         raise RecastConfigError("the model gives the same for all examples: give examples that differ, two or more")
@@ -84,11 +89,14 @@ def readout_bank(
     widths = tuple(values.shape[1] for values in found)
     parts = [size * part / own for part, own in zip(directions.split(widths, dim=1), sizes, strict=True)]
     templates = torch.cat(parts, dim=1)
+    if all(torch.dist(part.half().float(), part) <= ROUNDING * part.norm() for part in parts):
+        templates = templates.half()
     group = StoredGroup(
         (*members, head),
         grown=GrownTemplates((templates,), (sum(widths),), False),
         widths=widths,
-        offset=-templates @ torch.cat(means),
+        offset=-templates.float() @ torch.cat(means),
+        pools=pools,
     )
     fingerprints = fingerprints_of(members, find_candidates(model))
     return StoredBank(
@@ -96,8 +104,8 @@ def readout_bank(
     )
 
 
-def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: Inputs) -> list[str]:
-    """The layers that are read, in their order; ``some`` are examples to try them on."""
+def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: Inputs) -> tuple[list[str], bool]:
+    """The layers that are read, in their order, and whether that is pooled; ``some`` are examples to try them on."""
     heads = {*head_names(model), head}
     candidates = [c for c in find_candidates(model) if c.weight_name is not None and not lies_in(c.name, heads)]
     kinds = ((c.name, family_of(c.module)) for c in candidates)
@@ -108,27 +116,29 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: In
             raise RecastTargetError(
                 f"readout_bank(target_modules={wanted!r}): expected a list of names of linear layers or convolutions"
             )
-        return [name for name in layers if name in [known[one] for one in wanted]]
+        layers = [name for name in layers if name in [known[one] for one in wanted]]
+        with _reading(model, layers, head) as read:
+            return layers, read(some)[1].ndim == 2
     blocks = list(dict.fromkeys(block_of(name) for name in layers if block_of(name) != name))
     blocks = [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)] or layers
     count = min(MOST_MODULES, len(blocks))
     chosen = {blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)}
     layers = [name for name in layers if lies_in(name, chosen)]
     with _reading(model, layers, head) as read:
-        inputs, x, mask = read(some)
+        inputs, x, _ = read(some)
     widest: dict[str, tuple[int, str]] = {}
     for name in layers:
         block = next(b for b in blocks if lies_in(name, {b}))
-        if name in inputs and _fits(inputs[name], x, mask) and inputs[name].shape[-1] >= widest.get(block, (0, ""))[0]:
+        if name in inputs and _fits(inputs[name], x) and inputs[name].shape[-1] >= widest.get(block, (0, ""))[0]:
             widest[block] = inputs[name].shape[-1], name
     if not widest:
         raise RecastTargetError("no layer of the model reads what its classifier could: name layers with target_modules")
-    return [name for name in layers if any(name == layer for _, layer in widest.values())]
+    return [name for name in layers if any(name == layer for _, layer in widest.values())], x.ndim == 2
 
 
-def _fits(given: Tensor, x: Tensor, mask: Tensor | None) -> bool:
+def _fits(given: Tensor, x: Tensor) -> bool:
     try:
-        pooled(given, x, given.shape[-1], mask)
+        fitted(pooled(given) if x.ndim == 2 else given, x, given.shape[-1])
     except RecastTargetError:
         return False
     return True
@@ -149,16 +159,18 @@ def _count(data: Inputs) -> int:
     return len(next(iter(data.values())) if isinstance(data, Mapping) else data)
 
 
-def _features(model: nn.Module, data: Inputs, members: list[str], head: str, batch_size: int, progress: bool) -> list[Tensor]:
+def _features(
+    model: nn.Module, data: Inputs, members: list[str], head: str, pools: bool, batch_size: int, progress: bool
+) -> list[Tensor]:
     """What every member reads, and last what the classifier does: ``(examples, width)`` each, in float32 on the CPU."""
     found: list[list[Tensor]] = []
-    with _reading(model, members, head) as read:
+    with _reading(model, members, head, pools) as read:
         for rows in tqdm(torch.arange(_count(data)).split(batch_size), desc="readout", disable=not progress):
             inputs, x, mask = read(rows_of_inputs(data, rows))
             silent = next((name for name in members if name not in inputs), None)
             if silent is not None:
                 raise RecastTargetError(f"{silent} is not called when the model is, or with no tensor: name other layers")
-            vectors = [pooled(inputs[name], x, inputs[name].shape[-1], mask) for name in members]
+            vectors = [fitted(inputs[name], x, inputs[name].shape[-1]) for name in members]
             flat = [v.float().cpu().flatten(0, -2) for v in (*vectors, x)]
             if x.ndim == 3 and mask is not None and mask.shape == x.shape[:2]:
                 flat = [v[mask.flatten().bool().cpu()] for v in flat]
@@ -168,9 +180,12 @@ def _features(model: nn.Module, data: Inputs, members: list[str], head: str, bat
 
 @contextmanager
 def _reading(
-    model: nn.Module, members: list[str], head: str
+    model: nn.Module, members: list[str], head: str, pools: bool = False
 ) -> Iterator[Callable[[Inputs], tuple[dict[str, Tensor], Tensor, Tensor | None]]]:
-    """Inside, a function calls the model on examples and gives what the members and the classifier read, and the mask."""
+    """Inside, a function calls the model on examples and gives what the members and the classifier read, and the mask.
+
+    What members read is pooled where it is asked for: as a whole it may not fit in memory.
+    """
     inputs: dict[str, Tensor] = {}
     masks: list[Tensor | None] = []
     modules = plain_modules(model)
@@ -179,7 +194,7 @@ def _reading(
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = given_to(module, args, kwargs)
             if x is not None:
-                inputs[name] = x
+                inputs[name] = pooled(x, _last(masks)) if pools and name != head else x
 
         return hook
 
@@ -200,7 +215,7 @@ def _reading(
                 f"{head} reads {tuple(x.shape)}: expected (samples, features) or (samples, positions, features). Name the "
                 "layer in it that reads these with head_module"
             )
-        return dict(inputs), x, next((mask for mask in reversed(masks) if mask is not None), None)
+        return dict(inputs), x, _last(masks)
 
     handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in (*members, head)]
     # a module inside may be given fewer positions than the model
@@ -211,6 +226,11 @@ def _reading(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _last(masks: list[Tensor | None]) -> Tensor | None:
+    """The last one that is known."""
+    return next((mask for mask in reversed(masks) if mask is not None), None)
 
 
 def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:

@@ -4,9 +4,9 @@ A pretrained model's last features have lost some of what its earlier blocks kno
 directions of the inputs of layers in several blocks together (``readout_bank``), as many as the classifier reads features, so
 that the classifier keeps its size. A task has no number of its own here. That classifiers gain by reading all blocks is
 Head2Toe's (Evci et al., ICML 2022, arXiv 2201.03529), which chooses among their features task by task; here they are projected,
-once for all tasks, without labels. Over positions the root of the mean square is taken, which shows a neuron that answers
-strongly in one place, where a mean hides it (generalised means as in Radenovic et al., TPAMI 2019, arXiv 1711.02512, at a power
-of two).
+once for all tasks, without labels. Over positions the mean square is taken, which shows a neuron that answers strongly in one
+place, where a mean hides it (generalised means as in Radenovic et al., TPAMI 2019, arXiv 1711.02512, at a power of two), and of
+that the fourth root, so that few strong neurons do not drown the others (power normalisation: Perronnin et al., ECCV 2010).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Readout(nn.Module):
         (group,) = bank.groups.values()
         assert group.grown is not None
         assert group.widths is not None
-        self.bank, self.members, self.widths = bank, group.members, list(group.widths)
+        self.bank, self.members, self.widths, self.pools = bank, group.members, list(group.widths), bool(group.pools)
         self.register_buffer("templates", group.grown.tensors[0].to(device, torch.float32), persistent=False)
         self.register_buffer("offset", cast(Tensor, group.offset).to(device, torch.float32), persistent=False)
 
@@ -91,7 +91,7 @@ class Readout(nn.Module):
         """The features for the classifier.
 
         Args:
-            inputs: of the members but for the last, by name, with their features last.
+            inputs: what the members but for the last read, by name, with their features last; pooled or not.
             x: what the classifier reads in the pretrained model, ``(samples, features)`` or ``(samples, positions, features)``;
                 the last member.
 
@@ -107,8 +107,10 @@ class Readout(nn.Module):
                 f"the readout needs what {missing[0]} reads, which was not called before the classifier: call the model as "
                 "a whole"
             )
-        mask = inputs.get(MASK)
-        given = [pooled(inputs[name], x, width, mask) for name, width in zip(self.members[:-1], self.widths, strict=False)]
+        reads = (inputs[name] for name in self.members[:-1])
+        if self.pools:
+            reads = (pooled(read, inputs.get(MASK)) for read in reads)
+        given = [fitted(read, x, width) for read, width in zip(reads, self.widths, strict=False)]
         read = torch.cat([part.to(self.templates) for part in (*given, x)], dim=-1)  # blocks may lie on several devices
         features = F.linear(read, self.templates, self.offset).to(x)
         return F.pad(features, (0, x.shape[-1] - features.shape[-1]))
@@ -117,6 +119,7 @@ class Readout(nn.Module):
 # among the inputs by name, but no names of modules:
 MASK = ".mask"  # which positions of a text count, ``(samples, positions)``
 UNRECORDED = ".unrecorded"  # an input for which no gradient was recorded
+SMALLEST_SQUARE = 1e-3  # that a neuron's mean square is moved from zero, in units of the mean over the layer's neurons
 
 
 def given_to(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
@@ -128,30 +131,36 @@ def given_to(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | 
     return x.movedim(kind.channels, -1) if kind is not None and x.ndim > 2 else x
 
 
-def pooled(given: Tensor, x: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
-    """What a layer reads as a classifier can read it: the root of its mean square over positions, or each as ``x`` has them.
+def pooled(given: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a layer reads, without its positions: the fourth root of the mean square over them.
 
     Args:
-        given: ``(samples, positions, width)``, with any number of dimensions of positions.
-        x: what the classifier reads in the pretrained model.
-        width: features of the layer.
+        given: ``(samples, positions, features)``, with any number of dimensions of positions; without any it is given back.
         mask: ``(samples, positions)``; positions of zero are left out of the mean.
 
     Returns:
-        ``(*x.shape[:-1], width)``.
+        ``(samples, features)``, in float32 at least.
+    """
+    if given.ndim < 3:
+        return given
+    rows = given.flatten(1, -2).to(torch.promote_types(given.dtype, torch.float32))  # squares leave half precision's range
+    squares = rows * rows  # torch's own norm over this dimension takes ten times as long on CPUs
+    if mask is None or mask.shape != given.shape[:2] or given.ndim > 3:
+        mean = squares.mean(1)
+    else:
+        weights = mask[:, None].to(rows)
+        mean = torch.bmm(weights, squares)[:, 0] / weights.sum(2).clamp_min(1)
+    # near zero the gradient of a root has no bound
+    least = SMALLEST_SQUARE * mean.mean(1, keepdim=True) + torch.finfo(mean.dtype).tiny
+    return (mean + least).sqrt().sqrt()
+
+
+def fitted(given: Tensor, x: Tensor, width: int) -> Tensor:
+    """What a layer reads where the classifier reads ``x``, ``(*x.shape[:-1], width)``.
 
     Raises:
         RecastTargetError: if it does not fit.
     """
-    if x.ndim == 2 and given.ndim > 2 and (len(given), given.shape[-1]) == (len(x), width):
-        rows = given.flatten(1, -2).to(torch.promote_types(given.dtype, torch.float32))  # squares leave half precision's range
-        squares = rows * rows  # torch's own norm over this dimension takes ten times as long on CPUs
-        if mask is None or mask.shape != given.shape[:2] or given.ndim > 3:
-            mean = squares.mean(1)
-        else:
-            weights = mask[:, None].to(rows)
-            mean = torch.bmm(weights, squares)[:, 0] / weights.sum(2).clamp_min(1)
-        return (mean + torch.finfo(mean.dtype).tiny).sqrt()  # at zero a root has no gradient
     if x.ndim == 3 and given.ndim == 3 and given.shape[1] > x.shape[1]:  # texts that are generated: the last words alone
         given = given[:, -x.shape[1] :]
     if given.shape != (*x.shape[:-1], width):
@@ -188,6 +197,11 @@ class _Seen(dict):
     def note(self, name: str, tensor: Tensor) -> None:
         """Note a tensor of this thread's call."""
         self.setdefault(_thread(), {})[name] = tensor
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Of this thread's call, as far as it has come."""
+        return self.get(_thread(), {}).get(MASK)
 
     def take(self) -> dict[str, Tensor]:
         """What was noted in this thread since it was last asked."""
@@ -252,9 +266,12 @@ class TaskReadouts(TaskPartners):
         return "a readout, which a model without tasks has no place for (merge_adapter() keeps it)"
 
     def note(self, name: str, tensor: Tensor | None) -> None:
-        """Note what a layer reads, where somebody will read it too."""
+        """Note what a layer reads, where somebody will read it too; where no gradient needs it, it is pooled at once."""
         is_read = self.acting_task is not None or current_batch() is not None
         if tensor is not None and is_read and not is_recomputing():
+            pools = next((cast(Readout, readout).pools for readout in self.modules_to_save.values()), False)  # one as all
+            if pools and name != MASK and not tensor.requires_grad:
+                tensor = pooled(tensor, self.seen.mask)
             self.seen.note(name, tensor)
             if not torch.is_grad_enabled():
                 self.seen.note(UNRECORDED, tensor)

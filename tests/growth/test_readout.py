@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recast_peft import (
     RecastBankError,
     RecastConfig,
     RecastConfigError,
+    RecastLoadError,
     RecastTargetError,
     extend_bank,
     get_recast_model,
@@ -53,7 +55,7 @@ def pictures(count: int = 30, size: int = 160) -> Tensor:
 
 @torch.no_grad()
 def read_by_hand(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
-    """The root of the mean square over positions of what the named layers read, and the model's own features."""
+    """The fourth root of the mean square over positions of what the named layers read, and the model's own features."""
     seen: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     handles = [modules[n].register_forward_hook(lambda m, a, y, n=n: seen.update({n: a[0]})) for n in names]
@@ -61,12 +63,13 @@ def read_by_hand(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     spots = {3: (1,), 4: (2, 3)}
-    return [*(seen[n].square().mean(spots[seen[n].ndim]).sqrt() for n in names), features]
+    squares = [seen[n].square().mean(spots[seen[n].ndim]) for n in names]
+    return [*((s + s.mean(1, keepdim=True) / 1000) ** 0.25 for s in squares), features]
 
 
 def templates_of(bank: Any) -> tuple[Tensor, Tensor]:
     group = bank.groups["readout"]
-    return group.grown.tensors[0], group.offset
+    return group.grown.tensors[0].float(), group.offset
 
 
 class TestDirections:
@@ -79,7 +82,9 @@ class TestDirections:
         assert group.widths == (model.blocks[0].mlp.fc2.in_features,) * 6 + (64,)  # type: ignore[index, union-attr]
         found = read_by_hand(model, names, x)
         centred = [values - values.mean(0) for values in found]
-        flat = torch.cat([values / values.norm(dim=1).mean() for values in centred], dim=1).double()
+        counts = [0.5, 0.5, 1, 1, 1, 1, 1]  # the first third of the blocks, the others, the model's own features
+        scaled = [n * values / values.norm(dim=1).mean() for n, values in zip(counts, centred, strict=True)]
+        flat = torch.cat(scaled, dim=1).double()
         left, sizes, _ = torch.linalg.svd(
             flat, full_matrices=False
         )  # principal components, by numpy's way and not by a Gram matrix
@@ -227,6 +232,22 @@ class TestFiles:
         assert all(map(torch.equal, templates_of(bank), templates_of(loaded)))
         assert loaded.base_fingerprint == bank.base_fingerprint
         assert made_by(loaded.mimicry) == "a readout of 6 examples, 100 % of whose variance it keeps"
+
+    def test_templates_are_in_half_precision_where_that_holds_them(self) -> None:
+        model = vit()
+        assert readout_bank(model, pictures(6), progress=False).groups["readout"].grown.tensors[0].dtype == torch.float16  # type: ignore[union-attr]
+        with torch.no_grad():
+            model.blocks[3].mlp.fc2.weight.mul_(1e-12)  # type: ignore[index, union-attr]
+            model.blocks[3].mlp.fc1.weight.mul_(1e12)  # type: ignore[index, union-attr]
+        templates = readout_bank(model, pictures(6), progress=False).groups["readout"].grown.tensors[0]  # type: ignore[union-attr]
+        assert templates.dtype == torch.float32
+        assert templates.all()  # none is rounded to zero
+
+    def test_a_bank_that_does_not_say_how_it_reads_is_refused(self, tmp_path: Path) -> None:
+        bank = readout_bank(vit(), pictures(6), progress=False)
+        bank = replace(bank, groups={"readout": replace(bank.groups["readout"], pools=None)})
+        with pytest.raises(RecastLoadError, match="pools"):
+            load_bank(bank.save(tmp_path / "bank").name or "")
 
     def test_a_readout_has_no_coefficients(self) -> None:
         assert readout_bank(vit(), pictures(6), progress=False).groups["readout"].num_coefficients == 0

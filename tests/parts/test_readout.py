@@ -26,7 +26,7 @@ from recast_peft import (
     get_recast_model,
     readout_bank,
 )
-from recast_peft.parts.readout import pooled, readout_holders
+from recast_peft.parts.readout import fitted, pooled, readout_holders
 
 X = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(2))
 
@@ -58,7 +58,11 @@ def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Ten
         module._forward_pre_hooks.clear()
     seen: dict[str, Tensor] = {}
     for block in group.members[:-1]:
-        note = lambda m, a, y, n=block: seen.update({n: a[0].square().mean(1).sqrt()})  # noqa: E731
+
+        def note(m: nn.Module, a: tuple, y: Tensor, n: str = block) -> None:
+            squares = a[0].square().mean(1)
+            seen[n] = (squares + squares.mean(1, keepdim=True) / 1000) ** 0.25
+
         plain.get_submodule(block).register_forward_hook(note)
     head = plain.get_submodule("head").modules_to_save[name]  # type: ignore[union-attr]
     kept = []
@@ -68,7 +72,7 @@ def by_hand(model: PeftModel, bank: StoredBank, name: str, x: Tensor = X) -> Ten
         assert group.grown is not None
         read = torch.cat([*(seen[block] for block in group.members[:-1]), kept[0]], dim=1)
         features = kept[0].new_zeros(kept[0].shape)
-        features[:, : len(group.offset)] = read @ group.grown.tensors[0].T + group.offset
+        features[:, : len(group.offset)] = read @ group.grown.tensors[0].float().T + group.offset
         return nn.functional.linear(features, head.weight, head.bias)  # type: ignore
 
 
@@ -201,23 +205,47 @@ class TestComputing:
 class TestPooling:
     def test_squares_do_not_leave_the_range_of_half_precision(self) -> None:
         given = torch.full((1, 3, 2), 1000.0, dtype=torch.float16)
-        assert torch.equal(pooled(given, torch.zeros(1, 5), 2), torch.full((1, 2), 1000.0))
+        torch.testing.assert_close(pooled(given), torch.full((1, 2), 1_001_000**0.25))
 
     def test_positions_that_do_not_count_are_left_out(self) -> None:
         given = torch.tensor([[[3.0], [-4.0], [100.0]]])
-        found = pooled(given, torch.zeros(1, 5), 1, torch.tensor([[1, 1, 0]]))
-        torch.testing.assert_close(found, torch.tensor([[12.5**0.5]]))
+        torch.testing.assert_close(pooled(given, torch.tensor([[1, 1, 0]])), torch.tensor([[(12.5 * 1.001) ** 0.25]]))
 
-    def test_a_neuron_that_is_silent_everywhere_has_a_gradient(self) -> None:
+    @pytest.mark.parametrize("size", [0.0, 1e-30])
+    def test_a_neuron_that_is_silent_everywhere_has_a_gradient(self, size: float) -> None:
+        given = torch.full((1, 3, 2), size)
+        given[0, 0, 1] = 1.0
+        pooled(given.requires_grad_()).sum().backward()
+        assert given.grad is not None
+        assert given.grad.abs().max() < 1
+
+    def test_where_nothing_was_read_yet_there_is_a_gradient_too(self) -> None:
         given = torch.zeros(1, 3, 2, requires_grad=True)
-        pooled(given, torch.zeros(1, 5), 2).sum().backward()
+        pooled(given).sum().backward()
         assert given.grad is not None
         assert torch.isfinite(given.grad).all()
 
     def test_where_the_classifier_reads_each_position_the_layer_is_read_there(self) -> None:
         given = torch.randn(2, 3, 4)
-        assert torch.equal(pooled(given, torch.zeros(2, 3, 5), 4), given)
-        assert torch.equal(pooled(given, torch.zeros(2, 1, 5), 4), given[:, -1:])  # the last words of a text
+        assert torch.equal(fitted(given, torch.zeros(2, 3, 5), 4), given)
+        assert torch.equal(fitted(given, torch.zeros(2, 1, 5), 4), given[:, -1:])  # the last words of a text
+        with pytest.raises(RecastTargetError, match=r"reads \(2, 3, 4\) where the classifier reads \(2, 5\)"):
+            fitted(given, torch.zeros(2, 5), 4)
+
+    def test_positions_are_not_kept_where_no_gradient_needs_them(self) -> None:
+        model, ids, mask = of_texts()
+        kept: list[Tensor] = []
+        (holder,) = readout_holders(model)
+        model.base_model.model.bert.register_forward_hook(lambda *_: kept.extend(holder.seen.take().values()))
+        with torch.no_grad(), pytest.raises(RecastTargetError, match="was not called before the classifier"):
+            model(input_ids=ids[:3], attention_mask=mask[:3])
+        assert sorted(set(tensor.ndim for tensor in kept if tensor.is_floating_point())) == [2]
+
+    def test_pooled_at_once_or_at_the_classifier(self) -> None:
+        model, ids, mask = of_texts()
+        with torch.no_grad():
+            at_once = model(input_ids=ids[:3], attention_mask=mask[:3]).logits
+        assert torch.equal(model(input_ids=ids[:3], attention_mask=mask[:3]).logits, at_once)
 
 
 class TestTasks:
