@@ -184,15 +184,16 @@ def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entry]:
 
 def unwrapped_module(module: nn.Module) -> nn.Module:
     """The model's own module inside whatever wrappers and tuners put around it."""
-    while True:
+    while module._modules:  # whatever holds another module has children
         inner = unwrapped(module)
         if isinstance(inner, AuxiliaryTrainingWrapper):
             inner = inner.original_module
         elif isinstance(inner, BaseTunerLayer):
             inner = inner.get_base_layer()
         if inner is module:
-            return module
+            break
         module = inner
+    return module
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:

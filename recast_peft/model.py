@@ -131,7 +131,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     def _check_target_module_exists(self, peft_config: RecastConfig, key: str) -> bool:  # type: ignore[override]
         if self._prepared is None:  # asked by PEFT's helpers after the conversion
             return plain_name(key) in {m for members in (peft_config.groups or {}).values() for m in members}
-        return key in self._prepared.visible_keys
+        return key in self._prepared.visible
 
     def _create_and_replace(
         self,
@@ -144,10 +144,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert self._prepared is not None
-        for layer in self._prepared.layers.values():
-            if layer.visible_key == current_key:
-                sets = self._prepared.plan.num_coefficient_sets
-                layer.put_in(adapter_name, peft_config, sets, list(self.active_adapters))
+        for layer in self._prepared.visible[current_key]:
+            layer.put_in(adapter_name, peft_config, self._prepared.plan.num_coefficient_sets, list(self.active_adapters))
 
     def _prepare_adapter_config(self, peft_config: RecastConfig, model_config: dict) -> RecastConfig:  # type: ignore
         return peft_config  # targets were found by the plan

@@ -90,8 +90,11 @@ def plain_name(name: str) -> str:
 
 def held_name(module: nn.Module) -> str | None:
     """The name under which a wrapper that adds no weights holds what it wraps; None for a module that is no such wrapper."""
+    children = module._modules
+    if not children:
+        return None
     names = ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED
-    return next((name for name in names if module._modules.get(name) is not None), None)
+    return next((name for name in names if children.get(name) is not None), None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

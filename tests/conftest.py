@@ -1,4 +1,4 @@
-"""What all tests share: one thread, fixed seeds, no network."""
+"""What all tests share: one thread, fixed seeds, no network, no waiting for the disk."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ settings.load_profile("deterministic")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save waits for the disk a dozen times; ``tests/storage`` looks at that."""
+    if "storage" not in request.path.parts:
+        monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -100,7 +100,8 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     for key in TRANSFORMERS_HEADS:
         if isinstance(modules.get(key), nn.Module):
             return key
-    found = [key for key in modules if key in head_names(model) and isinstance(modules[key], nn.Linear)]
+    heads = head_names(model)
+    found = [key for key in modules if key in heads and isinstance(modules[key], nn.Linear)]
     if len(found) != 1:
         last = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-3:]
         raise RecastTargetError(

@@ -78,13 +78,18 @@ class SavedPart(TaskPart):
             raise RecastTargetError(f"modules_to_save names {', '.join(unknown)}, which the model does not have{near}")
         return list(dict.fromkeys(name for place, name in known.items() if place.endswith(wanted)))
 
-    def prepare(self, request: Request) -> list[SavedModule]:
-        modules = plain_modules(request.model)
-        outermost: list[str] = []  # a module inside another one comes with it
+    def places(self, request: Request) -> list[str]:
+        """Names of the outermost of them: a module inside another one comes with it."""
+        outermost: list[str] = []
         for name in self.names(request):
             if not lies_in(name, outermost):
                 outermost.append(name)
-        return [SavedModule(name, plain_copy(modules[name], with_numbers=False)) for name in outermost]
+        return outermost
+
+    def prepare(self, request: Request) -> list[SavedModule]:
+        places = self.places(request)
+        modules = plain_modules(request.model) if places else {}
+        return [SavedModule(name, plain_copy(modules[name], with_numbers=False)) for name in places]
 
     def check(self, request: Request, pieces: list[SavedModule], owned: Collection[str], compressed: Collection[str]) -> None:
         if pieces and any(isinstance(module, BaseTunerLayer) and module.merged for module in request.model.modules()):
@@ -115,10 +120,10 @@ class SavedPart(TaskPart):
             RecastTargetError: if another module is in the place of the task's.
         """
         held = [m.module_name for m in model.modules() if isinstance(m, TaskModule) and m.has_task(adapter_name)]
-        for piece in self.prepare(Request(model, config, ())):
+        for place in self.places(Request(model, config, ())):
             # another part may own it, a module around it or the modules in it
-            if not lies_in(piece.place, held) and not any(lies_in(name, [piece.place]) for name in held):
-                raise was_replaced(f"{piece.place} of task {adapter_name!r} ({self.name})")
+            if not lies_in(place, held) and not any(lies_in(name, [place]) for name in held):
+                raise was_replaced(f"{place} of task {adapter_name!r} ({self.name})")
         return ()
 
 

@@ -27,6 +27,7 @@ except ImportError:  # Windows: files are still replaced in one step each, but w
     fcntl = None  # type: ignore[assignment]
 
 PART = ".part"  # ending of what is not yet in its place
+SAVING = ".saving-"  # start of the names of folders that files are written to before they are moved
 ABANDONED_AFTER = 60.0  # seconds after which a file that no process holds a lock on belongs to a killed one
 ABANDONED_WITHOUT_LOCKS = 24 * 3600.0
 
@@ -50,7 +51,8 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
             _lock(file.fileno())  # says that this process is alive; safetensors writes by the name
             yield beside
             replace(beside, target)
-        flush(target.parent)
+        if not _is_beside(target):
+            flush(target.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -90,8 +92,8 @@ def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Pa
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target, ".saving-")
-    outer = target / f".saving-{uuid.uuid4().hex}{PART}"
+    _remove_abandoned(target, SAVING)
+    outer = target / f"{SAVING}{uuid.uuid4().hex}{PART}"
     inside = outer / (target.resolve().name or "root")  # cards name a task by its folder
     try:
         inside.mkdir(parents=True)
@@ -118,7 +120,8 @@ def replace(new: Path, old: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
         os.chmod(new, place.stat().st_mode & 0o7777)  # as the one that it replaces
-    flush(new)
+    if not _is_beside(place):
+        flush(new)
     os.replace(new, place)
 
 
@@ -171,6 +174,11 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file lies in a ``staged_folder``, and comes to the disk when it is moved out of it."""
+    return any(part.startswith(SAVING) and part.endswith(PART) for part in path.parts)
 
 
 def _remove_abandoned(folder: Path, start: str) -> None:

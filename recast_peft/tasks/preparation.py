@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -65,10 +66,13 @@ class PreparedTask:
         found = {part.name: part.bank_reference(pieces) for part, pieces in self.pieces}
         return {name: reference for name, reference in found.items() if reference is not None}
 
-    @property
-    def visible_keys(self) -> set[str]:
-        """The module names at which PEFT's loop comes by a target."""
-        return {layer.visible_key for layer in self.layers.values()}
+    @cached_property
+    def visible(self) -> dict[str, list[PreparedLayer]]:
+        """The layers by the module name at which PEFT's loop comes by."""
+        found: dict[str, list[PreparedLayer]] = {}
+        for layer in self.layers.values():
+            found.setdefault(layer.visible_key, []).append(layer)
+        return found
 
     def install_parts(self, place: Place) -> None:
         """Put in what the task gets beside its coefficients."""

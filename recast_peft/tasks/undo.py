@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,8 +35,11 @@ class Snapshot:
 
 def _noted(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """The attributes of a module, with copies of those that are changed in place."""
-    kinds = (dict, list, set)
-    return {key: (held, copy.copy(held) if isinstance(held, kinds) else None) for key, held in vars(module).items()}
+    return {key: (held, _content(held)) for key, held in vars(module).items()}
+
+
+def _content(held: Any) -> Any:
+    return next((kind(held) for kind in (dict, list, set) if isinstance(held, kind)), None)
 
 
 def _put_back(held: Any, content: Any) -> None:

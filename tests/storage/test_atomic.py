@@ -57,6 +57,31 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.json"]
 
 
+def test_what_takes_its_place_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, int]] = []  # what was done, to which inode
+    fsync, move = os.fsync, os.replace
+
+    def flushes(handle: int) -> None:
+        events.append(("flushed", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def moves(new: Path, old: Path) -> None:
+        events.append(("moved", os.stat(new).st_ino))
+        move(new, old)
+
+    monkeypatch.setattr(os, "fsync", flushes)
+    monkeypatch.setattr(os, "replace", moves)
+    with staged_folder(tmp_path / "folder") as inside:
+        write_text(inside / "a.txt", "first")
+        (inside / "b.txt").write_text("second")
+    write_text(tmp_path / "c.txt", "third")
+    for file in (tmp_path / "folder" / "a.txt", tmp_path / "folder" / "b.txt", tmp_path / "c.txt"):
+        own, folder = file.stat().st_ino, file.parent.stat().st_ino
+        last = max(i for i, event in enumerate(events) if event == ("moved", own))
+        assert ("flushed", own) in events[:last]
+        assert ("flushed", folder) in events[last:]  # the new entry of the folder too
+
+
 def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:
     file, link = tmp_path / "a.txt", tmp_path / "link.txt"
     write_text(file, "old")
