@@ -30,8 +30,8 @@ def onnx_tools() -> Any:
     return pytest.importorskip("onnxruntime")
 
 
-def backbone(name: str) -> nn.Module:
-    return seeded(lambda: timm.create_model(name, num_classes=0))
+def backbone(name: str, seed: int = 0, **options: Any) -> nn.Module:
+    return seeded(lambda: timm.create_model(name, **{"num_classes": 0, **options}), seed)
 
 
 bert = partial(
@@ -39,7 +39,6 @@ bert = partial(
     "bert",
     scale=2,
     vocab_size=20,
-    num_hidden_layers=4,
     num_attention_heads=2,
     intermediate_size=64,
     max_position_embeddings=32,
@@ -58,7 +57,7 @@ def texts(samples: int = 3, length: int = 7) -> dict[str, Tensor]:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[Any]]] = {
-    "vit": (lambda: backbone("test_vit"), {"num_classes": 4}, [images(), images(1), images(3)]),
+    "vit": (lambda: backbone("test_vit", depth=2), {"num_classes": 4}, [images(), images(1), images(3)]),
     "cnn": (lambda: backbone("test_efficientnet"), {"num_classes": 4}, [images(), images(1), images(3)]),
     "bert": (bert, {"num_classes": 4}, [texts(), texts(1, 5), texts(4, 9)]),
     "llama": (llama, {}, [{"input_ids": IDS}, {"input_ids": IDS[:1, :3]}, {"input_ids": IDS.repeat(2, 2)}]),

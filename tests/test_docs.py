@@ -48,6 +48,10 @@ SMALLER = {
         "train_size=300, test_size=400": "train_size=40, test_size=40",
         "epochs=8": "epochs=1",
     },
+    "docs/how_to/export.md": {
+        '"test_vit", num_classes=0': '"test_vit", num_classes=0, depth=2',
+        "num_hidden_layers=2": "num_hidden_layers=1",
+    },
 }
 # what a page needs that is not installed for the tests
 NEEDS = {
