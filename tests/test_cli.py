@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -289,7 +289,12 @@ class TestMerge:
         assert "not empty" in capsys.readouterr().err
 
 
-def test_it_is_a_program():
-    done = subprocess.run([sys.executable, "-m", "recast_peft.cli", "--help"], capture_output=True, text=True, check=True)
-    assert "plan" in done.stdout
-    assert "merge" in done.stdout
+def test_it_is_a_program(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "recast_peft.cli")
+    monkeypatch.setattr(sys, "argv", ["recast-peft", "--help"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module("recast_peft.cli", run_name="__main__")
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    assert "plan" in said
+    assert "merge" in said

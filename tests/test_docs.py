@@ -52,6 +52,9 @@ SMALLER = {
         '"test_vit", num_classes=0': '"test_vit", num_classes=0, depth=2',
         "num_hidden_layers=2": "num_hidden_layers=1",
     },
+    "docs/how_to/sequences.md": {
+        "nn.Identity(), data)": "nn.Identity(), data, classifier=IncrementalClassifier(8, projections=200))",
+    },
 }
 # what a page needs that is not installed for the tests
 NEEDS = {

@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import timm
 import torch
 from peft import LoraConfig, get_peft_model
-from rivals import MODEL, QUICK, TARGET_SETS, images, randomise
+from rivals import MODEL, QUICK, TARGET_SETS, backbone, images, randomise
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import load_file, save
 from timing import Row, Tables, arguments, compare, finish, seconds, start
@@ -44,17 +43,11 @@ LEVELS = {
 }
 
 
-def backbone(name: str, classes: int) -> nn.Module:
-    """A timm model with random weights."""
-    torch.manual_seed(0)
-    return timm.create_model(name, num_classes=classes).eval()
-
-
 def task_model(options: Namespace, **config: Any) -> Any:
     """A model with one task of its own classifier."""
     targets = None if options.targets is None else TARGET_SETS[options.targets]
     model = get_recast_model(
-        backbone(options.model, 0), RecastConfig(target_modules=targets, num_classes=CLASSES, **config), "task"
+        backbone(options.model), RecastConfig(target_modules=targets, num_classes=CLASSES, **config), "task"
     )
     randomise(model)
     return model.eval()
@@ -108,7 +101,7 @@ class Graphs:
         """The plain model."""
         path = self.folder / "plain.onnx"
         dynamic = ({0: torch.export.Dim("batch")},)
-        model = backbone(self.options.model, CLASSES)
+        model = backbone(self.options.model, CLASSES).eval()
         options: dict[str, Any] = {"dynamic_shapes": dynamic, "input_names": ["x"], "dynamo": True, "verbose": False}
         torch.onnx.export(model, (torch.cat([x, x]),), path, external_data=False, **options)
         self.open("plain", path)

@@ -49,10 +49,10 @@ ON_BIASES = "RECAST, own weights, bank of biases"
 QUICK = "test_vit"  # of timm: two blocks of width 64
 
 
-def backbone(name: str = MODEL) -> nn.Module:
+def backbone(name: str = MODEL, classes: int = 0) -> nn.Module:
     """A timm model with random weights; neither time nor memory depends on their values."""
     torch.manual_seed(0)
-    return timm.create_model(name, pretrained=False, num_classes=0)
+    return timm.create_model(name, pretrained=False, num_classes=classes, **({"depth": 2} if name == QUICK else {}))
 
 
 def images(model: nn.Module, batch: int, device: str = "cpu") -> torch.Tensor:

@@ -113,5 +113,6 @@ class IncrementalClassifier:
 
     @staticmethod
     def _solved(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:
-        diagonal = torch.eye(len(gram), dtype=gram.dtype) * ridge * gram.diagonal().mean()
-        return torch.linalg.solve(gram + diagonal, sums)
+        ridged = gram.clone()
+        ridged.diagonal().add_(ridge * gram.diagonal().mean())
+        return torch.cholesky_solve(sums, torch.linalg.cholesky_ex(ridged).L)  # half of what a solver for any matrix takes

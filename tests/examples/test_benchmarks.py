@@ -74,7 +74,7 @@ class TestBenchmarks:
                 made.clear()
                 calls[name]()
                 composed[name] = len(made)
-        assert composed == {"RECAST, live": 6, "RECAST, merged": 0}
+        assert composed == {"RECAST, live": 2, "RECAST, merged": 0}
 
     def test_swaps_compile_once(self, tmp_path):
         import swaps
@@ -205,7 +205,7 @@ def test_the_cost_of_a_mixed_batch_is_compared(tmp_path: Path, capsys: Any) -> N
 
     (rows,) = grown_banks_cost.main(["--quick", "--output", str(tmp_path)]).values()
     numbers = {row["batch"]: row["numbers of a task"] for row in rows}
-    depth, width = 6, 64
+    depth, width = 2, 64
     assert numbers["RECAST, 4 templates of rank 4"] == 4 * depth
     assert numbers["RECAST, 4 of rank 4 and the weight"] == 5 * depth
     assert numbers["LoRA r=4, adapter_names"] == 4 * (width + 3 * width) * depth
@@ -226,4 +226,4 @@ def test_exported_graphs_are_compared_with_the_plain_one_and_with_lora(tmp_path:
     one, many, with_classifiers, lora = (row["bytes"] for row in sizes)
     assert one < lora
     assert many < with_classifiers
-    assert many < 20 * 4 * 12 + 2000
+    assert many < 20 * 4 * 4 + 2000  # 20 tasks of 4 numbers

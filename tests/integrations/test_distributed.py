@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from models import converted, vit_input
 from peft import PeftModel
+from processes import start_two
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,11 +54,7 @@ def work(rank: int, port: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes trained, every config in one start of them."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # not forked: autograd may have threads by now, which a fork does not take along
-    mp.start_processes(work, args=(port, str(folder)), nprocs=2, start_method="spawn")
+    start_two(work, folder)
     return folder
 
 

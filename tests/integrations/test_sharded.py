@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,18 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from llamas import IDS, converted, llama, logits, train
 from models import layers_of, randomise
 from peft import PeftModel
+from processes import LIMIT_S, start_two
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from recast_peft import RecastConfig, RecastError, get_recast_model
-
-LIMIT_S = 240
-
 
 # ---------------------------------------------------------------- what shards, and what is trained under it
 
@@ -260,22 +255,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs gloo")
     folder = tmp_path_factory.mktemp("sharded")
     llama().save_pretrained(folder / "plain")
-    start(work, folder)
+    start_two(work, folder)
     return folder
-
-
-def start(function: Callable[[int, int, str], None], folder: Path) -> None:
-    """Let two processes work in a folder, for so long."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # not forked: autograd may have threads by now, which a fork does not take along
-    processes = mp.start_processes(function, args=(port, str(folder)), nprocs=2, start_method="spawn", join=False)
-    end = time.monotonic() + LIMIT_S
-    while time.monotonic() < end and not processes.join(timeout=1):
-        pass
-    for process in processes.processes:
-        process.kill()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -311,7 +292,7 @@ def test_two_processes_with_shards_do_what_one_process_does(results: Path, name:
 def test_ZeRO_3_does_what_one_process_does(tmp_path: Path) -> None:
     """DeepSpeed compiles a part of itself at its first start, which takes minutes."""
     pytest.importorskip("deepspeed")
-    start(deepspeed_work, tmp_path)
+    start_two(deepspeed_work, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert "error" not in first, first["error"]
     expected = converted()
