@@ -10,19 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..banks.files import find_bank
 from ..banks.grown_bank import GrownBank
 from ..composition.compose import average_sets
 from ..composition.fingerprint import same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
+from ..holders import plain_modules, unwrapped_module
 from ..layer import recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX
+from ..options.record import Reference
 from ..parts import PARTS, pieces_of
 from ..parts.base import Request
 from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
-from ..parts.readout import ReadoutConfig
+from ..parts.readout import ReadoutConfig, readout_holders
 from ..planning.plan import SAID_BY_BANK
 from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
@@ -133,6 +136,8 @@ class PoolLayout:
         if config.groups is None and all(getattr(config, choice) is None for choice in CHOICES):
             self.lora.check_plan(name, plan_lora_part(self.backbone, config, list(self.layers)))
             return True
+        if config.bank is not None:
+            self._check_bank(f"task {name!r}", config)
         plan = plan_recast(self.backbone, config)
         groups = {group.name: list(group.members) for group in plan.groups}
         sizes = {member: group.num_templates for group in plan.groups for member in group.members}
@@ -153,8 +158,7 @@ class PoolLayout:
         if partner is None:
             return
         own = bias_config(self.config)
-        reference = config.partner_bank("bias")
-        given = None if reference is None else reference["fingerprint"]
+        given = _fingerprint(config.partner_bank("bias"))
         if own is None or given not in self.bias_versions or (given is None and partner.target_modules != own.target_modules):
             raise RecastBankError(
                 f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(config)}\n"
@@ -169,6 +173,19 @@ class PoolLayout:
                 f"  readout of the task: {fingerprint or 'none'}\n  readout of the pool: {self.readout or 'none'}\n"
                 "Make a pool for it: TaskPool(model, like=<a task with its readout>)."
             )
+
+    def check_reader(self, what: str) -> None:
+        """Refuse a task without a classifier where all read by a readout: the model's own was trained on other features."""
+        if self.readout is None:
+            return
+        modules = plain_modules(self.backbone)
+        for place in (holder.place for holder in readout_holders(self.backbone, self.slot)):
+            if not isinstance(unwrapped_module(modules[place]), nn.Identity):
+                raise RecastBankError(
+                    f"{what} has no classifier of its own, and the tasks of the pool have a readout, which changes what "
+                    f"{place} reads: the model's own was trained on other features. Give the task one (num_classes=), or make "
+                    "a pool for it: TaskPool(model, like=<a task without a readout>)."
+                )
 
     def check_fingerprint(self, what: str, recorded: Mapping[str, str]) -> None:
         """Refuse what was made for other pretrained weights."""
@@ -289,14 +306,19 @@ def refuse(name: str, owned: Sequence[str], lora: Any = None) -> None:
 
 def bank_fingerprint(config: RecastConfig) -> str | None:
     """Of the stored bank that a config names."""
-    reference = config.bank_reference
-    return None if reference is None else reference["fingerprint"]
+    return _fingerprint(config.bank_reference)
 
 
 def readout_fingerprint(config: RecastConfig) -> str | None:
     """Of the bank of the readout that a config names."""
-    reference = config.partner_bank(ReadoutConfig.method)
-    return None if reference is None else reference["fingerprint"]
+    return _fingerprint(config.partner_bank(ReadoutConfig.method))
+
+
+def _fingerprint(reference: Reference | None) -> str | None:
+    """Of the bank that a reference means; a config for a fresh task may say where it lies, and no more."""
+    if reference is None or reference["fingerprint"] is not None:
+        return None if reference is None else reference["fingerprint"]
+    return find_bank(reference).fingerprint
 
 
 def other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:

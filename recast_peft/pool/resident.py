@@ -117,7 +117,7 @@ class ResidentTasks(TaskTable):
         self.check_new_name(name)
         with torch.inference_mode(False), torch.no_grad():
             values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
-            return self.add_row(name, values, self._stored(head))
+            return self.add_row(name, values, self._stored(name, head))
 
     def replace(self, name: str, source: Any, **hub_kwargs: Any) -> int:
         """Put a task in the place of one of the same name, in one step: the arguments and errors are those of ``add``.
@@ -131,10 +131,11 @@ class ResidentTasks(TaskTable):
         self.row(name)
         with torch.inference_mode(False), torch.no_grad():
             values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
-            return self.replace_row(name, values, self._stored(head))
+            return self.replace_row(name, values, self._stored(name, head))
 
-    def _stored(self, head: Any) -> StoredHead | None:
+    def _stored(self, name: str, head: Any) -> StoredHead | None:
         if head is None:
+            self._layout.check_reader(f"task {name!r}")
             return None
         self._make_place_for(head.place)
         with self.lock:
@@ -177,7 +178,7 @@ class ResidentTasks(TaskTable):
             values = F.pad(combine_rows(coefficients, weights, combination_type, **options), (0, self._layout.lora.width))
             head = combine_heads(prepared, weights, heads)
             self.check_new_name(adapter_name)
-            return self.add_row(adapter_name, values, self._stored(head))
+            return self.add_row(adapter_name, values, self._stored(adapter_name, head))
 
     def load_folder(self, folder: str | Path) -> list[str]:
         """Put in every task saved in a folder (each in a folder of its own, named as the task).
@@ -187,6 +188,8 @@ class ResidentTasks(TaskTable):
         """
         with torch.inference_mode(False), torch.no_grad():
             read = read_folder(self._layout, self._configs, folder)
+            if any(head is None for _, _, head in read):
+                self._layout.check_reader(f"a task in {folder}")
             for _, _, head in read:
                 if head is not None:
                     self._make_place_for(head.place)
@@ -264,6 +267,8 @@ class ResidentTasks(TaskTable):
         """
         with torch.inference_mode(False), torch.no_grad():
             tasks = read_pool(path, self._layout, self._kinds, skip_damaged)
+            if len(tasks.heads) < len(tasks.names):
+                self._layout.check_reader(f"a task in {path}")
             for name in {head.kind.name for head in tasks.heads.values()}:
                 self._make_place_for(name)
             with self.lock:

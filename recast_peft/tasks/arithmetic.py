@@ -262,12 +262,16 @@ def add_combined(
     configs = {name: known[name] for name in adapters}
     check_combinable(model, configs, options["combination_type"])
     part = summed_config(model, adapters)
-    head = combine_heads({name: head_of_adapter(model, name) for name in adapters}, weights, heads)
+    own = {name: head_of_adapter(model, name) for name in adapters}
+    head = combine_heads(own, weights, heads)
     row = combine_rows([task_row(model, name) for name in adapters], weights, **options)
     sharing = {config.coefficient_sharing for config in configs.values()}
     first = configs[adapters[0]]
+    reads_as_model = head is None and any(each is not None for each in own.values())  # by the model's own classifier
+    kept: Any = {"partners": [p for p in first.partners or () if p.acts_on == "bias"]} if reads_as_model else {}  # type: ignore
     config = layout_of(
         first,
+        **kept,
         coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
         task_type=first.task_type,
         base_model_name_or_path=first.base_model_name_or_path,

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import layers_of
+from grown_biases import config, grown
+from models import layers_of, tiny_vit
 from peft import PeftModel
 from pools import TARGETS, model_with_pool, small_vit
 
-from recast_peft import RecastBankError, RecastBaseMismatchError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
+from recast_peft import (
+    RecastBankError,
+    RecastBaseMismatchError,
+    RecastConfig,
+    RecastConfigError,
+    TaskPool,
+    get_recast_model,
+    random_bank,
+)
 
 
 class TestFiles:
@@ -87,3 +96,24 @@ class TestFreshTasks:
         _, pool = model_with_pool()
         pool.add("enough", RecastConfig(target_modules=TARGETS, group_size=2, max_coefficients=16))
         assert pool.names == ["enough"]
+
+    def test_on_the_pools_bank_are_taken_wherever_it_lies_and_on_another_refused(self, tmp_path):
+        build = RecastConfig(target_modules=["qkv"])
+        banks = [random_bank(tiny_vit(), build, seed=seed).save(tmp_path / str(seed)) for seed in (1, 2)]
+        pool = TaskPool(get_recast_model(tiny_vit(), RecastConfig(bank=banks[0])))
+        for i, bank in enumerate((banks[0], str(tmp_path / "1"))):
+            pool.add(f"same {i}", RecastConfig(bank=bank))
+        for bank in (banks[1], str(tmp_path / "2")):
+            with pytest.raises(RecastBankError, match="task 'other' has another template bank than the pool"):
+                pool.add("other", RecastConfig(bank=bank))
+        assert pool.names == ["same 0", "same 1"]
+
+    def test_on_the_pools_bank_of_biases_are_taken_wherever_it_lies(self, tmp_path):
+        bank = grown()
+        bank.save(tmp_path / "bank")
+        grown((4, 5)).save(tmp_path / "other")
+        pool = TaskPool(get_recast_model(tiny_vit(), config(bank)))
+        pool.add("same", config(str(tmp_path / "bank")))
+        with pytest.raises(RecastBankError, match="coefficients of biases that are not the pool's"):
+            pool.add("other", config(str(tmp_path / "other")))
+        assert pool.names == ["same"]

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recast_peft import ReadoutConfig, RecastBankError, RecastConfig, StoredBank, TaskPool, get_recast_model, readout_bank
@@ -102,3 +103,54 @@ def test_tasks_that_read_otherwise_are_refused(bank: StoredBank, tmp_path: Path)
     with pytest.raises(RecastBankError, match="reads otherwise than those of the pool"):
         other.load(tmp_path / "pool")
     assert not len(other)
+
+
+def test_without_a_classifier_nothing_reads_new_features_by_the_models_own(bank: StoredBank, tmp_path: Path) -> None:
+    def with_classifier() -> nn.Module:
+        plain = vit()
+        torch.manual_seed(1)
+        plain.reset_classifier(7)  # type: ignore[operator]
+        return plain
+
+    model = get_recast_model(with_classifier(), config(bank), "a").eval()
+    model.add_adapter("b", config(bank, 2))
+    model.add_weighted_adapter(["a", "b"], [0.0, 0.0], "none", heads="none")
+    model.set_adapter("none")
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), with_classifier()(X), atol=1e-5, rtol=1e-4)
+        model.save_pretrained(tmp_path, selected_adapters=["none"])
+        loaded = PeftModel.from_pretrained(with_classifier(), tmp_path / "none", "none").eval()
+        torch.testing.assert_close(loaded(X), model(X), atol=1e-5, rtol=1e-4)
+    pool = TaskPool(model, like="a")
+    pool.add("a", "a")
+    state = {k: v for k, v in load_file(tmp_path / "none" / "adapter_model.safetensors").items() if "coefficients" in k}
+    for source in (None, state, RecastConfig(partners=[ReadoutConfig(bank=bank)])):
+        with pytest.raises(
+            RecastBankError, match="'new' has no classifier of its own, and the tasks of the pool have a readout"
+        ):
+            pool.add("new", source)
+        with pytest.raises(RecastBankError, match="'a' has no classifier of its own"):
+            pool.replace("a", source)
+    with pytest.raises(RecastBankError, match="'sum' has no classifier of its own"):
+        pool.add_weighted_adapter(["a"], [1.0], "sum", heads="none")
+    assert pool.names == ["a"]
+    features = TaskPool(get_recast_model(vit(), config(bank, num_classes=None), "a"))
+    features.add("new")
+    features.save(tmp_path / "pool")
+    features.model.save_pretrained(tmp_path / "tasks")
+    with pytest.raises(RecastBankError, match="a task in .*pool has no classifier of its own"):
+        pool.load(tmp_path / "pool")
+    with pytest.raises(RecastBankError, match="a task in .*tasks has no classifier of its own"):
+        pool.load_folder(tmp_path / "tasks")
+    assert pool.names == ["a"]
+
+
+def test_a_fresh_task_may_name_the_bank_by_where_it_lies(bank: StoredBank, tmp_path: Path) -> None:
+    bank.save(tmp_path / "bank")
+    pool = TaskPool(with_tasks(bank)[0])
+    fresh = RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=str(tmp_path / "bank"))])
+    pool.add("fresh", fresh)
+    readout_bank(vit(), torch.randn(9, 3, 160, 160), progress=False).save(tmp_path / "other")
+    with pytest.raises(RecastBankError, match="reads otherwise"):
+        pool.add("other", RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=str(tmp_path / "other"))]))
+    assert pool.names == ["fresh"]
