@@ -8,7 +8,7 @@ inside a key.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -108,9 +108,15 @@ class TaskHolder:
 
     Attributes:
         module_name: name of its place in the plain model.
+        zeros: says whether the calls of now pass over what tasks have here, since it is zero.
     """
 
     module_name: str
+    zeros: Any = None  # those of a pool's slot while no task is in it; see composition/zeros.py
+
+    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
+        """The numbers of a task that lie here and change nothing if they are all zero; none for what no pool holds."""
+        return ()
 
     def has_task(self, adapter_name: str) -> bool:
         """Whether a task has something here."""

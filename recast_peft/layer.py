@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -100,6 +100,9 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
             mask: Any = self.recast_masks[adapter_name]
             name = f"{self.module_name}.{self.MASKS}.mask"
             yield Entry(name, mask, "scores", mask.pack, mask.unpack, mask.packed_shape)
+
+    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
+        return (self.recast_coefficients[adapter_name],) if adapter_name in self.recast_coefficients else ()
 
     def coefficients_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         has = adapter_name in self.recast_coefficients
@@ -246,7 +249,8 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
             return call_mixed(self, batch, args, kwargs)
         if self.merged_adapters:
             return self._call_merged(args, kwargs)
-        return call(self, self.acting_adapters, args, kwargs)
+        has_zeros = not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self)
+        return call(self, [] if has_zeros else self.acting_adapters, args, kwargs)
 
     def _call_merged(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.is_stale:

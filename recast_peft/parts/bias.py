@@ -77,6 +77,11 @@ class BiasCoefficient(nn.Module):
         self.channels = channels
         self.offset = nn.Parameter(torch.zeros(1, **like))
 
+    @property
+    def numbers(self) -> nn.Parameter:
+        """The coefficients that it computes with, ``(templates,)``."""
+        return self.offset
+
     owner: str | None = None  # the place whose coefficients these are; None is its own
 
     def templates(self, bias: Tensor) -> Tensor:
@@ -174,9 +179,12 @@ class BiasMix(BiasCoefficient):
         scales = self.shared[0].scales
         return None if scales is None else self._mixed(scales)
 
+    @property
+    def numbers(self) -> nn.Parameter:
+        return (self.owners[0] if self.owners else self).offset
+
     def _mixed(self, templates: Tensor) -> Tensor:
-        offset = (self.owners[0] if self.owners else self).offset
-        return offset @ templates.to(offset.dtype)
+        return self.numbers @ templates.to(self.numbers.dtype)
 
 
 def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:

@@ -66,6 +66,9 @@ class TaskBiases(TaskPartners):
         module = self._coefficient(adapter_name)
         return {self.key_of(adapter_name): module.offset} if "offset" in module._parameters else {}
 
+    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
+        return (self._coefficient(adapter_name).numbers,) if self.has_task(adapter_name) else ()
+
     def bank_of(self, adapter_name: str) -> Any:
         module = self._coefficient(adapter_name) if self.has_task(adapter_name) else None
         return module.shared[0] if isinstance(module, BiasMix) else None
@@ -107,8 +110,11 @@ class TaskBiases(TaskPartners):
 
     def adapt(self, x: Any, y: Any) -> Any:
         """The output with the bias of the active task; it has it already where that is merged."""
-        if self._merged is not None and current_batch() is None:
-            return y
+        if current_batch() is None:
+            if self._merged is not None:
+                return y
+            if not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self):
+                return y
         return super().adapt(x, y)
 
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:

@@ -253,6 +253,9 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
         batch = current_batch()
+        is_alone = batch is None and not self.merged
+        if is_alone and not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self):
+            return self.base_layer(x, *args, **kwargs)
         if self._by_weight and not (self.disable_adapters or self.merged):
             if batch is None:
                 return torch.func.functional_call(self.get_base_layer(), {"weight": self.weight}, (x, *args), kwargs)

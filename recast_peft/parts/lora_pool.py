@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ class PooledPart:
     _disable_adapters: bool
     _kept: list[tuple[nn.Parameter, Tensor]]
     _switched_off: bool
+
+    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
+        """The two factors of a task."""
+        layer: Any = self
+        key = container_key(adapter_name)
+        return [factors[key].weight for factors in (layer.lora_A, layer.lora_B) if key in factors]
 
     def merge_in_place(self, adapter_name: str) -> None:
         """Merge a task, with its coefficients, in place of what is merged now, into the same storage.

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from ..composition.merging import check_writable, held_error, layers_on_top
+from ..composition.zeros import Zeros
 from ..errors import RecastBankError, RecastConfigError
 from ..model import RecastModel
 from ..parts.bias_part import bias_holders
@@ -34,6 +35,10 @@ class Slot:
         layers = layout.layers.values()
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
         keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
+        self._zeros = Zeros(name)
+        self._with_numbers = [*layers, *layout.lora.layers, *self._holders]
+        for holder in self._with_numbers:
+            holder.zeros = self._zeros
         # what acts even where all coefficients are zero
         self._idle: list[Any] = [*keep_base, *readout_holders(layout.backbone, name)]
         self._heads: list[TaskHead] = task_heads(layout.backbone)
@@ -92,6 +97,7 @@ class Slot:
         self._make_active()
         self._unmerge()
         torch._foreach_zero_(self._numbers())
+        self._zeros.note(self._with_numbers)
         for layer in self._idle:
             layer.idle_slot = self.name
         self._show(None)
@@ -144,6 +150,7 @@ class Slot:
         if not self.is_active():
             self.tuner.set_adapter(self.name, inference_mode=True)
             self.model.active_adapter = self.name
+        self._zeros.forget()
         for layer in self._idle:
             layer.idle_slot = None
 

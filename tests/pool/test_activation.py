@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import captured, layers_of
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from pooled_parts import answer, pool_of, with_tasks
 from pools import TARGETS, by_adapter, model_with_pool, random_state, small_vit
 from torch._dynamo.testing import CompileCounter
 
@@ -352,3 +354,88 @@ class TestAHeadThatWasActiveBefore:
         pool.deactivate()
         model.delete_adapter(pool.slot)
         assert pool.slot not in head.modules_to_save
+
+
+def empty_slot(**more: Any) -> tuple[PeftModel, TaskPool, torch.Tensor]:
+    """A pool whose tasks have coefficients of weights and biases and a LoRA part; none is active."""
+    model, x = with_tasks(partners=["bias"], **more)
+    pool = pool_of(model)
+    pool.deactivate()
+    return model, pool, x
+
+
+class TestTheSlotWithoutATask:
+    """It costs what the model costs without tasks, and whoever writes a task into it is seen."""
+
+    def test_computes_what_the_model_without_tasks_does(self):
+        model, _, x = empty_slot()
+
+        def operations() -> tuple[torch.Tensor, dict[str, int]]:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                out = answer(model, x)
+            return out, {event.key: event.count for event in profile.key_averages() if event.key.startswith("aten::")}
+
+        out, found = operations()
+        with model.disable_adapter():
+            plain, expected = operations()
+        assert torch.equal(out, plain)
+        assert found == expected
+
+    def test_where_gradients_are_recorded_it_learns(self):
+        model, _, x = empty_slot()
+        model.set_requires_grad("task_pool")
+        with torch.enable_grad():
+            answer(model, x).square().sum().backward()
+        learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        for kind in ("recast_coefficients", "bias.modules_to_save"):
+            assert any(kind in name for name in learned)
+
+    @pytest.mark.parametrize("way", ["compile", "export", "trace"])
+    def test_in_a_graph_it_is_no_other_than_with_a_task(self, way):
+        model, pool, x = empty_slot()
+        backbone, compiled = model.get_base_model(), CompileCounter()
+        if way == "compile":
+            graph = torch.compile(backbone, backend=compiled, fullgraph=True)
+        elif way == "export":
+            graph = torch.export.export(backbone, (x,)).module()
+        else:
+            graph = torch.jit.trace(backbone, x, check_trace=False)
+        base = graph(x)
+        for name in ("t0", None, "t1"):
+            pool.deactivate() if name is None else pool.activate(name)
+            torch.testing.assert_close(graph(x), answer(model, x), rtol=1e-4, atol=1e-5)
+            assert torch.allclose(graph(x), base, atol=1e-3) == (name is None)
+        assert compiled.frame_count == (way == "compile")
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+    def test_in_a_captured_graph_it_is_no_other_than_with_a_task(self):
+        model, pool, x = empty_slot()
+        model.to("cuda")
+        static = x.to("cuda")
+        graph, out = captured(model, static)
+        for name in ("t0", None, "t1"):
+            pool.deactivate() if name is None else pool.activate(name)
+            graph.replay()
+            torch.testing.assert_close(out, answer(model, static))
+
+    def test_that_another_one_writes_into_is_no_longer_without(self):
+        model, pool, x = empty_slot()
+        base = answer(model, x)
+        state = {name: value + 0.2 for name, value in get_peft_model_state_dict(model, adapter_name=pool.slot).items()}
+        set_peft_model_state_dict(model, state, adapter_name=pool.slot)
+        changed = answer(model, x)
+        assert not torch.allclose(changed, base, atol=1e-3)
+        with torch.enable_grad():  # computes with whatever numbers there are
+            torch.testing.assert_close(answer(model, x), changed)
+
+    def test_is_left_by_its_copy_without_the_one_it_was_copied_from(self):
+        model, pool, x = empty_slot()
+        other_model, other = copy.deepcopy((model, pool))
+        base = answer(model, x)
+        other.activate("t0")
+        pool.deactivate()
+        changed = answer(other_model, x)
+        assert not torch.allclose(changed, base, atol=1e-3)
+        assert torch.equal(answer(model, x), base)
+        other.deactivate()
+        assert torch.equal(answer(other_model, x), base)
