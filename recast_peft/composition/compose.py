@@ -142,6 +142,7 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, *tensors = ctx.saved_tensors
+        grad = grad.to_dense() if grad.is_sparse else grad  # of an embedding that is asked for such gradients
         need_coefficients, _, _, *needed = ctx.needs_input_grad
         templates = tensors[1:] if ctx.anchored else tensors
         grad_coefficients = None

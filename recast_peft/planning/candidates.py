@@ -144,6 +144,8 @@ def _weight_of(visible: nn.Module, module: nn.Module) -> tuple[str | None, str |
         return name, None
     if packed := _why_packed(module):
         return name, packed
+    if getattr(module, "max_norm", None) is not None:
+        return name, f"{kind} rescales its weight in each call (max_norm), so that what tasks are composed from would not stay"
     weight = module._parameters.get(name)
     if weight is not None:
         return name, _why_unfit(weight, kind)
@@ -207,6 +209,8 @@ def _why_unfit(weight: Tensor, kind: str) -> str | None:
     shape = whole_shape(weight)
     if len(shape) < 2:
         return f"the weight of {kind} is a vector of shape {shape}; at least two dimensions are needed"
+    if 0 in shape:
+        return f"the weight of {kind} holds no numbers: its shape is {shape}"
     return None
 
 

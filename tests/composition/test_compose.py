@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -162,3 +163,18 @@ def test_inner_products_are_sums_of_products(seed: int, count: int, shape: tuple
     gradient, *templates = draw_tensors(seed, count + 1, shape)
     expected = torch.stack([(gradient * t).sum() for t in templates])
     torch.testing.assert_close(template_inner_products(gradient, templates), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_sparse_gradients_of_an_embedding_give_those_of_dense_ones() -> None:
+    *templates, like = draw_tensors(3, 4, (6, 3))
+    words = torch.tensor([1, 4, 4])
+    found = []
+    for sparse in (True, False):
+        coefficients = torch.tensor([0.1, -0.2], dtype=like.dtype, requires_grad=True)
+        anchor = templates[0].clone().requires_grad_()
+        weight = compose_weight(anchor, templates[1:], coefficients)
+        (F.embedding(words, weight, sparse=sparse) * like[:3]).sum().backward()
+        assert coefficients.grad is not None
+        assert anchor.grad is not None
+        found.append((coefficients.grad, anchor.grad))
+    torch.testing.assert_close(found[0], found[1])

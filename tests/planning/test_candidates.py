@@ -11,7 +11,7 @@ from models import Around, layers_of, outputs, tiny_vit, vit_input
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
-from recast_peft import RecastConfig, get_recast_model, plan_recast
+from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 from recast_peft.names import unwrapped
 from recast_peft.planning.candidates import find_candidates
 
@@ -93,3 +93,18 @@ def test_what_a_wrapper_holds_is_known_by_the_wrappers_name() -> None:
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()])})
     assert plan_recast(model, RecastConfig()).targets == ("blocks.0.ffn.0", "blocks.1.ffn.0")
+
+
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        (lambda: nn.Linear(8, 0), r"holds no numbers: its shape is \(0, 8\)"),
+        (lambda: nn.Embedding(8, 8, max_norm=1.0), r"Embedding rescales its weight in each call \(max_norm\)"),
+        (lambda: nn.EmbeddingBag(8, 8, max_norm=1.0), r"EmbeddingBag rescales its weight in each call \(max_norm\)"),
+    ],
+)
+def test_weights_without_numbers_or_that_calls_change_are_no_targets(odd: Callable[[], nn.Module], reason: str) -> None:
+    model = nn.ModuleDict({"odd": odd(), "one": nn.Linear(8, 8), "two": nn.Linear(8, 8)})
+    assert {layer for group in plan_recast(model, RecastConfig()).groups for layer in group.members} == {"one", "two"}
+    with pytest.raises(RecastTargetError, match=reason):
+        plan_recast(model, RecastConfig(target_modules=["odd", "one"]))
