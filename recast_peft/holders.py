@@ -108,7 +108,6 @@ class TaskHolder:
 
     Attributes:
         module_name: name of its place in the plain model.
-        zeros: says whether the calls of now pass over what tasks have here, since it is zero.
     """
 
     module_name: str

@@ -31,6 +31,7 @@ from .composition.composed import ComposedModule
 from .composition.kinds import in_and_out_features, kind_of
 from .composition.mixed_batch import MixedBatch, current_batch
 from .composition.mixing import call_mixed
+from .composition.quantised import restore_class
 from .composition.recomputation import call_again, past_state
 from .composition.strength import Strength
 from .holders import Entry, TaskHolder, TaskModules, TaskParameters
@@ -74,6 +75,10 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
         self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
             self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        restore_class(self.get_base_layer())
 
     # ---------------------------------------------------------------- tasks
 

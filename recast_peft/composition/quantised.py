@@ -7,6 +7,7 @@ bitsandbytes, HQQ, torchao and gptqmodel (GPTQ and AWQ) are told apart as PEFT d
 from __future__ import annotations
 
 import copy
+import sys
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,8 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import is_gptqmodel_quant_linear
 from torch import Tensor, nn
 
-_BITSANDBYTES = ("Params4bit", "Int8Params")
+_MARKS_OF_BITSANDBYTES = {"Params4bit": "quant_state", "Int8Params": "SCB"}  # what each keeps beside its packed numbers
+_BITSANDBYTES = tuple(_MARKS_OF_BITSANDBYTES)
 _GPTQMODEL = ("gptq", "awq")  # it has kernels of other methods too
 _ROWS = 1024  # of a packed weight that are unpacked at a time
 
@@ -40,6 +42,16 @@ def _is_of_gptqmodel(module: nn.Module) -> bool:
     if not methods or not any(getattr(method, "value", method) in _GPTQMODEL for method in methods):
         return False
     return is_gptqmodel_quant_linear(module) and not type(module).__name__.endswith("Embeddings")
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a packed weight of bitsandbytes its class back, which pickle forgets: its numbers would be taken for the weight."""
+    weight = module._parameters.get("weight")
+    marks = vars(weight) if type(weight) is nn.Parameter else {}
+    for name, mark in _MARKS_OF_BITSANDBYTES.items():
+        homes = (getattr(sys.modules.get(cls.__module__), name, None) for cls in type(module).__mro__)
+        if mark in marks and (known := next(filter(None, homes), None)) is not None:
+            weight.__class__ = known  # type: ignore[assignment]
 
 
 def dequantised(module: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from quantised_models import (
 from torch import nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
-from recast_peft.composition.quantised import quantised_by
+from recast_peft.composition.quantised import quantised_by, restore_class
 
 sizes = pytest.mark.parametrize("group_size", [1, 2, 3])
 
@@ -148,6 +149,21 @@ def test_a_mask_is_of_the_weight_that_it_stands_for(kind: str, tmp_path: Path) -
 
 
 @kinds
+@pytest.mark.parametrize("is_called", [False, True])
+def test_a_pickled_model_computes_the_same(kind: str, is_called: bool) -> None:
+    model = get_recast_model(quantised(kind), RecastConfig(target_modules=["0", "1", "2"], group_size=3), "task").eval()
+    randomise(model, "task", size=0.1)
+    with torch.no_grad():
+        if is_called:
+            model(X)
+        try:
+            loaded = pickle.loads(pickle.dumps(model))
+        except (AttributeError, TypeError, NotImplementedError) as error:
+            pytest.skip(f"the library's own weights cannot be pickled: {error}")
+        torch.testing.assert_close(loaded(X), model(X), **near(kind))
+
+
+@kinds
 def test_quantised_layers_beside_plain_ones(kind: str) -> None:
     outputs = []
     for middle in (quantised(kind), expanded(quantised(kind))):
@@ -214,3 +230,27 @@ def test_packed_embeddings_are_no_linear_layers() -> None:
 def test_a_weight_in_float_is_not_quantised() -> None:
     assert quantised_by(nn.Linear(2, 2)) is None
     assert quantised_by(nn.Sequential()) is None
+
+
+class Int8Params(nn.Parameter):
+    """Called as bitsandbytes calls its own."""
+
+
+class Packed(nn.Linear):
+    """Defined beside the class of its weight."""
+
+
+class Further(Packed):
+    """Of somebody else."""
+
+
+@pytest.mark.parametrize("kind", [Packed, Further])
+def test_what_pickle_forgets_of_a_packed_weight_comes_back(kind: type[nn.Linear]) -> None:
+    module = kind(3, 2)
+    restore_class(module)
+    assert type(module.weight) is nn.Parameter
+    module.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
+    module.weight.SCB = torch.ones(2)
+    restore_class(module)
+    assert type(module.weight) is Int8Params
+    assert quantised_by(module) == "bitsandbytes"
