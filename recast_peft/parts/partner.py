@@ -134,7 +134,8 @@ class PartnerPart(TaskPart):
         if PARTNER_CONTAINER not in model._modules:
             setattr(model, PARTNER_CONTAINER, SideContainer())  # place -> method -> TaskPartners
         container: Any = model._modules[PARTNER_CONTAINER]
-        key = place_key(piece.place)
+        # PEFT's classes for a task_type take whatever ends with the name of a classifier for one
+        key = place_key(piece.place) + ("/" if self.stands_before_copies else "")
         if key not in container:
             container[key] = nn.ModuleDict()
         if not isinstance(container[key]._modules.get(self.name), TaskPartners):

@@ -404,6 +404,33 @@ def test_a_classifier_that_is_called_by_keyword() -> None:
             given.append(torch.tanh(block(given[-1])))
         read = torch.cat([*given[: len(group.members) - 1], given[-1]], dim=1)
         assert group.grown is not None
-        features = nn.functional.pad(read @ group.grown.tensors[0].T + group.offset, (0, 8 - len(group.offset)))
+        features = nn.functional.pad(read @ group.grown.tensors[0].float().T + group.offset, (0, 8 - len(group.offset)))
         head = model.get_base_model().head.modules_to_save["default"]
         torch.testing.assert_close(model(data), head(features))
+
+
+def test_the_classifier_that_a_task_type_brings(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return small_transformer("bert", num_labels=2)
+
+    ids = torch.randint(3, 20, (20, 8), generator=torch.Generator().manual_seed(0))
+    readout_bank(build(), {"input_ids": ids}, progress=False).save(tmp_path / "bank")
+    given = RecastConfig(task_type="SEQ_CLS", partners=[ReadoutConfig(bank=str(tmp_path / "bank"))])
+    model = get_recast_model(build(), given, "first").eval()
+    model.add_adapter("second", given)
+    model.eval()
+    alone = {}
+    with torch.no_grad():
+        for seed, name in enumerate(("first", "second")):
+            model.set_adapter(name)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+            alone[name] = model(input_ids=ids[:2]).logits
+        assert not torch.allclose(alone["first"], alone["second"], atol=1e-3)
+        mixed = model(input_ids=ids[:2], adapter_names=["second", "first"]).logits
+        torch.testing.assert_close(mixed, torch.stack([alone["second"][0], alone["first"][1]]))
+        model.save_pretrained(tmp_path)
+        for name, logits in alone.items():
+            loaded = PeftModel.from_pretrained(build(), tmp_path / name, name).eval()
+            torch.testing.assert_close(loaded(input_ids=ids[:2]).logits, logits)
