@@ -17,6 +17,7 @@ from torch import nn
 from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
 from .config import RecastConfig
 from .errors import RecastBaseMismatchError, RecastConfigError
+from .holders import modules_of
 from .hub.backbone import build_backbone
 from .hub.peft_models import any_name, with_task_verbs
 from .hub.task_files import task_entries
@@ -61,12 +62,12 @@ def get_recast_model(
     if not isinstance(model, nn.Module):
         raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
     check_adapter_name(adapter_name)
-    if isinstance(model, PeftModel) and not any(isinstance(m, RecastLayer) for m in model.modules()):
+    if isinstance(model, PeftModel) and not modules_of(model, RecastLayer):
         raise RecastConfigError(
             f"the model is a {type(model).__name__} with other methods' adapters ({', '.join(model.peft_config)}): put RECAST "
             "around the model inside, get_recast_model(model.base_model.model, config), or merge first, merge_and_unload()"
         )
-    if isinstance(model, (PeftModel, PeftMixedModel)) or any(isinstance(m, RecastLayer) for m in model.modules()):
+    if isinstance(model, (PeftModel, PeftMixedModel)) or modules_of(model, RecastLayer):
         raise RecastConfigError(
             "the model is converted already: add a task with model.add_adapter(name, config) or "
             "model.load_adapter(path, name), or get the plain model back with model.unload()"

@@ -34,7 +34,7 @@ from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
 from .composition.recomputation import call_again, past_state
 from .composition.strength import Strength
-from .holders import Entry, TaskHolder, TaskModules, TaskParameters
+from .holders import Entry, TaskHolder, TaskModules, TaskParameters, modules_of
 from .names import COEFFICIENTS
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
@@ -280,4 +280,4 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
 
 def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
     """The RECAST layers of a model by the names of their modules in the plain model."""
-    return {m.module_name: m for m in model.modules() if isinstance(m, RecastLayer)}
+    return {m.module_name: m for m in modules_of(model, RecastLayer)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
 from .config import RecastConfig
+from .holders import modules_of
 from .layer import RecastLayer, recast_layers
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
 from .parts.base import Place
@@ -113,7 +114,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         """PEFT's own loop over the modules, on a copy of the config: it condenses names, and saves modules whole by itself."""
         config = cast(RecastConfig, self.peft_config[adapter_name])
         # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
-        is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        is_first = not modules_of(model, BaseTunerLayer)
         trained = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         own = {"modules_to_save": None, "target_modules": list(prepared.plan.targets), "target_parameters": None}
         working = config.as_chosen(**own, exclude_modules=None)
@@ -153,8 +154,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # coefficients are created in float32, so the only cast is to the dtype of the weights, for those who ask for it
         if autocast_adapter_dtype:
-            for layer in self.model.modules():  # what a task has of whole modules keeps their dtype
-                if isinstance(layer, BaseTunerLayer) and not isinstance(layer, ScaledModule):
+            for layer in modules_of(self.model, BaseTunerLayer):
+                if not isinstance(layer, ScaledModule):  # what a task has of whole modules keeps their dtype
                     cast_adapter_dtype(layer, adapter_name)
             return
         for layer in recast_layers(self.model).values():
@@ -165,7 +166,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT asks every module with this verb when a task was loaded by assignment, which puts it where the file was read
         # to: the machine's accelerator, wherever the model is. Its own containers have no such verb.
-        for wrapper in (m for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)):
+        for wrapper in modules_of(self.model, ModulesToSaveWrapper):
             if adapter_name in wrapper.modules_to_save:
                 around = getattr(wrapper, "hosts", ()) or (wrapper.original_module,)
                 there = device or next((p.device for m in around for p in m.parameters() if not p.is_meta), None)

@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 
 from .composition.kinds import CONVOLUTION, family_of
 from .errors import RecastConfigError
-from .holders import trained_kinds
+from .holders import modules_of, trained_kinds
 from .layer import RecastLayer, recast_layers
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
@@ -195,7 +195,7 @@ def _check_rates(**rates: Any) -> None:
 
 def _warn_of_pretrained(model: nn.Module) -> None:
     """Say so where the pretrained model's own parameters would be trained, which no task has."""
-    tuners = [module for module in model.modules() if isinstance(module, RecastModel)]  # what is around them may be trained
+    tuners = modules_of(model, RecastModel)  # what is around them may be trained
     names = [name for tuner in tuners for name in trained_outside_tasks(tuner.model)]
     if names:
         warnings.warn(

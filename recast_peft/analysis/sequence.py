@@ -25,6 +25,7 @@ from ..errors import RecastConfigError, RecastSequenceError
 from ..growth.biases import grow_bias_bank
 from ..growth.sources import Source
 from ..growth.weights import extend_bank, grow_bank
+from ..holders import modules_of
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating
 from ..names import check_adapter_name
@@ -191,7 +192,7 @@ def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow
                 "Growth(bank=...), or leave grow out"
             )
     plain = copy.deepcopy(model)
-    converted = isinstance(plain, PeftModel) and any(isinstance(module, RecastLayer) for module in plain.modules())
+    converted = isinstance(plain, PeftModel) and bool(modules_of(plain, RecastLayer))
     return plain.unload() if converted else plain  # type: ignore[operator]
 
 

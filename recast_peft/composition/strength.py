@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError
+from ..holders import modules_of
 
 
 class Strength:
@@ -74,7 +75,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, (Strength, LoraLayer))]
+    layers = modules_of(model, Strength, LoraLayer)
     if not layers:
         raise RecastConfigError("the model has no RECAST or LoRA layer whose strength could be set")
     before = [dict(layer.scaling) for layer in layers]
@@ -95,7 +96,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 @contextmanager
 def at_full_strength(model: nn.Module) -> Iterator[None]:
     """A block in which what is composed of a model's tasks is what they were trained as; nothing that is merged changes."""
-    layers = [module for module in model.modules() if isinstance(module, Strength)]
+    layers = modules_of(model, Strength)
     before = [layer.scaling for layer in layers]
     try:
         for layer in layers:

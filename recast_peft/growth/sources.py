@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank
 from ..errors import RecastBankError, RecastConfigError, RecastError
+from ..holders import modules_of
 from ..layer import RecastLayer
 from ..planning.candidates import Candidate
 from ..validation import checked_count, checked_names
@@ -30,7 +31,7 @@ def check_plain(model: nn.Module, verb: str) -> None:
     Raises:
         RecastConfigError: naming the function that needs a plain one.
     """
-    if any(isinstance(module, RecastLayer) for module in model.modules()):
+    if modules_of(model, RecastLayer):
         raise RecastConfigError(f"{verb} needs the plain pretrained model; this one is converted already (see model.unload())")
 
 

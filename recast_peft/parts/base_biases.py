@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..holders import Entry, plain_modules, unwrapped_module
+from ..holders import Entry, modules_of, plain_modules, unwrapped_module
 from ..layer import recast_layers
 from ..names import lies_in
 from .base import TaskPart
@@ -77,7 +77,7 @@ def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode:
             "no parameters there, as in layers of GPTQ, AWQ and HQQ",
             stacklevel=2,
         )
-    owned = [m.module_name for m in model.modules() if isinstance(m, TaskModule) and m.has_task(adapter_name)]
+    owned = [m.module_name for m in modules_of(model, TaskModule) if m.has_task(adapter_name)]
     for name, module in biased_modules(model, bias):
         if not lies_in(name, owned):  # else the task has a copy that is called
             module._parameters["bias"].requires_grad_(not inference_mode)  # type: ignore[union-attr]

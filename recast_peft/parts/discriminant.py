@@ -21,6 +21,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
+from ..holders import modules_of
 from .head import TaskHead
 from .prototypes import check_every_class, check_labels, read_head_inputs
 
@@ -200,7 +201,7 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     Raises:
         RecastTargetError: if the task has none of its own with biases, is not active or is frozen.
     """
-    wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    wrappers = modules_of(model, ModulesToSaveWrapper)
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
     active = next((m.active_adapters[0] for m in wrappers if m.active_adapters), None)
     name: Any = active if adapter_name is None else adapter_name
@@ -228,7 +229,7 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
 
 
 def _last_linear(head: nn.Module) -> nn.Linear | None:
-    linear = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    linear = modules_of(head, nn.Linear)
     return linear[-1] if linear else None
 
 

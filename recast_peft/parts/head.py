@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import MixedBatch
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import Entry, TaskHolder, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
+from ..holders import Entry, TaskHolder, module_entries, modules_of, plain_modules, put_at, unwrapped, unwrapped_module
 from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
 from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels
@@ -183,7 +183,7 @@ def split_logits(logits: Tensor) -> list[Tensor]:
 
 def task_heads(model: nn.Module) -> list[TaskHead]:
     """Every place of a model where tasks have classifiers of their own."""
-    return [module for module in model.modules() if isinstance(module, TaskHead)]
+    return modules_of(model, TaskHead)
 
 
 def task_head(model: nn.Module, name: str) -> TaskHead:

@@ -23,7 +23,17 @@ from ..composition.mixed_batch import current_batch
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
-from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
+from ..holders import (
+    Entry,
+    TaskHolder,
+    container_key,
+    modules_of,
+    plain_modules,
+    put_child,
+    shared,
+    task_of_key,
+    unwrapped_module,
+)
 from ..layer import RecastLayer, recast_layers
 from ..names import lies_in, unwrapped
 from .base import Place, Request, TaskPart
@@ -371,7 +381,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
         with without(list(recast_layers(model).values())):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
-        for layer in [m for m in model.modules() if isinstance(m, LoraLayer) and key in m._get_available_adapters()]:
+        for layer in [m for m in modules_of(model, LoraLayer) if key in m._get_available_adapters()]:
             _adopt(layer, parts, key, names[id(unwrapped_module(layer))])
             layer.set_adapter(active, place.inference_mode)
     finally:

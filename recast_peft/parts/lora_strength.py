@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import container_key, task_of_key
+from ..holders import container_key, modules_of, task_of_key
 from ..layer import recast_layers
 from ..names import BASE_ADAPTER
 
@@ -104,7 +104,7 @@ class PartStrength:
 
 def part_layers(model: nn.Module) -> list[Any]:
     """The layers of LoRA parts in a model."""
-    return [module for module in model.modules() if isinstance(module, PartStrength)]
+    return modules_of(model, PartStrength)
 
 
 PARTS = ("recast", "lora")

@@ -22,7 +22,7 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import SideContainer, put_at
+from ..holders import SideContainer, all_modules, modules_of, put_at
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
 from ..options.partner import PARTNERS, PartnerConfig
@@ -245,7 +245,7 @@ class PartnerHook:
 
 def partner_holders(model: nn.Module) -> list[TaskPartners]:
     """What holds the partners that act on outputs and biases, one for each place and kind."""
-    return [module for module in model.modules() if isinstance(module, TaskPartners)]
+    return modules_of(model, TaskPartners)
 
 
 def attach_partners(model: nn.Module) -> None:
@@ -262,7 +262,7 @@ def attach_partners(model: nn.Module) -> None:
 
 def detach_partners(model: nn.Module) -> None:
     """Take the hooks of partners off all modules."""
-    for module in model.modules():
+    for module in all_modules(model):
         for hooks, with_kwargs in (
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

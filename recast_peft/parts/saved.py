@@ -16,7 +16,7 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, other_names, plain_modules, put_at, unwrapped_module
+from ..holders import Entry, all_modules, modules_of, other_names, plain_modules, put_at, unwrapped_module
 from ..names import lies_in
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
@@ -92,7 +92,7 @@ class SavedPart(TaskPart):
         return [SavedModule(name, plain_copy(modules[name], with_numbers=False)) for name in places]
 
     def check(self, request: Request, pieces: list[SavedModule], owned: Collection[str], compressed: Collection[str]) -> None:
-        if pieces and any(isinstance(module, BaseTunerLayer) and module.merged for module in request.model.modules()):
+        if pieces and any(layer.merged for layer in modules_of(request.model, BaseTunerLayer)):
             raise RecastConfigError(
                 f"{self.name}: a task is merged, and would stay in the copy of {pieces[0].place}: call unmerge_adapter() "
                 "first, and merge it again afterwards"
@@ -119,7 +119,7 @@ class SavedPart(TaskPart):
         Raises:
             RecastTargetError: if another module is in the place of the task's.
         """
-        held = [m.module_name for m in model.modules() if isinstance(m, TaskModule) and m.has_task(adapter_name)]
+        held = [m.module_name for m in modules_of(model, TaskModule) if m.has_task(adapter_name)]
         for place in self.places(Request(model, config, ())):
             # another part may own it, a module around it or the modules in it
             if not lies_in(place, held) and not any(lies_in(name, [place]) for name in held):
@@ -247,7 +247,7 @@ def _keepers(module: nn.Module) -> dict[int, KeptStatistics]:
 def keep_running_statistics(model: nn.Module) -> None:
     """Let all layers of the pretrained model keep their running statistics; a task's own go on learning."""
     own = {id(m) for wrapper in model.modules() if isinstance(wrapper, TaskModule) for m in wrapper.modules_to_save.modules()}
-    for module in model.modules():
+    for module in all_modules(model):
         has_statistics = module._buffers.get("running_mean") is not None and id(module) not in own
         if has_statistics and not _keepers(module):
             module.register_forward_pre_hook(KeptStatistics(module))
@@ -255,13 +255,13 @@ def keep_running_statistics(model: nn.Module) -> None:
 
 def freeze_running_statistics(model: nn.Module) -> None:
     """Put those layers in evaluation mode, and their statistics back if they were reset."""
-    for module in model.modules():
+    for module in all_modules(model):
         for keeper in _keepers(module).values():
             keeper.keep(module)
 
 
 def release_running_statistics(model: nn.Module) -> None:
     """Undo ``keep_running_statistics``."""
-    for module in model.modules():
+    for module in all_modules(model):
         for key in _keepers(module):
             del module._forward_pre_hooks[key]

@@ -16,7 +16,7 @@ from ..composition.calls import Calls
 from ..composition.lazy_weight import model_reads
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
-from ..holders import holders
+from ..holders import holders, modules_of
 from ..layer import RecastLayer
 from ..names import BASE_ADAPTER
 from ..parts.stacking import Adding
@@ -90,7 +90,7 @@ class TaskCalls:
         """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks."""
         if not self._guards:
             for module in (self.model, *self.model.children()):
-                if module is self.model or (_takes_any_keyword(module.forward) and _holds_layers(module)):
+                if module is self.model or (_takes_any_keyword(module.forward) and modules_of(module, RecastLayer)):
                     self._guards.append(module.register_forward_pre_hook(_Guard(self.calls), with_kwargs=True))
 
     def remove_guards(self) -> None:
@@ -204,7 +204,3 @@ def _takes_any_keyword(function: Callable[..., Any]) -> bool:
 def _names(function: Callable[..., Any], argument: str) -> bool:
     """Whether a function has an argument of this name of its own."""
     return argument in inspect.signature(function).parameters
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    return any(isinstance(m, RecastLayer) for m in module.modules())

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..errors import RecastBankError, RecastConfigError
-from ..holders import TaskHolder, holders
+from ..holders import TaskHolder, holders, modules_of
 from ..layer import RecastLayer, recast_layers
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER
 from ..parts.lora_strength import part_layers
@@ -22,7 +22,7 @@ from ..parts.wrapper import TaskModule
 
 def task_modules(model: nn.Module) -> list[TaskModule]:
     """Every place of a model where tasks have modules of their own."""
-    return [module for module in model.modules() if isinstance(module, TaskModule)]
+    return modules_of(model, TaskModule)
 
 
 def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: bool) -> None:
@@ -154,7 +154,7 @@ def _bring_back(model: nn.Module) -> None:
 
 def _layers_of_others(model: nn.Module) -> list[Any]:
     """The tuner layers of other methods."""
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, TaskHolder)]
+    return [m for m in modules_of(model, BaseTunerLayer) if not isinstance(m, TaskHolder)]
 
 
 # ---------------------------------------------------------------- taking a model apart

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RecastBankError, RecastConfigError
-from ...holders import unwrapped_module
+from ...holders import modules_of, unwrapped_module
 from ...layer import RecastLayer
 from ...names import PARTNER_CONTAINER
 from ...parts.bias_part import bias_holders
@@ -97,7 +97,7 @@ class TaskGraph(nn.Module):
 
     def layers(self) -> list[TaskedLayer]:
         """The targets."""
-        return [module for module in self.modules() if isinstance(module, TaskedLayer)]
+        return modules_of(self, TaskedLayer)
 
     def stack_templates(self) -> None:
         """Let the templates of weights that are composed lie in one tensor a bank."""
@@ -263,7 +263,7 @@ def default_dimensions(value: Tensor) -> dict[int, str]:
 def _dimensions_of_task(graph: TaskGraph, task: Any) -> dict[str, dict[int, str]]:
     if isinstance(task, Tensor):
         return {ROWS: {0: "batch"}}
-    heads = [f"{module.place}." for module in graph.modules() if isinstance(module, TaskedModule) and module.has_classes]
+    heads = [f"{module.place}." for module in modules_of(graph, TaskedModule) if module.has_classes]
     return {name: {0: "classes"} if name.startswith(tuple(heads)) else {} for name in task}
 
 
@@ -289,7 +289,7 @@ def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] 
             if isinstance(child, (RecastLayer, TaskModule)):
                 parent._modules[key] = stand_in(child)
     model._modules.pop(PARTNER_CONTAINER, None)
-    layers = {id(module.base): module for module in model.modules() if isinstance(module, TaskedLayer)}
+    layers = {id(module.base): module for module in modules_of(model, TaskedLayer)}
     biases = [TaskedBias(holder, source.adapter, source.layout.slices, given) for holder in holders]
     for bias, holder in zip(biases, holders, strict=True):
         host = holder.hosts[0]

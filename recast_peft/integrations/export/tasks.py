@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig
 from ...errors import RecastBankError, RecastConfigError
-from ...holders import holders
+from ...holders import holders, modules_of
 from ...layer import recast_layers
 from ...model import RecastModel
 from ...names import unwrapped
@@ -185,7 +185,7 @@ def bias_strengths(model: nn.Module, task: str) -> dict[str, float]:
 
 def owned_modules(model: nn.Module, task: str) -> list[TaskModule]:
     """The places of modules that a task owns whole."""
-    held = [module for module in model.modules() if isinstance(module, TaskModule) and module.has_task(task)]
+    held = [module for module in modules_of(model, TaskModule) if module.has_task(task)]
     return [module for module in held if not module.coefficients_of(task) and module.bank_of(task) is None]
 
 
