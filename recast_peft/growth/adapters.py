@@ -164,7 +164,7 @@ def compress_adapters(
             kept[name] += energy
     if not groups:
         raise RecastBankError("none of the adapters moves a target module of the config")
-    bank = _bank(model, plan.candidates, groups, named, rank)
+    bank = _bank(plan.candidates, groups, named, rank)
     wholes = {name: sum(float(_inner_products([pair], [pair])) for pair in found[name][0].values()) for name in found}
     errors = {name: max(0.0, 1 - kept[name] / whole) ** 0.5 if whole else 0.0 for name, whole in wholes.items()}
     numbers_of_all = sum(v.numel() for own in coefficients.values() for v in own.values())
@@ -173,9 +173,7 @@ def compress_adapters(
     return CompressedAdapters(bank, coefficients, errors, before, bank.nbytes + 4 * numbers_of_all, left_out)
 
 
-def _bank(
-    model: nn.Module, candidates: Sequence[Any], groups: dict[str, StoredGroup], named: Mapping[str, Adapter], rank: int
-) -> StoredBank:
+def _bank(candidates: Sequence[Any], groups: dict[str, StoredGroup], named: Mapping[str, Adapter], rank: int) -> StoredBank:
     members = {member for group in groups.values() for member in group.members}
     fingerprints = {target.name: target.fingerprint for target in candidates if target.name in members}
     made = {"method": "grown", "sources": [origin_of(adapter) for adapter in named.values()], "rank": rank, "of": "adapters"}
