@@ -17,13 +17,12 @@ from torch import nn
 from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
 from .config import RecastConfig
 from .errors import RecastBaseMismatchError, RecastConfigError
-from .holders import modules_of
 from .hub.backbone import build_backbone
 from .hub.peft_models import any_name, with_task_verbs
 from .hub.task_files import task_entries
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
-from .names import MODEL_PREFIX, check_adapter_name, plain_name
+from .names import MODEL_PREFIX, check_adapter_name, modules_of, plain_name
 from .options.record import modules_called
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together

@@ -168,28 +168,9 @@ class TaskHolder:
         )
 
 
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """What ``model.modules()`` gives, in the same order; that resumes a generator of each level for each module."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in [*module._modules.values()][::-1] if child is not None]
-    return [*found.values()]
-
-
-def modules_of(model: nn.Module, *kinds: type) -> list[Any]:
-    """The modules of a model that are of some kinds, each once."""
-    modules = all_modules(model)
-    fits = {kind: issubclass(kind, kinds) for kind in {type(module) for module in modules}}
-    return [module for module in modules if fits[type(module)]]
-
-
 def holders(model: nn.Module) -> list[Any]:
     """Every module of a model that holds parts of tasks, each once."""
-    return modules_of(model, TaskHolder)
+    return [module for module in model.modules() if isinstance(module, TaskHolder)]
 
 
 def trained_kinds(model: nn.Module) -> dict[int, str]:
@@ -276,7 +257,7 @@ def put_at(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def exchange(model: nn.Module, present: nn.Module, module: nn.Module) -> None:
     """Put a module in the place of another one, wherever that stands: what a model shares stays shared."""
-    for parent in all_modules(model):
+    for parent in list(model.modules()):
         for name in [name for name, child in parent._modules.items() if child is present]:
             put_child(parent, name, module)
 

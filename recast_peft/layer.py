@@ -34,8 +34,8 @@ from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
 from .composition.recomputation import call_again, past_state
 from .composition.strength import Strength
-from .holders import Entry, TaskHolder, TaskModules, TaskParameters, modules_of
-from .names import COEFFICIENTS
+from .holders import Entry, TaskHolder, TaskModules, TaskParameters
+from .names import COEFFICIENTS, modules_of
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 

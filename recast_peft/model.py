@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
 from .config import RecastConfig
-from .holders import modules_of
 from .layer import RecastLayer, recast_layers
-from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, plain_name
+from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name
 from .parts.base import Place
 from .parts.base_biases import train_biases
 from .parts.saved import freeze_running_statistics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -106,6 +107,25 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (name := held_name(module)) is not None:
         module = module._modules[name]  # type: ignore[assignment]
     return module
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """What ``model.modules()`` gives, in the same order; that resumes a generator of each level for each module."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in [*module._modules.values()][::-1] if child is not None]
+    return [*found.values()]
+
+
+def modules_of(model: nn.Module, *kinds: type) -> list[Any]:
+    """The modules of a model that are of some kinds, each once."""
+    modules = all_modules(model)
+    fits = {kind: issubclass(kind, kinds) for kind in {type(module) for module in modules}}
+    return [module for module in modules if fits[type(module)]]
 
 
 def block_of(name: str) -> str:

@@ -27,11 +27,11 @@ from torch.optim import AdamW, Optimizer
 
 from .composition.kinds import CONVOLUTION, family_of
 from .errors import RecastConfigError
-from .holders import modules_of, trained_kinds
+from .holders import trained_kinds
 from .layer import RecastLayer, recast_layers
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
-from .names import block_of, plain_name, unwrapped
+from .names import block_of, modules_of, plain_name, unwrapped
 from .tasks.state import trained_outside_tasks
 from .validation import is_number, shown
 

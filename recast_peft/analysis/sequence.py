@@ -25,10 +25,9 @@ from ..errors import RecastConfigError, RecastSequenceError
 from ..growth.biases import grow_bias_bank
 from ..growth.sources import Source
 from ..growth.weights import extend_bank, grow_bank
-from ..holders import modules_of
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating
-from ..names import check_adapter_name
+from ..names import check_adapter_name, modules_of
 from ..parts import BiasConfig
 from ..parts.bias_part import bias_config
 from ..planning.plan import SAID_BY_BANK

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError
-from ..holders import modules_of
+from ..names import modules_of
 
 
 class Strength:

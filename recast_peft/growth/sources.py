@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank
 from ..errors import RecastBankError, RecastConfigError, RecastError
-from ..holders import modules_of
 from ..layer import RecastLayer
+from ..names import modules_of
 from ..planning.candidates import Candidate
 from ..validation import checked_count, checked_names
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..holders import Entry, modules_of, plain_modules, unwrapped_module
+from ..holders import Entry, plain_modules, unwrapped_module
 from ..layer import recast_layers
-from ..names import lies_in
+from ..names import lies_in, modules_of
 from .base import TaskPart
 from .lora_strength import part_layers
 from .wrapper import TaskModule

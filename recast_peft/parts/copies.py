@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..holders import all_modules, unwrapped_module
+from ..holders import unwrapped_module
+from ..names import all_modules
 
 
 def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:

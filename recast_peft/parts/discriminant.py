@@ -21,7 +21,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
-from ..holders import modules_of
+from ..names import modules_of
 from .head import TaskHead
 from .prototypes import check_every_class, check_labels, read_head_inputs
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import MixedBatch
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import Entry, TaskHolder, module_entries, modules_of, plain_modules, put_at, unwrapped, unwrapped_module
+from ..holders import Entry, TaskHolder, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
+from ..names import modules_of
 from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
 from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels

@@ -23,19 +23,9 @@ from ..composition.mixed_batch import current_batch
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
-from ..holders import (
-    Entry,
-    TaskHolder,
-    container_key,
-    modules_of,
-    plain_modules,
-    put_child,
-    shared,
-    task_of_key,
-    unwrapped_module,
-)
+from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
 from ..layer import RecastLayer, recast_layers
-from ..names import lies_in, unwrapped
+from ..names import lies_in, modules_of, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .lora_pool import PooledPart, one_task_for_all

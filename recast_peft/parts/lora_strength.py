@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import container_key, modules_of, task_of_key
+from ..holders import container_key, task_of_key
 from ..layer import recast_layers
-from ..names import BASE_ADAPTER
+from ..names import BASE_ADAPTER, modules_of
 
 
 def keys_of(names: Sequence[str]) -> list[str]:

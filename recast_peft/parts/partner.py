@@ -22,9 +22,9 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import SideContainer, all_modules, modules_of, put_at
+from ..holders import SideContainer, put_at
 from ..layer import RecastLayer, recast_layers
-from ..names import MODEL_PREFIX, PARTNER_CONTAINER, place_key
+from ..names import MODEL_PREFIX, PARTNER_CONTAINER, all_modules, modules_of, place_key
 from ..options.partner import PARTNERS, PartnerConfig
 from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.heads import head_names

@@ -16,8 +16,8 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, all_modules, modules_of, other_names, plain_modules, put_at, unwrapped_module
-from ..names import lies_in
+from ..holders import Entry, other_names, plain_modules, put_at, unwrapped_module
+from ..names import all_modules, lies_in, modules_of
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy

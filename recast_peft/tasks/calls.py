@@ -16,9 +16,9 @@ from ..composition.calls import Calls
 from ..composition.lazy_weight import model_reads
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
-from ..holders import holders, modules_of
+from ..holders import holders
 from ..layer import RecastLayer
-from ..names import BASE_ADAPTER
+from ..names import BASE_ADAPTER, modules_of
 from ..parts.stacking import Adding
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..holders import all_modules
+from ..names import all_modules
 
 
 class Snapshot:

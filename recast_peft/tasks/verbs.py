@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..errors import RecastBankError, RecastConfigError
-from ..holders import TaskHolder, holders, modules_of
+from ..holders import TaskHolder, holders
 from ..layer import RecastLayer, recast_layers
-from ..names import BANK_CONTAINER, PARTNER_CONTAINER
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER, modules_of
 from ..parts.lora_strength import part_layers
 from ..parts.partner import attach_partners, detach_partners
 from ..parts.saved import release_running_statistics

@@ -44,7 +44,7 @@ def test_preparing_a_task_touches_nothing(fields: dict[str, Any]) -> None:
     assert state(model) == before
     assert torch.equal(outputs(model, vit_input()), live)
     assert vars(config) == given
-    assert prepared.visible_keys == {*prepared.layers} == {f"blocks.{i}.mlp.fc1" for i in range(4)}
+    assert {*prepared.visible} == {*prepared.layers} == {f"blocks.{i}.mlp.fc1" for i in range(4)}
     assert prepared.partner_banks == {}
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RecastBankError, RecastConfigError
-from ...holders import modules_of, unwrapped_module
+from ...holders import unwrapped_module
 from ...layer import RecastLayer
-from ...names import PARTNER_CONTAINER
+from ...names import PARTNER_CONTAINER, modules_of
 from ...parts.bias_part import bias_holders
 from ...parts.head import TaskHead
 from ...parts.partner import detach_partners

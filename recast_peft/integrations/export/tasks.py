@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig
 from ...errors import RecastBankError, RecastConfigError
-from ...holders import holders, modules_of
+from ...holders import holders
 from ...layer import recast_layers
 from ...model import RecastModel
-from ...names import unwrapped
+from ...names import modules_of, unwrapped
 from ...parts import PARTS
 from ...parts.bias_part import bias_coefficients, bias_holders
 from ...parts.saved import TaskNorm
