@@ -47,14 +47,16 @@ def summed_config(model: nn.Module, adapters: Sequence[str]) -> LoraConfig | Non
 def write_sum(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Write the weighted sum of tasks' LoRA parts into that of a task which was made with ``summed_config``."""
     for layer in (layer for layer in part_layers(model) if layer.has_task(adapter_name)):
+        # a task that came before RECAST's layer has a layer of its own below it
+        here = [other for other in part_layers(model) if other.module_name == layer.module_name]
         terms = []
         for name, weight in zip(adapters, weights, strict=True):
-            if layer.has_task(name):
+            for own in (other for other in here if other.has_task(name)):
                 key, config = container_key(name), lora_config_of(model, name)
                 assert config is not None
-                rank = math.sqrt(layer.r[key]) if config.use_rslora else layer.r[key]
-                factor = weight * layer.lora_alpha[key] / rank
-                terms.append((factor, {entry.name: entry.tensor for entry in layer.entries(name)}))
+                rank = math.sqrt(own.r[key]) if config.use_rslora else own.r[key]
+                factor = weight * own.lora_alpha[key] / rank
+                terms.append((factor, {entry.name: entry.tensor for entry in own.entries(name)}))
         for entry in layer.entries(adapter_name):
             if entry.name.partition(".lora_")[2].startswith(("A", "embedding_A")):
                 entry.tensor.data = torch.cat([tensors[entry.name] for _, tensors in terms])

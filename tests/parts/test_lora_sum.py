@@ -123,3 +123,17 @@ def test_what_cannot_be_summed_is_refused_and_changes_nothing(model: PeftModel) 
     with pytest.raises(RecastConfigError, match=r"its LoRA part at blocks\.0\.mlp\.fc1 is more than two factors"):
         model.add_weighted_adapter(["one", "dora"], [1, 1], "sum")
     assert "sum" not in model.peft_config
+
+
+def test_parts_on_both_sides_of_a_layer_that_came_between_them() -> None:
+    config = RecastConfig(target_modules=["fc1"], lora_config=lora(target_modules=["qkv"]))
+    model = get_recast_model(tiny_vit(), config, "below").eval()
+    model.add_adapter("between", RecastConfig(target_modules=["qkv"]))
+    model.add_adapter("above", config)
+    for seed, name in enumerate(("below", "above")):
+        fill(model, name, seed + 1)
+    model.add_weighted_adapter(["below", "above"], [0.5, -2.0], "sum")
+    parts = {name: added(model, name) for name in ("below", "above", "sum")}
+    assert len(parts["sum"]) == 4
+    for name, total in parts["sum"].items():
+        torch.testing.assert_close(total, 0.5 * parts["below"][name] - 2.0 * parts["above"][name], rtol=1e-5, atol=1e-6)
