@@ -214,6 +214,20 @@ class TestDirections:
         bank = readout_bank(vit(), pictures(4), target_modules=["blocks.4.attn.proj", "blocks.1.mlp.fc1"], progress=False)
         assert bank.groups["readout"].members == ("blocks.1.mlp.fc1", "blocks.4.attn.proj", "head")
 
+    @pytest.mark.parametrize("named", [None, ["second"]])
+    def test_where_the_classifier_reads_positions_nothing_is_pooled(self, named: list[str] | None) -> None:
+        class Tagger(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second, self.classifier = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.classifier(self.second(self.first(x).relu()))
+
+        bank = readout_bank(Tagger(), torch.randn(5, 3, 4), target_modules=named, progress=False)
+        assert bank.groups["readout"].pools is False
+        assert bank.mimicry["examples"] == 15  # each position is one
+
     def test_the_model_and_its_mode_are_left_as_they_were(self) -> None:
         model = vit().train()
         before = copy.deepcopy(model.state_dict())
