@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -156,6 +156,7 @@ class RecastConfig(PeftConfig):
     fidelity: dict[str, float] | None = decided()
     results: dict[str, Any] | None = None
     record: TaskRecord | None = field(default=None, init=False, repr=False, compare=False)
+    is_layout: ClassVar[bool] = False  # of a pool's slot or a sum, whose classifier comes later
 
     @property
     def method(self) -> MimicryMethod:
@@ -290,6 +291,7 @@ def layout_of(config: RecastConfig, **fields: Any) -> RecastConfig:
     shared = [copy.deepcopy(p) for p in partners if p.acts_on == "bias" or not p.is_trained]
     own = {name: copy.deepcopy(getattr(config, name)) for name in same}
     layout = RecastConfig(**{**own, "bank": config.bank_reference, "partners": shared, **fields})
+    layout.is_layout = True  # type: ignore[misc]
     if layout.record is not None and config.record is not None:
         layout.record = replace(layout.record, partner_banks=dict(config.record.partner_banks))
     return layout

@@ -21,8 +21,9 @@ from ..parts.head_building import find_head
 from ..parts.readout import fingerprints_of, fitted, given_to, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
+from ..validation import checked_count
 from .practice import Inputs, check_data, rows_of_inputs
-from .sources import check_plain, check_sizes
+from .sources import check_plain
 
 MOST_MODULES = 16
 MOST_EXAMPLES = 4096
@@ -66,7 +67,7 @@ def readout_bank(
         RecastTargetError: if the classifier or a layer is not found, or inputs do not fit what the classifier reads.
     """
     check_plain(model, "readout_bank")
-    check_sizes(batch_size=batch_size)
+    checked_count("batch_size", batch_size)
     head = find_head(model, head_module)
     drawn = _drawn(data)
     some = rows_of_inputs(drawn, torch.arange(min(_count(drawn), MOST_TRIED)))
@@ -112,7 +113,7 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: In
     layers = [name for name, kind in kinds if kind is not None and kind.rows is not None]
     if wanted is not None:
         known = {other: c.name for c in candidates for other in c.names}
-        if isinstance(wanted, str) or not wanted or any(known.get(name) not in layers for name in wanted):
+        if not isinstance(wanted, list | tuple) or not wanted or any(known.get(name) not in layers for name in wanted):
             raise RecastTargetError(
                 f"readout_bank(target_modules={wanted!r}): expected a list of names of linear layers or convolutions"
             )

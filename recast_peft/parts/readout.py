@@ -35,7 +35,6 @@ from ..planning.candidates import Candidate as Place
 from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied, partner_holders
-from .wrapper import TaskModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,12 +368,13 @@ class ReadoutPart(PartnerPart):
 
 
 def _check_classifier(request: Request, name: str) -> None:
-    """Refuse new features for a classifier that was trained on the old ones, and is not trained with the task."""
+    """Refuse new features for a classifier that was trained on the old ones, or starts as one that was."""
     config, module = request.config, plain_modules(request.model).get(name)
+    if config.num_classes is not None and config.head_init == "copy":
+        raise RecastConfigError(f"a readout changes what {name} reads, so the task cannot start at it: use head_init='fresh'")
     saved = tuple(config.modules_to_save or ())
-    is_own = config.num_classes is not None or (bool(saved) and name.endswith(saved))
-    stands_alone = isinstance(module, TaskModule)  # other tasks have classifiers here, and this one may be a pool's slot
-    if not (module is None or is_own or stands_alone or isinstance(unwrapped_module(module), nn.Identity)):
+    is_own = config.num_classes is not None or (bool(saved) and name.endswith(saved)) or config.is_layout
+    if not (module is None or is_own or isinstance(unwrapped_module(module), nn.Identity)):
         raise RecastConfigError(
             f"a readout changes what {name} reads, which was trained on other features: give the task a classifier of its own, "
             f"RecastConfig(num_classes=...), or name it in modules_to_save"

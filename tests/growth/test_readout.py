@@ -286,9 +286,11 @@ class TestRefusals:
             readout_bank(vit(), data, progress=False)
 
     def test_modules_that_are_not_there(self) -> None:
-        for names in (["block"], ["blocks.0"], ["norm"], []):
+        for names in (["block"], ["blocks.0"], ["norm"], [], 5, "blocks.0.mlp.fc2"):
             with pytest.raises(RecastTargetError, match=re.escape(f"target_modules={names!r}")):
-                readout_bank(vit(), pictures(4), target_modules=names, progress=False)
+                readout_bank(vit(), pictures(4), target_modules=names, progress=False)  # type: ignore[arg-type]
+        with pytest.raises(RecastConfigError, match="batch_size"):
+            readout_bank(vit(), pictures(4), batch_size=None, progress=False)  # type: ignore[arg-type]
 
     def test_modules_that_are_not_called(self) -> None:
         model = vit()

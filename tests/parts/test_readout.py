@@ -352,6 +352,19 @@ class TestRefusals:
         with pytest.raises(RecastConfigError, match="a classifier of its own"):
             get_recast_model(timm.create_model("test_vit", num_classes=10), config(bank, num_classes=None))
 
+    def test_a_classifier_of_another_task_is_none_of_its_own(self, bank: StoredBank) -> None:
+        torch.manual_seed(0)
+        plain = timm.create_model("test_vit", num_classes=10)
+        plain.load_state_dict(vit().state_dict(), strict=False)
+        model = get_recast_model(plain, config(bank), "first")
+        with pytest.raises(RecastConfigError, match="a classifier of its own"):
+            model.add_adapter("second", config(bank, num_classes=None))
+        assert list(model.peft_config) == ["first"]
+
+    def test_a_classifier_that_starts_as_one_of_other_features(self, bank: StoredBank) -> None:
+        with pytest.raises(RecastConfigError, match="use head_init='fresh'"):
+            get_recast_model(timm.create_model("test_vit", num_classes=3), config(bank, head_init="copy"))
+
     def test_a_task_that_would_copy_what_lies_around_its_classifier(self) -> None:
         torch.manual_seed(0)
         model, x = timm.create_model("test_convnext", num_classes=10).eval(), torch.randn(4, 3, 64, 64)
