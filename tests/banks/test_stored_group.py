@@ -31,7 +31,7 @@ GROUPS = {
     "dense": StoredGroup(("a", "b", "c"), torch.ones(1, 2, 3), torch.ones(3, 1)),
     "grown": StoredGroup(("a", "b"), grown=grown_templates(2, 3, plain=True)),
     "bias": StoredGroup(("a", "b"), grown=grown_templates(5, plain=False), widths=(2, 3)),
-    "readout": StoredGroup(("a", "b"), grown=grown_templates(5, plain=False), widths=(2, 3), offset=torch.ones(2)),
+    "readout": StoredGroup(("a", "b"), grown=grown_templates(5, plain=False), widths=(2, 3), offset=torch.ones(2), pools=True),
 }
 COUNTS = {
     "exact": (2, 4),
