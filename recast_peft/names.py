@@ -109,23 +109,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """What ``model.modules()`` gives, in the same order; that resumes a generator of each level for each module."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in [*module._modules.values()][::-1] if child is not None]
-    return [*found.values()]
-
-
 def modules_of(model: nn.Module, *kinds: type) -> list[Any]:
     """The modules of a model that are of some kinds, each once."""
-    modules = all_modules(model)
-    fits = {kind: issubclass(kind, kinds) for kind in {type(module) for module in modules}}
-    return [module for module in modules if fits[type(module)]]
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def block_of(name: str) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..holders import unwrapped_module
-from ..names import all_modules
 
 
 def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
@@ -18,7 +17,7 @@ def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
     Without numbers its parameters and buffers are on the meta device.
     """
     memo = _computed(module) if with_numbers else _without_numbers(module)
-    for wrapper in [m for m in all_modules(module) if unwrapped_module(m) is not m][::-1]:  # the innermost first
+    for wrapper in [m for m in module.modules() if unwrapped_module(m) is not m][::-1]:  # the innermost first
         inner = unwrapped_module(wrapper)
         own = memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
         if getattr(wrapper, "is_released", False):  # a compressed bank stands for its weight
@@ -33,7 +32,7 @@ def _computed(module: nn.Module) -> dict[int, Any]:
 
 
 def _noted(module: nn.Module) -> list[Tensor]:
-    return [value for m in all_modules(module) for value in vars(m).values() if isinstance(value, Tensor)]
+    return [value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor)]
 
 
 def _without_numbers(module: nn.Module) -> dict[int, Any]:

@@ -24,7 +24,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import SideContainer, put_at
 from ..layer import RecastLayer, recast_layers
-from ..names import MODEL_PREFIX, PARTNER_CONTAINER, all_modules, modules_of, place_key
+from ..names import MODEL_PREFIX, PARTNER_CONTAINER, modules_of, place_key
 from ..options.partner import PARTNERS, PartnerConfig
 from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.heads import head_names
@@ -262,7 +262,7 @@ def attach_partners(model: nn.Module) -> None:
 
 def detach_partners(model: nn.Module) -> None:
     """Take the hooks of partners off all modules."""
-    for module in all_modules(model):
+    for module in list(model.modules()):
         for hooks, with_kwargs in (
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

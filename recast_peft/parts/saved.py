@@ -17,7 +17,7 @@ from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, other_names, plain_modules, put_at, unwrapped_module
-from ..names import all_modules, lies_in, modules_of
+from ..names import lies_in, modules_of
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy
@@ -247,7 +247,7 @@ def _keepers(module: nn.Module) -> dict[int, KeptStatistics]:
 def keep_running_statistics(model: nn.Module) -> None:
     """Let all layers of the pretrained model keep their running statistics; a task's own go on learning."""
     own = {id(m) for wrapper in model.modules() if isinstance(wrapper, TaskModule) for m in wrapper.modules_to_save.modules()}
-    for module in all_modules(model):
+    for module in list(model.modules()):
         has_statistics = module._buffers.get("running_mean") is not None and id(module) not in own
         if has_statistics and not _keepers(module):
             module.register_forward_pre_hook(KeptStatistics(module))
@@ -255,13 +255,13 @@ def keep_running_statistics(model: nn.Module) -> None:
 
 def freeze_running_statistics(model: nn.Module) -> None:
     """Put those layers in evaluation mode, and their statistics back if they were reset."""
-    for module in all_modules(model):
+    for module in list(model.modules()):
         for keeper in _keepers(module).values():
             keeper.keep(module)
 
 
 def release_running_statistics(model: nn.Module) -> None:
     """Undo ``keep_running_statistics``."""
-    for module in all_modules(model):
+    for module in list(model.modules()):
         for key in _keepers(module):
             del module._forward_pre_hooks[key]

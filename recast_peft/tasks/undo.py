@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..names import all_modules
-
 
 class Snapshot:
     """The modules of a model as they are: their children, parameters, hooks and lists, and which parameters are trained.
@@ -18,7 +16,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _noted(module)) for module in all_modules(model)]
+        self._modules = [(module, _noted(module)) for module in model.modules()]
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
