@@ -29,6 +29,7 @@ from .composition.calling import call
 from .composition.coefficient_gradients import EXACT
 from .composition.composed import ComposedModule
 from .composition.kinds import in_and_out_features, kind_of
+from .composition.known import Known, is_simple
 from .composition.mixed_batch import MixedBatch, current_batch
 from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
@@ -73,6 +74,7 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
         self._switched_off = False  # inside RecastModel.disable_part("recast")
         self._active_adapter = []
         self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
+        self.known: Known | None = None  # what the last call computed with
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
             self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
 
@@ -234,6 +236,8 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module computes, with the composed weight; in a mixed batch with each sample's own."""
+        if not torch.compiler.is_compiling() and self.known is not None and self.known.holds(self, args, kwargs):
+            return self.known.call(args[0])
         batch = current_batch()
         past = past_state(self, batch)
         if past is not None:
@@ -254,7 +258,13 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
             return call_mixed(self, batch, args, kwargs)
         if self.merged_adapters:
             return self._call_merged(args, kwargs)
-        has_zeros = not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self)
+        return self._call_live(args, kwargs)
+
+    def _call_live(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return call(self, self.acting_adapters, args, kwargs)
+        has_zeros = self.zeros is not None and self.zeros.are_all(self)
+        self.__dict__["known"] = None if has_zeros or not is_simple(self) else Known(self)
         return call(self, [] if has_zeros else self.acting_adapters, args, kwargs)
 
     def _call_merged(self, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -99,9 +99,14 @@ def call(
     base, x = layer.base_layer, args[0]
     if can_recompose(base, x, *terms):
         return call_recomposed(base, x, *terms, _gradient_way(layer, adapters))
+    return call_composed(base, direct, x, terms)
+
+
+def call_composed(base: nn.Module, direct: Callable[..., Tensor], x: Tensor, terms: Terms) -> Tensor:
+    """What a module computes with a weight that is composed for the call, by the plain function that stands for it."""
     if not torch.is_grad_enabled() and (y := product_of_one(base, x, *terms)) is not None:
         return y
-    return direct(base, marked_as_pretrained(layer, compose_weight(*terms)), x)
+    return direct(base, marked(compose_weight(*terms)), x)
 
 
 def _gradient_way(layer: ComposedLayer, adapters: Sequence[str]) -> str:

@@ -105,10 +105,22 @@ class CallHistory:
     def is_news(self, state: CallState) -> bool:
         """Whether this thread's latest call computed in another state; if not, this call is added to its note."""
         notes = self._notes.get(get_ident())
-        if not notes or not notes[-1].state.is_same(state):
+        if not notes or not notes[-1].state.is_same(state) or notes[-1].state.recorded != state.recorded:
             return True
         notes[-1].last = torch._C._autograd._get_sequence_nr()
         return False
+
+    def latest(self) -> _Note | None:
+        """The note of this thread's latest call that was noted."""
+        notes = self._notes.get(get_ident())
+        return notes[-1] if notes else None
+
+    def goes_on(self, note: _Note | None) -> bool:
+        """Whether a note is this thread's latest; if so, this call, which computes in the same state, is added to it."""
+        if note is None or note is not self.latest():
+            return False
+        note.last = torch._C._autograd._get_sequence_nr()
+        return True
 
     def recall(self) -> CallState | None:
         """The state of the call that is being computed again; None if nothing was noted.
@@ -119,10 +131,10 @@ class CallHistory:
         node = torch._C._current_autograd_node()
         if not self._notes or node is None:
             return None
-        now = node._sequence_nr() + 1
         # an operation that calls modules itself got its number before they were called; else it followed on them
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         follows = hooks is not None and type(node).__name__ != "CheckpointFunctionBackward"
+        now = node._sequence_nr() + (not follows)
         own = self._notes.get(get_ident())
         threads = [own] if own else list(self._notes.values())  # an accelerator's gradients are formed in a thread of their own
         found = [self._at(list(notes), now, follows) for notes in threads]

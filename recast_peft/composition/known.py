@@ -1,0 +1,105 @@
+"""A layer's further calls: what the last one found out is known, and seen to hold at a glance.
+
+Which task acts, on which templates, and whether these are ordinary tensors takes longer to find out than a small layer takes to
+compute. A call without gradients notes the objects that it found; the next one computes with them if they are all in their
+places. No number is kept: whatever is written into a tensor is seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..placement.sharded import is_plain
+from .calling import STANDS_FOR, call_composed, is_hooked
+from .compose import average_sets
+from .kinds import kind_of
+from .mixed_batch import current_batch
+from .recomputation import is_recomputing
+
+
+class Known:
+    """What a layer's call computed with: one task, on the pretrained weights of the layer and its neighbours.
+
+    Args:
+        layer: the layer; ``is_simple`` holds for it.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.active = list(layer.active_adapters)
+        (self.task,) = layer.acting_adapters
+        self.bank = layer.recast_bank[self.task]
+        self.coefficients = layer.recast_coefficients[self.task]
+        self.written, self.trained = self.coefficients._version, self.coefficients.requires_grad
+        self.base, self.weight = layer.base_layer, layer.weight_parameter
+        self.kind: Any = kind_of(self.base)
+        self.templates = [other.weight_parameter for other in self.bank.layers]
+        places = {id(other): (other, other.base_layer, other.weight_parameter) for other in (layer, *self.bank.layers)}
+        self.places = tuple(places.values())
+        self.note = None if torch.is_inference_mode_enabled() else layer.history.latest()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of a layer knows nothing
+
+    def holds(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call that begins now, and is not compiled, computes with the same."""
+        if len(args) != 1 or kwargs or torch.is_grad_enabled() or is_recomputing():
+            return False
+        return self._acts(layer) and self._is_in_place(layer) and self._is_noted(layer)
+
+    def call(self, x: Tensor) -> Tensor:
+        """What the layer computes."""
+        return call_composed(self.base, self.kind.call, x, (self.weight, self.templates, average_sets(self.coefficients)))
+
+    def _acts(self, layer: Any) -> bool:
+        """Whether the task acts here, alone."""
+        return (
+            layer._active_adapter == self.active
+            and layer.recast_bank.get(self.task) is self.bank
+            and not (layer.disable_adapters or layer.stands_aside or layer.scaling)
+            and layer.held is None
+            and layer.instead is None
+            and not layer.compressed_bank
+            and not len(layer.recast_masks)
+            and layer.idle_slot != self.task
+            and current_batch() is None
+            and (layer.zeros is None or not layer.zeros.are_all(layer))
+        )
+
+    def _is_in_place(self, layer: Any) -> bool:
+        """Whether the tensors are those that were found, nothing merged, on one device, and the module computes as it did."""
+        device = self.coefficients.device
+        for holder, base, weight in self.places:
+            held = holder._modules["base_layer"]
+            if held is not base or held._parameters.get(holder.weight_name) is not weight or not is_plain(weight):
+                return False
+            if weight.device != device:
+                return False
+        is_same = layer.recast_coefficients[self.task] is self.coefficients
+        return is_same and kind_of(self.base) is self.kind and not is_hooked(self.base)
+
+    def _is_noted(self, layer: Any) -> bool:
+        if torch.is_inference_mode_enabled():
+            return True
+        is_same = self.coefficients._version == self.written and self.coefficients.requires_grad == self.trained
+        return is_same and layer.history.goes_on(self.note)
+
+
+def is_simple(layer: Any) -> bool:
+    """Whether one task acts in a layer, by products of a known kind with pretrained weights that lie here as they are."""
+    tasks, base = layer.acting_adapters, layer.base_layer
+    if torch.is_grad_enabled() or len(tasks) != 1 or tasks[0] not in layer.recast_coefficients or tasks[0] == layer.idle_slot:
+        return False
+    bank, coefficients, kind = layer.recast_bank[tasks[0]], layer.recast_coefficients[tasks[0]], kind_of(base)
+    if not bank.is_exact or kind is None or kind.call is None or coefficients.is_inference() or not is_plain(coefficients):
+        return False
+    return all(_is_here(other) for other in (layer, *bank.layers))
+
+
+def _is_here(layer: Any) -> bool:
+    base = layer.base_layer
+    weight: Tensor | None = base._parameters.get(layer.weight_name)
+    is_parameter = isinstance(weight, nn.Parameter) and is_plain(weight) and not weight.is_meta
+    return is_parameter and base is layer.get_base_layer() and not hasattr(weight, STANDS_FOR) and layer.kept_weight is None
