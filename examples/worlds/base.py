@@ -55,7 +55,7 @@ class World:
     """A pretrained backbone and the tasks that are made for it.
 
     Attributes:
-        name: ``text`` or ``pictures``.
+        name: ``text``, ``pictures`` or ``vit``.
         backbone: makes the pretrained model anew; called with a split's inputs it gives features ``(examples, width)``.
         width: of the features.
         head: name of the module that a task's classifier replaces.
@@ -63,6 +63,9 @@ class World:
         epochs: passes over a task's training examples in a study; every method gets as many.
         head_lr: learning rate of the classifier, the same for every method.
         lora_targets: what LoRA and its kin adapt here.
+        norm_targets: the norms that LN tuning trains.
+        ia3_targets: what IA3 scales.
+        ia3_feedforward: those of them whose inputs it scales, and not their outputs.
         batch_size: examples in a step.
         special_tokens: of texts: what stands for a word that was taken out, then tokens that are no words.
     """
@@ -75,6 +78,9 @@ class World:
     epochs: int
     head_lr: float
     lora_targets: Sequence[str] | str
+    norm_targets: Sequence[str] | str
+    ia3_targets: Sequence[str] | str
+    ia3_feedforward: Sequence[str] = ()
     batch_size: int = 32
     special_tokens: tuple[int, ...] = ()
 

@@ -203,4 +203,6 @@ PICTURES = World(
     epochs=20,
     head_lr=1e-2,
     lora_targets=r".*\.(conv_pw|conv_pwl)",
+    norm_targets=r".*\.bn\d",
+    ia3_targets=r".*\.(conv_pw|conv_pwl)",
 )

@@ -173,5 +173,8 @@ TEXT = World(
     epochs=4,
     head_lr=2e-2,
     lora_targets=["query", "value"],
+    norm_targets=["LayerNorm"],
+    ia3_targets=["key", "value", "intermediate.dense"],
+    ia3_feedforward=["intermediate.dense"],
     special_tokens=(103, 0, 100, 101, 102),  # [MASK], then [PAD], [UNK], [CLS], [SEP]
 )

