@@ -16,11 +16,11 @@ from ..errors import RecastTargetError
 from ..holders import plain_modules, shared
 from ..options.partner import resolve_partners
 from ..planning.budget import DEFAULT_BUDGET, names_a_size
-from ..planning.candidates import Candidate
+from ..planning.candidates import Candidate, find_candidates
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.targets import find_targets
 from .lora import PartLayer
-from .lora_plan import rank_one
+from .lora_plan import rank_one, these_modules
 from .saved import ADDED_BY_TASK_TYPE
 
 MOST_USEFUL_RANK = 64  # more is as much as a dense update in most layers
@@ -82,7 +82,8 @@ def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastC
     if not chosen:
         return config
     rank = max(rank, 1)
-    return config.as_chosen(lora_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen))
+    wanted = these_modules(chosen, find_candidates(model))
+    return config.as_chosen(lora_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted))
 
 
 def _has_other_lora(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
     candidates = find_candidates(model)
     targets = _find_targets(model, candidates, lora, recast_targets)
     if lora.target_modules is None or _is_shorthand(lora.target_modules):
-        lora.target_modules = _shortest_names([c.name for c in targets], candidates)
+        lora.target_modules = these_modules([c.name for c in targets], candidates)
         lora.exclude_modules = lora.layers_to_transform = lora.layers_pattern = None  # the names say it all
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:
@@ -127,11 +128,17 @@ def _is_meant(lora: LoraConfig, names: list[str], key: str) -> bool:
     return bool(check_target_module_exists(named, key))
 
 
-def _shortest_names(targets: list[str], candidates: list[Candidate]) -> set[str]:
-    """The shortest endings that name these modules and no others, as PEFT finds them."""
-    wanted = set(targets)
-    others = [c.name for c in candidates if c.name not in wanted]
-    return set(_find_minimal_target_modules(targets, others)) if others else wanted
+def these_modules(names: Sequence[str], candidates: list[Candidate]) -> Any:
+    """Target modules of a LoRA that mean these modules and no others, since PEFT takes a name for an ending too.
+
+    Returns:
+        a set of the shortest endings that do; a pattern of whole names where another module's name ends in one of them.
+    """
+    wanted = set(names)
+    others = [other for c in candidates if c.name not in wanted for other in c.names]
+    if any(other.endswith(tuple(f".{name}" for name in wanted)) for other in others):
+        return "|".join(re.escape(name) for name in sorted(wanted))
+    return set(_find_minimal_target_modules(wanted, others)) if others else wanted
 
 
 def _check_target(target: Candidate, lora: LoraConfig) -> None:

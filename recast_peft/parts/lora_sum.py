@@ -12,7 +12,9 @@ from torch import nn
 
 from ..errors import RecastConfigError
 from ..holders import container_key
+from ..planning.candidates import find_candidates
 from .lora import lora_config_of
+from .lora_plan import these_modules
 from .lora_strength import part_layers
 
 
@@ -39,8 +41,9 @@ def summed_config(model: nn.Module, adapters: Sequence[str]) -> LoraConfig | Non
     if not ranks:
         return None
     most = max(ranks.values())
-    others = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
-    return LoraConfig(r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(ranks))
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}  # PEFT takes a name for an ending
+    wanted = these_modules(list(ranks), find_candidates(model))
+    return LoraConfig(r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others), target_modules=wanted)
 
 
 @torch.no_grad()

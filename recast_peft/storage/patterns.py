@@ -14,7 +14,8 @@ except ImportError:  # Python 3.10
     import sre_constants as codes  # type: ignore[no-redef]
     import sre_parse as parser  # type: ignore[no-redef]
 
-LONGEST = 1000  # characters
+LONGEST = 1000  # characters of one that repeats
+LONGEST_LIST = 100_000  # characters of one that repeats nothing, such as a list of names
 MOST_REPEATS = 3  # open ones; each multiplies the steps of a search by the length of a name
 REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, getattr(codes, "POSSESSIVE_REPEAT", codes.MAX_REPEAT))
 FEW = 16  # a repeat of up to so many is not open
@@ -26,8 +27,9 @@ def check_pattern(pattern: str, what: str) -> None:
     Raises:
         RecastConfigError: if it is too long, no regular expression, or may take long.
     """
-    cause = f"it has more than {LONGEST} characters"
-    if len(pattern) <= LONGEST:
+    most = LONGEST if any(sign in pattern for sign in "*+?{") else LONGEST_LIST
+    cause = f"it has more than {most} characters"
+    if len(pattern) <= most:
         try:
             re.compile(pattern)
             cause = _danger(parser.parse(pattern))

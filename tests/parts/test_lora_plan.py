@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from lora_parts import lora, lora_parameters
+import torch
+from lora_parts import fill, lora, lora_parameters
 from models import KINDS, Repeated, layers_of, seeded, tiny_vit
+from peft import PeftModel
+from timm.models.resnet import BasicBlock, ResNet
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 from recast_peft.parts.lora_strength import part_layers
 from recast_peft.planning.roles import SHORTHANDS
+
+
+def resnet():
+    return seeded(lambda: ResNet(BasicBlock, (2, 1, 1, 1), num_classes=0, channels=(8, 8, 8, 8), stem_width=8))
 
 
 class TestNamesOfSharedModules:
@@ -35,6 +44,37 @@ class TestNamesOfSharedModules:
         for name in ("first", "again"):
             with pytest.raises(RecastTargetError, match="first cannot be a target: the module is shared by first and again"):
                 self.targets(target_modules=[name])
+
+
+class TestNamesThatAreEndings:
+    """The name of a module is the ending of others', as ``conv1`` of a ResNet is of ``layer1.0.conv1``."""
+
+    @pytest.mark.parametrize("targets", [r"conv1", r"conv1|layer1\.0\.conv1", r"conv1|layer[12]\.\d\.conv[12]", r".*conv1"])
+    def test_a_saved_task_is_found_again(self, targets, tmp_path):
+        config = RecastConfig(target_modules=targets, lora_config=lora(), init_weights=False)
+        model = get_recast_model(resnet(), config, "task").eval()
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(resnet(), tmp_path / "task", "task").eval()
+        named = [[layer.module_name for layer in part_layers(found)] for found in (model, loaded)]
+        assert named[0] == named[1] == [n for n, _ in resnet().named_modules() if re.fullmatch(targets, n)]
+        x = torch.randn(1, 3, 32, 32)
+        torch.testing.assert_close(loaded(x), model(x))
+
+    def test_so_is_a_sum(self, tmp_path):
+        targets = r"conv1|layer1\.0\.conv[12]"
+        parts = {"one": lora(r=2, target_modules=r"conv1|layer1\.0\.conv2"), "two": lora(r=3, target_modules=r"layer1.*conv\d")}
+        model = get_recast_model(resnet(), RecastConfig(target_modules=targets, group_size=1, lora_config=parts["one"]), "one")
+        model.add_adapter("two", RecastConfig(target_modules=targets, group_size=1, lora_config=parts["two"]))
+        fill(model.eval(), "one", 1)
+        fill(model, "two", 2)
+        model.add_weighted_adapter(["one", "two"], [1, 2], "sum")
+        ranks = {layer.module_name: layer.r["sum"] for layer in part_layers(model) if layer.has_task("sum")}
+        assert (ranks["conv1"], ranks["layer1.0.conv1"], ranks["layer1.0.conv2"], ranks["layer1.1.conv1"]) == (2, 3, 5, 3)
+        model.set_adapter("sum")
+        model.save_pretrained(tmp_path, selected_adapters=["sum"])
+        loaded = PeftModel.from_pretrained(resnet(), tmp_path / "sum", "sum").eval()
+        x = torch.randn(1, 3, 32, 32)
+        torch.testing.assert_close(loaded(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore")

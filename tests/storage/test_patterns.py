@@ -23,6 +23,7 @@ NAME = "a" * 60 + "." + "b" * 40
         r"(a|b){1,3}c",
         r"(?:x\d{1,2}\.)?fc[12]",
         "",
+        "|".join(rf"layer1\.{i}\.conv1" for i in range(500)),
     ],
 )
 def test_what_people_write_is_let_pass(pattern: str) -> None:
@@ -45,7 +46,8 @@ def test_what_people_write_is_let_pass(pattern: str) -> None:
         r"(?P<x>(?:a+?)+)",
         "(" * 500,
         "[",
-        "a" * 1001,
+        "a" * 1000 + "+",
+        "a" * 100_001,
     ],
 )
 def test_what_may_take_for_ever_is_refused(pattern: str) -> None:
