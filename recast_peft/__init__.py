@@ -21,8 +21,9 @@ from .errors import (
 )
 from .growth.adapters import CompressedAdapters, compress_adapters
 from .growth.biases import grow_bias_bank
+from .growth.families import KnownPictures, MissingWords, PracticeFamily, PracticeTask
 from .growth.fitting import fit_bank
-from .growth.practice import KnownPictures, MissingWords, PracticeFamily, PracticeTask, practice_bank
+from .growth.practice import practice_bank
 from .growth.random import random_bank
 from .growth.readout import readout_bank
 from .growth.report import GrowthReport, growth_report

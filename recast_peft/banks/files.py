@@ -194,6 +194,7 @@ class StoredBank:
         return replace(self, name=name)
 
 
+@torch.inference_mode(False)  # what is read inside inference_mode could never be trained on
 def load_bank(name: str | Path, *, revision: str | None = None, token: str | None = None) -> StoredBank:
     """Read a bank file from a folder, or from a repository on the Hub.
 
@@ -322,7 +323,7 @@ def _check_fingerprint(bank: StoredBank, file: TensorFile, what: str, is_rounded
         warnings.warn(
             f"{what} holds templates that were rounded when it was saved from a model in half precision, so that its "
             f"fingerprint {version.fingerprint} cannot be held against them. Save it from a model in float32.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return
 

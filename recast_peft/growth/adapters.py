@@ -13,7 +13,7 @@ coefficient for each template, and tasks are linear in what they store.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -36,9 +36,10 @@ from ..names import check_adapter_name
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
-from .sources import check_plain, check_sizes, loaded, origin_of
+from .sources import check_bank, check_plain, check_sizes, loaded, origin_of
 
 Adapter = str | Path | PeftModel | tuple[PeftModel, str]
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts of a LoRA that take it from the weights
 Pair = tuple[Tensor, Tensor]  # (rows, rank) and (rank, columns): their product is what comes to a weight as a matrix
 
 
@@ -77,6 +78,7 @@ class CompressedAdapters:
             RecastConfigError: if the model has a task of one of the names.
         """
         bank = bank or self.bank
+        check_bank(bank)
         if bank.fingerprint != self.bank.fingerprint:
             raise RecastBankError(
                 f"the coefficients belong to another bank\n  bank of the coefficients: {self.bank.fingerprint}\n"
@@ -107,6 +109,7 @@ class CompressedAdapters:
         return f"{table}\n{self.bytes_before:,} bytes of adapters, {self.bytes_after:,} of the bank and the tasks"
 
 
+@torch.inference_mode(False)
 def compress_adapters(
     model: nn.Module,
     adapters: Sequence[Adapter] | Mapping[str, Adapter],
@@ -234,7 +237,7 @@ def _rounded(moves: Sequence[Pair], weights: Tensor, rank: int) -> list[Pair]:
 
 
 def _named(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> dict[str, Adapter]:
-    if isinstance(adapters, (str, Path, PeftModel)) or not len(adapters):
+    if isinstance(adapters, (str, Path, PeftModel)) or not isinstance(adapters, Collection) or not len(adapters):
         raise RecastConfigError("adapters: expected a list of LoRAs, or a mapping of names to LoRAs, at least one")
     if isinstance(adapters, Mapping):
         named = dict(adapters)
@@ -246,16 +249,20 @@ def _named(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> dict[str, Ada
         named = dict(zip(names, adapters, strict=True))
     for name, adapter in named.items():
         check_adapter_name(name)
-        if not isinstance(adapter, (str, Path, PeftModel, tuple)):
+        if not isinstance(adapter, (str, Path, PeftModel)) and not _is_named(adapter):
             raise RecastConfigError(
-                f"the adapter {name!r} is a {type(adapter).__name__}: expected a LoRA's folder, or a PeftModel"
+                f"the adapter {name!r} is a {type(adapter).__name__}: expected a LoRA's folder, a PeftModel, or (model, name)"
             )
     return named
 
 
+def _is_named(adapter: Any) -> bool:
+    return isinstance(adapter, tuple) and [type(part) for part in adapter[1:]] == [str] and isinstance(adapter[0], PeftModel)
+
+
 def _name_of(adapter: Adapter) -> str:
-    if isinstance(adapter, tuple):
-        return adapter[1]
+    if _is_named(adapter):
+        return adapter[1]  # type: ignore[index, return-value]
     if isinstance(adapter, PeftModel):
         return _active_of(adapter)
     return Path(adapter).name if isinstance(adapter, (str, Path)) else type(adapter).__name__
@@ -286,7 +293,7 @@ def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, Found]:
         beside = found[name][2]
         if beside:
             warnings.warn(
-                f"the adapter {name!r} has more than low-rank matrices, which is left out: {', '.join(beside)}", stacklevel=3
+                f"the adapter {name!r} has more than low-rank matrices, which is left out: {', '.join(beside)}", stacklevel=4
             )
     return found
 
@@ -309,17 +316,12 @@ def _load(model: nn.Module, path: str, name: str) -> PeftModel:
 def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) -> Found:
     if adapter not in peft_model.peft_config:
         raise RecastBankError(f"the model has no adapter {adapter!r}; it has {', '.join(peft_model.peft_config)}")
-    config = peft_model.peft_config[adapter]
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        kind = "a DoRA" if isinstance(config, LoraConfig) else f"of type {config.peft_type}"
-        raise RecastBankError(
-            f"the adapter {name!r} is {kind}: compress_adapters reads LoRAs, which add a low-rank product to a weight; "
-            "grow_bank takes whatever can be merged"
-        )
+    config = _plain_lora(peft_model.peft_config[adapter], name)
     pairs: dict[str, Pair] = {}
-    size, beside = 0, []
+    size, beside = 0, [] if config.bias == "none" else [f"biases (bias={config.bias!r})"]
+    modules = dict(model.named_modules(remove_duplicate=False))
     for module, layer in peft_model.get_base_model().named_modules():
-        if isinstance(layer, ModulesToSaveWrapper) and adapter in layer.modules_to_save:
+        if isinstance(layer, AuxiliaryTrainingWrapper) and adapter in layer._adapters:
             beside.append(module)
         if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
             continue
@@ -327,7 +329,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
         if not isinstance(layer, (Linear, Conv2d)) or is_grouped:
             beside.append(module)
             continue
-        weight = getattr(model.get_submodule(module), "weight", None)
+        weight = getattr(modules.get(module), "weight", None)
         pairs[module] = _pair(layer, adapter)
         if not all(side.isfinite().all() for side in pairs[module]):
             raise RecastBankError(f"the adapter {name!r} holds numbers that are not finite at {module}: leave it out")
@@ -342,6 +344,20 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
         if layer.lora_B[adapter].bias is not None:
             beside.append(f"the bias of {module}")
     return {module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside)
+
+
+def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
+    kind = f"of type {config.peft_type}"
+    if isinstance(config, LoraConfig):
+        changes_base = str(config.init_lora_weights).startswith(CHANGE_THE_BASE)
+        if not config.use_dora and not changes_base:
+            return config
+        start = f"started with init_lora_weights={config.init_lora_weights!r}, which changes the weights that it adds to"
+        kind = start if changes_base else "a DoRA"
+    raise RecastBankError(
+        f"the adapter {name!r} is {kind}: compress_adapters reads LoRAs, which add a low-rank product to a weight; "
+        "grow_bank takes whatever can be merged"
+    )
 
 
 def _pair(layer: Any, adapter: str) -> Pair:

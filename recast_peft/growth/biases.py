@@ -17,7 +17,7 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import principal_components
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import kind_of
-from ..errors import RecastBankError
+from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, lies_in, role_of
 from ..parts import BiasConfig
 from ..parts.bias import bias_of
@@ -27,6 +27,7 @@ from ..planning.heads import head_names
 from .sources import Source, check_plain, check_sources, moves_by_source, origin_of
 
 
+@torch.inference_mode(False)
 def grow_bias_bank(
     model: nn.Module,
     sources: Sequence[Source],
@@ -63,6 +64,8 @@ def grow_bias_bank(
     check_plain(model, "grow_bias_bank")
     check_sources(sources, num_templates=num_templates, group_size=group_size)
     places = bias_places(model, target_modules)
+    if not places:
+        raise RecastTargetError("no layer or norm in the model's numbered blocks has a bias: name target_modules, or grow_bank")
     biases = {place.name: cast(Tensor, place.module.bias) for place in places}
     if scales:
         biases |= {f"{place.name}.weight": place.module.weight for place in places if is_norm(place.module)}  # type: ignore[misc]

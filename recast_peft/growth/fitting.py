@@ -25,6 +25,7 @@ from ..tasks.plan import plan_recast
 from .sources import check_plain
 
 
+@torch.inference_mode(False)
 def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | None = None) -> StoredBank:
     """Fit the template banks of a config without converting the model.
 
@@ -156,7 +157,7 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
         warnings.warn(
             f"{len(silent)} targets show no input that could be measured ({', '.join(silent[:3])}, ...): they are fitted by "
             "the change of their weight instead of their output",
-            stacklevel=3,
+            stacklevel=4,
         )
     return {target.name: sums[target.name] / counts[target.name] if target.name in sums else None for target in targets}
 

@@ -1,8 +1,8 @@
 """practice_bank: a bank for whoever has data, but neither labels nor earlier tasks.
 
 Practice tasks are made of what has no labels: which word was taken out of a text, which picture is it that was shifted and
-recoloured. What training does to the model on many of them has directions in common, and these are the templates. A family of
-practice tasks is one small class (:class:`PracticeFamily`); two are here, and users add theirs.
+recoloured (``families.py``). What training does to the model on many of them has directions in common, and these are the
+templates.
 
 Related: prompts and adapters pretrained on self-supervised tasks (PVP, Song et al., arXiv 2211.06871; SUPMER, Pan et al.,
 arXiv 2303.12314) start a new task at a learned point, where a practice bank gives it the directions to move in; aTLAS (Zhang et
@@ -15,9 +15,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,171 +27,19 @@ from tqdm.auto import tqdm
 
 from ..banks.files import StoredBank
 from ..config import RecastConfig
-from ..errors import RecastConfigError
+from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
+from ..parts.lora_plan import rank_one, these_modules
+from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
 from ..validation import is_int, is_number, shown
 from .biases import bias_places, grow_bias_bank, is_norm
+from .families import Inputs, PracticeFamily, PracticeTask, check_data, rows_of_inputs
 from .sources import check_plain, check_sizes
 from .weights import grow_bank
 
-Inputs = Tensor | Mapping[str, Tensor]
 
-
-@dataclass(frozen=True, eq=False)
-class PracticeTask:
-    """One practice task: examples, whose labels were made of themselves.
-
-    Attributes:
-        name: in a few words, for the bank's card.
-        inputs: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments.
-        labels: ``(examples,)``, numbers of classes.
-
-    Raises:
-        RecastConfigError: if there is no label for each example, or only one class.
-    """
-
-    name: str
-    inputs: Inputs
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        labels, inputs = self.labels, [*self.inputs.values()] if isinstance(self.inputs, Mapping) else [self.inputs]
-        are_numbers = labels.ndim == 1 and labels.dtype == torch.long and int((labels < 0).sum()) == 0
-        if not inputs or any(len(tensor) != len(labels) for tensor in inputs) or not are_numbers or len(labels.unique()) < 2:
-            raise RecastConfigError(
-                f"practice task {self.name!r}: expected a label for each example, whole numbers from 0 of two classes or more\n"
-                f"  inputs: {', '.join(str(tuple(tensor.shape)) for tensor in inputs) or 'none'}\n"
-                f"  labels: {tuple(labels.shape)} in {labels.dtype}, {len(labels.unique())} different"
-            )
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return int(self.labels.max()) + 1
-
-
-class PracticeFamily(Protocol):
-    """A way to make practice tasks of unlabelled data; a new one is a class with this method."""
-
-    def make(self, data: Inputs, generator: torch.Generator) -> PracticeTask:
-        """One task, drawn by the generator: another call gives another task.
-
-        Raises:
-            RecastConfigError: if the data do not suit the family.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class MissingWords:
-    """Texts: which of a few words was taken out of the text?
-
-    Args:
-        mask_token_id: what stands in place of the word.
-        special_token_ids: tokens that are no words, of padding and the ends of a text.
-        words: number of words to tell apart, the classes of a task.
-        examples: texts of each class at most.
-        least: texts that a word must stand in to be asked for.
-        text: the name of the model's argument that holds the tokens ``(texts, length)``.
-    """
-
-    mask_token_id: int
-    special_token_ids: tuple[int, ...] = ()
-    words: int = 12
-    examples: int = 40
-    least: int = 10
-    text: str = "input_ids"
-
-    def __post_init__(self) -> None:
-        check_sizes(words=self.words, examples=self.examples, least=self.least)
-
-    def make(self, data: Inputs, generator: torch.Generator) -> PracticeTask:
-        """Draw words that stand in enough texts, but in no more than a tenth of them where that leaves enough words."""
-        tokens = data[self.text] if isinstance(data, Mapping) else data
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise RecastConfigError(f"MissingWords needs tokens (texts, length); given: {tokens.dtype} {tuple(tokens.shape)}")
-        words, places = tokens.unique(return_inverse=True)
-        stands = torch.zeros(len(tokens), len(words), dtype=torch.bool).scatter_(1, places.cpu(), True)
-        is_word = ~torch.isin(words.cpu(), torch.tensor([self.mask_token_id, *self.special_token_ids]))
-        counts = stands.sum(0)
-        eligible = is_word & (counts >= self.least)
-        rare = eligible & (counts <= max(self.least, len(tokens) // 10))
-        eligible = rare if int(rare.sum()) >= self.words else eligible
-        chosen = eligible.nonzero().flatten()
-        if len(chosen) < self.words:
-            raise RecastConfigError(
-                f"MissingWords(words={self.words}, least={self.least}): only {len(chosen)} words stand in that many of "
-                f"{len(tokens)} texts; give more texts, or smaller numbers"
-            )
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)[: self.words]]
-        alone = stands[:, chosen].sum(1) == 1  # a text with two of the words would have two answers
-        rows, labels = [], []
-        for label, word in enumerate(chosen.tolist()):
-            own = (alone & stands[:, word]).nonzero().flatten()
-            own = own[torch.randperm(len(own), generator=generator)[: self.examples]]
-            rows.append(own)
-            labels.append(torch.full((len(own),), label))
-        row, answers = torch.cat(rows).to(tokens.device), torch.cat(labels)
-        kept = tokens[row]
-        gone = words[chosen.to(words.device)][answers.to(words.device)]
-        hidden = torch.where(kept == gone[:, None], torch.full_like(kept, self.mask_token_id), kept)
-        inputs = {key: value[row] for key, value in data.items()} if isinstance(data, Mapping) else {}
-        names = ", ".join(str(int(words[word])) for word in chosen[:3])
-        return PracticeTask(f"missing words: tokens {names}, ...", {**inputs, self.text: hidden}, answers)
-
-
-@dataclass(frozen=True)
-class KnownPictures:
-    """Pictures: which of a few pictures is it, that was cut, turned over, shifted in colour and made noisy?
-
-    Args:
-        pictures: number of pictures to tell apart, the classes of a task.
-        views: number of views of each picture.
-        crop: the smallest side of a cut, in units of the picture's.
-        colour: standard deviation of a channel's factor and offset, in units of the picture's standard deviation.
-        noise: standard deviation of the noise, likewise.
-    """
-
-    pictures: int = 12
-    views: int = 30
-    crop: float = 0.5
-    colour: float = 0.3
-    noise: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_sizes(pictures=self.pictures, views=self.views)
-
-    def make(self, data: Inputs, generator: torch.Generator) -> PracticeTask:
-        """Draw pictures, and views of each."""
-        images = next(iter(data.values())) if isinstance(data, Mapping) else data
-        if images.ndim != 4 or not images.is_floating_point() or len(images) < self.pictures:
-            raise RecastConfigError(
-                f"KnownPictures(pictures={self.pictures}) needs at least so many pictures (n, channels, height, width); given: "
-                f"{images.dtype} {tuple(images.shape)}"
-            )
-        chosen = torch.randperm(len(images), generator=generator)[: self.pictures]
-        views = torch.cat([self._views(images[i], generator) for i in chosen.tolist()])
-        labels = torch.arange(self.pictures).repeat_interleave(self.views)
-        inputs: Inputs = {next(iter(data)): views} if isinstance(data, Mapping) else views
-        return PracticeTask(f"known pictures: {', '.join(map(str, chosen[:3].tolist()))}, ...", inputs, labels)
-
-    def _views(self, image: Tensor, generator: torch.Generator) -> Tensor:
-        count, (channels, height, width) = self.views, image.shape
-        draw = torch.rand(4, count, generator=generator).to(image)
-        side = self.crop + (1 - self.crop) * draw[0]
-        turn = torch.where(draw[1] < 0.5, -1.0, 1.0).to(image)
-        zero = torch.zeros_like(side)
-        across, down = (1 - side) * (2 * draw[2] - 1), (1 - side) * (2 * draw[3] - 1)
-        rows = [torch.stack([side * turn, zero, across], dim=1), torch.stack([zero, side, down], dim=1)]
-        grid = F.affine_grid(torch.stack(rows, dim=1), [count, channels, height, width], align_corners=False)
-        views = F.grid_sample(image.expand(count, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
-        spread = image.std()
-        normal = torch.randn(2, count, channels, 1, 1, generator=generator).to(image)
-        views = views * (1 + self.colour * normal[0]) + self.colour * spread * normal[1]
-        return views + self.noise * spread * torch.randn(views.shape, generator=generator).to(image)
-
-
+@torch.inference_mode(False)  # what is made inside inference_mode could never be trained
 def practice_bank(
     model: nn.Module,
     data: Inputs,
@@ -215,12 +63,13 @@ def practice_bank(
     Args:
         model: plain model with its pretrained weights; it is not changed.
         data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments. A model in half
-            precision is trained in float32, so floating numbers are expected in float32.
+            precision is trained in float32, for which floating numbers are taken to float32.
         family: how practice tasks are made of them, or several that take turns: :class:`MissingWords`, :class:`KnownPictures`,
             or a class of your own with a method ``make``.
         tasks: how many are trained.
         of: ``"biases"``: biases of layers and norms are trained, and the bank is one for ``BiasConfig(bank=...)``;
-            ``"weights"``: LoRAs of rank 4 on the config's targets are, and it is one for ``RecastConfig(bank=...)``.
+            ``"weights"``: LoRAs of rank 4 on the config's targets are (but grouped convolutions), and it is one for
+            ``RecastConfig(bank=...)``.
         config: for ``"weights"``: targets and groups, as for ``grow_bank``.
         num_templates: templates of a group at most; None takes all principal components, as many as tasks.
         group_size: for ``"biases"``: blocks that share templates and coefficients.
@@ -244,11 +93,17 @@ def practice_bank(
     check_sizes(tasks=tasks, num_templates=num_templates, group_size=group_size, epochs=epochs, batch_size=batch_size)
     if of not in ("biases", "weights"):
         raise RecastConfigError(f"practice_bank(of={of!r}): expected 'biases' or 'weights'")
-    families = list(family) if isinstance(family, Sequence) else [family]
+    families: list[Any] = list(family) if isinstance(family, Sequence) else [family]
     if not families or any(isinstance(one, type) or not callable(getattr(one, "make", None)) for one in families):
         raise RecastConfigError(f"family={shown(family)}: expected an object with a method make, such as KnownPictures()")
     check_data(data)
+    is_of_biases = of == "biases"
     wrong = {
+        "practice_bank(of='biases') trains all biases and takes no config": is_of_biases and config is not None,
+        "practice_bank(of='weights') takes no group_size and no scales: give config=RecastConfig(group_size=...)": (
+            not is_of_biases and (group_size != 1 or scales)
+        ),
+        f"features={shown(features)}: expected a function of the model and a batch": not callable(features or mean_features),
         f"lr={shown(lr)}: expected a number above 0": not is_number(lr) or lr <= 0,
         f"seed={shown(seed)}: expected a whole number": not is_int(seed),
         "batch_size=1: expected at least 2": batch_size == 1,
@@ -257,17 +112,28 @@ def practice_bank(
         if holds:
             raise RecastConfigError(message)
     generator = torch.Generator().manual_seed(seed)
-    plan = plan_recast(model, config or RecastConfig(group_size=1)) if of == "weights" else None
+    plan = None if is_of_biases else plan_recast(model, config or RecastConfig(group_size=1))
+    targets = None if plan is None else [target.name for target in plan.candidates if rank_one(target) is not None]
+    if targets == [] or (is_of_biases and not bias_places(model)):
+        raise RecastTargetError(
+            "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
+            if is_of_biases
+            else "practice_bank(of='weights') trains LoRAs, and PEFT has none for the targets: give the config target_modules"
+        )
+    in_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
     how: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features}
     train = partial(_train, generator=generator, **how)
+    data = _in_float32(data) if in_half else data
     moved, names = [], []
     for index in tqdm(range(tasks), desc="practice", disable=not progress):
-        task = families[index % len(families)].make(data, generator)
+        one = families[index % len(families)]
+        task = one.make(data, generator)
+        if not isinstance(task, PracticeTask):
+            raise RecastConfigError(f"{type(one).__name__}.make gave a {type(task).__name__}: expected a PracticeTask")
         names.append(task.name)
         copied = copy.deepcopy(model)
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in copied.parameters()):
+        if in_half:
             copied = copied.float()  # small steps would be rounded away
-        targets = [target.name for target in plan.candidates] if plan is not None else None
         moved.append(_trained(copied, targets, scales, seed, partial(train, task)))
     if plan is not None:
         bank = grow_bank(model, moved, config, num_templates=num_templates)
@@ -277,21 +143,10 @@ def practice_bank(
     return replace(bank, mimicry={**made, "sources": names})
 
 
-def check_data(data: Any) -> None:
-    """Refuse unlabelled data that are no tensors with as many examples each, or hold numbers that are not finite.
-
-    Raises:
-        RecastConfigError: saying what was given.
-    """
-    tensors = [*data.values()] if isinstance(data, Mapping) else [data]
-    if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
-        kinds = ", ".join(type(tensor).__name__ for tensor in tensors) or "an empty dictionary"
-        raise RecastConfigError(f"data is {kinds}: expected a tensor (examples, ...), or tensors by the model's arguments")
-    if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors):
-        raise RecastConfigError("data holds numbers that are not finite")
-    counts = [len(tensor) for tensor in tensors]
-    if len(set(counts)) > 1:
-        raise RecastConfigError(f"data has tensors of {', '.join(map(str, counts))} examples: expected as many in each")
+def _in_float32(data: Inputs) -> Inputs:
+    if isinstance(data, Mapping):
+        return {key: value.float() if value.is_floating_point() else value for key, value in data.items()}
+    return data.float() if data.is_floating_point() else data
 
 
 def mean_features(model: nn.Module, inputs: Any) -> Tensor:
@@ -318,7 +173,8 @@ def _trained(
     if targets is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+            wanted = these_modules(targets, find_candidates(model))
+            trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=wanted))
     else:
         for place in bias_places(model):
             place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
@@ -346,6 +202,9 @@ def _train(
 ) -> None:
     with torch.no_grad():
         first = features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
+    if not isinstance(first, Tensor) or first.ndim != 2 or not first.is_floating_point():
+        given = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        raise RecastConfigError(f"features gave {given}: expected floating numbers (batch, features)")
     device = device_of(model)
     # the scale of features differs from model to model: a classifier of standardised ones has one learning rate for all
     scale = nn.BatchNorm1d(first.shape[1], affine=False).to(device)
@@ -380,10 +239,3 @@ def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> 
         if len(order) > 1 and len(order[-1]) == 1:
             order[-2:] = [torch.cat(order[-2:])]
         yield from order
-
-
-def rows_of_inputs(inputs: Inputs, rows: Tensor) -> Inputs:
-    """Some of the examples."""
-    if isinstance(inputs, Mapping):
-        return {key: value[rows.to(value.device)] for key, value in inputs.items()}
-    return inputs[rows.to(inputs.device)]

@@ -17,6 +17,7 @@ from .sources import check_plain, check_sizes
 RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
 
 
+@torch.inference_mode(False)
 def random_bank(
     model: nn.Module,
     config: RecastConfig | None = None,

@@ -22,7 +22,7 @@ from ..parts.readout import fingerprints_of, fitted, given_to, mask_of, modules_
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
 from ..validation import checked_count
-from .practice import Inputs, check_data, rows_of_inputs
+from .families import Inputs, check_data, rows_of_inputs
 from .sources import check_plain
 
 MOST_MODULES = 16
@@ -34,6 +34,7 @@ ROUNDING = 1e-3  # of a layer's templates in half precision, in units of their n
 SMALLEST = 1e-4  # standard deviation of a direction, in units of the first one's; below lies rounding
 
 
+@torch.inference_mode(False)
 def readout_bank(
     model: nn.Module,
     data: Inputs,
@@ -74,7 +75,9 @@ def readout_bank(
     members, pools = _members(model, head, target_modules, some)
     found = _features(model, drawn, members, head, pools, batch_size, progress)
     centred, means, sizes = [], [], []
-    for depth, values in enumerate(found):
+    for depth, (name, values) in enumerate(zip((*members, head), found, strict=True)):
+        if not values.isfinite().all():
+            raise RecastConfigError(f"{name} reads numbers that are not finite: its weights are damaged, or take float32")
         mean = values.mean(0)
         centred.append(values - mean)
         means.append(mean)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
 
 
 def check_plain(model: nn.Module, verb: str) -> None:
-    """Refuse a converted model.
+    """Refuse a converted model, and what is no model.
 
     Raises:
         RecastConfigError: naming the function that needs a plain one.
     """
+    if not isinstance(model, nn.Module):
+        raise RecastConfigError(f"{verb}: model is a {type(model).__name__}; an nn.Module is expected")
     if modules_of(model, RecastLayer):
         raise RecastConfigError(f"{verb} needs the plain pretrained model; this one is converted already (see model.unload())")
 
@@ -62,7 +64,8 @@ def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
     Raises:
         RecastConfigError: naming what was given.
     """
-    if isinstance(sources, (str, Path, Mapping, nn.Module)) or not len(sources):
+    is_one = isinstance(sources, (str, Path, Mapping, nn.Module)) or not isinstance(sources, Collection)
+    if is_one or not len(sources):
         given = "an empty list" if isinstance(sources, (list, tuple)) else shown_source(sources)  # type: ignore[arg-type]
         raise RecastConfigError(f"sources is {given}: expected a list with at least one source")
     check_sizes(**sizes)
@@ -147,15 +150,18 @@ def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options
     A head of its own does not matter, and need not have this model's classes.
 
     Raises:
-        RecastBankError: if something else of it has another shape.
+        RecastBankError: if something else of it has another shape, or a module that the model lacks.
     """
     options["ignore_mismatched_sizes"] = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if isinstance(model, PeftModel):
-            model.load_adapter(name, adapter_name, **options)
-        else:
+        if not isinstance(model, PeftModel):
             model = PeftModel.from_pretrained(copy.deepcopy(model), name, adapter_name, **options)
+        if adapter_name not in model.peft_config or isinstance(model.peft_config[adapter_name], LoraConfig):
+            # of a fresh model once more: what from_pretrained left out it does not say
+            left_out = [key for key in model.load_adapter(name, adapter_name, **options).unexpected_keys if ".lora_" in key]
+            if left_out:
+                raise RecastBankError(f"the source {name!r} does not fit the model, which has no place for {left_out[0]}")
     for warning in caught:
         lines = str(warning.message).splitlines()
         misshaped = [line for line in lines if "found shape" in line]

@@ -23,6 +23,7 @@ from .biases import bias_moves
 from .sources import Source, check_bank, check_plain, check_sources, origin_of, task_vectors
 
 
+@torch.inference_mode(False)
 def grow_bank(
     model: nn.Module,
     sources: Sequence[Source],
@@ -75,6 +76,7 @@ def grow_bank(
     return StoredBank(groups, fingerprints, made)
 
 
+@torch.inference_mode(False)
 def extend_bank(
     bank: StoredBank, model: nn.Module, sources: Sequence[Source], *, num_templates: int | None = None
 ) -> StoredBank:
@@ -128,7 +130,7 @@ def _next_version(
     if all(group is bank.groups[name] for name, group in groups.items()):
         warnings.warn(
             f"the bank spans all that the {len(sources)} sources moved: it stays version {bank.version}",
-            stacklevel=3,
+            stacklevel=4,
         )
         return bank
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}

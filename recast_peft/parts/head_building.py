@@ -105,7 +105,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     if len(found) != 1:
         last = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-3:]
         raise RecastTargetError(
-            f"num_classes was given, but the model's classifier is not known ({len(found)} modules look like one: {found}): "
+            f"the model's classifier is not known ({len(found)} modules look like one: {found}): "
             f"name it with head_module=; last linear layers: {', '.join(last) or 'none'}; top level: {top_level(model)}"
         )
     return found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,30 @@ class TestSources:
             found = compress_adapters(tiny_vit(), [lora(0, modules_to_save=["head"])], num_templates=1)
         assert found.left_out == {"default": ("head",)}
 
+    @pytest.mark.parametrize("bias", ["all", "lora_only"])
+    def test_biases_that_are_left_out_are_said(self, bias: str, tmp_path: Path) -> None:
+        model = lora(0, bias=bias)
+        model.save_pretrained(tmp_path / "default")
+        for adapter in (model, tmp_path / "default"):
+            with pytest.warns(UserWarning, match="which is left out: biases") as caught:
+                found = compress_adapters(tiny_vit(), [adapter], num_templates=1)
+            assert found.left_out == {"default": (f"biases (bias='{bias}')",)}
+            assert caught[0].filename == __file__
+
+    def test_tokens_that_are_left_out_are_said(self) -> None:
+        plain = nn.ModuleDict({"table": nn.Embedding(5, 3), "fc1": nn.Linear(3, 3)})
+        model = lora(0, copy.deepcopy(plain), target_modules=["fc1"], trainable_token_indices={"table": [1]})
+        with pytest.warns(UserWarning, match="which is left out: table"):
+            compress_adapters(plain, [model], num_templates=1)
+
+    @pytest.mark.parametrize("start", ["pissa", "olora"])
+    def test_a_lora_that_changes_what_it_adds_to_is_refused(self, start: str, tmp_path: Path) -> None:
+        model = lora(0, init_lora_weights=start)
+        model.save_pretrained(tmp_path)
+        for adapter in (model, tmp_path):
+            with pytest.raises(RecastBankError, match=f"'a' is started with init_lora_weights='{start}'.*; grow_bank takes"):
+                compress_adapters(tiny_vit(), {"a": adapter}, num_templates=1)
+
     def test_what_is_no_lora_is_refused(self, tmp_path: Path) -> None:
         model = get_peft_model(tiny_vit(), IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"]))
         model.save_pretrained(tmp_path)
@@ -157,12 +182,18 @@ class TestSources:
             compress_adapters(tiny_vit(), [lora(0)], num_templates=0)
         with pytest.raises(RecastConfigError, match="two adapters would be called 'default'"):
             compress_adapters(tiny_vit(), [lora(0), lora(1)], num_templates=1)
-        with pytest.raises(RecastConfigError, match="expected a list of LoRAs"):
-            compress_adapters(tiny_vit(), lora(0), num_templates=1)  # type: ignore[arg-type]
+        for adapters in (lora(0), None, 3, (one for one in [lora(0)])):
+            with pytest.raises(RecastConfigError, match="expected a list of LoRAs"):
+                compress_adapters(tiny_vit(), adapters, num_templates=1)  # type: ignore[arg-type]
+        for pair in ((lora(0),), ("folder", "name"), (lora(0), 1), ()):
+            with pytest.raises(RecastConfigError, match=r"is a tuple: expected .* \(model, name\)"):
+                compress_adapters(tiny_vit(), [pair], num_templates=1)  # type: ignore[list-item]
+        with pytest.raises(RecastConfigError, match="bank is a str: expected a StoredBank"):
+            compress_adapters(tiny_vit(), [lora(0)], num_templates=1).apply_to(tiny_vit(), "bank")  # type: ignore[arg-type]
         with pytest.raises(RecastBankError, match="none of the adapters"):
             fresh = get_peft_model(tiny_vit(), LoraConfig(target_modules=["qkv"]))
             compress_adapters(tiny_vit(), [fresh], num_templates=1)
-        with pytest.raises(RecastConfigError, match="the adapter 'a' is a TinyVit: expected a LoRA's folder, or a PeftModel"):
+        with pytest.raises(RecastConfigError, match="the adapter 'a' is a TinyVit: expected a LoRA's folder"):
             compress_adapters(tiny_vit(), {"a": tiny_vit()}, num_templates=1)  # type: ignore[dict-item]
         diverged = lora(0)
         next(p for n, p in diverged.named_parameters() if "lora_B" in n).data.fill_(float("nan"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
-from models import outputs, tiny_vit, vit_input
+from models import outputs, small_transformer, tiny_vit, vit_input
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -18,6 +21,7 @@ from recast_peft import (
     PracticeTask,
     RecastConfig,
     RecastConfigError,
+    RecastTargetError,
     get_recast_model,
     growth_report,
     practice_bank,
@@ -177,11 +181,68 @@ class TestTheBank:
             ({"lr": float("nan")}, "lr=nan: expected a number above 0"),
             ({"seed": "0"}, "seed='0'"),
             ({"batch_size": 1}, "batch_size=1"),
+            ({"config": RecastConfig()}, "of='biases'. trains all biases and takes no config"),
+            ({"of": "weights", "group_size": 2}, "of='weights'. takes no group_size and no scales"),
+            ({"of": "weights", "scales": True}, "of='weights'. takes no group_size and no scales"),
+            ({"features": "logits"}, "features='logits': expected a function"),
         ):
             with pytest.raises(RecastConfigError, match=message):
                 practice_bank(bert(), texts(), family, progress=False, **fields)
         with pytest.raises(RecastConfigError, match="plain pretrained model"):
             practice_bank(get_recast_model(bert(), RecastConfig(target_modules=["query"])), texts(), family, progress=False)
+
+
+class TestWhatIsTrained:
+    def test_a_grouped_convolution_has_no_lora_and_keeps_its_weight(self) -> None:
+        model, family = timm.create_model("test_efficientnet", num_classes=0), KnownPictures(pictures=3, views=2)
+        bank = practice_bank(model, torch.rand(3, 3, 32, 32), family, tasks=1, of="weights", epochs=2, progress=False)
+        moved = [member for group in bank.groups.values() for member in group.members if len(group.grown)]
+        groups = {name: getattr(module, "groups", 1) for name, module in model.named_modules()}
+        assert moved
+        assert {groups[name] for name in moved} == {1}
+        config = RecastConfig(target_modules=r".*conv_dw", group_size=1)
+        with pytest.raises(RecastTargetError, match="PEFT has none for the targets"):
+            practice_bank(model, torch.rand(3, 3, 32, 32), family, of="weights", config=config, progress=False)
+
+    def test_a_target_whose_name_others_end_in_is_trained_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        trained: list[set[str]] = []
+
+        def note(task: PracticeTask, model: nn.Module, free: list[nn.Parameter], **how: Any) -> None:
+            trained.append({name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad})
+            free[1].data.fill_(1.0)
+
+        monkeypatch.setattr(practice, "_train", note)
+        model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(8, 8, 8, 8), stem_width=8)
+        config = RecastConfig(target_modules=r"conv1", group_size=1)
+        family = KnownPictures(pictures=2, views=2)
+        practice_bank(model, torch.rand(2, 3, 32, 32), family, tasks=1, of="weights", config=config, progress=False)
+        assert trained == [{"base_model.model.conv1"}]
+
+    def test_a_model_without_biases_is_refused_before_training(self) -> None:
+        with pytest.raises(RecastTargetError, match="has a bias; take of='weights'"):
+            practice_bank(small_transformer("llama"), texts(), MissingWords(MASK, words=2), progress=False)
+
+    @torch.inference_mode()
+    def test_inside_inference_mode(self) -> None:
+        with torch.inference_mode(False):
+            model = tiny_vit()
+        bank = practice_bank(model, torch.randn(32, 5, 8), Halves(), tasks=1, epochs=2, progress=False)
+        assert not any(tensor.is_inference() for tensor in bank.tensors().values())
+
+    def test_data_in_half_precision(self) -> None:
+        x = torch.randn(32, 5, 8).half()
+        banks = [practice_bank(tiny_vit().half(), d, Halves(), tasks=1, epochs=2, progress=False) for d in (x, x.float())]
+        assert banks[0].fingerprint == banks[1].fingerprint
+
+    @pytest.mark.parametrize("found", [None, torch.zeros(2), torch.zeros(2, 3, 4), torch.zeros(2, 3).long()])
+    def test_features_of_another_shape_are_refused(self, found: Any) -> None:
+        with pytest.raises(RecastConfigError, match=r"features gave .*: expected floating numbers \(batch, features\)"):
+            practice_bank(tiny_vit(), torch.randn(32, 5, 8), Halves(), features=lambda model, x: found, progress=False)
+
+    def test_a_family_that_makes_no_task_is_refused(self) -> None:
+        family = SimpleNamespace(make=lambda data, generator: data)
+        with pytest.raises(RecastConfigError, match="SimpleNamespace.make gave a Tensor: expected a PracticeTask"):
+            practice_bank(tiny_vit(), torch.randn(32, 5, 8), family, progress=False)
 
 
 def test_features_are_means_over_what_is_attended_to() -> None:
@@ -223,7 +284,37 @@ def test_a_single_step_which_moves_nothing_is_refused() -> None:
     assert practice_bank(tiny_vit(), torch.randn(32, 5, 8), Halves(), tasks=1, epochs=2, progress=False).is_of_biases
 
 
-def test_families_of_nothing_are_refused() -> None:
-    for made, message in ((lambda: KnownPictures(views=0), "views=0"), (lambda: MissingWords(MASK, words=1.5), "words=1.5")):  # type: ignore[arg-type]
-        with pytest.raises(RecastConfigError, match=message):
-            made()
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (torch.randn(4, 5), [0, 1, 0, 1], "expected tensors .*\n  inputs: Tensor\n  labels: list"),
+        ({"x": torch.randn(4, 5), "text": ["a"] * 4}, torch.arange(4), "expected tensors .*\n  inputs: Tensor, list"),
+        ({"x": torch.ones(4, 5), "y": torch.zeros(4)}, torch.arange(4), "its examples are all the same"),
+    ],
+)
+def test_tasks_that_teach_nothing_are_refused(inputs: Any, labels: Any, message: str) -> None:
+    with pytest.raises(RecastConfigError, match=f"practice task 'mine': {message}"):
+        PracticeTask("mine", inputs, labels)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        (KnownPictures, {"views": 0}, "views=0"),
+        (KnownPictures, {"crop": 2}, "crop=2.: expected a number from 0 to 1"),
+        (KnownPictures, {"colour": -1.0}, "colour=-1.0.: expected a number of at least 0"),
+        (KnownPictures, {"noise": float("nan")}, "noise=nan"),
+        (MissingWords, {"mask_token_id": MASK, "words": 1.5}, "words=1.5"),
+        (MissingWords, {"mask_token_id": None}, "mask_token_id=None.*expected the number of a token"),
+        (MissingWords, {"mask_token_id": MASK, "special_token_ids": 0}, "special_token_ids=0"),
+        (MissingWords, {"mask_token_id": MASK, "special_token_ids": (0, None)}, "special_token_ids=.0, None."),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(family: Any, fields: Any, message: str) -> None:
+    with pytest.raises(RecastConfigError, match=message):
+        family(**fields)
+
+
+def test_texts_under_another_name_are_refused() -> None:
+    with pytest.raises(RecastConfigError, match="text='tokens'.: the data have 'input_ids', 'attention_mask'"):
+        MissingWords(MASK, text="tokens").make(texts(), torch.Generator())

@@ -285,6 +285,13 @@ class TestRefusals:
         with pytest.raises(RecastConfigError, match=message):
             readout_bank(vit(), data, progress=False)
 
+    @pytest.mark.parametrize("place", ["blocks.1.mlp.fc2", "head"])
+    def test_a_model_that_computes_no_numbers(self, place: str) -> None:
+        model = vit()
+        model.get_submodule("norm" if place == "head" else "blocks.1.mlp.fc1").bias.data.fill_(float("nan"))  # type: ignore
+        with pytest.raises(RecastConfigError, match=f"{re.escape(place)} reads numbers that are not finite"):
+            readout_bank(model, pictures(4), target_modules=["blocks.1.mlp.fc2"], head_module="head", progress=False)
+
     def test_modules_that_are_not_there(self) -> None:
         for names in (["block"], ["blocks.0"], ["norm"], [], 5, "blocks.0.mlp.fc2"):
             with pytest.raises(RecastTargetError, match=re.escape(f"target_modules={names!r}")):

@@ -13,7 +13,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, RecastConfigError, get_recast_model, grow_bank, plan_recast
+from recast_peft import (
+    RecastBankError,
+    RecastConfig,
+    RecastConfigError,
+    compress_adapters,
+    get_recast_model,
+    grow_bank,
+    plan_recast,
+)
 from recast_peft.growth.sources import task_vectors
 
 
@@ -94,8 +102,19 @@ class TestSources:
         with pytest.raises(RecastBankError, match="does not fit the model"):
             grow_bank(plain, [tmp_path], RecastConfig(target_modules=["fc1"], group_size=1))
 
+    def test_an_adapter_for_more_layers_is_refused(self, tmp_path: Path) -> None:
+        for name, depth in (("right", 1), ("wrong", 2)):
+            layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(depth))
+            get_peft_model(layers, LoraConfig(target_modules=["0", "1"][:depth])).save_pretrained(tmp_path / name)
+        plain = nn.ModuleList([nn.Linear(3, 3)])
+        with pytest.raises(RecastBankError, match=r"wrong' does not fit the model, which has no place for .*\.1\.lora_A"):
+            grow_bank(plain, [tmp_path / "wrong"], RecastConfig(target_modules=["0"], group_size=1))
+        for folders in (["wrong"], ["right", "wrong"]):
+            with pytest.raises(RecastBankError, match="wrong' does not fit the model"):
+                compress_adapters(plain, [tmp_path / name for name in folders], num_templates=1)
+
     def test_wrong_sources_are_refused(self, tmp_path: Path) -> None:
-        for sources in ([], str(tmp_path), lora(0)):
+        for sources in ([], str(tmp_path), lora(0), None, 3, (one for one in [lora(0)])):
             with pytest.raises(RecastConfigError, match="at least one source"):
                 grow_bank(tiny_vit(), sources, config())  # type: ignore[arg-type]
         with pytest.raises(RecastBankError, match="cannot be read"):
@@ -110,5 +129,7 @@ class TestSources:
         state = {key: value * float("nan") for key, value in tiny_vit().state_dict().items()}
         with pytest.raises(RecastBankError, match=f"not finite at {name.removesuffix('.weight')}"):
             grow_bank(tiny_vit(), [lora(0), state], config())
+        with pytest.raises(RecastConfigError, match="grow_bank: model is a str; an nn.Module is expected"):
+            grow_bank("vit", [lora(0)], config())  # type: ignore[arg-type]
         with pytest.raises(RecastConfigError, match="plain pretrained model"):
             grow_bank(on(grown()), [lora(0)], config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,25 +15,31 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from recast_peft import (
+    BiasConfig,
     RecastBankError,
     RecastConfig,
     RecastConfigError,
     RecastLoadError,
     StoredBank,
     TaskPool,
+    compress_adapters,
     convert_to_lora,
     extend_bank,
+    fit_bank,
     get_recast_model,
     grow_bank,
+    grow_bias_bank,
     growth_report,
     load_bank,
     load_compressed_model,
     plan_recast,
     push_bank_to_hub,
     push_task_to_hub,
+    random_bank,
     save_compressed_model,
 )
 from recast_peft.growth.sources import task_vectors
+from recast_peft.mimicry import Gradient
 
 
 class TestGrowing:
@@ -244,3 +251,25 @@ class TestOnTheHub:
         stored = model.base_model.push_bank_to_hub("ada/bank")
         assert load_bank("ada/bank").mimicry == stored.mimicry == grown(rank=2).mimicry
         assert model.peft_config["default"].bank_reference["fingerprint"] == stored.fingerprint
+
+
+MAKERS = {
+    "grow_bank": lambda model: grow_bank(model, [lora(0)], config()),
+    "extend_bank": lambda model: extend_bank(grow_bank(model, [lora(0)], config()), model, [lora(1)]),
+    "grow_bias_bank": lambda model: grow_bias_bank(model, [{k: v + 1 for k, v in model.state_dict().items()}]),
+    "compress_adapters": lambda model: compress_adapters(model, [lora(0)], num_templates=1).bank,
+    "random_bank": random_bank,
+    "fit_bank": lambda model: fit_bank(model, RecastConfig(num_templates=1, mimicry=Gradient(steps=2, progress=False))),
+    "load_bank": lambda model: load_bank(random_bank(model).save(tempfile.mkdtemp()).name),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_bank_that_is_made_inside_inference_mode_can_be_trained_on(maker: str) -> None:
+    model = tiny_vit()
+    with torch.inference_mode():
+        bank = MAKERS[maker](model)
+    fields = {"partners": [BiasConfig(bank=bank)]} if bank.is_of_biases else {"bank": bank}
+    task = get_recast_model(model, RecastConfig(**fields))
+    task(X).sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in task.parameters())
