@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -71,11 +71,15 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
 
 def _as_list(batches: Iterable[Any] | None) -> Sequence[Any]:
     """Batches that can be read again; a single tensor would be taken for its rows."""
-    if isinstance(batches, (Tensor, dict)):
-        raise RecastConfigError(f"batches is one {type(batches).__name__}; give a list of batches: [batch]")
     if batches is None:
         return []
-    return batches if hasattr(batches, "__len__") and not isinstance(batches, (set, frozenset)) else list(batches)  # type: ignore
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise RecastConfigError(f"batches is one {type(batches).__name__}; give a list of batches: [batch]")
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a DataLoader of a data set without a length
+        return list(batches)
+    return list(batches) if isinstance(batches, (set, frozenset)) else batches  # type: ignore[return-value]
 
 
 def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[PlannedGroup]]:
@@ -123,6 +127,9 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
 
     Returns:
         ``(fan_in, fan_in)`` in float32 by name; None, with a warning, for a module that is never called or of another kind.
+
+    Raises:
+        RecastConfigError: if a module is given no numbers, or some that are not finite.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -159,6 +166,9 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
             "the change of their weight instead of their output",
             stacklevel=4,
         )
+    unusable = next((name for name, moment in sums.items() if not counts[name] or not moment.isfinite().all()), None)
+    if unusable is not None:
+        raise RecastConfigError(f"the batches give {unusable} no numbers, or some that are not finite: give other examples")
     return {target.name: sums[target.name] / counts[target.name] if target.name in sums else None for target in targets}
 
 

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
 from ..config import RecastConfig
+from ..errors import RecastConfigError
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
+from ..validation import is_int, shown
 from .sources import check_plain, check_sizes
 
 RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
@@ -41,10 +43,12 @@ def random_bank(
         the bank, under no name.
 
     Raises:
-        RecastConfigError: if a number is below 1, or the model is converted already.
+        RecastConfigError: if a number cannot be used, or the model is converted already.
     """
     check_plain(model, "random_bank")
     check_sizes(num_templates=num_templates, rank=rank)
+    if not is_int(seed):
+        raise RecastConfigError(f"seed={shown(seed)}: expected a whole number")
     plan = plan_recast(model, config or RecastConfig(group_size=1))
     targets = {target.name: target for target in plan.candidates}
     generator = torch.Generator().manual_seed(seed)

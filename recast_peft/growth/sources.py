@@ -120,7 +120,16 @@ def moves_by_source(model: nn.Module, source: Source, parameters: Mapping[str, t
 
 def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
     """A source's weights by the names of the plain model."""
+    is_named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PeftModel)
+    if not is_named and not isinstance(source, (str, Path, nn.Module, Mapping)):
+        raise RecastConfigError(
+            f"a source is a {type(source).__name__}: expected an adapter (a folder, a repository, a PeftModel, or "
+            "(peft_model, name)), or a fine-tuned form of the model (a module, a state dict, or a file)"
+        )
     if isinstance(source, Mapping):
+        wrong = next((key for key, value in source.items() if not isinstance(value, Tensor)), None)
+        if wrong is not None:
+            raise RecastConfigError(f"a source holds a {type(source[wrong]).__name__} at {wrong!r}: expected tensors by name")
         return source
     if isinstance(source, tuple):
         return _merged(*source)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..validation import is_int
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
 from .descent import LOSSES, descend, random_templates
 
@@ -46,9 +47,10 @@ class AutoEncoder(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}")
+        self.check("loss", self.loss in list(LOSSES), f"one of {', '.join(LOSSES)}")
         self.check_counts("hidden_size", "features", "steps")
-        self.check("learning_rate", self.learning_rate > 0, "a number above 0")
+        self.check_numbers("learning_rate")
+        self.check("seed", is_int(self.seed), "a whole number")
 
     @torch.enable_grad()
     def fit(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
-from ..validation import is_int, shown
+from ..validation import is_int, is_number, shown
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ class MimicryMethod(ABC):
         for option in options:
             value = getattr(self, option)
             self.check(option, is_int(value) and value >= least, f"a whole number from {least}")
+
+    def check_numbers(self, *options: str, or_zero: bool = False) -> None:
+        """Refuse options that are no finite numbers above 0, or of at least 0."""
+        for option in options:
+            value = getattr(self, option)
+            expected = "a number of at least 0" if or_zero else "a number above 0"
+            self.check(option, is_number(value) and (value > 0 or (or_zero and value == 0)), expected)
 
 
 def local_generator(seed: int, label: str, device: torch.device) -> torch.Generator:

@@ -57,10 +57,8 @@ class DataAware(MimicryMethod):
 
     def __post_init__(self) -> None:
         self.check_counts("sweeps", "distill_steps", "select_batches", least=0)
-        self.check("max_moment_bytes", self.max_moment_bytes > 0, "a number above 0")
-        self.check("distill_learning_rate", self.distill_learning_rate > 0, "a number above 0")
-        for option in ("tolerance", "ridge"):
-            self.check(option, getattr(self, option) >= 0, "a number of at least 0")
+        self.check_numbers("max_moment_bytes", "distill_learning_rate")
+        self.check_numbers("tolerance", "ridge", or_zero=True)
 
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None

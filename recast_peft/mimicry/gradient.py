@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
+from ..validation import is_int
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
 from .closed_form import gram_matrix, recipe_from_gram
 from .descent import LOSSES, descend, random_templates
@@ -68,12 +69,13 @@ class Gradient(MimicryMethod):
 
     def __post_init__(self) -> None:
         for option, table in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("start", STARTS)):
-            self.check(option, getattr(self, option) in table, f"one of {', '.join(table)}")
+            self.check(option, getattr(self, option) in list(table), f"one of {', '.join(table)}")
         self.check_counts("steps", "decay_every", "fit_sets")
-        for option in ("loss_scale", "learning_rate", "decay"):
-            self.check(option, getattr(self, option) > 0, "a number above 0")
-        self.check("coefficient_noise", self.coefficient_noise >= 0, "a number of at least 0")
-        self.check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number above 0, or None")
+        self.check_numbers("loss_scale", "learning_rate", "decay")
+        self.check_numbers("coefficient_noise", or_zero=True)
+        if self.clip_norm is not None:
+            self.check_numbers("clip_norm")
+        self.check("seed", is_int(self.seed), "a whole number")
 
     @classmethod
     def paper(cls, backbone: str = "vit", **options: Any) -> Gradient:

@@ -76,6 +76,30 @@ def test_a_layer_that_is_never_called_counts_with_its_weight() -> None:
     assert all(torch.isfinite(g.templates).all() for g in bank.groups.values() if g.templates is not None)
 
 
+@pytest.mark.parametrize("batch", [vit_input()[:0], vit_input() * float("nan")], ids=["no examples", "no numbers"])
+def test_batches_that_say_nothing_are_refused(batch: torch.Tensor) -> None:
+    config = RecastConfig(target_modules=["fc1"], num_templates=1, mimicry=DataAware(progress=False))
+    with pytest.raises(RecastConfigError, match=r"the batches give blocks\.0\.mlp\.fc1 no numbers, or some"):
+        fit_bank(tiny_vit(), config, [batch])
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """A data set without a length."""
+
+    def __iter__(self):
+        return iter(vit_input())
+
+
+def test_batches_of_any_form() -> None:
+    config = RecastConfig(target_modules=["fc1"], num_templates=1, mimicry=DataAware(distill_steps=1, progress=False))
+    x = vit_input()
+    forms = ([x], [(x, 1)], (b for b in [x]), torch.utils.data.DataLoader(Endless(), batch_size=len(x)))
+    assert len({fit_bank(tiny_vit(), config, form).fingerprint for form in forms}) == 1
+    for wrong in (x, {"x": x}, "x", 3):
+        with pytest.raises(RecastConfigError, match=f"batches is one {type(wrong).__name__}; give a list"):
+            fit_bank(tiny_vit(), config, wrong)  # type: ignore[arg-type]
+
+
 def test_output_change_of_the_model_itself_is_zero() -> None:
     model, x = tiny_vit(), vit_input()
     assert output_change(model, dict(model.named_parameters()), [x], [outputs(model, x)]) == 0.0

@@ -49,6 +49,11 @@ def test_refuses_sizes_that_are_no_counts(fields: dict[str, Any]) -> None:
         bank(**fields)
 
 
+def test_refuses_a_seed_that_is_no_number() -> None:
+    with pytest.raises(RecastConfigError, match="seed='a': expected a whole number"):
+        bank(seed="a")
+
+
 def test_refuses_a_converted_model() -> None:
     with pytest.raises(RecastConfigError, match="random_bank needs the plain pretrained model"):
         random_bank(get_recast_model(tiny_vit(), CONFIG), CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ class TestSources:
         for folders in (["wrong"], ["right", "wrong"]):
             with pytest.raises(RecastBankError, match="wrong' does not fit the model"):
                 compress_adapters(plain, [tmp_path / name for name in folders], num_templates=1)
+
+    @pytest.mark.parametrize("source", [None, 3, ("folder", "name"), (tiny_vit(), "name"), (lora(0),), (lora(0), "default", 1)])
+    def test_what_is_no_source_is_refused(self, source: Any) -> None:
+        with pytest.raises(RecastConfigError, match="a source is a .*: expected an adapter"):
+            grow_bank(tiny_vit(), [lora(0), source], config())
+
+    @pytest.mark.parametrize("value", [1, torch.zeros(2).numpy()])
+    def test_a_state_dict_of_no_tensors_is_refused(self, value: Any) -> None:
+        with pytest.raises(RecastConfigError, match=f"a source holds a {type(value).__name__} at 'head.weight'"):
+            grow_bank(tiny_vit(), [{**tiny_vit().state_dict(), "head.weight": value}], config())
 
     def test_wrong_sources_are_refused(self, tmp_path: Path) -> None:
         for sources in ([], str(tmp_path), lora(0), None, 3, (one for one in [lora(0)])):

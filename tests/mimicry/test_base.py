@@ -87,7 +87,7 @@ class TestRegistry:
             ({"method": "gradient", "step": 3}, "no option 'step'; its options: steps"),
             ({"method": "gradient", "loss": "huber"}, "loss='huber'"),
             ({"method": "gradient", "steps": 0}, "steps=0"),
-            ({"method": "gradient", "learning_rate": "fast"}, "wrong type"),
+            ({"method": "gradient", "learning_rate": "fast"}, "learning_rate=.fast..: expected a number above 0"),
             ({"method": "gradient", "clip_norm": -1.0}, "clip_norm"),
             ({"method": "gradient", "coefficient_noise": -1.0}, "coefficient_noise"),
             ({"method": "autoencoder", "hidden_size": 0}, "hidden_size"),
@@ -156,3 +156,26 @@ def test_works_in_bfloat16(name: str) -> None:
     assert outputs(model, x).dtype == torch.bfloat16
     assert torch.isfinite(outputs(model, x)).all()
     assert {g.dtype for g in plan_recast(plain, config).groups} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gradient", {"learning_rate": "a"}),
+        ("gradient", {"learning_rate": float("inf")}),
+        ("gradient", {"loss": []}),
+        ("gradient", {"clip_norm": "a"}),
+        ("gradient", {"coefficient_noise": None}),
+        ("gradient", {"seed": "a"}),
+        ("autoencoder", {"learning_rate": None}),
+        ("autoencoder", {"loss": {}}),
+        ("autoencoder", {"seed": 1.5}),
+        ("data_aware", {"ridge": "a"}),
+        ("data_aware", {"distill_learning_rate": float("nan")}),
+    ],
+)
+def test_a_value_of_another_type_is_named_however_it_is_given(method: str, options: dict) -> None:
+    (option,) = options
+    for make in (lambda: METHODS[method](**options), lambda: resolve_method({"method": method, **options})):
+        with pytest.raises(RecastConfigError, match=rf"mimicry {method}\({option}="):
+            make()
