@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..placement.sharded import is_plain
 from .calling import STANDS_FOR, call_composed, is_hooked
-from .compose import average_sets
+from .compose import average_sets, needs_plain_operations
 from .kinds import kind_of
 from .mixed_batch import current_batch
 from .recomputation import is_recomputing
@@ -45,7 +45,7 @@ class Known:
 
     def holds(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call that begins now, and is not compiled, computes with the same."""
-        if len(args) != 1 or kwargs or torch.is_grad_enabled() or is_recomputing():
+        if len(args) != 1 or kwargs or torch.is_grad_enabled() or needs_plain_operations() or is_recomputing():
             return False
         return self._acts(layer) and self._is_in_place(layer) and self._is_noted(layer)
 
