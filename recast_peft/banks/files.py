@@ -283,17 +283,23 @@ def _assemble(name: str, what: str, header: Fields, file: TensorFile) -> StoredB
     unused = sorted(set(file.tensors) - used)
     if unused or not used:
         raise RecastLoadError(f"{what} holds {unused[0] if unused else 'no tensor'}, of which its groups do not speak")
-    mimicry = header.get("mimicry")
+    mimicry, fingerprints = header.get("mimicry"), header.text_by_name("base_fingerprint")
+    read = {member for group in groups.values() for member in group.members[: None if group.offset is None else -1]}
+    if not read <= fingerprints.keys():
+        lacking = sorted(read - fingerprints.keys())[0]
+        raise RecastLoadError(
+            f"{what} does not say which pretrained weight {lacking} stands for: it is damaged. Fetch it again."
+        )
     bank = StoredBank(
         groups,
-        header.text_by_name("base_fingerprint"),
+        fingerprints,
         mimicry if isinstance(mimicry, str) else dict(header.object("mimicry")),
         name,
         header.integer("version", 1, MOST_VERSIONS),
         header.text("fingerprint"),
         tuple(_earlier(entry, groups) for entry in header.objects("history", [])),
     )
-    _check_fingerprint(bank, file, what, header.flag("rounded", False))
+    _check_fingerprint(bank, file, what, header.flag("rounded", None))
     return bank
 
 
@@ -304,9 +310,10 @@ def _earlier(entry: Fields, groups: Mapping[str, StoredGroup]) -> dict[str, Any]
     return {"version": entry.integer("version", 1, MOST_VERSIONS), "fingerprint": entry.text("fingerprint"), "templates": grown}
 
 
-def _check_fingerprint(bank: StoredBank, file: TensorFile, what: str, is_rounded: bool) -> None:
-    """Refuse a bank that calls itself by the fingerprint of another one."""
-    halves = {t.dtype for t in file.tensors.values()} & {torch.float16, torch.bfloat16}
+def _check_fingerprint(bank: StoredBank, file: TensorFile, what: str, is_rounded: bool | None) -> None:
+    """Refuse a bank that calls itself by the fingerprint of another one; earlier files do not say whether they are rounded."""
+    if is_rounded is None:
+        is_rounded = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in file.tensors.values())
     versions = [bank, *(bank.at(entry["fingerprint"]) for entry in bank.history)]
     for version in versions:
         assert version is not None
@@ -314,7 +321,7 @@ def _check_fingerprint(bank: StoredBank, file: TensorFile, what: str, is_rounded
         actual = file.content if is_whole else checksum(version.tensors(), torch.float32)
         if actual == version.fingerprint:
             continue
-        if not halves and not is_rounded:
+        if not is_rounded:
             raise RecastLoadError(
                 f"{what} is not the bank that it says it is: its version {version.version} has other templates\n"
                 f"  fingerprint that it states: {version.fingerprint}\n  fingerprint of its tensors: {actual}\n"

@@ -197,6 +197,7 @@ class TestRefusal:
             ({"groups": []}, "'groups' of .* expected an object"),
             ({"version": "1"}, "'version' of"),
             ({"base_fingerprint": {"x": 3}}, "'base_fingerprint' of"),
+            ({"base_fingerprint": {}}, "does not say which pretrained weight blocks.0.* stands for"),
             ({"mimicry": 3}, "'mimicry' of"),
             ({"history": [3]}, "'history' of"),
             ({"content": "0" * 16}, "is not what recast_bank.json says"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +263,25 @@ class TestFiles:
         bank = replace(bank, groups={"readout": replace(bank.groups["readout"], pools=None)})
         with pytest.raises(RecastLoadError, match="pools"):
             load_bank(bank.save(tmp_path / "bank").name or "")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda header: header.update(fingerprint="0" * 16), "is not the bank that it says it is"),
+            (lambda header: header["groups"]["readout"]["members"].reverse(), "does not say which pretrained weight head"),
+        ],
+    )
+    def test_a_header_that_was_changed_by_hand_is_refused(
+        self, change: Any, message: str, tmp_path: Path
+    ) -> None:
+        readout_bank(vit(), pictures(6), progress=False).save(tmp_path)
+        path = tmp_path / "recast_bank.json"
+        header = json.loads(path.read_text())
+        del header["checksum"]
+        change(header)
+        path.write_text(json.dumps(header))
+        with pytest.raises(RecastLoadError, match=message):
+            load_bank(tmp_path)
 
     def test_a_readout_has_no_coefficients(self) -> None:
         assert readout_bank(vit(), pictures(6), progress=False).groups["readout"].num_coefficients == 0
