@@ -271,9 +271,7 @@ class TestFiles:
             (lambda header: header["groups"]["readout"]["members"].reverse(), "does not say which pretrained weight head"),
         ],
     )
-    def test_a_header_that_was_changed_by_hand_is_refused(
-        self, change: Any, message: str, tmp_path: Path
-    ) -> None:
+    def test_a_header_that_was_changed_by_hand_is_refused(self, change: Any, message: str, tmp_path: Path) -> None:
         readout_bank(vit(), pictures(6), progress=False).save(tmp_path)
         path = tmp_path / "recast_bank.json"
         header = json.loads(path.read_text())
