@@ -76,7 +76,7 @@ def as_numbers(table: TaskTable, tasks: Any) -> Tensor:
     if isinstance(tasks, (list, tuple)):
         if all(task is None or isinstance(task, str) for task in tasks):
             return table.ids(tasks)
-        if all(type(task) is int for task in tasks):
+        if all(type(task) is int and -(2**63) <= task < 2**63 for task in tasks):
             tasks = torch.tensor(tasks, dtype=torch.int64)
     if not isinstance(tasks, Tensor):
         given = f"{tasks!r}"

@@ -15,6 +15,7 @@ from ..holders import plain_modules
 from ..mimicry.features import evaluating
 from ..model import RecastModel
 from ..parts.head_building import find_head
+from ..validation import shown
 
 
 def base_features(
@@ -30,7 +31,7 @@ def base_features(
     first = next(iter(inputs.values()), None) if isinstance(inputs, Mapping) else inputs
     if not isinstance(first, Tensor) or not len(first):
         raise RecastConfigError(
-            f"inputs={inputs!r}: expected samples in a tensor, or a dictionary of such tensors that the model takes by "
+            f"inputs={shown(inputs)}: expected samples in a tensor, or a dictionary of such tensors that the model takes by "
             "name; at least one sample"
         )
     caught: list[Tensor] = []

@@ -135,6 +135,8 @@ class TaskPool(ResidentTasks):
         with self.lock:
             if self._rows.get(name) == row:
                 self.remove_row(row)
+        if self.active == name and name not in self:  # another thread activated it meanwhile
+            self.deactivate()
 
     # ---------------------------------------------------------------- one active task
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastLoadError
 from ..hub.transfer import fetch_task
-from ..names import MODEL_PREFIX
+from ..names import MODEL_PREFIX, check_adapter_name
 from ..parts.bias_part import bias_config
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
+from ..validation import shown
 from .layout import PoolLayout, readout_fingerprint, refuse_parts
 from .lora import modules_of
 
@@ -34,6 +35,12 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
         return layout.fresh_row(name, source), None if source is None else prepare_head(layout.backbone, source)
     if isinstance(source, Mapping):
         entries = dict(source)
+        wrong = [key for key, value in entries.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+        if wrong:
+            raise RecastConfigError(
+                f"the state dict of task {name!r} holds {shown(wrong[0])}: {shown(entries[wrong[0]])}; expected "
+                "tensors of torch by name"
+            )
         return layout.row_of(f"task {name!r}", entries, {}, layout.has_biases(entries)), None
     if isinstance(source, str) and source in configs:
         return layout.row_of_adapter(source, configs[source]), head_of_adapter(layout.backbone, source)
@@ -68,11 +75,14 @@ def read_folder(layout: PoolLayout, configs: Mapping[str, Any], folder: str | Pa
 
     Raises:
         RecastLoadError: if there is none, saying where they may lie instead.
+        RecastConfigError: if a folder has a name that no task can have.
     """
     root = Path(folder)
     paths = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
     if not paths:
         raise RecastLoadError(f"{folder} holds no saved task (no folder with an {CONFIG_NAME} in it){_where_instead(root)}")
+    for path in paths:
+        check_adapter_name(path.name)
     # a task of the model may have the same name: what lies in the folder is meant
     return [(path.name, *read_task(layout, configs, path.name, path, {})) for path in paths]
 

@@ -22,7 +22,7 @@ from .files import PackedTasks, read_pool, write_pool
 from .heads import HeadKinds, StoredHead, bytes_of
 from .layout import PoolLayout
 from .reading import read_folder, read_task
-from .table import TaskTable
+from .table import TaskTable, check_finite
 
 
 class ResidentTasks(TaskTable):
@@ -115,9 +115,7 @@ class ResidentTasks(TaskTable):
         """
         check_adapter_name(name)
         self.check_new_name(name)
-        with torch.inference_mode(False), torch.no_grad():
-            values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
-            return self.add_row(name, values, self._stored(name, head))
+        return self.add_row(name, *self.read(name, source, **hub_kwargs))
 
     def replace(self, name: str, source: Any, **hub_kwargs: Any) -> int:
         """Put a task in the place of one of the same name, in one step: the arguments and errors are those of ``add``.
@@ -129,9 +127,15 @@ class ResidentTasks(TaskTable):
             the row, which is another one.
         """
         self.row(name)
+        return self.replace_row(name, *self.read(name, source, **hub_kwargs))
+
+    def read(self, name: str, source: Any, **hub_kwargs: Any) -> tuple[Tensor, StoredHead | None]:
+        """Numbers and classifier of a task as ``add_row`` and ``replace_row`` take them; see ``add``. Nothing is put in."""
         with torch.inference_mode(False), torch.no_grad():
             values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
-            return self.replace_row(name, values, self._stored(name, head))
+            stored = self._stored(name, head)
+        check_finite(name, values, stored)
+        return values, stored
 
     def _stored(self, name: str, head: Any) -> StoredHead | None:
         if head is None:
@@ -202,7 +206,8 @@ class ResidentTasks(TaskTable):
     def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """What ``model(x, task_ids=...)`` trains: the table, and the heads of the given tasks (None: of all).
 
-        Put all tasks in first: a table that has to grow is a new tensor.
+        Put all tasks in first: a table that has to grow is a new tensor, which is warned of. A task without a sample in a batch
+        gets no gradient, but momentum and weight decay of an optimizer move its row on.
 
         Raises:
             RecastConfigError: in a run of several processes, each of which would train a pool of its own.
@@ -279,6 +284,6 @@ class ResidentTasks(TaskTable):
 
 def _head_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise RecastConfigError(f"head_dtype={given!r}: expected a floating-point dtype such as 'float16', or None")
     return dtype

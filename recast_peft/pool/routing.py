@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
+from ..validation import shown
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ def summarise(features: Tensor, labels: Tensor | None = None) -> TaskFeatures:
         raise RecastConfigError(
             f"features have shape {tuple(features.shape)}; expected (samples, features), at least one sample"
         )
-    if labels is not None and labels.shape != features.shape[:1]:
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != features.shape[:1]):
+        given = tuple(labels.shape) if isinstance(labels, Tensor) else f"{shown(labels)}, no tensor"
+        raise RecastConfigError(f"one label for each sample is needed\n  labels:  {given}\n  samples: {len(features)}")
+    if not torch.isfinite(features).all():  # such a prototype would be the nearest one of every sample
         raise RecastConfigError(
-            f"one label for each sample is needed\n  labels:  {tuple(labels.shape)}\n  samples: {len(features)}"
+            "features of the samples are not finite (NaN or infinity): look at the inputs, and at the model"
         )
     groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.cpu()
-    classes = groups.unique()
-    prototypes = torch.stack([features[groups == c].mean(dim=0) for c in classes])
-    places = torch.searchsorted(classes, groups)
+    classes, places = groups.unique(return_inverse=True)
+    prototypes = torch.stack([features[places == c].mean(dim=0) for c in range(len(classes))])
     scatter = (features - prototypes[places]).square().sum(dim=0)
     return TaskFeatures(prototypes, scatter, len(features))
 

@@ -8,6 +8,7 @@ of a row that was never left is the row itself.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -90,12 +91,12 @@ class TaskTable:
         Raises:
             RecastConfigError: if there is no such task.
         """
-        row = self._rows.get(name)
+        row = self._rows.get(name) if isinstance(name, str) else None
         if row is None:
             with self.lock:
                 near = [name for name in self._names[:20] if name is not None][:5]
             more = ", ..." if len(self) > len(near) else ""
-            raise RecastConfigError(f"the pool has no task {name!r}; it has {len(self)}: {', '.join(near)}{more}")
+            raise RecastConfigError(f"the pool has no task {shown(name)}; it has {len(self)}: {', '.join(near)}{more}")
         return row
 
     def ids(self, names: Iterable[str | None]) -> Tensor:
@@ -158,6 +159,8 @@ class TaskTable:
         with self.lock:
             former = self.row(name)
             row = self._put(name, values, head)  # who asks for the name meanwhile gets the one or the other
+            if former in self._remembered:  # its samples look to the pretrained model as they did
+                self._remembered[row] = self._remembered[former]
             self._vacate(former)
         return row
 
@@ -226,6 +229,12 @@ class TaskTable:
     def _reserve(self, rows: int) -> None:
         if rows <= len(self.table):
             return
+        if self.table.requires_grad:
+            warnings.warn(
+                f"The pool's table grows beyond {len(self.table)} tasks while it can be trained: an optimizer that was made "
+                "before would go on with the former table, and train nothing. Make it again, from pool.parameters().",
+                stacklevel=2,
+            )
         capacity = max(rows, 2 * len(self.table))
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could never be trained
             grown = torch.zeros(capacity, self.table.shape[1], device=self.table.device, dtype=self.table.dtype)

@@ -108,7 +108,7 @@ class TestMessages:
     def test_of_bad_tasks_of_a_call(self, tokens):
         pool = tiny_pool()
         pool.add("a")
-        for tasks in (["a", 3], "aa", 3, torch.zeros(2), [[0, 0]]):
+        for tasks in (["a", 3], "aa", 3, torch.zeros(2), [[0, 0]], [2**70, 0]):
             with pytest.raises(RecastConfigError, match=r"task_ids must be .*pool\.ids"):
                 pool.model(tokens, task_ids=tasks)
         with pytest.raises(RecastConfigError, match="in a list"):

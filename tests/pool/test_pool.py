@@ -342,6 +342,13 @@ class TestFindingTheTask:
         again.load(tmp_path / "pool.safetensors")
         assert again.route(mixed).tolist() == pool.route(mixed).tolist()
 
+    def test_a_replaced_task_is_still_found(self):
+        _, pool = model_with_pool(2)
+        for number in range(2):
+            pool.remember(f"task{number}", self.clouds(number))
+        pool.replace("task1", random_state(pool, 9))
+        assert torch.equal(pool.route(self.clouds(1)), pool.ids(["task1"] * 20))
+
     def test_a_removed_task_is_forgotten_and_nothing_to_choose_from_is_an_error(self, images):
         _, pool = model_with_pool(1)
         pool.remember("task0", images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from peft import PeftModel
 from pools import TARGETS, model_with_pool, small_vit, tiny_pool
 from safetensors.torch import load_file, save_file
 
-from recast_peft import RecastConfig, RecastLoadError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_recast_model
 
 
 class TestFiles:
@@ -72,6 +73,20 @@ class TestFiles:
         assert pool.names == ["task0"]
         with pytest.raises(RecastLoadError, match="no saved task"):
             pool.load_folder(tmp_path / "good")
+
+    @pytest.mark.parametrize("name", ["a\nb", "__base__"])
+    def test_a_folder_whose_name_no_task_can_have(self, name, tmp_path):
+        self.saved_task(tmp_path, "one", 1)
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        _, pool = model_with_pool()
+        with pytest.raises(RecastConfigError, match="adapter_name="):
+            pool.load_folder(tmp_path)
+        assert len(pool) == 0  # a file of a pool with a name of two lines could not be read
+
+    @pytest.mark.parametrize("entries", [{"x": 1}, {"x": [0.0]}, {5: torch.zeros(1)}], ids=str)
+    def test_a_state_dict_of_something_else(self, entries):
+        with pytest.raises(RecastConfigError, match=r"task 'bad' holds .*tensors of torch by name"):
+            tiny_pool().add("bad", entries)
 
     def test_folders_that_hold_no_task_say_where_one_may_be(self, tmp_path):
         pool = tiny_pool()

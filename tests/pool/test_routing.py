@@ -32,3 +32,13 @@ def test_nothing_to_remember_or_to_choose_from() -> None:
         summarise(torch.empty(0, 4))
     with pytest.raises(RecastConfigError, match=r"pool.remember"):
         nearest_task(torch.zeros(1, 2), {})
+
+
+def test_what_cannot_be_remembered() -> None:
+    good, labels = torch.ones(2, 3), [0, 1]
+    with pytest.raises(RecastConfigError, match=r"labels:  \[0, 1\], no tensor"):
+        summarise(good, labels)  # type: ignore[arg-type]
+    for bad in (float("nan"), float("inf")):  # every sample would go to its task
+        with pytest.raises(RecastConfigError, match="not finite"):
+            summarise(torch.full((2, 3), bad), torch.tensor(labels))
+    assert summarise(good, torch.tensor([True, False])).prototypes.shape == (2, 3)

@@ -44,7 +44,22 @@ class TestRows:
                 pool.add(name)
             with pytest.raises(RecastConfigError, match="plain name"):
                 pool.add_weighted_adapter(["task0"], [1.0], name)
+        for verb in (pool.remove, pool.activate, pool.labels, lambda names: pool.ids([names])):
+            with pytest.raises(RecastConfigError, match=r"no task \['task0'\]; it has 1: task0"):
+                verb(["task0"])
         assert len(pool) == 1
+
+    def test_a_task_that_another_thread_activates_as_it_is_removed(self, monkeypatch):
+        _, pool = model_with_pool(2)
+        remove = pool.remove_row
+
+        def later(row):
+            pool.activate("task1")
+            remove(row)
+
+        monkeypatch.setattr(pool, "remove_row", later)
+        pool.remove("task1")
+        assert pool.active is None
 
     def test_a_model_without_tasks(self):
         with pytest.raises(RecastConfigError, match="get_recast_model"):
@@ -55,6 +70,12 @@ class TestRows:
 
 
 class TestGrowing:
+    def test_while_it_is_trained_is_warned_of(self):
+        _, pool = model_with_pool(16)
+        pool.requires_grad_()
+        with pytest.warns(UserWarning, match=r"grows beyond 16 tasks.*pool\.parameters"):
+            pool.add("later")
+
     def test_inside_inference_mode(self, tokens):
         model = tiny_pool().model
         with torch.inference_mode():
