@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
+from ...validation import is_int, is_number, shown
 
 Sample = Tensor | Mapping[str, Tensor]
 
@@ -81,7 +82,8 @@ class TaskServer:
         timeout: float = 30.0,
         output_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        if max_batch < 1 or max_queue < 1 or wait < 0 or timeout <= 0:
+        are_times = is_number(wait) and isinstance(timeout, (int, float)) and wait >= 0 and timeout > 0
+        if not are_times or not all(is_int(n) and n > 0 for n in (max_batch, max_queue)):
             raise RecastConfigError(
                 f"max_batch={max_batch}, max_queue={max_queue}, wait={wait}, timeout={timeout}: expected at least one request, "
                 "and times that are not negative"
@@ -120,6 +122,8 @@ class TaskServer:
         if not named or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in named.items()):
             raise RecastConfigError(f"sample is a {type(sample).__name__}: expected a tensor, or tensors by name")
         signature = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(named.items()))
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):  # NaN is not
+            raise RecastConfigError(f"timeout={shown(timeout)}: expected seconds, or None")
         deadline = time.monotonic() + min(self.timeout, self.timeout if timeout is None else timeout)
         request = _Request(task, named, signature, deadline)
         with self._changed:

@@ -15,17 +15,23 @@ import shutil
 import threading
 import uuid
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 
 from ...errors import RecastConfigError, RecastError, RecastLoadError
 from ...names import check_adapter_name
+from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
+from ...validation import is_int, shown
 
 VERSIONS = ".versions"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 MAX_TASK_BYTES = 256 << 20
+
+Read = tuple[Tensor, StoredHead | None]  # numbers and classifier of a task
 
 
 class TaskStore:
@@ -38,6 +44,8 @@ class TaskStore:
     """
 
     def __init__(self, folder: str | os.PathLike, pool: TaskPool, keep: int = 5) -> None:
+        if not is_int(keep) or keep < 0:
+            raise RecastConfigError(f"keep={shown(keep)}: expected a whole number from 0")
         self.folder, self.pool, self.keep = Path(folder), pool, keep
         self.folder.mkdir(parents=True, exist_ok=True)
         self.problems: dict[str, str] = {}  # tasks that could not be read, and why
@@ -78,22 +86,25 @@ class TaskStore:
 
     def _take(self, name: str) -> bool:
         try:
-            self._put(name, self.folder / name)
-        except RecastError as error:
-            self.problems[name] = str(error)
-            return False
+            self._put(name, self._read(name, self.folder / name))
         except Exception as error:  # a bad task never takes the service down
-            self.problems[name] = f"{type(error).__name__}: {error}"
+            is_ours = isinstance(error, RecastError)
+            self.problems[name] = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            if isinstance(error.__cause__ if is_ours else error, OSError):  # maybe of this moment: it is tried again
+                self._seen[name] = ()
             return False
         self.problems.pop(name, None)
         return True
 
-    def _put(self, name: str, folder: Path) -> None:
+    def _read(self, name: str, folder: Path) -> Read:
+        """A task, checked whole."""
         check_adapter_name(name)
-        if name in self.pool:
-            self.pool.replace(name, folder)
-        else:
-            self.pool.add(name, folder)
+        return self.pool.read(name, folder)
+
+    def _put(self, name: str, read: Read) -> None:
+        """Put a task into service."""
+        with self.pool.lock:
+            (self.pool.replace_row if name in self.pool else self.pool.add_row)(name, *read)
 
     def follow(self, seconds: float) -> None:
         """Refresh every so many seconds in a thread, until ``close``."""
@@ -132,12 +143,7 @@ class TaskStore:
             for file, data in _unpacked(content).items():
                 (task / file).write_bytes(data)
             with self._lock:
-                self._put(name, task)  # checks it whole, and puts it into service
-                if (self.folder / name).is_dir():
-                    self._retire(name)
-                os.replace(task, self.folder / name)
-                self._seen[name] = _stamp(self.folder / name)
-                self.problems.pop(name, None)
+                self._exchange(name, task, self._read(name, task))
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
@@ -149,9 +155,14 @@ class TaskStore:
         """
         with self._lock:
             self._check_known(name)
-            if name in self.pool:
-                self.pool.remove(name)
-            self._retire(name)
+            former = self._retire(name)
+            try:
+                if name in self.pool:
+                    self.pool.remove(name)
+            except BaseException:
+                os.replace(former, self.folder / name)
+                raise
+            self._prune(name)
             self._seen.pop(name, None)
             self.problems.pop(name, None)
 
@@ -174,38 +185,62 @@ class TaskStore:
             if not known:
                 raise RecastConfigError(f"the task {name!r} has no version before this one")
             before = self.folder / VERSIONS / name / str(known[-1])
+            read = self._read(name, before)
             staged = before.with_name(f".back-{uuid.uuid4().hex}") / name
             staged.parent.mkdir()
-            os.replace(before, staged)
             try:
-                self._put(name, staged)
-            except BaseException:
-                os.replace(staged, before)
-                staged.parent.rmdir()
-                raise
-            if (self.folder / name).is_dir():
-                self._retire(name)
-            os.replace(staged, self.folder / name)
-            staged.parent.rmdir()
-            self._seen[name] = _stamp(self.folder / name)
+                os.replace(before, staged)
+                try:
+                    self._exchange(name, staged, read)
+                except BaseException:
+                    os.replace(staged, before)
+                    raise
+            finally:
+                with suppress(OSError):
+                    staged.parent.rmdir()
             return known[-1]
+
+    def _exchange(self, name: str, new: Path, read: Read) -> None:
+        """Put a task that was read into its place and into service; the former becomes a version. All of it or nothing."""
+        place = self.folder / name
+        former = self._retire(name) if place.is_dir() else None
+        try:
+            os.replace(new, place)
+        except BaseException:
+            if former is not None:
+                os.replace(former, place)
+            raise
+        self._put(name, read)
+        self._prune(name)
+        self._seen[name] = _stamp(place)
+        self.problems.pop(name, None)
 
     def _finish_moves(self) -> None:
         """Put into place what a process that was killed had taken the former away for."""
-        for task in self.folder.glob(f"{VERSIONS}/.incoming-*/*"), self.folder.glob(f"{VERSIONS}/*/.back-*/*"):
-            for staged in task:
-                was_checked = (self.folder / VERSIONS / staged.name).is_dir()
-                if was_checked and not (self.folder / staged.name).exists() and len(_stamp(staged)) == len(FILES):
-                    os.replace(staged, self.folder / staged.name)
+        for pattern in (f"{VERSIONS}/.incoming-*/*", f"{VERSIONS}/*/.back-*/*"):
+            for staged in self.folder.glob(pattern):
+                name = staged.name
+                was_checked = (self.folder / VERSIONS / name).is_dir()
+                if was_checked and not (self.folder / name).exists() and len(_stamp(staged)) == len(FILES):
+                    os.replace(staged, self.folder / name)
+                elif staged.parent.name.startswith(".back-"):  # the task was not yet taken away: this is its latest version
+                    os.replace(staged, self._next_version(name))
                 shutil.rmtree(staged.parent, ignore_errors=True)
 
-    def _retire(self, name: str) -> None:
+    def _retire(self, name: str) -> Path:
+        """Make the present task a version; where it lies then."""
+        version = self._next_version(name)
+        os.replace(self.folder / name, version)
+        return version
+
+    def _next_version(self, name: str) -> Path:
         place = self.folder / VERSIONS / name
         place.mkdir(parents=True, exist_ok=True)
-        numbers = self.versions(name)
-        os.replace(self.folder / name, place / str(max(numbers, default=0) + 1))
+        return place / str(max(self.versions(name), default=0) + 1)
+
+    def _prune(self, name: str) -> None:
         for old in self.versions(name)[: -self.keep or None]:
-            shutil.rmtree(place / str(old), ignore_errors=True)
+            shutil.rmtree(self.folder / VERSIONS / name / str(old), ignore_errors=True)
 
     def _check_known(self, name: str) -> None:
         _check_plain(name)
@@ -214,7 +249,7 @@ class TaskStore:
 
 
 def _check_plain(name: str) -> None:
-    if not name or name.startswith(".") or Path(name).name != name:
+    if not isinstance(name, str) or not name or name.startswith(".") or Path(name).name != name:
         raise RecastConfigError(f"name={name!r}: expected the name of a folder")
 
 
@@ -234,7 +269,7 @@ def _unpacked(content: bytes) -> dict[str, bytes]:
                 what = f"lacks {', '.join(missing)}" if missing else f"holds more than {MAX_TASK_BYTES:,} bytes"
                 raise RecastLoadError(f"the uploaded zip file {what}; expected a task's {' and '.join(FILES)}")
             return {name: _read(archive, info) for name, info in found.items()}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, TypeError) as error:
         raise RecastLoadError(f"what was uploaded is no zip file of a task: {error}") from error
 
 

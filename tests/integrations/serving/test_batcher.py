@@ -83,7 +83,8 @@ class TestServer:
             assert [answer.task for answer in asyncio.run(ask())] == list(CLASSES)
 
     def test_bad_arguments(self, store):
-        for bad in ({"max_batch": 0}, {"max_queue": 0}, {"wait": -1}, {"timeout": 0}):
+        zero = ({"max_batch": 0}, {"max_queue": 0}, {"wait": -1}, {"timeout": 0})
+        for bad in (*zero, {"max_batch": 2.5}, {"max_queue": None}, {"wait": float("nan")}, {"timeout": "1"}):
             with pytest.raises(RecastConfigError, match="expected at least one"):
                 TaskServer(store.pool, **bad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -89,3 +90,65 @@ class TestStore:
         assert (folder / "cats" / "adapter_config.json").is_file()
         assert not (folder / "birds").exists()
         assert not list((folder / ".versions").glob(".incoming*"))
+
+    def test_a_kill_in_the_middle_of_a_rollback_loses_no_version(self, store, saved):
+        store.upload("cats", packed(saved / "second" / "cats"))
+        versions = store.folder / ".versions" / "cats"
+        (versions / ".back-x").mkdir()
+        (versions / "1").rename(versions / ".back-x" / "cats")
+        again = TaskStore(store.folder, store.pool)
+        assert again.versions("cats") == [1]
+        assert not list(versions.glob(".back*"))
+
+    def test_an_error_of_the_moment_is_tried_again(self, store, saved, monkeypatch):
+        shutil.copytree(saved / "first" / "cats", store.folder / "lions")
+
+        def fail(*args, **kwargs):
+            raise OSError("Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.pool, "read", fail)
+            assert store.refresh() == []
+            assert "Too many open files" in store.problems["lions"]
+        assert store.refresh() == ["lions"]
+        assert not store.problems
+
+
+class TestFullDisk:
+    """Whichever of its moves fails, a verb leaves folder, versions and service as they were."""
+
+    @pytest.mark.parametrize("fails", [1, 2])
+    def test_upload(self, fails, store, saved, image, monkeypatch):
+        self.check(lambda: store.upload("cats", packed(saved / "second" / "cats")), fails, store, image, monkeypatch)
+
+    @pytest.mark.parametrize("fails", [1, 2, 3])
+    def test_rollback(self, fails, store, saved, image, monkeypatch):
+        store.upload("cats", packed(saved / "second" / "cats"))
+        self.check(lambda: store.rollback("cats"), fails, store, image, monkeypatch)
+
+    def test_remove(self, store, image, monkeypatch):
+        self.check(lambda: store.remove("cats"), 1, store, image, monkeypatch)
+
+    @staticmethod
+    def check(verb, fails, store, image, monkeypatch):
+        def files():
+            return sorted(path.relative_to(store.folder) for path in store.folder.rglob("*") if path.is_file())
+
+        before, lay, replace, calls = alone(store.pool, "cats", image), files(), os.replace, []
+
+        def fail_once(old, new):
+            calls.append(new)
+            if len(calls) == fails:
+                raise OSError("No space left on device")
+            replace(old, new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail_once)
+            with pytest.raises(OSError, match="No space"):
+                verb()
+        assert files() == lay
+        assert torch.equal(alone(store.pool, "cats", image), before)
+        assert store.refresh() == store.refresh() == []
+        assert store.problems == {}
+        verb()  # and it can be done again
+        assert files() != lay
