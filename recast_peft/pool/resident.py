@@ -212,12 +212,7 @@ class ResidentTasks(TaskTable):
         Raises:
             RecastConfigError: in a run of several processes, each of which would train a pool of its own.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RecastConfigError(
-                "a pool is no part of the model, so no wrapper (DistributedDataParallel, FSDP, DeepSpeed) averages the "
-                "gradients of its table and classifiers, and each process would train other numbers: train a pool in one "
-                "process, or the tasks one by one as adapters"
-            )
+        _check_one_process()
         given = () if names is None else dict.fromkeys(checked_names("names", names))
         rows = list(self._heads) if names is None else [self.row(name) for name in given]
         heads = [parameter for row in rows if (head := self.head(row)) is not None for parameter in head.parameters()]
@@ -287,3 +282,13 @@ def _head_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise RecastConfigError(f"head_dtype={given!r}: expected a floating-point dtype such as 'float16', or None")
     return dtype
+
+
+def _check_one_process() -> None:
+    """Refuse a run of several processes, each of which would train a pool of its own."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise RecastConfigError(
+            "a pool is no part of the model, so no wrapper (DistributedDataParallel, FSDP, DeepSpeed) averages the "
+            "gradients of its table and classifiers, and each process would train other numbers: train a pool in one "
+            "process, or the tasks one by one as adapters"
+        )
