@@ -21,7 +21,7 @@ from ...parts.partner import detach_partners
 from ...parts.readout import readout_holders
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
-from ...validation import checked_names
+from ...validation import checked_names, shown
 from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
 from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
 
@@ -36,7 +36,8 @@ class TaskGraph(nn.Module):
         model: the plain model, with modules of layers.py in it.
         biases: what hangs on these modules.
         given: what these look the task up in.
-        table: coefficients ``(tasks, numbers per task)``; None takes one task as an input.
+        table: coefficients ``(1 + tasks, numbers per task)``, first those of the pretrained model; None takes one task as an
+            input.
     """
 
     table: Tensor | None
@@ -63,7 +64,8 @@ class TaskGraph(nn.Module):
         """The model's outputs by name.
 
         Args:
-            task: the tensors of a task by name, as ``export_task`` writes them; of a table ``(samples,)`` rows.
+            task: the tensors of a task by name, as ``export_task`` writes them; of a table ``(samples,)`` numbers of tasks, of
+                which -1 is the pretrained model.
             args: of the model.
             kwargs: of the model.
         """
@@ -72,7 +74,9 @@ class TaskGraph(nn.Module):
             if self.table is None:
                 given.row, given.owned, given.rows = task[COEFFICIENTS][None], task, None
             else:
-                given.row, given.owned, given.rows = self.table[task], {}, task
+                rows = task + 1  # of the table, whose first row is the pretrained model's
+                rows = torch.where(rows < 0, len(self.table), rows)  # beyond its end, where every runtime refuses it
+                given.row, given.owned, given.rows = self.table[rows], {}, rows
             given.factors = self._factors(given.row)
             return named_outputs(self.model(*args, **kwargs))
         finally:
@@ -193,16 +197,13 @@ def prepare(
             if not names:
                 raise RecastConfigError("there is no task for a table: put some into the pool, or name tasks of the model")
             read = [source.task(name) for name in names]
-            table = torch.stack([*(one.row for one in read), torch.zeros(source.layout.width)])
+            table = torch.stack([torch.zeros(source.layout.width), *(one.row for one in read)])
             graph = TaskGraph(*_tasked_model(source, given, way, read), given, table)
             task = torch.arange(_samples(inputs), device=device) % len(names)
         graph.eval()
         graph.name_arguments(arguments)
         outputs = list(graph(task, *args, **kwargs))
-    dynamic = {name: default_dimensions(value) for name, value in inputs.items()}
-    dynamic.update({name: dict(dims) for name, dims in (dynamic_shapes or {}).items()})
-    if unknown := sorted(set(dynamic) - set(inputs)):
-        raise RecastConfigError(f"dynamic_shapes names {unknown[0]!r}; the example has {', '.join(inputs)}")
+    dynamic = _dynamic(inputs, dynamic_shapes or {})
     dynamic.update(_dimensions_of_task(graph, task))
     return Prepared(graph, task, args, kwargs, list(arguments), inputs, dynamic, outputs, source, names)
 
@@ -251,6 +252,29 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             f"the name task, {ROWS} or {COEFFICIENTS}"
         )
     return flat
+
+
+def _dynamic(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
+    """The dimensions of all inputs that may differ from call to call, by their names.
+
+    Raises:
+        RecastConfigError: if what is given is no names by input and dimension.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(dims, Mapping) for dims in given.values()):
+        raise RecastConfigError(
+            f"dynamic_shapes={shown(given)}: expected names by input and dimension, {{'x': {{0: 'batch'}}}}"
+        )
+    for name, dims in given.items():
+        if name not in inputs:
+            raise RecastConfigError(f"dynamic_shapes names {name!r}; the example has {', '.join(inputs)}")
+        for dim, called in dims.items():
+            if dim not in range(inputs[name].ndim) or not isinstance(called, str) or not called.isidentifier():
+                raise RecastConfigError(
+                    f"dynamic_shapes: {{{dim!r}: {shown(called)}}} of {name!r}: expected a dimension from 0 to "
+                    f"{inputs[name].ndim - 1}, and a name"
+                )
+    own = {name: dict(dims) for name, dims in given.items()}
+    return {name: own.get(name, default_dimensions(value)) for name, value in inputs.items()}
 
 
 def default_dimensions(value: Tensor) -> dict[int, str]:
@@ -316,7 +340,7 @@ def _stand_in(source: Source, module: Any, given: Given, way: str, read: list[Gr
 
 
 def _classifiers(module: Any, read: list[GraphTask], given: Given) -> ClassifierTable:
-    """The classifiers of a table's tasks, and last the model's own, or NaN if it has none.
+    """The model's own classifier, or NaN if it has none, and those of a table's tasks.
 
     Raises:
         RecastBankError: if a task has no linear one.
@@ -336,7 +360,7 @@ def _classifiers(module: Any, read: list[GraphTask], given: Given) -> Classifier
     features = states[0]["weight"].shape[1]
     weights = torch.zeros(len(states) + 1, classes, features)
     biases = torch.full((len(states) + 1, classes), float("-inf"))
-    for row, state in enumerate([*states, own or {"weight": torch.full((classes, features), float("nan"))}]):
+    for row, state in enumerate([own or {"weight": torch.full((classes, features), float("nan"))}, *states]):
         weights[row, : len(state["weight"])] = state["weight"]
         biases[row, : len(state["weight"])] = state.get("bias", torch.zeros(1))
     return ClassifierTable(weights, biases, given).to(next(base.parameters(), weights).device)

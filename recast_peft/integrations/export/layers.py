@@ -285,7 +285,10 @@ class TaskedModule(nn.Module):
         module, given = self._held
         start = f"{self.place}."
         own = {key: given.owned[f"{start}{key}"].to(dtype) for key, dtype in self.dtypes.items()}
-        return torch.func.functional_call(module, own, args, kwargs)
+        if not args or args[0].dtype != torch.float16 or torch.float32 not in self.dtypes.values():
+            return torch.func.functional_call(module, own, args, kwargs)
+        # a classifier in float32 behind a model in float16
+        return torch.func.functional_call(module, own, (args[0].float(), *args[1:]), kwargs).to(args[0].dtype)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -319,5 +322,5 @@ class ClassifierTable(nn.Module):
         rows = self._held[0].rows
         assert rows is not None
         flat = x.reshape(x.shape[0], -1, x.shape[-1])  # (samples, positions, features)
-        logits = torch.matmul(flat, self.weights[rows].transpose(1, 2)) + self.biases[rows][:, None]
-        return logits.reshape(*x.shape[:-1], -1)
+        logits = torch.matmul(flat.to(self.weights.dtype), self.weights[rows].transpose(1, 2)) + self.biases[rows][:, None]
+        return logits.reshape(*x.shape[:-1], -1).to(x.dtype)

@@ -21,6 +21,7 @@ from .tasks import metadata
 
 LARGEST = 1 << 30  # bytes of weights up to which they lie in the graph's own file; protobuf has no more than two of these
 NEEDED = ("onnx", "onnxscript")
+OURS = {"args", "kwargs", "f", "input_names", "output_names", "dynamo", "dynamic_axes", "external_data"}
 
 
 def export_onnx(
@@ -62,6 +63,8 @@ def export_onnx(
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise RecastConfigError(f"{' and '.join(missing)} is not installed: pip install onnx onnxscript (the extra `export`)")
+    if taken := OURS.intersection(options):
+        raise RecastConfigError(f"{sorted(taken)[0]} is what export_onnx itself gives to torch.onnx.export: leave it out")
     prepared = prepare(model, example, tasks, way, dynamic_shapes)
     prepared.graph.stack_templates()
     target = Path(path)
@@ -72,10 +75,15 @@ def export_onnx(
             input_names=[*prepared.task_inputs(), *prepared.inputs],
             output_names=prepared.outputs,
             dynamo=True,
-            verbose=False,
-            **options,
+            **{"verbose": False, **options},
         )
     assert made is not None
+    wanted, written = options.get("opset_version"), made.model.graph.opset_imports.get("")
+    if wanted not in (None, written):  # torch logs it, and gives what it has
+        raise RecastConfigError(
+            f"opset_version={wanted}: this graph can only be written in version {written}. Nothing was written; take a version "
+            "that torch.onnx.export knows, or leave it out."
+        )
     if hasattr(made, "rename_axes"):  # torch names them s0, s1, ...
         inputs: dict[Any, Any] = {value.name: value for value in made.model.graph.inputs}
         axes = [(inputs[name].shape[dim], new) for name, dims in prepared.dynamic.items() for dim, new in dims.items()]

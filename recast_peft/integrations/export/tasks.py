@@ -267,7 +267,7 @@ def export_task(model: PeftModel | TaskPool, path: str | Path, task: str | None 
     """
     check_is_no_folder(path, "task.safetensors")
     source = Source(model, task if not isinstance(model, TaskPool) else None)
-    name = task or (source.pool.active if source.pool is not None else source.adapter)
+    name = (source.adapter if source.pool is None else source.pool.active) if task is None else task
     if name is None:
         raise RecastConfigError("no task of the pool is active: name the one that is meant with task=")
     tensors = source.task(name).tensors()

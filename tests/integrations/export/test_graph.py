@@ -61,6 +61,7 @@ class TestRefusals:
             (lambda: prepare(model.get_base_model(), vit_input()), "a TinyVit was given"),
             (lambda: prepare(TaskPool(model), vit_input()), "the pool is empty"),
             (lambda: export_task(TaskPool(model), tmp_path / "task"), "no task of the pool is active"),
+            (lambda: export_task(TaskPool(model), tmp_path / "task", ""), "the pool has no task ''"),
         ):
             with pytest.raises(RecastConfigError, match=message):
                 fault()

@@ -27,7 +27,7 @@ from exported import (
 from models import KINDS, randomise, seeded
 from safetensors.numpy import load_file
 
-from recast_peft import RecastConfig, TaskPool, export_onnx, export_task, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, export_onnx, export_task, get_recast_model
 
 
 class TestTaskAsInput:
@@ -112,6 +112,9 @@ class TestTable:
         real = np.isfinite(expected)
         assert real.sum(axis=1).tolist() == [4, 6, 5, 4]
         assert distance(found[real], expected[real]) < TOLERANCE
+        for row in (2, -2, -3):  # numbers of no task, which an index from the end would make another task's
+            with pytest.raises(Exception, match="out of (data )?bounds|invalid index"):
+                run(graph, {"rows": np.array([1, row, 0, 0])}, x)
 
 
 class TestRefusals:
@@ -132,6 +135,25 @@ class TestRefusals:
             export_onnx(model, path, kind.inputs())
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"opset_version": 99}, "opset_version=99: this graph can only be written in version"),
+            ({"input_names": ["x"]}, "input_names is what export_onnx itself gives"),
+            ({"dynamic_shapes": {"x": {9: "n"}}}, "{9: 'n'} of 'x': expected a dimension from 0 to"),
+            ({"dynamic_shapes": {"x": {0: 5}}}, "{0: 5} of 'x': expected a dimension"),
+            ({"dynamic_shapes": {"x": 5}}, "expected names by input and dimension"),
+        ],
+        ids=str,
+    )
+    def test_what_torch_would_not_write_as_it_was_asked(self, options, message, tmp_path):
+        onnx_tools()
+        kind = KINDS["linear"]
+        model = get_recast_model(seeded(kind.build), RecastConfig(target_modules=kind.targets)).eval()
+        with pytest.raises(RecastConfigError, match=message):
+            export_onnx(model, tmp_path / "graph.onnx", kind.inputs(), **options)
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestQuantised:

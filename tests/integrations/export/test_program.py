@@ -73,6 +73,11 @@ class TestProgram:
             assert distance(found.detach().numpy(), called(model, vit_input(3))) < TOLERANCE
 
 
+@pytest.fixture(scope="module")
+def program_of_two():
+    return export_program(two_tasks(*MODELS["vit"][:2]), images(), tasks=["first", "second"]).module()
+
+
 class TestTable:
     def test_without_a_classifier_of_its_own_the_pretrained_model_has_no_logits(self):
         model = two_tasks(*MODELS["vit"][:2])
@@ -82,6 +87,25 @@ class TestTable:
         assert logits[2].isnan().all()
         model.set_adapter("second")
         assert distance(logits[1:2, :6].numpy(), called(model, images(3))[1:2]) < TOLERANCE
+
+    @pytest.mark.parametrize("row", [2, 3, -2, -3, 2**63 - 1])
+    def test_a_number_of_no_task_is_refused(self, row, program_of_two):
+        with pytest.raises(IndexError, match="out of bounds"):
+            program_of_two(torch.tensor([0, row]), images())
+
+
+class TestHalf:
+    def test_a_classifier_in_float32_behind_a_model_in_float16(self, tmp_path):
+        model = get_recast_model(backbone("test_vit", depth=1).half(), RecastConfig(num_classes=4), "task").eval()
+        randomise(model, "task", 1, 0.1)
+        x = images().half()
+        expected = model(x)
+        assert model.get_parameter("base_model.model.head.modules_to_save.task.weight").dtype == torch.float32
+        for found in (
+            export_program(model, x).module()(export_task(model, tmp_path / "task"), x),
+            export_program(model, x, ["task"]).module()(torch.tensor([0, 0]), x),
+        ):
+            torch.testing.assert_close(found["output"], expected, rtol=3e-3, atol=3e-3)
 
 
 class TestBiases:
