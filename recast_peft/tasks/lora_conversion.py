@@ -27,7 +27,9 @@ from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
 from ..parts.copies import plain_copy
+from ..parts.lora_plan import these_modules
 from ..parts.wrapper import ScaledModule
+from ..planning.candidates import find_candidates
 from ..planning.table import text_table
 from ..validation import check_is_peft_model
 
@@ -145,7 +147,7 @@ def convert_to_lora(
     with _targets_named(model, adapter_name, sorted(layers)), at_full_strength(model):
         lora_config, state = peft_convert_to_lora(cast(Any, _WeightsAlone(model)), rank, adapter_name, progressbar)
         measured = tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items())
-    lora_config.target_modules = sorted(layers)
+    lora_config.target_modules = these_modules(sorted(layers), find_candidates(model.get_base_model()))
     state = {_lora_key(key): value for key, value in state.items()}
     lora_config.modules_to_save = sorted(owned) or None
     for name, module in owned.items():

@@ -84,6 +84,16 @@ class TestLora:
         assert with_lora == [f"base_model.model.blocks.{i}.attn.qkv" for i in (0, 1)]
         torch.testing.assert_close(outputs(lora, vit_input()), outputs(model, vit_input()), rtol=1e-4, atol=1e-5)
 
+    def test_modules_whose_names_end_alike_stay_without_a_lora(self, tmp_path):
+        def net():
+            torch.manual_seed(0)
+            return nn.ModuleDict({"a": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
+
+        model = get_recast_model(net(), RecastConfig(target_modules=r"fc"))
+        save_as_lora(tmp_path, model, 2)
+        lora = PeftModel.from_pretrained(net(), tmp_path)
+        assert [n for n, m in lora.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.fc"]
+
     def test_transposed_linear_layers(self, tmp_path):
         model = get_recast_model(small_gpt2(), RecastConfig(target_modules=["c_attn", "c_fc"])).eval()
         randomise(model)
