@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -178,8 +179,10 @@ def split_logits(logits: Tensor) -> list[Tensor]:
     Returns:
         one tensor ``(..., classes)`` a sample, as wide as its task's classifier.
     """
-    real = torch.isfinite(logits).flatten(1, -2).any(dim=1) if logits.ndim > 2 else torch.isfinite(logits)
-    return [row[..., : int(count)] for row, count in zip(logits, real.sum(dim=-1), strict=True)]
+    real = logits != -math.inf  # what overflowed, or is no number, is a logit
+    real = real.flatten(1, -2).any(dim=1) if logits.ndim > 2 else real
+    widths = (real * torch.arange(1, logits.shape[-1] + 1, device=logits.device)).amax(dim=-1)
+    return [row[..., : int(width)] for row, width in zip(logits, widths, strict=True)]
 
 
 def task_heads(model: nn.Module) -> list[TaskHead]:

@@ -17,6 +17,8 @@ class TestMixedBatches:
         inf = float("inf")
         assert torch.equal(together, torch.tensor([[3.0, -inf], [1.0, 2.0], [4.0, -inf]]))
         assert [row.tolist() for row in split_logits(together)] == [[3.0], [1.0, 2.0], [4.0]]
+        overflowed = torch.tensor([[inf, 1.0, -inf], [-inf, 2.0, -inf], [float("nan"), 0.0, 3.0]])
+        assert [len(row) for row in split_logits(overflowed)] == [2, 2, 3]
 
 
 class Constant(nn.Module):
