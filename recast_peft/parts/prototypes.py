@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import RecastTargetError
+from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import device_of, evaluating
 from .head import task_heads
 from .head_building import PrototypeHead
@@ -70,6 +70,7 @@ def read_head_inputs(
         take: is called with ``(examples, features)`` and ``(examples,)`` labels, both on the CPU.
 
     Raises:
+        RecastConfigError: if a batch is no pair and no dictionary.
         RecastTargetError: if a label is none of the classes, or the head sees more than one vector an example.
     """
     classes, features = shape
@@ -121,9 +122,14 @@ def _run(model: nn.Module, batch: Any) -> Tensor:
     def here(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         model(**{key: here(value) for key, value in batch.items() if key != "labels"})
         return batch["labels"]
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        raise RecastConfigError(
+            f"batches holds a {type(batch).__name__}: expected a list of (inputs, labels) pairs, such as a DataLoader yields "
+            "them, or of dictionaries with labels; a single batch is given as [(inputs, labels)]"
+        )
     inputs, labels = batch
     model(here(inputs))
     return labels

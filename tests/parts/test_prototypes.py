@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 from models import small_vit
 from peft import PeftModel
 
-from recast_peft import RecastConfig, RecastTargetError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, get_recast_model
 from recast_peft.parts.head_building import PrototypeHead
 from recast_peft.parts.prototypes import fit_prototypes
 
@@ -28,6 +30,16 @@ class TestPrototypes:
         model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"))
         with pytest.raises(RecastTargetError, match=r"class \[2\]"):
             fit_prototypes(model, [(images[:2], torch.tensor([0, 1]))])
+
+    def test_batches_that_are_no_pairs(self, images):
+        """Two pictures would be taken for inputs and labels."""
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
+        for batches in ((images[:2], torch.tensor([0, 1])), [images[:2]], [(images, [0, 1])]):
+            with pytest.raises(RecastConfigError, match=r"expected a list of \(inputs, labels\) pairs"):
+                fit_prototypes(model, batches)
+        labels = torch.tensor([0, 1, 0, 1, 0, 1])
+        as_tokenizers_give_them = UserDict(x=images, labels=labels)
+        assert fit_prototypes(model, [as_tokenizers_give_them]).equal(fit_prototypes(model, [(images, labels)]))
 
     def test_labels_that_are_no_classes_and_a_task_that_is_not_in_force(self, images):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"), "first")
