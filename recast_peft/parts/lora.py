@@ -7,6 +7,7 @@ the model's tasks alone, takes the tasks of a mixed batch, and gives the pretrai
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -74,6 +75,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     stands_aside = False  # tasks are merged that have no part here
     _parts: Any = None  # LoraParts, once the layer is a part
     _by_weight = False  # computed by the weight, where the pair beside the module says something else
+    _takes = ""  # the name of the module's first argument, by which it may be given
     _switched_off = False  # inside RecastModel.disable_part("lora")
     _trainable: list[nn.Parameter] = []  # before they were switched off
     _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
@@ -250,8 +252,13 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         return added
 
     @with_strengths_of_call
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
+        if not args and self._takes in kwargs:
+            args = (kwargs.pop(self._takes),)
+        return self._call(*args, **kwargs)
+
+    def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = current_batch()
         is_alone = batch is None and not self.merged
         if is_alone and not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self):
@@ -384,6 +391,7 @@ def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
     mix_in(layer, PartLayer, outermost=True)
     layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())
+    layer._takes = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "")
     composed = next(iter(layer.recast_beside), None)
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
         layer._move_adapter_to_device_of_base_layer(key, composed.weight_device)

@@ -55,6 +55,21 @@ class TestComputation:
         with pytest.raises(RecastConfigError, match=rf"'typo' has no LoRA part at blocks.0.mlp.fc1; those that have: {name}"):
             layer.get_delta_weight("typo")
 
+    @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
+    def test_a_module_may_be_called_by_keyword(self, kind):
+        """As RECAST's layers may; PEFT's own LoRA refuses."""
+        config = RecastConfig(target_modules=["0"], lora_config=LoraConfig(r=2, target_modules=["0", "1"]))
+        model = get_recast_model(seeded(KINDS[kind].build), config, "task").eval()
+        fill(model)
+        x = KINDS[kind].inputs()
+        for layer in part_layers(model):
+            assert torch.equal(layer(input=x), layer(x))
+            with pytest.raises(TypeError, match="x"):
+                layer(other=x)
+        model.merge_adapter()
+        for layer in part_layers(model):
+            assert torch.equal(layer(input=x), layer(x))
+
     def test_a_part_that_is_not_there_cannot_be_switched_off(self):
         model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]))
         with pytest.raises(RecastConfigError, match="no LoRA part"), model.disable_part("lora"):
