@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, plain_place, put_child, unwrapped_module
-from ..planning.heads import check_head_module, head_names, top_level
+from ..planning.heads import head_names, named_head, top_level
 from .base import Piece
 from .copies import plain_copy
 
@@ -83,9 +83,9 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
         RecastTargetError: if there is none, or several.
     """
     modules = {key: unwrapped_module(module) for key, module in plain_modules(model).items()}
-    if name is not None:
-        check_head_module(model, name)
-        return name
+    named = named_head(model, name)
+    if named is not None:
+        return named
     # transformers has timm's models inside a model of its own
     get_classifier = getattr(model, "get_classifier", None) or getattr(modules.get("timm_model"), "get_classifier", None)
     if callable(get_classifier):

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from ..errors import RecastTargetError
-from ..holders import other_names, plain_modules, plain_place
+from ..holders import other_names, plain_modules, plain_place, unwrapped_module
 from ..names import plain_name, unwrapped
 
 _HEAD_FIRST = re.compile(
@@ -41,7 +41,8 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     classifier = convention.get("classifier") if isinstance(convention, dict) else None
     names.update([classifier] if isinstance(classifier, str) else classifier or ())
-    names.update(name for name, module in modules if _is_called_a_head(name.split("."), type(module).__name__))
+    kinds = ((name, type(unwrapped_module(module)).__name__) for name, module in modules)  # ours is called one too
+    names.update(name for name, kind in kinds if _is_called_a_head(name.split("."), kind))
     return {name for name in (*names, head_module or "") if name}
 
 
@@ -56,13 +57,15 @@ def top_level(model: nn.Module) -> str:
     return ", ".join(name for name in plain_modules(model) if "." not in name)
 
 
-def check_head_module(model: nn.Module, name: str | None) -> None:
-    """Refuse a name of a classifier that the model does not have.
+def named_head(model: nn.Module, name: str | None) -> str | None:
+    """The first name of the classifier that is named, which a model may hold at several places; None if none is.
 
     Raises:
-        RecastTargetError: naming what it has.
+        RecastTargetError: if the model does not have it, naming what it has.
     """
-    if name is not None and name not in plain_modules(model):
-        first = other_names(model).get(name)
-        what = f"no such module; top level: {top_level(model)}" if first is None else f"this module as {first!r}: name it so"
-        raise RecastTargetError(f"head_module={name!r}: the model has {what}")
+    if name is None or name in plain_modules(model):
+        return name
+    first = other_names(model).get(name)
+    if first is None:
+        raise RecastTargetError(f"head_module={name!r}: the model has no such module; top level: {top_level(model)}")
+    return first

@@ -14,7 +14,7 @@ from ..errors import RecastTargetError
 from ..names import lies_in
 from ..validation import did_you_mean
 from .candidates import Candidate, find_candidates
-from .heads import check_head_module, head_names
+from .heads import head_names, named_head
 from .roles import SHORTHANDS, default_shorthands, in_shape, is_convolution, is_linear, is_minor_convolution
 
 
@@ -35,9 +35,9 @@ def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate
     candidates = find_candidates(model, config.target_parameters or ())
     if config.groups is not None:
         return _by_name(candidates, [m for members in config.groups.values() for m in members]), {}
-    check_head_module(model, config.head_module)
+    head = named_head(model, config.head_module)
     _warn_of_exclusions(candidates, config.exclude_modules)
-    heads = head_names(model, config.head_module)
+    heads = head_names(model, head)
     if config.target_parameters is not None:
         targets, skipped = _with_parameters(candidates, config, heads)
     else:
@@ -119,7 +119,7 @@ def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list
         chosen.update(c.name for c in candidates if c.name == name and not _left_out(config, name))
     skipped, refused = {}, {}
     for candidate in matched:
-        if config.head_module is not None and lies_in(candidate.name, [config.head_module]):
+        if any(lies_in(name, [config.head_module or name + "."]) for name in candidate.names):
             skipped[candidate.name] = f"it belongs to the classifier, head_module={config.head_module!r}"
         elif candidate.weight_name is None:
             skipped[candidate.name] = candidate.reason or f"{type(candidate.module).__name__} has no weight of its own"

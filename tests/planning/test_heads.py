@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
-from models import Repeated, tiny_vit
+from models import Repeated, seeded, tiny_vit
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
+from recast_peft.parts.head import TaskHead
 from recast_peft.planning.heads import head_names
 
 
@@ -113,5 +116,25 @@ def test_a_head_is_found_by_the_models_own_word_also_inside_of_what_a_task_owns(
 def test_a_classifier_that_the_model_does_not_have_is_refused_without_classes_too() -> None:
     with pytest.raises(RecastTargetError, match="head_module='hed': the model has no such module; top level: blocks, head"):
         get_recast_model(tiny_vit(), RecastConfig(head_module="hed"))
-    with pytest.raises(RecastTargetError, match="head_module='again': the model has this module as 'first': name it so"):
-        get_recast_model(Repeated(), RecastConfig(target_modules=["own"], head_module="again"))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["first", "own"], r"again|own"])
+def test_a_classifier_at_several_places_is_known_by_each_of_its_names(targets: list[str] | str) -> None:
+    plans = [plan_recast(Repeated(), RecastConfig(target_modules=targets, head_module=n)).targets for n in ("first", "again")]
+    assert plans[0] == plans[1]
+    assert "first" not in plans[0]
+    config = RecastConfig(target_modules=["own"], head_module="again", num_classes=4)
+    model = get_recast_model(Repeated(), config).get_base_model()
+    assert isinstance(model.first, TaskHead)
+    assert model.first is model.again
+
+
+def test_a_classifier_of_any_name_is_no_head_of_the_plain_model(tmp_path: Path) -> None:
+    """Our own class is called one: a task that is loaded beside another would warn of other surroundings."""
+    config = RecastConfig(target_modules=["0"], head_module="judge", num_classes=3)
+    model = get_recast_model(seeded(Net), config)
+    assert head_names(model.get_base_model()) == head_names(Net()) == set()
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path, "again")
