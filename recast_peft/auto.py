@@ -26,6 +26,7 @@ from .names import MODEL_PREFIX, check_adapter_name, modules_of, plain_name
 from .options.record import modules_called
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together
+from .validation import check_is_module
 
 # keywords of PeftModel.from_pretrained that make sense when the backbone is built here
 PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")
@@ -58,8 +59,7 @@ def get_recast_model(
     config = RecastConfig() if config is None else config
     if not isinstance(config, RecastConfig):
         raise RecastConfigError(f"config is a {type(config).__name__}; a RecastConfig is expected")
-    if not isinstance(model, nn.Module):
-        raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
+    check_is_module(model)
     check_adapter_name(adapter_name)
     if isinstance(model, PeftModel) and not modules_of(model, RecastLayer):
         raise RecastConfigError(

@@ -283,6 +283,11 @@ class RecastConfig(PeftConfig):
         return chosen
 
 
+def tasks_among(configs: dict[str, Any]) -> dict[str, RecastConfig]:
+    """The RECAST tasks among a model's adapters, by name."""
+    return {name: config for name, config in configs.items() if isinstance(config, RecastConfig)}
+
+
 def layout_of(config: RecastConfig, **fields: Any) -> RecastConfig:
     """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
     targets = ("target_modules", "target_parameters", "head_module")

@@ -33,7 +33,7 @@ from .mimicry.features import call_arguments, captured_outputs, device_of, evalu
 from .model import RecastModel
 from .names import block_of, modules_of, plain_name, unwrapped
 from .tasks.state import trained_outside_tasks
-from .validation import is_number, shown
+from .validation import check_arguments, check_is_module, number_above, optional, shown
 
 COEFFICIENT_LR = 0.05  # at most, in units of a template as large as the pretrained weight
 FEATURE_CHANGE = 0.13  # of the features in one step, in units of their norm
@@ -76,8 +76,7 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
     Raises:
         RecastConfigError: if the model trains no coefficients, a task is merged, or they do not move its features.
     """
-    if not is_number(change) or change <= 0:
-        raise RecastConfigError(f"change={shown(change)}: expected a number above 0")
+    check_arguments(number_above(0), change=change)
     if any(layer.merged for layer in recast_layers(model).values()):
         raise RecastConfigError("a task is merged, so its coefficients move nothing: call unmerge_adapter() first")
     parameters = list({id(p): p for _, p in _trained(model)}.values())
@@ -153,7 +152,9 @@ def create_recast_optimizer(
         UserWarning: if nothing gives class scores, or parameters of the pretrained model are trainable; and at a step, if a
             task that was activated since is trained by none, or a merged one has no gradient.
     """
-    _check_rates(lr=lr, coefficient_lr=coefficient_lr, lora_lr=lora_lr, partner_lr=partner_lr)
+    check_is_module(model)
+    check_arguments(_rate, lr=lr)
+    check_arguments(optional(_rate), coefficient_lr=coefficient_lr, lora_lr=lora_lr, partner_lr=partner_lr)
     if not callable(optimizer_cls):
         raise RecastConfigError(f"optimizer_cls={shown(optimizer_cls)}: expected a class, such as torch.optim.AdamW")
     groups_of = trained_kinds(model)
@@ -187,10 +188,10 @@ def create_recast_optimizer(
     return optimizer
 
 
-def _check_rates(**rates: Any) -> None:
-    for name, rate in rates.items():
-        if rate is not None and not isinstance(rate, Tensor) and not (is_number(rate) and rate >= 0):
-            raise RecastConfigError(f"{name}={shown(rate)}: expected a number from 0")
+def _rate(value: Any) -> None:
+    """A number from 0; a tensor of one is what schedules change without compiling a step again."""
+    is_one = isinstance(value, Tensor) and value.numel() == 1
+    number_above(0, itself=True)(value.item() if is_one else value)
 
 
 def _warn_of_pretrained(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from peft import PeftModel
+from torch import nn
 
 from .errors import RecastConfigError
 
@@ -88,16 +89,38 @@ def checked_names(argument: str, given: Any, once: bool = False) -> list[str]:
     return found
 
 
-def checked_count(name: str, value: Any, most: int | None = None) -> int:
-    """A whole number of at least 1.
+def check_arguments(check: Check, **given: Any) -> None:
+    """Hold arguments of a function against what they may be.
 
     Raises:
         RecastConfigError: naming the argument and its value.
     """
-    if not is_count(value) or (most is not None and value > most):
-        between = "of at least 1" if most is None else f"from 1 to {most:,}"
-        raise RecastConfigError(f"{name}={shown(value)}: expected a whole number {between}")
-    return int(value)
+    for name, value in given.items():
+        try:
+            check(value)
+        except Unexpected as error:
+            raise RecastConfigError(f"{name}={shown(value)}: expected {error}") from None
+
+
+def check_is_task(name: Any, known: Iterable[str]) -> None:
+    """Refuse what is not the name of a task that a model has.
+
+    Raises:
+        RecastConfigError: naming it and those that there are.
+    """
+    names_ = list(known)
+    if name not in names_:
+        raise RecastConfigError(f"the model has no RECAST task {shown(name)}; its tasks: {', '.join(names_) or 'none'}")
+
+
+def check_is_module(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        RecastConfigError: naming what was given.
+    """
+    if not isinstance(model, nn.Module):
+        raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
 
 
 def check_is_no_folder(path: Any, example: str) -> None:
@@ -195,6 +218,10 @@ def whole(least: int, most: int = 2**31 - 1) -> Check:
     return check
 
 
+COUNT = whole(1)
+SEED = whole(-(2**63), 2**63 - 1)
+
+
 def one_of(*choices: Any) -> Check:
     """One of a few values."""
 
@@ -244,6 +271,24 @@ def number(value: Any) -> float:
     """A finite number."""
     if not is_number(value):
         raise Unexpected("a finite number")
+    return value
+
+
+def number_above(least: float, itself: bool = False) -> Check:
+    """A finite number above another one, or that one itself too."""
+
+    def check(value: Any) -> float:
+        if not is_number(value) or value < least or (value == least and not itself):
+            raise Unexpected(f"a number {'from' if itself else 'above'} {least}")
+        return value
+
+    return check
+
+
+def function(value: Any) -> Any:
+    """What can be called."""
+    if not callable(value):
+        raise Unexpected("a function")
     return value
 
 

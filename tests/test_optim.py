@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -60,11 +61,18 @@ def test_a_task_that_trains_its_classifier_alone() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"lr": "1e-2"}, {"lr": -1.0}, {"lr": 0.1, "coefficient_lr": float("nan")}, {"lr": 0.1, "partner_lr": -1}],
+    [
+        {"lr": "1e-2"},
+        {"lr": None},
+        {"lr": 0.1, "coefficient_lr": float("nan")},
+        {"lr": 0.1, "partner_lr": -1},
+        {"lr": 0.1, "coefficient_lr": torch.tensor([0.1, 0.2])},
+        {"lr": 0.1, "lora_lr": torch.tensor(float("nan"))},
+    ],
 )
 def test_a_rate_that_is_no_number_from_0_is_refused(arguments: dict[str, Any]) -> None:
     name, value = list(arguments.items())[-1]
-    with pytest.raises(RecastConfigError, match=f"{name}={value!r}: expected a number from 0"):
+    with pytest.raises(RecastConfigError, match=f"{name}={re.escape(repr(value))}: expected a number from 0"):
         create_recast_optimizer(converted(depth=2, num_classes=3), **arguments)
     create_recast_optimizer(converted(depth=2, num_classes=3), lr=torch.tensor(0.1))  # as capturable optimisers take it
 

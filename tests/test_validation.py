@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from recast_peft import (
@@ -18,16 +19,20 @@ from recast_peft import (
     save_compressed_model,
 )
 from recast_peft.validation import (
+    COUNT,
     DEEPEST,
     LONGEST_NAME,
     Unexpected,
-    checked_count,
+    check_arguments,
+    check_is_task,
     checked_names,
     flag,
+    function,
     indices,
     names,
     names_or_pattern,
     number,
+    number_above,
     one_of,
     optional,
     plain,
@@ -83,6 +88,8 @@ def test_what_is_kept(check: Any, value: Any, kept: Any) -> None:
         *((indices, value) for value in (-1, [-1], [True], "0", 1.0)),
         *((number, value) for value in (math.nan, math.inf, True, "1")),
         *((share, value) for value in (1, -0.1, math.nan)),
+        *((number_above(0), value) for value in (0, -1, math.nan, math.inf, True, None, "1")),
+        (function, 1),
         *((plain, value) for value in ({1: 2}, [object()], nested(DEEPEST + 1))),
     ],
 )
@@ -99,11 +106,18 @@ def test_a_list_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             check(value)
 
 
-def test_a_count_is_refused_by_name() -> None:
-    assert checked_count("steps", 3) == 3
-    for value, message in ((0, "at least 1"), (True, "at least 1"), (9, "from 1 to 8")):
-        with pytest.raises(RecastConfigError, match=f"steps={value}.*{message}"):
-            checked_count("steps", value, 8 if value == 9 else None)
+def test_arguments_are_refused_by_name() -> None:
+    check_arguments(COUNT, steps=3, sets=1)
+    for value in (0, True, None, 1.0, torch.tensor(2)):
+        with pytest.raises(RecastConfigError, match=r"sets=.*: expected a whole number of at least 1"):
+            check_arguments(COUNT, steps=3, sets=value)
+
+
+@pytest.mark.parametrize("name", ["b", ["a"], {}, None, torch.tensor(1)])
+def test_what_is_no_name_of_a_task_is_refused(name: Any) -> None:
+    check_is_task("a", {"a": 1})
+    with pytest.raises(RecastConfigError, match=r"no RECAST task .*; its tasks: a"):
+        check_is_task(name, {"a": 1})
 
 
 class TestNamesOfTasks:

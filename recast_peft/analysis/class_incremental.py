@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastSequenceError
-from ..validation import is_count
+from ..validation import COUNT, SEED, check_arguments, number_above, optional
 
 RIDGES = tuple(10.0**power for power in range(-6, 7))
 HELD_OUT = 5  # one example in so many judges the ridge
@@ -36,11 +36,10 @@ class IncrementalClassifier:
     """
 
     def __init__(self, features: int, *, projections: int | None = 2000, ridge: float | None = None, seed: int = 0) -> None:
-        for name, value in (("features", features), ("projections", projections)):
-            if value is not None and not is_count(value):
-                raise RecastSequenceError(f"{name}={value!r}: expected a whole number of at least 1")
-        if ridge is not None and not ridge > 0:
-            raise RecastSequenceError(f"ridge={ridge!r}: expected a number above 0, or None")
+        check_arguments(COUNT, features=features)
+        check_arguments(optional(COUNT), projections=projections)
+        check_arguments(optional(number_above(0)), ridge=ridge)
+        check_arguments(SEED, seed=seed)
         self.features, self.ridge = features, ridge
         self.classes: list[int | str] = []
         generator = torch.Generator().manual_seed(seed)

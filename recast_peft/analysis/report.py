@@ -19,6 +19,7 @@ from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
 from ..names import block_of
 from ..planning.table import text_table
 from ..tasks.banks import task_banks
+from ..validation import check_is_module
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,6 +150,7 @@ def mimicry_report(
         RecastConfigError: if the model is not converted.
         RecastBankError: if a task is merged, or the features of released weights are asked for without ``reference``.
     """
+    check_is_module(model)
     layers = recast_layers(model)
     if not layers:
         raise RecastConfigError("the model has no RECAST layers: convert it with get_recast_model first")

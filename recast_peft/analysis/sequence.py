@@ -23,7 +23,7 @@ from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastSequenceError
 from ..growth.biases import grow_bias_bank
-from ..growth.sources import Source
+from ..growth.sources import Source, check_bank
 from ..growth.weights import extend_bank, grow_bank
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating
@@ -31,7 +31,7 @@ from ..names import check_adapter_name, modules_of
 from ..parts import BiasConfig
 from ..parts.bias_part import bias_config
 from ..planning.plan import SAID_BY_BANK
-from ..validation import checked_count, shown
+from ..validation import COUNT, check_arguments, flag, function, optional, shown
 from .matrix import AccuracyMatrix
 
 
@@ -69,6 +69,11 @@ class Growth:
     def __post_init__(self) -> None:
         if self.of not in ("weights", "biases"):
             raise RecastConfigError(f"Growth(of={self.of!r}): expected 'weights' or 'biases'")
+        check_arguments(optional(COUNT), num_templates=self.num_templates, rank=self.rank)
+        check_arguments(flag, plain_templates=self.plain_templates)
+        check_arguments(optional(function), source=self.source)
+        if self.bank is not None:
+            check_bank(self.bank)
         if self.bank is not None and self.bank.is_of_biases != (self.of == "biases"):
             kind = "biases" if self.bank.is_of_biases else "weights"
             raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {kind}")
@@ -146,6 +151,7 @@ def learn_in_sequence(
         RecastConfigError: if ``grow_every`` is below 1, or a config names a bank of its own beside ``grow``.
         RecastError: if a task cannot be made.
     """
+    check_arguments(function, train=train, evaluate=evaluate)
     matrix = AccuracyMatrix(list(tasks))
     _check_names(model, tasks, config)
     plain = None if grow is None else _checked_plain(model, tasks, config, grow, grow_every)
@@ -176,7 +182,7 @@ def learn_in_sequence(
 
 def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow: Growth, grow_every: int) -> nn.Module:
     """A plain copy of the backbone, to grow a bank for."""
-    checked_count("grow_every", grow_every)
+    check_arguments(COUNT, grow_every=grow_every)
     configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
     if grow.source is None and not any(own is not None and own.lora_config is not None for own in configs.values()):
         raise RecastConfigError(

@@ -36,6 +36,7 @@ from ..names import check_adapter_name
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
+from ..validation import COUNT, check_arguments
 from .sources import check_bank, check_plain, check_sizes, loaded, origin_of
 
 Adapter = str | Path | PeftModel | tuple[PeftModel, str]
@@ -142,7 +143,8 @@ def compress_adapters(
         RecastBankError: if an adapter cannot be read or is no plain LoRA, or none of them moves a target module.
     """
     check_plain(model, "compress_adapters")
-    check_sizes(num_templates=num_templates, rank=rank)
+    check_arguments(COUNT, num_templates=num_templates)
+    check_sizes(rank=rank)
     named = _named(adapters)
     found = _read(model, named)
     moved = sorted({module for pairs, _, _ in found.values() for module in pairs})

@@ -24,6 +24,7 @@ from ..parts.bias import bias_of
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
+from ..validation import check_arguments, flag
 from .sources import Source, check_plain, check_sources, moves_by_source, origin_of
 
 
@@ -63,6 +64,7 @@ def grow_bias_bank(
     """
     check_plain(model, "grow_bias_bank")
     check_sources(sources, num_templates=num_templates, group_size=group_size)
+    check_arguments(flag, scales=scales)
     places = bias_places(model, target_modules)
     if not places:
         raise RecastTargetError("no layer or norm in the model's numbered blocks has a bias: name target_modules, or grow_bank")

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RecastConfigError
-from ..validation import is_int, is_number, shown
-from .sources import check_sizes
+from ..validation import COUNT, check_arguments, is_int, is_number, shown
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -94,7 +93,7 @@ class MissingWords:
     text: str = "input_ids"
 
     def __post_init__(self) -> None:
-        check_sizes(words=self.words, examples=self.examples, least=self.least)
+        check_arguments(COUNT, words=self.words, examples=self.examples, least=self.least)
         special = self.special_token_ids
         if not isinstance(special, Collection) or not all(map(is_int, (self.mask_token_id, *special))):
             raise RecastConfigError(
@@ -158,7 +157,7 @@ class KnownPictures:
     noise: float = 0.2
 
     def __post_init__(self) -> None:
-        check_sizes(pictures=self.pictures, views=self.views)
+        check_arguments(COUNT, pictures=self.pictures, views=self.views)
         for option, most in (("crop", 1), ("colour", math.inf), ("noise", math.inf)):
             value = getattr(self, option)
             if not is_number(value) or not 0 <= value <= most:

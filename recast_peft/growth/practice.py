@@ -32,7 +32,7 @@ from ..mimicry.features import call_arguments, device_of, evaluating, main_tenso
 from ..parts.lora_plan import rank_one, these_modules
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
-from ..validation import is_int, is_number, shown
+from ..validation import COUNT, check_arguments, flag, is_int, is_number, shown
 from .biases import bias_places, grow_bias_bank, is_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, rows_of_inputs
 from .sources import check_plain, check_sizes
@@ -90,7 +90,9 @@ def practice_bank(
         RecastTargetError: if nothing of the model can be trained in this way.
     """
     check_plain(model, "practice_bank")
-    check_sizes(tasks=tasks, num_templates=num_templates, group_size=group_size, epochs=epochs, batch_size=batch_size)
+    check_arguments(COUNT, tasks=tasks, group_size=group_size, epochs=epochs, batch_size=batch_size)
+    check_sizes(num_templates=num_templates)
+    check_arguments(flag, scales=scales)
     if of not in ("biases", "weights"):
         raise RecastConfigError(f"practice_bank(of={of!r}): expected 'biases' or 'weights'")
     families: list[Any] = list(family) if isinstance(family, Sequence) else [family]

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
 from ..config import RecastConfig
-from ..errors import RecastConfigError
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
-from ..validation import is_int, shown
+from ..validation import COUNT, SEED, check_arguments, flag
 from .sources import check_plain, check_sizes
 
 RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
@@ -46,9 +45,10 @@ def random_bank(
         RecastConfigError: if a number cannot be used, or the model is converted already.
     """
     check_plain(model, "random_bank")
-    check_sizes(num_templates=num_templates, rank=rank)
-    if not is_int(seed):
-        raise RecastConfigError(f"seed={shown(seed)}: expected a whole number")
+    check_arguments(COUNT, num_templates=num_templates)
+    check_sizes(rank=rank)
+    check_arguments(flag, plain_templates=plain_templates)
+    check_arguments(SEED, seed=seed)
     plan = plan_recast(model, config or RecastConfig(group_size=1))
     targets = {target.name: target for target in plan.candidates}
     generator = torch.Generator().manual_seed(seed)

@@ -21,7 +21,7 @@ from ..parts.head_building import find_head
 from ..parts.readout import fingerprints_of, fitted, given_to, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
-from ..validation import checked_count
+from ..validation import COUNT, check_arguments
 from .families import Inputs, check_data, rows_of_inputs
 from .sources import check_plain
 
@@ -68,7 +68,7 @@ def readout_bank(
         RecastTargetError: if the classifier or a layer is not found, or inputs do not fit what the classifier reads.
     """
     check_plain(model, "readout_bank")
-    checked_count("batch_size", batch_size)
+    check_arguments(COUNT, batch_size=batch_size)
     head = find_head(model, head_module)
     drawn = _drawn(data)
     some = rows_of_inputs(drawn, torch.arange(min(_count(drawn), MOST_TRIED)))

@@ -19,7 +19,7 @@ from ..errors import RecastBankError, RecastConfigError, RecastError
 from ..layer import RecastLayer
 from ..names import modules_of
 from ..planning.candidates import Candidate
-from ..validation import checked_count, checked_names
+from ..validation import COUNT, check_arguments, checked_names, optional
 
 Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
 CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
@@ -53,9 +53,7 @@ def check_sizes(**sizes: int | None) -> None:
     Raises:
         RecastConfigError: naming the size and its value.
     """
-    for name, value in sizes.items():
-        if value is not None:
-            checked_count(name, value)
+    check_arguments(optional(COUNT), **sizes)
 
 
 def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
@@ -64,7 +62,7 @@ def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
     Raises:
         RecastConfigError: naming what was given.
     """
-    is_one = isinstance(sources, (str, Path, Mapping, nn.Module)) or not isinstance(sources, Collection)
+    is_one = isinstance(sources, (str, Path, Mapping, nn.Module, Tensor)) or not isinstance(sources, Collection)
     if is_one or not len(sources):
         given = "an empty list" if isinstance(sources, (list, tuple)) else shown_source(sources)  # type: ignore[arg-type]
         raise RecastConfigError(f"sources is {given}: expected a list with at least one source")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..composition.quantised import quantised_by
-from ..config import RecastConfig
+from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..holders import unwrapped
 from ..layer import recast_layers
@@ -18,6 +18,7 @@ from ..tasks.conversion import check_fingerprints
 from ..tasks.files import check_not_merged, load_into, read_entries
 from ..tasks.preparation import under_names_of
 from ..tasks.state import backbone_of
+from ..validation import check_is_task
 
 # what two tasks have to have in common
 _ALIKE = ("groups", "recipes", "num_coefficient_sets", "coefficient_sharing", "bias", "partners", "lora_config")
@@ -48,9 +49,9 @@ def hotswap_adapter(
     """
     del torch_device
     inner: Any = unwrapped(model)
-    own = inner.peft_config.get(adapter_name)
-    if not isinstance(own, RecastConfig):
-        raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its adapters: {', '.join(inner.peft_config)}")
+    tasks = tasks_among(inner.peft_config)
+    check_is_task(adapter_name, tasks)
+    own = tasks[adapter_name]
     backbone = backbone_of(inner)
     config, entries = check_replacement(backbone, str(model_name_or_path), adapter_name, own, **kwargs)
     with inner.base_model.calls.change():

@@ -13,12 +13,12 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..banks.card import push_bank_to_hub
-from ..config import RecastConfig
+from ..config import tasks_among
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.cards import CARD_NAME
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
-from ..validation import check_is_peft_model, checked_names
+from ..validation import check_is_peft_model, check_is_task, checked_names
 from .cards import write_repository_card
 from .task_files import read_task_config, task_sizes, tasks_inside
 
@@ -118,8 +118,7 @@ def push_tasks_to_hub(
     if not names:
         raise RecastConfigError("adapter_names is empty: name at least one task")
     for name in (*names, *results):
-        if not isinstance(model.peft_config.get(name), RecastConfig):
-            raise RecastConfigError(f"the model has no RECAST task {name!r}; it has {', '.join(task_names(model))}")
+        check_is_task(name, tasks_among(model.peft_config))
     configs: dict[str, Any] = {name: model.peft_config[name] for name in results}
     before = {name: config.results for name, config in configs.items()}
     try:

@@ -18,6 +18,7 @@ from ..errors import RecastConfigError
 from ..mimicry import resolve_method
 from ..validation import (
     LONGEST_NAME,
+    SEED,
     Check,
     Unexpected,
     flag,
@@ -179,7 +180,7 @@ CHECKS: dict[str, Check] = {
     "train_norms": flag,
     "train_coefficients": flag,
     "partners": optional(lambda value: resolve_partners(value) or None),
-    "seed": whole(-(2**63), 2**63 - 1),
+    "seed": SEED,
     "groups": optional(groups),
     "recipes": optional(mapping("a dictionary from bank names to recipes")),
     "base_fingerprint": optional(

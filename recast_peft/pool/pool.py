@@ -17,10 +17,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch
-from ..config import RecastConfig, layout_of
+from ..config import RecastConfig, layout_of, tasks_among
 from ..errors import RecastConfigError
 from ..hub.peft_models import TaskModel, with_task_verbs
 from ..model import RecastModel
+from ..names import check_adapter_name
 from .activation import Slot
 from .batches import hold, pool_of
 from .features import base_features
@@ -61,10 +62,11 @@ class TaskPool(ResidentTasks):
         tuner = getattr(model, "base_model", None)
         if not isinstance(tuner, RecastModel):
             raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
-        names = [name for name in tuner.peft_config if isinstance(tuner.peft_config[name], RecastConfig)]
+        names = list(tasks_among(tuner.peft_config))
         like = next(iter(names), None) if like is None else like
         if like not in names:
             raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names) or '(none)'}")
+        check_adapter_name(slot)
         self.model = model
         self._tuner = tuner
         part = poolable_part(tuner.model, like)

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from ..banks.template_bank import TemplateBank
 from ..composition.compose import average_sets
-from ..config import RecastConfig, layout_of
+from ..config import RecastConfig, layout_of, tasks_among
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import holders
+from ..names import check_adapter_name
 from ..parts import PARTS
 from ..parts.head import task_head, task_heads
 from ..parts.head_building import PreparedHead
 from ..parts.lora import A_PART
 from ..parts.lora_sum import summed_config, write_sum
 from ..parts.readout import Readout
+from ..validation import check_is_task, checked_names
 
 COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
@@ -55,8 +57,9 @@ def check_combination(
     """
     if not isinstance(adapters, Sequence) or isinstance(adapters, (str, bytes)) or not adapters:
         raise RecastConfigError(f"adapters={adapters!r}: expected a list of at least one task")
-    if len(set(adapters)) < len(adapters):
-        raise RecastConfigError(f"adapters={list(adapters)!r}: a task is named twice; give it the sum of its weights once")
+    checked_names("adapters", adapters, once=True)
+    if not isinstance(weights, Sequence):
+        raise RecastConfigError(f"weights={weights!r}: expected a list of numbers, one for each task")
     if len(adapters) != len(weights):
         raise RecastConfigError(f"one weight for each task is needed\n  adapters: {len(adapters)}\n  weights:  {len(weights)}")
     if not all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights):
@@ -253,11 +256,12 @@ def add_combined(
 ) -> None:
     """Put a combined task on a model; see ``RecastModel.add_weighted_adapter`` for the arguments and what is raised."""
     check_combination(adapters, weights, heads=heads, **options)
-    known = {name: config for name, config in tuner.peft_config.items() if isinstance(config, RecastConfig)}
-    unknown = [name for name in adapters if name not in known]
-    if unknown or adapter_name in tuner.peft_config:
-        what = f"has no RECAST task {unknown[0]!r}" if unknown else f"has a task {adapter_name!r} already"
-        raise RecastConfigError(f"the model {what}; its tasks: {', '.join(tuner.peft_config)}")
+    check_adapter_name(adapter_name)
+    known = tasks_among(tuner.peft_config)
+    for name in adapters:
+        check_is_task(name, known)
+    if adapter_name in tuner.peft_config:
+        raise RecastConfigError(f"the model has a task {adapter_name!r} already; its tasks: {', '.join(tuner.peft_config)}")
     model = tuner.model
     configs = {name: known[name] for name in adapters}
     check_combinable(model, configs, options["combination_type"])

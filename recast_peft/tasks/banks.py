@@ -17,6 +17,7 @@ from ..layer import recast_layers
 from ..options.record import Reference
 from ..parts.bias_part import bias_bank_of
 from ..parts.readout import readout_bank_of
+from ..validation import check_arguments, check_is_task, one_of
 
 
 def recast_banks(model: nn.Module) -> dict[str, TemplateBank]:
@@ -92,8 +93,8 @@ def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None)
     tasks = {name for layer in layers.values() for name in layer.recast_coefficients}
     if not tasks:
         raise RecastConfigError("the model has no RECAST task: convert it with get_recast_model first")
-    if adapter_name not in {None, *tasks}:
-        raise RecastConfigError(f"the model has no task {adapter_name!r}; its tasks: {', '.join(sorted(tasks))}")
+    if adapter_name is not None:
+        check_is_task(adapter_name, sorted(tasks))
     configs = getattr(model, "peft_config", {})
     for task in sorted(tasks) if adapter_name is None else [adapter_name]:
         collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared
@@ -117,16 +118,14 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
         RecastConfigError: if there is no such task, or ``of`` is neither ``"weights"`` nor ``"biases"`` nor ``"readout"``.
     """
     name: Any = next(iter(tuner.active_adapters), None) if adapter_name is None else adapter_name
-    if name not in tuner.peft_config:
-        raise RecastConfigError(f"the model has no task {name!r}; its tasks: {', '.join(tuner.peft_config) or 'none'}")
+    check_is_task(name, tuner.peft_config)
+    check_arguments(one_of("weights", "biases", "readout"), of=of)
     of_partners = {"biases": bias_bank_of, "readout": readout_bank_of}
     if of in of_partners:
         bank = of_partners[of](tuner.model, name)
         if bank is None:
             raise RecastBankError(f"task {name!r} is on no bank of {of}: there is nothing to store")
         return bank
-    if of != "weights":
-        raise RecastConfigError(f"of={of!r}: expected 'weights', 'biases' or 'readout'")
     return stored_bank_of(tuner.model, name, tuner.peft_config[name].method.to_dict())
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..composition.kinds import kind_of
 from ..composition.strength import at_full_strength
-from ..config import RecastConfig
+from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
@@ -31,7 +31,7 @@ from ..parts.lora_plan import these_modules
 from ..parts.wrapper import ScaledModule
 from ..planning.candidates import find_candidates
 from ..planning.table import text_table
-from ..validation import check_is_peft_model
+from ..validation import check_is_peft_model, check_is_task
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def convert_to_lora(
         RecastConfigError: if the rank or the task cannot be used, or the task has modules that no LoRA describes.
     """
     check_is_peft_model(model)
-    config = model.peft_config.get(adapter_name)
-    if not isinstance(config, RecastConfig):
-        raise RecastConfigError(f"the model has no RECAST task {adapter_name!r}; its tasks: {', '.join(model.peft_config)}")
+    tasks = tasks_among(model.peft_config)
+    check_is_task(adapter_name, tasks)
+    config = tasks[adapter_name]
     if config.lora_config is not None:
         raise RecastConfigError(
             f"task {adapter_name!r} has a LoRA part beside its coefficients, and no one rank describes both: export the whole "

@@ -12,12 +12,11 @@ from torch import nn
 
 from ..banks.files import StoredBank
 from ..config import RecastConfig
-from ..errors import RecastConfigError
 from ..holders import exchange, put_child
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import TaskModule, check_one_owner
-from ..validation import checked_names
+from ..validation import check_is_task, checked_names
 from . import verbs
 from .arithmetic import add_combined
 from .banks import remember_stored_bank, stored_bank
@@ -126,9 +125,8 @@ class TaskVerbs:
     def _known(self, argument: str, given: Any, once: bool = True) -> list[str]:
         """The names of tasks that a verb was given; refuses others than the model's."""
         names = checked_names(argument, given, once)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise RecastConfigError(f"the model has no task {unknown[0]!r}; its tasks: {', '.join(self.peft_config) or 'none'}")
+        for name in names:
+            check_is_task(name, self.peft_config)
         return names
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from recast_peft import RecastSequenceError
+from recast_peft import RecastConfigError, RecastSequenceError
 from recast_peft.analysis.class_incremental import IncrementalClassifier
 
 FEATURES = 6
@@ -85,6 +86,6 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
     assert found.classes == []
     with pytest.raises(RecastSequenceError, match="nothing was learned"):
         found.predict(x)
-    for fields in ({"projections": 0}, {"ridge": 0.0}):
-        with pytest.raises(RecastSequenceError, match=next(iter(fields))):
-            IncrementalClassifier(FEATURES, **fields)
+    for fields in ({"features": None}, {"projections": 0}, {"ridge": 0.0}, {"ridge": math.inf}, {"seed": 1.5}):
+        with pytest.raises(RecastConfigError, match=next(iter(fields))):
+            IncrementalClassifier(**{"features": FEATURES, **fields})  # type: ignore[arg-type]

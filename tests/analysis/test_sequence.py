@@ -343,6 +343,9 @@ class TestGrowingInSequence:
                 Growth(of="biases", **fields)
         with pytest.raises(RecastConfigError, match="expected 'weights' or 'biases'"):
             Growth(of="norms")
+        for fields in ({"num_templates": 1.5}, {"rank": 0}, {"plain_templates": "no"}, {"source": "lora"}):
+            with pytest.raises(RecastConfigError, match=f"{next(iter(fields))}=.*: expected"):
+                Growth(**fields)
         moved = {name: value + 1 for name, value in TinyModel().state_dict().items()}
         bank = grow_bias_bank(TinyModel(), [moved])
         with pytest.raises(RecastConfigError, match="starts from a bank that is of biases"):

@@ -176,7 +176,8 @@ class TestTheBank:
         family = MissingWords(MASK)
         for fields, message in (
             ({"of": "heads"}, "of='heads'"),
-            ({"tasks": 0}, "tasks=0"),
+            ({"tasks": None}, "tasks=None"),
+            ({"scales": "no"}, "scales='no'"),
             ({"epochs": True}, "epochs=True"),
             ({"lr": float("nan")}, "lr=nan: expected a number above 0"),
             ({"seed": "0"}, "seed='0'"),

@@ -43,13 +43,15 @@ def test_a_task_has_a_coefficient_for_each(plain: bool) -> None:
     assert not torch.allclose(before, outputs(model, vit_input()), atol=1e-3)
 
 
-@pytest.mark.parametrize("fields", [{"num_templates": 0}, {"num_templates": True}, {"rank": 0}])
+@pytest.mark.parametrize("fields", [{"num_templates": 0}, {"num_templates": None}, {"rank": True}])
 def test_refuses_sizes_that_are_no_counts(fields: dict[str, Any]) -> None:
     with pytest.raises(RecastConfigError, match="at least 1"):
         bank(**fields)
 
 
 def test_refuses_a_seed_that_is_no_number() -> None:
+    with pytest.raises(RecastConfigError, match="plain_templates='no': expected True or False"):
+        bank(plain_templates="no")
     with pytest.raises(RecastConfigError, match="seed='a': expected a whole number"):
         bank(seed="a")
 

@@ -191,7 +191,7 @@ class TestAModelWhoseTasksWereAllDeleted:
         assert not (tmp_path / "saved").exists()
         with pytest.raises(RecastConfigError, match=r"like=None: the model has the tasks \(none\)"):
             TaskPool(model)
-        with pytest.raises(RecastConfigError, match="has no task None; its tasks: none"):
+        with pytest.raises(RecastConfigError, match="has no RECAST task None; its tasks: none"):
             model.save_bank(tmp_path)
 
     @pytest.mark.parametrize("is_loaded", [False, True], ids=["added", "loaded"])

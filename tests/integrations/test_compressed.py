@@ -25,7 +25,7 @@ from recast_peft.banks.files import BANK_WEIGHTS
 class TestCompressedModel:
     @pytest.mark.parametrize("name", ["typo", ""])
     def test_of_an_unknown_task_is_not_stored(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(RecastConfigError, match=f"the model has no task '{name}'; its tasks: default"):
+        with pytest.raises(RecastConfigError, match=f"the model has no RECAST task '{name}'; its tasks: default"):
             save_compressed_model(fitted(), tmp_path / "model", name)
         assert not (tmp_path / "model").exists()
 

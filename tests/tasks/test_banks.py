@@ -24,7 +24,7 @@ class TestCollapsingCoefficientSets:
         assert model.peft_config["default"].num_coefficient_sets == 1
 
     def test_of_an_unknown_task_is_refused(self) -> None:
-        with pytest.raises(RecastConfigError, match="no task 'cars'; its tasks: default"):
+        with pytest.raises(RecastConfigError, match="no RECAST task 'cars'; its tasks: default"):
             collapse_coefficient_sets(converted(), "cars")
 
 

@@ -65,7 +65,7 @@ class TestDeleting:
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
 def test_merging_an_unknown_task_names_those_there_are(model: PeftModel, verb: str) -> None:
     before = outputs(model, vit_input())
-    with pytest.raises(RecastConfigError, match="the model has no task 'd'; its tasks: a, b, c$"):
+    with pytest.raises(RecastConfigError, match="the model has no RECAST task 'd'; its tasks: a, b, c$"):
         getattr(model, verb)(adapter_names=["a", "d"])
     assert torch.equal(outputs(model, vit_input()), before)
     assert not model.base_model.model.blocks[0].attn.qkv.merged
@@ -75,7 +75,7 @@ class TestStoringABank:
     @pytest.mark.parametrize(
         ("of", "error", "message"),
         [
-            ("heads", RecastConfigError, "of='heads': expected 'weights', 'biases' or 'readout'"),
+            ("heads", RecastConfigError, "of='heads': expected one of 'weights', 'biases', 'readout'"),
             ("biases", RecastBankError, "task 'a' is on no bank of biases"),
             ("weights", RecastBankError, "nothing to store"),
         ],
@@ -92,7 +92,7 @@ class TestNamesThatNoTaskHas:
     def test_are_not_activated(self, model: PeftModel) -> None:
         before = outputs(model, vit_input())
         for names in ("typo", ["typo"], ["b", "typo"]):
-            with pytest.raises(RecastConfigError, match="no task 'typo'; its tasks: a, b, c"):
+            with pytest.raises(RecastConfigError, match="no RECAST task 'typo'; its tasks: a, b, c"):
                 model.base_model.set_adapter(names)
         assert model.active_adapters == ["a"]
         assert torch.equal(outputs(model, vit_input()), before)
@@ -105,7 +105,7 @@ class TestNamesThatNoTaskHas:
         assert not any(tmp_path.iterdir())
 
     def test_are_not_trained(self, model: PeftModel) -> None:
-        with pytest.raises(RecastConfigError, match="no task 'typo'; its tasks: a, b, c"):
+        with pytest.raises(RecastConfigError, match="no RECAST task 'typo'; its tasks: a, b, c"):
             model.set_requires_grad(["b", "typo"])
         assert trained(model) == {"a"}
         model.set_requires_grad("b")
@@ -113,7 +113,7 @@ class TestNamesThatNoTaskHas:
 
     @pytest.mark.parametrize("name", ["typo", ""])
     def test_have_no_bank(self, model: PeftModel, name: str, tmp_path: Path) -> None:
-        with pytest.raises(RecastConfigError, match=f"no task '{name}'; its tasks: a, b, c"):
+        with pytest.raises(RecastConfigError, match=f"no RECAST task '{name}'; its tasks: a, b, c"):
             model.save_bank(tmp_path, name)
 
     @pytest.mark.parametrize("given", [None, 1, ["a", 1], [None], b"a"])

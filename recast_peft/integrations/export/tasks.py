@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ...composition.outputs import is_out_of_reach
-from ...config import RecastConfig
+from ...config import RecastConfig, tasks_among
 from ...errors import RecastBankError, RecastConfigError
 from ...holders import holders
 from ...layer import recast_layers
@@ -35,7 +35,7 @@ from ...pool.layout import PoolLayout, same_layout
 from ...pool.pool import TaskPool
 from ...storage.tensors import write_tensors
 from ...tasks.verbs import merged_tasks
-from ...validation import check_is_no_folder, checked_names
+from ...validation import check_is_no_folder, check_is_task, checked_names
 
 COEFFICIENTS = "coefficients"
 LAYOUT = "recast_layout"  # the entry of the metadata of graphs and files that says which belong together
@@ -91,12 +91,13 @@ class Source:
             if len(active) != 1:
                 raise RecastConfigError(f"{len(active)} tasks are active ({', '.join(active)}): activate the one that is meant")
             self.adapter = active[0]
-        config = tuner.peft_config.get(self.adapter)
-        if not isinstance(config, RecastConfig):
-            known = [name for name, other in tuner.peft_config.items() if isinstance(other, RecastConfig)]
-            raise RecastConfigError(f"{self.adapter!r} is no RECAST task of the model; it has {', '.join(known) or 'none'}")
-        self.config = config
-        self.layout = PoolLayout(self.backbone, config, self.adapter)
+        self.config = self._config(self.adapter)
+        self.layout = PoolLayout(self.backbone, self.config, self.adapter)
+
+    def _config(self, name: str) -> RecastConfig:
+        tasks = tasks_among(self.tuner.peft_config)
+        check_is_task(name, tasks)
+        return tasks[name]
 
     @property
     def identity(self) -> str:
@@ -129,9 +130,7 @@ class Source:
             head = self.pool.prepared_head(name)
             owned = {} if head is None else {f"{head.place}.{key}": value for key, value in floating(head.module).items()}
             return GraphTask(name, torch.cat([values[key] for key in self.layout.slices]), owned)
-        config = self.tuner.peft_config.get(name)
-        if not isinstance(config, RecastConfig):
-            raise RecastConfigError(f"{name!r} is no RECAST task of the model")
+        config = self._config(name)
         if not same_layout(config, self.config):
             raise RecastBankError(
                 f"task {name!r} has other target modules, biases or banks than task {self.adapter!r}: export it alone"
