@@ -30,13 +30,14 @@ from .growth.report import GrowthReport, growth_report
 from .growth.weights import extend_bank, grow_bank
 from .hub.cards import write_card_of_saved_task, write_model_card
 from .hub.hotswap import hotswap_adapter
+from .hub.peft_models import with_task_verbs
 from .hub.transfer import push_bank_to_hub, push_task_to_hub, push_tasks_to_hub
 from .integrations.compressed import load_compressed_model, save_compressed_model
 from .integrations.export import export_aoti, export_onnx, export_program, export_task, export_tasks
 from .layer import RecastLayer
 from .model import RecastModel
 from .optim import create_recast_optimizer, find_coefficient_lr
-from .options.record import AFTER_SAVING
+from .options.record import AFTER_LOADING, AFTER_SAVING
 from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig, ReadoutConfig
 from .parts.discriminant import fit_discriminant_head
 from .parts.head import split_logits
@@ -51,6 +52,7 @@ from .tasks.plan import plan_recast
 
 register(RecastConfig, RecastModel)
 AFTER_SAVING.append(write_card_of_saved_task)
+AFTER_LOADING.append(with_task_verbs)
 
 
 __all__ = [

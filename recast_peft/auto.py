@@ -167,7 +167,7 @@ class AutoRecastModel:
                 "Store a classifier with the task (num_classes=, or modules_to_save=), or pass backbone=.",
                 stacklevel=2,
             )
-        return with_task_verbs(result)
+        return result
 
 
 def _own_keywords() -> list[str]:

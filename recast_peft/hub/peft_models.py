@@ -1,7 +1,7 @@
 """PEFT's model classes with what tasks need beside: cards, checkpoints of the Trainer, a task for each sample.
 
-``get_recast_model``, ``AutoRecastModel`` and ``TaskPool`` give a ``PeftModel`` a class from here, which stands for its own and
-is a subclass of it.
+``get_recast_model``, ``TaskPool`` and whatever loads a task (``PeftModel.from_pretrained``, ``load_adapter``) give a
+``PeftModel`` a class from here, which stands for its own and is a subclass of it.
 """
 
 from __future__ import annotations

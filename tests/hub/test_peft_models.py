@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import converted, outputs, randomise, small_transformer, tiny_vit, vit_input
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
 
@@ -167,9 +168,13 @@ class TestNames:
 
 
 class TestAModelWhoseTasksWereAllDeleted:
-    @pytest.fixture
-    def model(self) -> PeftModel:
+    @pytest.fixture(params=[True, False], ids=["PEFT's", "ours"])
+    def model(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
         model = get_recast_model(tiny_vit(), CONFIG, "cars").eval()
+        if request.param:
+            folder = tmp_path_factory.mktemp("tasks")
+            model.save_pretrained(folder)
+            model = PeftModel.from_pretrained(tiny_vit(), folder / "cars", "cars")
         model.delete_adapter("cars")
         return model
 
@@ -206,3 +211,36 @@ class TestAModelWhoseTasksWereAllDeleted:
         # 4 layers in groups of two
         assert model.get_nb_trainable_parameters()[0] == (0 if is_loaded else 8)
         assert torch.equal(outputs(model, vit_input()), outputs(saved, vit_input()))
+
+
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["fc1"], init_lora_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "other", "differs"),
+    [
+        ({}, {"lora_alpha": 8}, "lora_config"),
+        ({"partners": [AdaptFormerConfig(scale=0.1)]}, {"partners": [AdaptFormerConfig(scale=0.5)]}, "partners"),
+    ],
+    ids=["LoRA", "partner"],
+)
+def test_a_task_that_computes_otherwise_takes_no_place_in_a_model_of_pefts_own_either(
+    fields: dict[str, Any], other: dict[str, Any], differs: str, tmp_path: Path
+) -> None:
+    """PEFT reads the numbers alone; they would act as those of the task that was there."""
+    for name, own in {"one": fields, "two": other}.items():
+        part = replace(LORA, lora_alpha=own.get("lora_alpha", 4))
+        config = RecastConfig(target_modules=["qkv"], lora_config=part, partners=own.get("partners"))
+        model = get_recast_model(tiny_vit(), config)
+        randomise(model)
+        model.save_pretrained(tmp_path / name)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "one").eval()
+    before = outputs(loaded, vit_input())
+    with pytest.raises(RecastConfigError, match=f"cannot take the place of 'default': {differs} differs"):
+        loaded.load_adapter(tmp_path / "two", "default")
+    assert torch.equal(outputs(loaded, vit_input()), before)
+    loaded.load_adapter(tmp_path / "one", "default")
+    made = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_classes=None), "own")
+    made.load_adapter(tmp_path / "one", "default")
+    with pytest.raises(RecastConfigError, match=f"{differs} differs"):
+        made.load_adapter(tmp_path / "two", "default")
