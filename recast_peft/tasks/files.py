@@ -127,8 +127,12 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         optional = {**_biases(backbone_of(model), "all"), **_optional(backbone_of(model), config, ())}  # as PEFT takes them
         known = {**entries, **optional}
         given = {_key_of(_prefixed(key), known, renamed): value for key, value in state_dict.items()}
+        biases = _biases(backbone_of(model), config.bias)
+        if not biases.keys().isdisjoint(given):  # one that is missing would stay what it is in the model
+            optional = {key: shape for key, shape in optional.items() if key not in biases}
         wanted = _wanted(entries, given, optional)
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
+        _check_shared(f"task {adapter_name!r}", entries, given)
         values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}
     except BaseException:
         if unfilled is not None:
@@ -191,6 +195,18 @@ def _wanted(entries: Mapping[str, Entry], given: Collection[str], optional: Coll
     filled = {id(entry.tensor) for key, entry in entries.items() if key in given}
     needed = {key: entry for key, entry in entries.items() if key not in optional}
     return {key: entry.shape for key, entry in needed.items() if key in given or id(entry.tensor) not in filled}
+
+
+def _check_shared(what: str, entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -> None:
+    """Refuse other numbers for each of the modules that share a tensor: those of the last would be taken for all."""
+    first: dict[int, str] = {}
+    for key in (key for key in entries if key in given):
+        other = first.setdefault(id(entries[key].tensor), key)
+        if not given[key].is_meta and not torch.equal(given[other].to(given[key]), given[key]):
+            raise RecastLoadError(
+                f"{what} does not fit the model: {other} and {key} are one tensor there, and the file has other numbers for "
+                "each. Nothing was loaded. Fetch the file again, or load it with the coefficient_sharing that it was made for."
+            )
 
 
 def _unpacked(entry: Entry, value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import state, tiny_vit
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from saved_tasks import CONFIG, WEIGHTS, copied, refused, rewrite_config
+from saved_tasks import CONFIG, WEIGHTS, copied, refused, rewrite, rewrite_config, save
 
 from recast_peft import RecastError, RecastLoadError
 
@@ -153,3 +153,17 @@ class TestADamagedConfig:
                 PeftModel.from_pretrained(plain, folder)
             except RecastError:
                 assert state(plain) == before
+
+
+class TestAFileWhoseConfigSaysSomethingElse:
+    @pytest.mark.parametrize("bias", ["all", "recast_only"])
+    def test_every_bias_is_there_or_none(self, tmp_path: Path, bias: str) -> None:
+        """A missing one would stay what it is in the model, in silence."""
+        save(tmp_path, bias=bias)
+        rewrite(tmp_path, lambda e: {k: v for k, v in e.items() if not k.endswith("blocks.1.attn.qkv.base_layer.bias")})
+        refused(tmp_path, RecastLoadError, r"missing: .*blocks\.1\.attn\.qkv\.bias")
+
+    def test_coefficients_that_are_shared_are_equal(self, tmp_path: Path) -> None:
+        save(tmp_path)
+        rewrite_config(tmp_path, coefficient_sharing="all")
+        refused(tmp_path, RecastLoadError, "are one tensor there, and the file has other numbers for each")
