@@ -132,7 +132,8 @@ class PartnerPart(TaskPart):
 
     def _holder(self, model: nn.Module, piece: PreparedPartner) -> TaskPartners:
         if PARTNER_CONTAINER not in model._modules:
-            setattr(model, PARTNER_CONTAINER, SideContainer())  # place -> method -> TaskPartners
+            # place -> method -> TaskPartners; a compiled model would pass an assignment on to what it holds
+            model.add_module(PARTNER_CONTAINER, SideContainer())
         container: Any = model._modules[PARTNER_CONTAINER]
         # PEFT's classes for a task_type take whatever ends with the name of a classifier for one
         key = place_key(piece.place) + ("/" if self.stands_before_copies else "")

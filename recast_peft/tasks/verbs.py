@@ -183,7 +183,7 @@ def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -
             yield
     except BaseException:
         if beside is not None:
-            setattr(model, PARTNER_CONTAINER, beside)
+            model.add_module(PARTNER_CONTAINER, beside)
             attach_partners(model)
         raise
     model._modules.pop(BANK_CONTAINER, None)

@@ -370,3 +370,15 @@ def test_a_place_that_is_gone_is_named() -> None:
     model.get_base_model().blocks[0].add_module("other", model.get_base_model().blocks[0]._modules.pop("mlp"))
     with pytest.raises(RecastTargetError, match=r"blocks.0.mlp, where tasks have the partner adaptformer, is no longer"):
         model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
+
+
+def test_a_model_that_was_compiled_before_takes_partners(tmp_path: Path) -> None:
+    """A compiled model passes assignments on to the model that it holds; this ended in a bare KeyError."""
+    config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(target_modules=["mlp"])])
+    model = get_recast_model(torch.compile(tiny_vit(), backend="eager"), config, "task").eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(tiny_vit(), tmp_path / "task", "task").eval()
+    assert torch.equal(outputs(model, vit_input()), outputs(plain, vit_input()))
+    assert not torch.equal(outputs(plain, vit_input()), outputs(tiny_vit(), vit_input()))
