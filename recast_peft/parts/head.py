@@ -29,7 +29,7 @@ class TaskHead(TaskModule):
 
     def __init__(self, module_to_save: nn.Module, module_name: str, owner: nn.Module) -> None:
         super().__init__(module_to_save, module_name)
-        self._owner = (owner,)  # in a tuple: the head is a part of its owner, not the other way round
+        self._owner = (unwrapped_module(owner),)  # in a tuple: the head is a part of its owner, not the other way round
         self._labels: dict[str, Labels] = {}
         self._base_labels = read_labels(owner)
         self._named: str | None = None  # the task whose labels the model shows; None for its own

@@ -129,6 +129,15 @@ class TestSwitching:
         assert twin.get_base_model().num_classes == 2
         assert two_tasks.get_base_model().num_classes == 5
 
+    def test_a_copy_of_a_compiled_model_names_its_own_classes(self):
+        plain = small_vit(num_classes=3)
+        model = get_recast_model(torch.compile(plain), RecastConfig(num_classes=4), "cars")
+        twin = copy.deepcopy(model)
+        assert plain.num_classes == 4  # the model inside the compiled one names them
+        twin.delete_adapter("cars")
+        assert twin.get_base_model()._orig_mod.num_classes == 3
+        assert plain.num_classes == 4
+
     def test_a_backbone_without_classifier_gets_one(self, images):
         model = get_recast_model(small_vit(num_classes=0), RecastConfig(num_classes=4))
         assert model(images).shape == (6, 4)
