@@ -200,7 +200,7 @@ class TestTasks:
         model.add_adapter("plain", RecastConfig(target_modules=["fc1"]))
         with pytest.raises(RecastBankError, match="'plain' is on no bank of biases"):
             model.base_model.save_bank(tmp_path / "none", "plain", of="biases")
-        with pytest.raises(RecastConfigError, match="expected 'weights', 'biases' or 'readout'"):
+        with pytest.raises(RecastConfigError, match="expected one of 'weights', 'biases', 'readout'"):
             model.base_model.save_bank(tmp_path / "none", of="norms")
         assert not (tmp_path / "none").exists()
 

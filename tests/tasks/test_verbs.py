@@ -60,7 +60,7 @@ def test_merging_by_name_shows_the_named_task_alone(owned: str) -> None:
 def test_merging_a_typo_or_two_heads_changes_nothing(names: list[str]) -> None:
     model, seen = two_tasks({"num_classes": 2}, {"num_classes": 5})
     for verb in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(RecastConfigError, match="no task 'typo'" if "typo" in names else "Only one adapter"):
+        with pytest.raises(RecastConfigError, match="no RECAST task 'typo'" if "typo" in names else "Only one adapter"):
             verb(adapter_names=names)
         assert torch.equal(outputs(model, vit_input()), seen["second"])
 

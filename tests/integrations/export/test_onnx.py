@@ -15,6 +15,7 @@ from exported import (
     backbone,
     bert,
     called,
+    called_exactly,
     distance,
     header,
     images,
@@ -45,13 +46,13 @@ class TestTaskAsInput:
             tensors = load_file(tmp_path / "task")
             for inputs in samples:
                 found = run(graph, tensors, inputs)
-                assert distance(found, called(model, inputs)) < TOLERANCE
+                assert distance(found, called_exactly(model, inputs)) < TOLERANCE
                 seen.append(found)
         assert seen[0].shape[-1] == seen[-1].shape[-1]
         assert distance(seen[0], seen[6]) > 0.01  # the tasks differ
         if not config:  # nothing but coefficients: at zero the graph is the plain model
             zero = {name: np.zeros_like(values) for name, values in tensors.items()}
-            assert distance(run(graph, zero, samples[1]), called(build(), samples[1])) < TOLERANCE
+            assert distance(run(graph, zero, samples[1]), called_exactly(build(), samples[1])) < TOLERANCE
 
     def test_a_fresh_task_is_the_plain_model(self, tmp_path):
         onnx_tools()
