@@ -8,7 +8,8 @@ What holds at every moment (W the pretrained weight, T the templates, d the mean
     merged    base_layer.weight == the live weight of the merged tasks; W is kept beside it
     unmerged  base_layer.weight is W, the very parameter, bit for bit
 
-How a call computes, merges or mixes is told in ``composition/``: calling.py, merging.py, mixing.py, recomputation.py; what a further call need not find out in known.py.
+How a call computes, merges or mixes is told in ``composition/``: calling.py, merging.py, mixing.py, recomputation.py;
+what a further call need not find out in known.py.
 """
 
 from __future__ import annotations
