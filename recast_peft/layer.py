@@ -265,6 +265,7 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
         if torch.compiler.is_compiling():
             return call(self, self.acting_adapters, args, kwargs)
         has_zeros = self.zeros is not None and self.zeros.are_all(self)
+        # past torch's look at what is assigned, which every call would pay for
         self.__dict__["known"] = None if has_zeros or not is_simple(self) else Known(self)
         return call(self, [] if has_zeros else self.acting_adapters, args, kwargs)
 
