@@ -6,7 +6,7 @@ All tasks have the part of the pool's layout: the same modules, ranks and streng
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from ..holders import Entry, container_key
 from ..parts.lora import A_PART, lora_config_of
 from ..parts.lora_plan import rank_and_alpha
 from ..parts.lora_strength import part_layers
+from ..parts.lora_sum import nearest_pair
+from ..tasks.arithmetic import SUMS, check_svd, combine_rows
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
+ROUNDING = 1e-6  # share of a sum that is lost by float32 alone
 MORE = f"{A_PART} that is more than two factors (DoRA or another variant, lora_bias)"
 
 Parts = dict[str, list[float]]  # of each module the rank, and what the product of the factors is multiplied with
@@ -117,18 +120,45 @@ class LoraColumns:
             raise RecastLoadError(f"{what} is damaged: its LoRA part is {str(saved)[:100]}") from error
         raise other_part(what, given, self.parts)
 
-    def check_combinable(self, rows: Mapping[str, Tensor]) -> None:
-        """Refuse rows with a LoRA part: a sum of products is no product of sums.
+    def combine(
+        self, rows: Mapping[str, Tensor], weights: Sequence[float], combination_type: str = "linear", **options: Any
+    ) -> Tensor:
+        """The row of a combined task; see ``combine_rows`` for the arguments.
 
         Raises:
-            RecastConfigError: naming a task.
+            RecastConfigError: if parts are to be pruned, or have a sum of a higher rank than a row and ``"svd"`` does not ask
+                for the nearest.
         """
-        for name, row in rows.items():
-            if self.width and row[-self.width :].any():
-                raise RecastConfigError(
-                    f"task {name!r} has {A_PART}, and the sum of two has a higher rank than a row of the pool holds: combine "
-                    "the tasks as adapters of the model (model.add_weighted_adapter)"
-                )
+        check_svd(combination_type, self.width > 0)
+        numbers = len(next(iter(rows.values()))) - self.width
+        coefficients = combine_rows([row[:numbers] for row in rows.values()], weights, combination_type, **options)
+        parts = {name: row[numbers:] for name, row in rows.items()}
+        return torch.cat([coefficients, *self._summed(parts, weights, combination_type)])
+
+    def _summed(self, rows: Mapping[str, Tensor], weights: Sequence[float], combination_type: str) -> list[Tensor]:
+        """The columns of the weighted sum of tasks' parts, from those of each."""
+        have = [name for name, row in rows.items() if row.any()]
+        if have and combination_type not in SUMS:
+            raise RecastConfigError(f"task {have[0]!r} has {A_PART}, which cannot be pruned: use 'linear', or 'svd'")
+        sizes = [torch.Size(entry.shape).numel() for entry in self.entries.values()]
+        split = [dict(zip(self.entries, row.split(sizes), strict=True)) for row in rows.values()]
+        found = []
+        for module in self.parts:
+            a, b = (self.entries[f"{module}{factor}"] for factor in FACTORS)
+            pairs = [(own[a.name].view(a.shape), w * own[b.name].view(b.shape)) for w, own in zip(weights, split, strict=True)]
+            firsts, seconds = zip(*([pair for pair in pairs if pair[0].any() and pair[1].any()] or pairs[:1]), strict=True)
+            first, second = torch.cat(firsts), torch.cat(seconds, dim=1)
+            if len(firsts) > 1:
+                first, second, lost = nearest_pair(first, second, a.shape[0])
+                if lost > ROUNDING and combination_type != "svd":
+                    raise RecastConfigError(
+                        f"the sum of the LoRA parts of {', '.join(have)} has a higher rank at {module} than a row of the pool "
+                        f"holds\n  rank of a row: {a.shape[0]}\n  the nearest of this rank lacks {100 * lost:.2g} % of it\n"
+                        "Use combination_type='svd' for the nearest one, or combine the tasks as adapters of the model, which "
+                        "is exact (model.add_weighted_adapter)."
+                    )
+            found += [first.flatten(), second.flatten()]
+        return found
 
 
 def _parts(lora: Any, modules: Iterable[str]) -> Parts:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -16,7 +15,7 @@ from ..errors import RecastConfigError
 from ..names import check_adapter_name
 from ..parts.head_building import PreparedHead
 from ..storage.versions import keeping_version
-from ..tasks.arithmetic import check_combination, combine_heads, combine_rows
+from ..tasks.arithmetic import check_combination, combine_heads
 from ..validation import checked_names
 from .files import PackedTasks, read_pool, write_pool
 from .heads import HeadKinds, StoredHead, bytes_of
@@ -163,11 +162,13 @@ class ResidentTasks(TaskTable):
     ) -> int:
         """Put in a weighted combination of tasks of the pool; the arguments are those of ``RecastModel.add_weighted_adapter``.
 
+        The LoRA part of a row has one rank. A sum that needs a higher one is refused, unless ``"svd"`` asks for the nearest.
+
         Returns:
             the row.
 
         Raises:
-            RecastConfigError: if an argument cannot be used, or a task has a LoRA part; the pool is left as it was.
+            RecastConfigError: if an argument cannot be used, or LoRA parts cannot be combined so; the pool is left as it was.
         """
         check_adapter_name(adapter_name)
         check_combination(adapters, weights, combination_type, heads=heads, **options)
@@ -176,10 +177,8 @@ class ResidentTasks(TaskTable):
                 rows = {name: self.row(name) for name in adapters}
                 stored = {name: self._heads.get(row) for name, row in rows.items()}
                 prepared = {name: None if head is None else head.prepared() for name, head in stored.items()}
-                numbers = [self.table.detach()[row].clone() for row in rows.values()]
-            coefficients = [row[: len(row) - self._layout.lora.width] for row in numbers]
-            self._layout.lora.check_combinable(dict(zip(rows, numbers, strict=True)))
-            values = F.pad(combine_rows(coefficients, weights, combination_type, **options), (0, self._layout.lora.width))
+                numbers = {name: self.table.detach()[row].clone() for name, row in rows.items()}
+            values = self._layout.lora.combine(numbers, weights, combination_type, **options)
             head = combine_heads(prepared, weights, heads)
             self.check_new_name(adapter_name)
             return self.add_row(adapter_name, values, self._stored(adapter_name, head))

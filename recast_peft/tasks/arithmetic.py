@@ -31,7 +31,8 @@ from ..parts.lora_sum import summed_config, write_sum
 from ..parts.readout import Readout
 from ..validation import check_is_task, checked_names
 
-COMBINATION_TYPES = ("linear", "ties", "magnitude_prune")
+SUMS = ("linear", "svd")  # of what tasks add
+COMBINATION_TYPES = (*SUMS, "ties", "magnitude_prune")
 HEAD_CHOICES = ("none", "first", "linear")
 SIGN_METHODS = ("total", "frequency")
 # combination types of PEFT's LoRA that have no meaning for coefficients, and why
@@ -67,15 +68,25 @@ def check_combination(
     if combination_type not in COMBINATION_TYPES:
         why = next((f" ({why})" for part, why in REFUSED_TYPES.items() if part in str(combination_type)), "")
         raise RecastConfigError(f"combination_type={combination_type!r}{why}: expected one of {', '.join(COMBINATION_TYPES)}")
-    needs_density = combination_type != "linear"
+    needs_density = combination_type not in SUMS
     if needs_density and not (isinstance(density, (int, float)) and 0 < density <= 1):
         raise RecastConfigError(f"density={density!r}: {combination_type!r} needs the share of numbers to keep, in (0, 1]")
     if not needs_density and density is not None:
-        raise RecastConfigError(f"density={density!r}: 'linear' keeps all numbers; expected None")
+        raise RecastConfigError(f"density={density!r}: {combination_type!r} keeps all numbers; expected None")
     if majority_sign_method not in SIGN_METHODS:
         raise RecastConfigError(f"majority_sign_method={majority_sign_method!r}: expected one of {', '.join(SIGN_METHODS)}")
     if heads not in (None, *HEAD_CHOICES):
         raise RecastConfigError(f"heads={heads!r}: expected None or one of {', '.join(HEAD_CHOICES)}")
+
+
+def check_svd(combination_type: str, has_part: bool) -> None:
+    """Refuse ``"svd"`` for tasks that have no LoRA part, as far as the model or pool says.
+
+    Raises:
+        RecastConfigError: saying what to take.
+    """
+    if combination_type == "svd" and not has_part:
+        raise RecastConfigError(f"combination_type='svd': none of the tasks has a LoRA part, and {REFUSED_TYPES['svd']}")
 
 
 def combine_rows(
@@ -90,9 +101,9 @@ def combine_rows(
     Args:
         rows: ``(numbers,)`` of each task.
         weights: one for each task, of any sign.
-        combination_type: ``"linear"``: the weighted sum; ``"magnitude_prune"``: of each task only the share ``density`` of
-            its largest numbers; ``"ties"``: of those, only the ones whose sign the majority has (Yadav et al., NeurIPS 2023).
-            A task's numbers are ranked all together, not module by module.
+        combination_type: ``"linear"`` and ``"svd"``: the weighted sum; ``"magnitude_prune"``: of each task only the share
+            ``density`` of its largest numbers; ``"ties"``: of those, only the ones whose sign the majority has (Yadav et al.,
+            NeurIPS 2023). A task's numbers are ranked all together, not module by module.
         density: the share of each task's numbers that is kept, in (0, 1].
         majority_sign_method: for ``"ties"``: ``"total"`` by the sum of the numbers, ``"frequency"`` by their count.
 
@@ -101,7 +112,7 @@ def combine_rows(
     """
     table = torch.stack(list(rows)).to(torch.float64)  # (tasks, numbers)
     factors = torch.tensor(list(weights), dtype=torch.float64, device=table.device)[:, None]
-    if combination_type != "linear":
+    if combination_type not in SUMS:
         assert density is not None
         table = _keep_largest(table, density)
     if combination_type == "ties":
@@ -180,12 +191,12 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
     first = next(iter(configs))
     for name, config in configs.items():
         refusals = refusals_to_combine(model, name, config)
-        if combination_type == "linear":
+        if combination_type in SUMS:
             refusals = [refusal for refusal in refusals if refusal != A_PART]
         if refusals:
             raise RecastConfigError(
                 f"task {name!r} cannot be combined with others: it owns more than coefficients and a classifier "
-                f"({shown(refusals)}), which cannot be {'added' if combination_type == 'linear' else 'pruned'}. Combine tasks "
+                f"({shown(refusals)}), which cannot be {'added' if combination_type in SUMS else 'pruned'}. Combine tasks "
                 "without such parts."
             )
         for holder in holders(model):
@@ -265,7 +276,8 @@ def add_combined(
     model = tuner.model
     configs = {name: known[name] for name in adapters}
     check_combinable(model, configs, options["combination_type"])
-    part = summed_config(model, adapters)
+    part = summed_config(model, adapters, options["combination_type"])
+    check_svd(options["combination_type"], part is not None)
     own = {name: head_of_adapter(model, name) for name in adapters}
     head = combine_heads(own, weights, heads)
     row = combine_rows([task_row(model, name) for name in adapters], weights, **options)

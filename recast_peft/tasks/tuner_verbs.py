@@ -183,8 +183,9 @@ class TaskVerbs:
             weights: one for each, of any sign: ``[1, 1]`` adds tasks, ``[-1]`` forgets one, ``[1 - t, t]`` interpolates,
                 ``[1/3, 1/3, 1/3]`` averages seeds.
             adapter_name: the new task's name.
-            combination_type: ``"linear"`` (exact: the weights' differences to the base are summed), ``"ties"`` or
-                ``"magnitude_prune"``; see ``arithmetic.combine_rows``.
+            combination_type: ``"linear"`` (exact: the weights' differences to the base are summed; the rank of a LoRA part is
+                the sum of the tasks'), ``"svd"`` (the same, with the nearest LoRA part of the largest of the tasks' ranks),
+                ``"ties"`` or ``"magnitude_prune"``; see ``arithmetic.combine_rows``.
             density: the share of each task's numbers that ``"ties"`` and ``"magnitude_prune"`` keep.
             majority_sign_method: for ``"ties"``: ``"total"`` or ``"frequency"``.
             heads: the new task's classifier where tasks have their own: ``"first"``, ``"linear"`` or ``"none"``.

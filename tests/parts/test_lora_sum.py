@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 from recast_peft.parts.lora_strength import part_layers
+from recast_peft.parts.lora_sum import nearest_pair
 
 TASKS: dict[str, Any] = {
     "wide": lora(r=3, lora_alpha=5, target_modules=["qkv", "fc1"]),
@@ -81,6 +82,36 @@ def test_what_is_added_is_the_weighted_sum(model: PeftModel, tmp_path: Path) -> 
     assert torch.equal(outputs(loaded, vit_input()), y)
 
 
+def nearest(weight: Tensor, rank: int) -> Tensor:
+    u, sizes, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    return ((u[:, :rank] * sizes[:rank]) @ v[:rank]).float()
+
+
+def test_svd_is_nearest_to_the_sum_of_those_of_the_largest_rank(model: PeftModel) -> None:
+    model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "sum")
+    model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "near", "svd")
+    total, near = added(model, "sum"), added(model, "near")
+    ranks = {layer.module_name.rpartition(".")[2]: layer.r["near"] for layer in part_layers(model)}
+    assert ranks == {"qkv": 3, "fc1": 4, "fc2": 4}
+    for name, value in near.items():
+        expected = nearest(total[name], ranks[name.rpartition(".")[2]])
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        assert ("fc1" in name) == bool((value - total[name]).norm() > 0.01 * total[name].norm())
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (9, 7, 3, 3), (2, 7)], ids=str)
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_nearest_pair(shape: tuple[int, ...], rank: int) -> None:
+    first, second = torch.randn(5, *shape[1:]), torch.randn(shape[0], 5, *[1] * (len(shape) - 2))
+    total = second.flatten(1) @ first.flatten(1)
+    a, b, lost = nearest_pair(first, second, rank)
+    assert (a.shape, b.shape) == ((rank, *first.shape[1:]), (len(second), rank, *second.shape[2:]))
+    found = b.flatten(1) @ a.flatten(1)
+    torch.testing.assert_close(found, nearest(total, rank), rtol=1e-4, atol=1e-4)
+    assert lost == pytest.approx(float((found - total).norm() / total.norm()), abs=1e-6)
+    assert nearest_pair(first * 0, second, rank)[2] == 0
+
+
 def test_one_task_alone_is_itself(model: PeftModel) -> None:
     model.add_weighted_adapter(["two"], [1.0], "same")
     results = []
@@ -98,14 +129,15 @@ def test_one_task_alone_is_itself(model: PeftModel) -> None:
     ],
     ids=["embedding", "convolution"],
 )
-def test_parts_of_other_kinds_of_layers(build: Any, target: str, x: Tensor) -> None:
+@pytest.mark.parametrize("how", ["linear", "svd"])
+def test_parts_of_other_kinds_of_layers(build: Any, target: str, x: Tensor, how: str) -> None:
     config = RecastConfig(target_modules=[target], group_size=1, lora_config=lora())
     model = get_recast_model(seeded(build), config, "one").eval()
     model.add_adapter("two", config)
     for seed, name in enumerate(("one", "two")):
         fill(model, name, seed + 1)
     for weights, name in (([1.0, 0.0], "one"), ([0.0, 1.0], "two")):
-        model.add_weighted_adapter(["one", "two"], weights, "sum")
+        model.add_weighted_adapter(["one", "two"], weights, "sum", how)
         results = []
         for task in (name, "sum"):
             model.set_adapter(task)

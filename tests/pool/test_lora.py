@@ -165,17 +165,75 @@ class TestRefusals:
         pool.add("alone", "alone")  # tasks without one can be in its pool
         assert pool.lora_factors("alone") == {}
 
-    def test_combining_and_exporting(self, tmp_path):
+    def test_exporting(self, tmp_path):
         model, _ = with_tasks()
         pool = pool_of(model)
-        with pytest.raises(RecastConfigError, match=r"task 't1' has a LoRA part.*model.add_weighted_adapter"):
-            pool.add_weighted_adapter(["alone", "t1"], [0.5, 0.5], "sum")
+        with pytest.raises(RecastBankError, match="a LoRA part"):
+            export_task(pool, tmp_path / "task", "t0")
+
+    def test_sums_that_a_row_cannot_hold_and_pruned_parts(self):
+        model, _ = with_tasks()
+        pool = pool_of(model)
+        shown = r"(?s)parts of t0, t1 has a higher rank at \S+qkv .*of a row: 2.*lacks \d+ % of it.*'svd'.*model.add_weighted"
+        with pytest.raises(RecastConfigError, match=shown):
+            pool.add_weighted_adapter(["t0", "t1"], [0.5, 0.5], "sum")
+        for how in ("ties", "magnitude_prune"):
+            with pytest.raises(RecastConfigError, match="task 't1' has a LoRA part, which cannot be pruned"):
+                pool.add_weighted_adapter(["alone", "t1"], [0.5, 0.5], "sum", how, density=0.5)
+        assert pool.names == list(NAMES)
+        pool.add_weighted_adapter(["alone"], [0.5], "pruned", "ties", density=1.0)
+        without = TaskPool(model, like="alone", slot="without")
+        without.add("alone", "alone")
+        with pytest.raises(RecastConfigError, match="none of the tasks has a LoRA part"):
+            without.add_weighted_adapter(["alone"], [0.5], "half", "svd")
+
+
+class TestSums:
+    """A sum in the pool is the model's own, wherever a row has room for it."""
+
+    @pytest.mark.parametrize("case", ["timm's vit", "a budget of its own", "wide convolutions", "gpt2"])
+    @pytest.mark.parametrize(
+        ("weights", "how"),
+        [({"t1": -0.5}, "linear"), ({"alone": 2.0, "t1": 0.5}, "linear"), ({"t0": 0.5, "t1": 0.7, "alone": -1.0}, "svd")],
+        ids=str,
+    )
+    def test_as_the_model_combines_them(self, case, weights, how):
+        model, x = with_tasks(case)
+        pool = pool_of(model)
+        pool.add_weighted_adapter(list(weights), list(weights.values()), "sum", how)
+        model.add_weighted_adapter(list(weights), list(weights.values()), "sum", how)
+        model.set_adapter("sum")
+        wanted = answer(model, x)
+        alone = each_alone(model, x)
+        assert all(not torch.allclose(wanted, other, rtol=1e-3) for other in alone.values())
+        pool.activate("sum")
+        torch.testing.assert_close(answer(model, x), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+    def test_one_task_with_weight_one_is_that_task_to_the_last_bit(self):
+        model, _ = with_tasks()
+        pool = pool_of(model)
+        pool.add_weighted_adapter(["t1"], [1.0], "same")
+        assert torch.equal(pool.table[pool.row("same")], pool.table[pool.row("t1")])
+
+    def test_parts_that_share_a_factor_are_summed_exactly(self):
+        model, _ = with_tasks()
+        pool = pool_of(model)
+        for name in pool.lora_factors("t0"):
+            if name.endswith("lora_A.weight"):
+                pool.table[pool.row("t1"), pool.part_of(name)] = pool.table[pool.row("t0"), pool.part_of(name)]
+        pool.add_weighted_adapter(["t0", "t1"], [0.5, -0.5], "sum")
+        factors = [pool.lora_factors(name) for name in ("t0", "t1", "sum")]
+        for key in (key.removesuffix("A.weight") for key in factors[0] if key.endswith("lora_A.weight")):
+            t0, t1, total = (own[f"{key}B.weight"] @ own[f"{key}A.weight"] for own in factors)
+            torch.testing.assert_close(total, 0.5 * t0 - 0.5 * t1, rtol=1e-4, atol=1e-6)
+
+    def test_a_task_without_the_part(self):
+        model, _ = with_tasks()
+        pool = pool_of(model)
         pool.add_weighted_adapter(["alone"], [0.5], "half")
         half = pool.coefficients("half")
         assert all(torch.equal(half[key], values / 2) for key, values in pool.coefficients("alone").items())
         assert not any(values.any() for values in pool.lora_factors("half").values())
-        with pytest.raises(RecastBankError, match="a LoRA part"):
-            export_task(pool, tmp_path / "task", "t0")
 
 
 def vars_of(config: LoraConfig) -> dict[str, Any]:
