@@ -31,7 +31,7 @@ from .holders import trained_kinds
 from .layer import RecastLayer, recast_layers
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
-from .names import block_of, modules_of, plain_name, unwrapped
+from .names import block_of, modules_of, unwrapped
 from .tasks.state import trained_outside_tasks
 from .validation import check_arguments, check_is_module, number_above, optional, shown
 
@@ -76,29 +76,36 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
     Raises:
         RecastConfigError: if the model trains no coefficients, a task is merged, or they do not move its features.
     """
+    check_is_module(model)
     check_arguments(number_above(0), change=change)
-    if any(layer.merged for layer in recast_layers(model).values()):
+    layers = modules_of(model, RecastLayer)
+    if any(layer.merged for layer in layers):
         raise RecastConfigError("a task is merged, so its coefficients move nothing: call unmerge_adapter() first")
     parameters = list({id(p): p for _, p in _trained(model)}.values())
-    backbone = unwrapped(model.get_base_model() if isinstance(model, PeftModel) else model)
     if not parameters:
         raise RecastConfigError(f"{type(model).__name__} trains no RECAST coefficients: there is no rate to find")
-    names = {plain_name(name): name for name, _ in backbone.named_modules()}
-    last = names[block_of(list(recast_layers(model))[-1])]  # the head behind it may be zero
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = dict.fromkeys(block_of(names[id(layer)]) for layer in layers)
     args, kwargs = call_arguments(batch, device_of(model))
     generator = torch.Generator().manual_seed(0)
     before = [parameter.detach().clone() for parameter in parameters]
+    eager = torch.compiler.set_stance("force_eager")  # a compiled graph would call no hook
+
+    def features() -> Tensor:
+        model(*args, **kwargs)
+        if not outputs:
+            raise RecastConfigError(f"{type(model).__name__} calls none of its RECAST layers on this batch: give another one")
+        return next(iter(outputs.values())).double()  # the head behind the last block may be zero
+
     changes = []
-    with evaluating(model), torch.no_grad(), captured_outputs(backbone, [last]) as outputs:
+    with evaluating(model), torch.no_grad(), eager, captured_outputs(model, blocks, last=True) as outputs:
         try:
-            model(*args, **kwargs)
-            features = outputs[last].double()
+            wanted = features()
             for _ in range(_PROBES):
                 for parameter, value in zip(parameters, before, strict=True):
                     signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
                     parameter.copy_(value + _PROBE_RATE * signs.to(value))
-                model(*args, **kwargs)
-                changes.append(float((outputs[last].double() - features).norm() / features.norm()))
+                changes.append(float((features() - wanted).norm() / wanted.norm()))
         finally:
             for parameter, value in zip(parameters, before, strict=True):
                 parameter.copy_(value)
@@ -110,7 +117,7 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
 
 def _trained(model: nn.Module) -> Iterator[tuple[RecastLayer, nn.Parameter]]:
     """The layers of a model with the coefficients that are trained there; what layers share comes with each of them."""
-    for layer in recast_layers(model).values():
+    for layer in modules_of(model, RecastLayer):
         for parameter in layer.recast_coefficients.values():
             if parameter.requires_grad:
                 yield layer, parameter

@@ -152,6 +152,53 @@ def test_a_rate_that_was_found_moves_the_features_as_far_as_was_asked() -> None:
     assert sum(changes) / 10 == pytest.approx(0.01, rel=0.5)
 
 
+class TwoLayers(nn.Module):
+    """Two layers that are no numbered blocks, and a third that no call reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("targets", [["second"], ["first", "second", "unused"]])
+def test_a_rate_is_found_by_what_the_last_layer_called_gives(targets: list[str]) -> None:
+    """Layers that are blocks of their own: what counts is what the layer gives, and not what it wraps."""
+    x, model = torch.randn(16, 8), get_recast_model(TwoLayers(), RecastConfig(target_modules=targets, group_size=1))
+    for name, layer in layers_of(model).items():
+        layer.recast_coefficients["default"].requires_grad_(name == "second")
+    plain = TwoLayers()
+    scaled = plain.second(plain.first(x).tanh()) - plain.second.bias  # what a coefficient of 1 adds
+    rate = find_coefficient_lr(model, x, change=0.01)
+    assert rate == pytest.approx(0.01 * float(plain(x).norm() / scaled.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda model: nn.Sequential(model, nn.ReLU()),
+        nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: model.base_model,
+    ],
+    ids=["a larger model", "a wrapper", "compiled", "the tuner"],
+)
+def test_a_rate_is_found_whatever_is_around_the_model(around: Callable[[nn.Module], nn.Module]) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=3))
+    wanted, inside = find_coefficient_lr(model, vit_input()), around(model)
+    inside(vit_input())  # compiled before it is looked at
+    assert find_coefficient_lr(inside, vit_input()) == wanted
+
+
+def test_a_model_that_calls_none_of_its_layers_is_refused() -> None:
+    model = get_recast_model(TwoLayers(), RecastConfig(target_modules=["unused"]))
+    with pytest.raises(RecastConfigError, match="calls none of its RECAST layers"):
+        find_coefficient_lr(model, torch.randn(2, 8))
+
+
 def test_no_rate_is_found_where_nothing_is_trained() -> None:
     with pytest.raises(RecastConfigError, match="trains no RECAST coefficients"):
         find_coefficient_lr(nn.Linear(2, 2), torch.zeros(1, 2))

@@ -54,14 +54,19 @@ def main_tensor(output: Any) -> Tensor | None:
 
 
 @contextmanager
-def captured_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, what the named modules give in each call is noted, by name; a later call overwrites an earlier one."""
+def captured_outputs(model: nn.Module, names: Iterable[str], last: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Inside, what the named modules give in each call is noted, by name; a later call overwrites an earlier one.
+
+    With ``last`` only the one that was called last is held.
+    """
     outputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = main_tensor(output)
             if tensor is not None:
+                if last:
+                    outputs.clear()
                 outputs[name] = tensor
 
         return hook
