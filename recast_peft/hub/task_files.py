@@ -11,10 +11,12 @@ import torch
 from peft.tuners.lora import LoraModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..config import RecastConfig
 from ..errors import RecastLoadError
-from ..names import COEFFICIENTS, METHOD_NAME
+from ..names import COEFFICIENTS, METHOD_NAME, MODEL_PREFIX
 from ..options.partner import PARTNERS
 from ..parts.partner import partner_of_entry
+from ..planning.groups import PlannedGroup, coefficient_owners
 from ..storage.json_reader import Fields, parse_json
 from ..storage.pairs import read_companion
 from ..storage.tensors import read_shapes
@@ -39,7 +41,10 @@ def tasks_inside(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class TaskSizes:
-    """Numbers and bytes of a saved task: coefficients, LoRA part, partners, whatever else it holds, its files."""
+    """Numbers and bytes of a saved task: coefficients, LoRA part, partners, whatever else it holds, its files.
+
+    Coefficients that modules share count once, though each module has an entry of its own in the file.
+    """
 
     coefficients: int
     lora: int
@@ -88,6 +93,9 @@ def task_entries(folder: str | os.PathLike) -> dict[str, int]:
 def task_sizes(folder: Path) -> TaskSizes:
     """Numbers and bytes of a saved task."""
     counts = task_entries(folder)
+    config = read_task_config(folder)
+    for key in _shared_entries(folder, counts) if config.get("coefficient_sharing") is not None else ():
+        counts.pop(key, None)
     file = numbers_file(folder)
     assert file is not None
     coefficients = lora = others = 0
@@ -102,9 +110,21 @@ def task_sizes(folder: Path) -> TaskSizes:
             lora += count
         else:
             others += count
-    if not read_task_config(folder).get("train_coefficients", True):
+    if not config.get("train_coefficients", True):
         coefficients = 0  # they are there, at zero
     return TaskSizes(coefficients, lora, partners, others, file.stat().st_size, (folder / CONFIG_NAME).stat().st_size)
+
+
+def _shared_entries(folder: Path, counts: dict[str, int]) -> list[str]:
+    """The entries of modules that use the coefficients of another module."""
+    config = RecastConfig.from_pretrained(str(folder))
+    keys = {member: f"{MODEL_PREFIX}{member}.{COEFFICIENTS}" for group in (config.groups or {}).values() for member in group}
+    groups = [
+        PlannedGroup(name, tuple(group), (), torch.float32, counts.get(keys[group[0]], 0), 1)
+        for name, group in (config.groups or {}).items()
+    ]
+    owners = coefficient_owners(groups, config.coefficient_sharing)
+    return [keys[member] for member, owner in owners.items() if owner != member]
 
 
 def read_task_config(folder: Path) -> Fields:

@@ -21,7 +21,7 @@ from ..storage.cards import CARD_NAME
 from ..storage.json_reader import Fields
 from ..storage.pairs import companion_of
 from ..storage.tensors import CHECKSUM, check_finite, check_floating, outliers, read_tensors
-from .task_files import numbers_file, read_task_config
+from .task_files import numbers_file, read_task_config, task_sizes
 
 REST_WEIGHTS = "recast_backbone.safetensors"
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -93,7 +93,7 @@ def _task(folder: Path) -> Iterator[Finding]:
     content = read_tensors(file, floating=False)
     coefficients = {key: tensor for key, tensor in content.tensors.items() if COEFFICIENTS in key}
     check_floating(str(file), coefficients)
-    yield Finding(INFO, folder, f"a task of {sum(t.numel() for t in coefficients.values()):,} coefficients, whole")
+    yield Finding(INFO, folder, f"a task of {task_sizes(folder).coefficients:,} coefficients, whole")
     if CHECKSUM not in content.metadata:
         yield Finding(WARNING, file, "has no checksum (written by an earlier version, or by another program)")
     for key, value in outliers(coefficients).items():

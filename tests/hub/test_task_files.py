@@ -65,6 +65,16 @@ class TestSizes:
         sizes = task_sizes(tmp_path)
         assert (sizes.coefficients, sizes.others) == (0, 27)
 
+    @pytest.mark.parametrize("sharing", [2, "all", "blocks", "roles"])
+    def test_coefficients_that_modules_share_count_once(self, sharing: str | int, tmp_path: Path) -> None:
+        model = converted(num_classes=3, target_modules=["qkv", "fc1"], coefficient_sharing=sharing)
+        trained = sum(p.numel() for n, p in model.named_parameters() if "recast_coefficients" in n)
+        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path / "old", safe_serialization=False)
+        for folder in (tmp_path, tmp_path / "old"):
+            assert task_sizes(folder).coefficients == trained < sum(task_entries(folder).values()) - 27
+        assert f" ({trained} coefficients)" in (tmp_path / "README.md").read_text()
+
     def test_an_old_pickle_is_counted_alike(self, tmp_path: Path) -> None:
         model = converted(num_classes=3)
         model.save_pretrained(tmp_path / "new")
