@@ -68,7 +68,7 @@ def _as_options(text: str, options: argparse.Namespace) -> str:
     text = re.sub(r"\bRecastConfig\((\w+=.*?)\)(?=: )", r"\1", text)
     for name in set(vars(options)) - {"command", "run", "model", "task", "folder"}:
         option = f"--{name.replace('_', '-')}"
-        text = re.sub(rf"(?<![\w-]){name}=(?=['\"\w\[])", f"{option} ", text)
+        text = re.sub(rf"(?<![\w-]){name}=(?=['\"\w\[-])", f"{option} ", text)
         text = re.sub(rf"(?<![\w-]){name}=", option, text)
         if "_" in name:
             text = re.sub(rf"(?<![\w-]){name}(?!\w)", option, text)
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     kept = commands.add_parser("versions", help="list what a file of tasks was before (pool.save(path, keep=...)), or go back")
     kept.add_argument("file", type=Path)
     about = "put a version in the file's place (without a number the latest); the present one becomes the latest version"
-    kept.add_argument("--roll-back", nargs="?", type=int, const=0, metavar="NUMBER", help=about)
+    kept.add_argument("--roll-back", nargs="?", type=int, default=False, metavar="NUMBER", help=about)
     kept.set_defaults(run=_versions)
 
     merge = commands.add_parser("merge", help="write a task's model as a plain checkpoint, which needs this library no more")
@@ -226,8 +226,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _versions(options: argparse.Namespace) -> None:
-    if options.roll_back is not None:
-        print(f"version {roll_back(options.file, options.roll_back or None)} is in the place of {options.file}")
+    if options.roll_back is not False:  # None is given without a number
+        print(f"version {roll_back(options.file, options.roll_back)} is in the place of {options.file}")
     elif not versions(options.file):
         if not options.file.is_file():
             raise RecastConfigError(f"{options.file}: there is no such file")

@@ -61,6 +61,7 @@ class TestPlan:
             (["no_such_model"], "neither to timm nor to transformers"),
             (["test_vit", "--target-modules", "qqkv"], "Near: .*qkv"),
             (["test_vit", "--group-size", "0"], "plan: --group-size 0: expected"),
+            (["test_vit", "--group-size", "-3"], "plan: --group-size -3: expected"),
             (["test_vit", "--group-size", "2", "--num-groups", "3"], "--group-size 2 and --num-groups 3 were both given"),
             (["test_vit", "--num-templates", "9"], "--num-templates 9 is above .*\n  --group-size: 2\n.*larger --group-size"),
             (["test_vit", "--target-modules", "fc1", "norm"], "that --target-modules names.*with --exclude-modules"),
@@ -226,6 +227,9 @@ def test_versions_are_listed_and_rolled_back(capsys, tmp_path):
     capsys.readouterr()
     assert main(["versions", str(file), "--roll-back", "9"]) == 1
     assert "no version 9" in capsys.readouterr().err
+    assert main(["versions", str(file), "--roll-back", "0"]) == 1  # no number is the latest, and 0 is a number
+    assert "no version 0" in capsys.readouterr().err
+    assert file.read_text() == "ccc"
     file.unlink()
     assert main(["versions", str(file)]) == 0  # what is left of it can be put back
 

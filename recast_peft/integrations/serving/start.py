@@ -10,6 +10,7 @@ from peft.utils import CONFIG_NAME
 from ...auto import AutoRecastModel
 from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
+from ...validation import COUNT, check_arguments, number_above, whole
 from .batcher import TaskServer
 from .store import TaskStore
 
@@ -68,7 +69,8 @@ def serve_folder(
         options: options of ``TaskServer``.
 
     Raises:
-        RecastConfigError: if FastAPI, uvicorn or prometheus_client is missing, or nothing can be served.
+        RecastConfigError: if FastAPI, uvicorn or prometheus_client is missing, a number cannot be meant, or nothing can be
+            served.
     """
     try:
         import uvicorn
@@ -77,6 +79,9 @@ def serve_folder(
         from .app import task_app
     except ImportError as error:
         raise RecastConfigError(f"serving needs more packages ({error}): pip install 'recast_peft[serving]'") from error
+    check_arguments(whole(0, 65535), port=port)
+    check_arguments(COUNT, max_body=max_body)
+    check_arguments(number_above(0), reload_seconds=reload_seconds)
     tenants = None if tokens is None else Tenants.from_file(tokens)
     store = open_folder(folder, backbone=backbone, head_dtype=head_dtype)
     server = TaskServer(store.pool, **options)

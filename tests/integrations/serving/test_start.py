@@ -17,9 +17,9 @@ from peft import LoraConfig
 from safetensors.torch import save
 from served import CLASSES, alone, backbone
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 from recast_peft.integrations.serving import TaskServer
-from recast_peft.integrations.serving.start import open_folder
+from recast_peft.integrations.serving.start import open_folder, serve_folder
 
 
 def test_a_pool_for_tasks_with_a_lora_part_and_without(store, image):
@@ -36,6 +36,12 @@ def test_a_pool_for_tasks_with_a_lora_part_and_without(store, image):
         futures = {name: server.submit(name, image) for name in ("with", "cats")}
         torch.testing.assert_close(futures["with"].result().output, model(image[None])[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(futures["cats"].result().output, alone(store.pool, "cats", image), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"port": 99_999}, {"port": -1}, {"max_body": -1}, {"reload_seconds": float("nan")}])
+def test_numbers_that_cannot_be_meant_are_refused_before_a_model_is_built(wrong, tmp_path):
+    with pytest.raises(RecastConfigError, match=f"{next(iter(wrong))}=.*expected"):
+        serve_folder(tmp_path, **wrong)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
