@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastConfigError
 from ..names import modules_of
+from ..validation import check_arguments, number, optional
 
 
 class Strength:
@@ -28,8 +29,7 @@ class Strength:
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let a task act with a factor; 1 is what it was trained with. A task that has nothing here is passed over."""
-        if not isinstance(scale, (int, float, Tensor)):
-            raise RecastConfigError(f"set_scale({adapter!r}, {scale!r}): expected a number")
+        check_arguments(_factor, scale=scale)
         if self.has_task(adapter):
             if scale != 1 and adapter in self.without_strength:
                 warnings.warn(
@@ -41,16 +41,23 @@ class Strength:
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the factors of the active tasks."""
+        check_arguments(_factor, scale=scale)
         for name in self.active_adapters:
             self.set_scale(name, self.scaling.get(name, 1.0) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the factors of the active tasks; None sets them to 1."""
+        check_arguments(optional(_factor), scale=scale)
         for name in self.active_adapters:
             self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
 
     def rescaled(self) -> None:
         """Called after a factor was set."""
+
+
+def _factor(value: Any) -> Any:
+    """A finite number; a tensor of one is not looked at, since a device would be waited for."""
+    return value if isinstance(value, Tensor) else number(value)
 
 
 def at_strength(base: Tensor, changed: Tensor, factor: float) -> Tensor:
@@ -71,10 +78,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
     Raises:
         TypeError: if the multiplier is no number.
-        RecastConfigError: if the model has no layer that could be scaled.
+        RecastConfigError: if the multiplier is not finite, or the model has no layer that could be scaled.
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    check_arguments(number, multiplier=multiplier)
     layers = modules_of(model, Strength, LoraLayer)
     if not layers:
         raise RecastConfigError("the model has no RECAST or LoRA layer whose strength could be set")

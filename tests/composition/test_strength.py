@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -406,6 +407,10 @@ def test_a_deleted_task_leaves_no_strength_behind() -> None:
 def test_a_strength_that_is_no_number_is_refused_before_anything_changes():
     model = converted(init_weights=False)
     layer, before = next(iter(layers_of(model).values())), outputs(model, vit_input())
-    with pytest.raises(RecastConfigError, match="'default', 'half'.*expected a number"):
-        layer.set_scale("default", "half")
+    for wrong in ("half", math.nan, math.inf, [1.0]):
+        for verb in (lambda scale: layer.set_scale("default", scale), layer.scale_layer, layer.unscale_layer):
+            with pytest.raises(RecastConfigError, match="scale=.*expected a finite number"):
+                verb(wrong)
+    with pytest.raises(RecastConfigError, match="multiplier=nan"), rescale_adapter_scale(model, math.nan):
+        pass
     assert torch.equal(outputs(model, vit_input()), before)
