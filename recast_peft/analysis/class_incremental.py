@@ -11,7 +11,7 @@ Source: McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import RecastSequenceError
 from ..validation import COUNT, SEED, check_arguments, number_above, optional
@@ -58,7 +58,8 @@ class IncrementalClassifier:
             classes: the name of each number; None takes the numbers themselves.
 
         Raises:
-            RecastSequenceError: if shapes do not fit, or a label has no name.
+            RecastSequenceError: if shapes do not fit, a label has no name, or the classifier cannot be solved for; nothing is
+                learned then.
         """
         hidden = self._hidden(features)
         numbers = labels.tolist()
@@ -69,16 +70,19 @@ class IncrementalClassifier:
         if classes is not None and not 0 <= min(numbers) <= max(numbers) < len(classes):
             raise RecastSequenceError(f"labels are {min(numbers)} to {max(numbers)}, and classes names {len(classes)}")
         names = numbers if classes is None else [classes[number] for number in numbers]
-        self.classes += [name for name in dict.fromkeys(names) if name not in self.classes]
-        wanted = torch.zeros(len(names), len(self.classes), dtype=torch.float64)
-        wanted[torch.arange(len(names)), [self.classes.index(name) for name in names]] = 1.0
-        self._sums = torch.cat(
-            [self._sums, self._sums.new_zeros(len(self._sums), wanted.shape[1] - self._sums.shape[1])], dim=1
-        )
-        ridge = self.ridge or self._best_ridge(hidden, wanted)
-        self._gram += hidden.T @ hidden
-        self._sums += hidden.T @ wanted
-        self.weight = self._solved(self._gram, self._sums, ridge)
+        all_classes = list(dict.fromkeys([*self.classes, *names]))
+        wanted = torch.zeros(len(names), len(all_classes), dtype=torch.float64)
+        wanted[torch.arange(len(names)), [all_classes.index(name) for name in names]] = 1.0
+        before = nn.functional.pad(self._sums, (0, len(all_classes) - len(self.classes)))
+        ridge = self.ridge or self._best_ridge(hidden, wanted, before)
+        gram, sums = self._gram + hidden.T @ hidden, before + hidden.T @ wanted
+        weight = self._solved(gram, sums, ridge)
+        if not weight.isfinite().all():
+            raise RecastSequenceError(
+                f"no classifier of these examples can be solved for with ridge {ridge:g}: their features are all zero, too "
+                "large, or depend on each other. Look at the features, or give a larger ridge"
+            )
+        self.classes, self._gram, self._sums, self.weight = all_classes, gram, sums, weight
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores ``(samples, classes)`` of all classes so far, about 1 for a sample's own and 0 for the others."""
@@ -98,20 +102,23 @@ class IncrementalClassifier:
         if features.ndim != 2 or features.shape[1] != self.features:
             raise RecastSequenceError(f"features have shape {tuple(features.shape)}; expected (samples, {self.features})")
         x = features.detach().cpu().double()
+        if not x.isfinite().all():
+            raise RecastSequenceError("features hold what is no finite number: look at the images, and at the model's dtype")
         return x if self._projection is None else torch.relu(x @ self._projection)
 
-    def _best_ridge(self, hidden: Tensor, wanted: Tensor) -> float:
+    def _best_ridge(self, hidden: Tensor, wanted: Tensor, before: Tensor) -> float:
         order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))
         judged = order % HELD_OUT == 0
         if not judged.any() or judged.all():
             return 1e-2
         gram = self._gram + hidden[~judged].T @ hidden[~judged]
-        sums = self._sums + hidden[~judged].T @ wanted[~judged]
+        sums = before + hidden[~judged].T @ wanted[~judged]
         errors = [(hidden[judged] @ self._solved(gram, sums, ridge) - wanted[judged]).square().mean() for ridge in RIDGES]
-        return RIDGES[int(torch.stack(errors).argmin())]
+        return RIDGES[int(torch.stack(errors).nan_to_num(nan=torch.inf).argmin())]
 
     @staticmethod
     def _solved(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:
         ridged = gram.clone()
         ridged.diagonal().add_(ridge * gram.diagonal().mean())
-        return torch.cholesky_solve(sums, torch.linalg.cholesky_ex(ridged).L)  # half of what a solver for any matrix takes
+        factor, failed = torch.linalg.cholesky_ex(ridged)  # half of what a solver for any matrix takes
+        return torch.full_like(sums, torch.nan) if failed else torch.cholesky_solve(sums, factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from ..errors import RecastSequenceError
 from ..planning.table import aligned
+from ..validation import shown
 from .metrics import average_accuracy, average_incremental_accuracy, backward_transfer, forgetting, forward_transfer
 
 
@@ -42,9 +44,12 @@ class AccuracyMatrix:
         Raises:
             RecastSequenceError: if there is no such task, or the accuracy is not finite.
         """
-        value = float(accuracy)
-        if not np.isfinite(value):
-            raise RecastSequenceError(f"accuracy on {task!r} after {after!r}: {accuracy}; a finite number is expected")
+        try:
+            value = float(accuracy)
+        except (TypeError, ValueError, RuntimeError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise RecastSequenceError(f"accuracy on {task!r} after {after!r}: {shown(accuracy)}; a finite number is expected")
         if after is None:
             self.baseline[self._index(task)] = value
         else:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import RecastSequenceError
@@ -69,7 +70,7 @@ def forward_transfer(matrix: ArrayLike, baseline: ArrayLike, after: int | None =
         RecastSequenceError: as for :func:`average_accuracy`; at least two tasks are needed.
     """
     R, last = _checked(matrix, after, at_least=2)
-    b = np.asarray(baseline, dtype=float)
+    b = _numbers("baseline", baseline)
     if b.shape != (len(R),):
         raise RecastSequenceError(
             f"baseline has another length than there are tasks\n  tasks:    {len(R)}\n  baseline: {tuple(b.shape)}"
@@ -94,15 +95,24 @@ def forgetting(matrix: ArrayLike, after: int | None = None) -> float:
 
 
 def _checked(matrix: ArrayLike, after: int | None, at_least: int = 1) -> tuple[NDArray[np.float64], int]:
-    R = np.asarray(matrix, dtype=np.float64)
+    R = _numbers("an accuracy matrix", matrix)
     if R.ndim != 2 or R.shape[0] != R.shape[1] or not len(R):
         raise RecastSequenceError(f"an accuracy matrix is square, with a row and a column for each task; given: {R.shape}")
     last = len(R) - 1 if after is None else after
-    if not 0 <= last < len(R):
+    if not isinstance(last, (int, np.integer)) or not 0 <= last < len(R):
         raise RecastSequenceError(f"after={after}: expected the number of a task, 0 to {len(R) - 1}")
     if last + 1 < at_least:
         raise RecastSequenceError(f"{at_least} tasks must have been learned, not {last + 1}: there is nothing to compare yet")
     return R, last
+
+
+def _numbers(what: str, given: ArrayLike) -> NDArray[np.float64]:
+    if isinstance(given, torch.Tensor):  # of any dtype and device
+        given = given.detach().cpu().double()
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecastSequenceError(f"{what} holds what is no number, or rows of unequal length: {error}") from error
 
 
 def _entries(R: NDArray[np.float64], places: list[tuple[int, int]]) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..config import RecastConfig
 from ..errors import RecastSequenceError
 from ..mimicry.features import evaluating
 from ..pool.pool import TaskPool
-from ..validation import is_count
+from ..validation import COUNT, check_arguments, is_count
 from .class_incremental import IncrementalClassifier
 from .matrix import AccuracyMatrix
 from .sequence import learn_in_sequence
@@ -161,6 +162,10 @@ def split_tasks(protocol: Protocol, train: Any, test: Any) -> dict[str, ClassTas
     """
     parts: list[list[_Part]] = []
     for what, data in (("train", train), ("test", test)):
+        if not hasattr(data, "targets"):
+            raise RecastSequenceError(
+                f"{what} is a {type(data).__name__} without targets: expected a data set of torchvision, or Rows"
+            )
         labels = [int(label) for label in data.targets]
         if {*labels} != {*range(protocol.classes)}:
             raise RecastSequenceError(
@@ -243,7 +248,8 @@ def learn_untold(
     """Tell all classes so far apart by a classifier in closed form; no task is told, and no gradient is needed.
 
     Args:
-        features: what makes ``(samples, features)`` of images, such as a frozen backbone without its classifier.
+        features: what makes ``(samples, features)`` of images, such as a frozen backbone without its classifier; a module is
+            called in evaluation mode.
         tasks: as ``split_tasks`` gives them.
         classifier: to be taught; None is a fresh one with random features.
         batch_size: samples that are computed together.
@@ -270,8 +276,8 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
         tasks: as ``split_tasks`` gives them.
         batch_size: samples that are computed together.
     """
-    pool = TaskPool(model, like=next(iter(tasks)), slot="routed tasks")
     matrix = AccuracyMatrix(list(tasks))
+    pool = TaskPool(model, like=matrix.tasks[0], slot="routed tasks")
     seen: list[str] = []
     with evaluating(model), torch.no_grad():
         for name, task in tasks.items():
@@ -301,6 +307,9 @@ def _with_classes(config: RecastConfig | None, classes: int) -> RecastConfig:
 
 
 def _batches(data: Any, size: int, model: nn.Module | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    check_arguments(COUNT, batch_size=size)
+    if not len(data):
+        raise RecastSequenceError("a task has no samples: expected at least one to learn from, and one to test")
     device = next((p.device for p in model.parameters()), None) if model is not None else None
     for x, y in DataLoader(data, batch_size=size):
         yield (x, y) if device is None else (x.to(device), y.to(device))
@@ -312,8 +321,9 @@ def _all(data: Any, size: int, model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _features(features: Callable[[Tensor], Tensor], data: Any, size: int) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        found = [(features(x).cpu(), y) for x, y in _batches(data, size, features if isinstance(features, nn.Module) else None)]
+    model = features if isinstance(features, nn.Module) else None
+    with nullcontext() if model is None else evaluating(model), torch.no_grad():
+        found = [(features(x).cpu(), y) for x, y in _batches(data, size, model)]
     return torch.cat([x for x, _ in found]), torch.cat([y.cpu() for _, y in found])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..composition.compose import compose_weight
 from ..errors import RecastBankError, RecastConfigError
+from ..growth.sources import check_plain
 from ..layer import RecastLayer, recast_layers
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
@@ -147,7 +148,7 @@ def mimicry_report(
         the report.
 
     Raises:
-        RecastConfigError: if the model is not converted.
+        RecastConfigError: if the model is not converted, or ``reference`` is not the plain model that it was made from.
         RecastBankError: if a task is merged, or the features of released weights are asked for without ``reference``.
     """
     check_is_module(model)
@@ -161,14 +162,14 @@ def mimicry_report(
     banks = task_banks(model, adapter_name) if adapter_name else {}
     if not banks:
         raise RecastConfigError(f"the model has no task {adapter_name!r}; give the adapter_name of one")
+    if reference is not None:
+        _check_reference(reference, layers)
     modules = []
     for bank in banks.values():
-        weights = None
-        if reference is not None:
-            weights = [getattr(reference.get_submodule(name), layers[name].weight_name) for name in bank.members]
         if bank.is_anchored:
             found: dict[str, Fidelity] = dict.fromkeys(bank.members, EXACT)
-        elif weights is not None and bank.templates is not None and bank.base_coefficients is not None:
+        elif reference is not None and bank.templates is not None and bank.base_coefficients is not None:
+            weights = [getattr(reference.get_submodule(name), layers[name].weight_name) for name in bank.members]
             found = dict(zip(bank.members, measure_fidelity(weights, bank.templates, bank.base_coefficients), strict=True))
         else:
             found = bank.fidelity
@@ -178,6 +179,18 @@ def mimicry_report(
             modules.append(ModuleFidelity(member, bank.name, bank.is_anchored, *figures))
     features = () if batch is None else _compare_features(model, layers, batch, reference)
     return MimicryReport(tuple(modules), features)
+
+
+def _check_reference(reference: nn.Module, layers: dict[str, RecastLayer]) -> None:
+    check_plain(reference, "reference=")
+    known = dict(reference.named_modules())
+    for name, layer in layers.items():
+        weight = getattr(known.get(name), layer.weight_name, None)
+        if weight is None or (layer.is_released and weight.shape != layer.weight_shape):
+            raise RecastConfigError(
+                f"reference= is another model: its weight of {name} is not that of the model before it was converted\n"
+                f"  given:    {'none' if weight is None else tuple(weight.shape)}\n  expected: {tuple(layer.weight_shape)}"
+            )
 
 
 def _compare_features(
@@ -256,6 +269,10 @@ def _mimicked(layer: RecastLayer) -> Any:
 
 
 def _compare(name: str, mine: Tensor, wanted: Tensor) -> FeatureFidelity:
+    if mine.shape != wanted.shape:
+        raise RecastConfigError(
+            f"reference= gives another shape for {name}\n  given:    {tuple(wanted.shape)}\n  expected: {tuple(mine.shape)}"
+        )
     a, b = mine.flatten(1).double(), wanted.to(mine.device).flatten(1).double()
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).mean()
     return FeatureFidelity(name, float(cosine), float((a - b).norm() / b.norm().clamp_min(1e-300)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from ..errors import RecastConfigError
+from ..errors import RecastBankError, RecastConfigError
 from ..growth.sources import check_plain
 from ..mimicry import gram_matrix
 from ..planning.plan import RecastPlan
@@ -193,4 +193,6 @@ class _Inner:
             total += float(gram.diagonal().sum())
             values = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
             lost += float(values[: len(group.members) - group.num_templates].sum())
+        if not math.isfinite(total):
+            raise RecastBankError("the target modules hold numbers that are not finite: load the pretrained weights anew")
         return math.sqrt(lost / total) if total > 0 else 0.0

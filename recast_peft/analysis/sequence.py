@@ -152,6 +152,8 @@ def learn_in_sequence(
         RecastError: if a task cannot be made.
     """
     check_arguments(function, train=train, evaluate=evaluate)
+    if not isinstance(tasks, Mapping):
+        raise RecastSequenceError(f"tasks={shown(tasks)}: expected a dictionary of what train and evaluate are given, by name")
     matrix = AccuracyMatrix(list(tasks))
     _check_names(model, tasks, config)
     plain = None if grow is None else _checked_plain(model, tasks, config, grow, grow_every)
@@ -159,6 +161,7 @@ def learn_in_sequence(
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             for name, task in tasks.items():
                 matrix.record(None, name, _measure(model, evaluate, task))
+    before = {name: _numbers(model, name) for name in model.peft_config} if isinstance(model, PeftModel) else {}
     earlier: dict[str, dict[str, Tensor]] = {}
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
     for place, (name, task) in enumerate(bar, start=1):
@@ -166,7 +169,7 @@ def learn_in_sequence(
         model = _add_task(model, name, config, None if grow is None else grow.bank)
         model.train()
         train(model, task)
-        _check_untouched(model, earlier)
+        _check_untouched(model, before | earlier)
         earlier[name] = _numbers(model, name)
         for other in tasks if evaluate_unseen else earlier:
             model.set_adapter(other if other in earlier else name)

@@ -84,8 +84,27 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
         with pytest.raises(RecastSequenceError, match=message):
             found.learn(*arguments)
     assert found.classes == []
+    for broken in (x * math.nan, x * math.inf):
+        with pytest.raises(RecastSequenceError, match="no finite number"):
+            found.learn(broken, y)
+    with pytest.raises(RecastSequenceError, match=r"with ridge 1e-06: their features are all zero"):
+        found.learn(x * 0, y)
+    found.learn(x, y)
+    before = found.predict(x), found.weight.clone()
+    with pytest.raises(RecastSequenceError, match="too large"):
+        found.learn(x.double() * 1e200, y + 2)
+    with pytest.raises(RecastSequenceError, match="no finite number"):
+        found.predict(x * math.nan)
+    assert found.classes == [0, 1]
+    assert torch.equal(found.weight, before[1])
+    found.learn(x, y)
+    assert found.predict(x) == before[0]
+    assert found.classes == [0, 1]
+    found = IncrementalClassifier(FEATURES, projections=None, ridge=1e-20)
+    with pytest.raises(RecastSequenceError, match="depend on each other"):
+        found.learn(x[:, :1].repeat(1, FEATURES), y)
     with pytest.raises(RecastSequenceError, match="nothing was learned"):
-        found.predict(x)
+        found.predict(x[:1])
     for fields in ({"features": None}, {"projections": 0}, {"ridge": 0.0}, {"ridge": math.inf}, {"seed": 1.5}):
         with pytest.raises(RecastConfigError, match=next(iter(fields))):
             IncrementalClassifier(**{"features": FEATURES, **fields})  # type: ignore[arg-type]

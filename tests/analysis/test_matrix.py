@@ -95,8 +95,9 @@ class TestTheMatrix:
         matrix = filled()
         with pytest.raises(RecastSequenceError, match="planes"):
             matrix.record("planes", "cars", 0.5)
-        with pytest.raises(RecastSequenceError, match="finite"):
-            matrix.record("cars", "cars", nan)
+        for wrong in (nan, None, "high", [0.5, 0.5]):
+            with pytest.raises(RecastSequenceError, match="a finite number is expected"):
+                matrix.record("cars", "cars", wrong)  # type: ignore[arg-type]
 
     def test_is_drawn(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")

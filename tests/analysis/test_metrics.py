@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,8 +75,20 @@ class TestTheMeasures:
         with pytest.raises(RecastSequenceError, match="square"):
             average_accuracy(matrix)
 
-    @pytest.mark.parametrize("after", [-1, 3])
-    def test_refuse_a_task_that_is_not_there(self, after: int) -> None:
+    @pytest.mark.parametrize("matrix", [[["a"]], [[0.5, 0.6], [0.5]], "half"])
+    def test_refuse_what_are_no_numbers(self, matrix: Any) -> None:
+        with pytest.raises(RecastSequenceError, match="no number, or rows of unequal length"):
+            average_accuracy(matrix)
+
+    def test_of_tensors_in_training_and_in_half_precision(self) -> None:
+        R = torch.tensor(FORGETFUL, requires_grad=True)
+        assert forgetting(R) == pytest.approx(forgetting(FORGETFUL))
+        assert forward_transfer(R.bfloat16(), torch.tensor(BASELINE).bfloat16()) == pytest.approx(
+            forward_transfer(FORGETFUL, BASELINE), abs=0.01
+        )
+
+    @pytest.mark.parametrize("after", [-1, 3, 1.0])
+    def test_refuse_a_task_that_is_not_there(self, after: Any) -> None:
         with pytest.raises(RecastSequenceError, match="0 to 2"):
             average_accuracy(FORGETFUL, after=after)
 

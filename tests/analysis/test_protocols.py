@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR100, cifar
 from torchvision.transforms.functional import to_tensor
 
-from recast_peft import RecastConfig, RecastSequenceError
+from recast_peft import RecastConfig, RecastConfigError, RecastSequenceError
 from recast_peft.analysis.class_incremental import IncrementalClassifier
 from recast_peft.analysis.protocols import (
     PROTOCOLS,
@@ -120,6 +120,28 @@ def test_untold_classes_of_all_tasks_are_told_apart() -> None:
     made = Made([5] * 6, 2)
     right = [a == b for a, b in zip(classifier.predict(made.x), made.targets, strict=True)]
     assert result.last == pytest.approx(sum(right) / len(right))
+
+
+def test_untold_a_module_is_asked_in_evaluation_mode_and_stays_as_it_was() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Dropout(0.9)).train()
+    steps = learn_untold(model, tasks()).steps
+    assert model.training
+    assert int(model[0].num_batches_tracked) == 0
+    assert steps == learn_untold(model.eval(), tasks()).steps
+
+
+def test_what_has_no_samples_is_refused() -> None:
+    found = tasks()
+    with pytest.raises(RecastSequenceError, match="no samples"):
+        learn_untold(nn.Identity(), {"task 0": ClassTask([0, 1], [], found["task 0"].test)})
+    with pytest.raises(RecastConfigError, match="batch_size=0"):
+        learn_untold(nn.Identity(), found, batch_size=0)
+    with pytest.raises(RecastSequenceError, match="Subset without targets"):
+        split_tasks(Protocol(6, 2), torch.utils.data.Subset(Made([5] * 6, 1), [0]), Made([5] * 6, 2))
+    model = learn_told(backbone(), found, train, config=RecastConfig(target_modules=["0", "2"], head_module="4")).model
+    assert model is not None
+    with pytest.raises(RecastSequenceError, match="at least one"):
+        answer_routed(model, {})
 
 
 def test_steps_count_samples_and_not_tasks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,20 @@ class TestFeatures:
         model.merge_adapter()
         with pytest.raises(RecastBankError, match="unmerge_adapter"):
             mimicry_report(model, X)
+
+    @pytest.mark.parametrize(
+        ("reference", "said"),
+        [
+            (lambda: tiny_vit(width=32), r"given:    \(96, 32\)"),
+            (lambda: nn.Linear(2, 2), "given:    none"),
+            (lambda: converted(num_templates=1), "converted already"),
+            (lambda: tiny_vit(classes=7), "another shape for output"),
+        ],
+        ids=["wider", "of another class", "converted", "with another head"],
+    )
+    def test_refuse_another_model_as_reference(self, reference: Callable[[], nn.Module], said: str) -> None:
+        with pytest.raises(RecastConfigError, match=said):
+            mimicry_report(converted(num_templates=1), X, reference=reference())
 
     def test_of_a_batch_in_every_form(self) -> None:
         model = converted(num_templates=1, keep_base_weights=True)

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from recast_peft import (
+    RecastBankError,
     RecastConfig,
     RecastConfigError,
     get_recast_model,
@@ -211,6 +212,12 @@ class TestTable:
         with pytest.raises(ValueError, match="smaller group_sizes") as caught:
             scaling_table(model, group_sizes=(50,))
         assert isinstance(caught.value, RecastConfigError)
+
+    def test_has_no_error_for_weights_that_are_not_finite(self) -> None:
+        model = tiny_vit()
+        model.blocks[0].mlp.fc1.weight.data[0, 0] = float("nan")
+        with pytest.raises(RecastBankError, match="not finite"):
+            scaling_table(model, "all-mlp", group_sizes=(2,))
 
     @pytest.mark.parametrize(
         "sizes", [{"group_sizes": 2}, {"group_sizes": (0,)}, {"templates": [1.5]}, {"coefficient_sets": []}]

@@ -140,6 +140,9 @@ class TestLearningInSequence:
                     if isinstance(module, RecastLayer):
                         module.recast_coefficients["one"].add_(1.0)
 
+        with pytest.raises(RecastSequenceError, match="changed the earlier task 'one'"):  # that the model has already
+            options = {"config": CONFIG, "progress": False}
+            learn_in_sequence(get_recast_model(TinyModel(), CONFIG, "one"), make_tasks("two"), rough, evaluate, **options)
         with pytest.raises(RecastSequenceError, match="changed the earlier task 'one'"):
             learn_in_sequence(TinyModel(), make_tasks("one", "two"), rough, evaluate, config=CONFIG, progress=False)
 
@@ -160,6 +163,10 @@ class TestLearningInSequence:
         with pytest.raises(RecastSequenceError, match="'one' already"):
             learn_in_sequence(model, make_tasks("two", "one"), train, evaluate, progress=False)
         assert list(model.peft_config) == ["one"]
+
+    def test_refuses_tasks_without_names(self) -> None:
+        with pytest.raises(RecastSequenceError, match=r"tasks=\['one'\]: expected a dictionary"):
+            learn_in_sequence(TinyModel(), ["one"], rough_training, evaluate)  # type: ignore[arg-type]
 
     def test_refuses_names_that_cannot_be_stored_before_it_starts(self) -> None:
         with pytest.raises(RecastConfigError, match="without slashes"):
