@@ -110,14 +110,20 @@ def product_by_sample(module: Any, x: Tensor, weights: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return (x.reshape(len(x), -1, x.shape[-1]) @ weights.mT).view(*x.shape[:-1], weights.shape[1])
-    is_of_places = {*module.kernel_size, *module.stride, module.groups} == {1}
-    if is_of_places and not any(module._reversed_padding_repeated_twice):
+    if is_of_places(module):
         return (weights.flatten(2) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
     convolution = CONVOLUTIONS[module.weight.ndim]  # all samples as the groups of one
     groups = len(x) * module.groups
     joined = x.reshape(1, -1, *x.shape[2:])
     y = convolution(joined, weights.flatten(0, 1), None, module.stride, module.padding, module.dilation, groups)
     return y.view(len(x), -1, *y.shape[2:])
+
+
+def is_of_places(module: Any) -> bool:
+    """Whether a linear layer or a convolution computes every place of its input by itself."""
+    if isinstance(module, nn.Linear):
+        return True
+    return {*module.kernel_size, *module.stride, module.groups} == {1} and not any(module._reversed_padding_repeated_twice)
 
 
 def one_task_for_all(layer: Any) -> RecastBankError:

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel
 from pooled_parts import CASES, NAMES, PART, answer, each_alone, pool_of, with_tasks
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
-from recast_peft.integrations.export import export_task
 from recast_peft.pool.files import describe_pool
 
 
@@ -164,12 +163,6 @@ class TestRefusals:
                     pool.add("new", source)
         pool.add("alone", "alone")  # tasks without one can be in its pool
         assert pool.lora_factors("alone") == {}
-
-    def test_exporting(self, tmp_path):
-        model, _ = with_tasks()
-        pool = pool_of(model)
-        with pytest.raises(RecastBankError, match="a LoRA part"):
-            export_task(pool, tmp_path / "task", "t0")
 
     def test_sums_that_a_row_cannot_hold_and_pruned_parts(self):
         model, _ = with_tasks()

@@ -2,6 +2,7 @@
 
 tasks.py    a task (or many) as plain tensors, and the files that hold them
 layers.py   modules that compute with a task that is given to the call
+lora.py     the LoRA part of such a task
 graph.py    the model with such modules in place of ours, and what cannot be exported
 program.py  torch.export and AOTInductor
 onnx.py     ONNX

@@ -17,12 +17,15 @@ from ...layer import RecastLayer
 from ...names import PARTNER_CONTAINER, modules_of
 from ...parts.bias_part import bias_holders
 from ...parts.head import TaskHead
+from ...parts.lora import PartLayer
+from ...parts.lora_strength import part_layers
 from ...parts.partner import detach_partners
 from ...parts.readout import readout_holders
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
 from ...validation import checked_names, shown
 from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
+from .lora import TaskedPart
 from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
 
 INPUT, TABLE = "input", "table"
@@ -84,7 +87,9 @@ class TaskGraph(nn.Module):
 
     def _factors(self, row: Tensor) -> dict[str, Tensor]:
         """What the templates of every target and bias are multiplied by, for all of them at once."""
-        if self.followed is not None:
+        if self.followed is None:
+            row = row[:, : self.base.shape[1]]  # behind them are the factors of a LoRA part
+        else:
             row = torch.nn.functional.pad(row, (1, 0))[:, self.followed]
         return dict(zip(self.names, (row + self.base).split(self.sizes, dim=1), strict=True))
 
@@ -300,18 +305,11 @@ def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] 
     model: nn.Module = copy.deepcopy(source.backbone, held)
     holders, readouts = bias_holders(model, source.adapter), readout_holders(model, source.adapter)
     detach_partners(model)
-    own = {name for task in read or [source.example()] for name in task.owned}
-    replaced: dict[int, nn.Module] = {}
-
-    def stand_in(module: nn.Module) -> nn.Module:
-        if id(module) not in replaced:
-            replaced[id(module)] = _stand_in(source, module, given, way, read, own)
-        return replaced[id(module)]
-
+    stand_ins = StandIns(source, model, given, way, read)
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
-            if isinstance(child, (RecastLayer, TaskModule)):
-                parent._modules[key] = stand_in(child)
+            if isinstance(child, (RecastLayer, TaskModule, PartLayer)):
+                parent._modules[key] = stand_ins.of(child)
     model._modules.pop(PARTNER_CONTAINER, None)
     layers = {id(module.base): module for module in modules_of(model, TaskedLayer)}
     biases = [TaskedBias(holder, source.adapter, source.layout.slices, given) for holder in holders]
@@ -323,20 +321,44 @@ def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] 
     return model, biases
 
 
-def _stand_in(source: Source, module: Any, given: Given, way: str, read: list[GraphTask] | None, own: set[str]) -> nn.Module:
-    if isinstance(module, RecastLayer):
-        if source.adapter not in module.recast_coefficients:
-            return module.get_base_layer()
-        bank, columns = module.recast_bank[source.adapter], source.layout.slices[module.module_name]
-        return TaskedLayer(module, bank, columns, given, way)
-    start = f"{module.module_name}."
-    if not any(name.startswith(start) for name in own):
-        return module.original_module
-    if read is not None:
-        return _classifiers(module, read, given)
-    like = source.owned_module(module)
-    has_classes = isinstance(module, TaskHead) and type(like) is nn.Linear and like.out_features > 1
-    return TaskedModule(module.module_name, like, given, has_classes)
+class StandIns:
+    """What stands for the modules of a copy of the model, each made once."""
+
+    def __init__(self, source: Source, model: nn.Module, given: Given, way: str, read: list[GraphTask] | None) -> None:
+        self.source, self.given, self.way, self.read = source, given, way, read
+        self.own = {name for task in read or [source.example()] for name in task.owned}
+        self.parts = {id(one.get_base_layer()): one for one in part_layers(model) if one.has_task(source.adapter)}
+        self.made: dict[int, nn.Module] = {}
+
+    def of(self, module: Any) -> nn.Module:
+        """What stands for a module; the module itself, if the task has nothing there."""
+        if isinstance(module, PartLayer):  # around a plain module, or around or inside a layer of ours
+            return self.of(next(iter(module.recast_beside), module.get_base_layer()))
+        if id(module) not in self.made:
+            self.made[id(module)] = self._make(module)
+        return self.made[id(module)]
+
+    def _make(self, module: Any) -> nn.Module:
+        if isinstance(module, TaskModule):
+            return self._owned(module)
+        source, plain, made = self.source, module, module
+        if isinstance(module, RecastLayer):
+            plain = made = module.get_base_layer()
+            if source.adapter in module.recast_coefficients:
+                bank, columns = module.recast_bank[source.adapter], source.layout.slices[module.module_name]
+                made = TaskedLayer(module, bank, columns, self.given, self.way)
+        if id(plain) not in self.parts:
+            return made
+        return TaskedPart(made, self.parts[id(plain)], source.adapter, source.layout.slices, self.given)
+
+    def _owned(self, module: Any) -> nn.Module:
+        if not any(name.startswith(f"{module.module_name}.") for name in self.own):
+            return self.of(module.original_module)
+        if self.read is not None:
+            return _classifiers(module, self.read, self.given)
+        like = self.source.owned_module(module)
+        has_classes = isinstance(module, TaskHead) and type(like) is nn.Linear and like.out_features > 1
+        return TaskedModule(module.module_name, like, self.given, has_classes)
 
 
 def _classifiers(module: Any, read: list[GraphTask], given: Given) -> ClassifierTable:

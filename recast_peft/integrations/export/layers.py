@@ -54,13 +54,24 @@ class Given:
         Raises:
             RecastBankError: if every sample has its own task, and the rows are no samples.
         """
-        factors = self.factors[name]
-        if self.rows is not None and x.shape[0] != factors.shape[0]:
+        self.check_samples(place, x)
+        return self.factors[name]
+
+    def check_samples(self, place: str, x: Tensor) -> None:
+        """Refuse a tensor ``(rows, ...)`` whose rows are no samples, where every sample has its own task."""
+        if self.rows is not None and x.shape[0] != self.row.shape[0]:
             raise RecastBankError(
-                f"{place} is called with {x.shape[0]} rows for {factors.shape[0]} samples, so it cannot have another task "
+                f"{place} is called with {x.shape[0]} rows for {self.row.shape[0]} samples, so it cannot have another task "
                 "for each sample: export the model with tasks='input'"
             )
-        return factors
+
+    def check_one_task(self, place: str) -> None:
+        """Refuse to give a weight, where every sample has its own task."""
+        if self.rows is not None:
+            raise RecastBankError(
+                f"the weight of {place} is read, or its module is no product with it, so it cannot have another task for "
+                "each sample: export the model with tasks='input'"
+            )
 
 
 class TemplateStack(nn.Module):
@@ -121,11 +132,7 @@ class TaskedLayer(nn.Module):
             RecastBankError: where every sample has its own task.
         """
         layer, bank, given = self._held
-        if given.rows is not None:
-            raise RecastBankError(
-                f"the weight of {self.name} is read, or its module is no product with it, so it cannot have another task for "
-                "each sample: export the model with tasks='input'"
-            )
+        given.check_one_task(self.name)
         offsets = given.row[0, self.columns]
         return compose_weight(layer.pretrained_weight, bank.get_templates(offsets.device), offsets)
 

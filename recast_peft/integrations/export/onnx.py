@@ -56,8 +56,8 @@ def export_onnx(
 
     Raises:
         RecastConfigError: if an argument cannot be used, or onnx or onnxscript is not installed.
-        RecastBankError: if a task has what a graph cannot express (a LoRA part, partners, masks, trained biases, a compressed
-            bank, quantised weights), or is merged; nothing is written.
+        RecastBankError: if a task has what a graph cannot express (partners, masks, trained biases, a compressed bank,
+            quantised weights, a LoRA part that is more than two factors), or is merged; nothing is written.
     """
     check_is_no_folder(path, "model.onnx")
     missing = [name for name in NEEDED if find_spec(name) is None]

@@ -1,6 +1,6 @@
 """A task as plain tensors, named and shaped as the inputs of an exported graph, and files that any language reads.
 
-    coefficients     (numbers per task,) float32, the modules side by side
+    coefficients     (numbers per task,) float32, the modules side by side; behind them the factors of a LoRA part
     <module>.<key>   tensors of the modules that the task owns: its classifier, norms
 
 A file is safetensors: eight bytes with the length of a JSON header, the header, the numbers. docs/reference/files.md reads one
@@ -29,6 +29,7 @@ from ...model import RecastModel
 from ...names import modules_of, unwrapped
 from ...parts import PARTS
 from ...parts.bias_part import bias_coefficients, bias_holders
+from ...parts.lora import A_PART, PartLayer
 from ...parts.saved import TaskNorm
 from ...parts.wrapper import TaskModule
 from ...pool.layout import PoolLayout, same_layout
@@ -36,6 +37,7 @@ from ...pool.pool import TaskPool
 from ...storage.tensors import write_tensors
 from ...tasks.verbs import merged_tasks
 from ...validation import check_is_no_folder, check_is_task, checked_names
+from .lora import part_columns, refusals_of_part
 
 COEFFICIENTS = "coefficients"
 LAYOUT = "recast_layout"  # the entry of the metadata of graphs and files that says which belong together
@@ -49,7 +51,7 @@ class GraphTask:
 
     Attributes:
         name: of the task.
-        row: coefficients ``(numbers per task,)``.
+        row: coefficients and the factors of a LoRA part, ``(numbers per task,)``.
         owned: tensors of the modules that it owns, by the plain model's names.
     """
 
@@ -121,15 +123,14 @@ class Source:
 
         Raises:
             RecastConfigError: if there is none.
-            RecastBankError: if it has other targets or banks, or the tasks of the pool have a LoRA part.
+            RecastBankError: if it has other targets or banks, or a LoRA part that there is no room for.
         """
         if self.pool is not None:
-            if self.layout.lora.entries:
-                check_exportable(self.backbone, self.adapter, self.config)
-            values = self.pool.coefficients(name)
+            part = part_columns(self.layout, name, self.adapter, self.pool.lora_factors(name))
+            numbers = [*self.pool.coefficients(name).values(), part]
             head = self.pool.prepared_head(name)
             owned = {} if head is None else {f"{head.place}.{key}": value for key, value in floating(head.module).items()}
-            return GraphTask(name, torch.cat([values[key] for key in self.layout.slices]), owned)
+            return GraphTask(name, torch.cat([values.cpu() for values in numbers]), owned)
         config = self._config(name)
         if not same_layout(config, self.config):
             raise RecastBankError(
@@ -142,6 +143,8 @@ class Source:
         strengths = bias_strengths(self.backbone, name)
         for key, offset in bias_coefficients(self.backbone, name).items():
             row[self.layout.slices[key]] = strengths[key] * offset.detach().float().cpu()
+        part = part_columns(self.layout, name, name, self.layout.lora.entries_of(name))
+        row[len(row) - len(part) :] = part
         return GraphTask(name, row, owned_tensors(self.backbone, name))
 
     def example(self) -> GraphTask:
@@ -213,7 +216,7 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
     parts += [
         f"a strength at the norm {h.module_name}" for h in found if isinstance(h, TaskNorm) and h.scaling.get(task, 1) != 1
     ]
-    refused = list(dict.fromkeys(text for text in parts if text is not None))
+    refused = list(dict.fromkeys(text for text in parts if text not in (None, A_PART))) + refusals_of_part(model, task)
     compressed = [layer.module_name for layer in layers if layer.is_compressed]
     if compressed:
         refused.append(f"a compressed bank (at {compressed[0]})")
@@ -234,7 +237,7 @@ def check_model(model: nn.Module) -> None:
     if merged:
         raise RecastBankError(f"task {merged[0]!r} is merged: call unmerge_adapter() before the model is exported")
     layers = recast_layers(model).values()
-    others = [layer.module_name for layer in layers if layer.other_layers]
+    others = [layer.module_name for layer in layers if any(not isinstance(o, PartLayer) for o in layer.other_layers)]
     if others:
         raise RecastBankError(f"{others[0]} has layers of another method of PEFT beside its task: merge or unload them first")
     away = [layer.module_name for layer in layers if is_out_of_reach(layer)]
@@ -257,8 +260,8 @@ def export_task(model: PeftModel | TaskPool, path: str | Path, task: str | None 
         task: name of the task; None is the active one.
 
     Returns:
-        the tensors, in float32: ``coefficients`` ``(numbers per task,)``, and those of the classifier and of norms that the
-        task owns, by the plain model's names (``head.weight``).
+        the tensors, in float32: ``coefficients`` ``(numbers per task,)`` with the factors of a LoRA part at its end, and those
+        of the classifier and of norms that the task owns, by the plain model's names (``head.weight``).
 
     Raises:
         RecastConfigError: if there is no such task.

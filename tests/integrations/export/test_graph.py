@@ -29,7 +29,7 @@ from recast_peft import (
 from recast_peft.integrations.export.graph import prepare
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "a LoRA part": {"lora_config": LoraConfig(r=2)},
+    "a LoRA part that is more than two factors": {"lora_config": LoraConfig(r=2, use_dora=True)},
     "the partner adaptformer": {"partners": ["adaptformer"]},
     "masks on its weights": {"partners": [PiggybackConfig()]},
     "a compressed bank": {"num_templates": 1, "group_size": 2},
