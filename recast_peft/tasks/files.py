@@ -128,8 +128,9 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         known = {**entries, **optional}
         given = {_key_of(_prefixed(key), known, renamed): value for key, value in state_dict.items()}
         biases = _biases(backbone_of(model), config.bias)
-        if not biases.keys().isdisjoint(given):  # one that is missing would stay what it is in the model
-            optional = {key: shape for key, shape in optional.items() if key not in biases}
+        # what is missing would stay what it is in the model
+        needed = entries.keys() - biases.keys() if biases.keys().isdisjoint(given) else {*entries, *biases}
+        optional = {key: shape for key, shape in optional.items() if key not in needed}
         wanted = _wanted(entries, given, optional)
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
         _check_shared(f"task {adapter_name!r}", entries, given)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import state, tiny_vit
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from saved_tasks import CONFIG, WEIGHTS, copied, refused, rewrite, rewrite_config, save
 
@@ -162,6 +162,17 @@ class TestAFileWhoseConfigSaysSomethingElse:
         save(tmp_path, bias=bias)
         rewrite(tmp_path, lambda e: {k: v for k, v in e.items() if not k.endswith("blocks.1.attn.qkv.base_layer.bias")})
         refused(tmp_path, RecastLoadError, r"missing: .*blocks\.1\.attn\.qkv\.bias")
+
+    @pytest.mark.parametrize("config", [{"num_classes": 3}, {"modules_to_save": ["head"]}], ids=["a classifier", "a module"])
+    def test_a_bias_of_its_own_is_there_under_a_name_that_the_model_has(self, tmp_path: Path, config: dict[str, Any]) -> None:
+        model = save(tmp_path, **config)
+        rewrite(tmp_path, lambda e: {k: v for k, v in e.items() if not k.endswith("head.bias")})
+        before = state(model)
+        with pytest.raises(RecastLoadError, match=r"missing: base_model\.model\.head\.bias"):
+            model.load_adapter(tmp_path, "default")
+        with pytest.raises(RecastLoadError, match=r"missing: base_model\.model\.head\.bias"):
+            set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS))
+        assert state(model) == before
 
     def test_coefficients_that_are_shared_are_equal(self, tmp_path: Path) -> None:
         save(tmp_path)
