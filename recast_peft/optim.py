@@ -89,7 +89,6 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
     args, kwargs = call_arguments(batch, device_of(model))
     generator = torch.Generator().manual_seed(0)
     before = [parameter.detach().clone() for parameter in parameters]
-    eager = torch.compiler.set_stance("force_eager")  # a compiled graph would call no hook
 
     def features() -> Tensor:
         model(*args, **kwargs)
@@ -98,7 +97,8 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
         return next(iter(outputs.values())).double()  # the head behind the last block may be zero
 
     changes = []
-    with evaluating(model), torch.no_grad(), eager, captured_outputs(model, blocks, last=True) as outputs:
+    eager = torch.compiler.set_stance  # a compiled graph would call no hook
+    with evaluating(model), torch.no_grad(), eager("force_eager"), captured_outputs(model, blocks, last=True) as outputs:
         try:
             wanted = features()
             for _ in range(_PROBES):
