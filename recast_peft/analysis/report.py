@@ -17,9 +17,10 @@ from ..growth.sources import check_plain
 from ..layer import RecastLayer, recast_layers
 from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
 from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
-from ..names import block_of
+from ..names import block_of, unwrapped
 from ..planning.table import text_table
 from ..tasks.banks import task_banks
+from ..tasks.state import backbone_of
 from ..validation import check_is_module
 
 if TYPE_CHECKING:
@@ -207,9 +208,10 @@ def _compare_features(
             f"the pretrained weight of {released[0]} was released: give the plain pretrained model as reference=, or convert "
             "with keep_base_weights=True"
         )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = unwrapped(model)
+    base = backbone_of(model)
     blocks = [b for b in dict.fromkeys(map(block_of, layers)) if b not in layers]
-    with _without_task(model, layers):
+    with _without_task(model):
         with _composing(layers, mimicked=True):
             mine = _run(base, blocks, batch)
         if reference is None:
@@ -229,20 +231,21 @@ def _run(model: nn.Module, blocks: list[str], batch: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without_task(model: nn.Module, layers: dict[str, RecastLayer]) -> Iterator[None]:
+def _without_task(model: nn.Module) -> Iterator[None]:
     """Inside, no task is active anywhere, its heads and other modules included."""
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             yield
         return
-    before = {name: layer._disable_adapters for name, layer in layers.items()}
-    for layer in layers.values():
-        layer._disable_adapters = True
+    held: list[Any] = [module for module in model.modules() if "_disable_adapters" in vars(module)]
+    before = [module._disable_adapters for module in held]
     try:
+        for module in held:
+            module._disable_adapters = True
         yield
     finally:
-        for name, layer in layers.items():
-            layer._disable_adapters = before[name]
+        for module, was in zip(held, before, strict=True):
+            module._disable_adapters = was
 
 
 @contextmanager

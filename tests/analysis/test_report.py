@@ -92,6 +92,17 @@ class TestFeatures:
             mimicry_report(model, X)
 
     @pytest.mark.parametrize(
+        "form",
+        [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: m.base_model, lambda m: m.get_base_model()],
+        ids=["wrapped", "compiled", "the tuner", "the backbone"],
+    )
+    def test_are_without_the_tasks_classifier_in_every_form_of_the_model(self, form: Callable[..., nn.Module]) -> None:
+        model = converted(num_templates=1, keep_base_weights=True, num_classes=7)
+        wanted = mimicry_report(model, X).features
+        assert mimicry_report(form(model), X).features == wanted
+        assert model(X).shape[1] == 7
+
+    @pytest.mark.parametrize(
         ("reference", "said"),
         [
             (lambda: tiny_vit(width=32), r"given:    \(96, 32\)"),
