@@ -97,7 +97,7 @@ class TaskHead(TaskModule):
         write_labels(self._owner[0], labels)
         if names:
             write_timm_labels(self._owner[0], labels)
-        return module
+        return module.as_linear() if isinstance(module, PrototypeHead) else module
 
     def changed(self) -> None:
         """Let the model's config name the classes of the head that is called; prototypes are never trained."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
@@ -40,6 +41,15 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         prototypes = self.prototypes.to(x.dtype)
         return 2 * x @ prototypes.T - prototypes.square().sum(-1) - x.square().sum(-1, keepdim=True)
+
+    def as_linear(self) -> nn.Linear:
+        """The linear layer with the same differences between logits, and so the same probabilities."""
+        classes, features = self.prototypes.shape
+        linear = skip_init(nn.Linear, features, classes, device=self.prototypes.device, dtype=self.prototypes.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(2 * self.prototypes)
+            linear.bias.copy_(-self.prototypes.square().sum(-1))
+        return linear
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,18 @@ class TestPrototypes:
         distances = (features(images)[:, None] - means).square().sum(-1)
         assert torch.allclose(model(images), -distances, atol=1e-4)
 
+    def test_a_plain_model_has_the_linear_layer_of_the_same_probabilities(self, images):
+        """Prototypes in its file were no classifier to timm and transformers, which drew a random one."""
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes")).eval()
+        fit_prototypes(model, [(images, torch.tensor([0, 1, 0, 1, 0, 1]))])
+        wanted = model(images).softmax(-1)
+        assert wanted.std() > 0.01
+        plain = model.merge_and_unload()
+        assert torch.allclose(plain(images).softmax(-1), wanted, atol=1e-4)
+        again = small_vit(num_classes=2).eval()
+        again.load_state_dict(plain.state_dict())
+        assert torch.equal(again(images), plain(images))
+
     def test_a_class_without_an_example_is_named(self, images):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=3, head_type="prototypes"))
         with pytest.raises(RecastTargetError, match=r"class \[2\]"):
