@@ -74,7 +74,7 @@ def templates_of(bank: Any) -> tuple[Tensor, Tensor]:
 
 
 class TestDirections:
-    def test_features_are_the_principal_components_of_all_inputs_counted_equally(self) -> None:
+    def test_features_are_the_principal_components_of_all_inputs_counted_equally_and_whitened_by_half(self) -> None:
         model, x = vit(), pictures()
         names = [f"blocks.{i}.mlp.fc2" for i in range(6)]  # which read the neurons of the MLP: the most in a block
         bank = readout_bank(model, x, progress=False)
@@ -89,12 +89,12 @@ class TestDirections:
         left, sizes, _ = torch.linalg.svd(
             flat, full_matrices=False
         )  # principal components, by numpy's way and not by a Gram matrix
-        wanted = left[:, :29] * sizes[:29]
+        wanted = left[:, :29] * sizes[:29] ** 0.5  # each divided by the root of its standard deviation
         templates, offset = templates_of(bank)
         assert len(templates) == 29  # thirty examples about their mean have no more directions
         features = torch.cat(found, dim=1) @ templates.T + offset
-        assert (features.norm(dim=1).mean() - found[-1].norm(dim=1).mean()).abs() < 1e-4
-        scale = found[-1].norm(dim=1).mean() / wanted.norm(dim=1).mean()
+        assert (features.norm(dim=1).mean() - found[-1].norm(dim=1).mean() / 2).abs() < 1e-4
+        scale = found[-1].norm(dim=1).mean() / 2 / wanted.norm(dim=1).mean()
         torch.testing.assert_close(features.abs().double(), (wanted * scale).abs(), atol=2e-4, rtol=1e-3)
 
     def test_more_examples_than_numbers_give_the_same_components(self) -> None:
