@@ -1,7 +1,8 @@
-"""What all tests share: one thread, fixed seeds, no network, no waiting for the disk."""
+"""What all tests share: one thread, fixed seeds, no network, no waiting for the disk, little searching for garbage."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("deterministic")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look through it again after every few thousand new objects."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

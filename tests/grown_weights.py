@@ -14,9 +14,9 @@ X = vit_input(4)
 TARGETS = ["qkv", "fc1"]
 
 
-def lora(seed: int, rank: int = 2, targets: list[str] | None = None) -> PeftModel:
+def lora(seed: int, rank: int = 2, targets: list[str] | None = None, depth: int = 4) -> PeftModel:
     """An adapter that moved the weights."""
-    model = get_peft_model(tiny_vit(), LoraConfig(r=rank, target_modules=targets or TARGETS))
+    model = get_peft_model(tiny_vit(depth=depth), LoraConfig(r=rank, target_modules=targets or TARGETS))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -29,8 +29,9 @@ def config(**fields: object) -> RecastConfig:
     return RecastConfig(**{"target_modules": TARGETS, "group_size": 1, **fields})  # type: ignore[arg-type]
 
 
-def grown(seeds: tuple[int, ...] = (0, 1, 2), **fields: object) -> StoredBank:
-    return grow_bank(tiny_vit(), [(lora(seed), "default") for seed in seeds], config(), **fields)  # type: ignore[arg-type]
+def grown(seeds: tuple[int, ...] = (0, 1, 2), depth: int = 4, **fields: object) -> StoredBank:
+    sources = [(lora(seed, depth=depth), "default") for seed in seeds]
+    return grow_bank(tiny_vit(depth=depth), sources, config(), **fields)  # type: ignore[arg-type]
 
 
 def on(bank: object, name: str = "default", model: nn.Module | None = None, seed: int = 1) -> PeftModel:

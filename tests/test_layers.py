@@ -40,7 +40,8 @@ def imported(name: str, path: Path, known: set[str]) -> set[str]:
     return found - {name}
 
 
-GRAPH = {name: imported(name, path, set(modules())) for name, path in modules().items()}
+FILES = modules()
+GRAPH = {name: imported(name, path, set(FILES)) for name, path in FILES.items()}
 
 
 @pytest.mark.parametrize("name", sorted(GRAPH))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -70,22 +72,37 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name)
-def test_two_tasks_on_one_model_are_what_each_is_alone(first: str, second: str, tmp_path: Path) -> None:
-    alone, expected, held = {}, {}, {}
-    for name, task in (("one", first), ("two", second)):
-        alone[name] = get_recast_model(backbone(), config(task), name)
-        expected[name] = learn(alone[name], name)
-        held[name] = numbers(alone[name], name)
-        alone[name].save_pretrained(tmp_path)
+def learned(task: str, name: str) -> tuple[PeftModel, Tensor, dict[str, Tensor]]:
+    """A model with one task that was trained, its output, and its numbers."""
+    model = get_recast_model(backbone(), config(task), name)
+    return model, learn(model, name), numbers(model, name)
 
-    model = alone["one"]
+
+@pytest.fixture(scope="module")
+def saved_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensor, dict[str, Tensor]]]:
+    """A task ``two`` on a model of its own: where it is saved, its output, and its numbers."""
+
+    @cache
+    def save(task: str) -> tuple[Path, Tensor, dict[str, Tensor]]:
+        model, expected, held = learned(task, "two")
+        folder = tmp_path_factory.mktemp("alone")
+        model.save_pretrained(folder)
+        return folder / "two", expected, held
+
+    return save
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name)
+def test_two_tasks_on_one_model_are_what_each_is_alone(first: str, second: str, saved_alone: Any, tmp_path: Path) -> None:
+    expected, held = {}, {}
+    folder, expected["two"], held["two"] = saved_alone(second)
+    model, expected["one"], held["one"] = learned(first, "one")
     model.add_adapter("two", config(second))  # a fresh one has the same numbers to learn
     assert numbers(model, "two").keys() == held["two"].keys()
     model.delete_adapter("two")
     assert torch.equal(output(model, "one"), expected["one"])
 
-    model.load_adapter(tmp_path / "two", "two")
+    model.load_adapter(folder, "two")
     for name in ("two", "one"):
         torch.testing.assert_close(output(model, name), expected[name], rtol=1e-5, atol=1e-5)
         assert same(numbers(model, name), held[name])
@@ -97,10 +114,9 @@ def test_two_tasks_on_one_model_are_what_each_is_alone(first: str, second: str, 
         classes = expected[name].shape[1]
         torch.testing.assert_close(mixed[row, :classes], expected[name][row], rtol=1e-4, atol=1e-5)
 
-    folder = tmp_path / "again"
-    model.save_pretrained(folder)
+    model.save_pretrained(tmp_path)
     for name in ("one", "two"):
-        fresh = PeftModel.from_pretrained(backbone(), folder / name, name)
+        fresh = PeftModel.from_pretrained(backbone(), tmp_path / name, name)
         assert same(numbers(fresh, name), held[name])
 
     if second != "AdaptFormer":
