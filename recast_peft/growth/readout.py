@@ -55,8 +55,8 @@ def readout_bank(
 
     Args:
         model: plain model with its pretrained weights; it is not changed.
-        data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments; some hundred
-            examples or more. Of more than 4,096 as many are drawn.
+        data: unlabelled: a tensor ``(examples, ...)``, or such tensors by the names of the model's arguments; thousands of
+            examples serve better than hundreds. Of more than 4,096 as many are drawn.
         target_modules: names of the layers whose inputs are read beside the features that the classifier reads anyway. None is
             one layer in each of at most 16 of the model's numbered blocks, evenly spaced, the last one among them: the layer
             that reads most features, and of equals the last. In a transformer that is the second layer of the MLP, whose
