@@ -36,6 +36,7 @@ from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
 from .composition.recomputation import call_again, past_state
 from .composition.strength import Strength
+from .errors import RecastConfigError
 from .holders import Entry, TaskHolder, TaskModules, TaskParameters
 from .names import COEFFICIENTS, modules_of
 
@@ -291,5 +292,16 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
 
 
 def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
-    """The RECAST layers of a model by the names of their modules in the plain model."""
-    return {m.module_name: m for m in modules_of(model, RecastLayer)}
+    """The RECAST layers of one converted model by the names of their modules in the plain model.
+
+    Raises:
+        RecastConfigError: if there are several such models, whose names would stand for one another.
+    """
+    layers = modules_of(model, RecastLayer)
+    found = {layer.module_name: layer for layer in layers}
+    if len(found) < len(layers):
+        raise RecastConfigError(
+            f"{type(model).__name__} holds several converted models: {len(layers)} RECAST layers have {len(found)} names. "
+            "Give one of these models, not the module around them."
+        )
+    return found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
 from .config import RecastConfig
-from .layer import RecastLayer, recast_layers
+from .layer import RecastLayer
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name
 from .options.record import AFTER_LOADING
 from .parts.base import Place
@@ -158,7 +158,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                 if not isinstance(layer, ScaledModule):  # what a task has of whole modules keeps their dtype
                     cast_adapter_dtype(layer, adapter_name)
             return
-        for layer in recast_layers(self.model).values():
+        for layer in modules_of(self.model, RecastLayer):
             if adapter_name in layer.recast_coefficients:
                 values = layer.recast_coefficients[adapter_name]
                 values.data = values.data.to(layer.weight_dtype)
@@ -184,7 +184,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     @waits_for_calls
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
         super()._apply(fn, recurse)
-        for layer in recast_layers(self.model).values():
+        for layer in modules_of(self.model, RecastLayer):
             if layer.is_stale:  # merged, and rounded
                 refresh(layer)
         for pool in self.task_pool:  # no module of the model, but it follows the model's device and dtype

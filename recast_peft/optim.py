@@ -28,7 +28,7 @@ from torch.optim import AdamW, Optimizer
 from .composition.kinds import CONVOLUTION, family_of
 from .errors import RecastConfigError
 from .holders import trained_kinds
-from .layer import RecastLayer, recast_layers
+from .layer import RecastLayer
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
 from .names import block_of, modules_of, unwrapped
@@ -233,22 +233,21 @@ class _StepCheck:
     """Before each step: what is trained now is what the optimiser holds, and has a gradient. It speaks once."""
 
     def __init__(self, model: nn.Module) -> None:
-        first = next(iter(recast_layers(model).values()), None)
-        self.model, self.first = weakref.ref(model), None if first is None else weakref.ref(first)
-        self.seen: Any = None  # one layer tells whether tasks were activated or merged since
+        self.model, self.layers = weakref.ref(model), [weakref.ref(layer) for layer in modules_of(model, RecastLayer)]
+        self.seen: Any = None  # which tasks were active or merged at the last look
         self.has_spoken = False
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        model, first = self.model(), None if self.first is None else self.first()
-        if model is None or first is None or self.has_spoken:
+        model, layers = self.model(), [layer for ref in self.layers if (layer := ref()) is not None]
+        if model is None or self.has_spoken:
             return
-        now = tuple(first.active_adapters), first.merged
+        now = [(list(layer.active_adapters), layer.merged) for layer in layers]
         if now == self.seen:
             return
         self.seen = now
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         strangers = [p for _, p in _trained(model) if id(p) not in held]
-        merged = [name for name, layer in recast_layers(model).items() if layer.merged]
+        merged = [layer for layer in modules_of(model, RecastLayer) if layer.merged]
         if strangers:
             message = (
                 f"{len({id(p) for p in strangers})} trainable parameters of coefficients are not in this optimiser: a task was "

@@ -242,6 +242,16 @@ def test_a_merged_task_is_not_trained_in_silence() -> None:
         train_a_step(model, optimizer)
 
 
+def test_each_of_several_models_in_one_module_is_looked_at() -> None:
+    towers = nn.ModuleList([converted(depth=2, num_classes=3), converted(depth=2, num_classes=3)])
+    first, second = towers
+    optimizer = create_recast_optimizer(towers, lr=0.1)
+    train_a_step(first, optimizer)
+    second.merge_adapter()
+    with pytest.warns(UserWarning, match="merged into 2 layers"):
+        train_a_step(second, optimizer)
+
+
 def test_a_headless_backbone_without_classes_says_so() -> None:
     timm = pytest.importorskip("timm")
     model = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig())
@@ -259,6 +269,6 @@ def test_the_check_costs_no_walk_over_the_model_at_each_step(monkeypatch: pytest
     model = converted(depth=2, num_classes=3)
     optimizer = create_recast_optimizer(model, lr=0.1)
     train_a_step(model, optimizer)
-    monkeypatch.setattr("recast_peft.optim.recast_layers", None)  # a walk would fail
+    monkeypatch.setattr("recast_peft.optim.modules_of", None)  # a walk would fail
     train_a_step(model, optimizer)
     copy.deepcopy(optimizer).step()

@@ -149,7 +149,8 @@ def mimicry_report(
         the report.
 
     Raises:
-        RecastConfigError: if the model is not converted, or ``reference`` is not the plain model that it was made from.
+        RecastConfigError: if the model is not converted, stands in another module, or ``reference`` is not the plain model
+            that it was made from.
         RecastBankError: if a task is merged, or the features of released weights are asked for without ``reference``.
     """
     check_is_module(model)
@@ -211,6 +212,14 @@ def _compare_features(
     model = unwrapped(model)
     base = backbone_of(model)
     blocks = [b for b in dict.fromkeys(map(block_of, layers)) if b not in layers]
+    try:
+        for block in blocks:
+            base.get_submodule(block)
+    except AttributeError as error:
+        raise RecastConfigError(
+            f"a {type(model).__name__} around the converted model has no {block}: give mimicry_report the converted model "
+            "itself, and a batch of its own inputs"
+        ) from error
     with _without_task(model):
         with _composing(layers, mimicked=True):
             mine = _run(base, blocks, batch)

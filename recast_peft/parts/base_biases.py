@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..holders import Entry, plain_modules, unwrapped_module
-from ..layer import recast_layers
+from ..layer import RecastLayer
 from ..names import lies_in, modules_of
 from .base import TaskPart
 from .lora_strength import part_layers
@@ -63,12 +63,12 @@ def _has_frozen_bias(module: nn.Module) -> bool:
 
 
 def _with_layers(model: nn.Module) -> set[str]:
-    return {*recast_layers(model), *(layer.module_name for layer in part_layers(model))}
+    return {layer.module_name for layer in (*modules_of(model, RecastLayer), *part_layers(model))}
 
 
 def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode: bool) -> None:
     """Let a task's biases learn, in the modules of both of its parts and whichever tasks were there before."""
-    for layer in recast_layers(model).values() if bias != "none" else ():
+    for layer in modules_of(model, RecastLayer) if bias != "none" else ():
         layer.without_strength[adapter_name] = f"the model's own biases (bias={bias!r})"
     frozen = [name for name, module in _own_modules(model, bias) if _has_frozen_bias(module)]
     if frozen:

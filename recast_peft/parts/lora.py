@@ -25,7 +25,7 @@ from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
-from ..layer import RecastLayer, recast_layers
+from ..layer import RecastLayer
 from ..names import lies_in, modules_of, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
@@ -364,7 +364,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
     model = place.model
     parts = next((layer._parts for layer in part_layers(model)), None) or LoraParts(place.tuner.peft_config)
     parts.tasks = place.tuner.peft_config  # a new one, if diffusers has deleted all tasks
-    parts.beside = next(iter(recast_layers(model).values()), None)
+    parts.beside = next(iter(modules_of(model, RecastLayer)), None)
     config = copy.deepcopy(plan.config)
     # the plan has found the targets; PEFT would warn of what is left out as of what is not there
     config.inference_mode, config.target_modules, config.exclude_modules = place.inference_mode, None, None
@@ -375,7 +375,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
     token = making_part.set(True)
     try:
         maker = _PartMaker(model, key, config, plan, keys_of(active))
-        with without(list(recast_layers(model).values())):  # initialise from pretrained weights
+        with without(modules_of(model, RecastLayer)):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
         for layer in [m for m in modules_of(model, LoraLayer) if key in m._get_available_adapters()]:

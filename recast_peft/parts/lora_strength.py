@@ -14,7 +14,7 @@ from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import container_key, task_of_key
-from ..layer import recast_layers
+from ..layer import RecastLayer
 from ..names import BASE_ADAPTER, modules_of
 
 
@@ -120,7 +120,7 @@ def switched_off(model: nn.Module, part: str) -> Iterator[None]:
         raise RecastConfigError(
             "disable_part: the model's tasks have no LoRA part; give one with RecastConfig(lora_config=...)"
         )
-    recast = list(recast_layers(model).values())
+    recast = modules_of(model, RecastLayer)
     if any(layer.merged for layer in (*layers, *recast)):
         raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
     with without(layers if part == "lora" else recast):

@@ -22,7 +22,7 @@ from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..holders import SideContainer, put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
-from ..names import BANK_CONTAINER, PREFIX
+from ..names import BANK_CONTAINER, PREFIX, modules_of
 from ..parts.stacking import stack_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup
@@ -202,7 +202,7 @@ def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: R
     Raises:
         RecastBankError: naming the tasks.
     """
-    tasks = sorted({name for layer in recast_layers(model).values() for name in layer.recast_bank})
+    tasks = sorted({name for layer in modules_of(model, RecastLayer) for name in layer.recast_bank})
     compressing = [bank for bank in new_banks if not bank.is_anchored]
     if compressing and tasks and not config.keep_base_weights:
         raise RecastBankError(

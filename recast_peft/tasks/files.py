@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..holders import Entry
-from ..layer import recast_layers
-from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, place_key, plain_name, spellings
+from ..layer import RecastLayer
+from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, modules_of, place_key, plain_name, spellings
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, outliers, read_tensors
@@ -153,7 +153,7 @@ def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
     Raises:
         RecastConfigError: if it is, or an adapter of another method is merged on top of it.
     """
-    held = {name for layer in recast_layers(backbone).values() for name in layer.held or ()}
+    held = {name for layer in modules_of(backbone, RecastLayer) for name in layer.held or ()}
     if adapter_name in {*merged_tasks(backbone), *held}:
         what = f"task {adapter_name!r} is merged" + (", or others on top of it" if adapter_name in held else "")
         raise RecastConfigError(f"{what}: call unmerge_adapter(), load, and merge again")

@@ -14,8 +14,8 @@ from ..composition.parallel import split_of
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..layer import recast_layers
-from ..names import bank_name
+from ..layer import RecastLayer
+from ..names import bank_name, modules_of
 from ..parts import pieces_of
 from ..parts.base import Place, Request
 from ..parts.lora_budget import plan_within_budget
@@ -82,7 +82,7 @@ class PreparedTask:
         keep_running_statistics(place.model)
         attach_partners(place.model)  # a layer may stand around a module now that had none
         beside = tuple(part.name for part, pieces in self.pieces if pieces and part.acts_beside_layers)
-        for layer in recast_layers(place.model).values():
+        for layer in modules_of(place.model, RecastLayer):
             if beside and layer.has_task(place.adapter_name):
                 layer.recast_partners[place.adapter_name] = beside
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskHolder, holders
-from ..layer import RecastLayer, recast_layers
+from ..layer import RecastLayer
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, modules_of
 from ..parts.lora_strength import part_layers
 from ..parts.partner import attach_partners, detach_partners
@@ -66,14 +66,14 @@ def delete(model: nn.Module, adapter_name: str) -> None:
 
 def merged_tasks(model: nn.Module) -> list[str]:
     """The tasks that are merged now."""
-    merged = [name for layer in recast_layers(model).values() for name in layer.merged_adapters]
+    merged = [name for layer in modules_of(model, RecastLayer) for name in layer.merged_adapters]
     shown = [name for module in task_modules(model) for name in module._merged or ()]
     return list(dict.fromkeys([*merged, *shown]))
 
 
 def tasks_in_force(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
     """The active tasks: those of the model, and those that layers were given by themselves, as PEFT's users do for several."""
-    of_layers = (name for layer in recast_layers(model).values() for name in layer.active_adapters if layer.has_task(name))
+    of_layers = (name for layer in modules_of(model, RecastLayer) for name in layer.active_adapters if layer.has_task(name))
     return list(dict.fromkeys([*adapter_names, *of_layers]))
 
 
@@ -96,7 +96,7 @@ def check_mergeable(model: nn.Module, adapter_names: Sequence[str], unload: bool
                     f"task {name!r} has {refusal}; nothing was changed. Leave it unmerged, or activate and merge a task "
                     "without it."
                 )
-    if any(getattr(layer, "_switched_off", False) for layer in (*part_layers(model), *recast_layers(model).values())):
+    if any(getattr(layer, "_switched_off", False) for layer in (*part_layers(model), *modules_of(model, RecastLayer))):
         raise RecastConfigError("tasks are merged whole: leave the block of disable_part() first")
 
 
@@ -126,7 +126,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, othe
 
 
 def _merge_all(model: nn.Module, wanted: list[str], safe_merge: bool) -> None:
-    for layer in (*recast_layers(model).values(), *part_layers(model)):
+    for layer in (*modules_of(model, RecastLayer), *part_layers(model)):
         layer.stands_aside = not any(map(layer.has_task, wanted))
         new = [name for name in wanted if layer.has_task(name) and name not in layer.merged_adapters]
         if new:
@@ -141,14 +141,14 @@ def unmerge(model: nn.Module) -> None:
     for module in task_modules(model):
         module.unmerge()
     _bring_back(model)
-    for layer in (*part_layers(model), *_layers_of_others(model), *recast_layers(model).values()):
+    for layer in (*part_layers(model), *_layers_of_others(model), *modules_of(model, RecastLayer)):
         if layer.merged:
             with onload_layer(layer):
                 layer.unmerge()
 
 
 def _bring_back(model: nn.Module) -> None:
-    for layer in (*part_layers(model), *recast_layers(model).values()):
+    for layer in (*part_layers(model), *modules_of(model, RecastLayer)):
         layer.stands_aside = False
 
 

@@ -144,3 +144,13 @@ class TestShowing:
             mimicry_report(nn.Linear(2, 2))
         with pytest.raises(RecastConfigError, match="no task 'cars'"):
             mimicry_report(get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])), adapter_name="cars")
+
+
+def test_a_module_around_converted_models_is_refused() -> None:
+    model = converted()
+    with pytest.raises(
+        RecastConfigError, match="Sequential around the converted model has no blocks.0.*the converted model itself"
+    ):
+        mimicry_report(nn.Sequential(model), X)
+    with pytest.raises(RecastConfigError, match="several converted models: 8 RECAST layers have 4 names"):
+        mimicry_report(nn.Sequential(model, converted()))

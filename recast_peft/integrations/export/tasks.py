@@ -24,7 +24,7 @@ from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig, tasks_among
 from ...errors import RecastBankError, RecastConfigError
 from ...holders import holders
-from ...layer import recast_layers
+from ...layer import RecastLayer
 from ...model import RecastModel
 from ...names import modules_of, unwrapped
 from ...parts import PARTS
@@ -211,7 +211,7 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
     parts = [part.refusal_to_combine(config) for part in PARTS if part.name not in ALLOWED]
     found = [holder for holder in holders(model) if holder.has_task(task)]
     parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
-    layers = [layer for layer in recast_layers(model).values() if layer.has_task(task)]
+    layers = [layer for layer in modules_of(model, RecastLayer) if layer.has_task(task)]
     parts += [layer.refusal_to_pool(task) for layer in layers]
     parts += [
         f"a strength at the norm {h.module_name}" for h in found if isinstance(h, TaskNorm) and h.scaling.get(task, 1) != 1
@@ -236,7 +236,7 @@ def check_model(model: nn.Module) -> None:
     merged = merged_tasks(model)
     if merged:
         raise RecastBankError(f"task {merged[0]!r} is merged: call unmerge_adapter() before the model is exported")
-    layers = recast_layers(model).values()
+    layers = modules_of(model, RecastLayer)
     others = [layer.module_name for layer in layers if any(not isinstance(o, PartLayer) for o in layer.other_layers)]
     if others:
         raise RecastBankError(f"{others[0]} has layers of another method of PEFT beside its task: merge or unload them first")
