@@ -186,6 +186,9 @@ def _partner_banks(config: RecastConfig) -> list[tuple[str, str]]:
 
 def _inspect(options: argparse.Namespace) -> None:
     path = Path(options.task)
+    if path.is_file() and _hub_options(options):
+        named = ", ".join(f"--{option}" for option in _hub_options(options))
+        raise RecastConfigError(f"{path} is a file, in which {named} says nothing: leave it out, or give a folder")
     if path.is_file() and path.name not in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         _print_lines(describe_pool(path))
         return

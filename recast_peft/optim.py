@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -196,8 +197,8 @@ def create_recast_optimizer(
 
 
 def _rate(value: Any) -> None:
-    """A number from 0; a tensor of one is what schedules change without compiling a step again."""
-    is_one = isinstance(value, Tensor) and value.numel() == 1
+    """A number from 0, also numpy's; a tensor of one is what schedules change without compiling a step again."""
+    is_one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, np.number)
     number_above(0, itself=True)(value.item() if is_one else value)
 
 

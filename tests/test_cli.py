@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -122,6 +123,8 @@ class TestInspect:
         assert re.search(r"tasks +8: a, b.*\nclassifiers +2\n", capsys.readouterr().out, flags=re.DOTALL)
         assert main(["inspect", str(folder / "base" / "model.safetensors")]) == 1
         assert "is no file of a TaskPool" in capsys.readouterr().err
+        assert main(["inspect", str(folder / "pool.safetensors"), "--subfolder", "pets"]) == 1
+        assert "is a file, in which --subfolder says nothing" in capsys.readouterr().err
 
     def test_one_of_several_tasks_is_asked_for_by_the_option(self, capsys, saved_task):
         model, folder = saved_task
@@ -284,6 +287,16 @@ class TestMerge:
         get_recast_model(backbone, config, "cars").save_pretrained(folder / "cars")
         assert main(["merge", str(folder / "cars"), "--output", str(folder / "out"), "--backbone", str(folder / "base")]) == 0
         assert AutoModelForImageClassification.from_pretrained(folder / "out").config.id2label == {0: "van", 1: "bus"}
+
+    def test_a_folder_with_an_adapter_is_no_backbone(self, capsys, saved_task):
+        _, folder = saved_task
+        backbone = ViTForImageClassification.from_pretrained(folder / "base")
+        lora = get_peft_model(backbone, LoraConfig(target_modules="all-linear"))
+        lora.save_pretrained(folder / "lora")
+        arguments = ["merge", str(folder / "tasks" / "pets"), "--output", str(folder / "out")]
+        assert main([*arguments, "--backbone", str(folder / "lora")]) == 1
+        assert "has an adapter in it (adapter_config.json), merge that first" in capsys.readouterr().err
+        assert not (folder / "out").exists()
 
     def test_a_folder_with_something_in_it_is_left_alone(self, capsys, saved_task):
         _, folder = saved_task

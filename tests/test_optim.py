@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import converted, layers_of, randomise, tiny_vit, vit_input
@@ -75,6 +76,7 @@ def test_a_rate_that_is_no_number_from_0_is_refused(arguments: dict[str, Any]) -
     with pytest.raises(RecastConfigError, match=f"{name}={re.escape(repr(value))}: expected a number from 0"):
         create_recast_optimizer(converted(depth=2, num_classes=3), **arguments)
     create_recast_optimizer(converted(depth=2, num_classes=3), lr=torch.tensor(0.1))  # as capturable optimisers take it
+    create_recast_optimizer(converted(depth=2, num_classes=3), lr=np.float32(0.1), coefficient_lr=np.int64(1))
 
 
 def test_an_optimiser_in_place_of_its_class_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -93,6 +94,8 @@ def _build_transformers(
         name, revision = os.fspath(given), None
         if not os.path.isdir(name):
             raise _no_weights(description, f"backbone={name!r} is not a folder, as a transformers checkpoint is")
+        if os.path.isfile(os.path.join(name, CONFIG_NAME)):  # transformers would put the adapter on its own model, unasked
+            raise _no_weights(description, f"backbone={name!r} has an adapter in it ({CONFIG_NAME}), merge that first")
     if not name:
         raise _no_weights(description, "it was made from a configuration, without pretrained weights")
     model_class = getattr(transformers, str(description.get("class")), None)
