@@ -181,8 +181,9 @@ class ComposedModule(nn.Module):
         if self.is_stale:
             merging.refresh(self)
         if self.held is not None or (self.merged and not self.disable_adapters):
-            return self.weight_parameter  # type: ignore[return-value]
-        return marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.acting_adapters))
+            return merging.with_parts_inside(self, self.weight_parameter)
+        weight = marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.acting_adapters))
+        return merging.with_parts_inside(self, weight)
 
     def compose(self, adapters: Sequence[str], out: Tensor | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.

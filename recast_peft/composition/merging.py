@@ -201,6 +201,14 @@ def layers_on_top(layer: Any) -> list[Any]:
     return [other for other in merged if other.merged]
 
 
+def with_parts_inside(layer: Any, weight: Any) -> Any:
+    """A weight with what the LoRA parts add to it that were there before the layer: whoever is called inside it adds them."""
+    for other in layer.other_layers:
+        if hasattr(other, "with_part") and other in layer.modules():
+            weight = other.with_part(weight)
+    return weight
+
+
 def check_held(layer: Any, wanted: Sequence[str] | None = None) -> None:
     """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones.
 

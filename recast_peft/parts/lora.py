@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,12 +52,12 @@ class LoraParts:
     beside: RecastLayer | None = None
 
 
-# Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one.
-_computing: ContextVar[bool] = ContextVar("recast_lora_part_computes", default=False)
+# Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one, or what is given.
+_computing: ContextVar[Any] = ContextVar("recast_lora_part_computes", default=False)
 
 
 @contextmanager
-def _computes(value: bool = True) -> Iterator[None]:
+def _computes(value: Any = True) -> Iterator[None]:
     token = _computing.set(value)
     try:
         yield
@@ -128,12 +129,8 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         library = quantised_by(super().get_base_layer())  # type: ignore[misc]
-        has_part = library is not None and self.has_task(adapter_name)
-        return (
-            f"a LoRA part on {self.module_name}, whose weight is quantised by {library} and cannot hold it"
-            if has_part
-            else None
-        )
+        said = f"a LoRA part on {self.module_name}, whose weight is quantised by {library} and cannot hold it"
+        return said if library is not None and self.has_task(adapter_name) else None
 
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
         plain = super().get_base_layer()  # type: ignore[misc]
@@ -161,9 +158,10 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
         plain = super().get_base_layer()  # type: ignore[misc]
         layer = next(iter(self.recast_beside), None)
-        if layer is None or not _computing.get() or layer not in inner_layers(self.base_layer):
+        given = _computing.get()
+        if layer is None or not given:
             return plain
-        return layer
+        return layer if layer in inner_layers(self.base_layer) else plain if given is True else given
 
     # ---------------------------------------------------------------- merging
 
@@ -237,7 +235,10 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     @property
     def weight(self) -> Tensor:
         """The weight with what the active tasks' LoRA adds to it, differentiable, for models that read it."""
-        weight = super().weight  # type: ignore[misc]
+        return self.with_part(super().weight)  # type: ignore[misc]
+
+    def with_part(self, weight: Tensor) -> Tensor:
+        """A weight with what the active tasks' LoRA adds to it, differentiable; as it is while that is merged or off."""
         if self.disable_adapters or self.merged:
             return weight
         if current_batch() is not None:
@@ -245,7 +246,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         added = weight
         for name in self.active_adapters:  # type: ignore[attr-defined]
             if name in self.lora_variant:
-                with _computes():
+                with _computes(SimpleNamespace(weight=weight)):
                     added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
             elif name in self._get_available_adapters():  # type: ignore[attr-defined]
                 added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]

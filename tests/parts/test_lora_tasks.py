@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_parts import close, expected, fill, lora, two_parts
-from models import layers_of, outputs, tiny_vit, vit_input
+from models import KINDS, layers_of, outputs, seeded, tiny_vit, vit_input
 from peft import PeftModel
 from torch import Tensor
 
@@ -145,3 +145,22 @@ def test_coefficients_of_a_task_that_comes_later_stand_beside_a_part_that_reads_
     alone = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"]), "other").eval()
     fill(alone, "other", 5)
     close(outputs(model, vit_input()), outputs(alone, vit_input()))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_weight_that_is_read_has_the_part_that_was_there_before_its_layer(use_dora: bool) -> None:
+    kind = KINDS["bilinear weight reader"]
+    x, place = kind.inputs(), r".*1\.proj"
+    config = RecastConfig(target_modules=r".*0\.proj", lora_config=lora(target_modules=place, use_dora=use_dora))
+    model = get_recast_model(seeded(kind.build), config, "below").eval()
+    fill(model, "below")
+    before = outputs(model, x)
+    model.add_adapter("around", RecastConfig(target_modules=place))
+    assert torch.equal(outputs(model, x), before)
+    model.base_model.set_adapter(["below", "around"])
+    assert torch.equal(outputs(model, x), before)
+    fill(model, "around", 5)
+    both = outputs(model, x)
+    assert not torch.equal(both, before)
+    model.merge_adapter()
+    close(outputs(model, x), both)
