@@ -37,7 +37,7 @@ from .integrations.export import export_aoti, export_onnx, export_program, expor
 from .layer import RecastLayer
 from .model import RecastModel
 from .optim import create_recast_optimizer, find_coefficient_lr
-from .options.record import AFTER_LOADING, AFTER_SAVING
+from .options.record import AFTER_SAVING, BEFORE_LOADING
 from .parts import PARTNERS, AdaptFormerConfig, BiasConfig, CLRConfig, PartnerConfig, PiggybackConfig, ReadoutConfig
 from .parts.discriminant import fit_discriminant_head
 from .parts.head import split_logits
@@ -52,7 +52,7 @@ from .tasks.plan import plan_recast
 
 register(RecastConfig, RecastModel)
 AFTER_SAVING.append(write_card_of_saved_task)
-AFTER_LOADING.append(with_task_verbs)
+BEFORE_LOADING.append(with_task_verbs)
 
 
 __all__ = [

@@ -19,7 +19,7 @@ from .composition.merging import refresh
 from .config import RecastConfig
 from .layer import RecastLayer
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name
-from .options.record import AFTER_LOADING
+from .options.record import BEFORE_LOADING
 from .parts.base import Place
 from .parts.base_biases import train_biases
 from .parts.saved import freeze_running_statistics
@@ -232,7 +232,6 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        loaded = load_into(model, config, adapter_name, state_dict)
-        for hook in AFTER_LOADING:
+        for hook in BEFORE_LOADING:
             hook(model)
-        return loaded
+        return load_into(model, config, adapter_name, state_dict)

@@ -223,5 +223,5 @@ def hub_repository(backbone: Mapping[str, Any] | None) -> str | None:
 AFTER_SAVING: list[Callable[[str], None]] = []
 """Called with the folder each time that a config was written: the model card is made here, by a package further out."""
 
-AFTER_LOADING: list[Callable[[Any], Any]] = []
-"""Called with the model each time that a task's file was put in: a ``PeftModel`` gets the verbs of a package further out."""
+BEFORE_LOADING: list[Callable[[Any], Any]] = []
+"""Called with the model each time that a task's file is put in: a ``PeftModel`` gets the verbs of a package further out."""

@@ -190,6 +190,12 @@ class TaskConfigs(dict[str, Any]):
             Adding(self, name).start()
         super().__setitem__(name, config)
 
+    def __missing__(self, name: str) -> Any:
+        """What PEFT's own model finds under the name of its active task, once that was deleted."""
+        if not self:
+            return RecastConfig()  # of a task that changes nothing: the model is the pretrained one
+        raise KeyError(f"the model has no adapter {name!r}: activate one of {', '.join(self)} with set_adapter(name)")
+
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Set several configs."""
         for name, config in dict(*args, **kwargs).items():

@@ -244,3 +244,22 @@ def test_a_task_that_computes_otherwise_takes_no_place_in_a_model_of_pefts_own_e
     made.load_adapter(tmp_path / "one", "default")
     with pytest.raises(RecastConfigError, match=f"{differs} differs"):
         made.load_adapter(tmp_path / "two", "default")
+
+
+def test_peft_s_own_model_without_any_task_is_the_pretrained_one(tmp_path: Path) -> None:
+    saved = get_recast_model(tiny_vit(), CONFIG, "cars")
+    saved.save_pretrained(tmp_path)
+    model = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first")
+    model.delete_adapter("first")
+    assert type(model) is PeftModel
+    plain = outputs(tiny_vit(), vit_input())
+    assert torch.equal(outputs(model, vit_input()), plain)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, vit_input()), plain)
+    with pytest.raises(KeyError, match="'first': activate one of second with"):
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
+        model(vit_input())
+    model.delete_adapter("second")
+    model.load_adapter(tmp_path / "cars", "cars")
+    model.set_adapter("cars")
+    assert torch.equal(outputs(model, vit_input()), outputs(saved, vit_input()))
