@@ -1,8 +1,8 @@
 """readout_bank: templates that read the layers of several blocks for the classifier, from unlabelled data.
 
-The principal directions of what is read are whitened by half (each is divided by the root of its standard deviation): the first
-few would drown the others (whitening of projected features: Jegou and Chum, ECCV 2012). How far, and how large the features
-are, was chosen on eight tasks of two pretrained models (docs/results/frontier.md).
+The principal directions of what is read are whitened in part (each is divided by the fourth root of its standard
+deviation): the first few would drown the others (whitening of projected features: Jegou and Chum, ECCV 2012). How far, and how
+large the features are, was chosen on eight tasks of two pretrained models (docs/results/frontier.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST_MODULES = 16
 MOST_EXAMPLES = 4096
 MOST_TRIED = 8  # examples on which layers are chosen; what all layers of all blocks read is held for them
 FIRST_LAYERS = 0.5  # what the first third of the layers count in the directions, beside the others
-WHITENING = 0.25  # power of a direction's variance that it is divided by; 0 leaves it as it is, 0.5 makes all alike
+WHITENING = 0.25  # power of a direction's standard deviation that it is divided by; 0 leaves it as it is, 1 makes all alike
 SIZE = 0.5  # of the new features, in units of the old ones' norm: at high rates a classifier learns larger ones by heart
 SMALLEST_SPREAD = 1e-5  # of what is read about its mean, in units of their norm; below lies rounding
 ROUNDING = 1e-3  # of a layer's templates in half precision, in units of their norm; more is lost where they leave its range
@@ -67,7 +67,7 @@ def readout_bank(
 
     Returns:
         the bank, version 1, to be given as ``ReadoutConfig(bank=...)``, saved and pushed. The layers count equally, whatever
-        the size of what they read, but for the first third of them, which count half. The new features are whitened by half,
+        the size of what they read, but for the first third of them, which count half. The new features are whitened in part,
         half as large as the old ones, and their mean is zero. Templates are in half precision, where that holds them.
 
     Raises:
@@ -256,10 +256,10 @@ def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:
     every, vectors = (t.flip(-1) for t in torch.linalg.eigh(gram))
     values = every[:count]
     is_large = values > every[0].clamp_min(0) * SMALLEST**2
-    vectors, variances = vectors[:, :count][:, is_large], values[is_large] / every[0]
+    vectors, deviations = vectors[:, :count][:, is_large], (values[is_large] / every[0]).sqrt()
     if examples <= width:
         vectors = flat.T @ vectors
         vectors = vectors / vectors.norm(dim=0)
     signs = torch.gather(vectors, 0, vectors.abs().argmax(0, keepdim=True)).sign()
     share = float(values.sum() / every.sum().clamp_min(torch.finfo(torch.float64).tiny))
-    return (vectors * signs / variances**WHITENING).T.float(), share
+    return (vectors * signs / deviations**WHITENING).T.float(), share

@@ -74,7 +74,7 @@ def templates_of(bank: Any) -> tuple[Tensor, Tensor]:
 
 
 class TestDirections:
-    def test_features_are_the_principal_components_of_all_inputs_counted_equally_and_whitened_by_half(self) -> None:
+    def test_features_are_the_principal_components_of_all_inputs_counted_equally_and_whitened_in_part(self) -> None:
         model, x = vit(), pictures()
         names = [f"blocks.{i}.mlp.fc2" for i in range(6)]  # which read the neurons of the MLP: the most in a block
         bank = readout_bank(model, x, progress=False)
@@ -89,7 +89,7 @@ class TestDirections:
         left, sizes, _ = torch.linalg.svd(
             flat, full_matrices=False
         )  # principal components, by numpy's way and not by a Gram matrix
-        wanted = left[:, :29] * sizes[:29] ** 0.5  # each divided by the root of its standard deviation
+        wanted = left[:, :29] * sizes[:29] ** 0.75  # each divided by the fourth root of its standard deviation
         templates, offset = templates_of(bank)
         assert len(templates) == 29  # thirty examples about their mean have no more directions
         features = torch.cat(found, dim=1) @ templates.T + offset
