@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -272,14 +272,13 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
     """Find the task of each sample by a pool's ``route``, and let that task answer; no task is told.
 
     Args:
-        model: with the tasks under their names, as ``learn_told`` gives it.
+        model: with the tasks under their names, as ``learn_told`` gives it; it is left as it is.
         tasks: as ``split_tasks`` gives them.
         batch_size: samples that are computed together.
     """
     matrix = AccuracyMatrix(list(tasks))
-    pool = TaskPool(model, like=matrix.tasks[0], slot="routed tasks")
     seen: list[str] = []
-    with evaluating(model), torch.no_grad():
+    with _pool_for_a_while(model, matrix.tasks[0]) as pool, evaluating(model), torch.no_grad():
         for name, task in tasks.items():
             pool.add(name, name)
             pool.remember(name, *_all(task.train, batch_size, model))
@@ -289,6 +288,21 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
                 right = (_routed(pool, x, names, tasks, other, y) for x, y in _batches(tasks[other].test, batch_size, model))
                 matrix.record(name, other, _accuracy(right))
     return _result(matrix, tasks, model)
+
+
+@contextmanager
+def _pool_for_a_while(model: PeftModel, like: str) -> Iterator[TaskPool]:
+    """A pool that is taken out of the model when the block ends, also by an error."""
+    slot, configs = "routed tasks", getattr(model, "peft_config", {})
+    while slot in configs:
+        slot += "'"
+    try:
+        yield TaskPool(model, like=like, slot=slot)
+    finally:
+        if slot in configs:
+            model.delete_adapter(slot)
+            tuner: Any = model.base_model
+            tuner.task_pool = tuple(pool for pool in tuner.task_pool if pool.slot != slot)
 
 
 def _routed(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR100, cifar
 from torchvision.transforms.functional import to_tensor
 
-from recast_peft import RecastConfig, RecastConfigError, RecastSequenceError
+from recast_peft import RecastConfig, RecastConfigError, RecastSequenceError, TaskPool
 from recast_peft.analysis.class_incremental import IncrementalClassifier
 from recast_peft.analysis.protocols import (
     PROTOCOLS,
@@ -104,6 +104,26 @@ def test_told_each_task_has_its_classifier_and_nothing_is_forgotten() -> None:
     assert 1 / 6 < routed.last <= result.last
     for k in range(3):  # routing alone may err: the task that it finds answers as it does when it is told
         assert routed.matrix.values[k, 0] <= result.matrix.values[0, 0]
+
+
+def test_routing_leaves_the_model_as_it_was() -> None:
+    found = tasks()
+    model = learn_told(backbone(), found, train, config=RecastConfig(target_modules=["0", "2"], head_module="4")).model
+    assert model is not None
+    pool = TaskPool(model, like="task 0", slot="routed tasks")
+    model.set_adapter("task 1")
+
+    def state() -> tuple:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return list(model.peft_config), model.active_adapters, trained, list(model.state_dict()), model.base_model.task_pool
+
+    before = state()
+    answer_routed(model, found)
+    assert state() == before
+    with pytest.raises(RecastConfigError, match="batch_size=0"):
+        answer_routed(model, found, batch_size=0)
+    assert state() == before
+    assert model.base_model.task_pool == (pool,)
 
 
 def test_untold_classes_of_all_tasks_are_told_apart() -> None:
