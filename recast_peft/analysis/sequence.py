@@ -25,6 +25,7 @@ from ..errors import RecastConfigError, RecastSequenceError
 from ..growth.biases import grow_bias_bank
 from ..growth.sources import Source, check_bank
 from ..growth.weights import extend_bank, grow_bank
+from ..holders import plain_modules, unwrapped_module
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating
 from ..names import check_adapter_name, modules_of
@@ -147,7 +148,8 @@ def learn_in_sequence(
         the model with all tasks, the last of them active, and the accuracy matrix.
 
     Raises:
-        RecastSequenceError: if a task's name is taken, an accuracy is not a finite number, or training changed an earlier task.
+        RecastSequenceError: if a task's name is taken, an accuracy is not a finite number, or training changed the pretrained
+            model or an earlier task, or deleted one.
         RecastConfigError: if ``grow_every`` is below 1, or a config names a bank of its own beside ``grow``.
         RecastError: if a task cannot be made.
     """
@@ -168,8 +170,10 @@ def learn_in_sequence(
         bar.set_postfix_str(name)
         model = _add_task(model, name, config, None if grow is None else grow.bank)
         model.train()
+        base = _base_weights(model)
         train(model, task)
-        _check_untouched(model, before | earlier)
+        _check_base(model, base)
+        _check_untouched(model, before | earlier, name)
         earlier[name] = _numbers(model, name)
         for other in tasks if evaluate_unseen else earlier:
             model.set_adapter(other if other in earlier else name)
@@ -244,10 +248,32 @@ def _numbers(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in state.items()}
 
 
-def _check_untouched(model: PeftModel, earlier: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _base_weights(model: PeftModel) -> dict[str, tuple[Tensor, int]]:
+    """The parameters of the pretrained model that no task may train, and how often each was written into."""
+    modules = {name: unwrapped_module(module) for name, module in plain_modules(model.get_base_model()).items()}
+    found = {f"{name}.{key}": p for name, module in modules.items() for key, p in module._parameters.items()}
+    own = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())  # biases of a task
+    kept = {name: p for name, p in found.items() if not (p is None or p.is_inference() or (own and name.endswith(".bias")))}
+    return {name: (parameter, parameter._version) for name, parameter in kept.items()}
+
+
+def _check_base(model: PeftModel, before: Mapping[str, tuple[Tensor, int]]) -> None:
+    now = _base_weights(model)
+    changed = [name for name, (p, version) in before.items() if name in now and now[name][0] is p and p._version != version]
+    if changed:
+        raise RecastSequenceError(
+            f"training changed the pretrained model, which all tasks share: {', '.join(changed[:3])}"
+            f"{', ...' if len(changed) > 3 else ''}\nLeave it frozen, or give the tasks copies (modules_to_save, train_norms)."
+        )
+
+
+def _check_untouched(model: PeftModel, earlier: Mapping[str, Mapping[str, Tensor]], new: str) -> None:
+    lost = [name for name in (*earlier, new) if name not in model.peft_config]
+    if lost:
+        raise RecastSequenceError(f"training deleted the task {lost[0]!r}: delete tasks when all are learned")
     for name, before in earlier.items():
         now = _numbers(model, name)
-        changed = [key for key, value in before.items() if not torch.equal(now[key].to(value.device), value)]
+        changed = [k for k, value in before.items() if k not in now or not torch.equal(now[k].to(value.device), value)]
         if changed:
             raise RecastSequenceError(
                 f"training changed the earlier task {name!r}: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}\n"

@@ -133,6 +133,32 @@ class TestLearningInSequence:
         learn_in_sequence(TinyModel(), make_tasks("one", "two"), lambda m, t: None, evaluate, config=config, progress=False)
         assert config.groups is None
 
+    @pytest.mark.parametrize("which", ["one", "two"])
+    def test_notices_training_that_deletes_a_task(self, which: str) -> None:
+        def delete(model: PeftModel, task: Any) -> None:
+            if which in model.peft_config and "two" in model.peft_config:
+                model.delete_adapter(which)
+
+        with pytest.raises(RecastSequenceError, match=f"training deleted the task '{which}'"):
+            learn_in_sequence(TinyModel(), make_tasks("one", "two"), delete, evaluate, config=CONFIG, progress=False)
+
+    def test_notices_training_that_changes_the_pretrained_model(self) -> None:
+        def all_of_it(model: PeftModel, task: Any) -> None:
+            model.requires_grad_(True)
+            train(model, task)
+
+        with pytest.raises(RecastSequenceError, match=r"training changed the pretrained model.*layers\.0\.weight"):
+            learn_in_sequence(TinyModel(), make_tasks("one"), all_of_it, evaluate, config=CONFIG, progress=False)
+
+        def merged_meanwhile(model: PeftModel, task: Any) -> None:
+            train(model, task)
+            model.merge_adapter()
+            model.unmerge_adapter()
+            model.to(torch.float64).to(torch.float32)
+
+        config = RecastConfig(target_modules=["0", "1"], bias="all")
+        learn_in_sequence(TinyModel(), make_tasks("one"), merged_meanwhile, evaluate, config=config, progress=False)
+
     def test_notices_training_that_touches_an_earlier_task(self) -> None:
         def rough(model: PeftModel, task: Any) -> None:
             with torch.no_grad():
