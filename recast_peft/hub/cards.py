@@ -22,6 +22,7 @@ from ..storage.cards import CARD_NAME, PAPER, code, hub_link, merge_card, one_li
 from ..storage.json_reader import Fields
 from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
+from ..tasks.files import SAVED_PARTNERS
 from ..validation import is_number
 from .task_files import TaskSizes, has_task_numbers, read_task_config, task_sizes, tasks_inside
 
@@ -38,7 +39,8 @@ def write_card_of_saved_task(folder: str | os.PathLike) -> None:
     """Where a task's numbers lie beside a config that was just written: give them a checksum, and write the model card."""
     numbers = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if numbers.is_file():
-        seal(numbers, Path(folder, CONFIG_NAME))
+        partners = [partner["method"] for partner in read_task_config(Path(folder)).get("partners") or ()]
+        seal(numbers, Path(folder, CONFIG_NAME), {SAVED_PARTNERS: ", ".join(sorted(partners))})
     if has_task_numbers(folder):
         write_model_card(folder)
 

@@ -80,7 +80,7 @@ def check_replacement(
     check_not_merged(backbone, adapter_name)
     config = under_names_of(backbone, RecastConfig.from_pretrained(path, **kwargs))
     _check_alike(path, config, adapter_name, own)
-    entries = read_entries(path, kwargs, f"the task at {path!r}")
+    entries = read_entries(path, kwargs, f"the task at {path!r}", config)
     layers = {name: layer for name, layer in recast_layers(backbone).items() if layer.has_task(adapter_name)}
     quantised = {name for name, layer in layers.items() if quantised_by(layer.get_base_layer()) is not None}
     check_fingerprints(config, {name: layer.fingerprint for name, layer in layers.items()}, entries, quantised)

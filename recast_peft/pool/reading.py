@@ -58,7 +58,7 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     refuse_parts(name, config)
     layout.check_config(str(source), config)
     what = f"the task at {str(source)!r}"
-    entries = read_entries(folder, {}, what)
+    entries = read_entries(folder, {}, what, config)
     layout.lora.check(what, config.lora_config, modules_of(key.removeprefix(MODEL_PREFIX) for key in entries))
     head = prepare_head(layout.backbone, config)
     shapes = {} if head is None else head.shapes()

@@ -105,14 +105,14 @@ def staged_pairs(folder: str | os.PathLike, pairs: Mapping[str, str]) -> Iterato
         yield inside
 
 
-def seal(file: Path, companion: Path) -> None:
-    """Put a checksum, and the id of its companion, into the metadata of a safetensors file that has none."""
+def seal(file: Path, companion: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Put a checksum, the id of its companion, and texts into the metadata of a safetensors file that has none."""
     metadata, named = read_metadata(file), companion_id(companion) or ""
     if CHECKSUM in metadata and metadata.get(COMPANION) == named:
         return
     content = read_tensors(file, floating=False, finite=False)
     tensors = {key: tensor.clone() for key, tensor in content.tensors.items()}  # not the file that is about to be replaced
-    write_tensors(file, tensors, {**content.metadata, COMPANION: named})
+    write_tensors(file, tensors, {**(texts or {}), **content.metadata, COMPANION: named})
 
 
 def _waiting(companion: Path, named: str) -> Path:

@@ -25,6 +25,7 @@ from .state import backbone_of, put_in, shared_entries, task_entries
 from .verbs import merged_tasks
 
 Shapes = Mapping[str, tuple[int, ...]]
+SAVED_PARTNERS = "recast_partners"  # the entry of a file's metadata: of some partners it holds no numbers that could be missed
 
 
 def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, own: Shapes) -> dict[str, Tensor] | None:
@@ -54,7 +55,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
     shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
     optional = _optional(model, config, plan.targets)
     known = {**shapes, **optional}
-    entries = read_entries(folder, hub_kwargs, what)
+    entries = read_entries(folder, hub_kwargs, what, config)
     given = {_key_of(key, known, record.renamed): value for key, value in entries.items()}
     check_entries(what, given, shapes, optional)
     for key, value in outliers({key: tensor for key, tensor in given.items() if COEFFICIENTS in key}).items():
@@ -66,16 +67,18 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
     return given
 
 
-def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str, config: RecastConfig) -> dict[str, Tensor]:
     """The entries of a task's file, whose checksum is looked at.
 
     Args:
         folder: where it lies, or its repository on the Hub.
         hub_kwargs: for a task on the Hub.
         what: it is called in messages.
+        config: of the task.
 
     Raises:
-        RecastLoadError: if it cannot be read, or its numbers are not those that were written.
+        RecastLoadError: if it cannot be read, its numbers are not those that were written, or the config names other partners
+            than the task was saved with.
     """
     given = {key: value for key, value in hub_kwargs.items() if key != "subfolder"}
     try:
@@ -88,7 +91,15 @@ def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str) -> dict[
                 "the whole folder, or save the task again."
             ) from None
     else:
-        return read_tensors(path, what, floating=False, finite=False).tensors  # masks are bits; check_entries says more
+        content = read_tensors(path, what, floating=False, finite=False)  # masks are bits; check_entries says more
+        named = ", ".join(sorted(partner.method for partner in config.partners or ()))  # type: ignore[union-attr]
+        saved = content.metadata.get(SAVED_PARTNERS, named)  # earlier versions wrote none
+        if saved != named:
+            raise RecastLoadError(
+                f"{what} has other partners in its config than it was saved with\n  config:     {named or 'none'}\n"
+                f"  saved with: {saved or 'none'}\nCopy the whole folder, or save the task again."
+            )
+        return content.tensors
     try:
         return load_peft_weights(folder, device="cpu", **hub_kwargs)  # an older format
     except RecastError:

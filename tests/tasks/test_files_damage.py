@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,9 @@ from models import state, tiny_vit
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from saved_tasks import CONFIG, WEIGHTS, copied, refused, rewrite, rewrite_config, save
+from torch import nn
 
-from recast_peft import RecastError, RecastLoadError
+from recast_peft import ReadoutConfig, RecastConfig, RecastError, RecastLoadError, TaskPool, get_recast_model, readout_bank
 
 KEY = "base_model.model.blocks.2.attn.qkv.recast_coefficients"
 
@@ -173,6 +175,24 @@ class TestAFileWhoseConfigSaysSomethingElse:
         with pytest.raises(RecastLoadError, match=r"missing: base_model\.model\.head\.bias"):
             set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS))
         assert state(model) == before
+
+    def test_a_partner_without_numbers_of_its_own_is_still_named(self, tmp_path: Path) -> None:
+        def vit() -> nn.Module:
+            torch.manual_seed(0)
+            return timm.create_model("test_vit", num_classes=0).eval()
+
+        bank = readout_bank(vit(), torch.randn(20, 3, 160, 160), progress=False).save(tmp_path / "bank")
+        config = RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=bank)], init_weights=False)
+        model = get_recast_model(vit(), config, "task").eval()
+        model.save_pretrained(tmp_path)
+        rewrite_config(tmp_path / "task", partners=None)
+        match = "other partners in its config than it was saved with\n  config:     none\n  saved with: readout"
+        with pytest.raises(RecastLoadError, match=match):
+            PeftModel.from_pretrained(vit(), tmp_path / "task", "task")
+        with pytest.raises(RecastLoadError, match=match):
+            TaskPool(get_recast_model(vit(), RecastConfig(num_classes=3)), like="default").add("task", tmp_path / "task")
+        rewrite(tmp_path / "task", dict)  # a file without what the metadata say, as earlier versions wrote it
+        PeftModel.from_pretrained(vit(), tmp_path / "task", "task")
 
     def test_coefficients_that_are_shared_are_equal(self, tmp_path: Path) -> None:
         save(tmp_path)
