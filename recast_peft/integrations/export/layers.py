@@ -96,7 +96,31 @@ class TemplateStack(nn.Module):
         return torch.matmul(scale.to(self.templates.dtype), self.templates).view(self.shape)
 
 
-class TaskedLayer(nn.Module):
+class AroundBase(nn.Module):
+    """Takes the place of a module, ``base``, and has its attributes; for its weight the given task's is shown."""
+
+    base: nn.Module
+    weight_name: str
+
+    def effective_weight(self) -> Tensor:
+        """The weight of the given task, for modules that read it.
+
+        Raises:
+            RecastBankError: where every sample has its own task.
+        """
+        raise AttributeError(f"{type(self).__name__} has no weight")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("__"):
+                raise
+            return self.effective_weight() if name == self.__dict__.get("weight_name") else getattr(base, name)
+
+
+class TaskedLayer(AroundBase):
     """A target that computes with the coefficients of the given task.
 
     Args:
@@ -126,24 +150,10 @@ class TaskedLayer(nn.Module):
         return bank.product_terms(self.name, offsets.to(layer.weight_device), layer.weight_device)
 
     def effective_weight(self) -> Tensor:
-        """The weight of the given task, for modules that read it.
-
-        Raises:
-            RecastBankError: where every sample has its own task.
-        """
         layer, bank, given = self._held
         given.check_one_task(self.name)
         offsets = given.row[0, self.columns]
         return compose_weight(layer.pretrained_weight, bank.get_templates(offsets.device), offsets)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("__"):
-                raise
-            return self.effective_weight() if name == self.__dict__.get("weight_name") else getattr(base, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kind = kind_of(self.base)

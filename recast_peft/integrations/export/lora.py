@@ -19,7 +19,7 @@ from ...parts.lora_pool import CONVOLUTIONS, is_of_places, product_by_sample
 from ...parts.lora_strength import part_layers
 from ...pool.layout import PoolLayout
 from ...pool.lora import FACTORS, poolable_part
-from .layers import Given
+from .layers import AroundBase, Given
 
 
 def refusals_of_part(model: nn.Module, task: str) -> list[str]:
@@ -61,7 +61,7 @@ def part_columns(layout: PoolLayout, task: str, adapter: str, factors: Mapping[s
     return torch.cat([torch.zeros(0), *(values.flatten() for values in columns.values())])
 
 
-class TaskedPart(nn.Module):
+class TaskedPart(AroundBase):
     """A module with the LoRA part of the given task beside it.
 
     Args:
@@ -74,7 +74,7 @@ class TaskedPart(nn.Module):
 
     def __init__(self, base: nn.Module, layer: Any, task: str, slices: Mapping[str, slice], given: Given) -> None:
         super().__init__()
-        self.base, self.place, self.takes = base, layer.module_name, layer._takes
+        self.base, self.place, self.takes, self.weight_name = base, layer.module_name, layer._takes, "weight"
         key, names = container_key(task), ("lora_A", "lora_B")
         pairs = [(getattr(layer, name)[key], slices[f"{self.place}.{name}.weight"]) for name in names]
         self._held = (given, layer.get_base_layer(), pairs)  # in a tuple: no children
@@ -100,26 +100,12 @@ class TaskedPart(nn.Module):
         return (y + added).to(y.dtype)
 
     def effective_weight(self) -> Tensor:
-        """The weight with what the given task's part adds to it, for modules that read it.
-
-        Raises:
-            RecastBankError: where every sample has its own task.
-        """
         given, plain, _ = self._held
         given.check_one_task(self.place)
         first, second = (factors[0].flatten(1) for _, factors in self._factors())
         kind, added = kind_of(plain), second @ first
         weight: Any = self.base.weight
         return weight + (added.T if kind is not None and kind.is_transposed else added).view_as(weight).to(weight.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("__"):
-                raise
-            return self.effective_weight() if name == "weight" else getattr(base, name)
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:
