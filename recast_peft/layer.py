@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from .banks.template_bank import TemplateBank, follow_device, move_in_place
@@ -38,7 +38,7 @@ from .composition.recomputation import call_again, past_state
 from .composition.strength import Strength
 from .errors import RecastConfigError
 from .holders import Entry, TaskHolder, TaskModules, TaskParameters
-from .names import COEFFICIENTS, modules_of
+from .names import COEFFICIENTS, PREFIX, modules_of
 
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
@@ -295,13 +295,14 @@ def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
     """The RECAST layers of one converted model by the names of their modules in the plain model.
 
     Raises:
-        RecastConfigError: if there are several such models, whose names would stand for one another.
+        RecastConfigError: if there are several such models, whose names and tasks would stand for one another.
     """
     layers = modules_of(model, RecastLayer)
     found = {layer.module_name: layer for layer in layers}
-    if len(found) < len(layers):
+    converted = [tuner for tuner in modules_of(model, BaseTuner) if tuner.prefix == PREFIX]
+    if len(found) < len(layers) or len(converted) > 1:
         raise RecastConfigError(
-            f"{type(model).__name__} holds several converted models: {len(layers)} RECAST layers have {len(found)} names. "
-            "Give one of these models, not the module around them."
+            f"{type(model).__name__} holds several converted models: {len(layers)} RECAST layers have {len(found)} names, and "
+            "tasks of one name are not one task. Give one of these models, not the module around them."
         )
     return found

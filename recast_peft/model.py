@@ -32,7 +32,7 @@ from .tasks.conversion import install_banks, share_coefficients
 from .tasks.files import load_into
 from .tasks.preparation import PreparedTask, prepare_task
 from .tasks.record import planned_record, record_of_task
-from .tasks.state import check_base_weights, gathered
+from .tasks.state import check_base_weights, gathered, keep_numbers
 from .tasks.transformers_loading import hand_back_loading, take_over_loading
 from .tasks.tuner_verbs import TaskVerbs
 from .tasks.undo import Snapshot, undone_on_failure
@@ -195,6 +195,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         check_base_weights(self, state_dict, prefix)
+        for pool in self.task_pool:  # what its task is in the slot is for the pool to say, which is in no state dict
+            keep_numbers(self, pool.slot, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forget_unfilled(self, adapter_name: str, undo: bool) -> None:

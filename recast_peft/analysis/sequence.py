@@ -31,9 +31,12 @@ from ..mimicry.features import evaluating
 from ..names import check_adapter_name, modules_of
 from ..parts import BiasConfig
 from ..parts.bias_part import bias_config
+from ..placement.sharded import is_plain
 from ..planning.plan import SAID_BY_BANK
 from ..validation import COUNT, check_arguments, flag, function, optional, shown
 from .matrix import AccuracyMatrix
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 @dataclass
@@ -248,18 +251,29 @@ def _numbers(model: PeftModel, name: str) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in state.items()}
 
 
-def _base_weights(model: PeftModel) -> dict[str, tuple[Tensor, int]]:
-    """The parameters of the pretrained model that no task may train, and how often each was written into."""
+def _base_weights(model: PeftModel) -> dict[str, tuple[torch.dtype, int]]:
+    """The parameters of the pretrained model that no task may train: of each its dtype, and a sum over its bits.
+
+    No count of writes: torch counts none that goes by way of ``.data``, and a parameter may be exchanged for another one.
+    """
     modules = {name: unwrapped_module(module) for name, module in plain_modules(model.get_base_model()).items()}
     found = {f"{name}.{key}": p for name, module in modules.items() for key, p in module._parameters.items()}
     own = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())  # biases of a task
-    kept = {name: p for name, p in found.items() if not (p is None or p.is_inference() or (own and name.endswith(".bias")))}
-    return {name: (parameter, parameter._version) for name, parameter in kept.items()}
+    kept = {name: p for name, p in found.items() if p is not None and is_plain(p) and not (own and name.endswith(".bias"))}
+    return {name: (p.dtype, _sum_of_bits(p.detach())) for name, p in kept.items() if not (p.is_meta or p.is_complex())}
 
 
-def _check_base(model: PeftModel, before: Mapping[str, tuple[Tensor, int]]) -> None:
+def _sum_of_bits(weight: Tensor) -> int:
+    """A whole number that is another one for almost any other numbers, on every device the same; no copy is made of them."""
+    bits = weight.view(_BITS[weight.element_size()])
+    rows = bits.reshape(-1) if bits.ndim < 2 else bits.flatten(1).sum(dim=1, dtype=torch.int64)
+    return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())  # and for other places of them
+
+
+def _check_base(model: PeftModel, before: Mapping[str, tuple[torch.dtype, int]]) -> None:
     now = _base_weights(model)
-    changed = [name for name, (p, version) in before.items() if name in now and now[name][0] is p and p._version != version]
+    # in another dtype they are other numbers, and nothing says whether somebody wrote into them too
+    changed = [name for name, (dtype, bits) in before.items() if name in now and now[name][0] is dtype and now[name][1] != bits]
     if changed:
         raise RecastSequenceError(
             f"training changed the pretrained model, which all tasks share: {', '.join(changed[:3])}"

@@ -117,6 +117,22 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
         )
 
 
+def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Put an adapter's own numbers into a state dict that is about to be loaded into a whole model, so that they stay.
+
+    Args:
+        tuner: the ``RecastModel``.
+        adapter_name: the adapter.
+        state_dict: what is loaded.
+        prefix: of the tuner's keys in it.
+    """
+    paths = {id(module): path for path, module in tuner.named_modules()}
+    for entry in entries_of(tuner.model, adapter_name).values():
+        key = f"{prefix}{paths[id(entry.module)]}.{entry.attribute}"
+        if key in state_dict:
+            state_dict[key] = entry.tensor
+
+
 def trained_outside_tasks(model: nn.Module) -> list[str]:
     """The pretrained model's own parameters that are trained and stored with no task, by their names in the plain model.
 

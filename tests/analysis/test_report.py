@@ -152,5 +152,8 @@ def test_a_module_around_converted_models_is_refused() -> None:
         RecastConfigError, match="Sequential around the converted model has no blocks.0.*the converted model itself"
     ):
         mimicry_report(nn.Sequential(model), X)
-    with pytest.raises(RecastConfigError, match="several converted models: 8 RECAST layers have 4 names"):
+    with pytest.raises(RecastConfigError, match="several converted models: 8 RECAST layers have 4 names, and"):
         mimicry_report(nn.Sequential(model, converted()))
+    other = get_recast_model(nn.Sequential(nn.Linear(4, 4)), RecastConfig(target_modules=["0"]))  # no name is the same
+    with pytest.raises(RecastConfigError, match="several converted models"):
+        mimicry_report(nn.ModuleDict({"picture": model, "text": other}))

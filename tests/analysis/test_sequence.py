@@ -150,6 +150,16 @@ class TestLearningInSequence:
         with pytest.raises(RecastSequenceError, match=r"training changed the pretrained model.*layers\.0\.weight"):
             learn_in_sequence(TinyModel(), make_tasks("one"), all_of_it, evaluate, config=CONFIG, progress=False)
 
+        def past_torch(model: PeftModel, task: Any) -> None:
+            model.get_base_model().layers[1].base_layer.weight.data *= 1.01
+
+        def exchanged(model: PeftModel, task: Any) -> None:
+            model.load_state_dict({name: value.flip(0) for name, value in model.state_dict().items()}, assign=True)
+
+        for change in (past_torch, exchanged):
+            with pytest.raises(RecastSequenceError, match=r"training changed the pretrained model.*layers\.1\.weight"):
+                learn_in_sequence(TinyModel(), make_tasks("one"), change, evaluate, config=CONFIG, progress=False)
+
         def merged_meanwhile(model: PeftModel, task: Any) -> None:
             train(model, task)
             model.merge_adapter()

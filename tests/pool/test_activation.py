@@ -428,6 +428,20 @@ class TestTheSlotWithoutATask:
         with torch.enable_grad():  # computes with whatever numbers there are
             torch.testing.assert_close(answer(model, x), changed)
 
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_stays_as_the_pool_says_when_a_state_dict_is_loaded(self, assign):
+        model, pool, x = empty_slot()
+        base = answer(model, x)
+        pool.activate("t0")
+        state = copy.deepcopy(model.state_dict())
+        for name in ("t1", None):
+            pool.deactivate() if name is None else pool.activate(name)
+            before = answer(model, x)
+            model.load_state_dict(state, assign=assign)
+            assert pool.active == name
+            assert torch.equal(answer(model, x), before)
+            assert torch.equal(before, base) == (name is None)
+
     def test_is_left_by_its_copy_without_the_one_it_was_copied_from(self):
         model, pool, x = empty_slot()
         other_model, other = copy.deepcopy((model, pool))
