@@ -103,7 +103,7 @@ class TaskModel:
             inside = [name for name in names if name != DEFAULT and has_task_numbers(folder / name)]
             if inside:
                 write_repository_card(folder, inside)
-            if _is_checkpoint(save_directory) and DEFAULT not in names:
+            if is_checkpoint(save_directory) and DEFAULT not in names:
                 for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
                     _copy_task(folder / active, folder)
             outdated = _in_other_formats(folder)
@@ -118,7 +118,7 @@ class TaskModel:
 
         A ``key_mapping`` changes the names of the task's modules before they are looked for in the model.
         """
-        if _is_checkpoint(model_id) and "subfolder" not in kwargs:
+        if is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         elif os.path.isdir(model_id):
             model_id = str(local_task(model_id, kwargs.pop("subfolder", None)))
@@ -205,7 +205,7 @@ class TaskModel:
         return push_tasks_to_hub(self, repo_id, **kwargs)  # type: ignore[arg-type]
 
 
-def _is_checkpoint(folder: str | os.PathLike) -> bool:
+def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether a folder is one of those that the Trainer makes while it trains."""
     return Path(folder).is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastLoadError
+from ..hub.peft_models import DEFAULT, is_checkpoint
+from ..hub.task_files import numbers_file
 from ..hub.transfer import fetch_task
 from ..names import MODEL_PREFIX, check_adapter_name
 from ..parts.bias_part import bias_config
@@ -71,20 +74,36 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
 
 
 def read_folder(layout: PoolLayout, configs: Mapping[str, Any], folder: str | Path) -> list[tuple[str, Tensor, Any]]:
-    """Name, row and head of every task saved in a folder, in alphabetical order.
+    """Name, row and head of every task saved in a folder, in alphabetical order; the one named ``"default"`` lies in its root.
 
     Raises:
         RecastLoadError: if there is none, saying where they may lie instead.
-        RecastConfigError: if a folder has a name that no task can have.
+        RecastConfigError: if a folder has a name that no task can have, or there are two tasks named ``"default"``.
     """
     root = Path(folder)
     paths = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
     if not paths:
         raise RecastLoadError(f"{folder} holds no saved task (no folder with an {CONFIG_NAME} in it){_where_instead(root)}")
-    for path in paths:
-        check_adapter_name(path.name)
+    tasks = {path.name: path for path in paths}
+    if (root / CONFIG_NAME).is_file() and not _is_copy(root, paths):
+        if DEFAULT in tasks:
+            raise RecastConfigError(
+                f"{folder} and its subfolder {DEFAULT!r} both hold a task of the name {DEFAULT!r}: put them in one by one with "
+                "pool.add(name, folder)"
+            )
+        tasks[DEFAULT] = root
+    for name in tasks:
+        check_adapter_name(name)
     # a task of the model may have the same name: what lies in the folder is meant
-    return [(path.name, *read_task(layout, configs, path.name, path, {})) for path in paths]
+    return [(name, *read_task(layout, configs, name, path, {})) for name, path in sorted(tasks.items())]
+
+
+def _is_copy(root: Path, tasks: list[Path]) -> bool:
+    """Whether the root of a checkpoint of the Trainer holds the active task, which lies in a folder of its own too."""
+    file = numbers_file(root)
+    if file is None or not is_checkpoint(root):
+        return False
+    return any(other.is_file() and filecmp.cmp(file, other, shallow=False) for other in (path / file.name for path in tasks))
 
 
 def _where_instead(root: Path) -> str:

@@ -184,7 +184,7 @@ class ResidentTasks(TaskTable):
             return self.add_row(adapter_name, values, self._stored(adapter_name, head))
 
     def load_folder(self, folder: str | Path) -> list[str]:
-        """Put in every task saved in a folder (each in a folder of its own, named as the task).
+        """Put in every task saved in a folder: each in one of its own, named as the task; ``"default"`` in the folder itself.
 
         Returns:
             the names, in alphabetical order. Nothing is put in if one of them cannot be read.

@@ -34,6 +34,26 @@ class TestFiles:
             pool.activate(name)
             assert torch.allclose(model(images), expected, atol=1e-6)
 
+    def test_the_default_task_lies_in_the_folder_itself(self, tmp_path, images):
+        self.saved_task(tmp_path, "default", 1)
+        _, pool = model_with_pool()
+        with pytest.raises(RecastLoadError, match="it is a saved task itself"):
+            pool.load_folder(tmp_path)
+        self.saved_task(tmp_path, "two", 2)
+        model, pool = model_with_pool()
+        assert pool.load_folder(tmp_path) == ["default", "two"]
+        pool.activate("default")
+        expected = PeftModel.from_pretrained(small_vit(), tmp_path).eval()(images)
+        assert torch.allclose(model(images), expected, atol=1e-6)
+        shutil.copytree(tmp_path / "two", tmp_path / "default")
+        with pytest.raises(RecastConfigError, match="both hold a task of the name 'default'"):
+            model_with_pool()[1].load_folder(tmp_path)
+
+    def test_the_root_of_a_checkpoint_is_a_copy(self, tmp_path):
+        self.saved_task(tmp_path / "checkpoint-3", "two", 2)
+        assert (tmp_path / "checkpoint-3" / "adapter_config.json").is_file()
+        assert model_with_pool()[1].load_folder(tmp_path / "checkpoint-3") == ["two"]
+
     def test_a_task_of_the_model(self, images):
         model, pool = model_with_pool()
         model.add_adapter("trained", RecastConfig(target_modules=TARGETS, num_classes=4))

@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ...errors import RecastConfigError, RecastError, RecastLoadError
+from ...hub.peft_models import DEFAULT
 from ...names import check_adapter_name
 from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
@@ -74,6 +75,13 @@ class TaskStore:
                     self._seen[name] = stamp
                     if self._take(name):
                         changed.append(name)
+            if DEFAULT not in found and (self.folder / CONFIG_NAME).is_file():
+                self.problems[DEFAULT] = (
+                    f"{self.folder} itself holds a task, as save_pretrained stores the one that is named {DEFAULT!r}: move its "
+                    f"files to {self.folder / DEFAULT}"
+                )
+            elif DEFAULT not in found:
+                self.problems.pop(DEFAULT, None)
             missing = {name for name in self._seen if name not in found}
             gone, self._missed = missing & self._missed, missing - self._missed
             for name in sorted(gone):

@@ -52,6 +52,17 @@ class TestStore:
         assert store.refresh() == ["cats"]
         assert not store.problems
 
+    def test_says_that_the_default_task_lies_in_the_folder_itself(self, store):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(store.folder / "cats" / file, store.folder / file)
+        store.refresh()
+        assert "move its files to" in store.problems["default"]
+        (store.folder / "default").mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.move(store.folder / file, store.folder / "default" / file)
+        assert store.refresh() == ["default"]
+        assert not store.problems
+
     def test_uploads_versions_and_rollback(self, store, saved, image):
         pool = store.pool
         first = alone(pool, "cats", image)
