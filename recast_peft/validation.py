@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import RecastConfigError
 
@@ -53,6 +54,11 @@ def is_int(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of at least 1."""
     return is_int(value) and value >= 1
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a tensor of whole numbers."""
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def is_number(value: Any) -> bool:

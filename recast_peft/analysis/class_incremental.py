@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastSequenceError
-from ..validation import COUNT, SEED, check_arguments, number_above, optional
+from ..validation import COUNT, SEED, check_arguments, is_whole, number_above, optional, shown
 
 RIDGES = tuple(10.0**power for power in range(-6, 7))
 HELD_OUT = 5  # one example in so many judges the ridge
@@ -62,11 +62,12 @@ class IncrementalClassifier:
                 learned then.
         """
         hidden = self._hidden(features)
-        numbers = labels.tolist()
-        if labels.shape != features.shape[:1] or not numbers:
+        if not is_whole(labels) or labels.shape != features.shape[:1] or not len(labels):
+            given = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else shown(labels)
             raise RecastSequenceError(
-                f"one label for each example is needed\n  labels:   {tuple(labels.shape)}\n  examples: {len(features)}"
+                f"one label for each example is needed, a whole number\n  labels:   {given}\n  examples: {len(features)}"
             )
+        numbers = labels.tolist()
         if classes is not None and not 0 <= min(numbers) <= max(numbers) < len(classes):
             raise RecastSequenceError(f"labels are {min(numbers)} to {max(numbers)}, and classes names {len(classes)}")
         names = numbers if classes is None else [classes[number] for number in numbers]

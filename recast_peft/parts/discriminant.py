@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import RecastConfigError, RecastTargetError
 from ..names import modules_of
 from .head import TaskHead
-from .prototypes import check_every_class, check_labels, read_head_inputs
+from .prototypes import check_every_class, read_head_inputs, whole_labels
 
 Shrinkage = float | Literal["auto"]
 
@@ -100,7 +100,7 @@ def discriminants(features: Tensor, labels: Tensor, classes: int, shrinkage: Shr
         RecastTargetError: if a label is none of the classes, a class has no example, or the covariance has no inverse.
     """
     check_shrinkage(shrinkage)
-    check_labels(labels, classes)
+    labels = whole_labels(labels, classes)
     shares = torch.bincount(labels, minlength=classes).double() / len(labels)
     check_every_class(shares)
     means = torch.stack([features[labels == c].double().mean(0) for c in range(classes)])  # (classes, features)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import device_of, evaluating
+from ..validation import is_whole, shown
 from .head import task_heads
 from .head_building import PrototypeHead
 
@@ -79,30 +80,34 @@ def read_head_inputs(
     try:
         with torch.no_grad(), evaluating(model):
             for batch in batches:
-                labels = _run(model, batch).cpu()
+                labels = whole_labels(_run(model, batch), classes)
                 given = seen.pop().cpu()
                 if given.shape != (len(labels), features):
                     raise RecastTargetError(
                         f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
                         f"  labels:    {tuple(labels.shape)}"
                     )
-                check_labels(labels, classes)
                 take(given, labels)
     finally:
         handle.remove()
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse labels that are no numbers of the classes.
+def whole_labels(labels: Any, classes: int) -> Tensor:
+    """Labels ``(examples,)`` of any whole numbers, as they are counted: in 64 bits, on the CPU.
 
     Raises:
-        RecastTargetError: naming both.
+        RecastTargetError: if they are no numbers of the classes, naming both.
     """
-    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+    if not is_whole(labels) or labels.ndim != 1:
+        found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else shown(labels)
+    elif not len(labels) or labels.min() < 0 or labels.max() >= classes:
         found = f"{int(labels.min())} to {int(labels.max())}" if len(labels) else "none"
-        raise RecastTargetError(
-            f"labels must be numbers of the task's classes\n  labels:  {found}\n  classes: 0 to {classes - 1}"
-        )
+    else:
+        return labels.cpu().long()
+    raise RecastTargetError(
+        "labels must be numbers of the task's classes, one whole number for each example\n"
+        f"  labels:  {found}\n  classes: 0 to {classes - 1}"
+    )
 
 
 def check_every_class(counts: Tensor) -> None:
@@ -116,7 +121,7 @@ def check_every_class(counts: Tensor) -> None:
         raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")
 
 
-def _run(model: nn.Module, batch: Any) -> Tensor:
+def _run(model: nn.Module, batch: Any) -> Any:
     device = device_of(model)
 
     def here(value: Any) -> Any:
@@ -124,7 +129,7 @@ def _run(model: nn.Module, batch: Any) -> Tensor:
 
     if isinstance(batch, Mapping):
         model(**{key: here(value) for key, value in batch.items() if key != "labels"})
-        return batch["labels"]
+        return batch.get("labels")
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         raise RecastConfigError(
             f"batches holds a {type(batch).__name__}: expected a list of (inputs, labels) pairs, such as a DataLoader yields "

@@ -105,7 +105,8 @@ class Slot:
 
     @contextmanager
     def kept_aside(self) -> Iterator[tuple[str | None, bool]]:
-        """A block that may activate tasks; ordinary adapters that were active or merged before come back at its end.
+        """A block that may activate tasks; ordinary adapters that were active or merged before come back at its end,
+        unless they were deleted in it: then the pretrained model is active.
 
         The block gets the pool's task that was active, and whether it was merged, to activate it again by itself.
         """
@@ -116,11 +117,13 @@ class Slot:
         try:
             yield self.active, merged
         finally:
-            if ordinary is not None:
+            known = self.tuner.peft_config.keys()
+            if ordinary is not None and known >= set(ordinary[0]):  # not deleted in the block
                 self.tuner.set_adapter(ordinary[0])
                 self.model.active_adapter = ordinary[1]
                 for parameter, requires_grad in trainable:
                     parameter.requires_grad_(requires_grad)
+                merged_before = [name for name in merged_before if name in known]
                 if merged_before:
                     self.tuner.merge_adapter(adapter_names=merged_before)
 

@@ -79,6 +79,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
     for arguments, message in (
         ((x[:, :3], y), r"expected \(samples, 6\)"),
         ((x, y[:5]), "one label for each example"),
+        ((x, y.double() / 2), "float64 of shape"),
+        ((x, y.tolist()), r"a whole number\n  labels:   \[0, "),
         ((x, y, ["cat"]), "names 1"),
     ):
         with pytest.raises(RecastSequenceError, match=message):

@@ -63,6 +63,17 @@ class TestPrototypes:
         with pytest.raises(RecastTargetError, match="set_adapter"):
             fit_prototypes(model, [(images[:3], torch.arange(3))], "first")
 
+    def test_labels_of_any_whole_numbers_and_of_none(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
+        labels = torch.tensor([0, 1, 0, 1, 0, 1])
+        wanted = fit_prototypes(model, [(images, labels)])
+        assert torch.equal(fit_prototypes(model, [(images, labels.to(torch.uint8))]), wanted)
+        for odd in (labels.float(), labels == 1, torch.eye(2)[labels], labels[:, None], torch.tensor(1)):
+            with pytest.raises(RecastTargetError, match=rf"labels: +{odd.dtype} of shape \({', '.join(map(str, odd.shape))}"):
+                fit_prototypes(model, [(images, odd)])
+        with pytest.raises(RecastTargetError, match=r"labels: +None"):
+            fit_prototypes(model, [{"x": images}])
+
     def test_a_task_without_prototypes_is_refused(self, images):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=3))
         with pytest.raises(RecastTargetError, match="head_type='prototypes'"):

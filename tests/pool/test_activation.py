@@ -169,6 +169,16 @@ class TestBesideOrdinaryTasks:
         model.unmerge_adapter()
         assert torch.equal(model(images), active)
 
+    @pytest.mark.parametrize("merged", [False, True])
+    def test_the_block_ends_at_the_pretrained_model_if_the_task_before_was_deleted_in_it(self, images, merged):
+        model, pool = self.tasks()
+        if merged:
+            model.merge_adapter()
+        with pool.use("task0"):
+            model.delete_adapter("first")
+        assert pool.active is None
+        assert torch.equal(model(images), small_vit()(images))
+
     def test_deactivating_gives_the_base_whatever_was_active(self, images):
         model, pool = self.tasks()
         pool.activate("task0")
