@@ -163,7 +163,9 @@ def merge_in_place(layer: Any, adapter_names: Sequence[str]) -> None:
 
 def unmerge(layer: Any) -> None:
     """See ``RecastLayer.unmerge``."""
-    if layer.merged and layer.held is None:
+    if not layer.merged:
+        return
+    if layer.held is None:
         take_weight(layer)
     layer.merged_adapters = []  # where others are merged on top the weight goes back when those are unmerged
 

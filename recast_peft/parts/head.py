@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,22 @@ from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
 from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels
 from .wrapper import TaskModule
+
+
+class ShownHead(Protocol):
+    """A head that is no module yet."""
+
+    labels: Labels
+    stored_dtype: torch.dtype | None
+
+    def state(self) -> dict[str, Tensor]:
+        """Its numbers by their names in the module."""
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module can take over its numbers."""
+
+    def copy(self) -> nn.Module:
+        """A module with its numbers, which are nobody else's."""
 
 
 class TaskHead(TaskModule):
@@ -53,10 +69,11 @@ class TaskHead(TaskModule):
         self._active_adapter = list(wrapper._active_adapter)
         self._disable_adapters = wrapper._disable_adapters
 
-    def show(self, slot: str, head: PreparedHead | None) -> None:
+    def show(self, slot: str, head: ShownHead | None) -> None:
         """Call a head under the name of a slot; None calls the model's own.
 
-        A head like the one in the slot is copied into it, so that a compiled model goes on; another one takes its place.
+        The numbers of a head like the one in the slot are copied into it, so that a compiled model goes on; another one takes
+        its place.
         """
         self._note_problem_type()
         self._merged = None
@@ -66,11 +83,13 @@ class TaskHead(TaskModule):
             self._write_labels()
             return
         present = dict(self.modules_to_save.items()).get(slot)
-        if present is not None and present is not head.module and _alike(present, head.module):
-            present.load_state_dict(head.module.state_dict())
+        if present is not None and head.fits(present):
+            numbers = head.state()
+            for key, value in present.state_dict().items():
+                value.copy_(numbers[key])
             self._labels[slot] = head.labels
-        elif present is not head.module:
-            self.put(slot, dataclasses.replace(head, module=copy.deepcopy(head.module).requires_grad_(False)))
+        else:
+            self.put(slot, PreparedHead(self.module_name, head.copy(), head.labels, head.stored_dtype))
         self._adapters.add(slot)
         self._active_adapter = [slot]
         self._write_labels()
@@ -162,12 +181,6 @@ class TaskHead(TaskModule):
         if not is_mixed or torch.is_autocast_enabled(x.device.type):
             return module(*args, **kwargs)
         return module(x.float(), *args[1:], **kwargs).to(x.dtype)
-
-
-def _alike(first: nn.Module, second: nn.Module) -> bool:
-    """Whether one module can take over the other's numbers."""
-    a, b = first.state_dict(), second.state_dict()
-    return type(first) is type(second) and {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
 
 
 def split_logits(logits: Tensor) -> list[Tensor]:

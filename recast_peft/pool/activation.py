@@ -186,4 +186,4 @@ class Slot:
             if wrapper is not shown and self.name in wrapper._active_adapter:
                 wrapper.show(self.name, None)
         if head is not None and shown is not None:
-            shown.show(self.name, head.prepared())
+            shown.show(self.name, head)

@@ -40,9 +40,12 @@ class HeadKind:
 
     def module(self, tensors: Iterable[Tensor]) -> nn.Module:
         """A module with these tensors (not copies of them)."""
-        made = copy.deepcopy(self.empty)
-        made.load_state_dict(dict(zip(self.keys, tensors, strict=True)), assign=True)
-        return made
+        own = self.empty.state_dict(keep_vars=True).values()
+        instead = {
+            id(old): nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            for old, new in zip(own, tensors, strict=True)
+        }
+        return copy.deepcopy(self.empty, instead)
 
     def call(self, tensors: tuple[Tensor, ...]) -> Call:
         """What computes with these tensors."""
@@ -96,6 +99,16 @@ class StoredHead:
         """What computes with it as it is now."""
         return self.live if self.live is not None else self.kind.call(self._as_computed())
 
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module can take over its numbers: one of its class with tensors of the same shapes."""
+        empty = self.kind.empty if self.live is None else self.live
+        return type(module) is type(empty) and _shapes(module) == _shapes(empty)
+
+    def copy(self) -> nn.Module:
+        """A frozen module with its numbers, which are nobody else's."""
+        made = copy.deepcopy(self.live) if self.live is not None else self.kind.module(t.clone() for t in self._as_computed())
+        return made.requires_grad_(False)
+
     def module(self) -> nn.Module:
         """The module, which can be trained and written to."""
         if self.live is None:
@@ -125,6 +138,10 @@ class StoredHead:
 
     def _as_computed(self) -> tuple[Tensor, ...]:
         return tuple(t.to(dtype) for t, dtype in zip(self.tensors, self.kind.dtypes, strict=True))
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in module.state_dict().items()}
 
 
 def bytes_of(heads: Iterable[StoredHead]) -> int:
