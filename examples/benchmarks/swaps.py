@@ -25,11 +25,12 @@ HELD = (1, 100, 10_000)  # tasks of a pool
 ADAPTERS = (2, 10, 100)  # adapters of PEFT
 
 
-def pool_with(tasks: int, name: str = MODEL) -> TaskPool:
-    """A pool of random tasks on a fresh model."""
+def pool_with(tasks: int, name: str = MODEL, classes: tuple[int, ...] = ()) -> TaskPool:
+    """A pool of random tasks on a fresh model, with classifiers of these sizes in turn."""
     pool = TaskPool(get_recast_model(backbone(name), RecastConfig(target_modules=TARGETS), "first").eval())
     for i in range(tasks):
-        pool.add(f"task-{i}")
+        size = classes[i % len(classes)] if classes else None
+        pool.add(f"task-{i}", RecastConfig(target_modules=TARGETS, num_classes=size))
     with torch.no_grad():
         pool.table[:tasks].normal_(std=0.1)
     return pool
@@ -44,11 +45,12 @@ def next_of(held: int, activate: Callable[[int], Any]) -> Callable[[], Any]:
 def live(name: str, quick: bool, device: str) -> list[Row]:
     """Microseconds of a swap by what is held."""
     rows = []
-    for held in HELD[:2] if quick else HELD:
-        pool = pool_with(held, name)
-        pool.model.to(device)
-        swap = next_of(held, lambda i, p=pool: p.activate(f"task-{i}"))  # type: ignore[misc]
-        rows.append(("TaskPool.activate", held, compare(2 if quick else 20, {"": swap}, repeat=20)[""].seconds))
+    for what, classes in {"": (), ", classifiers of one size": (10,), ", of two sizes": (10, 12)}.items():
+        for held in HELD[:2] if quick or classes else HELD:
+            pool = pool_with(held, name, classes)
+            pool.model.to(device)
+            swap = next_of(held, lambda i, p=pool: p.activate(f"task-{i}"))  # type: ignore[misc]
+            rows.append((f"TaskPool.activate{what}", held, compare(2 if quick else 20, {"": swap}, repeat=20)[""].seconds))
     for method in ("RECAST", "LoRA r=8", "IA3"):
         for held in ADAPTERS[:1] if quick else ADAPTERS:
             model = get_peft_model(backbone(name), CONFIGS[method](TARGETS), "adapter_0")
