@@ -14,7 +14,9 @@ import pytest
 import torch
 from hub_server import HubServer, connect
 from hypothesis import HealthCheck, settings
+from models import seed_cpu
 
+FSYNC, HAS_CUDA = os.fsync, torch.cuda.is_available()
 torch.set_num_threads(1)
 settings.register_profile(
     "deterministic",
@@ -34,14 +36,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
+    if HAS_CUDA:
+        torch.cuda.manual_seed_all(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """A save waits for the disk a dozen times; ``tests/storage`` looks at that."""
-    if "storage" not in request.path.parts:
-        monkeypatch.setattr(os, "fsync", lambda handle: None)
+    os.fsync = FSYNC if "storage" in item.path.parts else lambda handle: None
 
 
 @pytest.fixture

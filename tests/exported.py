@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import timm
 import torch
 from models import layers_of, randomise, seeded, small_transformer
 from peft import PeftModel
+from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, export_onnx, export_program, get_recast_model
 
 TOLERANCE = 1e-6  # of the norm of the outputs, in float32
 IDS = torch.randint(3, 20, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -28,7 +29,15 @@ MASK[1, 4:] = 0
 def onnx_tools() -> Any:
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
+    read_operators_once()
     return pytest.importorskip("onnxruntime")
+
+
+@cache
+def read_operators_once() -> None:
+    """torch reads the source of all its operators again for each graph, which takes as long as a small graph does."""
+    tables = pytest.importorskip("torch.onnx._internal.exporter._registration").ONNXRegistry
+    tables.from_torchlib = staticmethod(cache(tables.from_torchlib))
 
 
 def backbone(name: str, seed: int = 0, **options: Any) -> nn.Module:
@@ -46,6 +55,19 @@ bert = partial(
     initializer_range=0.2,
 )
 llama = partial(small_transformer, "llama", scale=2, vocab_size=20, initializer_range=0.2, use_cache=False)
+
+
+class Inverted(nn.Module):
+    """Two blocks of an EfficientNet: convolutions, norms with an activation inside, squeezes; and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 4)
+        self.blocks = nn.Sequential(*(InvertedResidual(8, 8, exp_ratio=2, se_layer=SqueezeExcite) for _ in range(2)))
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
 
 
 def images(samples: int = 2, seed: int = 3) -> Tensor:
@@ -102,6 +124,21 @@ def run(graph: Any, task: dict[str, Any], inputs: Any) -> np.ndarray:
     wanted = {value.name for value in graph.get_inputs()}
     feed = {name: np.asarray(value) for name, value in {**task, **given}.items() if name in wanted}
     return graph.run(None, feed)[0]
+
+
+def traced(model: Any, inputs: Any, folder: Path, in_onnx: bool, **options: Any) -> Callable[[Any, Any], np.ndarray]:
+    """A graph, ONNX's or torch's, as a function of a task, or of rows, and the inputs."""
+    if in_onnx:
+        graph = session(export_onnx(model, folder / "graph.onnx", inputs, **options))
+        return lambda task, given: run(graph, task if isinstance(task, dict) else {"rows": task}, given)
+    module = export_program(model, inputs, **options).module()
+
+    def call(task: Any, given: Any) -> np.ndarray:
+        tensors = {name: torch.as_tensor(value) for name, value in task.items()} if isinstance(task, dict) else task
+        outputs = module(tensors, **given) if isinstance(given, dict) else module(tensors, given)
+        return next(iter(outputs.values())).detach().numpy()
+
+    return call
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:

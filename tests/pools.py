@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from models import TinyVit
+from models import TinyVit, seed_cpu
 from models import small_vit as timm_vit
 from peft import PeftModel
 from torch import nn
@@ -49,7 +49,7 @@ TEXT_MODELS = {  # by PEFT's task types
 
 
 def text_model(task_type: str) -> nn.Module:
-    torch.manual_seed(0)
+    seed_cpu(0)
     build, config = TEXT_MODELS[task_type]
     model = build(config).eval()
     for name, parameter in model.named_parameters():
@@ -91,6 +91,6 @@ def by_adapter(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 
 def tiny_pool(**options) -> TaskPool:
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = get_recast_model(TinyVit().eval(), RecastConfig(target_modules=["qkv"]), "first").eval()
     return TaskPool(model, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import randomise, tiny_vit
+from models import randomise, seed_cpu, tiny_vit
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
@@ -78,8 +78,8 @@ def stacked(name: str, order: str) -> PeftModel:
 
 
 def with_seed(seed: int, build: Any) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        seed_cpu(seed)
         return build()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from exported import onnx_tools
 
 
 class TestTrainingStep:
@@ -215,8 +216,7 @@ def test_the_cost_of_a_mixed_batch_is_compared(tmp_path: Path, capsys: Any) -> N
 
 
 def test_exported_graphs_are_compared_with_the_plain_one_and_with_lora(tmp_path: Path) -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name)
+    onnx_tools()
     import export
 
     latency, swaps, sizes = export.main(["--quick", "--output", str(tmp_path)]).values()

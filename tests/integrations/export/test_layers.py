@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exported import TOLERANCE, backbone, called, distance, images, onnx_tools, recast, run, session, two_tasks
+from exported import TOLERANCE, Inverted, called, distance, images, onnx_tools, recast, run, session, traced, two_tasks
 from grown_biases import source
 from models import Mlp, randomise, seeded, small_vit, vit_input
 from peft import PeftModel
@@ -48,7 +47,7 @@ def mlps() -> nn.Module:
 
 
 def with_biased_norms() -> nn.Module:
-    model = backbone("test_efficientnet")
+    model = seeded(Inverted)
     model.load_state_dict(source(0, lambda: model), strict=False)  # they are zero
     return model
 
@@ -95,16 +94,6 @@ def with_biases(what: str) -> tuple[PeftModel, Callable[[int], Tensor]]:
 IN_ONNX = ("convolutions, and norms with an activation inside", "a grown bank with scales of norms")
 
 
-def traced(what: str, model: Any, x: Tensor, folder: Path, **options: Any) -> Callable[[Any, Tensor], np.ndarray]:
-    """A graph as a function of a task, or of rows, and the input."""
-    if what not in IN_ONNX:
-        module = export_program(model, x, **options).module()
-        return lambda task, given: module(task, given)["output"].detach().numpy()
-    onnx_tools()
-    graph = session(export_onnx(model, folder / "graph.onnx", x, **options))
-    return lambda task, given: run(graph, task if isinstance(task, dict) else {"rows": task}, given)
-
-
 class TestWays:
     @pytest.mark.parametrize("way", ["weight", "output"])
     def test_both_ways_of_computing_give_the_same(self, way, tmp_path):
@@ -141,7 +130,7 @@ class TestRows:
 class TestBiases:
     def test_as_an_input(self, what, tmp_path):
         model, inputs = with_biases(what)
-        graph = traced(what, model, inputs(2), tmp_path)
+        graph = traced(model, inputs(2), tmp_path, what in IN_ONNX)
         seen = []
         for name in ("first", "second"):
             model.set_adapter(name)
@@ -166,5 +155,6 @@ class TestBiases:
         pool = TaskPool(model)
         for name in ("first", "second"):
             pool.add(name, name)
-        found = traced(what, pool, inputs(2), tmp_path, tasks="table")(torch.tensor([1, 0, -1, 0]), inputs(4))
+        graph = traced(pool, inputs(2), tmp_path, what in IN_ONNX, tasks="table")
+        found = graph(torch.tensor([1, 0, -1, 0]), inputs(4))
         assert distance(found, np.stack([one[i] for i, one in enumerate(expected)])) < TOLERANCE

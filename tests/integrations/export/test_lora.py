@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import called_exactly, distance, header, onnx_tools, run, session
+from exported import called_exactly, distance, header, session, traced
 from lora_parts import fill
 from models import seeded, small_vit
 from peft import LoraConfig, PeftModel
@@ -20,15 +20,18 @@ from transformers.pytorch_utils import Conv1D
 from recast_peft import (
     RecastBankError,
     RecastConfig,
-    export_onnx,
     export_program,
     export_task,
     export_tasks,
     get_recast_model,
     rescale_adapter_scale,
 )
+from recast_peft.integrations.export.graph import prepare
 
 TOLERANCE = 1e-5  # of the norm of the outputs
+
+# What is lowered to ONNX too: every operation of all cases, with the part and beside it, is in these or in ``exported.MODELS``.
+IN_ONNX = ("timm's vit", "wide convolutions", "gpt2")
 
 
 def example(model: PeftModel, x: Tensor) -> Any:
@@ -49,24 +52,26 @@ def each_exactly(model: PeftModel, x: Tensor) -> dict[str | None, np.ndarray]:
 class TestTaskAsInput:
     @pytest.mark.parametrize("case", CASES)
     def test_one_graph_gives_what_the_model_gives_for_every_task(self, case, tmp_path):
-        onnx_tools()
         model, x = with_tasks(case)
         expected = each_exactly(model, x)
-        graph = session(export_onnx(model, tmp_path / "graph.onnx", example(model, x)))
-        said = graph.get_modelmeta().custom_metadata_map["recast_layout"]
+        graph = traced(model, example(model, x), tmp_path, case in IN_ONNX)
+        layouts = set()
+        if case in IN_ONNX:
+            layouts.add(session(tmp_path / "graph.onnx").get_modelmeta().custom_metadata_map["recast_layout"])
         for name in ("t0", "t1", "t2"):
             export_task(model, tmp_path / "task", name)
-            assert header(tmp_path / "task")["__metadata__"]["recast_layout"] == said
-            found = run(graph, load_file(tmp_path / "task"), as_named(x))
+            layouts.add(header(tmp_path / "task")["__metadata__"]["recast_layout"])
+            found = graph(load_file(tmp_path / "task"), example(model, x))
             assert distance(found, expected[name]) < TOLERANCE
+        assert len(layouts) == 1
         assert distance(expected["t0"], expected["t1"]) > 0.01
         names = export_tasks(model, tmp_path / "tasks", list(NAMES))  # one without the part among them
         rows = load_file(tmp_path / "tasks")
         for i, name in enumerate(names):
-            found = run(graph, {key: values[i] for key, values in rows.items()}, as_named(x))
+            found = graph({key: values[i] for key, values in rows.items()}, example(model, x))
             assert distance(found, expected[name]) < TOLERANCE
         zero = {key: np.zeros_like(values[0]) for key, values in rows.items()}
-        assert distance(run(graph, zero, as_named(x)), expected[None]) < TOLERANCE
+        assert distance(graph(zero, example(model, x)), expected[None]) < TOLERANCE
 
     def test_strengths_are_written_with_the_task(self, tmp_path):
         model, x = with_tasks()
@@ -140,17 +145,15 @@ def filled_and_exported(model: PeftModel, tasks: list[str], x: Tensor) -> Any:
 
 class TestTable:
     @pytest.mark.parametrize("case", CASES)
-    @pytest.mark.parametrize("pooled", [False, True], ids=["model", "pool"])
-    def test_every_sample_has_its_own_task(self, case, pooled, tmp_path):
-        onnx_tools()
+    def test_every_sample_has_its_own_task(self, case, tmp_path):
         model, x = with_tasks(case)
-        expected = each_exactly(model, x)
-        tasks = list(NAMES)
-        given = pool_of(model) if pooled else model
-        graph = session(export_onnx(given, tmp_path / "graph.onnx", example(model, x), tasks=tasks))
-        rows = [2, 0, -1, 3, 1]
-        found = run(graph, {"rows": np.array(rows)}, as_named(x))
+        expected, rows, tasks = each_exactly(model, x), torch.tensor([2, 0, -1, 3, 1]), list(NAMES)
         wanted = np.stack([expected[None if row < 0 else tasks[row]][i] for i, row in enumerate(rows)])
+        graph = traced(model, example(model, x), tmp_path, case in IN_ONNX, tasks=tasks)
+        assert distance(graph(rows, example(model, x)), wanted) < TOLERANCE
+        of_pool = prepare(pool_of(model), example(model, x), tasks)  # as it computes before it is traced
+        with torch.no_grad():
+            found = next(iter(of_pool.graph(rows, *of_pool.args, **of_pool.kwargs).values())).numpy()
         assert distance(found, wanted) < TOLERANCE
 
     def test_a_lower_rank_is_filled_up(self, tmp_path):
@@ -199,7 +202,3 @@ class TestRefusals:
         model = get_recast_model(build(), config).eval()
         with pytest.raises(RecastBankError, match="a LoRA part at 0, which is computed by its weight"):
             export_program(model, IMAGES)
-
-
-def as_named(x: Tensor) -> dict[str, Tensor]:
-    return {"x" if x.is_floating_point() else "input_ids": x}
