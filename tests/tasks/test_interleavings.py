@@ -41,7 +41,7 @@ class Reference:
     merged: str | None = None
 
     def model(self, task: str | None) -> torch.nn.Module:
-        plain = tiny_vit()
+        plain = tiny_vit(depth=3)
         weights = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
         with torch.no_grad():
             for members in self.groups[task].values() if task is not None else ():
@@ -64,7 +64,7 @@ class Run:
         self.reference = Reference()
         self.x = vit_input()
         first = self.random.choice(NAMES)
-        self.model = get_recast_model(tiny_vit(), self.config(), first)
+        self.model = get_recast_model(tiny_vit(depth=3), self.config(), first)
         self.note(first)
         self.reference.active = first
         self.log.append(f"convert {first!r}")
@@ -135,7 +135,7 @@ class Run:
 
     def disable(self) -> None:
         with self.model.disable_adapter():
-            assert torch.equal(outputs(self.model, self.x), outputs(tiny_vit(), self.x))
+            assert torch.equal(outputs(self.model, self.x), outputs(tiny_vit(depth=3), self.x))
         self.reference.merged = None
 
     def save_and_load(self) -> None:
@@ -190,7 +190,7 @@ class Run:
 
 @pytest.mark.parametrize("start", range(0, SEQUENCES, PER_TEST))
 def test_every_sequence_of_verbs_ends_at_the_pretrained_model(start: int, tmp_path: Path) -> None:
-    plain = tiny_vit().state_dict()
+    plain = tiny_vit(depth=3).state_dict()
     for seed in range(start, min(start + PER_TEST, SEQUENCES)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
