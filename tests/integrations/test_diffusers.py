@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def learn(model: nn.Module, name: str, seed: int = 1, size: float = 0.3) -> None
 
 
 def with_tasks(build: Any, part: str, *names: str) -> Any:
+    return copy.deepcopy(converted(build, part, *names))
+
+
+@cache
+def converted(build: Any, part: str, *names: str) -> Any:
     model = build()
     for seed, name in enumerate(names or ("a", "b")):
         model.add_adapter(RecastConfig(target_modules=TARGETS, **PARTS[part]), name)
