@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import Entry, entries_of, holders, plain_modules, unwrapped, unwrapped_module
-from ..names import MODEL_PREFIX, plain_name, without_wrappers
+from ..holders import Entry, container_key, entries_of, holders, plain_modules, unwrapped, unwrapped_module
+from ..names import MODEL_PREFIX, modules_of, plain_name, without_wrappers
 from ..parts import PARTS
 from ..parts.base_biases import biased_modules
+from ..parts.wrapper import TaskModule
 from ..placement.sharded import is_plain, is_sharded, whole
 
 
@@ -128,9 +129,15 @@ def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], p
     """
     paths = {id(module): path for path, module in tuner.named_modules()}
     for entry in entries_of(tuner.model, adapter_name).values():
-        key = f"{prefix}{paths[id(entry.module)]}.{entry.attribute}"
+        key = f"{prefix}{paths.get(id(entry.module))}.{entry.attribute}"
         if key in state_dict:
             state_dict[key] = entry.tensor
+    for wrapper in modules_of(tuner, TaskModule):  # whole modules may be there in one of the two alone, or be larger
+        place = f"{prefix}{paths[id(wrapper)]}.modules_to_save.{container_key(adapter_name)}."
+        for key in [key for key in state_dict if key.startswith(place)]:
+            del state_dict[key]
+        own = wrapper.modules_to_save[adapter_name] if adapter_name in wrapper.modules_to_save else nn.Module()
+        state_dict.update(own.state_dict(prefix=place, keep_vars=True))
 
 
 def trained_outside_tasks(model: nn.Module) -> list[str]:

@@ -452,6 +452,21 @@ class TestTheSlotWithoutATask:
             assert torch.equal(answer(model, x), before)
             assert torch.equal(before, base) == (name is None)
 
+    def test_a_state_dict_with_another_classifier_in_it_is_loaded(self):
+        model, pool, x = empty_slot()
+        for classes in (3, 4):
+            pool.add(f"of {classes}", RecastConfig(num_classes=classes))
+        states = {}
+        for name in ("t0", "of 3", "of 4", None):
+            pool.deactivate() if name is None else pool.activate(name)
+            states[name] = copy.deepcopy(model.state_dict())
+        for name in states:
+            pool.deactivate() if name is None else pool.activate(name)
+            before = answer(model, x)
+            for state in states.values():
+                model.load_state_dict(state)
+                assert torch.equal(answer(model, x), before)
+
     def test_is_left_by_its_copy_without_the_one_it_was_copied_from(self):
         model, pool, x = empty_slot()
         other_model, other = copy.deepcopy((model, pool))
