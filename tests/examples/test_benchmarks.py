@@ -134,7 +134,7 @@ class TestBenchmarks:
         assert counts["wrong answers"] == 0
         monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: False)
         with pytest.raises(SystemExit):
-            soak.main(["--quick"])
+            soak.main(["--seconds", "0.5"])
 
     def test_files_grow_with_the_numbers_that_a_method_trains(self, tmp_path):
         import files
