@@ -193,11 +193,12 @@ class ResidentTasks(TaskTable):
             read = read_folder(self._layout, self._configs, folder)
             if any(head is None for _, _, head in read):
                 self._layout.check_reader(f"a task in {folder}")
+            names = [name for name, _, _ in read]
+            self.check_new_names(names)  # before the model is changed
             for _, _, head in read:
                 if head is not None:
                     self._make_place_for(head.place)
             with self.lock:
-                names = [name for name, _, _ in read]
                 heads = {i: self._kinds.stored(head) for i, (_, _, head) in enumerate(read) if head is not None}
                 self.add_rows(names, torch.stack([values for _, values, _ in read]), heads)
         return names
@@ -268,6 +269,7 @@ class ResidentTasks(TaskTable):
             tasks = read_pool(path, self._layout, self._kinds, skip_damaged)
             if len(tasks.heads) < len(tasks.names):
                 self._layout.check_reader(f"a task in {path}")
+            self.check_new_names(tasks.names)  # before the model is changed
             for name in {head.kind.name for head in tasks.heads.values()}:
                 self._make_place_for(name)
             with self.lock:

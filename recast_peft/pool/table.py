@@ -171,6 +171,12 @@ class TaskTable:
         self._occupy(row, name, head)
         return row
 
+    def check_new_names(self, names: Sequence[str]) -> None:
+        """Refuse names of which one is taken."""
+        taken = [name for name in names if name in self._rows]
+        if taken:
+            raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken[:5])}")
+
     def add_rows(self, names: Sequence[str], values: Tensor, heads: dict[int, StoredHead]) -> int:
         """Put several tasks in, one after the other; all of them or none.
 
@@ -180,9 +186,7 @@ class TaskTable:
             the row of the first.
         """
         with self.lock:
-            taken = [name for name in names if name in self._rows]
-            if taken:
-                raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken[:5])}")
+            self.check_new_names(names)
             start = self._new_rows(len(names))
             with torch.no_grad():
                 self.table[start : start + len(names)] = values.to(self.table.device)

@@ -34,6 +34,18 @@ class TestFiles:
             pool.activate(name)
             assert torch.allclose(model(images), expected, atol=1e-6)
 
+    def test_names_that_are_taken_leave_the_model_without_a_place_for_classifiers(self, tmp_path):
+        self.saved_task(tmp_path / "tasks", "task0", 1, num_classes=3)
+        _, source = model_with_pool()
+        source.load_folder(tmp_path / "tasks")
+        source.save(tmp_path / "pool")
+        model, pool = model_with_pool(1)
+        before = list(model.state_dict())
+        for load, path in ((pool.load_folder, "tasks"), (pool.load, "pool")):
+            with pytest.raises(RecastConfigError, match="these tasks already: task0"):
+                load(tmp_path / path)
+            assert list(model.state_dict()) == before
+
     def test_the_default_task_lies_in_the_folder_itself(self, tmp_path, images):
         self.saved_task(tmp_path, "default", 1)
         _, pool = model_with_pool()
