@@ -48,12 +48,10 @@ class Entry:
     @property
     def tensor(self) -> Tensor:
         """The tensor as it lies in the module, or is kept of it while it is offloaded."""
-        held: Tensor | None = kept_tensor(self.module, self.attribute)
-        if held is None:
-            held = self.module._parameters.get(self.attribute)
-        if held is None:
-            held = self.module._buffers.get(self.attribute)
-        return getattr(self.module, self.attribute) if held is None else held
+        module, name = self.module, self.attribute
+        known = (kept_tensor(module, name), module._parameters.get(name), module._buffers.get(name))
+        held = next((tensor for tensor in known if tensor is not None), None)
+        return getattr(module, name) if held is None else held
 
     @property
     def key(self) -> str:
@@ -112,6 +110,11 @@ class TaskHolder:
 
     module_name: str
     zeros: Any = None  # those of a pool's slot while no task is in it; see composition/zeros.py
+    trained_kind: str | None = None  # ``create_recast_optimizer`` has a group for it; None is for all others
+    stands_aside = False  # tasks are merged that have nothing here, so that the active ones do not act
+    unmerge: Any
+    _disable_adapters = False
+    _trainable: Sequence[nn.Parameter] = ()  # before the tasks were switched off
 
     def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
         """The numbers of a task that lie here and change nothing if they are all zero; none for what no pool holds."""
@@ -136,9 +139,26 @@ class TaskHolder:
         """The templates that a task's coefficients mix here, the same object for tasks that share them; None without any."""
         return None
 
-    def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters of all tasks here, each with its kind: ``create_recast_optimizer`` has groups for some of them."""
+    def own_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of all tasks here."""
         return ()
+
+    def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Those of them that have a kind, each with it."""
+        return () if self.trained_kind is None else ((self.trained_kind, own) for own in self.own_parameters())
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the tasks on or off: nothing is merged afterwards, and what was frozen before is frozen again."""
+        if not enabled:
+            self.unmerge()
+        if enabled != self._disable_adapters:
+            return
+        if not enabled:
+            self.stands_aside = False
+            self._trainable = [parameter for parameter in self.own_parameters() if parameter.requires_grad]
+        for parameter in self._trainable:
+            parameter.requires_grad_(enabled)
+        self._disable_adapters = not enabled
 
     def merged_into(self) -> Iterable[tuple[nn.Module, str]]:
         """The pretrained parameters that merging tasks changes here, each as its module and its name in it."""
@@ -168,20 +188,15 @@ class TaskHolder:
         )
 
 
-def holders(model: nn.Module) -> list[Any]:
-    """Every module of a model that holds parts of tasks, each once."""
-    return [module for module in model.modules() if isinstance(module, TaskHolder)]
+def holders(model: nn.Module, adapter_name: str | None = None, kind: type = TaskHolder) -> list[Any]:
+    """Every module of a model that holds something of tasks (or of one of them), each once."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, kind)]
+    return found if adapter_name is None else [holder for holder in found if holder.has_task(adapter_name)]
 
 
 def trained_kinds(model: nn.Module) -> dict[int, str]:
     """What tasks have in a model, trained or not: the kind of each parameter, by its identity."""
     return {id(parameter): kind for holder in holders(model) for kind, parameter in holder.trained_as()}
-
-
-def entries_of(model: nn.Module, adapter_name: str) -> dict[str, Entry]:
-    """All tensors of a task by the names that its file has; what several modules share is listed for each of them."""
-    found = [holder for holder in holders(model) if holder.has_task(adapter_name)]
-    return {entry.key: entry for holder in found for entry in holder.entries(adapter_name)}
 
 
 # ---------------------------------------------------------------- modules by their names in the plain model
@@ -278,6 +293,7 @@ def put_child(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 # ---------------------------------------------------------------- containers by a task's name
 
+_MODULES, _PARAMETERS = nn.ModuleDict(), nn.ParameterDict()
 _RESERVED_ENDINGS = ("classifier", "score")  # PEFT's models for a task_type wrap every module whose name ends so
 
 
@@ -296,9 +312,6 @@ def container_key(name: str) -> str:
 def task_of_key(key: str) -> str:
     """The inverse of ``container_key``."""
     return (key[:-1] if key.endswith("%") else key).replace("%2E", ".").replace("%25", "%")
-
-
-_MODULES, _PARAMETERS = nn.ModuleDict(), nn.ParameterDict()
 
 
 class TaskModules(nn.ModuleDict):
@@ -327,18 +340,6 @@ class TaskModules(nn.ModuleDict):
     def items(self) -> Any:
         """Names of tasks with their modules."""
         return {task_of_key(key): module for key, module in self._modules.items()}.items()
-
-    def pop(self, key: str) -> nn.Module:
-        """Take a task's module out."""
-        return self._modules.pop(container_key(key))  # type: ignore[return-value]
-
-
-class SideContainer(nn.ModuleDict):
-    """What tasks share or own beside a model's modules; a model that is an ``nn.Sequential`` calls all of its children."""
-
-    def forward(self, x: Any) -> Any:
-        """The input, as it is."""
-        return x
 
 
 class Offsets(nn.Module):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,7 +43,7 @@ from .names import COEFFICIENTS, PREFIX, modules_of
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 
-class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
+class RecastLayer(ComposedModule, Strength, TaskHolder, BaseTunerLayer):
     """A module whose weight is composed from templates.
 
     Whoever calls it gets the wrapped module's result with the composed weight; whoever reads its ``weight`` (or, of a
@@ -72,10 +72,8 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
         self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
         self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
         self._disable_adapters = False
-        self.stands_aside = False  # tasks are merged that have nothing here, so that the active ones do not act
         self._switched_off = False  # inside RecastModel.disable_part("recast")
         self._active_adapter = []
-        self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
         self.known: Known | None = None  # what the last call computed with
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
             self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
@@ -123,26 +121,15 @@ class RecastLayer(ComposedModule, Strength, BaseTunerLayer, TaskHolder):
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
         yield self.get_base_layer(), self.weight_name
 
+    def own_parameters(self) -> Iterable[nn.Parameter]:
+        return (*self.recast_coefficients.parameters(), *self.recast_masks.parameters())
+
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from (("coefficients", parameter) for parameter in self.recast_coefficients.parameters())
         yield from (("partners", parameter) for parameter in self.recast_masks.parameters())
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
         return "masks on its weights" if adapter_name in self.recast_masks else None
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch the tasks on or off; what was frozen before is frozen afterwards."""
-        if enabled == self._disable_adapters:
-            if enabled:
-                for parameter in self._trainable:
-                    parameter.requires_grad_(True)
-                self._disable_adapters, self._trainable = False, []
-                return
-            self.unmerge()
-            self.stands_aside = False
-            own = (*self.recast_coefficients.parameters(), *self.recast_masks.parameters())
-            self._trainable = [parameter for parameter in own if parameter.requires_grad]
-            super().enable_adapters(False)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks, without partners."""

@@ -90,9 +90,8 @@ def check_replacement(
 def take_over(backbone: nn.Module, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:
     """Let a model's task say of itself what the stored one says whose numbers it has now: results, names of classes, loss."""
     own.results, own.id2label = config.results, config.id2label
-    for head in task_heads(backbone):
-        if head.has_task(adapter_name):
-            head.relabel(adapter_name, config.id2label, config.problem_type)
+    for head in task_heads(backbone, adapter_name):
+        head.relabel(adapter_name, config.id2label, config.problem_type)
 
 
 def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:

@@ -16,7 +16,7 @@ from ..layer import RecastLayer
 from ..names import lies_in, modules_of
 from .base import TaskPart
 from .lora_strength import part_layers
-from .wrapper import TaskModule
+from .wrapper import task_modules
 
 
 class BaseBiasesPart(TaskPart):
@@ -77,7 +77,7 @@ def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode:
             "no parameters there, as in layers of GPTQ, AWQ and HQQ",
             stacklevel=2,
         )
-    owned = [m.module_name for m in modules_of(model, TaskModule) if m.has_task(adapter_name)]
+    owned = [m.module_name for m in task_modules(model, adapter_name)]
     for name, module in biased_modules(model, bias):
         if not lies_in(name, owned):  # else the task has a copy that is called
             module._parameters["bias"].requires_grad_(not inference_mode)  # type: ignore[union-attr]

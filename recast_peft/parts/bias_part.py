@@ -15,13 +15,14 @@ from ..composition.kinds import kind_of
 from ..composition.mixed_batch import MixedBatch, current_batch
 from ..config import RecastConfig
 from ..errors import RecastTargetError
+from ..holders import holders
 from ..names import MODEL_PREFIX
 from ..options.partner import PartnerConfig
 from ..planning.candidates import Candidate
 from .banked import bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
 from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
-from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix, partner_holders
+from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix
 
 
 class TaskBiases(TaskPartners):
@@ -30,6 +31,7 @@ class TaskBiases(TaskPartners):
     While they are merged the pretrained bias is kept beside it, and comes back as the very tensor that it was.
     """
 
+    trained_kind = "biases"
     adds_when_merged = True
     pretrained_bias: Tensor | None
     pretrained_weight: Tensor | None  # the scale of a norm
@@ -76,9 +78,6 @@ class TaskBiases(TaskPartners):
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
         scales = any(self._coefficient(name).scale_templates() is not None for name in self._adapters)
         yield from ((self.hosts[0], name) for name in ("bias", "weight") if name == "bias" or scales)
-
-    def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (("biases", parameter) for parameter in self.modules_to_save.parameters())
 
     def key_of(self, adapter_name: str) -> str:
         """The name of a task's coefficients of this bias: that of the bias, or of the first one in its group."""
@@ -267,8 +266,7 @@ def bias_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
 
 def bias_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskBiases]:
     """What holds coefficients of biases, one for each bias; of one task, or of all."""
-    held = [holder for holder in partner_holders(model) if isinstance(holder, TaskBiases)]
-    return held if adapter_name is None else [holder for holder in held if holder.has_task(adapter_name)]
+    return holders(model, adapter_name, TaskBiases)
 
 
 def bias_owners(model: nn.Module, adapter_name: str) -> dict[str, BiasCoefficient]:

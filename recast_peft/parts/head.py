@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..composition.mixed_batch import MixedBatch
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..holders import Entry, TaskHolder, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
-from ..names import modules_of
+from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
 from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
 from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels
@@ -42,6 +41,7 @@ class TaskHead(TaskModule):
     """The heads of all tasks in place of the model's own; the model names the classes of the one that is called."""
 
     what = "num_classes"
+    trained_kind = "classifier"
 
     def __init__(self, module_to_save: nn.Module, module_name: str, owner: nn.Module) -> None:
         super().__init__(module_to_save, module_name)
@@ -157,9 +157,6 @@ class TaskHead(TaskModule):
         self._named = task if task in self._labels else None
         write_labels(self._owner[0], self._base_labels if self._named is None else self._labels[self._named])
 
-    def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return (("classifier", parameter) for parameter in self.modules_to_save.parameters())
-
     def entries(self, adapter_name: str) -> Iterable[Entry]:
         dtype = self._stored_dtype.get(adapter_name)
         pack = None if dtype is None else (lambda values: values.to(dtype) if values.is_floating_point() else values)
@@ -198,9 +195,9 @@ def split_logits(logits: Tensor) -> list[Tensor]:
     return [row[..., : int(width)] for row, width in zip(logits, widths, strict=True)]
 
 
-def task_heads(model: nn.Module) -> list[TaskHead]:
-    """Every place of a model where tasks have classifiers of their own."""
-    return modules_of(model, TaskHead)
+def task_heads(model: nn.Module, adapter_name: str | None = None) -> list[TaskHead]:
+    """Every place of a model where tasks (or one of them) have classifiers of their own."""
+    return holders(model, adapter_name, TaskHead)
 
 
 def task_head(model: nn.Module, name: str) -> TaskHead:
@@ -219,8 +216,7 @@ def task_head(model: nn.Module, name: str) -> TaskHead:
 
 def problem_type_of(model: nn.Module, adapter_name: str) -> str | None:
     """The kind of loss that a task's own classifier is trained with; None if it has none, or transformers is to guess."""
-    heads = (head for head in task_heads(model) if head.has_task(adapter_name))
-    return next((head.problem_type(adapter_name) for head in heads), None)
+    return next((head.problem_type(adapter_name) for head in task_heads(model, adapter_name)), None)
 
 
 class HeadPart(TaskPart):
@@ -245,7 +241,7 @@ class HeadPart(TaskPart):
         Raises:
             RecastTargetError: if the task's head is no longer in the model, or the model's own is trained.
         """
-        if config.num_classes is not None and not any(head.has_task(adapter_name) for head in task_heads(model)):
+        if config.num_classes is not None and not task_heads(model, adapter_name):
             raise RecastTargetError(
                 f"the head of task {adapter_name!r} ({config.num_classes} classes) is no longer in the model: another module "
                 "was put in its place after the conversion (reset_classifier, or an assignment), which belongs to no task and "

@@ -73,17 +73,15 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     base_layer: nn.Module
     module_name: str
-    stands_aside = False  # tasks are merged that have no part here
     _parts: Any = None  # LoraParts, once the layer is a part
+    trained_kind = "lora"
     _by_weight = False  # computed by the weight, where the pair beside the module says something else
     _takes = ""  # the name of the module's first argument, by which it may be given
     _switched_off = False  # inside RecastModel.disable_part("lora")
-    _trainable: list[nn.Parameter] = []  # before they were switched off
     _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
     active_adapters: list[str]
     lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
-    _disable_adapters: bool
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active tasks; names that are no tasks are those of another wrapper's adapters, which are no business here."""
@@ -96,21 +94,6 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         """Make tasks trainable or frozen here."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         super().set_requires_grad(keys_of(names), requires_grad)  # type: ignore[misc]
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch the tasks on or off; what was frozen before is frozen afterwards."""
-        if enabled != self._disable_adapters:
-            return
-        if not enabled:
-            self.unmerge()
-            self.stands_aside = False
-            self._trainable = [p for p in self.own_parameters() if p.requires_grad]
-            super().enable_adapters(False)  # type: ignore[misc]
-            return
-        self._disable_adapters = False
-        for parameter in self._trainable:
-            parameter.requires_grad_(True)
-        self._trainable = []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task's part; which task is active next says the model's own verb."""
@@ -135,9 +118,6 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
         plain = super().get_base_layer()  # type: ignore[misc]
         yield from ((plain, name) for name in ("weight", "bias") if name == "weight" or any(self.lora_bias.values()))
-
-    def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (("lora", parameter) for parameter in self.own_parameters())
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
         return A_PART if self.has_task(adapter_name) else None
@@ -194,7 +174,6 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         self._put_back()
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """The parameters of all tasks' parts here."""
         names = dict.fromkeys(self.adapter_layer_names)  # type: ignore[attr-defined]
         return [parameter for name in names for parameter in getattr(self, name).parameters()]
 

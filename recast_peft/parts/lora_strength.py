@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import container_key, task_of_key
+from ..holders import container_key, holders, task_of_key
 from ..layer import RecastLayer
 from ..names import BASE_ADAPTER, modules_of
 
@@ -102,9 +102,9 @@ class PartStrength:
         return [task_of_key(key) for key in self.merged_adapters]
 
 
-def part_layers(model: nn.Module) -> list[Any]:
-    """The layers of LoRA parts in a model."""
-    return modules_of(model, PartStrength)
+def part_layers(model: nn.Module, adapter_name: str | None = None) -> list[Any]:
+    """The layers of LoRA parts in a model, of all tasks or of one."""
+    return holders(model, adapter_name, PartStrength)
 
 
 PARTS = ("recast", "lora")

@@ -51,8 +51,8 @@ def summed_config(model: nn.Module, adapters: Sequence[str], combination_type: s
         RecastConfigError: if what a part adds is no product of two factors alone.
     """
     ranks: dict[str, int] = {}
-    for layer in part_layers(model):
-        for name in (name for name in adapters if layer.has_task(name)):
+    for name in adapters:
+        for layer in part_layers(model, name):
             key, config = container_key(name), lora_config_of(model, name)
             assert config is not None
             if key in layer.lora_variant or layer.lora_bias.get(key) or config.target_parameters:
@@ -76,12 +76,11 @@ def write_sum(model: nn.Module, adapters: Sequence[str], weights: Sequence[float
 
     Where its rank is lower than that of the sum, it gets what is nearest.
     """
-    for layer in (layer for layer in part_layers(model) if layer.has_task(adapter_name)):
-        # a task that came before RECAST's layer has a layer of its own below it
-        here = [other for other in part_layers(model) if other.module_name == layer.module_name]
+    for layer in part_layers(model, adapter_name):
         terms = []
         for name, weight in zip(adapters, weights, strict=True):
-            for own in (other for other in here if other.has_task(name)):
+            # a task that came before RECAST's layer has a layer of its own below it
+            for own in (other for other in part_layers(model, name) if other.module_name == layer.module_name):
                 key, config = container_key(name), lora_config_of(model, name)
                 assert config is not None
                 rank = math.sqrt(own.r[key]) if config.use_rslora else own.r[key]

@@ -8,7 +8,7 @@ module of the model gets another name. What acts on a weight belongs to the ``Re
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import SideContainer, put_at
+from ..holders import put_at
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, modules_of, place_key
 from ..options.partner import PARTNERS, PartnerConfig
@@ -64,6 +64,14 @@ class PreparedPartner(Piece):
 def entry_prefix(place: str, method: str) -> str:
     """What stands before the names of a partner's entries in a task's file."""
     return f"{PARTNER_CONTAINER}.{place_key(place)}.{method}"
+
+
+class SideContainer(nn.ModuleDict):
+    """What tasks share or own beside a model's modules; a model that is an ``nn.Sequential`` calls all of its children."""
+
+    def forward(self, x: Any) -> Any:
+        """The input, as it is."""
+        return x
 
 
 class PartnerPart(TaskPart):
@@ -154,15 +162,14 @@ class PartnerPart(TaskPart):
 class TaskPartners(ScaledModule):
     """The partners of one kind that stand at one place, by task; the active task's acts."""
 
+    trained_kind: str | None = "partners"
+
     def __init__(self, place: str, method: str) -> None:
         super().__init__(nn.Identity(), entry_prefix(place, method))
         self.place, self.method = place, method
         self.what = f"the partner {method}"
         self.hosts: tuple[nn.Module, ...] = ()  # the module at the place; in a tuple, since it is no child
         self.home: tuple[nn.ModuleDict, ...] = ()  # where it lies in the model; whoever takes it out of there ends its work
-
-    def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (("partners", parameter) for parameter in self.modules_to_save.parameters())
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         return f"the partner {self.method}, which cannot be merged into a weight" if self.has_task(adapter_name) else None

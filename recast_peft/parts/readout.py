@@ -28,13 +28,13 @@ from ..composition.quantised import quantised_by
 from ..composition.recomputation import is_recomputing
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import plain_modules, unwrapped_module
+from ..holders import holders, plain_modules, unwrapped_module
 from ..names import lies_in
 from ..options.partner import Candidate, PartnerConfig
 from ..planning.candidates import Candidate as Place
 from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
-from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied, partner_holders
+from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,8 +389,7 @@ def fingerprints_of(members: Collection[str], candidates: list[Place]) -> dict[s
 
 def readout_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskReadouts]:
     """What holds the readouts of a model; of one task, or of all."""
-    held = [holder for holder in partner_holders(model) if isinstance(holder, TaskReadouts)]
-    return held if adapter_name is None else [holder for holder in held if holder.has_task(adapter_name)]
+    return holders(model, adapter_name, TaskReadouts)
 
 
 def readout_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:

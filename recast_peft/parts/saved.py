@@ -22,7 +22,7 @@ from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy
 from .partner import detach_partners
-from .wrapper import ScaledModule, TaskModule, was_replaced
+from .wrapper import ScaledModule, TaskModule, task_modules, was_replaced
 
 ADDED_BY_TASK_TYPE = {"classifier", "score", "qa_outputs"}  # to modules_to_save, by PEFT's models
 
@@ -119,7 +119,7 @@ class SavedPart(TaskPart):
         Raises:
             RecastTargetError: if another module is in the place of the task's.
         """
-        held = [m.module_name for m in modules_of(model, TaskModule) if m.has_task(adapter_name)]
+        held = [m.module_name for m in task_modules(model, adapter_name)]
         for place in self.places(Request(model, config, ())):
             # another part may own it, a module around it or the modules in it
             if not lies_in(place, held) and not any(lies_in(name, [place]) for name in held):

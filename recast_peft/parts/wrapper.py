@@ -22,10 +22,10 @@ from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..composition.recomputation import CallHistory
 from ..composition.strength import Strength
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, TaskHolder, TaskModules, module_entries, plain_modules, put_child, unwrapped_module
+from ..holders import Entry, TaskHolder, TaskModules, holders, module_entries, plain_modules, put_child, unwrapped_module
 
 
-class TaskModule(ModulesToSaveWrapper, TaskHolder):
+class TaskModule(TaskHolder, ModulesToSaveWrapper):
     """The modules of all tasks in the place of one of the model's; the active task's is the one that is called."""
 
     what = "modules_to_save"  # for messages
@@ -41,7 +41,6 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         self._active_adapter: list[str] = []  # the model's active tasks, whether they have something here or not
         self._merged: list[str] | None = None  # the tasks that are merged, likewise
         self._disable_adapters = False
-        self._trainable: list[nn.Parameter] = []  # before the tasks were switched off
         self.train(module_to_save.training)
         self.check_module()
 
@@ -95,17 +94,7 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
         return [name for name in self._active_adapter if name in self._adapters]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the tasks on or off: nothing is merged afterwards, and what was frozen before is frozen again."""
-        if not enabled:
-            self.unmerge()
-        if not enabled and not self._disable_adapters:
-            self._trainable = [p for p in self.modules_to_save.parameters() if p.requires_grad]
-            self.modules_to_save.requires_grad_(False)
-        elif enabled and self._disable_adapters:
-            for parameter in self._trainable:
-                parameter.requires_grad_(True)
-            self._trainable = []
-        self._disable_adapters = not enabled
+        super().enable_adapters(enabled)
         self.changed()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
@@ -149,7 +138,8 @@ class TaskModule(ModulesToSaveWrapper, TaskHolder):
 
     # ---------------------------------------------------------------- what a holder can be asked
 
-    register_parameter = TaskHolder.register_parameter
+    def own_parameters(self) -> Iterable[nn.Parameter]:
+        return self.modules_to_save.parameters()
 
     def has_task(self, adapter_name: str) -> bool:
         return adapter_name in self._adapters
@@ -260,6 +250,11 @@ class ScaledModule(Strength, TaskModule):
 
 # diffusers and PEFT's users go through these layers to activate, scale and merge; PEFT's own class has more than these can mean
 BaseTunerLayer.register(ScaledModule)
+
+
+def task_modules(model: nn.Module, adapter_name: str | None = None) -> list[TaskModule]:
+    """Every place of a model where tasks (or one of them) have modules of their own."""
+    return holders(model, adapter_name, TaskModule)
 
 
 def _taken_apart(module: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:

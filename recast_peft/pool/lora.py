@@ -32,7 +32,7 @@ Parts = dict[str, list[float]]  # of each module the rank, and what the product 
 
 def poolable_part(model: nn.Module, adapter: str) -> LoraConfig | None:
     """The config of a task's LoRA part; None if it has none, or one that no row holds."""
-    layers = [layer for layer in part_layers(model) if layer.has_task(adapter)]
+    layers = part_layers(model, adapter)
     are_factors = all(entry.name.endswith(FACTORS) for layer in layers for entry in layer.entries(adapter))
     has_variant = any(container_key(adapter) in layer.lora_variant for layer in layers)
     return lora_config_of(model, adapter) if layers and are_factors and not has_variant else None
@@ -61,7 +61,7 @@ class LoraColumns:
 
     def __init__(self, backbone: nn.Module, adapter: str, config: RecastConfig) -> None:
         self.backbone = backbone
-        self.layers = [layer for layer in part_layers(backbone) if layer.has_task(adapter)]
+        self.layers = part_layers(backbone, adapter)
         self.entries: dict[str, Entry] = {entry.name: entry for layer in self.layers for entry in layer.entries(adapter)}
         self.width = sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
         self.parts = _parts(config.lora_config, [layer.module_name for layer in self.layers])
@@ -82,7 +82,7 @@ class LoraColumns:
 
     def entries_of(self, adapter: str) -> dict[str, Tensor]:
         """The factors of a task of the model."""
-        held = (layer for layer in part_layers(self.backbone) if layer.has_task(adapter))
+        held = part_layers(self.backbone, adapter)
         return {entry.name: entry.tensor for layer in held for entry in layer.entries(adapter)}
 
     def fresh(self, row: Tensor, slices: Mapping[str, slice], generator: torch.Generator) -> None:

@@ -220,7 +220,7 @@ def shown(refusals: Sequence[str]) -> str:
 def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) -> list[str]:
     """What a task owns that no row of numbers can hold; empty if coefficients and a classifier are all it has."""
     of_parts = [part.refusal_to_combine(config) for part in PARTS]
-    of_holders = [holder.refusal_to_pool(adapter) for holder in holders(model) if holder.has_task(adapter)]
+    of_holders = [holder.refusal_to_pool(adapter) for holder in holders(model, adapter)]
     return list(dict.fromkeys(text for text in (*of_parts, *of_holders) if text is not None))
 
 
@@ -235,9 +235,8 @@ def _members(bank: Any) -> str:
 def task_coefficients(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """A task's coefficients by the name of what they mix: ``(sets, templates)`` of a module, ``(templates,)`` of biases."""
     found: dict[str, nn.Parameter] = {}
-    for holder in holders(model):
-        if holder.has_task(adapter):
-            found.update(holder.coefficients_of(adapter))
+    for holder in holders(model, adapter):
+        found.update(holder.coefficients_of(adapter))
     return found
 
 
@@ -258,7 +257,7 @@ def write_row(model: nn.Module, adapter: str, row: Tensor) -> None:
 
 def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:
     """A copy of the classifier of a model's task, or None if it has none."""
-    heads = [head for head in task_heads(model) if head.has_task(adapter)]
+    heads = task_heads(model, adapter)
     return heads[0].prepared(heads[0].module_name, adapter) if heads else None
 
 

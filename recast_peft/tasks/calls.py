@@ -16,7 +16,6 @@ from ..composition.calls import Calls
 from ..composition.lazy_weight import model_reads
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
-from ..holders import holders
 from ..layer import RecastLayer
 from ..names import BASE_ADAPTER, modules_of
 from ..parts.stacking import Adding
@@ -133,7 +132,7 @@ class TaskCalls:
     @contextmanager
     def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
         """Give every sample its own task until the block ends, also in modules that tasks own whole."""
-        disabled = any(holder._disable_adapters for holder in holders(self.model) if isinstance(holder, RecastLayer))
+        disabled = any(holder._disable_adapters for holder in modules_of(self.model, RecastLayer))
         with mixed_batch(replace(batch, is_off=self.calls.is_off(disabled))):
             yield
 

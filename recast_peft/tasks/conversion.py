@@ -19,10 +19,11 @@ from ..composition import merging
 from ..composition.fingerprint import is_coarser_form, same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
-from ..holders import SideContainer, put_child
+from ..holders import put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX, modules_of
+from ..parts.partner import SideContainer
 from ..parts.stacking import stack_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup

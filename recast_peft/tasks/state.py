@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..holders import Entry, container_key, entries_of, holders, plain_modules, unwrapped, unwrapped_module
+from ..holders import Entry, container_key, holders, plain_modules, unwrapped, unwrapped_module
 from ..names import MODEL_PREFIX, modules_of, plain_name, without_wrappers
 from ..parts import PARTS
 from ..parts.base_biases import biased_modules
@@ -33,14 +33,15 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> dict[str, Entry]:
-    """All tensors of a task by the names that its file has.
+    """All tensors of a task by the names that its file has; what several modules share is listed for each of them.
 
     Raises:
         RecastError: if something that the task owns is no longer in the model.
     """
     backbone = backbone_of(model)
     entries = {entry.key: entry for part in PARTS for entry in part.entries(backbone, adapter_name, config)}
-    return {**entries, **entries_of(backbone, adapter_name)}
+    held = holders(backbone, adapter_name)
+    return {**entries, **{entry.key: entry for holder in held for entry in holder.entries(adapter_name)}}
 
 
 def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +129,7 @@ def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], p
         prefix: of the tuner's keys in it.
     """
     paths = {id(module): path for path, module in tuner.named_modules()}
-    for entry in entries_of(tuner.model, adapter_name).values():
+    for entry in chain.from_iterable(holder.entries(adapter_name) for holder in holders(tuner.model, adapter_name)):
         key = f"{prefix}{paths.get(id(entry.module))}.{entry.attribute}"
         if key in state_dict:
             state_dict[key] = entry.tensor

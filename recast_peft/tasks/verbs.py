@@ -17,12 +17,7 @@ from ..names import BANK_CONTAINER, PARTNER_CONTAINER, modules_of
 from ..parts.lora_strength import part_layers
 from ..parts.partner import attach_partners, detach_partners
 from ..parts.saved import release_running_statistics
-from ..parts.wrapper import TaskModule
-
-
-def task_modules(model: nn.Module) -> list[TaskModule]:
-    """Every place of a model where tasks have modules of their own."""
-    return modules_of(model, TaskModule)
+from ..parts.wrapper import task_modules
 
 
 def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: bool) -> None:
@@ -39,9 +34,8 @@ def is_frozen(model: nn.Module, adapter_names: Sequence[str]) -> bool:
     """Whether nothing of some tasks is trained."""
     return not any(
         entry.tensor.requires_grad
-        for holder in holders(model)
         for name in adapter_names
-        if holder.has_task(name)
+        for holder in holders(model, name)
         for entry in holder.entries(name)
     )
 

@@ -327,7 +327,7 @@ class StandIns:
     def __init__(self, source: Source, model: nn.Module, given: Given, way: str, read: list[GraphTask] | None) -> None:
         self.source, self.given, self.way, self.read = source, given, way, read
         self.own = {name for task in read or [source.example()] for name in task.owned}
-        self.parts = {id(one.get_base_layer()): one for one in part_layers(model) if one.has_task(source.adapter)}
+        self.parts = {id(one.get_base_layer()): one for one in part_layers(model, source.adapter)}
         self.made: dict[int, nn.Module] = {}
 
     def of(self, module: Any) -> nn.Module:

@@ -24,7 +24,7 @@ from .layers import AroundBase, Given
 
 def refusals_of_part(model: nn.Module, task: str) -> list[str]:
     """What the LoRA part of a task has that no graph can express."""
-    layers = [layer for layer in part_layers(model) if layer.has_task(task)]
+    layers = part_layers(model, task)
     found = [text for layer in layers if (text := layer.refusal_to_merge(task)) is not None]
     if layers and poolable_part(model, task) is None:
         found.append("a LoRA part that is more than two factors (DoRA or another variant, lora_bias), or is of embeddings")
@@ -45,8 +45,8 @@ def part_columns(layout: PoolLayout, task: str, adapter: str, factors: Mapping[s
         RecastBankError: if the row has no room for them.
     """
     columns = {name: torch.zeros(entry.shape) for name, entry in layout.lora.entries.items()}
-    key, layers = container_key(adapter), part_layers(layout.backbone)
-    strengths = {layer.module_name: layer.scaling[key] for layer in layers if layer.has_task(adapter)}
+    key, layers = container_key(adapter), part_layers(layout.backbone, adapter)
+    strengths = {layer.module_name: layer.scaling[key] for layer in layers}
     for name, values in factors.items():
         room = columns.get(name)
         if room is None or any(own > size for own, size in zip(values.shape, room.shape, strict=True)):

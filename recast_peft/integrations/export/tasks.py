@@ -31,7 +31,7 @@ from ...parts import PARTS
 from ...parts.bias_part import bias_coefficients, bias_holders
 from ...parts.lora import A_PART, PartLayer
 from ...parts.saved import TaskNorm
-from ...parts.wrapper import TaskModule
+from ...parts.wrapper import TaskModule, task_modules
 from ...pool.layout import PoolLayout, same_layout
 from ...pool.pool import TaskPool
 from ...storage.tensors import write_tensors
@@ -185,12 +185,6 @@ def bias_strengths(model: nn.Module, task: str) -> dict[str, float]:
     return found
 
 
-def owned_modules(model: nn.Module, task: str) -> list[TaskModule]:
-    """The places of modules that a task owns whole."""
-    held = [module for module in modules_of(model, TaskModule) if module.has_task(task)]
-    return [module for module in held if not module.coefficients_of(task) and module.bank_of(task) is None]
-
-
 def floating(module: nn.Module) -> dict[str, Tensor]:
     """The numbers of a module that a graph takes: parameters and floating-point buffers."""
     return {key: value for key, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
@@ -198,7 +192,8 @@ def floating(module: nn.Module) -> dict[str, Tensor]:
 
 def owned_tensors(model: nn.Module, task: str) -> dict[str, Tensor]:
     """Tensors of the modules that a task owns, by the plain model's names."""
-    owned = {module.module_name: module.modules_to_save[task] for module in owned_modules(model, task)}
+    whole = [held for held in task_modules(model, task) if not held.coefficients_of(task) and held.bank_of(task) is None]
+    owned = {held.module_name: held.modules_to_save[task] for held in whole}
     return {f"{place}.{key}": value.detach() for place, module in owned.items() for key, value in floating(module).items()}
 
 
@@ -209,9 +204,9 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
         RecastBankError: naming the task and what it has.
     """
     parts = [part.refusal_to_combine(config) for part in PARTS if part.name not in ALLOWED]
-    found = [holder for holder in holders(model) if holder.has_task(task)]
+    found = holders(model, task)
     parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
-    layers = [layer for layer in modules_of(model, RecastLayer) if layer.has_task(task)]
+    layers = holders(model, task, RecastLayer)
     parts += [layer.refusal_to_pool(task) for layer in layers]
     parts += [
         f"a strength at the norm {h.module_name}" for h in found if isinstance(h, TaskNorm) and h.scaling.get(task, 1) != 1
