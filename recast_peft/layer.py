@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from .banks.template_bank import TemplateBank, follow_device, move_in_place
-from .composition import merging
 from .composition.calling import call
 from .composition.coefficient_gradients import EXACT
 from .composition.composed import ComposedModule
 from .composition.kinds import in_and_out_features, kind_of
 from .composition.known import Known, is_simple
+from .composition.merging import Merging, check_held, follow, refresh
 from .composition.mixed_batch import MixedBatch, current_batch
 from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
@@ -43,7 +42,7 @@ from .names import COEFFICIENTS, PREFIX, modules_of
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 
-class RecastLayer(ComposedModule, Strength, TaskHolder, BaseTunerLayer):
+class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer):
     """A module whose weight is composed from templates.
 
     Whoever calls it gets the wrapped module's result with the composed weight; whoever reads its ``weight`` (or, of a
@@ -179,47 +178,8 @@ class RecastLayer(ComposedModule, Strength, TaskHolder, BaseTunerLayer):
         for name, values in kept.items():
             if not values.is_meta:
                 self.recast_coefficients[name].data = follow_device(fn, values)
-        merging.follow(self, fn)
+        follow(self, fn)
         return self
-
-    # ---------------------------------------------------------------- merging
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the composed weight into the wrapped module; the pretrained weight is kept beside it.
-
-        Args:
-            safe_merge: refuse a weight that is not finite, before anything is changed.
-            adapter_names: the tasks to merge; None means the active ones.
-
-        Raises:
-            ValueError: for ``safe_merge``, if the composed weight is not finite.
-        """
-        merging.merge(self, safe_merge, adapter_names)
-
-    def merge_in_place(self, adapter_names: list[str]) -> None:
-        """Merge tasks in place of those that are merged now, into the same storage.
-
-        The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
-        """
-        merging.merge_in_place(self, adapter_names)
-
-    def unmerge(self) -> None:
-        """Put the pretrained weight back: the very parameter that was there before."""
-        merging.unmerge(self)
-
-    def rescaled(self) -> None:
-        merging.rescaled(self)
-
-    def written_by_others(self) -> AbstractContextManager[None]:
-        """A block in which a layer of another method writes into the innermost weight; see merging.py."""
-        return merging.written_by_others(self)
-
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-        """Give back the wrapped module as an ordinary one, with the tasks merged into it or not.
-
-        A weight that was released for a compressed bank comes back as the bank composes it.
-        """
-        return merging.unload(self, merge, safe_merge, adapter_names)
 
     # ---------------------------------------------------------------- computing
 
@@ -232,7 +192,7 @@ class RecastLayer(ComposedModule, Strength, TaskHolder, BaseTunerLayer):
         if past is not None:
             return call_again(self, past, args, kwargs)
         if self.held is not None:
-            merging.check_held(self)
+            check_held(self)
         if self.held is not None:
             return self.base_layer(*args, **kwargs)
         if self.is_off(batch):
@@ -259,7 +219,7 @@ class RecastLayer(ComposedModule, Strength, TaskHolder, BaseTunerLayer):
 
     def _call_merged(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.is_stale:
-            merging.refresh(self)
+            refresh(self)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             trained = [n for n in self.with_coefficients(self.merged_adapters) if self.recast_coefficients[n].requires_grad]
             if trained:

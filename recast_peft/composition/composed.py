@@ -59,7 +59,7 @@ class ComposedModule(nn.Module):
         super().__init__()
         self.module_name = module_name
         self.other_layers: list[Any] = []  # layers of PEFT's other methods around or inside this one; see stacking.py
-        self.held: tuple[str, ...] | None = None  # tasks in the weight that those are merged into; None: none is merged
+        self.held: tuple[str, ...] | None = None  # see merging.py
         self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
         self.base_layer = base_layer
         self.weight_name = weight_name

@@ -98,101 +98,12 @@ def follow(layer: Any, fn: Any) -> None:
     layer.is_stale = layer.is_stale or kept[0].dtype != before
 
 
-@contextmanager
-def _apart() -> Iterator[None]:
-    """A block in which nothing is recorded, and whose tensors can be trained with later: also inside of inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
 def refresh(layer: Any) -> None:
     """Compose what is merged once more, after pretrained weights were rounded."""
     layer.is_stale = False
     if layer.merged and layer.held is None:
         with torch.no_grad():
             layer.weight_parameter.data = layer.compose(layer.merged_adapters)
-
-
-def rescaled(layer: Any) -> None:
-    """Let what is merged follow the tasks' strengths: at its next use, or now where adapters of other layers lie on top."""
-    layer.is_stale = layer.is_stale or bool(layer.merged)
-    on_top = [(other, other.merged_tasks) for other in layer.other_layers if other.merged]
-    for other, _ in reversed(on_top):
-        other.unmerge()
-    for other, tasks in on_top:
-        other.merge(adapter_names=tasks)
-
-
-def merge(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
-    """See ``RecastLayer.merge``."""
-    adapter_names = check_adapters_to_merge(layer, adapter_names)
-    new = list(dict.fromkeys(layer.present(adapter_names)))  # PEFT's check leaves what is named twice
-    if not new:
-        return
-    merged = [*layer.merged_adapters, *new]
-    if layer.held is not None:
-        check_held(layer, merged)
-        layer.merged_adapters = merged
-        return
-    check_writable(layer)
-    with _apart():
-        weight = layer.compose(merged)
-    if safe_merge and not torch.isfinite(weight).all():
-        raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
-    if layer.merged:
-        layer.weight_parameter.data = weight
-    else:
-        put_weight(layer, weight)
-    layer.is_stale = False
-    layer.merged_adapters = merged
-
-
-def merge_in_place(layer: Any, adapter_names: Sequence[str]) -> None:
-    """See ``RecastLayer.merge_in_place``."""
-    present = layer.present(adapter_names)
-    if layer.held is not None:
-        raise held_error(layer, present)
-    if not layer.merged:
-        layer.merge(adapter_names=present)
-        return
-    with torch.no_grad():
-        layer.compose(present, out=layer.weight_parameter.data)
-    layer.is_stale = False
-    layer.merged_adapters = present
-
-
-def unmerge(layer: Any) -> None:
-    """See ``RecastLayer.unmerge``."""
-    if not layer.merged:
-        return
-    if layer.held is None:
-        take_weight(layer)
-    layer.merged_adapters = []  # where others are merged on top the weight goes back when those are unmerged
-
-
-@contextmanager
-def written_by_others(layer: Any) -> Iterator[None]:
-    """A block in which a layer of another method writes into the innermost weight: it gets a tensor of its own.
-
-    The tensor holds the weight of the active tasks, so that what is merged on it is right for any method. It stays for as long
-    as something of another method is merged.
-    """
-    if layer.held is None:
-        held = tuple(layer.merged_adapters or layer.tasks_in_force())
-        if not layer.merged:
-            with _apart():
-                put_weight(layer, layer.compose(held))
-        layer.held = held
-    try:
-        yield
-    finally:
-        if not any(other.merged for other in layer.other_layers):
-            if layer.merged:
-                with torch.no_grad():
-                    layer.weight_parameter.data = layer.compose(layer.merged_adapters)
-            else:
-                take_weight(layer)
-            layer.held = None
 
 
 def layers_on_top(layer: Any) -> list[Any]:
@@ -234,26 +145,124 @@ def held_error(layer: Any, wanted: Sequence[str]) -> RecastBankError:
     )
 
 
-def unload(layer: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-    """See ``RecastLayer.unload_and_optionally_merge_module``."""
-    inside = [other for other in layer.other_layers if other in layer.modules()]
-    if merge:
-        layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if layer.is_stale:
-            refresh(layer)
-        for other in inside:
-            other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-    else:
-        for other in inside:
-            other.unmerge_if_merged()
-        layer.unmerge()
-    base = layer.get_base_layer()
-    if layer.weight_parameter is None:
+class Merging:
+    """The verbs of a layer by which tasks are merged into its weight; a mixin of layers."""
+
+    held: tuple[str, ...] | None  # tasks in the weight that other methods are merged into; None: none is merged
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the composed weight into the wrapped module; the pretrained weight is kept beside it.
+
+        Args:
+            safe_merge: refuse a weight that is not finite, before anything is changed.
+            adapter_names: the tasks to merge; None means the active ones.
+
+        Raises:
+            ValueError: for ``safe_merge``, if the composed weight is not finite.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        new = list(dict.fromkeys(self.present(adapter_names)))  # PEFT's check leaves what is named twice
+        if not new:
+            return
+        merged = [*self.merged_adapters, *new]
+        if self.held is not None:
+            check_held(self, merged)
+            self.merged_adapters = merged
+            return
+        check_writable(self)
+        with torch.inference_mode(False), torch.no_grad():  # it may be trained with later
+            weight = self.compose(merged)
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
+        if self.merged:
+            self.weight_parameter.data = weight
+        else:
+            put_weight(self, weight)
+        self.is_stale = False
+        self.merged_adapters = merged
+
+    def merge_in_place(self: Any, adapter_names: Sequence[str]) -> None:
+        """Merge tasks in place of those that are merged now, into the same storage.
+
+        The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
+        """
+        present = self.present(adapter_names)
+        if self.held is not None:
+            raise held_error(self, present)
+        if not self.merged:
+            self.merge(adapter_names=present)
+            return
         with torch.no_grad():
-            layer.set_weight_parameter(nn.Parameter(layer.compose([]), requires_grad=False))
-    for name, child in base.named_children():  # a multi-head attention may have a wrapped output projection
-        if isinstance(child, type(layer)):
-            setattr(base, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
-    if hasattr(layer.weight_parameter, STANDS_FOR):  # from now on it is an ordinary parameter
-        delattr(layer.weight_parameter, STANDS_FOR)
-    return base
+            self.compose(present, out=self.weight_parameter.data)
+        self.is_stale = False
+        self.merged_adapters = present
+
+    def unmerge(self: Any) -> None:
+        """Put the pretrained weight back: the very parameter that was there before."""
+        if not self.merged:
+            return
+        if self.held is None:
+            take_weight(self)
+        self.merged_adapters = []  # where others are merged on top the weight goes back when those are unmerged
+
+    def rescaled(self: Any) -> None:
+        """Let what is merged follow the tasks' strengths: at its next use, or now where adapters of other layers lie on top."""
+        self.is_stale = self.is_stale or bool(self.merged)
+        on_top = [(other, other.merged_tasks) for other in self.other_layers if other.merged]
+        for other, _ in reversed(on_top):
+            other.unmerge()
+        for other, tasks in on_top:
+            other.merge(adapter_names=tasks)
+
+    @contextmanager
+    def written_by_others(self: Any) -> Iterator[None]:
+        """A block in which a layer of another method writes into the innermost weight: it gets a tensor of its own.
+
+        The tensor holds the weight of the active tasks, so that what is merged on it is right for any method. It stays for as
+        long as something of another method is merged.
+        """
+        if self.held is None:
+            held = tuple(self.merged_adapters or self.tasks_in_force())
+            if not self.merged:
+                with torch.inference_mode(False), torch.no_grad():  # it may be trained with later
+                    put_weight(self, self.compose(held))
+            self.held = held
+        try:
+            yield
+        finally:
+            if not any(other.merged for other in self.other_layers):
+                if self.merged:
+                    with torch.no_grad():
+                        self.weight_parameter.data = self.compose(self.merged_adapters)
+                else:
+                    take_weight(self)
+                self.held = None
+
+    def unload_and_optionally_merge_module(
+        self: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Give back the wrapped module as an ordinary one, with the tasks merged into it or not.
+
+        A weight that was released for a compressed bank comes back as the bank composes it.
+        """
+        inside = [other for other in self.other_layers if other in self.modules()]
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            if self.is_stale:
+                refresh(self)
+            for other in inside:
+                other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            for other in inside:
+                other.unmerge_if_merged()
+            self.unmerge()
+        base = self.get_base_layer()
+        if self.weight_parameter is None:
+            with torch.no_grad():
+                self.set_weight_parameter(nn.Parameter(self.compose([]), requires_grad=False))
+        for name, child in base.named_children():  # a multi-head attention may have a wrapped output projection
+            if isinstance(child, type(self)):
+                setattr(base, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+        if hasattr(self.weight_parameter, STANDS_FOR):  # from now on it is an ordinary parameter
+            delattr(self.weight_parameter, STANDS_FOR)
+        return base
