@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..composition.blocks import with_attribute
 from ..composition.compose import compose_weight
 from ..errors import RecastBankError, RecastConfigError
 from ..growth.sources import check_plain
@@ -221,10 +221,10 @@ def _compare_features(
             "itself, and a batch of its own inputs"
         ) from error
     with _without_task(model):
-        with _composing(layers, mimicked=True):
+        with with_attribute(layers.values(), "instead", _mimicked):
             mine = _run(base, blocks, batch)
         if reference is None:
-            with _composing(layers, mimicked=False):
+            with with_attribute(layers.values(), "instead", lambda layer: layer.pretrained_weight):
                 wanted = _run(base, blocks, batch)
         else:
             wanted = _run(reference, blocks, batch)
@@ -239,45 +239,20 @@ def _run(model: nn.Module, blocks: list[str], batch: Any) -> dict[str, Tensor]:
     return found if result is None else {**found, "output": result}
 
 
-@contextmanager
-def _without_task(model: nn.Module) -> Iterator[None]:
-    """Inside, no task is active anywhere, its heads and other modules included."""
+def _without_task(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which no task is active anywhere, its heads and other modules included."""
     if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield
-        return
-    held: list[Any] = [module for module in model.modules() if "_disable_adapters" in vars(module)]
-    before = [module._disable_adapters for module in held]
-    try:
-        for module in held:
-            module._disable_adapters = True
-        yield
-    finally:
-        for module, was in zip(held, before, strict=True):
-            module._disable_adapters = was
+        return model.disable_adapter()
+    held = [module for module in model.modules() if "_disable_adapters" in vars(module)]
+    return with_attribute(held, "_disable_adapters", True)
 
 
-@contextmanager
-def _composing(layers: dict[str, RecastLayer], mimicked: bool) -> Iterator[None]:
-    """Inside, every layer computes with what its bank reproduces, or with its pretrained weight."""
-    for layer in layers.values():
-        layer.instead = _mimicked(layer) if mimicked else (lambda layer=layer: layer.pretrained_weight)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            layer.instead = None
-
-
-def _mimicked(layer: RecastLayer) -> Any:
-    def compose() -> Tensor:
-        if not layer.compressed_bank:
-            return layer.pretrained_weight
-        bank = layer.compressed_bank[0]
-        device = layer.weight_device
-        return compose_weight(None, bank.get_templates(device), bank.base_of(layer.module_name).to(device))
-
-    return compose
+def _mimicked(layer: RecastLayer) -> Tensor:
+    """What a layer's bank composes without any task."""
+    if not layer.compressed_bank:
+        return layer.pretrained_weight
+    bank, device = layer.compressed_bank[0], layer.weight_device
+    return compose_weight(None, bank.get_templates(device), bank.base_of(layer.module_name).to(device))
 
 
 def _compare(name: str, mine: Tensor, wanted: Tensor) -> FeatureFidelity:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,39 +26,6 @@ from .recomposed import call_recomposed, can_recompose, product_of_one
 
 Terms = tuple[Tensor | None, list[Tensor], Tensor]
 """Anchor, templates and coefficients of a weight."""
-
-
-class ComposedLayer(Protocol):
-    """What the functions of this package know of a layer; ``RecastLayer`` is one."""
-
-    base_layer: Any
-    weight_name: str
-    module_name: str
-    recast_masks: Any
-    recast_coefficients: Any
-    coefficient_gradients: dict[str, str]
-    merged_adapters: list[str]
-    other_layers: list[Any]
-    training: bool
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]: ...
-    @property
-    def weight_dtype(self) -> torch.dtype: ...
-    @property
-    def weight_device(self) -> torch.device: ...
-    @property
-    def pretrained(self) -> Tensor | None: ...
-    @property
-    def weight_parameter(self) -> Tensor | None: ...
-    def compose(self, adapters: Sequence[str]) -> Tensor: ...
-    def effective_weight(self) -> Tensor: ...
-    def with_coefficients(self, adapters: Sequence[str]) -> list[str]: ...
-    def terms(self, adapters: Sequence[str], values: Mapping[str, Tensor] | None = ...) -> Terms | None: ...
-    def tasks_in_force(self) -> list[str]: ...
-    def modules(self) -> Any: ...
-    def get_base_layer(self) -> nn.Module: ...
-
 
 # Attribute of a weight that is in the place of the pretrained one: the pretrained one, or None if that was released.
 STANDS_FOR = "recast_stands_for"
@@ -84,7 +51,7 @@ def call(
         RecastBankError: where a quantised module cannot be called with another weight.
     """
     if layer.instead is not None:
-        return call_with(layer, layer.instead(), args, kwargs)
+        return call_with(layer, layer.instead(layer), args, kwargs)
     if is_out_of_reach(layer):
         if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):
             return call_from_outputs(layer, adapters, given[0], values)
@@ -109,13 +76,13 @@ def call_composed(base: nn.Module, direct: Callable[..., Tensor], x: Tensor, ter
     return direct(base, marked(compose_weight(*terms)), x)
 
 
-def _gradient_way(layer: ComposedLayer, adapters: Sequence[str]) -> str:
+def _gradient_way(layer: Any, adapters: Sequence[str]) -> str:
     """How the coefficients' gradient is formed: exactly, unless all active tasks ask for the same estimate."""
     asked = {layer.coefficient_gradients.get(name, EXACT) for name in layer.with_coefficients(adapters)}
     return asked.pop() if len(asked) == 1 else EXACT
 
 
-def direct_call(layer: ComposedLayer, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
+def direct_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
     """The plain function that stands for a call of the wrapped module, if there is one."""
     if len(args) != 1 or kwargs or is_hooked(layer.base_layer):
         return None
@@ -123,7 +90,7 @@ def direct_call(layer: ComposedLayer, args: tuple, kwargs: dict[str, Any]) -> Ca
     return None if kind is None else kind.call
 
 
-def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_with(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computes with a weight."""
     base = layer.base_layer
     direct = direct_call(layer, args, kwargs)
@@ -144,7 +111,7 @@ def call_with(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[st
         return _call_exchanged(layer, weight, args, kwargs)
 
 
-def _check_reads_weight(layer: ComposedLayer) -> None:
+def _check_reads_weight(layer: Any) -> None:
     """Refuse to exchange the weight of a module that would compute with its packed one all the same.
 
     Raises:
@@ -160,7 +127,7 @@ def _check_reads_weight(layer: ComposedLayer) -> None:
         )
 
 
-def _call_exchanged(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _call_exchanged(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
     base = layer.base_layer
     if layer.weight_name in base.__dict__:  # FSDP puts the gathered weight here, in front of the parameter
         gathered = base.__dict__[layer.weight_name]
@@ -174,12 +141,12 @@ def _call_exchanged(layer: ComposedLayer, weight: Tensor, args: tuple, kwargs: d
     return torch.func.functional_call(base, {name: weight}, args, kwargs)
 
 
-def marked_as_pretrained(layer: ComposedLayer, weight: Tensor) -> Tensor:
+def marked_as_pretrained(layer: Any, weight: Tensor) -> Tensor:
     """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are."""
     return weight if weight is layer.weight_parameter or weight is layer.pretrained else marked(weight)
 
 
-def lazy_weight(layer: ComposedLayer) -> Tensor | None:
+def lazy_weight(layer: Any) -> Tensor | None:
     """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
     if not is_lazily_readable(layer.base_layer):
         return None
@@ -198,7 +165,7 @@ def lazy_weight(layer: ComposedLayer) -> Tensor | None:
 
     def compose() -> Tensor:
         with torch.no_grad():
-            return marked_as_pretrained(layer, layer.compose(tasks, values=values))  # type: ignore[call-arg]
+            return marked_as_pretrained(layer, layer.compose(tasks, values=values))
 
     return LazyWeight(compose, *known)
 

@@ -29,11 +29,6 @@ FASTER_ROWS = 128
 FASTER_MULTIPLICATIONS = 16_000_000
 
 
-def is_coefficient_gradient(value: object) -> bool:
-    """Whether a value says how gradients of coefficients are formed."""
-    return isinstance(value, str) and value in GRADIENT_CHOICES
-
-
 @cache
 def processor_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products in bfloat16 (AVX-512 BF16 or AMX), so that they are fast."""

@@ -68,7 +68,7 @@ class ComposedModule(nn.Module):
         self.kept_weight: tuple[nn.Parameter | None] | None = None  # the pretrained weight while something is merged
         self.merged_adapters: list[str] = []
         self.is_stale = False  # whether what is merged has to be composed once more
-        self.instead: Callable[[], Tensor] | None = None  # composes another weight in place of the tasks', for measuring
+        self.instead: Callable[[Any], Tensor] | None = None  # composes another weight in place of the tasks', for measuring
         self.history = CallHistory()
 
     # ---------------------------------------------------------------- the pretrained weight

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import with_variable
 from .mixed_batch import current_batch
 
 _KNOWN = ("device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "shape")
@@ -39,11 +40,8 @@ def model_reads() -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    token = _IN_FORWARD.set(True)
-    try:
+    with with_variable(_IN_FORWARD, True):
         yield
-    finally:
-        _IN_FORWARD.reset(token)
 
 
 def is_read_by_the_model() -> bool:

@@ -8,11 +8,11 @@ torch before 2.14 follows neither: what is compiled there looks at a plain varia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +22,19 @@ from ..errors import RecastConfigError
 NO_TASK = -1  # the number that stands for the pretrained model
 
 
-class PoolTasks(Protocol):
-    """What a call holds of a pool: as it was when the call began, whatever becomes of the pool meanwhile."""
+@dataclass(frozen=True)
+class PoolTasks:
+    """What a call holds of a pool: as it was when the call began, whatever becomes of the pool meanwhile.
 
-    slot: str  # the adapter whose banks the tasks are on
+    Attributes:
+        slot: the adapter whose banks the tasks are on.
+        slices: columns of a task's coefficients, by target module and by the names of biases and LoRA factors.
+        head: the classifier of a task of the batch by its number; None if it has none.
+    """
 
-    def part_of(self, module_name: str) -> slice | None:
-        """The columns of a target module in the coefficients of a task; None if the tasks leave it alone."""
-
-    def head(self, task_id: int) -> Callable[..., Any] | None:
-        """The classifier of a task of the batch; None if it has none."""
+    slot: str
+    slices: Mapping[str, slice]
+    head: Callable[[int], Any]
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class MixedBatch:
     def offsets(self, module_name: str, samples: int) -> Tensor | None:
         """The offsets ``(samples, templates)`` of a target module; None if the pool's tasks leave it alone."""
         assert self.pool is not None
-        part = self.pool.part_of(module_name)
+        part = self.pool.slices.get(module_name)
         if part is None:
             return None
         assert self.coefficients is not None

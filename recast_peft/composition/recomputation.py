@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastBankError
+from .blocks import with_attribute
 from .calling import call, call_with
 from .mixed_batch import MixedBatch
 from .mixing import call_mixed
@@ -217,13 +218,8 @@ def strengths_of_call(holder: Any) -> dict[str, float]:
 
 def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computed in a state; gradients flow to the coefficients that the layer holds now."""
-    if past.strengths == _strengths(layer):
+    with with_attribute((layer,), "scaling", dict(past.strengths)):
         return _call_again(layer, past, args, kwargs)
-    now, layer.scaling = layer.scaling, dict(past.strengths)
-    try:
-        return _call_again(layer, past, args, kwargs)
-    finally:
-        layer.scaling = now
 
 
 def _call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import RecastConfigError
 from ..names import modules_of
 from ..validation import check_arguments, number, optional
+from .blocks import with_attribute
 
 
 class Strength:
@@ -101,18 +102,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             _set(layer, scaling)
 
 
-@contextmanager
-def at_full_strength(model: nn.Module) -> Iterator[None]:
+def at_full_strength(model: nn.Module) -> AbstractContextManager[None]:
     """A block in which what is composed of a model's tasks is what they were trained as; nothing that is merged changes."""
-    layers = modules_of(model, Strength)
-    before = [layer.scaling for layer in layers]
-    try:
-        for layer in layers:
-            layer.scaling = {}
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling = scaling
+    return with_attribute(modules_of(model, Strength), "scaling", {})
 
 
 def _set(layer: Any, scaling: dict[str, float]) -> None:

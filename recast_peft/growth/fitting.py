@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import cycle, islice
 from typing import Any
 
@@ -145,20 +146,15 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
 
         return hook
 
-    handles = []
-    for target in targets:
-        columns = rows_of(target.module)
-        if columns is not None:
-            handles.append(target.module.register_forward_pre_hook(watch(target, columns)))
     device = device_of(model)
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                args, kwargs = call_arguments(batch, device)
-                model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for target in targets:
+            columns = rows_of(target.module)
+            if columns is not None:
+                hooks.enter_context(target.module.register_forward_pre_hook(watch(target, columns)))
+        for batch in batches:
+            args, kwargs = call_arguments(batch, device)
+            model(*args, **kwargs)
     silent = [target.name for target in targets if target.name not in sums]
     if silent:
         warnings.warn(

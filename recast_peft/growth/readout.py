@@ -8,7 +8,7 @@ large the features are, was chosen on eight tasks of two pretrained models (docs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -228,15 +228,13 @@ def _reading(
             )
         return dict(inputs), x, _last(masks)
 
-    handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in (*members, head)]
+    noted = [(modules[name], note(name)) for name in (*members, head)]
     # a module inside may be given fewer positions than the model
-    handles += [m.register_forward_pre_hook(note_mask, with_kwargs=True) for m in modules_around(model, members)]
-    try:
-        with evaluating(model):
-            yield read
-    finally:
-        for handle in handles:
-            handle.remove()
+    noted += [(module, note_mask) for module in modules_around(model, members)]
+    with ExitStack() as hooks, evaluating(model):
+        for module, hook in noted:
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield read
 
 
 def _last(masks: list[Tensor | None]) -> Tensor | None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..storage.json_reader import parse_json
 from ..storage.pairs import TRIES, companion_of, staged_pairs
 from ..storage.tensors import FLOATING, TensorFile, checksum, read_tensors, write_tensors
 from ..tasks.banks import stored_bank
+from ..tasks.undo import undone_on_failure
 
 REST_WEIGHTS = "recast_backbone.safetensors"
 BANK = "recast_bank_checksum"  # the entry of its metadata that says which bank it belongs to
@@ -111,7 +111,7 @@ def load_compressed_model(
     config = RecastConfig() if config is None else copy.deepcopy(config)
     config.bank = bank  # type: ignore[assignment]
     config.keep_base_weights = False
-    with _put_back_on_failure(backbone):
+    with undone_on_failure(backbone):
         for name, parameter in empty.items():
             module_name, _, weight_name = name.rpartition(".")
             backbone.get_submodule(module_name)._parameters[weight_name] = parameter
@@ -119,18 +119,6 @@ def load_compressed_model(
         if hasattr(backbone, "tie_weights"):
             backbone.tie_weights()  # type: ignore[operator]
         return get_recast_model(backbone, config, adapter_name, **kwargs)
-
-
-@contextmanager
-def _put_back_on_failure(backbone: nn.Module) -> Iterator[None]:
-    """A block after which a model holds its own parameters and buffers again, the same objects, if the block fails."""
-    before = [(module, dict(module._parameters), dict(module._buffers)) for module in backbone.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, parameters, buffers in before:
-            module._parameters, module._buffers = parameters, buffers
-        raise
 
 
 def _read(folder: Path) -> tuple[StoredBank, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 from peft import TaskType
 
 from ..banks.files import StoredBank
-from ..composition.coefficient_gradients import AUTO, GRADIENT_CHOICES, is_coefficient_gradient
+from ..composition.coefficient_gradients import AUTO, GRADIENT_CHOICES
 from ..errors import RecastConfigError
 from ..mimicry import resolve_method
 from ..validation import (
@@ -140,9 +140,7 @@ def coefficient_gradient(value: Any) -> str:
     if isinstance(value, float) and 0 < value < 1:  # in tasks that earlier versions stored; it is about their training alone
         warnings.warn("gradients of coefficients are no longer estimated from a share of the tokens: 'auto'", stacklevel=2)
         return AUTO
-    if not is_coefficient_gradient(value):
-        raise Unexpected(f"one of {', '.join(map(repr, GRADIENT_CHOICES))}")
-    return value
+    return one_of(*GRADIENT_CHOICES)(value)
 
 
 CHECKS: dict[str, Check] = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ..banks.files import StoredBank
+from ..composition.blocks import with_variable
 from ..errors import RecastBankError, RecastConfigError
 from ..mimicry import Fidelity
 from ..storage.paths import is_hub_name
@@ -96,8 +97,7 @@ def from_fields(fields: Mapping[str, Any], partner_banks: Mapping[str, Reference
     return TaskRecord(**found, bank=bank, partner_banks=dict(partner_banks), is_stored=True, key_mapping=mapping)
 
 
-@contextmanager
-def modules_called(key_mapping: Mapping[str, str] | None) -> Iterator[None]:
+def modules_called(key_mapping: Mapping[str, str] | None) -> AbstractContextManager[None]:
     """Read configs of tasks whose modules have other names in the model that they are for, until the block ends.
 
     Args:
@@ -114,11 +114,7 @@ def modules_called(key_mapping: Mapping[str, str] | None) -> Iterator[None]:
         except (re.error, TypeError) as error:
             shown = f"{pattern!r}: {replacement!r} cannot be used: {error}"
             raise RecastConfigError(f"key_mapping: {shown}; a regular expression and what replaces it are expected") from error
-    token = _KEY_MAPPING.set(key_mapping)
-    try:
-        yield
-    finally:
-        _KEY_MAPPING.reset(token)
+    return with_variable(_KEY_MAPPING, key_mapping)
 
 
 class Decided:

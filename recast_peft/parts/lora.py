@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..composition.blocks import with_attribute, with_variable
 from ..composition.mixed_batch import current_batch
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
@@ -31,7 +31,7 @@ from ..names import lies_in, modules_of, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .lora_pool import PooledPart, one_task_for_all
-from .lora_strength import PartStrength, is_left_out, keys_of, part_layers, with_strengths_of_call, without
+from .lora_strength import PartStrength, is_left_out, keys_of, part_layers, with_strengths_of_call
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
 A_PART = "a LoRA part"  # as messages call it
@@ -54,15 +54,6 @@ class LoraParts:
 
 # Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one, or what is given.
 _computing: ContextVar[Any] = ContextVar("recast_lora_part_computes", default=False)
-
-
-@contextmanager
-def _computes(value: Any = True) -> Iterator[None]:
-    token = _computing.set(value)
-    try:
-        yield
-    finally:
-        _computing.reset(token)
 
 
 class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
@@ -169,7 +160,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         """Put the pretrained parameters back: the very tensors that were there before."""
         if not self.merged:
             return
-        with _computes(False):
+        with with_variable(_computing, False):
             super().unmerge()  # type: ignore[misc]
         self._put_back()
 
@@ -225,7 +216,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         added = weight
         for name in self.active_adapters:  # type: ignore[attr-defined]
             if name in self.lora_variant:
-                with _computes(SimpleNamespace(weight=weight)):
+                with with_variable(_computing, SimpleNamespace(weight=weight)):
                     added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
             elif name in self._get_available_adapters():  # type: ignore[attr-defined]
                 added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
@@ -255,7 +246,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             kwargs["adapter_names"] = [name for name in keys_of(batch.names) for _ in range(repeats)]
         if not self.lora_variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        with _computes():
+        with with_variable(_computing, True):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -352,17 +343,14 @@ def _install(place: Place, plan: LoraPlan) -> None:
     modules = (unwrapped_module(present) for name, present in plain_modules(model).items() if name in plan.targets)
     config._register_custom_module({type(m): Linear for m in modules if quantised_by(m) is not None})
     key, active = container_key(place.adapter_name), list(place.tuner.active_adapters)
-    token = making_part.set(True)
-    try:
+    with with_variable(making_part, True):
         maker = _PartMaker(model, key, config, plan, keys_of(active))
-        with without(modules_of(model, RecastLayer)):  # initialise from pretrained weights
+        with with_attribute(modules_of(model, RecastLayer), "_switched_off", True):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
         for layer in [m for m in modules_of(model, LoraLayer) if key in m._get_available_adapters()]:
             _adopt(layer, parts, key, names[id(unwrapped_module(layer))])
             layer.set_adapter(active, place.inference_mode)
-    finally:
-        making_part.reset(token)
     parts.configs[place.adapter_name] = plan.config
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..composition.blocks import with_attribute
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastConfigError
@@ -39,15 +40,10 @@ def with_strengths_of_call(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         vars(self).setdefault("history", CallHistory())  # the layer was PEFT's before
-        now = self.scaling
-        then = strengths_of_call(self)
-        if then is now:
+        if (then := strengths_of_call(self)) is self.scaling:
             return forward(self, *args, **kwargs)
-        self.scaling = then
-        try:
+        with with_attribute((self,), "scaling", then):
             return forward(self, *args, **kwargs)
-        finally:
-            self.scaling = now
 
     return call
 
@@ -110,8 +106,7 @@ def part_layers(model: nn.Module, adapter_name: str | None = None) -> list[Any]:
 PARTS = ("recast", "lora")
 
 
-@contextmanager
-def switched_off(model: nn.Module, part: str) -> Iterator[None]:
+def switched_off(model: nn.Module, part: str) -> AbstractContextManager[None]:
     """Compute without one of the two parts of the tasks until the block ends; see ``RecastModel.disable_part``."""
     if part not in PARTS:
         raise RecastConfigError(f"disable_part({part!r}): expected one of {', '.join(map(repr, PARTS))}")
@@ -123,18 +118,4 @@ def switched_off(model: nn.Module, part: str) -> Iterator[None]:
     recast = modules_of(model, RecastLayer)
     if any(layer.merged for layer in (*layers, *recast)):
         raise RecastConfigError("disable_part: tasks are merged; call unmerge_adapter() first")
-    with without(layers if part == "lora" else recast):
-        yield
-
-
-@contextmanager
-def without(layers: Sequence[Any]) -> Iterator[None]:
-    """Compute without these layers' tasks until the block ends."""
-    before = [layer._switched_off for layer in layers]
-    try:
-        for layer in layers:
-            layer._switched_off = True
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._switched_off = value
+    return with_attribute(layers if part == "lora" else recast, "_switched_off", True)

@@ -76,20 +76,17 @@ def read_head_inputs(
     """
     classes, features = shape
     seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in batches:
-                labels = whole_labels(_run(model, batch), classes)
-                given = seen.pop().cpu()
-                if given.shape != (len(labels), features):
-                    raise RecastTargetError(
-                        f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
-                        f"  labels:    {tuple(labels.shape)}"
-                    )
-                take(given, labels)
-    finally:
-        handle.remove()
+    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    with hook, torch.no_grad(), evaluating(model):
+        for batch in batches:
+            labels = whole_labels(_run(model, batch), classes)
+            given = seen.pop().cpu()
+            if given.shape != (len(labels), features):
+                raise RecastTargetError(
+                    f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
+                    f"  labels:    {tuple(labels.shape)}"
+                )
+            take(given, labels)
 
 
 def whole_labels(labels: Any, classes: int) -> Tensor:

@@ -87,8 +87,7 @@ def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[
         model: a plain model, or one with tasks.
         parameters: names, or endings of names, of parameters that are composed in modules which have no weight.
     """
-    owners = _parameter_owners(model)
-    places = _module_places(model)
+    owners, places = _places(model, "_parameters"), _places(model, "_modules")
     further: dict[str, list[str]] = defaultdict(list)
     for other, name in other_names(model).items():
         further[name].append(other)
@@ -245,22 +244,13 @@ def _sharing(module: nn.Module, weight_name: str, owners: dict[int, list[str]], 
     return None
 
 
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append(f"{name}.{parameter_name}" if name else parameter_name)
-    return owners
-
-
-def _module_places(model: nn.Module) -> dict[int, list[str]]:
-    """For every module the names of the slots that hold it; the same parent reached by two ways counts once."""
+def _places(model: nn.Module, kind: str) -> dict[int, list[str]]:
+    """For every parameter or module the names of the slots that hold it; the same parent reached by two ways counts once."""
     places: dict[int, list[str]] = defaultdict(list)
     for name, parent in model.named_modules():
-        for child_name, child in parent._modules.items():
-            if child is not None:
-                places[id(child)].append(f"{name}.{child_name}" if name else child_name)
+        for key, held in getattr(parent, kind).items():
+            if held is not None:
+                places[id(held)].append(f"{name}.{key}" if name else key)
     return places
 
 

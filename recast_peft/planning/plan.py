@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -20,17 +20,6 @@ from .table import text_table
 from .targets import find_targets
 
 
-class PlannedLora(Protocol):
-    """What the plan shows of a task's LoRA part; ``parts.lora_plan.LoraPlan`` is one."""
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Names of its target modules."""
-
-    def num_parameters(self) -> int:
-        """The parameters that a task trains in it."""
-
-
 @dataclass(frozen=True)
 class RecastPlan:
     """What a conversion would do; ``print(plan)`` shows it as a table.
@@ -44,7 +33,7 @@ class RecastPlan:
             consecutive banks of a role.
         reason: what was chosen to keep the budget, and why; empty where there was nothing to choose.
         bank: the stored bank that the task is on, if it is not in the model yet.
-        lora: what the task's LoRA part would be; None for a task without one.
+        lora: what the task's LoRA part would be (a ``LoraPlan``); None for a task without one.
         candidates: the target modules.
         parts: what the task gets beside its coefficients and its LoRA: ``part -> place -> trainable parameters``.
         train_coefficients: whether the coefficients are trained.
@@ -57,7 +46,7 @@ class RecastPlan:
     coefficient_sharing: str | int | None = None
     reason: str = ""
     bank: StoredBank | None = field(default=None, repr=False, compare=False)
-    lora: PlannedLora | None = None
+    lora: Any = None
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     train_coefficients: bool = True

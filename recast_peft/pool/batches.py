@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..composition.mixed_batch import NO_TASK, MixedBatch
+from ..composition.mixed_batch import NO_TASK, MixedBatch, PoolTasks
 from ..errors import RecastConfigError
 from .table import ROW_BITS, USE_BITS, TaskTable
-
-
-class HeldTasks:
-    """The tasks of one call; see ``composition.mixed_batch.PoolTasks``."""
-
-    def __init__(self, slot: str, slices: Mapping[str, slice], heads: Callable[[int], Any]) -> None:
-        self.slot, self._slices, self.head = slot, slices, heads
-
-    def part_of(self, module_name: str) -> slice | None:
-        """The columns of a target module, or of the coefficients of a bias by its name."""
-        return self._slices.get(module_name)
 
 
 def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, beams: int) -> MixedBatch:
@@ -42,7 +31,7 @@ def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, b
         where = torch.tensor(rows, dtype=torch.int64, device=table.table.device)
         coefficients = _gathered(table.table, where)
     return MixedBatch(
-        task_ids=numbers, keys=keys, pool=HeldTasks(slot, slices, heads.get), coefficients=coefficients, beams=beams
+        task_ids=numbers, keys=keys, pool=PoolTasks(slot, slices, heads.get), coefficients=coefficients, beams=beams
     )
 
 
@@ -58,7 +47,7 @@ def _hold_compiled(table: TaskTable, slot: str, slices: Mapping[str, slice], num
         stored = table._heads.get(number & (2**ROW_BITS - 1)) if number >= 0 else None
         return None if stored is None else stored.module()
 
-    return MixedBatch(task_ids=numbers, pool=HeldTasks(slot, slices, head), coefficients=coefficients, beams=beams)
+    return MixedBatch(task_ids=numbers, pool=PoolTasks(slot, slices, head), coefficients=coefficients, beams=beams)
 
 
 def _gathered(table: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -42,22 +42,13 @@ def base_features(
             if current_batch() is mine:  # every thread's calls come by here
                 caught.append(args[0])
 
-        head = _head(tuner.model, head_module)
-        handle = None if head is None else head.register_forward_pre_hook(catch)
-        try:
+        with ExitStack() as hooks:
+            with suppress(RecastTargetError):  # a model without a classifier
+                head = plain_modules(tuner.model)[find_head(tuner.model, head_module)]
+                hooks.enter_context(head.register_forward_pre_hook(catch))
             out = tuner.model(**inputs) if isinstance(inputs, Mapping) else tuner.model(inputs)
-        finally:
-            if handle is not None:
-                handle.remove()
     features = (caught[-1] if caught else out).detach().float().cpu()
     return features if features.ndim == 2 else features.flatten(1, -2).mean(dim=1)
-
-
-def _head(model: nn.Module, name: str | None) -> nn.Module | None:
-    try:
-        return plain_modules(model)[find_head(model, name)]
-    except RecastTargetError:
-        return None
 
 
 @contextmanager

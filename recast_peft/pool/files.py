@@ -31,7 +31,7 @@ from ..storage.tensors import read_tensors, write_tensors
 from ..tasks.surroundings import surroundings_fingerprint
 from ..validation import check_is_no_folder
 from .heads import HeadKinds, StoredHead
-from .layout import PoolLayout, other_bank
+from .layout import PoolLayout
 from .routing import TaskFeatures
 
 FORMATS = ("recast-task-pool-1", "recast-task-pool-2")
@@ -291,7 +291,7 @@ def _check_layout(path: Any, said: dict[str, Any], biases: Any, layout: PoolLayo
     if (said["groups"], said["recipes"]) != (layout.config.groups, layout.config.recipes):
         raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
     if said["bank"] != layout.bank:
-        raise other_bank(f"the tasks in {path}", said["bank"], layout.versions)
+        raise layout.other_bank(f"the tasks in {path}", said["bank"])
     if biases != layout.biases():
         raise RecastBankError(
             f"the tasks in {path} have coefficients of biases that are not the pool's\n  file: {biases}\n"

@@ -31,7 +31,7 @@ from ..tasks.arithmetic import refusals_to_combine, shown
 from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
-from .lora import LoraColumns, modules_of, refusal_of
+from .lora import LoraColumns, modules_of, refusal_of, unlike_pool
 
 CHOICES = (*SAID_BY_BANK, "max_coefficients", "bank")  # by which a config says where its coefficients are, and how many
 OF_EVERY_ROW = {"coefficient_sharing": None, "init_weights": True, "train_coefficients": True}  # choices a fresh row lacks
@@ -105,12 +105,12 @@ class PoolLayout:
     def check_config(self, what: str, config: RecastConfig) -> None:
         """Refuse a saved task with other targets or banks, or made for other pretrained weights."""
         if config.groups != self.config.groups or config.recipes != self.config.recipes:
-            raise _other_layout(f"the task at {what!r}", config, self.config)
-        self._check_bank(f"the task at {what!r}", config)
-        self.check_biases(f"the task at {what!r}", config)
-        self.check_readout(f"the task at {what!r}", readout_fingerprint(config))
+            raise _other_layout(what, config, self.config)
+        self._check_bank(what, config)
+        self.check_biases(what, config)
+        self.check_readout(what, readout_fingerprint(config))
         self.check_fingerprint(what, config.base_fingerprint or {})
-        self.check_surroundings(f"the task at {what!r}", config.surroundings_fingerprint)
+        self.check_surroundings(what, config.surroundings_fingerprint)
 
     def check_choices(self, name: str, config: RecastConfig) -> bool:
         """Refuse a config for a fresh task that owns modules, that has other targets, sizes or another LoRA part than the pool,
@@ -160,19 +160,14 @@ class PoolLayout:
         own = bias_config(self.config)
         given = _fingerprint(config.partner_bank("bias"))
         if own is None or given not in self.bias_versions or (given is None and partner.target_modules != own.target_modules):
-            raise RecastBankError(
-                f"{what} has coefficients of biases that are not the pool's\n  task: {_shown_biases(config)}\n"
-                f"  pool: {_shown_biases(self.config)}\nMake a pool for it: TaskPool(model, like=<a task with its layout>)."
-            )
+            has = "coefficients of biases that are not the pool's"
+            raise unlike_pool(what, has, _shown_biases(config), _shown_biases(self.config))
 
     def check_readout(self, what: str, fingerprint: str | None) -> None:
         """Refuse a task whose classifier reads by another bank than those of the pool."""
         if fingerprint != self.readout:
-            raise RecastBankError(
-                f"{what} has a classifier that reads otherwise than those of the pool\n"
-                f"  readout of the task: {fingerprint or 'none'}\n  readout of the pool: {self.readout or 'none'}\n"
-                "Make a pool for it: TaskPool(model, like=<a task with its readout>)."
-            )
+            has = "a classifier that reads otherwise than those of the pool (by another readout, or none)"
+            raise unlike_pool(what, has, fingerprint or "none", self.readout or "none", "with its readout")
 
     def check_reader(self, what: str) -> None:
         """Refuse a task without a classifier where all read by a readout: the model's own was trained on other features."""
@@ -200,7 +195,13 @@ class PoolLayout:
     def _check_bank(self, what: str, config: RecastConfig) -> None:
         fingerprint = bank_fingerprint(config)
         if fingerprint not in (self.versions or (None,)):
-            raise other_bank(what, fingerprint, self.versions)
+            raise self.other_bank(what, fingerprint)
+
+    def other_bank(self, what: str, fingerprint: str | None) -> RecastBankError:
+        """Says that something is on another bank than the pool."""
+        own = f"{self.versions[0]}{' or an earlier version' if len(self.versions) > 1 else ''}" if self.versions else None
+        none = "no stored bank"
+        return unlike_pool(what, "another template bank than the pool", fingerprint or none, own or none, "on its bank")
 
     # ---------------------------------------------------------------- reading a task
 
@@ -321,15 +322,6 @@ def _fingerprint(reference: Reference | None) -> str | None:
     return find_bank(reference).fingerprint
 
 
-def other_bank(what: str, fingerprint: str | None, own: Sequence[str]) -> RecastBankError:
-    """Says that something is on another bank than the pool."""
-    return RecastBankError(
-        f"{what} has another template bank than the pool\n  bank of the task: {fingerprint or 'no stored bank'}\n"
-        f"  bank of the pool: {own[0] if own else 'no stored bank'}{' or an earlier version' if len(own) > 1 else ''}\n"
-        "Make a pool for it: TaskPool(model, like=<a task on its bank>)."
-    )
-
-
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
     partner = bias_config(config)
     biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
@@ -346,11 +338,10 @@ def _shown_biases(config: RecastConfig) -> str:
 
 
 def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastBankError:
-    theirs = sorted(m for members in (config.groups or {}).values() for m in members)
-    ours = sorted(m for members in (own.groups or {}).values() for m in members)
-    return RecastBankError(
-        f"{what} has other target modules or banks than the pool\n"
-        f"  task: {len(config.groups or {})} banks, {len(theirs)} modules ({', '.join(theirs[:2])}, ...)\n"
-        f"  pool: {len(own.groups or {})} banks, {len(ours)} modules ({', '.join(ours[:2])}, ...)\n"
-        "Make a pool for it: TaskPool(model, like=<a task with its layout>)."
-    )
+    return unlike_pool(what, "other target modules or banks than the pool", _shown_groups(config), _shown_groups(own))
+
+
+def _shown_groups(config: RecastConfig) -> str:
+    groups = config.groups or {}
+    names = sorted(member for members in groups.values() for member in members)
+    return f"{len(groups)} banks, {len(names)} modules ({', '.join(names[:2])}, ...)"

@@ -78,7 +78,7 @@ class LoraColumns:
             RecastBankError: saying both.
         """
         if lora is not None and (given := _parts(lora, modules)) != self.parts:
-            raise other_part(what, given, self.parts)
+            raise _other_part(what, given, self.parts)
 
     def entries_of(self, adapter: str) -> dict[str, Tensor]:
         """The factors of a task of the model."""
@@ -118,7 +118,7 @@ class LoraColumns:
             given = {str(name): [float(rank), float(factor)] for name, (rank, factor) in saved}
         except (TypeError, ValueError) as error:
             raise RecastLoadError(f"{what} is damaged: its LoRA part is {str(saved)[:100]}") from error
-        raise other_part(what, given, self.parts)
+        raise _other_part(what, given, self.parts)
 
     def combine(
         self, rows: Mapping[str, Tensor], weights: Sequence[float], combination_type: str = "linear", **options: Any
@@ -168,12 +168,15 @@ def _parts(lora: Any, modules: Iterable[str]) -> Parts:
     return {name: [rank, alpha / (math.sqrt(rank) if lora.use_rslora else rank)] for name, (rank, alpha) in known.items()}
 
 
-def other_part(what: str, given: Parts, own: Parts) -> RecastBankError:
-    """Says that something has another LoRA part than the pool."""
+def unlike_pool(what: str, has: str, task: str, pool: str, like: str = "with its layout") -> RecastBankError:
+    """Says what a task has that the pool's have not, and which pool could hold it."""
     return RecastBankError(
-        f"{what} has a LoRA part that is not the pool's\n  task: {_shown(given, own)}\n  pool: {_shown(own, given)}\n"
-        "Make a pool for it: TaskPool(model, like=<a task with its layout>)."
+        f"{what} has {has}\n  task: {task}\n  pool: {pool}\nMake a pool for it: TaskPool(model, like=<a task {like}>)."
     )
+
+
+def _other_part(what: str, given: Parts, own: Parts) -> RecastBankError:
+    return unlike_pool(what, "a LoRA part that is not the pool's", _shown(given, own), _shown(own, given))
 
 
 def _shown(parts: Parts, other: Parts) -> str:

@@ -59,8 +59,8 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     folder = str(fetch_task(source, **hub_kwargs))
     config = RecastConfig.from_pretrained(folder)
     refuse_parts(name, config)
-    layout.check_config(str(source), config)
     what = f"the task at {str(source)!r}"
+    layout.check_config(what, config)
     entries = read_entries(folder, {}, what, config)
     layout.lora.check(what, config.lora_config, modules_of(key.removeprefix(MODEL_PREFIX) for key in entries))
     head = prepare_head(layout.backbone, config)

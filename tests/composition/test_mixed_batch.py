@@ -60,7 +60,7 @@ class TestSamples:
         assert (taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == (place is not None)
 
     def test_have_the_columns_of_a_module_once_a_beam(self) -> None:
-        pool: Any = SimpleNamespace(part_of={"qkv": slice(1, 3), "other": None}.get)
+        pool: Any = SimpleNamespace(slices={"qkv": slice(1, 3)})
         gathered = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
         batch = MixedBatch(task_ids=torch.tensor([8, 9]), pool=pool, coefficients=gathered, beams=2)
         assert batch.offsets("qkv", 2).tolist() == [[1, 2], [4, 5]]

@@ -10,8 +10,8 @@ GET    /health, /metrics, /docs
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import torch
@@ -230,9 +230,11 @@ class _Meters:
         self._failures = Counter("recast_failed_requests", "Requests that were not answered", registry=self.registry)
         self.registry.register(self)  # type: ignore[arg-type]
 
-    def request(self) -> Any:
+    @contextmanager
+    def request(self) -> Iterator[None]:
         """A block that is one request."""
-        return _Both(self._latency.time(), self._failures.count_exceptions())
+        with self._latency.time(), self._failures.count_exceptions():
+            yield
 
     def collect(self) -> Any:
         """Gauges that are read when they are asked for."""
@@ -240,18 +242,3 @@ class _Meters:
         numbers.update({f"bytes_{key}": size for key, size in self._server.pool.sizes().items()})
         for name, value in numbers.items():
             yield GaugeMetricFamily(f"recast_server_{name}", f"{name} of the server", value=value)
-
-
-class _Both:
-    """Two blocks as one."""
-
-    def __init__(self, first: Any, second: Any) -> None:
-        self._blocks = (first, second)
-
-    def __enter__(self) -> None:
-        for block in self._blocks:
-            block.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for block in reversed(self._blocks):
-            block.__exit__(*error)
