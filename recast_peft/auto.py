@@ -143,8 +143,9 @@ class AutoRecastModel:
         """
         unknown = sorted(set(kwargs) - set(PEFT_KEYWORDS))
         if unknown:
+            own = [p.name for p in inspect.signature(cls.from_pretrained).parameters.values() if p.kind is p.KEYWORD_ONLY]
             raise RecastConfigError(
-                f"unknown keyword arguments {', '.join(unknown)}: expected some of {', '.join(_own_keywords())}. "
+                f"unknown keyword arguments {', '.join(unknown)}: expected some of {', '.join((*own, *PEFT_KEYWORDS))}. "
                 "What the backbone is built with goes into backbone={...}."
             )
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
@@ -168,11 +169,6 @@ class AutoRecastModel:
                 stacklevel=2,
             )
         return result
-
-
-def _own_keywords() -> list[str]:
-    own = inspect.signature(AutoRecastModel.from_pretrained).parameters.values()
-    return [p.name for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY] + list(PEFT_KEYWORDS)
 
 
 def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None:

@@ -98,13 +98,12 @@ class ScalingTable:
 
     def __str__(self) -> str:
         header = ("targets", "group size", "groups G", "templates n", "sets K", "numbers per task", "model bytes", "error")
-        return text_table(header, [_cells(row) for row in self.rows])
-
-
-def _cells(row: ScalingRow) -> tuple[str, ...]:
-    error = "" if row.relative_error is None else "exact" if row.is_exact else f"{row.relative_error:.4f}"
-    numbers = (row.group_size, row.num_groups, row.num_templates, row.num_coefficient_sets, row.num_coefficients)
-    return (row.targets, *map(str, numbers), f"{row.model_bytes:,}", error)
+        rows = []
+        for r in self.rows:
+            error = "" if r.relative_error is None else "exact" if r.is_exact else f"{r.relative_error:.4f}"
+            numbers = (r.group_size, r.num_groups, r.num_templates, r.num_coefficient_sets, r.num_coefficients)
+            rows.append((r.targets, *map(str, numbers), f"{r.model_bytes:,}", error))
+        return text_table(header, rows)
 
 
 def scaling_table(

@@ -32,7 +32,7 @@ from ..mimicry.features import call_arguments, device_of, evaluating, main_tenso
 from ..parts.lora_plan import rank_one, these_modules
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
-from ..validation import COUNT, check_arguments, flag, is_int, is_number, shown
+from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, shown, whole
 from .biases import bias_places, grow_bias_bank, is_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, rows_of_inputs
 from .sources import check_plain, check_sizes
@@ -90,29 +90,25 @@ def practice_bank(
         RecastTargetError: if nothing of the model can be trained in this way.
     """
     check_plain(model, "practice_bank")
-    check_arguments(COUNT, tasks=tasks, group_size=group_size, epochs=epochs, batch_size=batch_size)
+    check_arguments(COUNT, tasks=tasks, group_size=group_size, epochs=epochs)
+    check_arguments(whole(2), batch_size=batch_size)
     check_sizes(num_templates=num_templates)
     check_arguments(flag, scales=scales)
-    if of not in ("biases", "weights"):
-        raise RecastConfigError(f"practice_bank(of={of!r}): expected 'biases' or 'weights'")
+    check_arguments(one_of("biases", "weights"), of=of)
+    check_arguments(function, features=features or mean_features)
+    check_arguments(number_above(0), lr=lr)
+    check_arguments(SEED, seed=seed)
     families: list[Any] = list(family) if isinstance(family, Sequence) else [family]
     if not families or any(isinstance(one, type) or not callable(getattr(one, "make", None)) for one in families):
         raise RecastConfigError(f"family={shown(family)}: expected an object with a method make, such as KnownPictures()")
     check_data(data)
     is_of_biases = of == "biases"
-    wrong = {
-        "practice_bank(of='biases') trains all biases and takes no config": is_of_biases and config is not None,
-        "practice_bank(of='weights') takes no group_size and no scales: give config=RecastConfig(group_size=...)": (
-            not is_of_biases and (group_size != 1 or scales)
-        ),
-        f"features={shown(features)}: expected a function of the model and a batch": not callable(features or mean_features),
-        f"lr={shown(lr)}: expected a number above 0": not is_number(lr) or lr <= 0,
-        f"seed={shown(seed)}: expected a whole number": not is_int(seed),
-        "batch_size=1: expected at least 2": batch_size == 1,
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise RecastConfigError(message)
+    if is_of_biases and config is not None:
+        raise RecastConfigError("practice_bank(of='biases') trains all biases and takes no config")
+    if not is_of_biases and (group_size != 1 or scales):
+        raise RecastConfigError(
+            "practice_bank(of='weights') takes no group_size and no scales: give config=RecastConfig(group_size=...)"
+        )
     generator = torch.Generator().manual_seed(seed)
     plan = None if is_of_biases else plan_recast(model, config or RecastConfig(group_size=1))
     targets = None if plan is None else [target.name for target in plan.candidates if rank_one(target) is not None]

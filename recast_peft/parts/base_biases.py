@@ -57,11 +57,6 @@ def _own_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -> 
             yield name, unwrapped_module(present)
 
 
-def _has_frozen_bias(module: nn.Module) -> bool:
-    """Whether a bias is a plain tensor or a buffer."""
-    return "bias" not in module._parameters and isinstance(getattr(module, "bias", None), Tensor)
-
-
 def _with_layers(model: nn.Module) -> set[str]:
     return {layer.module_name for layer in (*modules_of(model, RecastLayer), *part_layers(model))}
 
@@ -70,7 +65,8 @@ def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode:
     """Let a task's biases learn, in the modules of both of its parts and whichever tasks were there before."""
     for layer in modules_of(model, RecastLayer) if bias != "none" else ():
         layer.without_strength[adapter_name] = f"the model's own biases (bias={bias!r})"
-    frozen = [name for name, module in _own_modules(model, bias) if _has_frozen_bias(module)]
+    others = ((name, module) for name, module in _own_modules(model, bias) if "bias" not in module._parameters)
+    frozen = [name for name, module in others if isinstance(getattr(module, "bias", None), Tensor)]
     if frozen:
         warnings.warn(
             f"bias={bias!r} does not train the biases of {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: they are "

@@ -16,7 +16,12 @@ def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
 
     Without numbers its parameters and buffers are on the meta device.
     """
-    memo = _computed(module) if with_numbers else _without_numbers(module)
+    # what modules note of their own tensors (pruning, ``weight_norm``) torch refuses to copy
+    noted = [value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in noted if with_numbers and not tensor.is_leaf}
+    for tensor in () if with_numbers else (*noted, *module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     for wrapper in [m for m in module.modules() if unwrapped_module(m) is not m][::-1]:  # the innermost first
         inner = unwrapped_module(wrapper)
         own = memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)
@@ -24,20 +29,3 @@ def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
             weight: Any = wrapper.compose([]).detach().clone()  # type: ignore[operator]
             own._parameters[str(wrapper.weight_name)] = nn.Parameter(weight if with_numbers else weight.to("meta"))
     return memo.get(id(module)) or copy.deepcopy(module, memo)
-
-
-def _computed(module: nn.Module) -> dict[int, Any]:
-    """Copies of what modules note of their own tensors (pruning, ``weight_norm``): torch refuses to make them."""
-    return {id(tensor): tensor.detach().clone() for tensor in _noted(module) if not tensor.is_leaf}
-
-
-def _noted(module: nn.Module) -> list[Tensor]:
-    return [value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor)]
-
-
-def _without_numbers(module: nn.Module) -> dict[int, Any]:
-    memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in _noted(module)}
-    for tensor in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return memo

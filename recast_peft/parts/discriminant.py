@@ -205,14 +205,8 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
     active = next((m.active_adapters[0] for m in wrappers if m.active_adapters), None)
     name: Any = active if adapter_name is None else adapter_name
-    found = [
-        last
-        for m in wrappers
-        if name is not None
-        and name in m.modules_to_save
-        and (last := _last_linear(m.modules_to_save[name])) is not None
-        and last.bias is not None
-    ]
+    heads = [m.modules_to_save[name] for m in wrappers if name is not None and name in m.modules_to_save]
+    found = [last for head in heads for last in modules_of(head, nn.Linear)[-1:] if last.bias is not None]
     if len(found) != 1:
         raise RecastTargetError(
             f"{'the active task' if name is None else f'task {name!r}'} owns {len(found)} linear classifiers with biases; one "
@@ -226,11 +220,6 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
             "adapter, then add it to the pool"
         )
     return found[0]
-
-
-def _last_linear(head: nn.Module) -> nn.Linear | None:
-    linear = modules_of(head, nn.Linear)
-    return linear[-1] if linear else None
 
 
 def check_shrinkage(shrinkage: Shrinkage) -> None:

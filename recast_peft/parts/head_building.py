@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +135,9 @@ def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False)
         return None
     name = find_head(model, config.head_module)
     original = plain_copy(plain_modules(model)[name], with_numbers=not counting)
-    if counting:
-        with torch.device("meta"):
-            module = build_head(model, original, name, config, torch.device("meta"))
-    else:
-        module = build_head(model, original, name, config)
+    device = torch.device("meta") if counting else None
+    with device or nullcontext():
+        module = build_head(model, original, name, config, device)
     module.train(original.training)
     stored = None if config.head_dtype is None else getattr(torch, config.head_dtype)
     return PreparedHead(name, module, Labels(config.num_classes, config.id2label, config.problem_type), stored)
@@ -159,12 +158,13 @@ def build_head(
         if not isinstance(features, int):
             raise RecastTargetError(f"head {name!r} is an identity and the model does not say its num_features")
         return _fresh(nn.Linear(features, config.num_classes, device=device or reference.device, dtype=reference.dtype), config)
-    last_name, last = _last_layer(original)
-    if last is None:
+    layers = [(key, module) for key, module in original.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not layers:
         raise RecastTargetError(
             f"head {name!r} is a {type(original).__name__} without a linear layer or convolution to replace; "
             "name another module with head_module="
         )
+    last_name, last = layers[-1]
     new = _resized(last, name, config)
     if last is original:
         return new
@@ -176,11 +176,6 @@ def build_head(
     parent, _, child = last_name.rpartition(".")
     put_child(original.get_submodule(parent), child, new)
     return original
-
-
-def _last_layer(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d | None]:
-    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return layers[-1] if layers else ("", None)
 
 
 def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> nn.Module:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -19,7 +18,7 @@ from ..planning.budget import DEFAULT_BUDGET, names_a_size
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.targets import find_targets
-from .lora import PartLayer
+from .lora import is_other_lora
 from .lora_plan import rank_one, these_modules
 from .saved import ADDED_BY_TASK_TYPE
 
@@ -69,7 +68,7 @@ def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastC
         return config
     left = budget - plan.num_coefficients
     modules = plain_modules(model)
-    free = [target for target in _usual_targets(model, config, plan) if not _has_other_lora(shared(modules[target.name]))]
+    free = [target for target in _usual_targets(model, config, plan) if not is_other_lora(shared(modules[target.name]))]
     found = {target.name: one for target in reversed(free) if (one := rank_one(target)) is not None}
     costs = {name: cost for name, (cost, _) in found.items()}
     full = max((full for _, full in found.values()), default=0)
@@ -84,11 +83,6 @@ def _filled(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> RecastC
     rank = max(rank, 1)
     wanted = these_modules(chosen, find_candidates(model))
     return config.as_chosen(lora_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=wanted))
-
-
-def _has_other_lora(module: nn.Module) -> bool:
-    """Whether a LoRA stands on a module that is no part of a task."""
-    return isinstance(module, LoraLayer) and not isinstance(module, PartLayer)
 
 
 def _usual_targets(model: nn.Module, config: RecastConfig, plan: RecastPlan) -> list[Candidate]:

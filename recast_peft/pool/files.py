@@ -321,7 +321,8 @@ def _read_heads(
     saved: Any, labels: Any, tensors: Mapping[str, Tensor], layout: PoolLayout, kinds: HeadKinds, count: int
 ) -> dict[int, StoredHead]:
     heads: dict[int, StoredHead] = {}
-    known = [Labels(entry["classes"], _id2label(entry["id2label"]), _problem_type(entry)) for entry in labels]
+    kinds_of_loss = [RecastConfig(num_classes=1, problem_type=entry.get("problem_type")).problem_type for entry in labels]
+    known = [Labels(e["classes"], _id2label(e["id2label"]), kind) for e, kind in zip(labels, kinds_of_loss, strict=True)]
     for number, kind_saved in enumerate(saved):
         prefix = f"heads.{number}."
         rows = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -341,10 +342,6 @@ def _read_heads(
                 raise RecastLoadError(f"the classifier of place {place} among {count} tasks is damaged")
             heads[place] = StoredHead(kind, values, own_labels[label], empty.stored_dtype, position)
     return heads
-
-
-def _problem_type(saved: Mapping[str, Any]) -> str | None:
-    return RecastConfig(num_classes=1, problem_type=saved.get("problem_type")).problem_type
 
 
 def _id2label(saved: Any) -> dict[int, str] | None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RecastConfigError
-from ..validation import is_int, shown
+from ..validation import check_arguments, whole
 from .atomic import flush, locked, replace, staged
 
 VERSIONS = ".versions"
@@ -24,7 +24,12 @@ VERSIONS = ".versions"
 
 def versions(path: str | os.PathLike) -> list[int]:
     """Numbers of the versions of a file before the present one, the oldest first."""
-    return sorted(int(found.name) for found in _folder(path).glob("*") if found.name.isdigit())
+    return numbered(_folder(path))
+
+
+def numbered(folder: Path) -> list[int]:
+    """The numbers by which what lies in a folder is called, the lowest first."""
+    return sorted(int(found.name) for found in folder.glob("*") if found.name.isdigit())
 
 
 def version_path(path: str | os.PathLike, version: int) -> Path:
@@ -45,8 +50,7 @@ def keeping_version(path: str | os.PathLike, keep: int) -> Iterator[None]:
 
     If the block fails nothing becomes a version. Two writers take turns.
     """
-    if not is_int(keep) or keep < 0:
-        raise RecastConfigError(f"keep={shown(keep)}: expected a whole number from 0")
+    check_arguments(whole(0), keep=keep)
     if not keep:
         yield
         return

@@ -167,7 +167,8 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
         for name in group.members:
             prepared[name].bank = bank
     if fitted:
-        reference = plan.bank.reference if plan.bank is not None else _new_bank(plan, config, fitted).reference
+        groups = {group.name: StoredGroup.of(group.members, fitted.get(group.name)) for group in plan.groups}
+        reference = (plan.bank or StoredBank(groups, {}, config.method.to_dict())).reference
         for bank in new:
             bank.stored = reference if bank.name in fitted else None
     return new
@@ -237,11 +238,6 @@ def _found_templates(
     if recipe is not None:
         return Recipe.from_lists(recipe)
     return config.method.fit([layer.pretrained_weight for layer in layers], group.num_templates, label=group.name)
-
-
-def _new_bank(plan: RecastPlan, config: RecastConfig, fitted: dict[str, FittedTemplates]) -> StoredBank:
-    groups = {group.name: StoredGroup.of(group.members, fitted.get(group.name)) for group in plan.groups}
-    return StoredBank(groups, {}, config.method.to_dict())
 
 
 def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastLayer]) -> TemplateBank | None:

@@ -148,7 +148,8 @@ def convert_to_lora(
         lora_config, state = peft_convert_to_lora(cast(Any, _WeightsAlone(model)), rank, adapter_name, progressbar)
         measured = tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items())
     lora_config.target_modules = these_modules(sorted(layers), find_candidates(model.get_base_model()))
-    state = {_lora_key(key): value for key, value in state.items()}
+    parts = ((*key.rpartition(".lora_"), value) for key, value in state.items())
+    state = {f"{plain_name(module)}{dot}{rest}": value for module, dot, rest, value in parts}
     lora_config.modules_to_save = sorted(owned) or None
     for name, module in owned.items():
         state.update({f"{MODEL_PREFIX}{name}.{key}": v.detach().clone() for key, v in module.state_dict().items()})
@@ -220,11 +221,6 @@ class _WeightsAlone:
 
     def modules(self) -> Iterator[nn.Module]:
         return (module for _, module in self.named_modules())
-
-
-def _lora_key(key: str) -> str:
-    module, _, rest = key.rpartition(".lora_")
-    return f"{plain_name(module)}.lora_{rest}"
 
 
 def _owned_modules(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:

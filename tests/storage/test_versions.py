@@ -75,6 +75,6 @@ def test_a_version_does_not_change_with_the_file(file: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("keep", [-1, 1.5, True])
 def test_a_number_of_versions_that_is_none_is_refused_before_anything_is_written(tmp_path: Path, keep: int) -> None:
-    with pytest.raises(RecastConfigError, match=f"keep={keep}: expected a whole number from 0"):
+    with pytest.raises(RecastConfigError, match=f"keep={keep}: expected a whole number of at least 0"):
         write(tmp_path / "file", "a", keep)
     assert not list(tmp_path.iterdir())

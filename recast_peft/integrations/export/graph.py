@@ -204,7 +204,7 @@ def prepare(
             read = [source.task(name) for name in names]
             table = torch.stack([torch.zeros(source.layout.width), *(one.row for one in read)])
             graph = TaskGraph(*_tasked_model(source, given, way, read), given, table)
-            task = torch.arange(_samples(inputs), device=device) % len(names)
+            task = torch.arange(len(next(iter(inputs.values()))), device=device) % len(names)
         graph.eval()
         graph.name_arguments(arguments)
         outputs = list(graph(task, *args, **kwargs))
@@ -232,10 +232,6 @@ def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _two(value: Any) -> Any:
     return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
-
-
-def _samples(inputs: Mapping[str, Tensor]) -> int:
-    return len(next(iter(inputs.values())))
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RecastConfigError, RecastError
+from ...parts.head import split_logits
 from ...pool.pool import TaskPool
 from ...validation import is_int, is_number, shown
 
@@ -243,9 +244,8 @@ class TaskServer:
             output = self._output_of(out).float().cpu()
         if len(output) != len(requests):
             raise RecastConfigError(f"the model gave {len(output)} outputs for {len(requests)} samples")
-        return [
-            _answer(task, row, labels[task], len(requests)) for task, row in zip(tasks, output.clone().unbind(), strict=True)
-        ]
+        rows = split_logits(output) if output.ndim > 1 and output.shape[-1] > 1 else output.unbind()
+        return [_answer(task, row, labels[task], len(requests)) for task, row in zip(tasks, rows, strict=True)]
 
     def _fail(self, request: _Request, error: BaseException, count: str) -> None:
         with self._changed:
@@ -255,9 +255,6 @@ class TaskServer:
 
 
 def _answer(task: str | None, row: Tensor, id2label: Mapping[int, str] | None, batch: int) -> Answer:
-    if row.ndim and row.shape[-1] > 1:
-        real = (row != float("-inf")).reshape(-1, row.shape[-1]).any(dim=0)  # heads are padded to the widest of the batch
-        row = row[..., : int(real.sum())]
     label = None if id2label is None or row.ndim != 1 or not len(row) else id2label.get(int(row.argmax()))
     return Answer(task, row.clone(), label, batch)
 

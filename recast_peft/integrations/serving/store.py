@@ -26,9 +26,9 @@ from ...hub.peft_models import DEFAULT
 from ...names import check_adapter_name
 from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
-from ...validation import is_int, shown
+from ...storage.versions import VERSIONS, numbered
+from ...validation import check_arguments, whole
 
-VERSIONS = ".versions"
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 MAX_TASK_BYTES = 256 << 20
 
@@ -45,8 +45,7 @@ class TaskStore:
     """
 
     def __init__(self, folder: str | os.PathLike, pool: TaskPool, keep: int = 5) -> None:
-        if not is_int(keep) or keep < 0:
-            raise RecastConfigError(f"keep={shown(keep)}: expected a whole number from 0")
+        check_arguments(whole(0), keep=keep)
         self.folder, self.pool, self.keep = Path(folder), pool, keep
         self.folder.mkdir(parents=True, exist_ok=True)
         self.problems: dict[str, str] = {}  # tasks that could not be read, and why
@@ -162,7 +161,9 @@ class TaskStore:
             RecastConfigError: if there is no such task.
         """
         with self._lock:
-            self._check_known(name)
+            _check_plain(name)
+            if not (self.folder / name).is_dir():
+                raise RecastConfigError(f"the folder has no task {name!r}")
             former = self._retire(name)
             try:
                 if name in self.pool:
@@ -177,7 +178,7 @@ class TaskStore:
     def versions(self, name: str) -> list[int]:
         """Numbers of the versions before the present one, the oldest first."""
         _check_plain(name)
-        return sorted(int(path.name) for path in (self.folder / VERSIONS / name).glob("*") if path.name.isdigit())
+        return numbered(self.folder / VERSIONS / name)
 
     def rollback(self, name: str) -> int:
         """Put the version before in service; the present one becomes the latest version.
@@ -249,11 +250,6 @@ class TaskStore:
     def _prune(self, name: str) -> None:
         for old in self.versions(name)[: -self.keep or None]:
             shutil.rmtree(self.folder / VERSIONS / name / str(old), ignore_errors=True)
-
-    def _check_known(self, name: str) -> None:
-        _check_plain(name)
-        if not (self.folder / name).is_dir():
-            raise RecastConfigError(f"the folder has no task {name!r}")
 
 
 def _check_plain(name: str) -> None:
