@@ -26,7 +26,7 @@ from .names import MODEL_PREFIX, check_adapter_name, modules_of, plain_name
 from .options.record import modules_called
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together
-from .validation import check_is_module
+from .validation import check_is_module, listed
 
 # keywords of PeftModel.from_pretrained that make sense when the backbone is built here
 PEFT_KEYWORDS = ("autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping", "torch_device", "ignore_mismatched_sizes")
@@ -163,9 +163,9 @@ class AutoRecastModel:
             raise RecastBaseMismatchError(f"{error}\n{_why_other_weights(config, backbone)}") from error
         if uncovered:
             warnings.warn(
-                f"{len(uncovered)} parameters of the backbone ({', '.join(uncovered[:3])}"
-                f"{', ...' if len(uncovered) > 3 else ''}) are neither in its checkpoint nor in the task: they are random. "
-                "Store a classifier with the task (num_classes=, or modules_to_save=), or pass backbone=.",
+                f"{len(uncovered)} parameters of the backbone ({listed(uncovered)}) are neither in its checkpoint nor in the "
+                "task: they are random. Store a classifier with the task (num_classes=, or modules_to_save=), or pass "
+                "backbone=.",
                 stacklevel=2,
             )
         return result

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,11 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except Exception:
         return f"<{type(value).__name__}>"
+
+
+def listed(names: Collection[str], most: int = 3) -> str:
+    """The first of several names, as a message shows them."""
+    return ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")
 
 
 def is_int(value: Any) -> bool:

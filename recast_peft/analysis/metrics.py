@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import RecastSequenceError
+from ..validation import listed
 
 
 def average_accuracy(matrix: ArrayLike, after: int | None = None) -> float:
@@ -118,5 +119,5 @@ def _numbers(what: str, given: ArrayLike) -> NDArray[np.float64]:
 def _entries(R: NDArray[np.float64], places: list[tuple[int, int]]) -> NDArray[np.float64]:
     missing = [f"R[{i}, {j}]" for i, j in places if not np.isfinite(R[i, j])]
     if missing:
-        raise RecastSequenceError(f"the accuracy matrix lacks {', '.join(missing[:6])}{', ...' if len(missing) > 6 else ''}")
+        raise RecastSequenceError(f"the accuracy matrix lacks {listed(missing, 6)}")
     return np.array([R[i, j] for i, j in places])

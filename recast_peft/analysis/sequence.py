@@ -33,7 +33,7 @@ from ..parts import BiasConfig
 from ..parts.bias_part import bias_config
 from ..placement.sharded import is_plain
 from ..planning.plan import SAID_BY_BANK
-from ..validation import COUNT, check_arguments, flag, function, optional, shown
+from ..validation import COUNT, check_arguments, flag, function, listed, optional, shown
 from .matrix import AccuracyMatrix
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
@@ -276,8 +276,8 @@ def _check_base(model: PeftModel, before: Mapping[str, tuple[torch.dtype, int]])
     changed = [name for name, (dtype, bits) in before.items() if name in now and now[name][0] is dtype and now[name][1] != bits]
     if changed:
         raise RecastSequenceError(
-            f"training changed the pretrained model, which all tasks share: {', '.join(changed[:3])}"
-            f"{', ...' if len(changed) > 3 else ''}\nLeave it frozen, or give the tasks copies (modules_to_save, train_norms)."
+            f"training changed the pretrained model, which all tasks share: {listed(changed)}\nLeave it frozen, or give the "
+            "tasks copies (modules_to_save, train_norms)."
         )
 
 
@@ -290,6 +290,6 @@ def _check_untouched(model: PeftModel, earlier: Mapping[str, Mapping[str, Tensor
         changed = [k for k, value in before.items() if k not in now or not torch.equal(now[k].to(value.device), value)]
         if changed:
             raise RecastSequenceError(
-                f"training changed the earlier task {name!r}: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}\n"
+                f"training changed the earlier task {name!r}: {listed(changed)}\n"
                 "Give the optimiser only the parameters that require gradients, and do not activate other tasks while training."
             )

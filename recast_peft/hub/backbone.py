@@ -17,6 +17,7 @@ from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.cards import one_line
 from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
+from ..validation import listed
 from .trusted import HUB_PREFIX, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
 HOW_TO_PASS = "Pass backbone=: the model itself, keyword arguments for building it, or the path of a checkpoint."
@@ -170,8 +171,7 @@ def _created(name: str, keywords: dict[str, Any]) -> nn.Module:
     keys = timm.models.load_checkpoint(model, file, strict=False)
     odd = [] if keys is None else [*keys.missing_keys, *(k for k in keys.unexpected_keys if not k.startswith(heads))]
     if odd:
-        more = ", ..." if len(odd) > 4 else ""
-        raise RecastLoadError(f"the checkpoint {file} is of another model: it lacks or has besides {', '.join(odd[:4])}{more}")
+        raise RecastLoadError(f"the checkpoint {file} is of another model: it lacks or has besides {listed(odd, 4)}")
     return model
 
 

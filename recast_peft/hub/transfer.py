@@ -18,7 +18,7 @@ from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.cards import CARD_NAME
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
-from ..validation import check_is_peft_model, check_is_task, checked_names
+from ..validation import check_is_peft_model, check_is_task, checked_names, listed
 from .cards import write_repository_card
 from .task_files import read_task_config, task_sizes, tasks_inside
 
@@ -217,7 +217,4 @@ def _only_task(name: str, subfolders: list[str]) -> str:
         return subfolders[0]
     if not subfolders:
         raise NoSuchFile(f"{name} holds no task: there is no {CONFIG_NAME} in it or in its subfolders")
-    raise RecastLoadError(
-        f"{name} holds {len(subfolders)} tasks, in {', '.join(subfolders[:12])}{', ...' if len(subfolders) > 12 else ''}: "
-        "say which one with subfolder="
-    )
+    raise RecastLoadError(f"{name} holds {len(subfolders)} tasks, in {listed(subfolders, 12)}: say which one with subfolder=")

@@ -14,6 +14,7 @@ from ..config import RecastConfig
 from ..holders import Entry, plain_modules, unwrapped_module
 from ..layer import RecastLayer
 from ..names import lies_in, modules_of
+from ..validation import listed
 from .base import TaskPart
 from .lora_strength import part_layers
 from .wrapper import task_modules
@@ -69,7 +70,7 @@ def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode:
     frozen = [name for name, module in others if isinstance(getattr(module, "bias", None), Tensor)]
     if frozen:
         warnings.warn(
-            f"bias={bias!r} does not train the biases of {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''}: they are "
+            f"bias={bias!r} does not train the biases of {listed(frozen)}: they are "
             "no parameters there, as in layers of GPTQ, AWQ and HQQ",
             stacklevel=2,
         )

@@ -13,6 +13,7 @@ from ..banks.files import StoredBank, StoredGroup, find_bank, how_to_load
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
+from ..validation import listed
 from .budget import DEFAULT_BUDGET, choose_sizes, default_sizes, names_a_size
 from .candidates import Candidate, check_materialised, total_bytes
 from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
@@ -113,9 +114,8 @@ class RecastPlan:
         if not self.train_coefficients:
             lines.append("the coefficients stay at zero (train_coefficients=False)")
         for name, places in self.parts.items():
-            shown = ", ".join(list(places)[:3]) + (", ..." if len(places) > 3 else "")
             count = f"{len(places)} place{'s' if len(places) > 1 else ''}"
-            lines.append(f"{name}: {count} ({shown}), {sum(places.values()):,} trainable parameters per task")
+            lines.append(f"{name}: {count} ({listed(places)}), {sum(places.values()):,} trainable parameters per task")
         if self.reason:
             lines.append(self.reason)
         lines += _shown_reasons(self.skipped)

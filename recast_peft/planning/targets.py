@@ -12,7 +12,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..names import lies_in
-from ..validation import did_you_mean
+from ..validation import did_you_mean, listed
 from .candidates import Candidate, find_candidates
 from .heads import head_names, named_head
 from .roles import SHORTHANDS, default_shorthands, in_shape, is_convolution, is_linear, is_minor_convolution
@@ -238,5 +238,4 @@ def _nothing_matches(candidates: list[Candidate], config: RecastConfig, skipped:
         message += f"\nShorthands that fit layers of this model: {', '.join(others) or 'none'}"
     elif wanted is not None:
         message += f"\n{_about_shorthands()}"
-    shown = ", ".join(leaves[:40]) + (", ..." if len(leaves) > 40 else "")
-    return RecastTargetError(f"{message}\nThe model has these modules that can be targets: {shown or 'none'}")
+    return RecastTargetError(f"{message}\nThe model has these modules that can be targets: {listed(leaves, 40) or 'none'}")

@@ -29,7 +29,7 @@ from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
 from ..storage.tensors import read_tensors, write_tensors
 from ..tasks.surroundings import surroundings_fingerprint
-from ..validation import check_is_no_folder
+from ..validation import check_is_no_folder, listed
 from .heads import HeadKinds, StoredHead
 from .layout import PoolLayout
 from .routing import TaskFeatures
@@ -270,9 +270,8 @@ def describe_pool(path: str | Path) -> list[tuple[str, str]]:
         members = sum(map(len, groups.values()))
     except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecastLoadError(f"{what} is damaged: {error!r}") from error
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return [
-        ("tasks", f"{len(names):,}: {shown}" if names else "none"),
+        ("tasks", f"{len(names):,}: {listed(names, 5)}" if names else "none"),
         ("target modules", f"{members} in {len(groups)} banks"),
         ("numbers" if modules else "coefficients", f"{width:,} each{modules}"),
         ("classifiers", f"{sum(map(len, heads)) if file.metadata['format'] == FORMATS[-1] else first_format:,}"),

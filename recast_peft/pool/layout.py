@@ -27,10 +27,11 @@ from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig, readout_holders
 from ..planning.plan import SAID_BY_BANK
-from ..tasks.arithmetic import refusals_to_combine, shown
+from ..tasks.arithmetic import refusals_to_combine
 from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
+from ..validation import listed
 from .lora import LoraColumns, modules_of, refusal_of, unlike_pool
 
 CHOICES = (*SAID_BY_BANK, "max_coefficients", "bank")  # by which a config says where its coefficients are, and how many
@@ -300,7 +301,7 @@ def refuse(name: str, owned: Sequence[str], lora: Any = None) -> None:
     refusals = [text for text in (*owned, refusal_of(lora)) if text is not None and text != A_PART]
     if refusals:
         raise RecastConfigError(
-            f"a pool cannot hold task {name!r}: it owns {shown(refusals)} beside its coefficients and its classifier. "
+            f"a pool cannot hold task {name!r}: it owns {listed(refusals)} beside its coefficients and its classifier. "
             "Keep it as an adapter (model.load_adapter)."
         )
 

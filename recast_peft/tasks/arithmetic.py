@@ -29,7 +29,7 @@ from ..parts.head_building import PreparedHead
 from ..parts.lora import A_PART
 from ..parts.lora_sum import summed_config, write_sum
 from ..parts.readout import Readout
-from ..validation import check_is_task, checked_names
+from ..validation import check_is_task, checked_names, listed
 
 SUMS = ("linear", "svd")  # of what tasks add
 COMBINATION_TYPES = (*SUMS, "ties", "magnitude_prune")
@@ -196,7 +196,7 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
         if refusals:
             raise RecastConfigError(
                 f"task {name!r} cannot be combined with others: it owns more than coefficients and a classifier "
-                f"({shown(refusals)}), which cannot be {'added' if combination_type in SUMS else 'pruned'}. Combine tasks "
+                f"({listed(refusals)}), which cannot be {'added' if combination_type in SUMS else 'pruned'}. Combine tasks "
                 "without such parts."
             )
         for holder in holders(model):
@@ -210,11 +210,6 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
             raise RecastBankError(
                 f"the tasks {first!r} and {name!r} cannot be combined: their coefficients are of other modules or biases"
             )
-
-
-def shown(refusals: Sequence[str]) -> str:
-    """The first of a list of refusals, for a message."""
-    return ", ".join(refusals[:3]) + (", ..." if len(refusals) > 3 else "")
 
 
 def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) -> list[str]:

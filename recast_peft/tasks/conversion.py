@@ -28,6 +28,7 @@ from ..parts.stacking import stack_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup
 from ..planning.plan import RecastPlan
+from ..validation import listed
 
 
 @dataclass
@@ -111,7 +112,7 @@ def check_fingerprints(
     raise RecastBaseMismatchError(
         f"the task was learned on other pretrained weights: {which} differ, the first is {differ[0]}\n"
         f"  fingerprint in the task:  {recorded[differ[0]]}\n  fingerprint of the model: {actual[differ[0]]}\n"
-        f"differing: {', '.join(differ[:6])}{', ...' if len(differ) > 6 else ''}\n"
+        f"differing: {listed(differ, 6)}\n"
         f"Load the weights that the task was learned on (base model of the task: {config.base_model_name_or_path!r})."
     )
 

@@ -31,7 +31,7 @@ from ..parts.lora_plan import these_modules
 from ..parts.wrapper import ScaledModule
 from ..planning.candidates import find_candidates
 from ..planning.table import text_table
-from ..validation import check_is_peft_model, check_is_task
+from ..validation import check_is_peft_model, check_is_task, listed
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def convert_to_lora(
     if unfit:
         raise RecastConfigError(
             f"task {adapter_name!r} cannot be converted to a LoRA: {len(unfit)} of its {len(layers)} modules are no linear "
-            f"layers on exact banks ({', '.join(unfit[:3])}{', ...' if len(unfit) > 3 else ''}). "
+            f"layers on exact banks ({listed(unfit)}). "
             "Export the whole model instead: model.merge_and_unload()."
         )
     if config.bias != "none":

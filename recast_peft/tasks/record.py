@@ -17,6 +17,7 @@ from ..parts.lora import lora_config_of
 from ..parts.wrapper import was_replaced
 from ..placement.sharded import whole_shape
 from ..planning.groups import PlannedGroup, sharing_of
+from ..validation import listed
 from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask
@@ -65,10 +66,9 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         )
     outside = trained_outside_tasks(model)
     if outside:
-        shown = ", ".join(outside[:3]) + (", ..." if len(outside) > 3 else "")
         warnings.warn(
-            f"{len(outside)} parameters of the pretrained model are trained and belong to no task ({shown}): they are not "
-            "saved. Give the task modules_to_save=, train_norms=True or bias=, or freeze them: requires_grad_(False).",
+            f"{len(outside)} parameters of the pretrained model are trained and belong to no task ({listed(outside)}): they "
+            "are not saved. Give the task modules_to_save=, train_norms=True or bias=, or freeze them: requires_grad_(False).",
             stacklevel=2,
         )
     sets = {whole_shape(layer.recast_coefficients[adapter_name])[0] for layer in layers.values()}
