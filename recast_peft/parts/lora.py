@@ -71,6 +71,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     _switched_off = False  # inside RecastModel.disable_part("lora")
     _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
     active_adapters: list[str]
+    merged: bool
     lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
 

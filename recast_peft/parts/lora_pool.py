@@ -20,36 +20,23 @@ CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of t
 class PooledPart:
     """What a LoRA part's layer does for the tasks of a pool; a mixin of PEFT's layers."""
 
-    base_layer: nn.Module
-    module_name: str
-    merged: bool
-    merged_adapters: list[str]
-    recast_beside: tuple[Any, ...]
-    scaling: dict[str, float]
-    _by_weight: bool
-    _disable_adapters: bool
-    _kept: list[tuple[nn.Parameter, Tensor]]
-    _switched_off: bool
-
-    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
+    def numbers_of(self: Any, adapter_name: str) -> Sequence[Tensor]:
         """The two factors of a task."""
-        layer: Any = self
         key = container_key(adapter_name)
-        return [factors[key].weight for factors in (layer.lora_A, layer.lora_B) if key in factors]
+        return [factors[key].weight for factors in (self.lora_A, self.lora_B) if key in factors]
 
-    def merge_in_place(self, adapter_name: str) -> None:
+    def merge_in_place(self: Any, adapter_name: str) -> None:
         """Merge a task, with its coefficients, in place of what is merged now, into the same storage.
 
         Raises:
             RecastBankError: if something of another method is merged here.
         """
-        layer: Any = self
         composed = next(iter(self.recast_beside), None)
         others = [] if composed is None else [other for other in composed.other_layers if other.merged and other is not self]
         if not self.merged or others:
             if composed is not None:
                 composed.merge_in_place([adapter_name])
-            layer.merge(adapter_names=[adapter_name])
+            self.merge(adapter_names=[adapter_name])
             return
         with torch.no_grad():
             for parameter, values in self._kept:
@@ -57,39 +44,38 @@ class PooledPart:
             if composed is not None:
                 composed.compose(composed.present([adapter_name]), out=composed.weight_parameter.data)
         self.merged_adapters.clear()
-        layer._plain_class.merge(self, adapter_names=[container_key(adapter_name)])
+        self._plain_class.merge(self, adapter_names=[container_key(adapter_name)])
 
-    def call_from_pool(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call_from_pool(self: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output with the two factors of each sample's own task; what is merged is no part of any.
 
         Raises:
             RecastBankError: if the module is computed by its weight, or what is merged cannot be left out.
         """
-        layer: Any = self
         y = self._call_unmerged(batch, x, args, kwargs)
         assert batch.pool is not None
         slot = batch.pool.slot
-        if not layer.has_task(slot) or self._switched_off or (self._disable_adapters and batch.is_off):
+        if not self.has_task(slot) or self._switched_off or (self._disable_adapters and batch.is_off):
             return y
         if self._by_weight:
-            raise one_task_for_all(layer)
+            raise one_task_for_all(self)
         key = container_key(slot)
-        added = layer.lora_dropout[key](x.to(layer.lora_A[key].weight.dtype))
+        added = self.lora_dropout[key](x.to(self.lora_A[key].weight.dtype))
         for name in ("lora_A", "lora_B"):
-            module: Any = getattr(layer, name)[key]
+            module: Any = getattr(self, name)[key]
             factors = batch.offsets(f"{self.module_name}.{name}.weight", len(x))
             assert factors is not None
             added = product_by_sample(module, added, factors.to(added.dtype).view(len(x), *module.weight.shape))
         return torch.add(y, added, alpha=self.scaling[key]).to(y.dtype)
 
-    def _call_unmerged(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call_unmerged(self: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What lies below, without what is merged here."""
         composed = next(iter(self.recast_beside), None)
         if not self.merged:
             return self.base_layer(x, *args, **kwargs)
         if composed is self.base_layer:  # it keeps the pretrained weight, and takes what is merged for its own
             return call_mixed(composed, batch, (x, *args), kwargs)
-        base: Any = self.base_layer
+        base = self.base_layer
         names = {id(parameter): name for name, parameter in base._parameters.items()}
         if composed is not None or any(id(parameter) not in names for parameter, _ in self._kept):
             raise RecastBankError(

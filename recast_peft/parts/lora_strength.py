@@ -51,16 +51,7 @@ def with_strengths_of_call(forward: Callable[..., Any]) -> Callable[..., Any]:
 class PartStrength:
     """The verbs of strength of a LoRA part's layer; a mixin of PEFT's layers, which hold a task under ``container_key``."""
 
-    merged: bool
-    merged_adapters: list[str]
-    module_name: str
-    merge: Any
-    _get_available_adapters: Any
-    history: CallHistory
-    scaling: dict[str, float]
-    unmerge: Any
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """What a task's part adds to the weight; PEFT's own verbs ask with the key of a task.
 
         Raises:
@@ -73,19 +64,19 @@ class PartStrength:
             raise RecastConfigError(f"task {adapter!r} has no LoRA part at {self.module_name}; those that have: {have}")
         return super().get_delta_weight(key)  # type: ignore[misc]
 
-    def set_scale(self, adapter: str, scale: float) -> None:
+    def set_scale(self: Any, adapter: str, scale: float) -> None:
         super().set_scale(container_key(adapter), scale)  # type: ignore[misc]
         self.rescaled()
 
-    def scale_layer(self, scale: float) -> None:
+    def scale_layer(self: Any, scale: float) -> None:
         super().scale_layer(scale)  # type: ignore[misc]
         self.rescaled()
 
-    def unscale_layer(self, scale: float | None = None) -> None:
+    def unscale_layer(self: Any, scale: float | None = None) -> None:
         super().unscale_layer(scale)  # type: ignore[misc]
         self.rescaled()
 
-    def rescaled(self) -> None:
+    def rescaled(self: Any) -> None:
         """Merge what is merged once more."""
         tasks = self.merged_tasks
         if tasks:
@@ -93,7 +84,7 @@ class PartStrength:
             self.merge(adapter_names=tasks)
 
     @property
-    def merged_tasks(self) -> list[str]:
+    def merged_tasks(self: Any) -> list[str]:
         """The tasks whose parts are merged."""
         return [task_of_key(key) for key in self.merged_adapters]
 
