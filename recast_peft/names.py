@@ -143,6 +143,12 @@ def lies_in(name: str, others: Iterable[str]) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
+def outermost(names: Iterable[str]) -> list[str]:
+    """The modules that lie in none of the others, each once, in their order."""
+    each = dict.fromkeys(names)
+    return [name for name in each if not lies_in(name, each.keys() - {name})]
+
+
 def bank_name(members: list[str]) -> str:
     """A name for the bank of these members: common parts once, the others in braces.
 

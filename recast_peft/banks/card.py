@@ -19,6 +19,7 @@ from ..storage.transfer import commit_folder
 
 BANK_WEIGHTS = "recast_bank.safetensors"
 BANK_CONFIG = "recast_bank.json"
+REST_WEIGHTS = "recast_backbone.safetensors"  # of a compressed model: what its bank does not hold
 
 
 class SavableBank(Protocol):

@@ -131,6 +131,8 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
             f"bank {bank!r} of {what} has the members {list(members)[:6]}; each is expected once, by its name"
         )
     recipe = _recipe(entry, len(members), entry.integer("templates", 0, MOST))
+    if kind == "readout":
+        check_shapes(what, tensors, {f"{bank}.offset": (entry.integer("templates", 0, MOST),)})
     if kind == "dense":
         group = _dense(bank, members, tensors, what, recipe)
     elif kind == "exact":
@@ -141,7 +143,7 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
             recipe=recipe,
             grown=_grown(bank, entry, tensors, what),
             widths=tuple(entry.integers("widths", 1, MOST)) if kind in ("bias", "readout") else None,
-            offset=_offset(bank, tensors, what, entry.integer("templates", 0, MOST)) if kind == "readout" else None,
+            offset=tensors[f"{bank}.offset"] if kind == "readout" else None,
             pools=entry.flag("pools") if kind == "readout" else None,
         )
     if group.num_templates != entry["templates"]:
@@ -185,12 +187,6 @@ def _grown(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: str) -
         expected = {names[0]: (count, *shape)}
     check_shapes(what, tensors, expected)
     return GrownTemplates(tuple(tensors[name] for name in names), shape, plain, tuple(entry.numbers("energy", [])))
-
-
-def _offset(bank: str, tensors: Mapping[str, Tensor], what: str, count: int) -> Tensor:
-    name = f"{bank}.offset"
-    check_shapes(what, tensors, {name: (count,)})
-    return tensors[name]
 
 
 def _recipe(entry: Fields, layers: int, templates: int) -> Recipe | None:

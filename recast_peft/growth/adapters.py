@@ -36,8 +36,8 @@ from ..names import check_adapter_name
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
-from ..validation import COUNT, check_arguments
-from .sources import check_bank, check_plain, check_sizes, loaded, origin_of
+from ..validation import COUNT, check_arguments, optional
+from .sources import check_bank, check_plain, loaded, origin_of
 
 Adapter = str | Path | PeftModel | tuple[PeftModel, str]
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts of a LoRA that take it from the weights
@@ -144,7 +144,7 @@ def compress_adapters(
     """
     check_plain(model, "compress_adapters")
     check_arguments(COUNT, num_templates=num_templates)
-    check_sizes(rank=rank)
+    check_arguments(optional(COUNT), rank=rank)
     named = _named(adapters)
     found = _read(model, named)
     moved = sorted({module for pairs, _, _ in found.values() for module in pairs})

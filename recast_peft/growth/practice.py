@@ -32,10 +32,10 @@ from ..mimicry.features import call_arguments, device_of, evaluating, main_tenso
 from ..parts.lora_plan import rank_one, these_modules
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
-from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, shown, whole
+from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
 from .biases import bias_places, grow_bias_bank, is_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, rows_of_inputs
-from .sources import check_plain, check_sizes
+from .sources import check_plain
 from .weights import grow_bank
 
 
@@ -92,7 +92,7 @@ def practice_bank(
     check_plain(model, "practice_bank")
     check_arguments(COUNT, tasks=tasks, group_size=group_size, epochs=epochs)
     check_arguments(whole(2), batch_size=batch_size)
-    check_sizes(num_templates=num_templates)
+    check_arguments(optional(COUNT), num_templates=num_templates)
     check_arguments(flag, scales=scales)
     check_arguments(one_of("biases", "weights"), of=of)
     check_arguments(function, features=features or mean_features)

@@ -12,8 +12,8 @@ from ..banks.grown_templates import GrownTemplates
 from ..config import RecastConfig
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
-from ..validation import COUNT, SEED, check_arguments, flag
-from .sources import check_plain, check_sizes
+from ..validation import COUNT, SEED, check_arguments, flag, optional
+from .sources import check_plain
 
 RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
 
@@ -46,7 +46,7 @@ def random_bank(
     """
     check_plain(model, "random_bank")
     check_arguments(COUNT, num_templates=num_templates)
-    check_sizes(rank=rank)
+    check_arguments(optional(COUNT), rank=rank)
     check_arguments(flag, plain_templates=plain_templates)
     check_arguments(SEED, seed=seed)
     plan = plan_recast(model, config or RecastConfig(group_size=1))

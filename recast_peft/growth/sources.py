@@ -47,15 +47,6 @@ def check_bank(bank: StoredBank) -> None:
         raise RecastConfigError(f"bank is a {type(bank).__name__}: expected a StoredBank, as load_bank(name) reads it")
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse sizes that are no whole numbers from 1; None passes.
-
-    Raises:
-        RecastConfigError: naming the size and its value.
-    """
-    check_arguments(optional(COUNT), **sizes)
-
-
 def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
     """Refuse what is no list of sources, and sizes that are no whole numbers.
 
@@ -66,7 +57,7 @@ def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
     if is_one or not len(sources):
         given = "an empty list" if isinstance(sources, (list, tuple)) else shown_source(sources)  # type: ignore[arg-type]
         raise RecastConfigError(f"sources is {given}: expected a list with at least one source")
-    check_sizes(**sizes)
+    check_arguments(optional(COUNT), **sizes)
 
 
 def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candidate]) -> dict[str, Tensor]:

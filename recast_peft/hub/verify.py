@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..banks.card import BANK_CONFIG, BANK_WEIGHTS
+from ..banks.card import BANK_CONFIG, BANK_WEIGHTS, REST_WEIGHTS
 from ..banks.files import find_bank, load_bank
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastError
@@ -23,7 +23,6 @@ from ..storage.pairs import companion_of
 from ..storage.tensors import CHECKSUM, check_finite, check_floating, outliers, read_tensors
 from .task_files import numbers_file, read_task_config, task_sizes
 
-REST_WEIGHTS = "recast_backbone.safetensors"
 ERROR, WARNING, INFO = "error", "warning", "info"
 
 

@@ -17,7 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..auto import get_recast_model
-from ..banks.files import BANK_WEIGHTS, StoredBank, load_bank
+from ..banks.card import BANK_WEIGHTS, REST_WEIGHTS
+from ..banks.files import StoredBank, load_bank
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER
 from ..config import RecastConfig
@@ -30,7 +31,6 @@ from ..storage.tensors import FLOATING, TensorFile, checksum, read_tensors, writ
 from ..tasks.banks import stored_bank
 from ..tasks.undo import undone_on_failure
 
-REST_WEIGHTS = "recast_backbone.safetensors"
 BANK = "recast_bank_checksum"  # the entry of its metadata that says which bank it belongs to
 
 

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import RecastConfigError
-from ..storage.atomic import write_text
+from ..storage.atomic import write_json
 from ..storage.json_reader import parse_json
 from ..storage.pairs import read_companion
 from ..storage.patterns import check_pattern
@@ -64,7 +64,7 @@ def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def write_fields(folder: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """Write the fields of a config, without those of RECAST's own that are None: they would outweigh a task's numbers."""
     kept = {name: value for name, value in values.items() if value is not None or name in PeftConfig.__dataclass_fields__}
-    write_text(Path(folder, CONFIG_NAME), json.dumps(kept, indent=2, sort_keys=True))
+    write_json(Path(folder, CONFIG_NAME), kept, sort_keys=True)
 
 
 def writable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ..banks.files import StoredBank, find_bank, how_to_load
 from ..errors import RecastBankError, RecastConfigError
+from ..holders import holders
 from ..options.checks import bank
 from ..options.partner import PartnerConfig
 from ..options.record import Reference, bank_to_use, reference_of
 from ..validation import Unexpected
 from .base import Request
+from .partner import TaskPartners
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,12 @@ class BankedPartnerConfig(PartnerConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "bank": self.bank_reference}
+
+
+def partner_bank(model: nn.Module, adapter_name: str, kind: type[TaskPartners]) -> StoredBank | None:
+    """The bank that a task's partners of a kind are on: its coefficients of biases, or its readout; None without one."""
+    held = (holder.bank_of(adapter_name) for holder in holders(model, adapter_name, kind))
+    return next((templates.bank for templates in held if templates is not None), None)
 
 
 def bank_of_partner(request: Request, partner: BankedPartnerConfig, held: Iterable[StoredBank]) -> StoredBank:

@@ -258,12 +258,6 @@ def bias_config(config: RecastConfig) -> BiasConfig | None:
     return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
 
 
-def bias_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
-    """The bank of a task's coefficients of biases; None if each bias is its own template."""
-    shared = (holder.bank_of(adapter_name) for holder in bias_holders(model))
-    return next((templates.bank for templates in shared if templates is not None), None)
-
-
 def bias_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskBiases]:
     """What holds coefficients of biases, one for each bias; of one task, or of all."""
     return holders(model, adapter_name, TaskBiases)

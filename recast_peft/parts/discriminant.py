@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
 from ..names import modules_of
+from ..validation import is_number
 from .head import TaskHead
 from .prototypes import check_every_class, read_head_inputs, whole_labels
 
@@ -224,6 +225,5 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
 
 def check_shrinkage(shrinkage: Shrinkage) -> None:
     """Refuse what is neither a share nor "auto"."""
-    is_number = isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool)
-    if shrinkage != "auto" and not (is_number and 0 <= shrinkage <= 1):  # type: ignore[operator]
+    if shrinkage != "auto" and not (is_number(shrinkage) and 0 <= shrinkage <= 1):  # type: ignore[operator]
         raise RecastConfigError(f"shrinkage={shrinkage!r}: expected 'auto', or a number from 0 (none) to 1 (a sphere)")

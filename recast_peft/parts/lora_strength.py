@@ -17,6 +17,7 @@ from ..errors import RecastConfigError
 from ..holders import container_key, holders, task_of_key
 from ..layer import RecastLayer
 from ..names import BASE_ADAPTER, modules_of
+from ..validation import check_arguments, one_of
 
 
 def keys_of(names: Sequence[str]) -> list[str]:
@@ -94,13 +95,9 @@ def part_layers(model: nn.Module, adapter_name: str | None = None) -> list[Any]:
     return holders(model, adapter_name, PartStrength)
 
 
-PARTS = ("recast", "lora")
-
-
 def switched_off(model: nn.Module, part: str) -> AbstractContextManager[None]:
     """Compute without one of the two parts of the tasks until the block ends; see ``RecastModel.disable_part``."""
-    if part not in PARTS:
-        raise RecastConfigError(f"disable_part({part!r}): expected one of {', '.join(map(repr, PARTS))}")
+    check_arguments(one_of("recast", "lora"), part=part)
     layers = part_layers(model)
     if not layers:
         raise RecastConfigError(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from peft.utils.other import match_target_against_key
 
 from ..errors import RecastTargetError
-from ..names import lies_in
+from ..names import lies_in, outermost
 from ..options.partner import PartnerConfig
 from ..planning.candidates import Candidate
 from ..planning.roles import SHORTHANDS
@@ -22,7 +22,8 @@ def places_of(
     if wanted is None or is_shorthand:
         outside = [c for c in candidates if not lies_in(c.name, heads) or c.name in targets]
         if wanted is None:
-            chosen = _outermost([c for c in outside if partner.is_default_place(c, targets)])
+            possible = {c.name: c for c in outside if partner.is_default_place(c, targets)}
+            chosen = [possible[name] for name in outermost(possible)]
         else:
             chosen = [c for c in outside if SHORTHANDS[str(wanted)](c) and c.weight_name is not None]
         chosen = [c for c in chosen if partner.refusal(c) is None]
@@ -60,8 +61,3 @@ def _is_named(wanted: Sequence[str] | str, name: str) -> bool:
     if isinstance(wanted, str):
         return bool(match_target_against_key(wanted, name))
     return any(name == target or name.endswith(f".{target}") for target in wanted)
-
-
-def _outermost(candidates: list[Candidate]) -> list[Candidate]:
-    names = {c.name for c in candidates}
-    return [c for c in candidates if not lies_in(c.name, names - {c.name})]

@@ -390,9 +390,3 @@ def fingerprints_of(members: Collection[str], candidates: list[Place]) -> dict[s
 def readout_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskReadouts]:
     """What holds the readouts of a model; of one task, or of all."""
     return holders(model, adapter_name, TaskReadouts)
-
-
-def readout_bank_of(model: nn.Module, adapter_name: str) -> StoredBank | None:
-    """The bank of a task's readout; None if it has none."""
-    held = (holder.modules_to_save[adapter_name] for holder in readout_holders(model, adapter_name))
-    return next((cast(Readout, readout).bank for readout in held), None)

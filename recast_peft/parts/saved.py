@@ -17,7 +17,7 @@ from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, other_names, plain_modules, put_at, unwrapped_module
-from ..names import lies_in, modules_of
+from ..names import lies_in, modules_of, outermost
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy
@@ -80,11 +80,7 @@ class SavedPart(TaskPart):
 
     def places(self, request: Request) -> list[str]:
         """Names of the outermost of them: a module inside another one comes with it."""
-        outermost: list[str] = []
-        for name in self.names(request):
-            if not lies_in(name, outermost):
-                outermost.append(name)
-        return outermost
+        return outermost(self.names(request))
 
     def prepare(self, request: Request) -> list[SavedModule]:
         places = self.places(request)
@@ -163,11 +159,7 @@ def find_norms(model: nn.Module) -> list[str]:
 
     A norm may have an activation inside (timm's ``BatchNormAct2d``), but no parameters of children.
     """
-    names = []
-    for name, present in plain_modules(model).items():
-        if is_norm(unwrapped_module(present)):
-            names.append(name)
-    return names
+    return [name for name, present in plain_modules(model).items() if is_norm(unwrapped_module(present))]
 
 
 def is_norm(module: nn.Module) -> bool:

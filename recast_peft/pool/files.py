@@ -37,6 +37,8 @@ from .routing import TaskFeatures
 FORMATS = ("recast-task-pool-1", "recast-task-pool-2")
 AT_ONCE = 1024  # classifiers that are looked at together
 LAYOUT = ("groups", "recipes", "base_fingerprint", "bank", "heads", "remembered")  # JSON in the file's metadata
+# and what later versions added, as it is taken of files without it
+ADDED = {"biases": "{}", "lora": "[]", "labels": "[]", "surroundings_fingerprint": "null", "readout": "null"}
 
 
 @dataclass
@@ -205,19 +207,17 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     _check_format(path, texts)
     try:
         said = {key: parse_value(texts[key], f"{key!r} of {what}") for key in LAYOUT}
-        biases = parse_value(texts.get("biases", "{}"), f"'biases' of {what}")  # files of earlier versions do not name them
-        lora = parse_value(texts.get("lora", "[]"), f"'lora' of {what}")
-        labels = parse_value(texts.get("labels", "[]"), f"'labels' of {what}")
-        surroundings = parse_value(texts.get("surroundings_fingerprint", "null"), f"'surroundings_fingerprint' of {what}")
+        for key, otherwise in ADDED.items():
+            said[key] = parse_value(texts.get(key, otherwise), f"{key!r} of {what}")
         table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
     except (KeyError, ValueError) as error:
         if isinstance(error, RecastError):
             raise
         raise RecastLoadError(f"{what} is damaged: {error!r}. Nothing was loaded; fetch it again.") from error
-    _check_layout(path, said, biases, layout)
-    layout.check_readout(f"the tasks in {path}", parse_value(texts.get("readout", "null"), f"'readout' of {what}"))
-    layout.check_surroundings(what, surroundings)
-    table = layout.lora.padded(f"each task in {path}", lora, table)
+    _check_layout(path, said, layout)
+    layout.check_readout(f"the tasks in {path}", said["readout"])
+    layout.check_surroundings(what, said["surroundings_fingerprint"])
+    table = layout.lora.padded(f"each task in {path}", said["lora"], table)
     if tuple(table.shape) != (len(names), layout.width) or not table.is_floating_point() or len({*names}) < len(names):
         raise RecastLoadError(
             f"the table in {path} is damaged: {table.dtype} of shape {tuple(table.shape)} and {len({*names})} names, expected "
@@ -228,7 +228,7 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
         if texts["format"] == FORMATS[0]:
             _read_first_format(tasks, said, tensors, layout, kinds)
         else:
-            tasks.heads = _read_heads(said["heads"], labels, tensors, layout, kinds, len(names))
+            tasks.heads = _read_heads(said["heads"], said["labels"], tensors, layout, kinds, len(names))
             tasks.remembered = _read_remembered(tensors, len(names))
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, RecastLoadError):
@@ -286,14 +286,14 @@ def _names(text: Tensor, count: int) -> list[str]:
     return names
 
 
-def _check_layout(path: Any, said: dict[str, Any], biases: Any, layout: PoolLayout) -> None:
+def _check_layout(path: Any, said: dict[str, Any], layout: PoolLayout) -> None:
     if (said["groups"], said["recipes"]) != (layout.config.groups, layout.config.recipes):
         raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
     if said["bank"] != layout.bank:
         raise layout.other_bank(f"the tasks in {path}", said["bank"])
-    if biases != layout.biases():
+    if said["biases"] != layout.biases():
         raise RecastBankError(
-            f"the tasks in {path} have coefficients of biases that are not the pool's\n  file: {biases}\n"
+            f"the tasks in {path} have coefficients of biases that are not the pool's\n  file: {said['biases']}\n"
             f"  pool: {layout.biases()}"
         )
     recorded = said["base_fingerprint"] or {}

@@ -21,8 +21,9 @@ from ..layer import recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX
 from ..options.record import Reference
 from ..parts import PARTS, pieces_of
+from ..parts.banked import partner_bank
 from ..parts.base import Request
-from ..parts.bias_part import bias_bank_of, bias_coefficients, bias_config, bias_entry, bias_owners
+from ..parts.bias_part import TaskBiases, bias_coefficients, bias_config, bias_entry, bias_owners
 from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig, readout_holders
@@ -88,7 +89,7 @@ class PoolLayout:
     @property
     def bias_versions(self) -> tuple[str | None, ...]:
         """Fingerprints of the bank of biases that the tasks are on, and of its earlier versions; (None,) without one."""
-        bank = bias_bank_of(self.backbone, self.slot)
+        bank = partner_bank(self.backbone, self.slot, TaskBiases)
         return (None,) if bank is None else (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
 
     def biases(self) -> dict[str, Any]:

@@ -29,12 +29,10 @@ from ..parts.head_building import PreparedHead
 from ..parts.lora import A_PART
 from ..parts.lora_sum import summed_config, write_sum
 from ..parts.readout import Readout
-from ..validation import check_is_task, checked_names, listed
+from ..validation import check_arguments, check_is_task, checked_names, listed, one_of
 
 SUMS = ("linear", "svd")  # of what tasks add
 COMBINATION_TYPES = (*SUMS, "ties", "magnitude_prune")
-HEAD_CHOICES = ("none", "first", "linear")
-SIGN_METHODS = ("total", "frequency")
 # combination types of PEFT's LoRA that have no meaning for coefficients, and why
 REFUSED_TYPES = {
     "cat": "coefficients have no rank that could grow; 'linear' is exact here",
@@ -73,10 +71,8 @@ def check_combination(
         raise RecastConfigError(f"density={density!r}: {combination_type!r} needs the share of numbers to keep, in (0, 1]")
     if not needs_density and density is not None:
         raise RecastConfigError(f"density={density!r}: {combination_type!r} keeps all numbers; expected None")
-    if majority_sign_method not in SIGN_METHODS:
-        raise RecastConfigError(f"majority_sign_method={majority_sign_method!r}: expected one of {', '.join(SIGN_METHODS)}")
-    if heads not in (None, *HEAD_CHOICES):
-        raise RecastConfigError(f"heads={heads!r}: expected None or one of {', '.join(HEAD_CHOICES)}")
+    check_arguments(one_of("total", "frequency"), majority_sign_method=majority_sign_method)
+    check_arguments(one_of(None, "none", "first", "linear"), heads=heads)
 
 
 def check_svd(combination_type: str, has_part: bool) -> None:

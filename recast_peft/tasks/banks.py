@@ -15,8 +15,9 @@ from ..composition.compose import average_sets
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
 from ..options.record import Reference
-from ..parts.bias_part import bias_bank_of
-from ..parts.readout import readout_bank_of
+from ..parts.banked import partner_bank
+from ..parts.bias_part import TaskBiases
+from ..parts.readout import TaskReadouts
 from ..validation import check_arguments, check_is_task, one_of
 
 
@@ -120,13 +121,12 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
     name: Any = next(iter(tuner.active_adapters), None) if adapter_name is None else adapter_name
     check_is_task(name, tuner.peft_config)
     check_arguments(one_of("weights", "biases", "readout"), of=of)
-    of_partners = {"biases": bias_bank_of, "readout": readout_bank_of}
-    if of in of_partners:
-        bank = of_partners[of](tuner.model, name)
-        if bank is None:
-            raise RecastBankError(f"task {name!r} is on no bank of {of}: there is nothing to store")
-        return bank
-    return stored_bank_of(tuner.model, name, tuner.peft_config[name].method.to_dict())
+    if of == "weights":
+        return stored_bank_of(tuner.model, name, tuner.peft_config[name].method.to_dict())
+    bank = partner_bank(tuner.model, name, TaskBiases if of == "biases" else TaskReadouts)
+    if bank is None:
+        raise RecastBankError(f"task {name!r} is on no bank of {of}: there is nothing to store")
+    return bank
 
 
 def remember_stored_bank(tuner: Any, stored: StoredBank) -> StoredBank:
