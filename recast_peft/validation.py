@@ -113,6 +113,23 @@ def check_arguments(check: Check, **given: Any) -> None:
             raise RecastConfigError(f"{name}={shown(value)}: expected {error}") from None
 
 
+class Options:
+    """Options of one kind of thing, as an object that a config is given; a subclass checks them when it is made."""
+
+    def check(self, check: Check, *options: str) -> None:
+        """Hold options against what they may be.
+
+        Raises:
+            RecastConfigError: naming the option, its value, and what was expected.
+        """
+        for option in options:
+            value = getattr(self, option)
+            try:
+                check(value)
+            except Unexpected as error:
+                raise RecastConfigError(f"{type(self).__name__}({option}={shown(value)}): expected {error}") from error
+
+
 def check_is_task(name: Any, known: Iterable[str]) -> None:
     """Refuse what is not the name of a task that a model has.
 
@@ -267,6 +284,14 @@ def names_or_pattern(value: Any) -> list[str] | str:
     except (re.error, RecursionError, OverflowError) as error:
         raise Unexpected(f"names in a list, or a regular expression, which this is not: {error}") from error
     return value
+
+
+def targets(value: Any) -> list[str] | str:
+    """Like ``names_or_pattern``, but no empty list."""
+    checked = names_or_pattern(value)
+    if not checked:
+        raise Unexpected("at least one name; None chooses by itself")
+    return checked
 
 
 def indices(value: Any) -> list[int] | int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..validation import is_int
+from ..validation import COUNT, SEED, number_above, one_of
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
 from .descent import LOSSES, descend, random_templates
 
@@ -47,10 +47,10 @@ class AutoEncoder(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check("loss", self.loss in list(LOSSES), f"one of {', '.join(LOSSES)}")
-        self.check_counts("hidden_size", "features", "steps")
-        self.check_numbers("learning_rate")
-        self.check("seed", is_int(self.seed), "a whole number")
+        self.check(one_of(*LOSSES), "loss")
+        self.check(COUNT, "hidden_size", "features", "steps")
+        self.check(number_above(0), "learning_rate")
+        self.check(SEED, "seed")
 
     @torch.enable_grad()
     def fit(

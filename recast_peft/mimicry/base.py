@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import RecastConfigError
-from ..validation import is_int, is_number, shown
+from ..validation import Options
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class FittedTemplates:
 
 
 @dataclass(frozen=True)
-class MimicryMethod(ABC):
+class MimicryMethod(Options, ABC):
     """Options of one way to find templates and base coefficients; a subclass is a method.
 
     A new method is a subclass in a file of its own and one row in ``METHODS``. Its fields are its options, each with a
@@ -84,28 +83,6 @@ class MimicryMethod(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The options as a config stores them: ``{"method": name, option: value, ...}``."""
         return {"method": self.name, **dataclasses.asdict(self)}
-
-    def check(self, option: str, holds: bool, expected: str) -> None:
-        """Refuse an option's value.
-
-        Raises:
-            RecastConfigError: naming the option, its value, and what was expected.
-        """
-        if not holds:
-            raise RecastConfigError(f"mimicry {self.name}({option}={shown(getattr(self, option))}): expected {expected}")
-
-    def check_counts(self, *options: str, least: int = 1) -> None:
-        """Refuse options that are no whole numbers from ``least`` on."""
-        for option in options:
-            value = getattr(self, option)
-            self.check(option, is_int(value) and value >= least, f"a whole number from {least}")
-
-    def check_numbers(self, *options: str, or_zero: bool = False) -> None:
-        """Refuse options that are no finite numbers above 0, or of at least 0."""
-        for option in options:
-            value = getattr(self, option)
-            expected = "a number of at least 0" if or_zero else "a number above 0"
-            self.check(option, is_number(value) and (value > 0 or (or_zero and value == 0)), expected)
 
 
 def local_generator(seed: int, label: str, device: torch.device) -> torch.Generator:

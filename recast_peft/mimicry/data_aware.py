@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import RecastConfigError
+from ..validation import number_above, whole
 from .base import FittedTemplates, MimicryMethod, scale_templates
 from .closed_form import recipe_from_gram
 
@@ -56,9 +57,9 @@ class DataAware(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check_counts("sweeps", "distill_steps", "select_batches", least=0)
-        self.check_numbers("max_moment_bytes", "distill_learning_rate")
-        self.check_numbers("tolerance", "ridge", or_zero=True)
+        self.check(whole(0), "sweeps", "distill_steps", "select_batches")
+        self.check(number_above(0), "max_moment_bytes", "distill_learning_rate")
+        self.check(number_above(0, itself=True), "tolerance", "ridge")
 
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None

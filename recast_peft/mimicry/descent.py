@@ -54,13 +54,16 @@ def descend(
     Raises:
         RecastConfigError: if no step had a finite loss.
     """
-    loss_of, best = LOSSES[loss], _Best()
+    loss_of, least, best = LOSSES[loss], float("inf"), None
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in tqdm(range(steps + 1), desc=f"mimicry {label}", delay=2, leave=False, disable=not progress):
         base = coefficients()
         with torch.set_grad_enabled(noise is None):
             now = loss_of(base @ templates, target)
-        best.offer(float(now.detach()), templates, base)
+        if float(now.detach()) < least:
+            least = float(now.detach())
+            held = torch.empty_like(templates) if best is None else best[0]
+            best = held.copy_(templates.detach()), base.detach().clone()
         if step == steps:
             break
         if noise is not None:
@@ -71,7 +74,13 @@ def descend(
             torch.nn.utils.clip_grad_norm_(trained, clip_norm)
         optimizer.step()
         schedule.step()
-    return best.result(weights, target, label)
+    if best is None:
+        raise RecastConfigError(
+            f"mimicry of {label or 'a group'} never had a finite loss; give a smaller learning_rate, or use 'closed_form'"
+        )
+    scaled, base = scale_templates(*best, target)
+    shaped = scaled.reshape(len(scaled), *weights[0].shape).to(weights[0].dtype)
+    return FittedTemplates(shaped, base.double().cpu())
 
 
 def random_templates(weight: Tensor, num_templates: int, generator: torch.Generator) -> Tensor:
@@ -80,34 +89,3 @@ def random_templates(weight: Tensor, num_templates: int, generator: torch.Genera
     for template in templates:
         torch.nn.init.kaiming_normal_(template, generator=generator)
     return templates.reshape(num_templates, -1)
-
-
-class _Best:
-    """The best step so far."""
-
-    def __init__(self) -> None:
-        self.loss = float("inf")
-        self.templates: Tensor | None = None
-        self.base: Tensor | None = None
-
-    def offer(self, loss: float, templates: Tensor, base: Tensor) -> None:
-        """Keep a copy of a step if its loss is the least so far."""
-        if loss < self.loss:
-            self.loss, self.base = loss, base.detach().clone()
-            if self.templates is None:
-                self.templates = torch.empty_like(templates)
-            self.templates.copy_(templates.detach())
-
-    def result(self, weights: Sequence[Tensor], target: Tensor, label: str) -> FittedTemplates:
-        """The best step as templates in the shape and dtype of the weights.
-
-        Raises:
-            RecastConfigError: if no step had a finite loss.
-        """
-        if self.templates is None or self.base is None:
-            raise RecastConfigError(
-                f"mimicry of {label or 'a group'} never had a finite loss; give a smaller learning_rate, or use 'closed_form'"
-            )
-        templates, base = scale_templates(self.templates, self.base, target)
-        shaped = templates.reshape(len(templates), *weights[0].shape).to(weights[0].dtype)
-        return FittedTemplates(shaped, base.double().cpu())

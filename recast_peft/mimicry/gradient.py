@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
-from ..validation import is_int
+from ..validation import COUNT, SEED, number_above, one_of, optional
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
 from .closed_form import gram_matrix, recipe_from_gram
 from .descent import LOSSES, descend, random_templates
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
-STARTS = ("random", "closed_form")
 
 PAPER: dict[str, dict[str, Any]] = {
     "vit": {},
@@ -68,14 +67,14 @@ class Gradient(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for option, table in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("start", STARTS)):
-            self.check(option, getattr(self, option) in list(table), f"one of {', '.join(table)}")
-        self.check_counts("steps", "decay_every", "fit_sets")
-        self.check_numbers("loss_scale", "learning_rate", "decay")
-        self.check_numbers("coefficient_noise", or_zero=True)
-        if self.clip_norm is not None:
-            self.check_numbers("clip_norm")
-        self.check("seed", is_int(self.seed), "a whole number")
+        self.check(one_of(*LOSSES), "loss")
+        self.check(one_of(*OPTIMIZERS), "optimizer")
+        self.check(one_of("random", "closed_form"), "start")
+        self.check(COUNT, "steps", "decay_every", "fit_sets")
+        self.check(number_above(0), "loss_scale", "learning_rate", "decay")
+        self.check(number_above(0, itself=True), "coefficient_noise")
+        self.check(optional(number_above(0)), "clip_norm")
+        self.check(SEED, "seed")
 
     @classmethod
     def paper(cls, backbone: str = "vit", **options: Any) -> Gradient:

@@ -33,6 +33,7 @@ from ..validation import (
     optional,
     plain,
     shown,
+    targets,
     text,
     whole,
 )
@@ -63,14 +64,6 @@ def sharing(value: Any) -> str | int:
     if not (isinstance(value, str) and value in SHARING) and not (is_int(value) and 1 < value < 2**31):
         raise Unexpected(f"one of {', '.join(map(repr, SHARING))}, or a number of consecutive banks, at least 2")
     return value
-
-
-def targets(value: Any) -> list[str] | str:
-    """Like ``names_or_pattern``, but no empty list."""
-    checked = names_or_pattern(value)
-    if not checked:
-        raise Unexpected("at least one name; None chooses by itself")
-    return checked
 
 
 def labels(value: Any) -> dict[int, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import RecastConfigError
-from ..validation import resolve_options, shown
+from ..validation import Options, optional, resolve_options, shown, targets
 from .record import Reference
 
 __all__ = ["PARTNERS", "Candidate", "PartnerConfig", "resolve_partners"]
@@ -42,7 +42,7 @@ PARTNERS: dict[str, type[PartnerConfig]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartnerConfig(ABC):
+class PartnerConfig(Options, ABC):
     """Options of one partner; a subclass is a kind of partner, under the name that it gives: ``class Mine(PartnerConfig,
     method="mine")``.
 
@@ -76,13 +76,9 @@ class PartnerConfig(ABC):
             PARTNERS[method] = cls
 
     def __post_init__(self) -> None:
-        names = self.target_modules
-        if names is None or (isinstance(names, str) and names):
-            return
-        is_listed = isinstance(names, (list, tuple, set, frozenset)) and bool(names)
-        self.check("target_modules", is_listed and all(isinstance(n, str) for n in names), "names, a pattern, or None")
-        # an order that comes from a set would differ from run to run
-        object.__setattr__(self, "target_modules", tuple(sorted(names) if isinstance(names, (set, frozenset)) else names))
+        self.check(optional(targets), "target_modules")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(targets(self.target_modules)))
 
     @abstractmethod
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
@@ -115,15 +111,6 @@ class PartnerConfig(ABC):
     def stored_shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Shapes of what a file holds of a module that ``build`` made, by the names in it."""
         return {key: tuple(value.shape) for key, value in module.state_dict().items()}
-
-    def check(self, option: str, holds: bool, expected: str) -> None:
-        """Refuse an option's value.
-
-        Raises:
-            RecastConfigError: naming the option, its value, and what was expected.
-        """
-        if not holds:
-            raise RecastConfigError(f"{type(self).__name__}({option}={shown(getattr(self, option))}): expected {expected}")
 
 
 def resolve_partners(partners: Any) -> list[PartnerConfig]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..composition.kinds import CONVOLUTION, family_of, in_and_out_features
 from ..options.partner import Candidate, PartnerConfig
-from ..validation import is_count, is_number
+from ..validation import COUNT, flag, number, share
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|Mlp|MLP|FFN|FeedForward|GLU|Glu")
 
@@ -45,10 +45,10 @@ class AdaptFormerConfig(PartnerConfig, method="adaptformer"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("bottleneck", is_count(self.bottleneck), "a whole number of at least 1")
-        self.check("scale", is_number(self.scale), "a finite number")
-        self.check("dropout", is_number(self.dropout) and 0 <= self.dropout < 1, "a number from 0 to below 1")
-        self.check("layer_norm", isinstance(self.layer_norm, bool), "True or False")
+        self.check(COUNT, "bottleneck")
+        self.check(number, "scale")
+        self.check(share, "dropout")
+        self.check(flag, "layer_norm")
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         words = (candidate.name.rpartition(".")[2], type(candidate.module).__name__)

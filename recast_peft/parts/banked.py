@@ -14,7 +14,6 @@ from ..holders import holders
 from ..options.checks import bank
 from ..options.partner import PartnerConfig
 from ..options.record import Reference, bank_to_use, reference_of
-from ..validation import Unexpected
 from .base import Request
 from .partner import TaskPartners
 
@@ -40,10 +39,7 @@ class BankedPartnerConfig(PartnerConfig):
                 f"{type(self).__name__}(bank=..., target_modules={self.target_modules!r}): the bank says which modules take "
                 "part; give one of the two"
             )
-        try:
-            bank(self.bank)
-        except Unexpected as error:
-            self.check("bank", False, str(error))
+        self.check(bank, "bank")
 
     @property
     def bank_reference(self) -> Reference | None:

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..options.partner import Candidate, PartnerConfig
-from ..validation import is_count
+from ..validation import Unexpected, is_count, optional
+
+
+def _odd(value: Any) -> None:
+    if not is_count(value) or value % 2 == 0:
+        raise Unexpected("an odd whole number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,8 @@ class CLRConfig(PartnerConfig, method="clr"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("kernel_size", "pointwise_kernel_size"):
-            value = getattr(self, option)
-            is_left_out = option == "pointwise_kernel_size" and value is None
-            self.check(option, is_left_out or (is_count(value) and value % 2 == 1), "an odd whole number")
+        self.check(_odd, "kernel_size")
+        self.check(optional(_odd), "pointwise_kernel_size")
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         return isinstance(candidate.module, nn.Conv2d) and self._size_after(candidate.module) is not None

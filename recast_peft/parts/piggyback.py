@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastLoadError
 from ..options.partner import Candidate, PartnerConfig
-from ..validation import is_number
+from ..validation import number, number_above
 
 # Bit i of a byte stands for the i-th of eight entries.
 _PLACES = tuple(range(8))
@@ -42,9 +42,8 @@ class PiggybackConfig(PartnerConfig, method="piggyback"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("initial_score", "threshold"):
-            self.check(option, is_number(getattr(self, option)), "a finite number")
-        self.check("initial_score", self.initial_score > self.threshold, f"more than the threshold {self.threshold}")
+        self.check(number, "threshold")
+        self.check(number_above(self.threshold), "initial_score")
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         return candidate.name in targets

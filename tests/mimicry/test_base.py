@@ -59,11 +59,10 @@ def test_rows_are_the_weights_in_float32() -> None:
 
 
 def test_a_value_that_is_refused_is_named_with_what_was_expected() -> None:
-    with pytest.raises(RecastConfigError, match=r"mimicry gradient\(steps=0\): expected a whole number from 1"):
+    with pytest.raises(RecastConfigError, match=r"Gradient\(steps=0\): expected a whole number of at least 1"):
         Gradient(steps=0)
-    with pytest.raises(RecastConfigError, match=r"mimicry gradient\(steps=True\)"):
+    with pytest.raises(RecastConfigError, match=r"Gradient\(steps=True\)"):
         Gradient(steps=True)
-    Gradient().check_counts("seed", least=0)
     assert ClosedForm().to_dict() == {"method": "closed_form"}
 
 
@@ -177,5 +176,5 @@ def test_works_in_bfloat16(name: str) -> None:
 def test_a_value_of_another_type_is_named_however_it_is_given(method: str, options: dict) -> None:
     (option,) = options
     for make in (lambda: METHODS[method](**options), lambda: resolve_method({"method": method, **options})):
-        with pytest.raises(RecastConfigError, match=rf"mimicry {method}\({option}="):
+        with pytest.raises(RecastConfigError, match=rf"{METHODS[method].__name__}\({option}="):
             make()
