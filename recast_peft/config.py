@@ -265,10 +265,16 @@ class RecastConfig(PeftConfig):
         """The stored bank of the coefficients, as the record names it, without a record as it was given."""
         return reference_of(self.bank) if self.record is None else self.record.bank
 
+    def partner(self, method: str) -> Any:
+        """The options of one of the task's partners; None if it has none of this kind."""
+        return next((p for p in self.partners or () if p.method == method), None)  # type: ignore[union-attr]
+
     def partner_bank(self, method: str) -> Reference | None:
         """The stored bank of a partner, as the record names it, without a record as it was given."""
-        given = next((p.bank_reference for p in self.partners or () if p.method == method), None)  # type: ignore[union-attr]
-        return given if self.record is None else self.record.partner_banks.get(method)
+        if self.record is not None:
+            return self.record.partner_banks.get(method)
+        partner = self.partner(method)
+        return None if partner is None else partner.bank_reference
 
     def as_chosen(self, **fields: Any) -> RecastConfig:
         """A shallow copy without what a conversion decided, for a new task; that of a stored task keeps its record.

@@ -43,16 +43,10 @@ INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test
 
 
 class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer):
-    """A module whose weight is composed from templates.
-
-    Whoever calls it gets the wrapped module's result with the composed weight; whoever reads its ``weight`` (or, of a
-    multi-head attention, ``in_proj_weight``) gets the composed weight, differentiable; any other attribute is the wrapped
-    module's.
+    """A module whose weight is composed from templates: whoever calls it gets the result with the weight of the active tasks.
 
     Args:
-        base_layer: the module to wrap.
-        module_name: its name in the plain model.
-        weight_name: the parameter that is composed.
+        base_layer, module_name, weight_name: as for :class:`ComposedModule`.
         fingerprint: fingerprint of the pretrained weight.
     """
 

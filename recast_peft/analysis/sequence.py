@@ -30,7 +30,6 @@ from ..layer import RecastLayer
 from ..mimicry.features import evaluating
 from ..names import check_adapter_name, modules_of
 from ..parts import BiasConfig
-from ..parts.bias_part import bias_config
 from ..placement.sharded import is_plain
 from ..planning.plan import SAID_BY_BANK
 from ..validation import COUNT, check_arguments, flag, function, listed, optional, shown
@@ -227,7 +226,7 @@ def _add_task(
 ) -> PeftModel:
     own = copy.deepcopy(config[name] if isinstance(config, Mapping) else config) or RecastConfig()
     if bank is not None and bank.is_of_biases:
-        others = [partner for partner in own.partners or () if partner is not bias_config(own)]
+        others = [partner for partner in own.partners or () if partner is not own.partner("bias")]
         own.partners = [*others, BiasConfig(bank=bank)]
     elif bank is not None:
         own = own.as_chosen(bank=bank, **dict.fromkeys(SAID_BY_BANK))

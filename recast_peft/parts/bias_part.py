@@ -253,11 +253,6 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
             yield PreparedPartner(partner, places[member], module.train(places[member].module.training))
 
 
-def bias_config(config: RecastConfig) -> BiasConfig | None:
-    """What a config says of coefficients of biases."""
-    return next((partner for partner in config.partners or () if isinstance(partner, BiasConfig)), None)
-
-
 def bias_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskBiases]:
     """What holds coefficients of biases, one for each bias; of one task, or of all."""
     return holders(model, adapter_name, TaskBiases)

@@ -81,16 +81,11 @@ class PartnerPart(TaskPart):
     stands_before_copies = False  # whether it acts before its place, whichever copy of the module a task owns there
 
     def __init__(self, config_class: type[PartnerConfig], holder_class: type[TaskPartners] | None = None) -> None:
-        self.config_class = config_class
         self.holder_class = holder_class or TaskPartners
         self.name = config_class.method
 
-    def chosen(self, config: RecastConfig) -> PartnerConfig | None:
-        """The options of this partner that a task names; None if it has none."""
-        return next((p for p in cast(Any, config.partners) or () if p.method == self.name), None)
-
     def prepare(self, request: Request) -> list[PreparedPartner]:
-        partner = self.chosen(request.config)
+        partner = request.config.partner(self.name)
         if partner is None:
             return []
         candidates = find_candidates(request.model)
@@ -156,7 +151,7 @@ class PartnerPart(TaskPart):
         return next((piece.config.bank_reference for piece in pieces), None)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
-        return None if self.chosen(config) is None else f"the partner {self.name}"
+        return None if config.partner(self.name) is None else f"the partner {self.name}"
 
 
 class TaskPartners(ScaledModule):

@@ -23,7 +23,7 @@ from ..options.record import Reference
 from ..parts import PARTS, pieces_of
 from ..parts.banked import partner_bank
 from ..parts.base import Request
-from ..parts.bias_part import TaskBiases, bias_coefficients, bias_config, bias_entry, bias_owners
+from ..parts.bias_part import TaskBiases, bias_coefficients, bias_entry, bias_owners
 from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig, readout_holders
@@ -156,10 +156,10 @@ class PoolLayout:
 
     def check_biases(self, what: str, config: RecastConfig) -> None:
         """Refuse coefficients of biases that the pool's are not; a task without any has zeros there."""
-        partner = bias_config(config)
+        partner = config.partner("bias")
         if partner is None:
             return
-        own = bias_config(self.config)
+        own = self.config.partner("bias")
         given = _fingerprint(config.partner_bank("bias"))
         if own is None or given not in self.bias_versions or (given is None and partner.target_modules != own.target_modules):
             has = "coefficients of biases that are not the pool's"
@@ -325,13 +325,13 @@ def _fingerprint(reference: Reference | None) -> str | None:
 
 
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
-    partner = bias_config(config)
+    partner = config.partner("bias")
     biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
     return config.groups, config.recipes, bank_fingerprint(config), biases, readout_fingerprint(config)
 
 
 def _shown_biases(config: RecastConfig) -> str:
-    partner, bank = bias_config(config), config.partner_bank("bias")
+    partner, bank = config.partner("bias"), config.partner_bank("bias")
     if partner is None:
         return "none"
     if bank is not None:

@@ -16,7 +16,6 @@ from ..hub.peft_models import DEFAULT, is_checkpoint
 from ..hub.task_files import numbers_file
 from ..hub.transfer import fetch_task
 from ..names import MODEL_PREFIX, check_adapter_name
-from ..parts.bias_part import bias_config
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
@@ -65,7 +64,7 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     layout.lora.check(what, config.lora_config, modules_of(key.removeprefix(MODEL_PREFIX) for key in entries))
     head = prepare_head(layout.backbone, config)
     shapes = {} if head is None else head.shapes()
-    values = layout.row_of(what, entries, shapes, bias_config(config) is not None)
+    values = layout.row_of(what, entries, shapes, config.partner("bias") is not None)
     if head is not None:
         prefix = f"{MODEL_PREFIX}{head.place}."
         head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})
