@@ -12,7 +12,6 @@ the mean over the steps of the accuracy on the test samples of all classes so fa
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import RecastConfig
 from ..errors import RecastSequenceError
-from ..mimicry.features import evaluating
+from ..mimicry.features import device_of, evaluating
 from ..pool.pool import TaskPool
 from ..validation import COUNT, check_arguments, is_count
 from .class_incremental import IncrementalClassifier
@@ -229,7 +228,7 @@ def learn_told(
         config: of every task, but for the number of classes; None is ``RecastConfig()``.
         batch_size: samples that are tested together.
     """
-    configs = {name: _with_classes(config, len(task.classes)) for name, task in tasks.items()}
+    configs = {name: (config or RecastConfig()).as_chosen(num_classes=len(task.classes)) for name, task in tasks.items()}
 
     def evaluate(model: nn.Module, task: ClassTask) -> float:
         return _accuracy((_logits(model(x)).argmax(1) == y) for x, y in _batches(task.test, batch_size, model))
@@ -314,19 +313,12 @@ def _routed(
     return torch.tensor([number == tasks[task].classes[place] for number, place in zip(found, labels.tolist(), strict=True)])
 
 
-def _with_classes(config: RecastConfig | None, classes: int) -> RecastConfig:
-    own = copy.deepcopy(config) if config is not None else RecastConfig()
-    own.num_classes = classes
-    return own
-
-
 def _batches(data: Any, size: int, model: nn.Module | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     check_arguments(COUNT, batch_size=size)
     if not len(data):
         raise RecastSequenceError("a task has no samples: expected at least one to learn from, and one to test")
-    device = next((p.device for p in model.parameters()), None) if model is not None else None
     for x, y in DataLoader(data, batch_size=size):
-        yield (x, y) if device is None else (x.to(device), y.to(device))
+        yield (x, y) if model is None else (x.to(device_of(model)), y.to(device_of(model)))
 
 
 def _all(data: Any, size: int, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -219,41 +219,34 @@ def strengths_of_call(holder: Any) -> dict[str, float]:
 def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computed in a state; gradients flow to the coefficients that the layer holds now."""
     with with_attribute((layer,), "scaling", dict(past.strengths)):
-        return _call_again(layer, past, args, kwargs)
-
-
-def _call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if past.batch is not None:
-        return call_mixed(layer, past.batch, args, kwargs)
-    values = {}
-    if past.versions != _versions(layer, past.tasks):
-        for name in layer.with_coefficients(past.tasks):
-            parameter, value = layer.recast_coefficients[name], past.values[name]
-            # as often saved for the backward pass as it was, also where the parameter is frozen by now
-            values[name] = value.clone().requires_grad_() if past.recorded else value + (parameter - parameter.detach())
-    if past.merged:
-        with torch.no_grad():
-            weight = layer.compose(past.tasks, values=values)
-        return call_with(layer, weight, args, kwargs)
-    return call(layer, past.tasks, args, kwargs, values)
+        if past.batch is not None:
+            return call_mixed(layer, past.batch, args, kwargs)
+        values = {}
+        if past.versions != _versions(layer, past.tasks):
+            for name in layer.with_coefficients(past.tasks):
+                parameter, value = layer.recast_coefficients[name], past.values[name]
+                # as often saved for the backward pass as it was, also where the parameter is frozen by now
+                values[name] = value.clone().requires_grad_() if past.recorded else value + (parameter - parameter.detach())
+        if past.merged:
+            with torch.no_grad():
+                weight = layer.compose(past.tasks, values=values)
+            return call_with(layer, weight, args, kwargs)
+        return call(layer, past.tasks, args, kwargs, values)
 
 
 def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
     if layer.is_off(batch):
         return CallState((), held=layer.held)
-    if batch is not None:
-        tasks = tuple(dict.fromkeys(name for name in batch.names if layer.has_task(name)))
-        kept = batch if torch.is_grad_enabled() else None
-        return CallState(
-            tasks, held=layer.held, mixed=True, batch=kept, versions=_versions(layer, tasks), strengths=_strengths(layer)
-        )
-    tasks = tuple(layer.tasks_in_force())
+    is_mixed, is_recorded = batch is not None, torch.is_grad_enabled()
+    tasks = layer.tasks_in_force() if batch is None else dict.fromkeys(filter(layer.has_task, batch.names))
     return CallState(
-        tasks,
-        bool(layer.merged_adapters),
-        layer.held,
-        versions=_versions(layer, tasks),
-        recorded=torch.is_grad_enabled(),
+        tuple(tasks),
+        merged=bool(layer.merged_adapters) and not is_mixed,
+        held=layer.held,
+        mixed=is_mixed,
+        batch=batch if is_recorded else None,
+        versions=_versions(layer, tuple(tasks)),
+        recorded=is_recorded,
         strengths=_strengths(layer),
     )
 
