@@ -23,9 +23,10 @@ def with_attribute(objects: Iterable[Any], name: str, value: Any) -> Iterator[No
 
 @contextmanager
 def with_variable(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    """A block in which a context variable has another value."""
-    token = variable.set(value)
+    """A block in which a context variable has another value; a generator's block may end in another context."""
+    before = variable.get()
+    variable.set(value)
     try:
         yield
     finally:
-        variable.reset(token)
+        variable.set(before)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
 
 from ..errors import RecastConfigError
+from .blocks import with_variable
 from .mixed_batch import current_batch
 
 # models, by their Calls, of which this thread (and context) wants the active task, or none at all
@@ -113,15 +114,18 @@ class Calls:
     # ---------------------------------------------------------------- blocks
 
     @contextmanager
-    def block(self) -> Iterator[None]:
-        """A block that gives tasks to the calls of the thread (and context) that opened it."""
+    def _counted(self, name: str) -> Iterator[None]:
         with self._changed:
-            self._blocks += 1
+            setattr(self, name, getattr(self, name) + 1)
         try:
             yield
         finally:
             with self._changed:
-                self._blocks -= 1
+                setattr(self, name, getattr(self, name) - 1)
+
+    def block(self) -> AbstractContextManager[None]:
+        """A block that gives tasks to the calls of the thread (and context) that opened it."""
+        return self._counted("_blocks")
 
     def check_no_block_elsewhere(self) -> None:
         """Refuse a call that has no tasks of its own while a block is open in another thread or context.
@@ -140,23 +144,15 @@ class Calls:
                 "that is active in the model, whatever other threads do, open pool.batch(None)."
             )
 
-    @contextmanager
-    def of_the_active_task(self) -> Iterator[None]:
+    def of_the_active_task(self) -> AbstractContextManager[None]:
         """A block in which this thread's calls are meant for the active task, whatever blocks are open elsewhere."""
-        with _with(_ACTIVE_TASK, self):
-            yield
+        return with_variable(_ACTIVE_TASK, (*_ACTIVE_TASK.get(), self))
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """A block in which this thread wants no task at all, also in a mixed batch."""
-        with self._changed:
-            self._off += 1
-        try:
-            with _with(_NO_TASK_AT_ALL, self):
-                yield
-        finally:
-            with self._changed:
-                self._off -= 1
+        with self._counted("_off"), with_variable(_NO_TASK_AT_ALL, (*_NO_TASK_AT_ALL.get(), self)):
+            yield
 
     def is_off(self, disabled: bool) -> bool:
         """Whether a mixed batch that begins now is without tasks.
@@ -165,13 +161,3 @@ class Calls:
             disabled: whether the model's tasks are switched off now, by whomever.
         """
         return self in _NO_TASK_AT_ALL.get() or (disabled and not self._off)
-
-
-@contextmanager
-def _with(variable: ContextVar[tuple[Calls, ...]], calls: Calls) -> Iterator[None]:
-    before = variable.get()
-    variable.set((*before, calls))
-    try:
-        yield
-    finally:
-        variable.set(before)

@@ -170,10 +170,7 @@ def prepare(
     """Check everything, and build the graph; the model is not touched and nothing is written.
 
     Args:
-        model: a model with RECAST tasks, or a ``TaskPool``.
-        example: a tensor, a tuple of them, or a dictionary by argument.
-        tasks: ``"input"``: the task is an input; ``"table"``: all tasks are inside; or the names of those that are.
-        way: how targets with several templates compute: ``"weight"``, ``"output"`` or ``"auto"``.
+        model, example, tasks, way: as for ``export_program``.
         dynamic_shapes: by argument, in place of what ``default_dimensions`` says.
 
     Raises:
