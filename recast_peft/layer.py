@@ -46,7 +46,9 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     """A module whose weight is composed from templates: whoever calls it gets the result with the weight of the active tasks.
 
     Args:
-        base_layer, module_name, weight_name: as for :class:`ComposedModule`.
+        base_layer: the module to wrap.
+        module_name: its name in the plain model.
+        weight_name: the parameter that is composed.
         fingerprint: fingerprint of the pretrained weight.
     """
 

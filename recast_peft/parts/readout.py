@@ -32,7 +32,6 @@ from ..holders import holders, plain_modules, unwrapped_module
 from ..names import lies_in
 from ..options.partner import Candidate, PartnerConfig
 from ..planning.candidates import Candidate as Place
-from ..validation import one_of
 from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
@@ -55,7 +54,10 @@ class ReadoutConfig(BankedPartnerConfig, method="readout"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(one_of(None), "target_modules")  # the bank says which modules are read
+        if self.target_modules is not None:
+            raise RecastConfigError(
+                f"ReadoutConfig(target_modules={self.target_modules!r}): expected None: the bank says which modules are read"
+            )
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         return False

@@ -223,7 +223,8 @@ class TaskVerbs:
 
         Args:
             repo_id: the repository, made if it does not exist.
-            adapter_name, of: as for ``save_bank``.
+            adapter_name: name of the task; None means the active one.
+            of: as for ``save_bank``.
             kwargs: further arguments of :func:`recast_peft.push_bank_to_hub`, such as ``private`` and ``token``.
 
         Returns:

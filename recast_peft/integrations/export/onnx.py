@@ -41,12 +41,14 @@ def export_onnx(
     takes ``rows`` ``(samples,)``, a task for each sample; row -1 is the pretrained model.
 
     Args:
-        model, example, dynamic_shapes: as for ``export_program``.
+        model: a model with RECAST tasks, or a ``TaskPool``.
         path: path of the graph. Of a large model the weights lie beside it, in ``<name>.data``.
+        example: inputs of the model: a tensor, a tuple, or a dictionary by argument.
         tasks: ``"input"``; ``"table"`` for all tasks of the pool (or model); or a list of those in the table.
         way: how targets with several templates compute: ``"weight"`` composes the weight in each call; ``"output"`` mixes
             products, which stays fast and exact when the graph is quantised; ``"auto"`` takes what costs less for inputs like
             the example. Tables take ``"output"``.
+        dynamic_shapes: names of the dimensions that may differ from call to call; as for ``export_program``.
         options: for ``torch.onnx.export``, such as ``opset_version``.
 
     Returns:
