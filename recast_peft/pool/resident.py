@@ -83,8 +83,7 @@ class ResidentTasks(TaskTable):
 
     def nbytes(self) -> int:
         """Bytes of the table and the heads; ``sizes`` has them one by one."""
-        sizes = self.sizes()
-        return sizes["coefficients"] + sizes["heads"] + sizes.get("lora", 0)
+        return sum(size for what, size in self.sizes().items() if what != "remembered")
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do with table and heads what ``nn.Module.to`` and its kin do with the model; the model calls it."""
@@ -191,17 +190,17 @@ class ResidentTasks(TaskTable):
         """
         with torch.inference_mode(False), torch.no_grad():
             read = read_folder(self._layout, self._configs, folder)
-            if any(head is None for _, _, head in read):
-                self._layout.check_reader(f"a task in {folder}")
             names = [name for name, _, _ in read]
+            given = {i: head for i, (_, _, head) in enumerate(read) if head is not None}
+            if len(given) < len(names):
+                self._layout.check_reader(f"a task in {folder}")
             self.check_new_names(names)  # before the model is changed
-            for _, _, head in read:
-                if head is not None:
-                    self._make_place_for(head.place)
+            for head in given.values():
+                self._make_place_for(head.place)
             with self.lock:
-                heads = {i: self._kinds.stored(head) for i, (_, _, head) in enumerate(read) if head is not None}
+                heads = {i: self._kinds.stored(head) for i, head in given.items()}
                 self.add_rows(names, torch.stack([values for _, values, _ in read]), heads)
-        return names
+            return names
 
     def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """What ``model(x, task_ids=...)`` trains: the table, and the heads of the given tasks (None: of all).
