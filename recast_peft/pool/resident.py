@@ -212,8 +212,7 @@ class ResidentTasks(TaskTable):
             RecastConfigError: in a run of several processes, each of which would train a pool of its own.
         """
         _check_one_process()
-        given = () if names is None else dict.fromkeys(checked_names("names", names))
-        rows = list(self._heads) if names is None else [self.row(name) for name in given]
+        rows = list(self._heads) if names is None else [self.row(name) for name in dict.fromkeys(checked_names("names", names))]
         heads = [parameter for row in rows if (head := self.head(row)) is not None for parameter in head.parameters()]
         return [self.table, *heads]
 
