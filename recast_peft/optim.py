@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from .layer import RecastLayer
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
 from .names import block_of, modules_of, unwrapped
-from .tasks.state import trained_outside_tasks
+from .tasks.state import task_entries, trained_outside_tasks
 from .validation import check_arguments, check_is_module, number_above, optional, shown
 
 COEFFICIENT_LR = 0.05  # at most, in units of a template as large as the pretrained weight
@@ -171,7 +171,7 @@ def create_recast_optimizer(
         if parameter.requires_grad:
             group = groups_of.get(id(parameter), "others")
             parts[group if group in parts else "others"].append(parameter)
-    if not any(id(parameter) in groups_of for trained in parts.values() for parameter in trained):
+    if not any(id(parameter) in groups_of for trained in parts.values() for parameter in trained) and not _owned(model, parts):
         raise RecastConfigError(
             f"{type(model).__name__} trains no RECAST coefficients and nothing else of a task "
             f"({sum(map(len, parts.values()))} trainable parameters): convert it with get_recast_model, and activate a task "
@@ -200,6 +200,15 @@ def _rate(value: Any) -> None:
     """A number from 0, also numpy's; a tensor of one is what schedules change without compiling a step again."""
     is_one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, np.number)
     number_above(0, itself=True)(value.item() if is_one else value)
+
+
+def _owned(model: nn.Module, trained: Mapping[str, list[nn.Parameter]]) -> bool:
+    """Whether an active task owns anything that is trained: norms, whole modules and biases have no group of their own."""
+    own: set[int] = set()
+    for tuner in modules_of(model, RecastModel):
+        for name in tuner.active_adapters:
+            own.update(id(entry.tensor) for entry in task_entries(tuner.model, name, tuner.peft_config[name]).values())
+    return any(id(parameter) in own for parameters in trained.values() for parameter in parameters)
 
 
 def _warn_of_pretrained(model: nn.Module) -> None:

@@ -54,6 +54,18 @@ def test_a_model_without_coefficients_is_refused() -> None:
         create_recast_optimizer(nn.Linear(2, 2), lr=0.1)
 
 
+@pytest.mark.parametrize("trained", [{"train_norms": True}, {"modules_to_save": ["blocks.0.mlp.fc1"]}, {"bias": "all"}])
+def test_a_task_that_trains_what_has_no_group_of_its_own(trained: dict[str, Any]) -> None:
+    model = converted(depth=2, train_coefficients=False, **trained)
+    (group,) = create_recast_optimizer(model, lr=0.1).param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert group["params"]
+    model.add_adapter("other", RecastConfig(train_coefficients=False))
+    model.set_adapter("other")
+    with pytest.raises(RecastConfigError, match="nothing else of a task"):
+        create_recast_optimizer(model, lr=0.1)
+
+
 def test_a_task_that_trains_its_classifier_alone() -> None:
     model = converted(num_classes=3, train_coefficients=False)
     (group,) = create_recast_optimizer(model, lr=0.1).param_groups

@@ -86,6 +86,7 @@ class TestWhatACallHolds:
         kept = pool.ids(["a", "b"])
         pool.remove("a")
         put(pool, "c", 3)
+        torch._dynamo.reset()  # after many compilations torch gives up and calls eagerly
         out = torch.compile(model, backend="eager")(images, task_ids=kept)
         assert out[0].isnan().all()
         torch.testing.assert_close(out[1], model(images, task_ids=pool.ids([None, "b"]))[1])
