@@ -240,7 +240,8 @@ def whole(least: int, most: int = 2**31 - 1) -> Check:
 
     def check(value: Any) -> int:
         if not is_int(value) or not least <= value <= most:
-            raise Unexpected(f"a whole number of at least {least}" + ("" if most == 2**31 - 1 else f" and at most {most:,}"))
+            is_usual = most == 2**31 - 1 and not (is_int(value) and value > most)  # a bound that nobody comes near
+            raise Unexpected(f"a whole number of at least {least}" + ("" if is_usual else f" and at most {most:,}"))
         return value
 
     return check

@@ -12,7 +12,7 @@ import torch
 from models import converted, outputs, state, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel
 
-from recast_peft import RecastConfig, RecastError, RecastLoadError, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastError, RecastLoadError, get_recast_model
 from recast_peft.tasks.preparation import prepare_task, under_names_of
 
 
@@ -21,9 +21,13 @@ def test_sizes_of_a_stored_config_are_not_built_before_they_are_checked(tmp_path
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     stored = json.loads(path.read_text())
-    stored["partners"][0]["bottleneck"] = 10**11  # more than any machine has
+    stored["partners"][0]["bottleneck"] = 2**31 - 1  # more than most machines have
     path.write_text(json.dumps(stored))
     with pytest.raises(RecastLoadError, match="wrongly shaped"):
+        PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    stored["partners"][0]["bottleneck"] = 10**11
+    path.write_text(json.dumps(stored))
+    with pytest.raises(RecastConfigError, match="bottleneck=100000000000.*: expected .* at most 2,147,483,647"):
         PeftModel.from_pretrained(tiny_vit(), tmp_path)
 
 
