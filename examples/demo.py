@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
@@ -29,7 +26,6 @@ import torch
 from frontier import PROBE, run
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from worlds import WORLDS, Split, Task, World
 from worlds.training import accuracy, train
 
@@ -170,61 +166,39 @@ def draw(found: dict[str, dict[str, Result]], path: Path) -> None:
     plt.close(figure)
 
 
-def show_world(name: str, options: argparse.Namespace) -> tuple[dict[str, Result], str]:
-    """Everything about one backbone: the results by method, and what there is to say."""
-    text: list[object] = []
-    world = replace(WORLDS[name], epochs=options.epochs or EPOCHS[name], bar=options.worlds.index(name))
-    tasks = {task: world.tasks[task]().limited(options.train, options.test) for task in SHORT[name]}
+def show_world(world: World, tasks: dict[str, Task], options: argparse.Namespace, say) -> dict[str, Result]:
+    """Everything about one backbone."""
     results: dict[str, Result] = {RECAST: Result()}
-    recast, folder = results[RECAST], options.output / name
+    recast, folder = results[RECAST], options.output / world.name
     plain = world.backbone()
     plan, whole = plan_recast(plain, RecastConfig()), sum(p.numel() for p in plain.parameters())
-    text.append(f"\n== {name}: {type(plain).__name__} of {whole:,} parameters ==")
-    text.append(f"RECAST as it is: {plan.num_coefficients} numbers for each task on {len(plan.groups)} banks")
+    say(f"\n== {world.name}: {type(plain).__name__} of {whole:,} parameters ==")
+    say(f"RECAST as it is: {plan.num_coefficients} numbers for each task on {len(plan.groups)} banks")
     model, matrix = learn(world, tasks, options.seed, recast)
-    recast.accuracies = {task: 100 * float(matrix.values[-1][j]) for j, task in enumerate(tasks)}
-    text.append(f"\nAccuracy on each task after each task:\n{matrix}")
+    recast.accuracies = {name: 100 * float(matrix.values[-1][j]) for j, name in enumerate(tasks)}
+    say(f"\nAccuracy on each task after each task:\n{matrix}")
     model.save_pretrained(folder, selected_adapters=list(tasks))
     recast.bytes = coefficient_bytes(folder / next(iter(tasks)))
     fresh = reload(world, folder, tasks)
     again = {}
-    for task_name, task in tasks.items():
-        fresh.set_adapter(task_name)
-        again[task_name] = accuracy(partial(scores_of, fresh), task.test)
-    same = all(abs(again[task] - recast.accuracies[task]) < 1e-4 for task in tasks)
-    text.append(
-        f"Saved and reloaded into a fresh backbone: {'the same' if same else 'OTHER'} accuracies on all {len(tasks)} tasks"
-    )
+    for name, task in tasks.items():
+        fresh.set_adapter(name)
+        again[name] = accuracy(partial(scores_of, fresh), task.test)
+    same = all(abs(again[name] - recast.accuracies[name]) < 1e-4 for name in tasks)
+    say(f"Saved and reloaded into a fresh backbone: {'the same' if same else 'OTHER'} accuracies on all {len(tasks)} tasks")
     pool = TaskPool(fresh)
-    for task_name in tasks:
-        pool.add(task_name, task_name)
-    text.append(f"All tasks in one batch: every sample as with its own task alone, to {mixed_batch(pool, fresh, tasks):.0e}")
-    text.append(f"Another task becomes active in {swap_time(pool, tasks):.0f} microseconds")
+    for name in tasks:
+        pool.add(name, name)
+    say(f"All tasks in one batch: every sample as with its own task alone, to {mixed_batch(pool, fresh, tasks):.0e}")
+    say(f"Another task becomes active in {swap_time(pool, tasks):.0f} microseconds")
     for method in options.methods:
         results[method] = one = Result()
-        for task_name, task in tasks.items():
+        for name, task in tasks.items():
             found = run(world, task, method, options.seed, RATES[method], progress=True)
-            one.accuracies[task_name] = found.accuracy
+            one.accuracies[name] = found.accuracy
             one.trainable, one.bytes, one.seconds = found.trainable, found.bytes, one.seconds + found.seconds
-    text.append(f"\n{table(results)}")
-    return results, "\n".join(map(str, text))
-
-
-def share_cores(bars: object, workers: int) -> None:
-    """Begin a process that is one of several: a part of the cores, and progress bars that do not write over each other."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    tqdm.set_lock(bars)
-
-
-def show_worlds(options: argparse.Namespace) -> Iterator[tuple[dict[str, Result], str]]:
-    """``show_world`` of all, at once: small models leave most of a second core idle."""
-    show, workers = partial(show_world, options=options), len(options.worlds)
-    if workers == 1:
-        yield from map(show, options.worlds)
-        return
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, fresh, share_cores, (fresh.RLock(), workers)) as processes:
-        yield from processes.map(show, options.worlds)
+    say(f"\n{table(results)}")
+    return results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -242,16 +216,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     """Run the demo; the results by world and method, which are also written."""
-    options, started, text, found = parse(arguments), time.perf_counter(), [], {}
+    options, started, text = parse(arguments), time.perf_counter(), []
     options.output.mkdir(parents=True, exist_ok=True)
 
-    def say(what: str) -> None:
-        text.append(what)
+    def say(what: object) -> None:
+        text.append(str(what))
         print(what, flush=True)
 
-    for name, (results, shown) in zip(options.worlds, show_worlds(options), strict=True):
-        found[name] = results
-        say(shown)
+    found = {}
+    for name in options.worlds:
+        world = replace(WORLDS[name], epochs=options.epochs or EPOCHS[name])
+        tasks = {task: world.tasks[task]().limited(options.train, options.test) for task in SHORT[name]}
+        found[name] = show_world(world, tasks, options, say)
     say(f"\n{time.perf_counter() - started:.0f} seconds in all; table, picture and tasks are in {options.output}")
     draw(found, options.output / "demo.png")
     summary = {world: {method: vars(one) for method, one in results.items()} for world, results in found.items()}

@@ -68,7 +68,6 @@ class World:
         ia3_feedforward: those of them whose inputs it scales, and not their outputs.
         batch_size: examples in a step.
         special_tokens: of texts: what stands for a word that was taken out, then tokens that are no words.
-        bar: the line of the terminal that its progress bar is in.
     """
 
     name: str
@@ -84,7 +83,6 @@ class World:
     ia3_feedforward: Sequence[str] = ()
     batch_size: int = 32
     special_tokens: tuple[int, ...] = ()
-    bar: int = 0
 
 
 def draw_evenly(

@@ -25,7 +25,7 @@ def train(
         scores: of a part of the split.
         optimizer: its first group is the classifier, which is not clipped.
         split: what to learn from.
-        world: says how many examples a step has, and where the bar is.
+        world: says how many examples a step has.
         epochs: passes over the split.
         seed: of the order of the examples.
         progress: what the bar is called; without a name, or a terminal, there is none.
@@ -35,7 +35,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=max(steps, 2), pct_start=0.1)
     adapter = [parameter for group in optimizer.param_groups[1:] for parameter in group["params"]]
     order = torch.Generator().manual_seed(seed)
-    with tqdm(total=steps, desc=progress, disable=None if progress else True, leave=False, position=world.bar) as bar:
+    with tqdm(total=steps, desc=progress, disable=None if progress else True, leave=False) as bar:
         for _ in range(epochs):
             for rows in torch.randperm(len(split), generator=order).split(world.batch_size):
                 part = split[rows]
