@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recast_peft import RecastConfig, RecastConfigError, RecastLayer, TaskPool, get_recast_model
 
-SECONDS = 8.0
+SECONDS = 5.0
 
 
 @pytest.fixture

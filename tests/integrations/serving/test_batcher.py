@@ -96,7 +96,7 @@ class TestStress:
         for task in ("cats", "dogs"):
             store.upload(task, packed(saved / "second" / task))
             right[task].append(alone(pool, task, image))
-        deadline = time.monotonic() + 6
+        deadline = time.monotonic() + 4
         wrong: list[str] = []
 
         def client(seed: int) -> int:
