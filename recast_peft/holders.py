@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -293,11 +292,10 @@ def put_child(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 # ---------------------------------------------------------------- containers by a task's name
 
-_MODULES, _PARAMETERS = nn.ModuleDict(), nn.ParameterDict()
+_TAKEN_KEYS = frozenset((*dir(nn.ModuleDict()), *dir(nn.ParameterDict())))
 _RESERVED_ENDINGS = ("classifier", "score")  # PEFT's models for a task_type wrap every module whose name ends so
 
 
-@lru_cache(maxsize=4096)
 def container_key(name: str) -> str:
     """The key under which a container holds a task of any name: torch wants no dot in it, and none of its own attributes.
 
@@ -305,8 +303,7 @@ def container_key(name: str) -> str:
     ('cats', 'v1%2E2', 'training%')
     """
     key = name.replace("%", "%25").replace(".", "%2E")
-    is_taken = any(hasattr(container, key) for container in (_MODULES, _PARAMETERS)) or key.endswith(_RESERVED_ENDINGS)
-    return f"{key}%" if is_taken else key
+    return f"{key}%" if key in _TAKEN_KEYS or key.endswith(_RESERVED_ENDINGS) else key
 
 
 def task_of_key(key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,6 +111,13 @@ def test_switching_tasks_gives_the_task_that_was_switched_to() -> None:
     for name in ("cars", "birds", "cars"):
         model.set_adapter(name)
         torch.testing.assert_close(outputs(function, vit_input()), outputs(model, vit_input()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_task_with_a_classifier_is_compiled_without_a_word() -> None:
+    model = converted(depth=2, num_classes=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the compiler warns of cached functions, which it traces without their cache
+        outputs(compiled(model), vit_input())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
