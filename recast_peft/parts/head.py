@@ -17,7 +17,16 @@ from ..errors import RecastTargetError
 from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
 from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
-from .head_building import Labels, PreparedHead, PrototypeHead, prepare_head, read_labels, write_labels, write_timm_labels
+from .head_building import (
+    Labels,
+    PreparedHead,
+    PrototypeHead,
+    classes_of,
+    prepare_head,
+    read_labels,
+    write_labels,
+    write_timm_labels,
+)
 from .wrapper import TaskModule
 
 
@@ -99,6 +108,8 @@ class TaskHead(TaskModule):
         module = copy.deepcopy(self.modules_to_save[adapter_name]).requires_grad_(False)
         self._note_problem_type()
         labels = self._labels.get(adapter_name, self._base_labels)
+        if not labels.num_classes:  # one of ``modules_to_save``, and the model does not say
+            labels = dataclasses.replace(labels, num_classes=classes_of(module))
         return PreparedHead(name, module, labels, self._stored_dtype.get(adapter_name))
 
     # ---------------------------------------------------------------- tasks
@@ -163,7 +174,9 @@ class TaskHead(TaskModule):
         return module_entries(self.module_name, self.modules_to_save[adapter_name], pack=pack)
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return None  # a pool holds heads
+        """None for what ``num_classes`` makes, and for copies of the model's that are like it: a pool holds heads."""
+        is_like_those = adapter_name in self._labels or classes_of(self.modules_to_save[adapter_name]) is not None
+        return None if is_like_those else super().refusal_to_pool(adapter_name)
 
     def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:
         if isinstance(key, int):

@@ -158,7 +158,7 @@ def build_head(
         if not isinstance(features, int):
             raise RecastTargetError(f"head {name!r} is an identity and the model does not say its num_features")
         return _fresh(nn.Linear(features, config.num_classes, device=device or reference.device, dtype=reference.dtype), config)
-    layers = [(key, module) for key, module in original.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = _layers(original)
     if not layers:
         raise RecastTargetError(
             f"head {name!r} is a {type(original).__name__} without a linear layer or convolution to replace; "
@@ -176,6 +176,16 @@ def build_head(
     parent, _, child = last_name.rpartition(".")
     put_child(original.get_submodule(parent), child, new)
     return original
+
+
+def _layers(head: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    """The layers of a head by name, the one that gives the scores last."""
+    return [(key, module) for key, module in head.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+
+def classes_of(head: nn.Module) -> int | None:
+    """How many scores a head gives, as its last layer says; None if it has none."""
+    return next((len(layer.weight) for _, layer in reversed(_layers(head))), None)
 
 
 def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> nn.Module:

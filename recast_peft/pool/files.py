@@ -311,7 +311,8 @@ def _empty_head(saved: Mapping[str, Any], id2label: Any, layout: PoolLayout) -> 
         head_dtype=saved["dtype"],
     )
     head = prepare_head(layout.backbone, config)
-    assert head is not None
+    if head is None:
+        raise RecastLoadError(f"a classifier in the place of {saved['module']!r} does not say how many classes it has")
     head.labels = Labels(config.num_classes, config.id2label)
     return head
 

@@ -93,9 +93,10 @@ class TestFiles:
             save_file({**tensors, **changed}, path, metadata)
             with pytest.raises(RecastLoadError, match=message):
                 fresh.load(path)
-        for heads in ('[{"classes": 3}]', "[3]", "{", "7"):
+        unsaid = metadata["heads"].replace('"classes": 3', '"classes": null')
+        for heads in ('[{"classes": 3}]', "[3]", "{", "7", unsaid):
             save_file(tensors, path, {**metadata, "heads": heads})
-            with pytest.raises(RecastLoadError, match="damaged or does not fit|not valid JSON"):
+            with pytest.raises(RecastLoadError, match="damaged or does not fit|not valid JSON|how many classes"):
                 fresh.load(path)
         assert len(fresh) == 0
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TinyVit
+from models import TinyVit, outputs, tiny_vit
+from peft import PeftModel
 from pools import tiny_pool
 from torch import nn
 
@@ -70,3 +71,46 @@ class TestClassifiers:
         torch.testing.assert_close(pool.model(tokens, task_ids=["task", "other"])[0], expected[0])
         pool.activate("task")
         torch.testing.assert_close(model(tokens), expected)
+
+
+def with_copied_head(plain: nn.Module):
+    """A model that says nowhere how many classes it has; its task has a copy of its classifier."""
+    model = get_recast_model(plain, RecastConfig(modules_to_save=["head"]), "copy").eval()
+    for parameter in model.get_base_model().head.modules_to_save.parameters():
+        parameter.data.add_(1)
+    return model
+
+
+class TestCopiesOfTheModelsOwn:
+    """``modules_to_save``, beside a task with ``num_classes`` in the same place."""
+
+    def test_come_back_from_the_pools_file(self, tokens, tmp_path):
+        model = with_copied_head(tiny_vit())
+        expected = outputs(model, tokens)
+        model.add_adapter("own", RecastConfig(num_classes=2))
+        pool = TaskPool(model)
+        pool.add("task", "copy")
+        pool.save(tmp_path / "pool")
+        again = TaskPool(get_recast_model(tiny_vit()).eval())
+        again.load(tmp_path / "pool")
+        again.activate("task")
+        assert torch.equal(outputs(again.model, tokens), expected)
+
+    def test_are_a_combined_tasks_classifier(self, tokens, tmp_path):
+        model = with_copied_head(tiny_vit())
+        expected = outputs(model, tokens)
+        model.add_adapter("own", RecastConfig(num_classes=2))
+        model.add_weighted_adapter(["copy"], [1], "same", heads="first")
+        model.set_adapter("same")
+        assert torch.equal(outputs(model, tokens), expected)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(tiny_vit(), tmp_path / "same").eval()
+        assert torch.equal(outputs(again, tokens), expected)
+
+    def test_without_a_layer_that_gives_scores_are_refused(self):
+        plain = tiny_vit()
+        plain.head, plain.num_features = nn.Identity(), 8
+        model = with_copied_head(plain)
+        model.add_adapter("own", RecastConfig(num_classes=2, head_module="head"))
+        with pytest.raises(RecastConfigError, match="it owns head whole"):
+            TaskPool(model).add("task", "copy")
