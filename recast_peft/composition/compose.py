@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+_in_a_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
 
 def is_transformed() -> bool:
     """Whether this is inside of a transform of functions (``torch.func``: ``grad``, ``vmap``, ...) or forward-mode autograd."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return (active is not None and active()) or forward_ad._current_level >= 0
+    return _in_a_transform() or forward_ad._current_level >= 0
 
 
 def needs_plain_operations() -> bool:
     """Whether only operations that torch itself differentiates may be used: for compilers, tracers and function transforms."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed()
 
 
 def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -33,7 +34,8 @@ def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def is_cast(weight: Tensor) -> bool:
     """Whether autocast would change a tensor's dtype for a product."""
-    return weight.dtype == torch.float32 and torch.is_autocast_enabled(weight.device.type)
+    is_any = weight.dtype == torch.float32 and torch._C._is_any_autocast_enabled()
+    return is_any and torch.is_autocast_enabled(weight.device.type)
 
 
 def marked(weight: Tensor) -> Tensor:
@@ -97,14 +99,16 @@ def compose_weight(
 
 def _composed(coefficients: Tensor, dtype: torch.dtype, anchored: bool, tensors: Sequence[Tensor]) -> Tensor:
     """The weight in ``dtype``; of the tensors the first is the anchor if there is one, the others are templates."""
-    scale = _in(composition_dtype(coefficients.dtype, *[t.dtype for t in tensors]), coefficients)
     anchor, templates = (tensors[0], tensors[1:]) if anchored else (None, tensors)
     if not templates:
         return tensors[0].to(dtype, copy=True)
-    return _in(dtype, _weighted_sum(anchor, templates, scale))
+    scale = in_dtype(composition_dtype(coefficients.dtype, *[t.dtype for t in tensors]), coefficients)
+    if scale.dtype == dtype or needs_plain_operations():
+        return in_dtype(dtype, _weighted_sum(anchor, templates, scale))
+    return _weighted_sum(anchor, templates, scale, torch.empty_like(templates[0], dtype=dtype))
 
 
-def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+def in_dtype(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """A tensor in a dtype; where it is that already, without torch's own look, which takes ten times as long."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -112,26 +116,29 @@ def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 def compose_into(out: Tensor, anchor: Tensor | None, templates: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """``compose_weight`` into a tensor that is there already; nothing is differentiated, and the bits are the same."""
     work = composition_dtype(coefficients.dtype, *(t.dtype for t in templates))
-    if out.dtype != work:
-        return out.copy_(compose_weight(anchor, templates, coefficients, out.dtype))
-    return _weighted_sum(anchor, templates, coefficients.to(work), out)
+    return _weighted_sum(anchor, templates, in_dtype(work, coefficients), out)
 
 
 def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """``anchor + sum_i scale[i] * templates[i]`` in the dtype of ``scale``: one pass over the memory for each template.
+    """``anchor + sum_i scale[i] * templates[i]``, in the dtype of ``scale`` up to the last step: one operation a template.
 
-    A narrower template is widened as it is read: an accelerator needs no pass of its own for that.
+    Narrower tensors are widened as they are read, and a narrower ``out`` is rounded to as it is written: an accelerator needs
+    no pass of its own for either.
     """
-    work = scale.dtype
-    factors = scale.unbind()
-    if anchor is None:
-        total = torch.mul(_in(work, templates[0]), factors[0], out=out)
-    else:
-        total = torch.addcmul(_in(work, anchor), templates[0], factors[0], out=out)
-    # a transform may give the factors a dimension that the sum has not got yet
-    apart = out is None and len(factors) > 1 and is_transformed()
-    for template, factor in zip(templates[1:], factors[1:], strict=True):
-        total = torch.addcmul(total, template, factor) if apart else total.addcmul_(template, factor)
+    first = templates[0] if anchor is None else anchor
+    # a number without a dimension would be rounded to the dtype of what is narrower
+    factors = scale.unbind() if first.dtype == scale.dtype else scale.unsqueeze(0).unbind(1)
+    # which may give the factors a dimension that the sum has not got yet
+    apart = out is None and len(factors) > 1 and needs_plain_operations()
+    total, into, last = anchor, out if out is not None and out.dtype == scale.dtype else None, len(factors) - 1
+    for i, template in enumerate(templates):
+        into = out if i == last and out is not None else into
+        if total is None:
+            total = torch.mul(template, factors[i], out=into)
+        else:
+            total = torch.addcmul(total, template, factors[i], out=into)
+        into = None if apart else total
+    assert total is not None
     return total
 
 
@@ -172,8 +179,8 @@ def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Te
         ``(n,)`` in float32 (float64 if an argument is).
     """
     work = composition_dtype(gradient.dtype, *[t.dtype for t in templates])
-    flat = gradient.to(work).reshape(-1)
-    products = [torch.dot(flat, template.to(work).reshape(-1)) for template in templates]
+    flat = in_dtype(work, gradient).reshape(-1)
+    products = [torch.dot(flat, in_dtype(work, template).reshape(-1)) for template in templates]
     return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
 

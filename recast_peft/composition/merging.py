@@ -194,8 +194,8 @@ class Merging:
             return
         with torch.no_grad():
             self.compose(present, out=self.weight_parameter.data)
-        self.is_stale = False
-        self.merged_adapters = present
+        if self.is_stale or self.merged_adapters != present:  # torch looks long at what is assigned
+            self.is_stale, self.merged_adapters = False, present
 
     def unmerge(self: Any) -> None:
         """Put the pretrained weight back: the very parameter that was there before."""

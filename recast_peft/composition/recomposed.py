@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from ..placement.sharded import SHARD, whole
 from .coefficient_gradients import AUTO, EXACT, is_faster_in_bfloat16, with_known_sum
-from .compose import compose_weight, composition_dtype, is_cast, marked, needs_plain_operations, template_inner_products
+from .compose import (
+    compose_weight,
+    composition_dtype,
+    in_dtype,
+    is_cast,
+    marked,
+    needs_plain_operations,
+    template_inner_products,
+)
 from .kinds import Gradients, LayerKind, bias_of, kind_of
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -61,7 +69,7 @@ def product_of_one(
         return kind.call_scaled(module, anchor.detach(), x, 1 + float(coefficients))
     if x.numel() >= anchor.numel():
         return None
-    scaled = x * (1 + coefficients.to(composition_dtype(coefficients.dtype, x.dtype)))[0]
+    scaled = compose_weight(x, [x], coefficients)
     if scaled.stride() != x.stride():  # another product would do it
         return None
     return kind.call(module, marked(anchor.detach()), scaled)
@@ -136,7 +144,7 @@ class _Recomposed(torch.autograd.Function):
             weight = compose_weight(anchor, terms, coefficients)
             y = kind.call(module, weight if is_cast(weight) else weight.requires_grad_(), x)  # see ``marked``
         # a product over several dimensions may come as a view of the one over two, which nobody could then change in place
-        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+        return y.data if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -163,7 +171,7 @@ class _Recomposed(torch.autograd.Function):
                 grad_x = grad_x.new_zeros(ctx.x_shape.numel() // shape[1], shape[1]).index_copy_(0, rows, grad_x)
                 grad_x = grad_x.view(ctx.x_shape)
         if grad_coefficients is not None:
-            grad_coefficients = grad_coefficients.to(coefficients.dtype)
+            grad_coefficients = in_dtype(coefficients.dtype, grad_coefficients)
         return None, None, None, None, None, grad_x, grad_bias, grad_coefficients, None, *[None] * len(weights)
 
 
@@ -196,7 +204,7 @@ class _Layer:
                 return self._by_template(grad, x)
         rules, grad_x, grad_coefficients = self.rules, None, None
         if needs_x:
-            weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
+            weight = compose_weight(self.anchor, self.templates, self.coefficients, grad.dtype)
             grad_x = rules.of_input(self.module, grad, weight, x_shape)
             del weight
         if needs_coefficients and x is not None:
@@ -221,7 +229,7 @@ class _Layer:
     def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
         rules = self.rules
-        weight = compose_weight(self.anchor, self.templates, self.coefficients).to(grad.dtype)
+        weight = compose_weight(self.anchor, self.templates, self.coefficients, grad.dtype)
         grad_x = rules.of_input(self.module, grad, weight, x.shape)
         del weight
         total = template_inner_products(grad_x, [x])[0]
@@ -265,7 +273,7 @@ class _Layer:
         rules, scale = self.rules, self._factors()
         total, inner = None, []
         for i, template in enumerate(self.templates):
-            part = rules.of_input(self.module, grad, template.to(grad.dtype), x.shape)
+            part = rules.of_input(self.module, grad, in_dtype(grad.dtype, template), x.shape)
             inner.append(template_inner_products(part, [x]))
             total = part * scale[i] if total is None else total.addcmul_(part, scale[i])
             del part
@@ -299,7 +307,7 @@ def _templates(anchor: Tensor | None, weights: Sequence[Tensor], places: Sequenc
 
 
 def _cast_for_autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+    is_cast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if not is_cast or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(device))
+    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recast_peft.composition.compose import average_sets, compose_weight, composition_dtype, template_inner_products
 
@@ -58,6 +61,23 @@ class TestComposition:
         # one rounding is at most half a unit in the last place; a rounding a template would be several
         unit = torch.finfo(dtype).eps * exact.abs()
         assert ((result.double() - exact).abs() <= 0.5 * unit + 1e-5).all()
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_is_one_operation_a_template(self, dtype: torch.dtype, count: int) -> None:
+        class Counter(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                operations.append(func.overloadpacket)
+                return func(*args, **(kwargs or {}))
+
+        operations: list[Any] = []
+        anchor, *templates = draw_tensors(0, count + 1, (4, 4), dtype)
+        coefficients = torch.randn(count, dtype=composition_dtype(dtype))
+        aten = torch.ops.aten
+        with Counter():
+            compose_weight(anchor, templates, coefficients)
+        views = (aten.unbind, aten.unsqueeze, aten.empty_like)
+        assert [one for one in operations if one not in views] == [aten.addcmul] * count
 
     def test_does_not_write_to_its_arguments(self) -> None:
         anchor, *templates = draw_tensors(0, 3, (4, 4), torch.float32)
