@@ -182,7 +182,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped module computes, with the composed weight; in a mixed batch with each sample's own."""
         if not torch.compiler.is_compiling() and self.known is not None and self.known.holds(self, args, kwargs):
-            return self.known.call(args[0])
+            return self.known.call(self, args[0])
         batch = current_batch()
         past = past_state(self, batch)
         if past is not None:

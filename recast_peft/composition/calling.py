@@ -63,14 +63,14 @@ def call(
     terms: Terms | None = None if direct is None or is_masked else layer.terms(adapters, values)
     if direct is None or terms is None:
         return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
-    base, x = layer.base_layer, args[0]
+    return call_composed(layer, direct, args[0], terms, adapters)
+
+
+def call_composed(layer: Any, direct: Callable[..., Tensor], x: Tensor, terms: Terms, adapters: Sequence[str]) -> Tensor:
+    """What the wrapped module computes with a weight that is composed for the call; a plain function stands for the module."""
+    base = layer.base_layer
     if can_recompose(base, x, *terms):
         return call_recomposed(base, x, *terms, _gradient_way(layer, adapters))
-    return call_composed(base, direct, x, terms)
-
-
-def call_composed(base: nn.Module, direct: Callable[..., Tensor], x: Tensor, terms: Terms) -> Tensor:
-    """What a module computes with a weight that is composed for the call, by the plain function that stands for it."""
     if not torch.is_grad_enabled() and (y := product_of_one(base, x, *terms)) is not None:
         return y
     return direct(base, marked(compose_weight(*terms)), x)

@@ -1,8 +1,8 @@
 """A layer's further calls: what the last one found out is known, and seen to hold at a glance.
 
 Which task acts, on which templates, and whether these are ordinary tensors takes longer to find out than a small layer takes to
-compute. A call without gradients notes the objects that it found; the next one computes with them if they are all in their
-places. No number is kept: whatever is written into a tensor is seen.
+compute. A call notes the objects that it found; the next one computes with them if they are all in their places. No number is
+kept: whatever is written into a tensor is seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .calling import STANDS_FOR, call_composed, is_hooked
 from .compose import average_sets, needs_plain_operations
 from .kinds import kind_of
 from .mixed_batch import current_batch
-from .recomputation import is_recomputing
+from .recomputation import is_recomputing, may_be_recomputed
 
 
 class Known:
@@ -38,20 +38,22 @@ class Known:
         self.templates = [other.weight_parameter for other in self.bank.layers]
         places = {id(other): (other, other.base_layer, other.weight_parameter) for other in (layer, *self.bank.layers)}
         self.places = tuple(places.values())
-        self.note = None if torch.is_inference_mode_enabled() else layer.history.latest()
+        self.note = layer.history.latest() if may_be_recomputed() else None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of a layer knows nothing
 
     def holds(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call that begins now, and is not compiled, computes with the same."""
-        if len(args) != 1 or kwargs or torch.is_grad_enabled() or needs_plain_operations() or is_recomputing():
+        if len(args) != 1 or kwargs or needs_plain_operations() or is_recomputing():
             return False
-        return self._acts(layer) and self._is_in_place(layer) and self._is_noted(layer)
+        is_same = self._acts(layer) and self._is_in_place(layer)
+        return is_same and (not may_be_recomputed() or (not torch.is_grad_enabled() and self._is_noted(layer)))
 
-    def call(self, x: Tensor) -> Tensor:
+    def call(self, layer: Any, x: Tensor) -> Tensor:
         """What the layer computes."""
-        return call_composed(self.base, self.kind.call, x, (self.weight, self.templates, average_sets(self.coefficients)))
+        terms = self.weight, self.templates, average_sets(self.coefficients)
+        return call_composed(layer, self.kind.call, x, terms, self.active)
 
     def _acts(self, layer: Any) -> bool:
         """Whether the task acts here, alone."""
@@ -77,12 +79,10 @@ class Known:
                 return False
             if weight.device != device:
                 return False
-        is_same = layer.recast_coefficients[self.task] is self.coefficients
+        is_same = layer.recast_coefficients[self.task] is self.coefficients and is_plain(self.coefficients)
         return is_same and kind_of(self.base) is self.kind and not is_hooked(self.base)
 
     def _is_noted(self, layer: Any) -> bool:
-        if torch.is_inference_mode_enabled():
-            return True
         is_same = self.coefficients._version == self.written and self.coefficients.requires_grad == self.trained
         return is_same and layer.history.goes_on(self.note)
 
@@ -90,7 +90,7 @@ class Known:
 def is_simple(layer: Any) -> bool:
     """Whether one task acts in a layer, by products of a known kind with pretrained weights that lie here as they are."""
     tasks, base = layer.acting_adapters, layer.base_layer
-    if torch.is_grad_enabled() or len(tasks) != 1 or tasks[0] not in layer.recast_coefficients or tasks[0] == layer.idle_slot:
+    if len(tasks) != 1 or tasks[0] not in layer.recast_coefficients or tasks[0] == layer.idle_slot:
         return False
     bank, coefficients, kind = layer.recast_bank[tasks[0]], layer.recast_coefficients[tasks[0]], kind_of(base)
     if not bank.is_exact or kind is None or kind.call is None or coefficients.is_inference() or not is_plain(coefficients):

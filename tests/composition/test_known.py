@@ -123,7 +123,8 @@ CHANGES: list[Callable[[Any], None]] = [
 OF_NEIGHBOURS = [another_weight_of_the_neighbour, written_weight_of_the_neighbour]
 
 
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])  # the latter notes nothing for checkpoints
+# inference mode notes nothing for checkpoints, and neither does a call whose gradients are recorded outside of them
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_between_two_calls_is_seen(change: Callable[[Any], None], group_size: int, without: Callable[[], Any]) -> None:
@@ -163,16 +164,17 @@ def test_a_merged_neighbour_changes_nothing() -> None:
         assert torch.equal(layer(x), before[1])
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("group_size", [1, 2])
-def test_a_second_call_finds_nothing_out(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_finds_nothing_out(group_size: int, without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(group_size)
-    expected = output(model)
+    expected = output(model, without)
 
     def asked(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a call that is like the last one asked for its templates")
 
     monkeypatch.setattr(RecastLayer, "terms", asked)
-    assert torch.equal(output(model), expected)
+    assert torch.equal(output(model, without), expected)
     with torch.no_grad(), pytest.raises(AssertionError, match="asked for its templates"):
         coefficients(model).mul_(1)
         output(model)
@@ -201,11 +203,12 @@ def test_each_sample_its_own_task_after_calls_with_one(without: Callable[[], Any
     assert torch.equal(output(model), second)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpoint_is_computed_again_with_the_task_of_its_forward_pass(use_reentrant: bool) -> None:
+def test_a_checkpoint_is_computed_again_with_the_task_of_its_forward_pass(use_reentrant: bool, without: Any) -> None:
     def gradients(switch: bool) -> list[Tensor]:
         model = model_of(2).train()
-        with torch.no_grad():  # known by now
+        with without():  # known by now
             model(vit_input(2)), model(vit_input(2))
         layer = layers_of(model)[QKV]
         x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
