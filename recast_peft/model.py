@@ -78,15 +78,16 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         """Add a task: plan, check, prepare, then replace modules; see the class for what is raised."""
         check_adapter_name(adapter_name)
         config = cast(RecastConfig, self.peft_config[adapter_name])
-        if config.record is not None and config.record.origin is not None:
-            config.modules_to_save = list(config.record.saved) or None
+        before = config.record
+        # PEFT's models for a task_type add classifiers to what a file names, and want to find some of the first task
+        if before is not None and before.origin is not None and (before.saved or len(self.peft_config) > 1):
+            config.modules_to_save = list(before.saved) or None
         chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
         if state_dict is not None and chosen.groups is None:
             names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}
             chosen = config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
         prepared = prepare_task(model, chosen, adapter_name)
         record = planned_record(chosen, prepared, describe_backbone(model, config.revision))
-        before = config.record
         try:
             with undone_on_failure(model) as snapshot:
                 self._put_layers(model, adapter_name, prepared, autocast_adapter_dtype, low_cpu_mem_usage)

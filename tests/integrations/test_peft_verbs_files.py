@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import converted, outputs, randomise, tiny_vit, vit_input
-from peft import AutoPeftModel, PeftConfig, PeftModel
+from peft import AutoPeftModel, PeftConfig, PeftModel, PeftModelForSequenceClassification
+from pools import TOKENS, text_model
 from safetensors.torch import load_file
 from three_tasks import NAMES, alone, with_tasks
 
-from recast_peft import RecastConfig
+from recast_peft import RecastConfig, RecastLoadError, get_recast_model
 
 
 class TestSaving:
@@ -85,3 +86,13 @@ class TestAutoClasses:
         converted().save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"auto mapping|base"):
             AutoPeftModel.from_pretrained(tmp_path)
+
+    def test_for_a_task_type_take_a_task_that_names_none(self, tmp_path: Path) -> None:
+        model = get_recast_model(text_model("SEQ_CLS"), RecastConfig(num_classes=2)).eval()
+        randomise(model)
+        model.save_pretrained(tmp_path / "with")
+        loaded = PeftModelForSequenceClassification.from_pretrained(text_model("SEQ_CLS"), tmp_path / "with").eval()
+        assert torch.equal(outputs(loaded, TOKENS)[0], outputs(model, TOKENS)[0])
+        get_recast_model(text_model("SEQ_CLS")).save_pretrained(tmp_path / "without")
+        with pytest.raises(RecastLoadError, match=r"missing: base_model.model.classifier.weight"):
+            PeftModelForSequenceClassification.from_pretrained(text_model("SEQ_CLS"), tmp_path / "without")
