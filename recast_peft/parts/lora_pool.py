@@ -55,7 +55,7 @@ class PooledPart:
         y = self._call_unmerged(batch, x, args, kwargs)
         assert batch.pool is not None
         slot = batch.pool.slot
-        if not self.has_task(slot) or self._switched_off or (self._disable_adapters and batch.is_off):
+        if not self.has_task(slot) or self._switched_off or (self._disable_adapters and batch.is_off) or not len(x):
             return y
         if self._by_weight:
             raise one_task_for_all(self)

@@ -182,8 +182,8 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         for key, indices in batch.rows(samples).items():
             module = self._module_of(key, batch)
             groups.setdefault(id(module), (module, []))[1].extend(indices)
-        if len(groups) == 1:
-            return self.called(next(iter(groups.values()))[0], *args, **kwargs)
+        if len(groups) < 2:
+            return self.called(next((module for module, _ in groups.values()), self.original_module), *args, **kwargs)
         if any(hasattr(value, "get_seq_length") for value in given):
             raise RecastBankError(
                 f"tasks of this batch own {self.module_name} whole, which writes into a cache: pass one task at a time instead "

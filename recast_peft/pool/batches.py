@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from .table import ROW_BITS, USE_BITS, TaskTable
 def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, beams: int) -> MixedBatch:
     """Gather the tasks of a call, once for all layers.
 
-    Tasks are ``(samples,)`` numbers from ``ids``, or a list of such numbers or of names.
+    Tasks are ``(samples,)`` numbers from ``ids``, or a list or an array of such numbers or of names.
 
     Raises:
         RecastConfigError: if a number is not that of a task that is in the pool now.
@@ -62,6 +63,7 @@ def as_numbers(table: TaskTable, tasks: Any) -> Tensor:
     Raises:
         RecastConfigError: if they are none.
     """
+    tasks = tasks.tolist() if isinstance(tasks, np.ndarray) else tasks
     if isinstance(tasks, (list, tuple)):
         if all(task is None or isinstance(task, str) for task in tasks):
             return table.ids(tasks)
@@ -87,9 +89,7 @@ def pool_of(tasks: Any, pools: Sequence[Any]) -> Any:
     Raises:
         RecastConfigError: if there is no such pool, or several are meant.
     """
-    if not isinstance(tasks, Tensor) and not all(type(task) is int for task in tasks or ()):
-        return None
-    numbers = tasks.tolist() if isinstance(tasks, Tensor) and tasks.ndim == 1 else tasks
+    numbers = tasks.tolist() if isinstance(tasks, (Tensor, np.ndarray)) else tasks
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
         return None  # whoever takes them says what is wrong with them
     serials = {number >> (ROW_BITS + USE_BITS) for number in numbers if number >= 0}

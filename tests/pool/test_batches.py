@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModelForSequenceClassification, get_peft_model
@@ -14,9 +15,31 @@ from recast_peft.composition import mixed_batch
 
 
 class TestMixedBatch:
-    def test_of_no_sample_is_a_batch(self, images):
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize(
+        "fields",
+        [{}, {"num_classes": 3}, {"lora_config": LoraConfig(r=2, target_modules=["fc1"])}, {"num_templates": 1}],
+        ids=["coefficients", "classifier", "lora", "compressed"],
+    )
+    def test_of_no_sample_is_a_batch(self, fields, grad, images):
+        model, pool = model_with_pool(2 if not fields else 0, **fields)
+        pool.add("first", "first")
+        with torch.set_grad_enabled(grad):
+            for tasks in ({"task_ids": pool.ids([])}, {"task_ids": []}, {"adapter_names": []}):
+                assert len(model(images[:0], **tasks)) == 0
+                with pytest.raises(RecastConfigError, match="should be the same as the number of inputs, but got 0 and 2"):
+                    model(images[:2], **tasks)
+
+    def test_of_several_pools_is_given_arrays_or_refused(self, images):
         model, pool = model_with_pool(2)
-        assert len(model(images[:0], task_ids=pool.ids([]))) == len(model(images[:0], task_ids=[])) == 0
+        other = TaskPool(model, slot="other")
+        other.add("first", "first")
+        numbers = pool.ids(["task1", "task0"])
+        for array, tasks in ((numbers.numpy(), numbers), (np.array(["first", "first"]), ["first", "first"])):
+            assert torch.equal(model(images[:2], task_ids=array), model(images[:2], task_ids=tasks))
+        for tasks in (5, iter([0, 1]), {"task1": 0}, [[0], [1]], np.array([True, False])):
+            with pytest.raises(RecastConfigError, match="task_ids must be whole numbers of shape"):
+                model(images[:2], task_ids=tasks)
 
     def test_nothing_is_left_of_batches_whose_threads_overlapped(self, images):
         _, pool = model_with_pool(2)
