@@ -49,6 +49,7 @@ class MixedBatch:
         keys: ``task_ids`` as whole numbers, read once; None where they are only known as a tensor.
         beams: how often generation repeats each sample in the decoder.
         is_off: whether all samples are the pretrained model's, since tasks were switched off where the call began.
+        positions_first: a module of the model that takes positions before samples (``batch_first=False``); None without.
     """
 
     names: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class MixedBatch:
     keys: tuple[int, ...] | None = None
     beams: int = 1
     is_off: bool = False
+    positions_first: str | None = None
     _rows: dict[int, dict[str | int, list[int]]] = field(default_factory=dict, repr=False, compare=False)
     _indices: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -79,6 +81,19 @@ class MixedBatch:
             f"Length of `{given}` should be the same as the number of inputs, but got {len(self)} and {samples} respectively. "
             "Give one task for each sample; a task can be given several times."
         )
+
+    def check_order(self, x: Tensor) -> None:
+        """Refuse an input ``(samples, positions, features)`` that may be ``(positions, samples, features)`` as well.
+
+        Raises:
+            RecastConfigError: if it has as many samples as positions, and the model a module that takes positions first.
+        """
+        if self.positions_first is not None and x.ndim == 3 and x.shape[0] == x.shape[1] > 1:
+            raise RecastConfigError(
+                f"{self.positions_first} takes positions first (batch_first=False), and this batch has as many samples as "
+                f"positions, {len(x)}: nobody can tell which of them have the tasks. Give it another number of samples, or "
+                "all of them one task"
+            )
 
     def rows(self, samples: int) -> dict[str | int, list[int]]:
         """The samples of each task, in the order of their first appearance; a task of a pool by its number.
@@ -125,7 +140,7 @@ class MixedBatch:
             chosen["keys"] = None if self.keys is None else tuple(self.keys[entry] for entry in entries)
         if self.coefficients is not None:
             chosen["coefficients"] = self.coefficients[self.index(entries, self.coefficients.device)]
-        return MixedBatch(**chosen, pool=self.pool, is_off=self.is_off)
+        return MixedBatch(**chosen, pool=self.pool, is_off=self.is_off, positions_first=self.positions_first)
 
     @staticmethod
     def side_by_side(samples: Sequence[int]) -> slice | None:

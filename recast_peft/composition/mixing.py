@@ -36,6 +36,8 @@ def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any
             f"{layer.module_name} ({type(layer.base_layer).__name__}) cannot have another task for each sample: "
             "pass one task at a time instead of adapter_names"
         )
+    if isinstance(layer.get_base_layer(), nn.Linear):
+        batch.check_order(args[0])
     if len(batch) == len(args[0]) == 0:
         return call(layer, [], args, kwargs)
     if batch.pool is not None:

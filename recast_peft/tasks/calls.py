@@ -17,7 +17,7 @@ from ..composition.lazy_weight import model_reads
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
 from ..layer import RecastLayer
-from ..names import BASE_ADAPTER, modules_of
+from ..names import BASE_ADAPTER, modules_of, plain_name
 from ..parts.stacking import Adding
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")
@@ -57,6 +57,7 @@ class TaskCalls:
     peft_config: dict[str, Any]
     training: bool
     task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first
+    _positions_first: str | None = None  # a module of the plain model with batch_first=False
     pools_made = 0  # each has a number of its own, which its tasks' numbers carry
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,6 +89,8 @@ class TaskCalls:
     def guard_calls(self) -> None:
         """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks."""
         if not self._guards:
+            first = (name for name, module in self.model.named_modules() if vars(module).get("batch_first") is False)
+            self._positions_first = next(map(plain_name, first), None)
             for module in (self.model, *self.model.children()):
                 if module is self.model or (_takes_any_keyword(module.forward) and modules_of(module, RecastLayer)):
                     self._guards.append(module.register_forward_pre_hook(_Guard(self.calls), with_kwargs=True))
@@ -133,7 +136,7 @@ class TaskCalls:
     def samples_with_tasks(self, batch: MixedBatch) -> Iterator[None]:
         """Give every sample its own task until the block ends, also in modules that tasks own whole."""
         disabled = any(holder._disable_adapters for holder in modules_of(self.model, RecastLayer))
-        with mixed_batch(replace(batch, is_off=self.calls.is_off(disabled))):
+        with mixed_batch(replace(batch, is_off=self.calls.is_off(disabled), positions_first=self._positions_first)):
             yield
 
     def _mixed_batch(self, adapter_names: Any, task_ids: Any, repeats: int) -> MixedBatch:

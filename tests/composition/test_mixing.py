@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models import WIDTH, converted, layers_of, randomise, tiny_vit, vit_input
 from torch import Tensor, nn
 
-from recast_peft import RecastBankError, RecastConfig, TaskPool
+from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
 from recast_peft.composition import mixing
 from recast_peft.composition.mixed_batch import MixedBatch, mixed_batch
 from recast_peft.composition.mixing import PRODUCT_LIMIT, call_mixed, products_are_cheaper
@@ -140,3 +140,18 @@ def test_what_cannot_be_called_sample_by_sample_is_refused() -> None:
     for args, kwargs in (((), {"input": vit_input(4)}), (([1.0],), {})):
         with pytest.raises(RecastBankError, match=rf"{QKV} \(Linear\) cannot have another task for each sample"):
             call_mixed(layer, MixedBatch(NAMES), args, kwargs)
+
+
+def test_as_many_samples_as_positions_are_refused_where_positions_may_come_first() -> None:
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, batch_first=False), 2, enable_nested_tensor=False)
+    model = get_recast_model(plain, RecastConfig(target_modules=["linear1"]), "a").eval()
+    pool = TaskPool(model)
+    pool.add("b")
+    x = torch.randn(2, 2, WIDTH)  # (positions, samples, features)
+    for tasks in ({"adapter_names": ["a", "__base__"]}, {"task_ids": ["b", None]}):
+        with pytest.raises(RecastConfigError, match=r"layers.0.self_attn takes positions first .* and this batch has as many"):
+            model(x, **tasks)
+        for other in (x[:, :1], x[:1]):  # by their number
+            with pytest.raises(RecastConfigError, match="should be the same as the number of inputs"):
+                model(other, **{name: given[: other.shape[1]] for name, given in tasks.items()})
+    assert model(x).shape == x.shape
