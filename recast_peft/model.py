@@ -88,6 +88,9 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
             chosen = config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
         prepared = prepare_task(model, chosen, adapter_name)
         record = planned_record(chosen, prepared, describe_backbone(model, config.revision))
+        # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
+        is_first = not modules_of(model, BaseTunerLayer)
+        others = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with undone_on_failure(model) as snapshot:
                 self._put_layers(model, adapter_name, prepared, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -96,6 +99,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                 share_coefficients(model, adapter_name, owners)
                 active = adapter_name in self.active_adapters
                 prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
+                for parameter, requires_grad in others:
+                    parameter.requires_grad_(requires_grad)
                 train_biases(model, adapter_name, config.bias, config.inference_mode)
             config.record = record
             self.guard_calls()
@@ -114,12 +119,9 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     ) -> None:
         """PEFT's own loop over the modules, on a copy of the config: it condenses names, and saves modules whole by itself."""
         config = cast(RecastConfig, self.peft_config[adapter_name])
-        # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
-        is_first = not modules_of(model, BaseTunerLayer)
-        trained = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         own = {"modules_to_save": None, "target_modules": list(prepared.plan.targets), "target_parameters": None}
         working = config.as_chosen(**own, exclude_modules=None)
-        self._prepared, self._keeps_active = prepared, not is_first
+        self._prepared, self._keeps_active = prepared, bool(modules_of(model, BaseTunerLayer))
         self.peft_config[adapter_name] = working
         try:
             super().inject_adapter(
@@ -127,8 +129,6 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
             )
         finally:
             self.peft_config[adapter_name], self._keeps_active = config, False
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
 
     def _check_target_module_exists(self, peft_config: RecastConfig, key: str) -> bool:  # type: ignore[override]
         if self._prepared is None:  # asked by PEFT's helpers after the conversion

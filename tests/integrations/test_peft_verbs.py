@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ class TestSeveralTasks:
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trained
         assert all(".birds." in n for n in trained)
+
+    @pytest.mark.parametrize("inference_mode", [False, True])
+    @pytest.mark.parametrize(
+        "owned", [{}, {"num_classes": 3}, {"train_norms": True}, {"partners": ["bias"]}, {"lora_config": {"r": 2}}], ids=str
+    )
+    def test_leave_as_it_is_what_is_trained(self, owned: dict[str, Any], inference_mode: bool, tmp_path: Path) -> None:
+        config = RecastConfig(target_modules=["qkv"], **owned)
+        get_recast_model(tiny_vit(), config, "stored").save_pretrained(tmp_path)
+        model = get_recast_model(tiny_vit(), replace(config, inference_mode=inference_mode), "cars")
+        before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model.load_adapter(tmp_path / "stored", "birds")
+        model.add_adapter("flowers", replace(config, inference_mode=not inference_mode))
+        assert any(was for _, was in before) != inference_mode
+        assert all(parameter.requires_grad == was for parameter, was in before)
 
     def test_do_not_touch_each_other_in_training(self) -> None:
         model = with_tasks()
