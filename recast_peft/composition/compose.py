@@ -128,9 +128,16 @@ def _weighted_sum(anchor: Tensor | None, templates: Sequence[Tensor], scale: Ten
     first = templates[0] if anchor is None else anchor
     # a number without a dimension would be rounded to the dtype of what is narrower
     factors = scale.unbind() if first.dtype == scale.dtype else scale.unsqueeze(0).unbind(1)
+    return weighted_sum(anchor, templates, factors, out)
+
+
+def weighted_sum(
+    anchor: Tensor | None, templates: Sequence[Tensor], factors: Sequence[Tensor], out: Tensor | None = None
+) -> Tensor:
+    """The sum of templates with factors ``(1,)`` in the composition's dtype."""
     # which may give the factors a dimension that the sum has not got yet
     apart = out is None and len(factors) > 1 and needs_plain_operations()
-    total, into, last = anchor, out if out is not None and out.dtype == scale.dtype else None, len(factors) - 1
+    total, into, last = anchor, out if out is not None and out.dtype == factors[0].dtype else None, len(factors) - 1
     for i, template in enumerate(templates):
         into = out if i == last and out is not None else into
         if total is None:

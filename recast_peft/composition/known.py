@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..placement.sharded import is_plain
-from .calling import STANDS_FOR, call_composed, is_hooked
+from .calling import call_composed, is_hooked
 from .compose import average_sets, needs_plain_operations
 from .kinds import kind_of
 from .mixed_batch import current_batch
@@ -21,7 +21,7 @@ from .recomputation import is_recomputing, may_be_recomputed
 
 
 class Known:
-    """What a layer's call computed with: one task, on the pretrained weights of the layer and its neighbours.
+    """What a layer's call or merged swap computed with: one task, on the pretrained weights of the layer and its neighbours.
 
     Args:
         layer: the layer; ``is_simple`` holds for it.
@@ -33,11 +33,12 @@ class Known:
         self.bank = layer.recast_bank[self.task]
         self.coefficients = layer.recast_coefficients[self.task]
         self.written, self.trained = self.coefficients._version, self.coefficients.requires_grad
-        self.base, self.weight = layer.base_layer, layer.weight_parameter
+        self.base, self.weight = layer.base_layer, layer.pretrained
         self.kind: Any = kind_of(self.base)
-        self.templates = [other.weight_parameter for other in self.bank.layers]
-        places = {id(other): (other, other.base_layer, other.weight_parameter) for other in (layer, *self.bank.layers)}
-        self.places = tuple(places.values())
+        self.templates = [other.pretrained for other in self.bank.layers]
+        # what is merged is not held on to
+        found = {id(one): (one, one.base_layer, one.pretrained, one.kept_weight) for one in (layer, *self.bank.layers)}
+        self.places = tuple(found.values())
         self.note = layer.history.latest() if may_be_recomputed() else None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -47,13 +48,18 @@ class Known:
         """Whether a call that begins now, and is not compiled, computes with the same."""
         if len(args) != 1 or kwargs or needs_plain_operations() or is_recomputing():
             return False
-        is_same = self._acts(layer) and self._is_in_place(layer)
+        is_same = layer.kept_weight is None and self._acts(layer) and self._is_in_place(layer)
+        is_same = is_same and current_batch() is None and (layer.zeros is None or not layer.zeros.are_all(layer))
         return is_same and (not may_be_recomputed() or (not torch.is_grad_enabled() and self._is_noted(layer)))
 
     def call(self, layer: Any, x: Tensor) -> Tensor:
         """What the layer computes."""
         terms = self.weight, self.templates, average_sets(self.coefficients)
         return call_composed(layer, self.kind.call, x, terms, self.active)
+
+    def is_merged(self, layer: Any, tasks: list[str]) -> bool:
+        """Whether the task alone is merged into a layer, on the same."""
+        return layer.merged_adapters == tasks == [self.task] and self._acts(layer) and self._is_in_place(layer)
 
     def _acts(self, layer: Any) -> bool:
         """Whether the task acts here, alone."""
@@ -66,18 +72,17 @@ class Known:
             and not layer.compressed_bank
             and not len(layer.recast_masks)
             and layer.idle_slot != self.task
-            and current_batch() is None
-            and (layer.zeros is None or not layer.zeros.are_all(layer))
         )
 
     def _is_in_place(self, layer: Any) -> bool:
-        """Whether the tensors are those that were found, nothing merged, on one device, and the module computes as it did."""
+        """Whether the tensors are those that were found, on one device, and the module computes as it did."""
         device = self.coefficients.device
-        for holder, base, weight in self.places:
-            held = holder._modules["base_layer"]
-            if held is not base or held._parameters.get(holder.weight_name) is not weight or not is_plain(weight):
+        for holder, base, weight, kept in self.places:
+            if holder._modules["base_layer"] is not base or holder.kept_weight is not kept:
                 return False
-            if weight.device != device:
+            if kept is None and base._parameters.get(holder.weight_name) is not weight:
+                return False
+            if weight.device != device or not is_plain(weight):
                 return False
         is_same = layer.recast_coefficients[self.task] is self.coefficients and is_plain(self.coefficients)
         return is_same and kind_of(self.base) is self.kind and not is_hooked(self.base)
@@ -99,7 +104,6 @@ def is_simple(layer: Any) -> bool:
 
 
 def _is_here(layer: Any) -> bool:
-    base = layer.base_layer
-    weight: Tensor | None = base._parameters.get(layer.weight_name)
+    weight: Tensor | None = layer.pretrained
     is_parameter = isinstance(weight, nn.Parameter) and is_plain(weight) and not weight.is_meta
-    return is_parameter and base is layer.get_base_layer() and not hasattr(weight, STANDS_FOR) and layer.kept_weight is None
+    return is_parameter and layer.base_layer is layer.get_base_layer()

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..errors import RecastBankError
 from ..placement.sharded import is_sharded
 from .calling import STANDS_FOR
+from .compose import weighted_sum
+from .known import Known, is_simple
 from .outputs import is_out_of_reach
 from .quantised import dequantised, quantised_by
 
@@ -181,11 +183,19 @@ class Merging:
         self.is_stale = False
         self.merged_adapters = merged
 
-    def merge_in_place(self: Any, adapter_names: Sequence[str]) -> None:
+    def merge_in_place(self: Any, adapter_names: list[str], factors: Sequence[Tensor] = ()) -> None:
         """Merge tasks in place of those that are merged now, into the same storage.
 
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
+
+        Args:
+            adapter_names: the tasks.
+            factors: the one task's coefficients, each ``(1,)`` in float32, where they are at hand and no gradient is recorded.
         """
+        known = self.known
+        if factors and known is not None and not self.is_stale and known.is_merged(self, adapter_names):
+            weighted_sum(known.weight, known.templates, factors, self.weight_parameter.data)
+            return
         present = self.present(adapter_names)
         if self.held is not None:
             raise held_error(self, present)
@@ -196,6 +206,7 @@ class Merging:
             self.compose(present, out=self.weight_parameter.data)
         if self.is_stale or self.merged_adapters != present:  # torch looks long at what is assigned
             self.is_stale, self.merged_adapters = False, present
+        self.__dict__["known"] = Known(self) if is_simple(self) else None
 
     def unmerge(self: Any) -> None:
         """Put the pretrained weight back: the very parameter that was there before."""

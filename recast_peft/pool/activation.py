@@ -77,17 +77,9 @@ class Slot:
         self._make_active()
         if not merge:
             self._unmerge()
-        self._write(row)
+        row = self._write(row)
         if merge:
-            parts = self.layout.lora.layers
-            for part in parts:
-                part.merge_in_place(self.name)
-            beside = {id(layer) for part in parts for layer in part.recast_beside}
-            for layer in self.layout.layers.values():
-                if id(layer) not in beside:
-                    layer.merge_in_place([self.name])
-            for holder in self._holders:
-                holder.merge_in_place(self.name)
+            self._merge(row)
         self._show(head)
         self.holds = name
 
@@ -164,11 +156,28 @@ class Slot:
         tensors += [entry.tensor for entry in self.layout.lora.entries.values()]
         return [tensor.data for tensor in tensors]
 
-    def _write(self, row: Tensor) -> None:
+    def _write(self, row: Tensor) -> Tensor:
+        """Put a row's numbers where they lie; returns the row, on their device."""
         targets = self._numbers()
         row = row.detach().to(targets[0].device)
-        sources = [row[part].view_as(target) for part, target in zip(self.layout.slices.values(), targets, strict=True)]
-        torch._foreach_copy_(targets, sources)
+        parts = row.split([target.numel() for target in targets])
+        torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
+        return row
+
+    @torch.no_grad()
+    def _merge(self, row: Tensor) -> None:
+        """Merge what a row was written into, in place of what is merged now."""
+        parts, slices, layers = self.layout.lora.layers, self.layout.slices, self.layout.layers
+        for part in parts:
+            part.merge_in_place(self.name)
+        beside = {id(layer) for part in parts for layer in part.recast_beside}
+        end = max((slices[name].stop for name in layers), default=0)
+        factors = row[:end].unsqueeze(1).unbind()  # of all layers at once
+        for name, layer in layers.items():
+            if id(layer) not in beside:
+                layer.merge_in_place([self.name], factors[slices[name]])
+        for holder in self._holders:
+            holder.merge_in_place(self.name)
 
     def _unmerge(self) -> None:
         # layers first: a LoRA part then has nothing to compose again below it
