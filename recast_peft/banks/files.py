@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..composition.fingerprint import same_weight
 from ..errors import RecastBankError, RecastError, RecastHubError, RecastLoadError
-from ..storage.atomic import locked, write_json
+from ..storage.atomic import locked, made_folder, write_json
 from ..storage.json_reader import Fields, parse_json, read_json
 from ..storage.paths import goes_up, inside, is_hub_name
 from ..storage.tensors import TensorFile, checksum, read_tensors, write_tensors
@@ -154,8 +154,7 @@ class StoredBank:
         Returns:
             the same bank under the folder's name.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(path)
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.tensors().items()}
         header = {
             "format": FORMAT,

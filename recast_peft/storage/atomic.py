@@ -76,6 +76,16 @@ def write_json(path: str | os.PathLike, content: Any, *, sort_keys: bool = False
 # ---------------------------------------------------------------- a folder
 
 
+def made_folder(path: str | os.PathLike) -> Path:
+    """A folder, made if it is missing; an empty name is refused, which pathlib takes for the folder that the process is in.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    os.makedirs(path, exist_ok=True)
+    return Path(path)
+
+
 @contextmanager
 def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Path]], None] | None = None) -> Iterator[Path]:
     """A folder to write to, whose files take their places in ``folder`` one by one when the block ends well.
@@ -90,8 +100,7 @@ def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Pa
     Yields:
         an empty folder of the same name, inside of ``folder``.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = made_folder(folder)
     _remove_abandoned(target, SAVING)
     outer = target / f"{SAVING}{uuid.uuid4().hex}{PART}"
     inside = outer / (target.resolve().name or "root")  # cards name a task by its folder

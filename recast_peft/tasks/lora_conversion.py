@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,6 +30,7 @@ from ..parts.lora_plan import these_modules
 from ..parts.wrapper import ScaledModule
 from ..planning.candidates import find_candidates
 from ..planning.table import text_table
+from ..storage.atomic import staged_folder
 from ..validation import check_is_peft_model, check_is_task, listed
 
 
@@ -180,11 +180,10 @@ def save_as_lora(
         RecastConfigError: as ``convert_to_lora``; nothing is written then.
     """
     lora_config, state, report = convert_to_lora(model, rank, adapter_name, progressbar)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.cpu().contiguous() for key, value in state.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
-    lora_config.save_pretrained(str(folder))
-    (folder / "conversion.txt").write_text(f"{report}\n", encoding="utf-8")
+    with staged_folder(path) as folder:
+        save_file({key: value.cpu().contiguous() for key, value in state.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
+        lora_config.save_pretrained(str(folder))
+        (folder / "conversion.txt").write_text(f"{report}\n", encoding="utf-8")
     return report
 
 

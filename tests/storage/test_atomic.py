@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from models import converted
 
 from recast_peft.storage import atomic
 from recast_peft.storage.atomic import locked, staged, staged_folder, write_json, write_text
@@ -133,6 +134,17 @@ def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     assert (folder / "task" / "a.txt").read_text() == "new"
     assert names(folder) == ["a.txt", "b.txt", "mine.txt"]
     assert not list(folder.glob(".*"))
+
+
+def test_an_empty_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError), staged_folder(""):
+        write_text("a.txt", "written where nobody looks for it")
+    model = converted(num_templates=1, mimicry={"method": "gradient", "steps": 1})
+    for save in (model.save_pretrained, model.base_model.save_bank):
+        with pytest.raises(FileNotFoundError):
+            save("")
+    assert names(tmp_path) == []
 
 
 def test_one_writer_at_a_time_is_in_a_locked_block(tmp_path: Path) -> None:

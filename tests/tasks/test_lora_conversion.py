@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import converted, layers_of, outputs, randomise, small_vit, tiny_vit, vit_input
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from safetensors.torch import save_file
 from torch import nn
@@ -83,6 +83,18 @@ class TestLora:
         with_lora = [n for n, m in lora.named_modules() if hasattr(m, "lora_A")]
         assert with_lora == [f"base_model.model.blocks.{i}.attn.qkv" for i in (0, 1)]
         torch.testing.assert_close(outputs(lora, vit_input()), outputs(model, vit_input()), rtol=1e-4, atol=1e-5)
+
+    def test_what_fails_in_saving_leaves_the_former_lora(self, tmp_path, monkeypatch):
+        save_as_lora(tmp_path, task(), 2)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+        def full(*_):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(LoraConfig, "save_pretrained", full)
+        with pytest.raises(OSError, match="no space left"):
+            save_as_lora(tmp_path, task(), 3)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
     def test_modules_whose_names_end_alike_stay_without_a_lora(self, tmp_path):
         def net():

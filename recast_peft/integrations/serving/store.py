@@ -26,6 +26,7 @@ from ...hub.peft_models import DEFAULT
 from ...names import check_adapter_name
 from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
+from ...storage.atomic import made_folder
 from ...storage.versions import VERSIONS, numbered
 from ...validation import check_arguments, whole
 
@@ -46,8 +47,7 @@ class TaskStore:
 
     def __init__(self, folder: str | os.PathLike, pool: TaskPool, keep: int = 5) -> None:
         check_arguments(whole(0), keep=keep)
-        self.folder, self.pool, self.keep = Path(folder), pool, keep
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.pool, self.keep = made_folder(folder), pool, keep
         self.problems: dict[str, str] = {}  # tasks that could not be read, and why
         self._lock = threading.RLock()
         self._seen: dict[str, tuple[tuple[int, int], ...]] = {}
