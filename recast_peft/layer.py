@@ -28,7 +28,7 @@ from .composition.calling import call
 from .composition.coefficient_gradients import EXACT
 from .composition.composed import ComposedModule
 from .composition.kinds import in_and_out_features, kind_of
-from .composition.known import Known, is_simple
+from .composition.known import Known, know
 from .composition.merging import Merging, check_held, follow, refresh
 from .composition.mixed_batch import MixedBatch, current_batch
 from .composition.mixing import call_mixed
@@ -209,14 +209,18 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         if torch.compiler.is_compiling():
             return call(self, self.acting_adapters, args, kwargs)
         has_zeros = self.zeros is not None and self.zeros.are_all(self)
-        # past torch's look at what is assigned, which every call would pay for
-        self.__dict__["known"] = None if has_zeros or not is_simple(self) else Known(self)
+        if not has_zeros:
+            know(self)
         return call(self, [] if has_zeros else self.acting_adapters, args, kwargs)
 
     def _call_merged(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.is_stale:
             refresh(self)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self.base_layer(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            know(self)
+        elif self.training:
             trained = [n for n in self.with_coefficients(self.merged_adapters) if self.recast_coefficients[n].requires_grad]
             if trained:
                 warnings.warn(

@@ -24,10 +24,12 @@ class Known:
     """What a layer's call or merged swap computed with: one task, on the pretrained weights of the layer and its neighbours.
 
     Args:
-        layer: the layer; ``is_simple`` holds for it.
+        layer: the layer; ``_is_simple`` holds for it.
+        note: of the call that found it out, where it may be computed again; see recomputation.py.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, note: Any) -> None:
+        self.merged = list(layer.merged_adapters)
         self.active = list(layer.active_adapters)
         (self.task,) = layer.acting_adapters
         self.bank = layer.recast_bank[self.task]
@@ -39,27 +41,32 @@ class Known:
         # what is merged is not held on to
         found = {id(one): (one, one.base_layer, one.pretrained, one.kept_weight) for one in (layer, *self.bank.layers)}
         self.places = tuple(found.values())
-        self.note = layer.history.latest() if may_be_recomputed() else None
+        self.note = note
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of a layer knows nothing
 
     def holds(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call that begins now, and is not compiled, computes with the same."""
-        if len(args) != 1 or kwargs or needs_plain_operations() or is_recomputing():
+        if len(args) != 1 or kwargs or is_recomputing() or current_batch() is not None or layer.merged_adapters != self.merged:
             return False
-        is_same = layer.kept_weight is None and self._acts(layer) and self._is_in_place(layer)
-        is_same = is_same and current_batch() is None and (layer.zeros is None or not layer.zeros.are_all(layer))
+        if self.merged:
+            is_same = not (layer.is_stale or layer.disable_adapters or torch.is_grad_enabled()) and layer.held is None
+        else:
+            is_same = not needs_plain_operations() and self._acts(layer) and self._is_in_place(layer)
+            is_same = is_same and (layer.zeros is None or not layer.zeros.are_all(layer))
         return is_same and (not may_be_recomputed() or (not torch.is_grad_enabled() and self._is_noted(layer)))
 
     def call(self, layer: Any, x: Tensor) -> Tensor:
         """What the layer computes."""
+        if self.merged:
+            return layer.base_layer(x)
         terms = self.weight, self.templates, average_sets(self.coefficients)
         return call_composed(layer, self.kind.call, x, terms, self.active)
 
     def is_merged(self, layer: Any, tasks: list[str]) -> bool:
         """Whether the task alone is merged into a layer, on the same."""
-        return layer.merged_adapters == tasks == [self.task] and self._acts(layer) and self._is_in_place(layer)
+        return layer.merged_adapters == self.merged == tasks == [self.task] and self._acts(layer) and self._is_in_place(layer)
 
     def _acts(self, layer: Any) -> bool:
         """Whether the task acts here, alone."""
@@ -88,14 +95,25 @@ class Known:
         return is_same and kind_of(self.base) is self.kind and not is_hooked(self.base)
 
     def _is_noted(self, layer: Any) -> bool:
-        is_same = self.coefficients._version == self.written and self.coefficients.requires_grad == self.trained
+        is_same = not self.merged or layer.recast_coefficients[self.task] is self.coefficients
+        is_same = is_same and self.coefficients._version == self.written and self.coefficients.requires_grad == self.trained
         return is_same and layer.history.goes_on(self.note)
 
 
-def is_simple(layer: Any) -> bool:
+def know(layer: Any, in_call: bool = True) -> None:
+    """Let a layer know what it computes with now, in a call or in a merged swap; nothing where it is not simple."""
+    known = None
+    if _is_simple(layer):
+        known = Known(layer, layer.history.latest() if in_call and may_be_recomputed() else None)
+    layer.__dict__["known"] = known  # past torch's look at what is assigned, which every call would pay for
+
+
+def _is_simple(layer: Any) -> bool:
     """Whether one task acts in a layer, by products of a known kind with pretrained weights that lie here as they are."""
     tasks, base = layer.acting_adapters, layer.base_layer
     if len(tasks) != 1 or tasks[0] not in layer.recast_coefficients or tasks[0] == layer.idle_slot:
+        return False
+    if layer.merged_adapters and layer.merged_adapters != tasks:
         return False
     bank, coefficients, kind = layer.recast_bank[tasks[0]], layer.recast_coefficients[tasks[0]], kind_of(base)
     if not bank.is_exact or kind is None or kind.call is None or coefficients.is_inference() or not is_plain(coefficients):

@@ -19,7 +19,7 @@ from ..errors import RecastBankError
 from ..placement.sharded import is_sharded
 from .calling import STANDS_FOR
 from .compose import weighted_sum
-from .known import Known, is_simple
+from .known import know
 from .outputs import is_out_of_reach
 from .quantised import dequantised, quantised_by
 
@@ -206,7 +206,7 @@ class Merging:
             self.compose(present, out=self.weight_parameter.data)
         if self.is_stale or self.merged_adapters != present:  # torch looks long at what is assigned
             self.is_stale, self.merged_adapters = False, present
-        self.__dict__["known"] = Known(self) if is_simple(self) else None
+        know(self, in_call=False)
 
     def unmerge(self: Any) -> None:
         """Put the pretrained weight back: the very parameter that was there before."""

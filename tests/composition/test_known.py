@@ -138,6 +138,32 @@ def test_a_change_between_two_calls_is_seen(change: Callable[[Any], None], group
     assert torch.equal(output(called, without), expected)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "change", [*CHANGES, lambda model: model.unmerge_adapter(), lambda model: model.merge_adapter(["second"])]
+)
+def test_a_change_between_two_merged_calls_is_seen(change: Callable[[Any], None], without: Callable[[], Any]) -> None:
+    called, fresh = model_of(2), model_of(2)
+    for model in (called, fresh):
+        model.merge_adapter()
+    output(called, without), output(called, without)
+    change(called)
+    change(fresh)
+    expected = output(fresh, without)
+    assert torch.equal(output(called, without), expected)
+    assert torch.equal(output(called, without), expected)
+
+
+def test_a_second_merged_call_notes_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(2)
+    model.merge_adapter()
+    expected = output(model)
+    monkeypatch.setattr(
+        RecastLayer, "tasks_in_force", lambda *args: pytest.fail("a call like the last one asked what is merged")
+    )
+    assert torch.equal(output(model), expected)
+
+
 @pytest.mark.parametrize("change", OF_NEIGHBOURS)
 def test_a_change_of_a_neighbour_is_seen(change: Callable[[Any], None]) -> None:
     called, fresh = model_of(2), model_of(2)
@@ -222,6 +248,32 @@ def test_a_checkpoint_is_computed_again_with_the_task_of_its_forward_pass(use_re
 
     for got, expected in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("then", [written, lambda model: model.unmerge_adapter(), lambda model: model.set_adapter("second")])
+def test_a_checkpoint_of_a_merged_layer_is_computed_again_as_it_was(then: Callable[[Any], None]) -> None:
+    def gradient(changed: bool) -> Tensor:
+        model = model_of(2).train()
+        model.merge_adapter()
+        layer = layers_of(model)[QKV]
+        x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.no_grad():
+            layer(x), layer(x)
+        if then is not written:
+            model.unmerge_adapter()
+            with torch.no_grad():
+                layer(x), layer(x)
+            model.merge_adapter()
+        y = checkpoint(layer, x, use_reentrant=True).square()
+        if changed:
+            then(model)
+            with torch.no_grad():
+                layer(x), layer(x)
+        y.sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
 
 
 def test_nested_checkpoints_are_computed_again_with_the_task_of_their_forward_pass() -> None:
