@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from . import names
 from .errors import RecastConfigError
 from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, lies_in, plain_name, unwrapped, without_wrappers
 from .placement.offloaded import bring_back, kept_tensor
@@ -189,7 +190,7 @@ class TaskHolder:
 
 def holders(model: nn.Module, adapter_name: str | None = None, kind: type = TaskHolder) -> list[Any]:
     """Every module of a model that holds something of tasks (or of one of them), each once."""
-    found: list[Any] = [module for module in model.modules() if isinstance(module, kind)]
+    found = names.modules_of(model, kind)
     return found if adapter_name is None else [holder for holder in found if holder.has_task(adapter_name)]
 
 
@@ -370,8 +371,7 @@ class TaskParameters(nn.ParameterDict):
         return self.holder(key)._parameters["offsets"]  # type: ignore[return-value]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value)
+        value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
         if key in self._keys:  # whoever shares it gets the new one too
             self.holder(key).offsets = value
             return

@@ -12,7 +12,15 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
-from recast_peft.names import bank_name, block_of, held_name, lies_in, plain_name, role_of, unwrapped
+from recast_peft.names import bank_name, block_of, held_name, lies_in, modules_of, plain_name, role_of, unwrapped
+
+
+def test_modules_are_found_once_each_in_torchs_order() -> None:
+    shared = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model = nn.ModuleDict({"first": nn.Sequential(nn.Linear(2, 2), shared), "shared": shared, "last": nn.Linear(2, 2)})
+    model["first"].register_module("none", None)
+    assert modules_of(model, nn.Module) == list(model.modules())
+    assert modules_of(model, nn.Linear, nn.ReLU) == [one for one in model.modules() if isinstance(one, nn.Linear | nn.ReLU)]
 
 
 class TestNames:

@@ -40,12 +40,7 @@ def pretrained_parameter(layer: Any) -> nn.Parameter | None:
 
 
 def put_weight(layer: Any, weight: Tensor) -> None:
-    """Put a composed weight into the wrapped module, and keep the pretrained one beside it.
-
-    Raises:
-        RecastBankError: if the pretrained one cannot be replaced.
-    """
-    check_writable(layer)
+    """Put a composed weight into a wrapped module that is writable, and keep the pretrained one beside it."""
     pretrained = layer.weight_parameter
     # a tensor of its own, also where the composed weight is the pretrained one itself
     merged = nn.Parameter(weight.detach().clone() if weight is pretrained else weight, requires_grad=False)
@@ -180,7 +175,8 @@ class Merging:
             self.weight_parameter.data = weight
         else:
             put_weight(self, weight)
-        self.is_stale = False
+        if self.is_stale:
+            self.is_stale = False
         self.merged_adapters = merged
 
     def merge_in_place(self: Any, adapter_names: list[str], factors: Sequence[Tensor] = ()) -> None:
@@ -235,6 +231,7 @@ class Merging:
         if self.held is None:
             held = tuple(self.merged_adapters or self.tasks_in_force())
             if not self.merged:
+                check_writable(self)
                 with torch.inference_mode(False), torch.no_grad():  # it may be trained with later
                     put_weight(self, self.compose(held))
             self.held = held

@@ -121,7 +121,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, othe
 
 def _merge_all(model: nn.Module, wanted: list[str], safe_merge: bool) -> None:
     for layer in (*modules_of(model, RecastLayer), *part_layers(model)):
-        layer.stands_aside = not any(map(layer.has_task, wanted))
+        _let_stand_aside(layer, not any(map(layer.has_task, wanted)))
         new = [name for name in wanted if layer.has_task(name) and name not in layer.merged_adapters]
         if new:
             with onload_layer(layer):
@@ -143,7 +143,12 @@ def unmerge(model: nn.Module) -> None:
 
 def _bring_back(model: nn.Module) -> None:
     for layer in (*part_layers(model), *modules_of(model, RecastLayer)):
-        layer.stands_aside = False
+        _let_stand_aside(layer, False)
+
+
+def _let_stand_aside(layer: Any, aside: bool) -> None:
+    if layer.stands_aside != aside:  # torch looks long at what is assigned
+        layer.stands_aside = aside
 
 
 def _layers_of_others(model: nn.Module) -> list[Any]:
