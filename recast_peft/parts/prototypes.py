@@ -72,7 +72,8 @@ def read_head_inputs(
 
     Raises:
         RecastConfigError: if a batch is no pair and no dictionary.
-        RecastTargetError: if a label is none of the classes, or the head sees more than one vector an example.
+        RecastTargetError: if a label is none of the classes, or the head sees more than one vector an example, or
+            numbers that are not finite.
     """
     classes, features = shape
     seen: list[Tensor] = []
@@ -86,6 +87,8 @@ def read_head_inputs(
                     f"the classifier must see one vector for each label\n  its input: {tuple(given.shape)}\n"
                     f"  labels:    {tuple(labels.shape)}"
                 )
+            if not torch.isfinite(given).all():
+                raise RecastTargetError("the classifier sees numbers that are not finite: look at the inputs, and at the model")
             take(given, labels)
 
 

@@ -260,7 +260,7 @@ class TaskPool(ResidentTasks):
             ``(samples,)`` numbers of tasks, to be given on as ``task_ids``.
 
         Raises:
-            RecastConfigError: if no task is remembered, or there is no sample.
+            RecastConfigError: if no task is remembered, there is no sample, or what the model makes of one is not finite.
         """
         features = self.base_features(inputs)
         with self.lock:

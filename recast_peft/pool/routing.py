@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
-from ..validation import shown
+from ..validation import listed, shown
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ def summarise(features: Tensor, labels: Tensor | None = None) -> TaskFeatures:
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != features.shape[:1]):
         given = tuple(labels.shape) if isinstance(labels, Tensor) else f"{shown(labels)}, no tensor"
         raise RecastConfigError(f"one label for each sample is needed\n  labels:  {given}\n  samples: {len(features)}")
-    if not torch.isfinite(features).all():  # such a prototype would be the nearest one of every sample
-        raise RecastConfigError(
-            "features of the samples are not finite (NaN or infinity): look at the inputs, and at the model"
-        )
+    _check_finite(features)  # such a prototype would be the nearest one of every sample
     groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.cpu()
     classes, places = groups.unique(return_inverse=True)
     prototypes = torch.stack([features[places == c].mean(dim=0) for c in range(len(classes))])
@@ -67,12 +64,21 @@ def nearest_task(features: Tensor, tasks: dict[int, TaskFeatures]) -> Tensor:
         ``(samples,)`` numbers of tasks.
 
     Raises:
-        RecastConfigError: if nothing is remembered.
+        RecastConfigError: if nothing is remembered, or features are not finite.
     """
     if not tasks:
         raise RecastConfigError("no task is remembered: call pool.remember(name, inputs, labels) for those to choose from")
+    _check_finite(features)  # no prototype is the nearest one of such a sample
     spread = sum(t.scatter for t in tasks.values()) / max(1, sum(t.samples for t in tasks.values()))
     unit = (spread + 1e-6 * spread.mean()).sqrt().clamp_min(1e-12)  # type: ignore[union-attr]
     prototypes = torch.cat([t.prototypes for t in tasks.values()]) / unit
     owner = torch.cat([torch.full((len(t.prototypes),), row) for row, t in tasks.items()])
     return owner[torch.cdist(features / unit, prototypes).argmin(dim=1)]
+
+
+def _check_finite(features: Tensor) -> None:
+    bad = [*map(str, (~torch.isfinite(features).all(dim=1)).nonzero().flatten().tolist())]
+    if bad:
+        raise RecastConfigError(
+            f"features of the samples {listed(bad)} are not finite (NaN or infinity): look at the inputs, and at the model"
+        )

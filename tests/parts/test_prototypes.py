@@ -10,6 +10,7 @@ from models import small_vit
 from peft import PeftModel
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, get_recast_model
+from recast_peft.parts.discriminant import fit_discriminant_head
 from recast_peft.parts.head_building import PrototypeHead
 from recast_peft.parts.prototypes import fit_prototypes
 
@@ -73,6 +74,15 @@ class TestPrototypes:
                 fit_prototypes(model, [(images, odd)])
         with pytest.raises(RecastTargetError, match=r"labels: +None"):
             fit_prototypes(model, [{"x": images}])
+
+    @pytest.mark.parametrize("fields", [{"head_type": "prototypes"}, {}], ids=["prototypes", "discriminant"])
+    def test_examples_that_are_no_numbers_are_refused(self, fields, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, **fields))
+        before = model.state_dict().copy()
+        batches = [(images, torch.tensor([0, 1] * 3)), (images / 0, torch.tensor([0, 1] * 3))]
+        with pytest.raises(RecastTargetError, match="numbers that are not finite"):
+            (fit_prototypes if fields else fit_discriminant_head)(model, batches)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def test_a_task_without_prototypes_is_refused(self, images):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=3))

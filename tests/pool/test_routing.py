@@ -42,3 +42,10 @@ def test_what_cannot_be_remembered() -> None:
         with pytest.raises(RecastConfigError, match="not finite"):
             summarise(torch.full((2, 3), bad), torch.tensor(labels))
     assert summarise(good, torch.tensor([True, False])).prototypes.shape == (2, 3)
+
+
+def test_a_sample_that_is_no_number_goes_to_no_task() -> None:
+    known = summarise(torch.tensor([[0.0, 0.0], [2.0, 0.0]]))
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(RecastConfigError, match="features of the samples 1 are not finite"):
+            nearest_task(torch.tensor([[1.0, 0.0], [1.0, bad]]), {4: known})
