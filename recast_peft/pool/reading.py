@@ -19,15 +19,23 @@ from ..names import MODEL_PREFIX, check_adapter_name
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
-from ..validation import shown
+from ..validation import listed, shown
 from .layout import PoolLayout, readout_fingerprint, refuse_parts
 from .lora import modules_of
 
 Read = tuple[Tensor, PreparedHead | None]
+HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")  # of a saved task
 
 
 def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source: Any, hub_kwargs: dict[str, Any]) -> Read:
     """The row ``(numbers per task,)`` and the head of a task; see ``TaskPool.add``."""
+    is_saved = isinstance(source, (str, Path)) and source not in configs
+    wrong = [key for key in hub_kwargs if key not in HUB_ARGUMENTS or not is_saved]
+    if wrong:
+        raise RecastConfigError(
+            f"task {name!r} was given {listed(wrong)}: a saved task takes {', '.join(HUB_ARGUMENTS)}, a task of the model or a "
+            "fresh one takes no more than its source. What a fresh one is like is said by a RecastConfig"
+        )
     given = configs.get(source) if isinstance(source, str) else source
     if isinstance(given, RecastConfig):
         refuse_parts(name, given)

@@ -34,6 +34,20 @@ class TestFiles:
             pool.activate(name)
             assert torch.allclose(model(images), expected, atol=1e-6)
 
+    def test_keywords_that_would_do_nothing_are_refused(self, tmp_path):
+        self.saved_task(tmp_path, "one", 1)
+        _, pool = model_with_pool()
+        for source, given in (
+            (None, {"num_classes": 3}),
+            (RecastConfig(), {"revision": "main"}),
+            ("first", {"subfolder": "one"}),
+            (tmp_path, {"subfolder": "one", "sub_folder": "two"}),
+        ):
+            with pytest.raises(RecastConfigError, match=f"task 'task' was given {list(given)[-1]}: a saved task takes"):
+                pool.add("task", source, **given)
+        pool.add("task", tmp_path, subfolder="one", revision=None)
+        assert pool.names == ["task"]
+
     def test_names_that_are_taken_leave_the_model_without_a_place_for_classifiers(self, tmp_path):
         self.saved_task(tmp_path / "tasks", "task0", 1, num_classes=3)
         _, source = model_with_pool()
