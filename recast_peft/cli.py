@@ -44,7 +44,8 @@ _IN_PYTHON = {  # what a message advises, and what to do instead where there is 
     HOW_TO_PASS: "Give the path of a checkpoint with --backbone.",
     HOW_TO_BUILD: "Use AutoRecastModel.from_pretrained(name, backbone=model) in Python.",
 }
-FIELDS = ("num_classes", "group_size", "num_groups", "num_templates", "max_coefficients")  # of RecastConfig, whole numbers
+# of RecastConfig, whole numbers
+FIELDS = ("num_classes", "group_size", "num_groups", "num_templates", "num_directions", "max_coefficients")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

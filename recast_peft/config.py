@@ -61,6 +61,9 @@ class RecastConfig(PeftConfig):
         num_groups: number of groups into which the layers of each role and shape are divided, instead of ``group_size``.
         num_templates: number of templates in a bank. None takes as many as the group has layers, so that the pretrained weights
             themselves are the templates and nothing is approximated. Fewer compress the model.
+        num_directions: r, instead of groups: the templates of each layer are then the r * r of rank one between the r main
+            directions of its own weight, on either side, and a layer trains r * r numbers (at most as many directions as its
+            weight has). A task turns and scales what each weight does along them; see ``banks/directions_bank.py``.
         num_coefficient_sets: number of coefficient sets that are trained and averaged (K of the paper, section 3.1).
         mimicry: method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name, option:
             value, ...}``, or the options object itself (``Gradient(steps=500)``).
@@ -68,10 +71,10 @@ class RecastConfig(PeftConfig):
             differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and ``inference_mode`` are
             given to the RecastConfig, for both parts.
         max_coefficients: what a task may cost: the largest number of parameters that it trains beside its classifier. The plan
-            keeps it by choosing what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. Of
-            more than 48 the coefficients are the default's, and the rest goes to a LoRA part, unless the config names one, or
-            partners, biases, norms, a bank or ``modules_to_save``, which are not counted then. None means 48 where neither a
-            size nor a sharing is given, else no limit.
+            keeps it by choosing ``num_directions``, as many as fit; below 48, or where the config gives a size or a sharing,
+            what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. What else the config
+            asks for (a LoRA, partners, biases, norms, ``modules_to_save``) is not counted. None means 48 where neither a size
+            nor a sharing is given, else no limit.
         coefficient_sharing: layers that share their offsets: ``"roles"``: those of the same place in depth across roles (query,
             key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that many consecutive banks of a
             role. None: every layer has its own.
@@ -129,6 +132,7 @@ class RecastConfig(PeftConfig):
     group_size: int | None = None
     num_groups: int | None = None
     num_templates: int | None = None
+    num_directions: int | None = decided()
     num_coefficient_sets: int = decided(1)
     mimicry: str | dict[str, Any] | MimicryMethod = "closed_form"
     lora_config: LoraConfig | dict[str, Any] | None = decided()
@@ -258,7 +262,9 @@ class RecastConfig(PeftConfig):
     @property
     def effective_group_size(self) -> int | None:
         """The group size that is used: None if ``num_groups`` decides instead."""
-        return None if self.num_groups is not None else (self.group_size or DEFAULT_GROUP_SIZE)
+        if self.num_groups is not None:
+            return None
+        return 1 if self.num_directions is not None else self.group_size or DEFAULT_GROUP_SIZE
 
     @property
     def bank_reference(self) -> Reference | None:
@@ -296,7 +302,7 @@ def tasks_among(configs: dict[str, Any]) -> dict[str, RecastConfig]:
 
 def layout_of(config: RecastConfig, **fields: Any) -> RecastConfig:
     """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
-    targets = ("target_modules", "target_parameters", "head_module")
+    targets = ("target_modules", "target_parameters", "head_module", "num_directions")
     same = (*targets, "groups", "recipes", "keep_base_weights", "base_fingerprint")
     partners = [p for p in config.partners or () if isinstance(p, PartnerConfig)]
     shared = [copy.deepcopy(p) for p in partners if p.acts_on == "bias" or not p.is_trained]

@@ -25,20 +25,24 @@ def convolutions(name: str) -> Callable[[], nn.Module]:
     return lambda: seeded(lambda: timm.create_model(name, num_classes=4))
 
 
-BUDGET = {"max_coefficients": 10_000}
+def part_on(*targets: str) -> dict[str, Any]:
+    """A LoRA of rank 2 on some modules; without any on the targets of the coefficients."""
+    return {"lora_config": LoraConfig(r=2, target_modules=list(targets) or None)}
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "timm's vit": (small_vit, IMAGES, {"target_modules": ["qkv", "proj"], "lora_config": PART}),
-    "a budget of its own": (small_vit, IMAGES, {"max_coefficients": 1_000}),
-    "convnext": (convolutions("test_convnext"), PHOTOS, BUDGET),
-    "efficientnet": (convolutions("test_efficientnet"), PHOTOS, BUDGET),
+    "its targets": (small_vit, IMAGES, part_on()),
+    "convnext": (convolutions("test_convnext"), PHOTOS, part_on("fc1", "fc2")),
+    "efficientnet": (convolutions("test_efficientnet"), PHOTOS, part_on("conv_pw", "conv_pwl")),
     "wide convolutions": (
         convolutions("test_efficientnet"),
         PHOTOS,
         {"lora_config": LoraConfig(r=2, target_modules=["conv_stem", "conv_exp", "conv_pw"])},
     ),
-    "bert": (lambda: small_transformer("bert"), WORDS, {"max_coefficients": 1_000}),
-    "llama": (lambda: small_transformer("llama"), WORDS, {"max_coefficients": 1_000}),
-    "gpt2": (lambda: small_transformer("gpt2"), WORDS, {"max_coefficients": 1_000}),
+    "bert": (lambda: small_transformer("bert"), WORDS, part_on("query", "value")),
+    "llama": (lambda: small_transformer("llama"), WORDS, part_on("q_proj", "v_proj")),
+    "gpt2": (lambda: small_transformer("gpt2"), WORDS, part_on("c_attn")),
 }
 
 
@@ -52,7 +56,7 @@ def with_tasks(case: str = "timm's vit", **more: Any) -> tuple[PeftModel, Tensor
     build, x, options = CASES[case]
     model = get_recast_model(build(), RecastConfig(**options, **more), "t0")
     for name in NAMES[1:]:
-        own = {**options, "max_coefficients": None, "lora_config": None} if name == "alone" else {**options, **more}
+        own = {**options, "lora_config": None} if name == "alone" else {**options, **more}
         model.add_adapter(name, RecastConfig(**own))
     for seed, name in enumerate(NAMES):
         fill(model, name, seed)

@@ -25,6 +25,7 @@ TARGET_SETS = {
 CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "RECAST": lambda targets: RecastConfig(target_modules=targets),
     "RECAST, group_size=1": lambda targets: RecastConfig(target_modules=targets, group_size=1),
+    "RECAST, 8 directions": lambda targets: RecastConfig(target_modules=targets, num_directions=8),
     "LoRA r=1": lambda targets: LoraConfig(target_modules=targets, r=1),
     "LoRA r=8": lambda targets: LoraConfig(target_modules=targets, r=8),
     "DoRA r=8": lambda targets: LoraConfig(target_modules=targets, r=8, use_dora=True),

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..composition.compose import composition_dtype
+from ..composition.compose import compose_weight, composition_dtype
 from ..composition.composed import ComposedModule
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 
 if TYPE_CHECKING:
+    from .directions_bank import CoreProduct
     from .grown_templates import LowRankSum
 
 
@@ -103,6 +104,11 @@ class TemplateBank(nn.Module):
         return self.is_exact
 
     @property
+    def is_factored(self) -> bool:
+        """Whether the sum of the templates is formed without the templates; see ``added_to``."""
+        return False
+
+    @property
     def key(self) -> str:
         """Its name among the banks of a model."""
         return self.name
@@ -139,9 +145,19 @@ class TemplateBank(nn.Module):
         templates = [layer.pretrained_weight for layer in self.layers] if own is None else list(own.unbind(0))
         return [t if t.device == device else t.to(device) for t in templates]
 
+    def added_to(self, weight: Tensor | None, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A weight (None: zero) with the templates, each times its coefficient, added to it; differentiable.
+
+        Args:
+            weight: shaped like a member's weight.
+            offsets: ``(templates,)``, on the weight's device.
+            dtype: of the result; None means that of the weight, or of the templates.
+        """
+        return compose_weight(weight, self.get_templates(offsets.device), offsets, dtype)
+
     def product_terms(
         self, member: str, offsets: Tensor, device: torch.device
-    ) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:
+    ) -> tuple[list[Tensor], Tensor | None, LowRankSum | CoreProduct | None]:
         """What a member's weight is the sum of, and with which coefficients.
 
         Args:

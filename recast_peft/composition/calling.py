@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import RecastBankError
 from .coefficient_gradients import EXACT
 from .compose import compose_weight, marked
-from .kinds import LINEAR, is_lazily_readable, kind_of
+from .kinds import LINEAR, is_lazily_readable, kind_of, takes_core
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
@@ -52,6 +52,12 @@ def call(
     """
     if layer.instead is not None:
         return call_with(layer, layer.instead(layer), args, kwargs)
+    if cores := _beside_the_weight(layer, adapters, args, kwargs):
+        y = call(layer, [name for name in adapters if name not in cores], args, kwargs, values)
+        for name in cores:
+            offsets = layer.offset(name, values)[None].to(args[0].device)
+            y = layer.recast_bank[name].core_product(offsets).add_to(y, args[0])
+        return y
     if is_out_of_reach(layer):
         if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):
             return call_from_outputs(layer, adapters, given[0], values)
@@ -64,6 +70,14 @@ def call(
     if direct is None or terms is None:
         return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
     return call_composed(layer, direct, args[0], terms, adapters)
+
+
+def _beside_the_weight(layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """The tasks whose templates add to the output by narrow products, which takes no weight of the module's size."""
+    cores = [name for name in layer.with_coefficients(adapters) if layer.recast_bank[name].is_factored]
+    if not cores or not takes_core(layer.base_layer) or direct_call(layer, args, kwargs) is None:
+        return []
+    return [] if any(name in layer.recast_masks for name in adapters) else cores
 
 
 def call_composed(layer: Any, direct: Callable[..., Tensor], x: Tensor, terms: Terms, adapters: Sequence[str]) -> Tensor:

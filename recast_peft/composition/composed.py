@@ -199,7 +199,7 @@ class ComposedModule(nn.Module):
         """
         masks = {name: self.recast_masks[name] for name in adapters if name in self.recast_masks}
         terms = self.terms(adapters, values)
-        if out is not None and not masks and terms is not None:
+        if out is not None and not masks and terms is not None and terms[1]:
             return compose_into(out, *terms)
         weight = self.pretrained_weight if terms is None else compose_weight(*terms)
         for name, mask in masks.items():
@@ -220,10 +220,16 @@ class ComposedModule(nn.Module):
         for name in names:
             bank, offset = self.recast_bank[name], self.offset(name, values)
             parts[bank] = parts[bank] + offset if bank in parts else offset
+        anchor = self.pretrained_weight
+        for bank in [bank for bank in parts if bank.is_factored]:
+            anchor = bank.added_to(anchor, parts.pop(bank).to(device))
+        if not parts:
+            return anchor, [], offset.new_empty(0, device=device)
         if len(parts) == 1:
-            return self.pretrained_weight, bank.get_templates(device), parts[bank].to(device)
+            ((bank, offset),) = parts.items()
+            return anchor, bank.get_templates(device), offset.to(device)
         templates = [template for bank in parts for template in bank.get_templates(device)]
-        return self.pretrained_weight, templates, torch.cat(list(parts.values())).to(device)
+        return anchor, templates, torch.cat(list(parts.values())).to(device)
 
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
@@ -267,7 +273,7 @@ class ComposedModule(nn.Module):
             raise RecastConfigError(f"task {adapter!r} has no coefficients at {self.module_name}; those that have: {known}")
         device = self.weight_device
         offsets = self.offset(adapter).to(device)
-        return compose_weight(None, self.recast_bank[adapter].get_templates(device), offsets, self.weight_dtype)
+        return self.recast_bank[adapter].added_to(None, offsets, self.weight_dtype)
 
     register_parameter = TaskHolder.register_parameter
 

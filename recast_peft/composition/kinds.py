@@ -330,6 +330,12 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return _BY_FORWARD[forward]
 
 
+def takes_core(module: Any) -> bool:
+    """Whether a module's product with a weight of low rank is two narrow products, between which a core can stand."""
+    kind = kind_of(module)
+    return kind is not None and (kind.takes_low_rank or (kind is CONVOLUTION and module.groups == 1))
+
+
 def family_of(module: nn.Module) -> LayerKind | None:
     """The kind whose weights lie as a module's weight does, whatever the module does with it; None if there is none."""
     known = (kind for kind in KINDS if isinstance(module, kind.family or kind.classes))

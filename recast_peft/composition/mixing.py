@@ -17,7 +17,7 @@ from ..errors import RecastBankError
 from ..names import BASE_ADAPTER
 from .calling import call, call_with, direct_call
 from .compose import compose_into, compose_weight, is_cast, mix_by_sample, needs_plain_operations
-from .kinds import add_bias, kind_of, positions_of
+from .kinds import add_bias, kind_of, positions_of, takes_core
 from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
 
 # Positions of a task's samples below which n products are cheaper than composing a weight for each task; measured on a CPU by
@@ -62,13 +62,13 @@ def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
     offsets = offsets if factor == 1 else factor * offsets
     direct = direct_call(layer, args, kwargs)
     keeps_base = layer.is_compressed and not layer.is_released  # the pretrained weight is no mix of the templates then
-    if direct is not None and not keeps_base:
+    if direct is not None and not keeps_base and (takes_core(layer.base_layer) or not bank.is_factored):
         terms, scale, pairs = bank.product_terms(layer.module_name, offsets, layer.weight_device)
         if products_are_cheaper(layer.base_layer, x, len(terms), batch):  # low-rank pairs cost next to nothing
             mixed = _mixed_products(layer.base_layer, direct, x, terms, scale)
             return mixed if pairs is None else pairs.add_to(mixed, x)
-    templates = bank.get_templates(layer.weight_device)
     anchor = None if layer.compressed_bank else layer.pretrained_weight
+    templates = [] if bank.is_factored else bank.get_templates(layer.weight_device)
     base = bank.base_row(layer.module_name, offsets) if anchor is None else offsets.new_zeros(())
     # one weight's memory serves all tasks in turn: to get fresh memory for each costs more than to compose
     is_recorded = torch.is_grad_enabled() or needs_plain_operations()
@@ -78,6 +78,8 @@ def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
         if key == NO_TASK and not layer.is_released:
             return layer.pretrained_weight
         coefficients = offsets[sample] if anchor is not None else base + offsets[sample]
+        if bank.is_factored:
+            return bank.added_to(anchor, coefficients)
         if shared is None:
             return compose_weight(anchor, templates, coefficients)
         return compose_into(shared, anchor, templates, coefficients)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..auto import get_recast_model
 from ..banks.card import BANK_WEIGHTS, REST_WEIGHTS
+from ..banks.directions_bank import DirectionsBank
 from ..banks.files import StoredBank, load_bank
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import PLACEHOLDER
@@ -55,7 +56,8 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RecastBankError(f"a task is merged into {merged[0]}: call model.unmerge_adapter() before the model is saved")
-    grown = [name for name, layer in layers.items() if any(isinstance(b, GrownBank) for b in layer.recast_bank.values())]
+    beside = (GrownBank, DirectionsBank)
+    grown = [name for name, layer in layers.items() if any(isinstance(b, beside) for b in layer.recast_bank.values())]
     if grown:
         raise RecastBankError(
             f"the bank of {grown[0]} adds to the pretrained weights, so the model has no compressed form: save the bank "

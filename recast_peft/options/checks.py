@@ -50,6 +50,7 @@ SHARING = {  # of coefficients: between which layers
 
 MOST_CLASSES = 10_000_000
 MOST_SETS = 10_000
+MOST_DIRECTIONS = 1_000
 
 
 def task_type(value: Any) -> Any:
@@ -154,6 +155,7 @@ CHECKS: dict[str, Check] = {
     "group_size": optional(whole(1)),
     "num_groups": optional(whole(1)),
     "num_templates": optional(whole(1)),
+    "num_directions": optional(whole(1, MOST_DIRECTIONS)),
     "num_coefficient_sets": whole(1, MOST_SETS),
     "max_coefficients": optional(whole(1)),
     "coefficient_sharing": optional(sharing),
@@ -216,6 +218,12 @@ def _check_sizes(config: Any) -> None:
     if config.group_size is not None and config.num_groups is not None:
         raise RecastConfigError(
             f"group_size={config.group_size} and num_groups={config.num_groups} were both given; give one of them"
+        )
+    sized = [n for n in ("group_size", "num_groups", "num_templates", "bank") if getattr(config, n) is not None]
+    if config.num_directions is not None and sized:
+        raise RecastConfigError(
+            f"num_directions={config.num_directions} and {sized[0]}={shown(getattr(config, sized[0]))} were both given; "
+            "templates between the directions of a weight belong to that weight alone: give one of them"
         )
     size = config.effective_group_size
     if config.num_templates is not None and size is not None and config.num_templates > size and config.groups is None:

@@ -25,6 +25,7 @@ DECIDED = (
     "recipes",
     "base_fingerprint",
     "surroundings_fingerprint",
+    "num_directions",
     "num_coefficient_sets",
     "coefficient_sharing",
     "lora_config",
@@ -60,6 +61,7 @@ class TaskRecord:
     recipes: dict[str, dict[str, list[list[float]]]] | None = None
     bank: Reference | None = None
     partner_banks: dict[str, Reference] = field(default_factory=dict)
+    num_directions: int | None = None
     num_coefficient_sets: int = 1
     coefficient_sharing: str | int | None = None
     lora_config: LoraConfig | None = None

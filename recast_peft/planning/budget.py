@@ -13,7 +13,7 @@ from typing import Any
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from .candidates import Candidate
-from .groups import SHARING, count_coefficients, layer_runs, plan_groups
+from .groups import SHARING, count_coefficients, layer_runs, most_directions, plan_groups
 from .roles import is_minor_convolution
 
 DEFAULT_BUDGET = 48
@@ -39,8 +39,36 @@ DEFAULT_SIZES = (Sizes(2), Sizes(1), Sizes(1, leaves_out_minor=True), Sizes(1, s
 
 def names_a_size(config: RecastConfig) -> bool:
     """Whether a config says how many numbers a task trains, by a size, by sharing or by a budget."""
-    sizes = (config.group_size, config.num_groups, config.num_templates, config.coefficient_sharing, config.max_coefficients)
+    sizes = (*_sizes_of(config), config.coefficient_sharing, config.max_coefficients)
     return config.num_coefficient_sets > 1 or any(size is not None for size in sizes) or not config.train_coefficients
+
+
+def _sizes_of(config: RecastConfig) -> tuple[int | None, ...]:
+    return config.group_size, config.num_groups, config.num_templates, config.num_directions
+
+
+def choose_directions(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str] | None:
+    """Give a budget from ``DEFAULT_BUDGET`` on to the main directions of each weight, as many as it keeps.
+
+    Returns:
+        the targets that stay, the config with its choice, and a sentence that says so; None without a budget, for a smaller
+        one or less than one direction a layer, and for a config that gives other sizes.
+    """
+    budget = config.max_coefficients or 0
+    is_sized = any(size is not None for size in (*_sizes_of(config), config.coefficient_sharing))
+    if budget < DEFAULT_BUDGET or is_sized or config.num_coefficient_sets > 1:
+        return None
+    kept = next((kept for kept in (targets, _without_minor(targets, config)) if most_directions(kept, budget)), None)
+    if kept is None:
+        return None
+    choice = config.as_chosen(num_directions=most_directions(kept, budget))
+    count = choice.num_directions
+    needed = count_coefficients(plan_groups(layer_runs(kept), choice), None)
+    return kept, choice, f"max_coefficients={budget}: num_directions={count} needs {needed} numbers, the most that keep it"
+
+
+def _without_minor(targets: list[Candidate], config: RecastConfig) -> list[Candidate]:
+    return [target for target in targets if config.target_modules is not None or not is_minor_convolution(target)]
 
 
 def default_sizes(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str]:
@@ -51,9 +79,7 @@ def default_sizes(targets: list[Candidate], config: RecastConfig) -> tuple[list[
         first row fits.
     """
     for row in DEFAULT_SIZES:
-        kept = targets
-        if row.leaves_out_minor:
-            kept = [target for target in targets if config.target_modules is not None or not is_minor_convolution(target)]
+        kept = _without_minor(targets, config) if row.leaves_out_minor else targets
         choice = config.as_chosen(group_size=row.group_size)
         groups = plan_groups(layer_runs(kept), choice)
         sharings = range(-(-len(groups) // DEFAULT_BUDGET), len(groups) + 1) if row.shares else [None]

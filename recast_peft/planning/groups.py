@@ -30,7 +30,8 @@ class PlannedGroup:
         num_templates: templates in the bank; at most one for each member, unless the bank was grown.
         num_coefficient_sets: K, the sets that each member trains.
         fitted: whether the templates are fitted or stored, even where there are as many as members.
-        grown_bytes: bytes of the grown templates; None for a bank that was not grown.
+        grown_bytes: bytes of the grown templates, or of the main directions; None for banks of pretrained weights alone.
+        num_directions: directions of the one weight on either side, between which the templates are; 0 for other banks.
     """
 
     name: str
@@ -41,6 +42,7 @@ class PlannedGroup:
     num_coefficient_sets: int
     fitted: bool = False
     grown_bytes: int | None = None
+    num_directions: int = 0
 
     @property
     def is_grown(self) -> bool:
@@ -156,6 +158,20 @@ def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
     return whole_shape(weight), weight.dtype
 
 
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The sides of a weight as a matrix: the first dimension, and the others together."""
+    return shape[0], torch.Size(shape[1:]).numel()
+
+
+def most_directions(targets: Sequence[Candidate], budget: int) -> int:
+    """The most directions of each weight for which a task keeps a budget; 0 where even one is too many."""
+    ranks = [min(as_matrix(_weight_like(target)[0])) for target in targets]
+    count = 0
+    while count < max(ranks, default=0) and sum(min(count + 1, rank) ** 2 for rank in ranks) <= budget:
+        count += 1
+    return count
+
+
 def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:
     """Targets of one role, in the order of depth, cut wherever the shape, dtype or class changes."""
     roles: dict[str, list[Candidate]] = {}
@@ -190,6 +206,12 @@ def _chunks(run: list[Candidate], config: RecastConfig) -> list[list[Candidate]]
 def _planned(members: list[Candidate], config: RecastConfig, name: str | None = None) -> PlannedGroup:
     names = [member.name for member in members]
     shape, dtype = _weight_like(members[0])
+    if config.num_directions is not None:
+        rows, columns = as_matrix(shape)
+        r = min(config.num_directions, rows, columns)
+        held = r * (rows + columns) * dtype.itemsize
+        sets = config.num_coefficient_sets
+        return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, r * r, sets, True, held, r)
     templates = min(config.num_templates or len(members), len(members))
     fitted = config.method.fits_full_banks and len(members) > 1 and config.recipes is None
     return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, templates, config.num_coefficient_sets, fitted)

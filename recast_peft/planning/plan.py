@@ -14,7 +14,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
 from ..validation import listed
-from .budget import DEFAULT_BUDGET, choose_sizes, default_sizes, names_a_size
+from .budget import DEFAULT_BUDGET, choose_directions, choose_sizes, default_sizes, names_a_size
 from .candidates import Candidate, check_materialised, total_bytes
 from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
 from .table import text_table
@@ -38,6 +38,7 @@ class RecastPlan:
         candidates: the target modules.
         parts: what the task gets beside its coefficients and its LoRA: ``part -> place -> trainable parameters``.
         train_coefficients: whether the coefficients are trained.
+        num_directions: directions of each weight, as far as it has so many; None where the templates are others.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -51,6 +52,7 @@ class RecastPlan:
     candidates: tuple[Candidate, ...] = field(default=(), repr=False, compare=False)
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     train_coefficients: bool = True
+    num_directions: int | None = None
 
     @property
     def num_coefficient_sets(self) -> int:
@@ -90,7 +92,7 @@ class RecastPlan:
                 group.name,
                 str(len(group.members)),
                 "x".join(map(str, group.shape)),
-                f"{group.num_templates}" + (" (exact)" if group.is_exact else " (grown)" if group.is_grown else ""),
+                f"{group.num_templates}" + kind_of_bank(group),
                 str(group.num_coefficients),
                 f"{group.template_bytes:,}",
             )
@@ -122,6 +124,13 @@ class RecastPlan:
         return "\n".join(lines)
 
 
+def kind_of_bank(group: PlannedGroup) -> str:
+    """What the templates of a bank are, in a word or two behind their number."""
+    if group.num_directions:
+        return f" ({group.num_directions} directions)"
+    return " (exact)" if group.is_exact else " (grown)" if group.is_grown else ""
+
+
 def _shown_reasons(skipped: dict[str, str]) -> list[str]:
     """A line for each reason, with the modules that were left out for it."""
     names: dict[str, list[str]] = {}
@@ -132,7 +141,7 @@ def _shown_reasons(skipped: dict[str, str]) -> list[str]:
 
 SAID_BY_BANK = (
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform"),
-    *("group_size", "num_groups", "num_templates"),
+    *("group_size", "num_groups", "num_templates", "num_directions"),
 )
 
 
@@ -163,12 +172,14 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if config.groups is not None:
         groups = given_groups(targets, config, bank)
     else:
-        if not names_a_size(config):
-            kept, config, reason = default_sizes(targets, config)
-            left_out = f"it is left out to keep the default of {DEFAULT_BUDGET} numbers; target_modules would name it"
+        chosen = choose_directions(targets, config) if names_a_size(config) else default_sizes(targets, config)
+        if chosen is not None:
+            kept, config, reason = chosen
+            kept_to = f"{config.max_coefficients or f'the default of {DEFAULT_BUDGET}'} numbers"
+            left_out = f"it is left out to keep {kept_to}; target_modules would name it"
             skipped.update({target.name: left_out for target in targets if target not in kept})
             targets = kept
-        elif config.max_coefficients is not None:
+        elif config.max_coefficients is not None and config.num_directions is None:
             config, reason = choose_sizes(layer_runs(targets), config)
         groups = plan_groups(layer_runs(targets), config)
         largest = max(len(group.members) for group in groups)
@@ -187,6 +198,7 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         reason,
         bank,
         candidates=tuple(targets),
+        num_directions=config.num_directions,
         train_coefficients=config.train_coefficients,
     )
     if config.max_coefficients is not None and plan.num_coefficients > config.max_coefficients:

@@ -106,7 +106,7 @@ class PoolLayout:
 
     def check_config(self, what: str, config: RecastConfig) -> None:
         """Refuse a saved task with other targets or banks, or made for other pretrained weights."""
-        if config.groups != self.config.groups or config.recipes != self.config.recipes:
+        if any(getattr(config, name) != getattr(self.config, name) for name in ("groups", "recipes", "num_directions")):
             raise _other_layout(what, config, self.config)
         self._check_bank(what, config)
         self.check_biases(what, config)

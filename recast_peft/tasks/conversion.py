@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..banks.directions_bank import DirectionsBank
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import TemplateBank
@@ -155,7 +156,7 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
     fitted: dict[str, FittedTemplates] = {}
     for group in plan.groups:
         layers = [prepared[name].layer for name in group.members]
-        bank = _grown_bank(group, plan.bank, layers, new) if group.is_grown else _bank_in_use(group, config, layers)
+        bank = _bank_beside(group, plan.bank, layers, new) if group.is_grown else _bank_in_use(group, config, layers)
         if bank is None:
             stored_group = None if plan.bank is None else plan.bank.groups.get(group.name)
             found = _found_templates(group, stored_group, config, layers)
@@ -175,18 +176,34 @@ def prepare_banks(plan: RecastPlan, config: RecastConfig, prepared: dict[str, Pr
     return new
 
 
-def _grown_bank(
+def _bank_beside(
     group: PlannedGroup, stored: StoredBank | None, layers: list[RecastLayer], new: list[TemplateBank]
-) -> GrownBank:
-    """The grown bank of a group, that of an earlier task where there is one; another is added to the new ones."""
-    assert stored is not None
+) -> TemplateBank:
+    """The bank of a group whose templates stand beside the pretrained weights, that of an earlier task where there is one;
+    another is added to the new ones.
+    """
     released = [layer.module_name for layer in layers if layer.is_compressed]
     if released:
+        what = "a bank of main directions" if stored is None else f"the grown bank {stored.name or 'in memory'}"
         raise RecastBankError(
-            f"the grown bank {stored.name or 'in memory'} adds to the pretrained weights, but compressed banks stand for "
-            f"{released[0]} and {len(released) - 1} others: convert a fresh copy of the pretrained model"
+            f"{what} adds to the pretrained weights, but compressed banks stand for {released[0]} and {len(released) - 1} "
+            "others: convert a fresh copy of the pretrained model"
         )
-    held = [bank for layer in layers for bank in layer.recast_bank.values() if isinstance(bank, GrownBank)]
+    held = [bank for layer in layers for bank in layer.recast_bank.values()]
+    if stored is None:
+        own = [bank for bank in held if isinstance(bank, DirectionsBank) and bank.num_directions == group.num_directions]
+        return own[0] if own else _added(DirectionsBank(group.name, group.members, layers, group.num_directions), new)
+    return _grown_bank(group, stored, layers, [bank for bank in held if isinstance(bank, GrownBank)], new)
+
+
+def _added(bank: TemplateBank, new: list[TemplateBank]) -> TemplateBank:
+    new.append(bank)
+    return bank
+
+
+def _grown_bank(
+    group: PlannedGroup, stored: StoredBank, layers: list[RecastLayer], held: list[GrownBank], new: list[TemplateBank]
+) -> TemplateBank:
     same = [bank for bank in held if bank.members == group.members and bank.fingerprint == stored.fingerprint]
     if same:
         return same[0]
@@ -194,9 +211,8 @@ def _grown_bank(
     assert grown is not None
     # one dictionary for all banks of a file, so that they learn its name together
     reference = next((b.stored for b in new if b.stored is not None), None) or stored.reference
-    bank = GrownBank(group.name, group.members, layers, grown, reference, stored.version, stored.history, stored.mimicry)
-    new.append(bank)
-    return bank
+    made = stored.version, stored.history, stored.mimicry
+    return _added(GrownBank(group.name, group.members, layers, grown, reference, *made), new)
 
 
 def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:

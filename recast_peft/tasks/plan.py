@@ -10,8 +10,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..parts import pieces_of
 from ..parts.base import Request
-from ..parts.lora_budget import plan_within_budget
-from ..planning.plan import RecastPlan
+from ..planning.plan import RecastPlan, plan_layers
 
 
 def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
@@ -31,7 +30,7 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    plan, config = plan_within_budget(model, config)
+    plan = plan_layers(model, config)
     request = Request(model, config, plan.targets, counting=True)
     pieces = {part.name: own for part, own in pieces_of(request)}
     lora = next(iter(pieces.pop("lora")), None)

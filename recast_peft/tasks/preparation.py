@@ -18,11 +18,10 @@ from ..layer import RecastLayer
 from ..names import bank_name, modules_of
 from ..parts import pieces_of
 from ..parts.base import Place, Request
-from ..parts.lora_budget import plan_within_budget
 from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
 from ..placement.sharded import check_may_be_added_to
-from ..planning.plan import RecastPlan
+from ..planning.plan import RecastPlan, plan_layers
 from ..planning.renamed import Renaming, find_renamed
 from .conversion import (
     PreparedLayer,
@@ -95,7 +94,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     """
     check_may_be_added_to(model, config.inference_mode)
     config = under_names_of(model, config)
-    plan, config = plan_within_budget(model, config)
+    plan = plan_layers(model, config)
     targets = list(plan.candidates)
     check_name_is_free(targets, adapter_name)
     fingerprints = {target.name: target.fingerprint for target in targets}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..banks.directions_bank import DirectionsBank
 from ..banks.template_bank import TemplateBank
 from ..config import RecastConfig
 from ..layer import RecastLayer, recast_layers
@@ -35,6 +36,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
         recipes=recipes_of(banks),
         bank=reference_of(banks),
         partner_banks=prepared.partner_banks,
+        num_directions=plan.num_directions,
         num_coefficient_sets=plan.num_coefficient_sets,
         coefficient_sharing=plan.coefficient_sharing,
         lora_config=getattr(plan.lora, "config", None),
@@ -80,6 +82,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         recipes=recipes_of(banks),
         bank=reference,
         partner_banks={} if config.record is None else config.record.partner_banks,
+        num_directions=max((bank.num_directions for bank in banks.values() if isinstance(bank, DirectionsBank)), default=None),
         num_coefficient_sets=max(sets, default=config.num_coefficient_sets),
         coefficient_sharing=_sharing_of(layers, banks, adapter_name),
         lora_config=lora_config_of(backbone, adapter_name),

@@ -155,7 +155,7 @@ class TestAsAlone:
     def test_beams_repeat_a_task(self):
         model, x = with_tasks("llama")
         pool = pool_of(model)
-        options = {"num_beams": 2, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        options = {"num_beams": 2, "min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
         mixed = model.generate(input_ids=x[:2], task_ids=pool.ids(["t1", "t2"]), **options)
         for row, name in zip(mixed, ("t1", "t2"), strict=True):
             pool.activate(name)

@@ -48,15 +48,15 @@ class TestTraining:
             if key.endswith("lora_B.weight"):
                 assert pool.table.grad[0, pool.part_of(key)].any()
 
-    def test_a_budget_that_is_the_pools_and_a_smaller_one(self):
-        model, _ = with_tasks("a budget of its own")
+    def test_a_part_that_is_the_pools_none_and_a_larger_one(self):
+        model, _ = with_tasks("its targets")
         pool = TaskPool(model)
-        pool.add("same", RecastConfig(max_coefficients=1_000, num_classes=3))
+        pool.add("same", RecastConfig(lora_config=LoraConfig(r=2), num_classes=3))
         assert pool.table[pool.row("same")].any()
         pool.add("small", RecastConfig(group_size=2))  # trains its coefficients alone
         assert not pool.table[pool.row("small")].any()
         with pytest.raises(RecastBankError, match="LoRA part that is not the pool's"):
-            pool.add("larger", RecastConfig(max_coefficients=2_000))
+            pool.add("larger", RecastConfig(lora_config=LoraConfig(r=4)))
 
     def test_dropout_of_a_part(self):
         part = copy.deepcopy(PART)
@@ -184,7 +184,7 @@ class TestRefusals:
 class TestSums:
     """A sum in the pool is the model's own, wherever a row has room for it."""
 
-    @pytest.mark.parametrize("case", ["timm's vit", "a budget of its own", "wide convolutions", "gpt2"])
+    @pytest.mark.parametrize("case", ["timm's vit", "its targets", "wide convolutions", "gpt2"])
     @pytest.mark.parametrize(
         ("weights", "how"),
         [({"t1": -0.5}, "linear"), ({"alone": 2.0, "t1": 0.5}, "linear"), ({"t0": 0.5, "t1": 0.7, "alone": -1.0}, "svd")],

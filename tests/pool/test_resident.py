@@ -39,9 +39,7 @@ class TestFreshTasks:
     )
     def test_a_config_of_other_targets_or_sizes_is_refused(self, fields):
         pool = tiny_pool()
-        with pytest.raises(
-            RecastBankError, match="task 'other' has (other target modules or banks than the|a LoRA part that is not the) pool"
-        ):
+        with pytest.raises(RecastBankError, match="task 'other' has other target modules or banks than the pool"):
             pool.add("other", RecastConfig(**fields))
         assert len(pool) == 0
         with pytest.raises(RecastConfigError, match="'other': it owns modules_to_save beside"):

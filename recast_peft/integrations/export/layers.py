@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...banks.directions_bank import CoreProduct
 from ...banks.grown_templates import LowRankSum
 from ...composition.compose import compose_weight
-from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of
+from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of, takes_core
 from ...errors import RecastBankError
 from ...layer import RecastLayer
 from ...parts.bias import share_of
@@ -145,7 +146,7 @@ class TaskedLayer(AroundBase):
         # which column of the task's row, counted from one, comes to a factor; zero for none
         self.followed = torch.where(steps == 0, 0, steps.round().long() + columns.start)
 
-    def _terms(self, offsets: Tensor) -> tuple[list[Tensor], Tensor | None, LowRankSum | None]:
+    def _terms(self, offsets: Tensor) -> tuple[list[Tensor], Tensor | None, LowRankSum | CoreProduct | None]:
         layer, bank, _ = self._held
         return bank.product_terms(self.name, offsets.to(layer.weight_device), layer.weight_device)
 
@@ -153,13 +154,14 @@ class TaskedLayer(AroundBase):
         layer, bank, given = self._held
         given.check_one_task(self.name)
         offsets = given.row[0, self.columns]
-        return compose_weight(layer.pretrained_weight, bank.get_templates(offsets.device), offsets)
+        return bank.added_to(layer.pretrained_weight, offsets)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kind = kind_of(self.base)
         if type(self.base).__name__ in PROPORTIONAL and self.base.bias is None and len(self.base_factors) == 1:
             return self.base(args[0] * _along(self._held[2].factors[self.name], args[0]), *args[1:], **kwargs)
-        if kind is None or kind.call is None or len(args) != 1 or kwargs:
+        is_by_weight = self._held[1].is_factored and not takes_core(self.base)
+        if kind is None or kind.call is None or len(args) != 1 or kwargs or is_by_weight:
             return torch.func.functional_call(self.base, {self.weight_name: self.effective_weight()}, args, kwargs)
         x, given = args[0], self._held[2]
         terms, scale, pairs = self._terms(torch.zeros(1, self.columns.stop - self.columns.start))
@@ -169,6 +171,8 @@ class TaskedLayer(AroundBase):
         y = self._product(kind.call, x, terms, None if scale is None else factors[:, : len(terms)])
         if pairs is None:
             return y
+        if isinstance(pairs, CoreProduct):
+            return pairs.scaled_by(factors).add_to(y, x)
         narrow = (x @ pairs.first.to(x.dtype)) * _along(factors[:, -pairs.scale.shape[1] :], x)
         return y + (narrow @ pairs.second.to(x.dtype)).to(y.dtype)
 
@@ -220,7 +224,7 @@ def _along(factors: Tensor, x: Tensor) -> Tensor:
     return factors.view(-1, *[1] * (x.ndim - 2), factors.shape[1]).to(x.dtype)
 
 
-def _factors_of(terms: list[Tensor], scale: Tensor | None, pairs: LowRankSum | None) -> Tensor:
+def _factors_of(terms: list[Tensor], scale: Tensor | None, pairs: LowRankSum | CoreProduct | None) -> Tensor:
     """Everything that a layer's templates are multiplied by, ``(n,)``."""
     found = [part[0].detach().cpu().float() for part in (scale, None if pairs is None else pairs.scale) if part is not None]
     return torch.cat(found) if found else torch.zeros(0)

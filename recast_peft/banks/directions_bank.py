@@ -1,0 +1,188 @@
+"""DirectionsBank: templates of rank one between the main directions of a weight, ``T_ij = s u_i v_j^T``.
+
+A task turns and scales what the weight does along its main directions: ``W + s U C V``, with C the task's r x r coefficients.
+The directions follow from the pretrained weight, so nothing is stored beside the coefficients. LoRA-XS (Balazy et al., 2024,
+arXiv 2405.17604) trains such a core between singular vectors. Those of nearly equal singular values turn by any angle when a
+weight is rounded, and their signs are free; but a task that is its core alone must find the same directions on every machine
+and in every precision. So they come from a few steps of subspace iteration from a fixed start: they move as the weight does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..composition.compose import composition_dtype
+from ..composition.composed import ComposedModule
+from ..composition.kinds import CONVOLUTION, kind_of
+from .template_bank import TemplateBank
+
+ITERATIONS = 3  # more come closer to the singular vectors, and turn further where a weight is rounded
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The main directions of a weight, by subspace iteration from a fixed start.
+
+    The first n of more directions are those of n, but for their common size.
+
+    Args:
+        weight: of any shape; as a matrix it has the first dimension for rows, and the others together for columns.
+        count: r, at most the smaller side of the matrix.
+
+    Returns:
+        ``(rows, r)`` and ``(r, columns)`` in float64: orthonormal columns times s, and orthonormal rows, with s the root mean
+        square of the weight's core between them: a coefficient of 1 is as much as the weight has there in one direction.
+    """
+    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    matrix = weight.detach().flatten(1).to(device, torch.float64)
+    # numpy keeps the numbers of this generator for good
+    start = np.random.RandomState(0).standard_normal((count, matrix.shape[1]))
+    left = _orthonormal(matrix @ torch.from_numpy(start).T.to(device))
+    for _ in range(ITERATIONS):
+        left = _orthonormal(matrix @ _orthonormal(matrix.T @ left))
+    right = _orthonormal(matrix.T @ left)
+    size = (left.T @ matrix @ right).norm() / count**0.5
+    return left * size, right.T.contiguous()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of columns, in their order and with signs that are theirs."""
+    q, r = torch.linalg.qr(columns)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class CoreProduct:
+    """What the templates together add to a module's output: a narrow product, the core, and a product that widens again.
+
+    Attributes:
+        module: linear layer or convolution for which ``takes_core`` holds.
+        narrow: shaped like the module's weight, with r in place of its outputs.
+        wide: ``(outputs, r)``.
+        scale: coefficients ``(1 or samples, r * r)``, row by row of the core; the core is turned where the weight is.
+    """
+
+    module: nn.Module
+    narrow: Tensor
+    wide: Tensor
+    scale: Tensor
+
+    def scaled_by(self, scale: Tensor) -> CoreProduct:
+        """The same with other coefficients."""
+        return replace(self, scale=scale)
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output with it, for the input that the module was given; each sample has its own core where there are several."""
+        kind, rank = kind_of(self.module), self.wide.shape[1]
+        assert kind is not None
+        assert kind.call is not None
+        core = self.scale.view(-1, rank, rank)
+        core = core.transpose(1, 2) if kind.is_transposed else core
+        inner = kind.call(self.module, self.narrow.to(x.dtype), x, False)
+        if len(core) == 1:
+            matrix = (self.wide.to(core.dtype) @ core[0]).to(inner.dtype)
+        elif kind.channels > 0:
+            inner = (core.to(inner.dtype) @ inner.flatten(2)).view_as(inner)
+            matrix = self.wide.to(inner.dtype)
+        else:
+            flat = inner.reshape(len(inner), -1, rank)
+            inner = (flat @ core.transpose(1, 2).to(inner.dtype)).view_as(inner)
+            matrix = self.wide.to(inner.dtype)
+        return y + self._widened(inner, matrix).to(y.dtype)
+
+    def _widened(self, inner: Tensor, matrix: Tensor) -> Tensor:
+        if kind_of(self.module) is not CONVOLUTION:
+            return F.linear(inner, matrix)
+        dimensions = self.narrow.ndim - 2
+        return _CONVOLUTIONS[dimensions](inner, matrix.view(*matrix.shape, *[1] * dimensions))
+
+
+class DirectionsBank(TemplateBank):
+    """The templates between the main directions of one weight: r * r of them; zero coefficients give the pretrained weight.
+
+    Args:
+        name: name of the bank.
+        members: the one target module.
+        layers: its layer.
+        num_directions: r.
+
+    Shapes:
+        ``left`` ``(rows, r)`` and ``right`` ``(r, columns)`` of the weight as a matrix, in the weight's dtype. They are buffers
+        that no file holds.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, name: str, members: Sequence[str], layers: Sequence[ComposedModule], num_directions: int) -> None:
+        super().__init__(name, members, layers)
+        self.num_directions = num_directions
+        weight = self.layers[0].pretrained_weight
+        for side, tensor in zip(("left", "right"), main_directions(weight, num_directions), strict=True):
+            # set in place of register_buffer, which low_cpu_mem_usage may redirect to the meta device
+            self._buffers[side] = tensor.to(weight.device, weight.dtype)
+            self._non_persistent_buffers_set.add(side)
+
+    @property
+    def is_exact(self) -> bool:
+        """Never: the pretrained weight is no template."""
+        return False
+
+    @property
+    def is_anchored(self) -> bool:
+        """Always: offsets are added to the pretrained weight itself."""
+        return True
+
+    @property
+    def is_factored(self) -> bool:
+        """Always: the templates are never made one by one to compose a weight."""
+        return True
+
+    @property
+    def key(self) -> str:
+        """Its name among the banks of a model."""
+        return f"{self.name}@directions_{self.num_directions}"
+
+    @property
+    def num_templates(self) -> int:
+        """r * r."""
+        return self.num_directions**2
+
+    def get_templates(self, device: torch.device) -> list[Tensor]:
+        """All templates, each shaped like the weight: for looking at, not for computing with."""
+        shape = self.layers[0].weight_shape
+        pairs = [(i, j) for i in range(self.num_directions) for j in range(self.num_directions)]
+        return [torch.outer(self.left[:, i], self.right[j]).view(shape).to(device) for i, j in pairs]
+
+    def added_to(self, weight: Tensor | None, offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        like = self.left if weight is None else weight
+        work = composition_dtype(offsets.dtype, like.dtype)
+        core = offsets.to(work).view(self.num_directions, self.num_directions)
+        left, right = (side.to(offsets.device, work) for side in (self.left, self.right))
+        change = (left @ core @ right).view(self.layers[0].weight_shape)
+        return (change if weight is None else weight.to(work) + change).to(dtype or like.dtype)
+
+    def core_product(self, offsets: Tensor) -> CoreProduct:
+        """What the templates add to the output of the member; ``offsets`` are ``(1 or samples, templates)``."""
+        module: Any = self.layers[0].base_layer
+        kind, device = kind_of(module), offsets.device
+        left, right = self.left.to(device), self.right.to(device)
+        if kind is not None and kind.is_transposed:
+            return CoreProduct(module, left, right.T, offsets)
+        return CoreProduct(module, right.view(-1, *self.layers[0].weight_shape[1:]), left, offsets)
+
+    def product_terms(
+        self, member: str, offsets: Tensor, device: torch.device
+    ) -> tuple[list[Tensor], Tensor | None, CoreProduct]:
+        """The pretrained weight, and what the templates add to the output, where ``takes_core`` holds."""
+        return [self.layers[0].pretrained_weight.to(device)], None, self.core_product(offsets.to(device))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.num_directions} directions, templates={self.num_templates}"

@@ -1,0 +1,49 @@
+"""Graphs of tasks that train a core between the main directions of each weight."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from exported import MODELS, called_exactly, distance, traced, two_tasks
+from safetensors.numpy import load_file
+
+from recast_peft import RecastBankError, export_program, export_task
+
+TOLERANCE = 1e-5  # of the norm of the outputs
+
+
+@pytest.mark.parametrize(("name", "in_onnx"), [("vit", True), ("cnn", True), ("bert", False), ("llama", False)])
+def test_one_graph_gives_what_the_model_gives_for_every_task(name, in_onnx, tmp_path):
+    build, config, inputs = MODELS[name]
+    model = two_tasks(build, config, num_directions=2)
+    graph = traced(model, inputs[0], tmp_path, in_onnx)
+    for task in ("first", "second"):
+        model.set_adapter(task)
+        expected = called_exactly(model, inputs[0])
+        export_task(model, tmp_path / task, task)
+        assert distance(graph(load_file(tmp_path / task), inputs[0]), expected) < TOLERANCE
+    model.set_adapter("fresh")
+    fresh = called_exactly(model, inputs[0])
+    assert fresh.shape != expected.shape or distance(expected, fresh) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_a_table_has_a_core_for_each_sample(name, tmp_path):
+    build, config, inputs = MODELS[name]
+    model = two_tasks(build, config, num_directions=2)
+    x = inputs[0]
+    graph = traced(model, x, tmp_path, False, tasks=["first", "fresh"])
+    samples = len(x["input_ids"] if isinstance(x, dict) else x)
+    rows = np.arange(samples) % 2
+    found = graph(torch.from_numpy(rows), x)
+    for row, task in enumerate(("first", "fresh")):
+        model.set_adapter(task)
+        expected = called_exactly(model, x)
+        assert distance(found[rows == row], expected[rows == row]) < TOLERANCE
+
+
+def test_a_depthwise_convolution_has_no_core_for_each_sample():
+    build, config, inputs = MODELS["cnn"]
+    with pytest.raises(RecastBankError, match="cannot have another task for each sample"):
+        export_program(two_tasks(build, config, num_directions=2), inputs[0], tasks=["first", "second"])
