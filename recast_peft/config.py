@@ -45,25 +45,22 @@ class RecastConfig(PeftConfig):
             names, or one of ``"all-linear"``, ``"all-attention"``, ``"all-mlp"``, ``"all-conv"``. None takes the feed-forward
             layers of a transformer (its attention projections where it has none), else the convolutions, else the linear
             layers. Neither None nor a shorthand picks a classifier head.
-        target_parameters: parameters that are composed although no module of their own holds them, by their names or endings
-            (``["experts.down_proj"]``): the fused experts of a mixture. A module has one of them at most. Given without
-            ``target_modules``, they are the only targets.
+        target_parameters: parameters without a module of their own that are composed, by their names or endings: the fused
+            experts of a mixture (``["experts.down_proj"]``), one of a module. Without ``target_modules`` the only targets.
         exclude_modules: modules to leave out: a list of names, or a regular expression.
         layers_to_transform: layer indices, counted from 0; only modules in these layers are targets.
         layers_pattern: name of the module list that ``layers_to_transform`` counts in.
         modules_to_save: names of further modules that are trained and stored whole with the task.
         bias: which biases are trained and stored with the task: ``"none"``, ``"all"`` or ``"recast_only"``.
-        init_weights: True starts at the pretrained weights (all offsets zero). False, meant for tests, starts at random offsets
-            of size 0.1 to 0.2, from a generator that ``seed`` and the task's name seed, and at a random LoRA part.
+        init_weights: True starts at the pretrained weights (all offsets zero). False, for tests, starts at random offsets of
+            size 0.1 to 0.2, by ``seed`` and the task's name, and at a random LoRA part.
         group_size: number of consecutive layers of one role and shape that share a template bank. A remainder makes a smaller
-            group; a lone layer has one template. None is what fits the budget, 2 or 1 by default, unless ``num_groups`` is
-            given.
+            group; a lone layer has one template. None is what fits the budget, 2 or 1 by default.
         num_groups: number of groups into which the layers of each role and shape are divided, instead of ``group_size``.
         num_templates: number of templates in a bank. None takes as many as the group has layers, so that the pretrained weights
             themselves are the templates and nothing is approximated. Fewer compress the model.
-        num_directions: r, instead of groups: the templates of each layer are then the r * r of rank one between the r main
-            directions of its own weight, on either side, and a layer trains r * r numbers (at most as many directions as its
-            weight has). A task turns and scales what each weight does along them; see ``banks/directions_bank.py``.
+        num_directions: r, instead of groups: the templates of a layer are the r * r of rank one between the r main directions
+            of its own weight on either side, as far as it has so many (``banks/directions_bank.py``).
         num_coefficient_sets: number of coefficient sets that are trained and averaged (K of the paper, section 3.1).
         mimicry: method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name, option:
             value, ...}``, or the options object itself (``Gradient(steps=500)``).
@@ -71,10 +68,9 @@ class RecastConfig(PeftConfig):
             differ from RECAST's; None takes the same. ``bias``, ``modules_to_save``, ``task_type`` and ``inference_mode`` are
             given to the RecastConfig, for both parts.
         max_coefficients: what a task may cost: the largest number of parameters that it trains beside its classifier. The plan
-            keeps it by choosing ``num_directions``, as many as fit; below 48, or where the config gives a size or a sharing,
-            what of ``group_size``, ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. What else the config
-            asks for (a LoRA, partners, biases, norms, ``modules_to_save``) is not counted. None means 48 where neither a size
-            nor a sharing is given, else no limit.
+            keeps it by choosing ``num_directions``; below 48, or beside a size or a sharing, what of ``group_size``,
+            ``num_coefficient_sets`` and ``coefficient_sharing`` is not given. LoRA, partners, biases, norms and
+            ``modules_to_save`` are not counted. None means 48 where neither a size nor a sharing is given, else no limit.
         coefficient_sharing: layers that share their offsets: ``"roles"``: those of the same place in depth across roles (query,
             key, value, ...); ``"blocks"``: the members of a bank; ``"all"``: both; a number: that many consecutive banks of a
             role. None: every layer has its own.
@@ -262,9 +258,7 @@ class RecastConfig(PeftConfig):
     @property
     def effective_group_size(self) -> int | None:
         """The group size that is used: None if ``num_groups`` decides instead."""
-        if self.num_groups is not None:
-            return None
-        return 1 if self.num_directions is not None else self.group_size or DEFAULT_GROUP_SIZE
+        return None if self.num_groups is not None else 1 if self.num_directions else self.group_size or DEFAULT_GROUP_SIZE
 
     @property
     def bank_reference(self) -> Reference | None:

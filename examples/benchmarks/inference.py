@@ -18,7 +18,8 @@ from rivals import MODEL, ON_BIASES, QUICK, TARGET_SETS, adapted, backbone, imag
 from timing import Row, Tables, add_device, arguments, captured, compare, finish, in_precision, start, where
 from torch import nn
 
-LIVE = ["RECAST", "RECAST, group_size=1", "RECAST, 8 directions", ON_BIASES, "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
+OURS = ["RECAST", "RECAST, group_size=1", "RECAST, 8 directions", ON_BIASES]
+LIVE = [*OURS, "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
 MERGED = ["RECAST", ON_BIASES, "LoRA r=8"]
 
 

@@ -10,21 +10,19 @@ and in every precision. So they come from a few steps of subspace iteration from
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..composition.compose import composition_dtype
 from ..composition.composed import ComposedModule
-from ..composition.kinds import CONVOLUTION, kind_of
+from ..composition.kinds import kind_of
+from .core_product import CoreProduct
 from .template_bank import TemplateBank
 
 ITERATIONS = 3  # more come closer to the singular vectors, and turn further where a weight is rounded
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -56,52 +54,6 @@ def _orthonormal(columns: Tensor) -> Tensor:
     """An orthonormal basis of columns, in their order and with signs that are theirs."""
     q, r = torch.linalg.qr(columns)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class CoreProduct:
-    """What the templates together add to a module's output: a narrow product, the core, and a product that widens again.
-
-    Attributes:
-        module: linear layer or convolution for which ``takes_core`` holds.
-        narrow: shaped like the module's weight, with r in place of its outputs.
-        wide: ``(outputs, r)``.
-        scale: coefficients ``(1 or samples, r * r)``, row by row of the core; the core is turned where the weight is.
-    """
-
-    module: nn.Module
-    narrow: Tensor
-    wide: Tensor
-    scale: Tensor
-
-    def scaled_by(self, scale: Tensor) -> CoreProduct:
-        """The same with other coefficients."""
-        return replace(self, scale=scale)
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """The output with it, for the input that the module was given; each sample has its own core where there are several."""
-        kind, rank = kind_of(self.module), self.wide.shape[1]
-        assert kind is not None
-        assert kind.call is not None
-        core = self.scale.view(-1, rank, rank)
-        core = core.transpose(1, 2) if kind.is_transposed else core
-        inner = kind.call(self.module, self.narrow.to(x.dtype), x, False)
-        if len(core) == 1:
-            matrix = (self.wide.to(core.dtype) @ core[0]).to(inner.dtype)
-        elif kind.channels > 0:
-            inner = (core.to(inner.dtype) @ inner.flatten(2)).view_as(inner)
-            matrix = self.wide.to(inner.dtype)
-        else:
-            flat = inner.reshape(len(inner), -1, rank)
-            inner = (flat @ core.transpose(1, 2).to(inner.dtype)).view_as(inner)
-            matrix = self.wide.to(inner.dtype)
-        return y + self._widened(inner, matrix).to(y.dtype)
-
-    def _widened(self, inner: Tensor, matrix: Tensor) -> Tensor:
-        if kind_of(self.module) is not CONVOLUTION:
-            return F.linear(inner, matrix)
-        dimensions = self.narrow.ndim - 2
-        return _CONVOLUTIONS[dimensions](inner, matrix.view(*matrix.shape, *[1] * dimensions))
 
 
 class DirectionsBank(TemplateBank):

@@ -19,7 +19,7 @@ from ..composition.composed import ComposedModule
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 
 if TYPE_CHECKING:
-    from .directions_bank import CoreProduct
+    from .core_product import CoreProduct
     from .grown_templates import LowRankSum
 
 

@@ -223,13 +223,9 @@ class ComposedModule(nn.Module):
         anchor = self.pretrained_weight
         for bank in [bank for bank in parts if bank.is_factored]:
             anchor = bank.added_to(anchor, parts.pop(bank).to(device))
-        if not parts:
-            return anchor, [], offset.new_empty(0, device=device)
-        if len(parts) == 1:
-            ((bank, offset),) = parts.items()
-            return anchor, bank.get_templates(device), offset.to(device)
         templates = [template for bank in parts for template in bank.get_templates(device)]
-        return anchor, templates, torch.cat(list(parts.values())).to(device)
+        sums = [*parts.values()] or [offset.detach()[:0]]
+        return anchor, templates, (sums[0] if len(sums) == 1 else torch.cat(sums)).to(device)
 
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
@@ -271,9 +267,7 @@ class ComposedModule(nn.Module):
         if adapter not in self.recast_coefficients:
             known = ", ".join(self.recast_coefficients.keys()) or "none"
             raise RecastConfigError(f"task {adapter!r} has no coefficients at {self.module_name}; those that have: {known}")
-        device = self.weight_device
-        offsets = self.offset(adapter).to(device)
-        return self.recast_bank[adapter].added_to(None, offsets, self.weight_dtype)
+        return self.recast_bank[adapter].added_to(None, self.offset(adapter).to(self.weight_device), self.weight_dtype)
 
     register_parameter = TaskHolder.register_parameter
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...banks.directions_bank import CoreProduct
+from ...banks.core_product import CoreProduct
 from ...banks.grown_templates import LowRankSum
 from ...composition.compose import compose_weight
 from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of, takes_core
