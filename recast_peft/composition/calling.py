@@ -53,7 +53,9 @@ def call(
     if layer.instead is not None:
         return call_with(layer, layer.instead(layer), args, kwargs)
     if cores := _beside_the_weight(layer, adapters, args, kwargs):
-        y = call(layer, [name for name in adapters if name not in cores], args, kwargs, values)
+        others = [name for name in adapters if name not in cores]
+        is_alone = not layer.present(others) and layer.kept_weight is None
+        y = layer.base_layer(args[0]) if is_alone else call(layer, others, args, kwargs, values)
         for name in cores:
             offsets = layer.offset(name, values)[None].to(args[0].device)
             y = layer.recast_bank[name].core_product(offsets).add_to(y, args[0])
