@@ -29,7 +29,7 @@ from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
-from ..parts.lora_plan import rank_one, these_modules
+from ..parts.lora_plan import takes_lora, these_modules
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
@@ -111,7 +111,7 @@ def practice_bank(
         )
     generator = torch.Generator().manual_seed(seed)
     plan = None if is_of_biases else plan_recast(model, config or RecastConfig(group_size=1))
-    targets = None if plan is None else [target.name for target in plan.candidates if rank_one(target) is not None]
+    targets = None if plan is None else [target.name for target in plan.candidates if takes_lora(target)]
     if targets == [] or (is_of_biases and not bias_places(model)):
         raise RecastTargetError(
             "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"

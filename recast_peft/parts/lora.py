@@ -325,16 +325,11 @@ def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection
             "compressed bank stands for it: use a plain LoraConfig, other target_modules, or an exact bank"
         )
     module: Any = shared(plain_modules(model)[name])
-    if is_other_lora(module):
+    if isinstance(module, LoraLayer) and not isinstance(module, PartLayer):
         raise RecastTargetError(
             f"lora_config: another LoRA stands on {name} ({', '.join(sorted(module._get_available_adapters()))}): give the "
             "part other target_modules, or merge_and_unload that LoRA first"
         )
-
-
-def is_other_lora(module: Any) -> bool:
-    """Whether a LoRA stands on a module that is no part of a task."""
-    return isinstance(module, LoraLayer) and not isinstance(module, PartLayer)
 
 
 def _install(place: Place, plan: LoraPlan) -> None:

@@ -84,15 +84,15 @@ def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Seque
     return LoraPlan(tuple(target.name for target in targets), shapes, lora)
 
 
-def rank_one(target: Candidate) -> tuple[int, int] | None:
-    """The numbers of a LoRA of rank 1 on a module, and the highest rank of its weight; None if it takes none."""
+def takes_lora(target: Candidate) -> bool:
+    """Whether a LoRA of rank 1 can stand on a module."""
     lora = LoraConfig(r=1)
     try:
         _check_target(target, lora)
-        sizes = [torch.Size(shape).numel() for shape in _shapes_of(target, lora).values()]
-        return sum(sizes), min(sizes)
+        _shapes_of(target, lora)
     except RecastTargetError:
-        return None
+        return False
+    return True
 
 
 def _find_targets(
