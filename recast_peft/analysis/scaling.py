@@ -163,7 +163,7 @@ def _alternatives(
     model: nn.Module, config: RecastConfig, size: int, count: int, sets: Iterable[int], inner: _Inner | None
 ) -> list[ScalingRow]:
     sizes = {"group_size": size, "num_groups": None, "num_templates": None, "num_coefficient_sets": 1}
-    unset = dict.fromkeys(("groups", "recipes", "bank", "max_coefficients", "coefficient_sharing"))
+    unset = dict.fromkeys(("groups", "recipes", "bank", "num_directions", "max_coefficients", "coefficient_sharing"))
     full = plan_recast(model, config.as_chosen(**sizes, **unset, mimicry="closed_form"))
     if max(len(group.members) for group in full.groups) < size:
         return []

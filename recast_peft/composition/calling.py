@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastBankError
+from ..placement.offloaded import is_offloaded
 from .coefficient_gradients import EXACT
 from .compose import compose_weight, marked
 from .kinds import LINEAR, is_lazily_readable, kind_of, takes_core
@@ -77,9 +78,10 @@ def call(
 def _beside_the_weight(layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str]:
     """The tasks whose templates add to the output by narrow products, which takes no weight of the module's size."""
     cores = [name for name in layer.with_coefficients(adapters) if layer.recast_bank[name].is_factored]
-    if not cores or not takes_core(layer.base_layer) or direct_call(layer, args, kwargs) is None:
+    is_masked = any(name in layer.recast_masks for name in adapters)
+    if not cores or is_masked or len(args) != 1 or kwargs or not takes_core(layer.base_layer):
         return []
-    return [] if any(name in layer.recast_masks for name in adapters) else cores
+    return cores if not is_hooked(layer.base_layer) or is_out_of_reach(layer) else []
 
 
 def call_composed(layer: Any, direct: Callable[..., Tensor], x: Tensor, terms: Terms, adapters: Sequence[str]) -> Tensor:
@@ -128,12 +130,18 @@ def call_with(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -
 
 
 def _check_reads_weight(layer: Any) -> None:
-    """Refuse to exchange the weight of a module that would compute with its packed one all the same.
+    """Refuse to exchange the weight of a module that would compute with its packed one all the same, or gets it in the call.
 
     Raises:
         RecastBankError: naming the module.
     """
     inner = layer.get_base_layer()
+    if is_offloaded(inner):
+        raise RecastBankError(
+            f"{layer.module_name} ({type(inner).__name__}) is offloaded, and what its task has there needs the weight itself: "
+            "on offloaded linear layers groups of neighbours and main directions compute without it. Keep this module on a "
+            "device, or leave it out of the task"
+        )
     library = quantised_by(inner)
     if library is not None and kind_of(inner) is not LINEAR:
         raise RecastBankError(

@@ -47,7 +47,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     method = config.method
     plan = plan_recast(model, config)
     targets = {target.name: target for target in plan.candidates}
-    groups = [group for group in plan.groups if not group.is_exact]
+    groups = [group for group in plan.groups if not group.is_exact and not group.is_grown]
     data = _as_list(batches)
     if method.needs_data and groups and not data:
         raise RecastConfigError(f"mimicry {method.name!r} needs a few batches: fit_bank(model, config, batches)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from models import layers_of, randomise
 from peft import PeftModel
 from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, get_recast_model, random_bank
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -25,9 +26,9 @@ def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[nn.Modu
     return lambda model: accelerate.disk_offload(model, str(tmp_path / "offloaded"), execution_device="cpu")
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_offloaded_weights_compute_as_those_in_memory(offload: Callable[[nn.Module], None], group_size: int) -> None:
-    expected, model = converted(group_size), converted(group_size)
+@pytest.mark.parametrize("sizes", [{"group_size": 1}, {"group_size": 2}, {"group_size": None, "num_directions": 2}])
+def test_offloaded_weights_compute_as_those_in_memory(offload: Callable[[nn.Module], None], sizes: dict[str, Any]) -> None:
+    expected, model = converted(**sizes), converted(**sizes)
     offload(model.get_base_model())
     layer = next(iter(layers_of(model).values()))
     assert layer.base_layer.weight.is_meta
@@ -36,6 +37,15 @@ def test_offloaded_weights_compute_as_those_in_memory(offload: Callable[[nn.Modu
         torch.testing.assert_close(logits(model), logits(expected))
     with pytest.raises(RecastBankError, match=r"nothing can be merged into .*offloaded"):
         model.merge_adapter()
+
+
+def test_what_needs_the_weight_in_a_call_is_refused(offload: Callable[[nn.Module], None]) -> None:
+    bank = random_bank(llama(), RecastConfig(target_modules="all-mlp", group_size=1), num_templates=2)
+    plain = llama()
+    offload(plain)
+    model = get_recast_model(plain, RecastConfig(bank=bank, init_weights=False), "task")
+    with pytest.raises(RecastBankError, match=r"gate_proj .* is offloaded, and what its task has there needs the weight"):
+        logits(model)
 
 
 @pytest.mark.parametrize("when", ["before the conversion", "after it"])

@@ -90,6 +90,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "FSDP2, masks": ("FSDP2", MASKED),
     "FSDP2 as one, masks": ("FSDP2 as one", MASKED),
     "FSDP1, masks": ("FSDP1", MASKED),
+    "FSDP2, directions": ("FSDP2", {"num_directions": 2, "group_size": None}),
+    "FSDP1, directions": ("FSDP1", {"num_directions": 2, "group_size": None}),
 }
 
 
