@@ -33,7 +33,7 @@ def part_on(*targets: str) -> dict[str, Any]:
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "timm's vit": (small_vit, IMAGES, {"target_modules": ["qkv", "proj"], "lora_config": PART}),
     "its targets": (small_vit, IMAGES, part_on()),
-    "convnext": (convolutions("test_convnext"), PHOTOS, part_on("fc1", "fc2")),
+    "convnext": (convolutions("test_convnext"), PHOTOS, part_on("stem.0", "fc1", "fc2")),
     "efficientnet": (convolutions("test_efficientnet"), PHOTOS, part_on("conv_pw", "conv_pwl")),
     "wide convolutions": (
         convolutions("test_efficientnet"),
