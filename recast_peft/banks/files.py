@@ -60,8 +60,7 @@ class StoredBank:
     def __post_init__(self) -> None:
         if all(group.kind == "exact" for group in self.groups.values()):
             raise RecastBankError(
-                "there is nothing to store: every template of these banks is a pretrained weight, so that the banks follow "
-                "from the base model and the task files"
+                "there is nothing to store: these banks follow from the pretrained weights of the base model and the task files"
             )
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", checksum(self.tensors(), torch.float32))
