@@ -30,16 +30,17 @@ from torch import nn
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
 from recast_peft.composition.quantised import quantised_by, restore_class
 
-sizes = pytest.mark.parametrize("group_size", [1, 2, 3])
+sizes = pytest.mark.parametrize("group_size", [1, 2, 3, None])  # None: cores between main directions
 
 
-def converted(model: nn.Module, group_size: int = 2) -> Any:
-    return get_recast_model(model, RecastConfig(target_modules=["0", "1", "2"], group_size=group_size), "task")
+def converted(model: nn.Module, group_size: int | None = 2) -> Any:
+    size: dict[str, Any] = {"group_size": group_size} if group_size else {"num_directions": 2}
+    return get_recast_model(model, RecastConfig(target_modules=["0", "1", "2"], **size), "task")
 
 
 @kinds
 @sizes
-def test_forward_and_gradients_are_those_of_the_weights_that_it_stands_for(kind: str, group_size: int) -> None:
+def test_forward_and_gradients_are_those_of_the_weights_that_it_stands_for(kind: str, group_size: int | None) -> None:
     base = quantised(kind)
     start = base(X)
     model = converted(base, group_size)
