@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..composition.compose import in_dtype
 from ..composition.kinds import CONVOLUTION, kind_of
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -39,9 +40,9 @@ class CoreProduct:
         assert kind.call is not None
         core = self.scale.view(-1, rank, rank)
         core = core.transpose(1, 2) if kind.is_transposed else core
-        inner = kind.call(self.module, self.narrow.to(x.dtype), x, False)
-        if len(core) == 1:
-            matrix = (self.wide.to(core.dtype) @ core[0]).to(inner.dtype)
+        inner = kind.call(self.module, in_dtype(x.dtype, self.narrow), x, False)
+        if core.shape[0] == 1:
+            matrix = in_dtype(inner.dtype, in_dtype(core.dtype, self.wide) @ core[0])
         elif kind.channels > 0:
             inner = (core.to(inner.dtype) @ inner.flatten(2)).view_as(inner)
             matrix = self.wide.to(inner.dtype)
@@ -49,7 +50,7 @@ class CoreProduct:
             flat = inner.reshape(len(inner), -1, rank)
             inner = (flat @ core.transpose(1, 2).to(inner.dtype)).view_as(inner)
             matrix = self.wide.to(inner.dtype)
-        return y + self._widened(inner, matrix).to(y.dtype)
+        return y + in_dtype(y.dtype, self._widened(inner, matrix))
 
     def _widened(self, inner: Tensor, matrix: Tensor) -> Tensor:
         if kind_of(self.module) is not CONVOLUTION:

@@ -125,7 +125,8 @@ class DirectionsBank(TemplateBank):
         """What the templates add to the output of the member; ``offsets`` are ``(1 or samples, templates)``."""
         module: Any = self.layers[0].base_layer
         kind, device = kind_of(module), offsets.device
-        left, right = self.left.to(device), self.right.to(device)
+        held: Any = self._buffers  # torch's own look-up takes ten times as long, and every call would pay for it
+        left, right = (side if side.device == device else side.to(device) for side in (held["left"], held["right"]))
         if kind is not None and kind.is_transposed:
             return CoreProduct(module, left, right.T, offsets)
         return CoreProduct(module, right.view(-1, *self.layers[0].weight_shape[1:]), left, offsets)

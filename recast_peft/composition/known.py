@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..placement.sharded import is_plain
 from .calling import call_composed, is_hooked
 from .compose import average_sets, needs_plain_operations
-from .kinds import kind_of
+from .kinds import kind_of, takes_core
 from .mixed_batch import current_batch
 from .recomputation import is_recomputing, may_be_recomputed
 
@@ -61,11 +61,15 @@ class Known:
         """What the layer computes."""
         if self.merged:
             return layer.base_layer(x)
+        if self.bank.is_factored:
+            return self.bank.core_product(average_sets(self.coefficients)[None]).add_to(layer.base_layer(x), x)
         terms = self.weight, self.templates, average_sets(self.coefficients)
         return call_composed(layer, self.kind.call, x, terms, self.active)
 
     def is_merged(self, layer: Any, tasks: list[str]) -> bool:
-        """Whether the task alone is merged into a layer, on the same."""
+        """Whether the task alone is merged into a layer, on the same templates, which are weights."""
+        if self.bank.is_factored:
+            return False
         return layer.merged_adapters == self.merged == tasks == [self.task] and self._acts(layer) and self._is_in_place(layer)
 
     def _acts(self, layer: Any) -> bool:
@@ -116,7 +120,9 @@ def _is_simple(layer: Any) -> bool:
     if layer.merged_adapters and layer.merged_adapters != tasks:
         return False
     bank, coefficients, kind = layer.recast_bank[tasks[0]], layer.recast_coefficients[tasks[0]], kind_of(base)
-    if not bank.is_exact or kind is None or kind.call is None or coefficients.is_inference() or not is_plain(coefficients):
+    if not (bank.is_exact or (bank.is_factored and takes_core(base))):
+        return False
+    if kind is None or kind.call is None or coefficients.is_inference() or not is_plain(coefficients):
         return False
     return all(_is_here(other) for other in (layer, *bank.layers))
 
