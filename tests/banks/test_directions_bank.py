@@ -298,6 +298,22 @@ class TestTasks:
         wanted = outputs(model, vit_input(), task_ids=pool.ids(["task", "same"]))
         assert torch.equal(outputs(again.model, vit_input(), task_ids=again.ids(["task", "same"])), wanted)
 
+    def test_a_pools_tasks_are_swapped_while_merged(self) -> None:
+        pool = TaskPool(converted("slot", num_directions=2))
+        for name in ("a", "b"):
+            pool.add(name)
+        pool.table.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        for name in ("a", "b", "a"):
+            pool.activate(name)
+            live = outputs(pool.model, vit_input())
+            pool.activate(name, merge=True)
+            assert torch.allclose(outputs(pool.model, vit_input()), live, atol=1e-5)
+            pool.activate("b" if name == "a" else "a", merge=True)  # in place of what is merged
+            pool.activate(name, merge=True)
+            assert torch.allclose(outputs(pool.model, vit_input()), live, atol=1e-5)
+        pool.deactivate()
+        assert torch.equal(outputs(pool.model, vit_input()), outputs(tiny_vit(), vit_input()))
+
     def test_a_lora_of_that_rank_says_the_same(self) -> None:
         model = converted("task", num_directions=2, init_weights=False)
         wanted = outputs(model, vit_input())
