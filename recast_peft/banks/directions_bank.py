@@ -22,13 +22,14 @@ from ..composition.kinds import kind_of
 from .core_product import CoreProduct
 from .template_bank import TemplateBank
 
+NEGLIGIBLE = 1e-10  # of the largest direction's size, squared: beyond, directions would be of rounding, another on each machine
 ITERATIONS = 3  # more come closer to the singular vectors, and turn further where a weight is rounded
 
 
 def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The main directions of a weight, by subspace iteration from a fixed start.
 
-    The first n of more directions are those of n, but for their common size.
+    The first n of more directions are those of n, but for their common size. Those that a weight has not got are zero.
 
     Args:
         weight: of any shape; as a matrix it has the first dimension for rows, and the others together for columns.
@@ -44,9 +45,8 @@ def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     start = np.random.RandomState(0).standard_normal((count, matrix.shape[1]))
     left = _orthonormal(matrix @ torch.from_numpy(start).T.to(device))
     for _ in range(ITERATIONS):
-        left = _orthonormal(
-            matrix @ _orthonormal((left.T @ matrix).T)
-        )  # a product with a turned matrix takes ten times as long
+        right = (left.T @ matrix).T  # a product with the turned matrix takes ten times as long
+        left = _orthonormal(matrix @ _orthonormal(right))
     core = (left.T @ matrix).T
     right = _orthonormal(core)
     size = (core.T @ right).norm() / count**0.5
@@ -54,9 +54,10 @@ def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of columns, in their order and with signs that are theirs."""
+    """An orthonormal basis of columns, in their order and with signs that are theirs; zero for those that are rounding."""
     q, r = torch.linalg.qr(columns)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    sizes = r.diagonal()
+    return q * torch.where(sizes.abs() <= NEGLIGIBLE * sizes.abs().max(), 0.0, sizes.sign())
 
 
 class DirectionsBank(TemplateBank):

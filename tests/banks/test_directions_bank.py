@@ -94,6 +94,18 @@ class TestDirections:
         assert torch.allclose(few[1], many[1][:2], atol=1e-12)
         assert torch.allclose(few[0] / few[0].norm(dim=0), many[0][:, :2] / many[0][:, :2].norm(dim=0), atol=1e-12)
 
+    @pytest.mark.parametrize("values", [[2.0, 1.0], [0.0]])
+    def test_what_a_weight_has_not_got_is_zero_and_not_of_rounding(self, values: list[float]) -> None:
+        exact = weight(values=values)
+        left, right = main_directions(exact, 4)
+        rank = sum(value > 0 for value in values)
+        assert not left[:, rank:].any()
+        assert left[:, :rank].any(dim=0).all()
+        noise = 1e-14 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        again = main_directions(exact + noise * exact.abs().max(), 4)
+        core = torch.ones(4, 4, dtype=torch.float64)
+        assert torch.allclose(left @ core @ right, again[0] @ core @ again[1], atol=1e-6)
+
     def test_they_are_these_on_every_machine(self) -> None:
         left, right = main_directions(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)
         # by hand: (W W^T)^3 W g for the start g, which is numpy's RandomState(0).standard_normal(3), then W^T of it
