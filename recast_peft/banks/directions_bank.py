@@ -20,7 +20,7 @@ from ..composition.compose import composition_dtype
 from ..composition.composed import ComposedModule
 from ..composition.kinds import kind_of
 from .core_product import CoreProduct
-from .template_bank import TemplateBank
+from .template_bank import BankBeside
 
 NEGLIGIBLE = 1e-10  # of the largest direction's size, squared: beyond, directions would be of rounding, another on each machine
 ITERATIONS = 3  # more come closer to the singular vectors, and turn further where a weight is rounded
@@ -60,7 +60,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return q * torch.where(sizes.abs() <= NEGLIGIBLE * sizes.abs().max(), 0.0, sizes.sign())
 
 
-class DirectionsBank(TemplateBank):
+class DirectionsBank(BankBeside):
     """The templates between the main directions of one weight: r * r of them; zero coefficients give the pretrained weight.
 
     Args:
@@ -85,16 +85,6 @@ class DirectionsBank(TemplateBank):
             # set in place of register_buffer, which low_cpu_mem_usage may redirect to the meta device
             self._buffers[side] = tensor.to(weight.device, weight.dtype)
             self._non_persistent_buffers_set.add(side)
-
-    @property
-    def is_exact(self) -> bool:
-        """Never: the pretrained weight is no template."""
-        return False
-
-    @property
-    def is_anchored(self) -> bool:
-        """Always: offsets are added to the pretrained weight itself."""
-        return True
 
     @property
     def is_factored(self) -> bool:

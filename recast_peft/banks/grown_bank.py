@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..composition.composed import ComposedModule
 from .grown_templates import PARTS, GrownTemplates, LowRankSum, has_low_rank_product, low_rank_sum
-from .template_bank import TemplateBank
+from .template_bank import BankBeside
 
 
-class GrownBank(TemplateBank):
+class GrownBank(BankBeside):
     """The templates of one group: the members' pretrained weights (unless they are left out), then the grown ones.
 
     Args:
@@ -44,16 +44,6 @@ class GrownBank(TemplateBank):
         for part, tensor in zip(self.parts, grown.tensors, strict=True):
             # set in place of register_parameter, which low_cpu_mem_usage redirects to the meta device
             self._parameters[part] = nn.Parameter(tensor.to(like.weight_device, like.weight_dtype), requires_grad=False)
-
-    @property
-    def is_exact(self) -> bool:
-        """Never: there is more than the pretrained weights."""
-        return False
-
-    @property
-    def is_anchored(self) -> bool:
-        """Always: offsets are added to the pretrained weight itself."""
-        return True
 
     @property
     def fingerprint(self) -> str:

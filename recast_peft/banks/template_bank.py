@@ -188,6 +188,20 @@ class TemplateBank(nn.Module):
         return f"{self.name}, members={len(self.members)}, templates={self.num_templates} ({kind})"
 
 
+class BankBeside(TemplateBank):
+    """A bank with templates beside the pretrained weights, which stay."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Never: there is more than the pretrained weights."""
+        return False
+
+    @property
+    def is_anchored(self) -> bool:
+        """Always: offsets are added to the pretrained weight itself."""
+        return True
+
+
 def mix_templates(weights: Sequence[Tensor], mix: Tensor) -> Tensor:
     """Templates as a fixed mix of pretrained weights: T = mix @ W.
 

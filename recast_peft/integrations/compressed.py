@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from ..auto import get_recast_model
 from ..banks.card import BANK_WEIGHTS, REST_WEIGHTS
-from ..banks.directions_bank import DirectionsBank
 from ..banks.files import StoredBank, load_bank
-from ..banks.grown_bank import GrownBank
-from ..banks.template_bank import PLACEHOLDER
+from ..banks.template_bank import PLACEHOLDER, BankBeside
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastLoadError
 from ..layer import recast_layers
@@ -56,8 +54,7 @@ def save_compressed_model(model: PeftModel, path: str | Path, adapter_name: str 
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RecastBankError(f"a task is merged into {merged[0]}: call model.unmerge_adapter() before the model is saved")
-    beside = (GrownBank, DirectionsBank)
-    grown = [name for name, layer in layers.items() if any(isinstance(b, beside) for b in layer.recast_bank.values())]
+    grown = [name for name, layer in layers.items() if any(isinstance(b, BankBeside) for b in layer.recast_bank.values())]
     if grown:
         raise RecastBankError(
             f"the bank of {grown[0]} adds to the pretrained weights, so the model has no compressed form: save the bank "
