@@ -20,9 +20,12 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=4, initializer_range=0.2, **sizes))
 
 
-def converted(group_size: int = 2, **config: Any) -> Any:
-    options = {"target_modules": "all-mlp", "group_size": group_size, **config}
-    model = get_recast_model(llama(), RecastConfig(**options), "task")
+def task_config(group_size: int | None = 2, **config: Any) -> RecastConfig:
+    return RecastConfig(**{"target_modules": "all-mlp", "group_size": group_size, **config})
+
+
+def converted(**config: Any) -> Any:
+    model = get_recast_model(llama(), task_config(**config), "task")
     randomise(model, "task", size=0.1)
     return model
 

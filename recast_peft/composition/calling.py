@@ -59,7 +59,9 @@ def call(
         y = layer.base_layer(args[0]) if is_alone else call(layer, others, args, kwargs, values)
         for name in cores:
             offsets = layer.offset(name, values)[None].to(args[0].device)
-            y = layer.recast_bank[name].core_product(offsets).add_to(y, args[0])
+            product = layer.recast_bank[name].core_product(offsets)
+            held = layer.weight_parameter
+            y = (product if split_of(held) is None else product.split_like(held)).add_to(y, args[0])
         return y
     if is_out_of_reach(layer):
         if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):

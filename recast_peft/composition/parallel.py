@@ -27,8 +27,18 @@ def for_own(offset: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def for_neighbour(offset: Tensor, weight: Tensor | None) -> Tensor:
-    """A coefficient that scales the output of a neighbour."""
+    """A coefficient that scales the output of a neighbour, or another tensor that all outputs are computed from."""
     return _Summed.apply(offset, weight) if split_of(weight) == BY_COLUMNS else offset
+
+
+def summed_over_rows(part: Tensor, weight: Tensor | None) -> Tensor:
+    """A product of this process's part of the input with its part of a weight, as all parts together have it."""
+    return _Sum.apply(part, weight) if split_of(weight) == BY_ROWS else part
+
+
+def own_part(value: Tensor, weight: Any) -> Tensor:
+    """What this process has of a tensor that is split along the same dimension as a weight."""
+    return spread_like(value, weight).to_local()  # type: ignore[attr-defined]
 
 
 def spread_like(value: Tensor, weight: Any) -> Tensor:
@@ -44,11 +54,27 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, offset: Tensor, weight: Any) -> Tensor:
-        ctx.group = weight.device_mesh.get_group()
+        ctx.weight = weight
         return offset.view_as(offset)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.contiguous().clone()
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total, None
+        return _sum_over_processes(grad, ctx.weight), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, each of which has the whole gradient of it."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, weight: Any) -> Tensor:
+        return _sum_over_processes(part, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _sum_over_processes(part: Tensor, weight: Any) -> Tensor:
+    total = part.contiguous().clone()
+    torch.distributed.all_reduce(total, group=weight.device_mesh.get_group())
+    return total

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recast_peft.composition.parallel import BY_COLUMNS, BY_ROWS, for_neighbour, for_own, split_of
+from recast_peft.composition.parallel import BY_COLUMNS, BY_ROWS, for_neighbour, for_own, split_of, summed_over_rows
 
 
 def split(dim: int | None, dimensions: int = 1) -> Any:
@@ -54,3 +54,14 @@ def test_gradients_are_summed_on_the_side_that_is_split(
     assert offset.grad.item() == (34 if dim == summed else 4)
     assert groups == ["the group"] * (dim == summed)
     assert verb(offset, None) is offset
+
+
+@pytest.mark.parametrize("dim", [BY_ROWS, BY_COLUMNS])
+def test_parts_are_summed_where_the_input_is_split(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other processes have 30 together; each has the whole gradient."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: tensor.add_(30))
+    part = torch.tensor(0.5, requires_grad=True)
+    found = summed_over_rows(part, split(dim))
+    assert found.item() == (30.5 if dim == BY_ROWS else 0.5)
+    (4 * found).backward()
+    assert part.grad.item() == 4

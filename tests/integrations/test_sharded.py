@@ -7,13 +7,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from llamas import IDS, converted, llama, logits, train
+from llamas import IDS, converted, llama, logits, task_config, train
 from models import layers_of, randomise
 from peft import PeftModel
 from processes import LIMIT_S, start_two
@@ -82,6 +83,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 SHARED = {"coefficient_sharing": 2, "group_size": 1}  # what the defaults choose for a deep model
 MASKED = {"partners": ["piggyback"]}
+DIRECTIONS = {"num_directions": 2, "group_size": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in WRAPPERS},
     "FSDP2, shared coefficients": ("FSDP2", SHARED),
@@ -90,9 +92,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "FSDP2, masks": ("FSDP2", MASKED),
     "FSDP2 as one, masks": ("FSDP2 as one", MASKED),
     "FSDP1, masks": ("FSDP1", MASKED),
-    "FSDP2, directions": ("FSDP2", {"num_directions": 2, "group_size": None}),
-    "FSDP1, directions": ("FSDP1", {"num_directions": 2, "group_size": None}),
+    "FSDP2, directions": ("FSDP2", DIRECTIONS),
+    "FSDP1, directions": ("FSDP1", DIRECTIONS),
 }
+# what is computed beside modules that are called as they are: under tensor parallelism and ZeRO-3
+BESIDE: dict[str, dict[str, Any]] = {"groups": {}, "directions": DIRECTIONS}
 
 
 def whole_state_dict(kind: str, model: Any) -> dict[str, Tensor]:
@@ -163,19 +167,19 @@ def tried(kind: str, config: dict[str, Any], rank: int, folder: Path) -> dict[st
     return found
 
 
-def tensor_parallel(folder: Path) -> dict[str, Any]:
+def tensor_parallel(config: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Tasks on a model that transformers has spread by its tp_plan; both processes see the whole batch."""
-    plain = LlamaForCausalLM.from_pretrained(folder / "plain", tp_plan="auto")
+    plain = LlamaForCausalLM.from_pretrained(folder.parent / "plain", tp_plan="auto")
     found: dict[str, Any] = {"plain": logits(plain)}
     found["compressed"] = refusal(lambda: get_recast_model(plain, RecastConfig(target_modules="all-mlp", num_templates=1)))
-    model = get_recast_model(plain, RecastConfig(target_modules="all-mlp", group_size=2), "task")
+    model = get_recast_model(plain, task_config(**config), "task")
     assert hasattr(layers_of(model)["model.layers.0.mlp.gate_proj"].base_layer.weight, "full_tensor")
     found["fresh"] = logits(model)
     randomise(model, "task", size=0.1)
     found["losses"] = train(model, IDS)
     found["trained"] = logits(model)
-    model.save_pretrained(folder / f"parallel-{dist.get_rank()}")
-    model.load_adapter(folder / f"parallel-{dist.get_rank()}" / "task", "again")
+    model.save_pretrained(folder / f"parallel-{rank}")
+    model.load_adapter(folder / f"parallel-{rank}" / "task", "again")
     randomise(model, "again", size=0.1)
     with torch.no_grad():
         found["mixed"] = model.eval()(input_ids=IDS, adapter_names=["task", "again"]).logits
@@ -183,14 +187,14 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
     return found
 
 
-def tried_with_deepspeed(rank: int, folder: Path) -> dict[str, Any]:
+def tried_with_deepspeed(config: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """The same under ZeRO-3, which trains by an engine, and takes tasks on weights that are partitioned already."""
     import deepspeed
 
     stage3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
     options = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "zero_allow_untested_optimizer": True}
     found: dict[str, Any] = {"losses": []}
-    plain = converted()
+    plain = converted(**config)
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1)
     engine, *_ = deepspeed.initialize(model=plain, optimizer=optimizer, config=options)
     ids = IDS[rank : rank + 1]
@@ -211,7 +215,7 @@ def tried_with_deepspeed(rank: int, folder: Path) -> dict[str, Any]:
     found["merge"] = refusal(plain.merge_adapter)
     base = llama()
     deepspeed.initialize(model=base, config=options)
-    late = get_recast_model(base, RecastConfig(target_modules="all-mlp", group_size=2), "task")
+    late = get_recast_model(base, task_config(**config), "task")
     late.load_adapter(folder / "by all" / "task", "task")
     found["late"] = logits(late)
     return found
@@ -222,12 +226,19 @@ def deepspeed_work(rank: int, port: int, folder: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT_S))
+    for name, config in BESIDE.items():
+        save_tried(tried_with_deepspeed, config, rank, Path(folder) / name)
+    os._exit(0)
+
+
+def save_tried(verb: Callable[..., dict[str, Any]], config: dict[str, Any], rank: int, place: Path) -> None:
+    """Do something in a folder of its own, and write what it gave there."""
+    place.mkdir(exist_ok=True)
     try:
-        found = tried_with_deepspeed(rank, Path(folder))
+        found = verb(config, rank, place)
     except Exception:
         found = {"error": traceback.format_exc()}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    os._exit(0)
+    torch.save(found, place / f"{rank}.pt")
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -237,16 +248,11 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for name, (kind, config) in CASES.items():
-        place = Path(folder) / name
-        place.mkdir(exist_ok=True)
-        try:
-            found = tried(kind, config, rank, place)
-        except Exception:
-            found = {"error": traceback.format_exc()}
-        torch.save(found, place / f"{rank}.pt")
+        save_tried(partial(tried, kind), config, rank, Path(folder) / name)
     found = {"refused": refusal(lambda: train(by_fsdp1(converted(**SHARED)), IDS[:1]))}
-    found["tensor parallel"] = tensor_parallel(Path(folder))
     torch.save(found, Path(folder) / f"others-{rank}.pt")
+    for name, config in BESIDE.items():
+        save_tried(tensor_parallel, config, rank, Path(folder) / f"tensor parallel, {name}")
     os._exit(0)  # not by way of destructors, which wait for each other
 
 
@@ -291,18 +297,26 @@ def test_two_processes_with_shards_do_what_one_process_does(results: Path, name:
             torch.testing.assert_close(rank["without"], logits(expected))
 
 
-def test_ZeRO_3_does_what_one_process_does(tmp_path: Path) -> None:
-    """DeepSpeed compiles a part of itself at its first start, which takes minutes."""
+@pytest.fixture(scope="module")
+def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found under ZeRO-3; DeepSpeed compiles a part of itself at its first start, which takes minutes."""
     pytest.importorskip("deepspeed")
-    start_two(deepspeed_work, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    folder = tmp_path_factory.mktemp("deepspeed")
+    start_two(deepspeed_work, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_ZeRO_3_does_what_one_process_does(by_deepspeed: Path, name: str) -> None:
+    folder = by_deepspeed / name
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     assert "error" not in first, first["error"]
-    expected = converted()
+    expected = converted(**BESIDE[name])
     losses = train(expected, IDS)
     for loss, one, two in zip(losses, first["losses"], second["losses"], strict=True):
         assert (one + two) / 2 == pytest.approx(loss, rel=1e-5)
     trained = logits(expected)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "by all" / "task", "task")
+    loaded = PeftModel.from_pretrained(llama(), folder / "by all" / "task", "task")
     torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
     for rank in (first, second):
         assert not torch.allclose(rank["zeroed"], trained, atol=1e-4)
@@ -327,17 +341,20 @@ def test_shared_coefficients_under_FSDP1_are_refused(results: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_tensor_parallelism_does_what_one_process_does(results: Path, rank: int) -> None:
-    found = torch.load(results / f"others-{rank}.pt")["tensor parallel"]
+@pytest.mark.parametrize("name", BESIDE)
+def test_tensor_parallelism_does_what_one_process_does(results: Path, name: str, rank: int) -> None:
+    folder = results / f"tensor parallel, {name}"
+    found = torch.load(folder / f"{rank}.pt")
+    assert "error" not in found, found["error"]
     assert torch.equal(found["fresh"], found["plain"])
-    expected = converted()
+    expected = converted(**BESIDE[name])
     assert found["losses"] == pytest.approx(train(expected, IDS), rel=1e-5)
     trained = logits(expected)
     assert not torch.allclose(trained, found["fresh"], atol=1e-4)
     torch.testing.assert_close(found["trained"], trained, rtol=1e-4, atol=1e-5)
-    loaded = PeftModel.from_pretrained(llama(), results / f"parallel-{rank}" / "task", "task").eval()
+    loaded = PeftModel.from_pretrained(llama(), folder / f"parallel-{rank}" / "task", "task").eval()
     torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
-    loaded.load_adapter(results / f"parallel-{rank}" / "task", "again")
+    loaded.load_adapter(folder / f"parallel-{rank}" / "task", "again")
     randomise(loaded, "again", size=0.1)
     with torch.no_grad():
         mixed = loaded(input_ids=IDS, adapter_names=["task", "again"]).logits

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import layers_of, randomise
 from peft import PeftModel
 from sweep.transformers_cases import transformers_cases
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, RecastLayer, RecastTargetError, get_recast_model, plan_recast
+from recast_peft.banks.directions_bank import main_directions
 
 MIXTURES = ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"]
 IDS = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -75,6 +77,34 @@ def test_experts_are_composed_like_any_weight(name: str, parameter: str, tmp_pat
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
     torch.testing.assert_close(logits(model.merge_and_unload()), live)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_have_cores_between_their_main_directions(name: str, tmp_path: Path) -> None:
+    plain = built(name)
+    before = logits(plain)
+    config = RecastConfig(target_parameters=["experts.down_proj"], num_directions=2)
+    model = get_recast_model(built(name), config).eval()
+    assert torch.equal(logits(model), before)
+    randomise(model)
+    model(input_ids=IDS)[0].square().sum().backward()
+    for member, layer in layers_of(model).items():
+        core = layer.recast_coefficients["default"]
+        assert core.grad is not None
+        assert core.grad.abs().sum() > 0
+        weight = plain.get_submodule(member).get_parameter("down_proj").detach()
+        left, right = main_directions(weight, 2)  # of experts by everything else
+        assert (left.shape, right.shape) == ((len(weight), 2), (2, weight[0].numel()))
+        weight += (left @ core.detach()[0].double().view(2, 2) @ right).view(weight.shape).to(weight.dtype)
+    live = logits(model)
+    assert not torch.allclose(live, before, atol=1e-3)
+    torch.testing.assert_close(live, logits(plain), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(built(name), tmp_path).eval()), live)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), live)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), live)
 
 
 def test_modules_beside_experts_and_certain_layers() -> None:
