@@ -17,7 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 STEPS = 3
-CONFIGS: list[dict[str, Any]] = [{}, {"num_templates": 1}, {"num_directions": 2}, {"modules_to_save": ["head"], "num_coefficient_sets": 2}]
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"num_templates": 1},
+    {"num_directions": 2},
+    {"modules_to_save": ["head"], "num_coefficient_sets": 2},
+]
 
 
 def build(config: dict[str, Any]) -> PeftModel:
