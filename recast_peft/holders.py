@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import names
 from .errors import RecastConfigError
 from .names import BANK_CONTAINER, COMPILED, MODEL_PREFIX, PARTNER_CONTAINER, lies_in, plain_name, unwrapped, without_wrappers
-from .placement.offloaded import bring_back, kept_tensor
+from .placement.offloaded import StaysInMemory, end_offloading, kept_tensor
 from .placement.sharded import whole_shape, write
 
 
@@ -54,6 +54,12 @@ class Entry:
         return getattr(module, name) if held is None else held
 
     @property
+    def identity(self) -> int:
+        """One number for the entries that are one tensor; what is kept of an offloaded one is read anew each time."""
+        held = self.module._parameters.get(self.attribute, self.module._buffers.get(self.attribute))
+        return id(self.tensor if held is None else held)
+
+    @property
     def key(self) -> str:
         """The name in the plain model, with PEFT's prefix."""
         return f"{MODEL_PREFIX}{self.name}"
@@ -74,6 +80,7 @@ class Entry:
 
     def write(self, values: Tensor) -> None:
         """Put values in: into the tensor itself, or in its place where that holds no numbers (the meta device)."""
+        end_offloading(self.module)
         old = self.tensor
         if not old.is_meta:
             write(old, values)
@@ -340,7 +347,7 @@ class TaskModules(nn.ModuleDict):
         return {task_of_key(key): module for key, module in self._modules.items()}.items()
 
 
-class Offsets(nn.Module):
+class Offsets(StaysInMemory):
     """The coefficients of one task in one layer, as a module: so the task's name stands inside the name of the parameter.
 
     Tools that look for the parameters of an adapter (TRL does, for the reference model of DPO) search for ``.name.``.
@@ -349,11 +356,6 @@ class Offsets(nn.Module):
     def __init__(self, offsets: nn.Parameter) -> None:
         super().__init__()
         self.offsets = offsets
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "_hf_hook":  # accelerate has offloaded every parameter; these few numbers stay, and can be trained
-            bring_back(self, "offsets")
 
 
 class TaskParameters(nn.ParameterDict):

@@ -32,7 +32,7 @@ from .tasks.conversion import install_banks, share_coefficients
 from .tasks.files import load_into
 from .tasks.preparation import PreparedTask, prepare_task
 from .tasks.record import planned_record, record_of_task
-from .tasks.state import check_base_weights, gathered, keep_numbers
+from .tasks.state import check_base_weights, gathered, keep_numbers, keep_trained
 from .tasks.transformers_loading import hand_back_loading, take_over_loading
 from .tasks.tuner_verbs import TaskVerbs
 from .tasks.undo import Snapshot, undone_on_failure
@@ -179,6 +179,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         """Set training mode, but for the running statistics of the pretrained model, which no task may move."""
         super().train(mode)
         if mode:
+            keep_trained(self)
             freeze_running_statistics(self.model)
         return self
 

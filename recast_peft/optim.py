@@ -218,7 +218,7 @@ def _owned(model: nn.Module, trained: Mapping[str, list[nn.Parameter]]) -> bool:
     own: set[int] = set()
     for tuner in modules_of(model, RecastModel):
         for name in tuner.active_adapters:
-            own.update(id(entry.tensor) for entry in task_entries(tuner.model, name, tuner.peft_config[name]).values())
+            own.update(entry.identity for entry in task_entries(tuner.model, name, tuner.peft_config[name]).values())
     return any(id(parameter) in own for parameters in trained.values() for parameter in parameters)
 
 

@@ -40,7 +40,7 @@ def offsets(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
     """A task's coefficients of biases by the module that owns them."""
     key = f".modules_to_save.{name}.offset"
     return {
-        n.split("recast_partners.")[1].split(".bias")[0].replace("/", "."): p
+        n.split("recast_partners.")[1].split(".bias")[0].replace("%2E", "."): p
         for n, p in model.named_parameters()
         if n.endswith(key)
     }

@@ -128,7 +128,7 @@ def partner_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Ten
     found = {}
     for name, parameter in model.named_parameters():
         if is_partners(name) and f".{adapter}." in name:
-            place = name.split("recast_partners.")[1].split(".")[0].replace("/", ".") if "recast_partners" in name else ""
+            place = name.split("recast_partners.")[1].split(".")[0].replace("%2E", ".") if "recast_partners" in name else ""
             place = place or name.removeprefix("base_model.model.").partition(".recast_masks")[0]
             found[f"{place}:{name.partition(f'.{adapter}.')[2]}"] = parameter.detach()
     return found

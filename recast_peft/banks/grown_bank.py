@@ -57,7 +57,7 @@ class GrownBank(BankBeside):
         return f"{self.name}@{self.fingerprint}"
 
     @property
-    def grown(self) -> GrownTemplates:
+    def grown_templates(self) -> GrownTemplates:
         """The grown templates."""
         tensors = tuple(self._parameters[part] for part in self.parts)
         return GrownTemplates(tensors, self.shape, self.plain, self.energy)  # type: ignore[arg-type]
@@ -65,12 +65,12 @@ class GrownBank(BankBeside):
     @property
     def num_templates(self) -> int:
         """Templates in the bank."""
-        return len(self.grown) + (len(self.layers) if self.plain else 0)
+        return len(self.grown_templates) + (len(self.layers) if self.plain else 0)
 
     def get_templates(self, device: torch.device) -> list[Tensor]:
         """The templates, each shaped like a member's weight, on ``device``."""
         plain = super().get_templates(device) if self.plain else []
-        return [*plain, *(t if t.device == device else t.to(device) for t in self.grown.dense())]
+        return [*plain, *(t if t.device == device else t.to(device) for t in self.grown_templates.dense())]
 
     def product_terms(
         self, member: str, offsets: Tensor, device: torch.device
@@ -82,12 +82,12 @@ class GrownBank(BankBeside):
         if self.plain:
             offsets = self.base_row(member, offsets) + offsets
             scale, offsets = offsets[:, : len(plain)], offsets[:, len(plain) :]
-        tensors = tuple(t.to(device) for t in self.grown.tensors)
+        tensors = tuple(t.to(device) for t in self.grown_templates.tensors)
         if len(tensors) == 2 and has_low_rank_product(own.base_layer):
-            pairs = low_rank_sum(own.base_layer, (tensors[0], tensors[1]), offsets) if len(self.grown) else None
+            pairs = low_rank_sum(own.base_layer, (tensors[0], tensors[1]), offsets) if len(self.grown_templates) else None
             return plain, scale, pairs
         scale = torch.ones_like(offsets[:, :1]) if scale is None else scale
-        return [*plain, *(t.to(device) for t in self.grown.dense())], torch.cat([scale, offsets], dim=1), None
+        return [*plain, *(t.to(device) for t in self.grown_templates.dense())], torch.cat([scale, offsets], dim=1), None
 
     def extra_repr(self) -> str:
-        return f"{self.name}, members={len(self.members)}, templates={self.num_templates} ({len(self.grown)} grown)"
+        return f"{self.name}, members={len(self.members)}, templates={self.num_templates} ({len(self.grown_templates)} grown)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..composition.compose import compose_weight, composition_dtype
 from ..composition.composed import ComposedModule
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
+from ..placement.offloaded import StaysInMemory
 
 if TYPE_CHECKING:
     from .core_product import CoreProduct
@@ -27,7 +28,7 @@ PLACEHOLDER = "recast_fingerprint"  # attribute of a parameter that only holds t
 MIXED_AT_ONCE = 1 << 21  # numbers of the members together that are held in the composition's dtype at once
 
 
-class TemplateBank(nn.Module):
+class TemplateBank(StaysInMemory):
     """The templates of one group.
 
     Args:

@@ -20,6 +20,7 @@ from ..banks.files import StoredBank
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError
 from ..options.partner import Candidate
+from ..placement.offloaded import StaysInMemory
 from .banked import BankedPartnerConfig
 
 
@@ -65,7 +66,7 @@ class BiasConfig(BankedPartnerConfig, method="bias"):
         return BiasCoefficient(channels, **like)
 
 
-class BiasCoefficient(nn.Module):
+class BiasCoefficient(StaysInMemory):
     """The offset to the coefficient of one bias, of one task.
 
     Shapes:
@@ -132,7 +133,7 @@ def share_of(growth: Tensor, scale: Tensor | None) -> Tensor:
     return growth / torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-class BiasTemplates(nn.Module):
+class BiasTemplates(StaysInMemory):
     """The templates of one bias, ``(templates, channels)``, which all tasks on one bank share.
 
     Attributes:

@@ -18,6 +18,7 @@ from ..errors import RecastTargetError
 from ..holders import holders
 from ..names import MODEL_PREFIX
 from ..options.partner import PartnerConfig
+from ..placement.offloaded import is_offloaded, kept_tensor
 from ..planning.candidates import Candidate
 from .banked import bank_of_partner, refuse_bank
 from .base import Request, device_and_dtype
@@ -84,7 +85,8 @@ class TaskBiases(TaskPartners):
         return f"{self._coefficient(adapter_name).owner or self.place}.bias"
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
-        return None
+        is_away = self.has_task(adapter_name) and is_offloaded(self.hosts[0])
+        return f"a bias at {self.place}, which is offloaded: nothing can be merged into it" if is_away else None
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
         return None
@@ -92,7 +94,8 @@ class TaskBiases(TaskPartners):
     # ---------------------------------------------------------------- computing
 
     def _now(self, name: str = "bias") -> nn.Parameter:
-        return getattr(self.hosts[0], name)
+        kept = kept_tensor(self.hosts[0], name)  # while the module is offloaded
+        return getattr(self.hosts[0], name) if kept is None else kept  # type: ignore[return-value]
 
     def pretrained(self, name: str = "bias") -> Tensor:
         """The bias, or a norm's scale (its ``"weight"``), as it was before any task was merged."""

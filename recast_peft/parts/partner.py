@@ -22,7 +22,7 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import put_at
+from ..holders import container_key, put_at
 from ..layer import RecastLayer, recast_layers
 from ..names import MODEL_PREFIX, PARTNER_CONTAINER, modules_of, place_key
 from ..options.partner import PARTNERS, PartnerConfig
@@ -139,7 +139,7 @@ class PartnerPart(TaskPart):
             model.add_module(PARTNER_CONTAINER, SideContainer())
         container: Any = model._modules[PARTNER_CONTAINER]
         # PEFT's classes for a task_type take whatever ends with the name of a classifier for one
-        key = place_key(piece.place) + ("/" if self.stands_before_copies else "")
+        key = container_key(piece.place) + ("%before" if self.stands_before_copies else "")
         if key not in container:
             container[key] = nn.ModuleDict()
         if not isinstance(container[key]._modules.get(self.name), TaskPartners):

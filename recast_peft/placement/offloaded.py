@@ -16,7 +16,7 @@ def is_offloaded(module: nn.Module) -> bool:
 def kept_tensor(module: nn.Module, name: str) -> Tensor | None:
     """A tensor of an offloaded module, from where it is kept; None for any other."""
     hook = _hook_of(module)
-    held = module._parameters.get(name)
+    held = module._parameters.get(name, module._buffers.get(name))
     return None if hook is None or held is None or not held.is_meta else hook.weights_map[name]
 
 
@@ -33,6 +33,31 @@ def bring_back(module: nn.Module, name: str) -> None:
         there = hook.original_devices[name]
         needs_gradient = module._parameters[name].requires_grad  # type: ignore[union-attr]
         module._parameters[name] = nn.Parameter(kept.to(there, copy=True), requires_grad=needs_gradient)
+
+
+def end_offloading(module: nn.Module) -> None:
+    """Put what an offloaded module has where it computes, for good: elsewhere what is written or trained is lost."""
+    if not is_offloaded(module):
+        return
+    device = execution_device(module)
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for held in tables:
+        for name, kept in [(name, kept_tensor(module, name)) for name in held]:
+            if kept is None:
+                continue
+            own = kept.to(device, copy=True)
+            held[name] = nn.Parameter(own, held[name].requires_grad) if held is module._parameters else own
+    _hook_of(module).offload = False
+
+
+class StaysInMemory(nn.Module):
+    """A module whose parameters others read: no call of its own would bring them from where accelerate keeps them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":  # accelerate has offloaded every parameter
+            for held in self._parameters:
+                bring_back(self, held)
 
 
 def _hook_of(module: nn.Module) -> Any:

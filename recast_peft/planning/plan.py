@@ -247,7 +247,7 @@ def held_grown_bank(model: nn.Module, fingerprint: str | None) -> StoredBank | N
                 held.setdefault(bank.stored["fingerprint"], {})[bank.name] = bank
                 fingerprints[module.module_name] = module.fingerprint
     for own in sorted(held, key=lambda own: own != fingerprint):  # that very version before one that contains it
-        groups = {name: StoredGroup(bank.members, grown=bank.grown) for name, bank in held[own].items()}
+        groups = {name: StoredGroup(bank.members, grown=bank.grown_templates) for name, bank in held[own].items()}
         one = next(iter(held[own].values()))
         bank = StoredBank(groups, fingerprints, one.made, one.stored["name"], one.version, own, one.history).at(fingerprint)
         if bank is not None:

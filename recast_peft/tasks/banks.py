@@ -60,7 +60,7 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     groups = {}
     for name, bank in banks.items():
         if isinstance(bank, GrownBank):
-            groups[name] = StoredGroup(bank.members, grown=bank.grown)
+            groups[name] = StoredGroup(bank.members, grown=bank.grown_templates)
             version, history, made = bank.version, bank.history, bank.made
         elif bank.templates is None or bank.base_coefficients is None:
             groups[name] = StoredGroup(bank.members)

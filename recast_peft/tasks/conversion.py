@@ -20,7 +20,7 @@ from ..composition import merging
 from ..composition.fingerprint import is_coarser_form, same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
-from ..holders import put_child
+from ..holders import container_key, put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX, modules_of
@@ -313,7 +313,7 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
     for bank in banks:
         if not bank.is_anchored:
             bank.build()
-        container[bank.key.replace(".", "/")] = bank
+        container[container_key(bank.key)] = bank
         if bank.is_anchored:
             continue
         for layer in bank.layers:

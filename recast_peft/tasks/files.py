@@ -204,16 +204,16 @@ def _prefixed(key: str) -> str:
 
 def _wanted(entries: Mapping[str, Entry], given: Collection[str], optional: Collection[str]) -> Shapes:
     """Shapes of the entries that a task needs; what several modules share is stored by one of their names at least."""
-    filled = {id(entry.tensor) for key, entry in entries.items() if key in given}
+    filled = {entry.identity for key, entry in entries.items() if key in given}
     needed = {key: entry for key, entry in entries.items() if key not in optional}
-    return {key: entry.shape for key, entry in needed.items() if key in given or id(entry.tensor) not in filled}
+    return {key: entry.shape for key, entry in needed.items() if key in given or entry.identity not in filled}
 
 
 def _check_shared(what: str, entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -> None:
     """Refuse other numbers for each of the modules that share a tensor: those of the last would be taken for all."""
     first: dict[int, str] = {}
     for key in (key for key in entries if key in given):
-        other = first.setdefault(id(entries[key].tensor), key)
+        other = first.setdefault(entries[key].identity, key)
         if not given[key].is_meta and not torch.equal(given[other].to(given[key]), given[key]):
             raise RecastLoadError(
                 f"{what} does not fit the model: {other} and {key} are one tensor there, and the file has other numbers for "

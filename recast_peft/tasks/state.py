@@ -16,13 +16,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..config import RecastConfig
+from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..holders import Entry, container_key, holders, plain_modules, unwrapped, unwrapped_module
 from ..names import MODEL_PREFIX, modules_of, plain_name, without_wrappers
 from ..parts import PARTS
 from ..parts.base_biases import biased_modules
 from ..parts.wrapper import TaskModule
+from ..placement.offloaded import end_offloading, is_offloaded
 from ..placement.sharded import is_plain, is_sharded, whole
 
 
@@ -67,7 +68,8 @@ def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_di
     tensors = {}
     for key, entry in entries.items():
         value, own = given.get(keys[key]), entry.tensor
-        if value is None or (is_sharded(own) and value.data_ptr() == own.data_ptr()):  # not gathered, but this process's shard
+        is_own_shard = value is not None and is_sharded(own) and value.data_ptr() == own.data_ptr()
+        if value is None or value.is_meta or is_own_shard:  # offloaded, or not gathered
             value = own
         tensors[entry.file_key] = entry.stored(whole(value))
     return tensors
@@ -156,6 +158,17 @@ def trained_outside_tasks(model: nn.Module) -> list[str]:
     ]
 
 
+def keep_trained(tuner: Any) -> None:
+    """Put what is trained of tasks where it computes, if it is offloaded: no optimizer would find it elsewhere."""
+    if not any(map(is_offloaded, tuner.modules())):
+        return
+    for name, config in tasks_among(tuner.peft_config).items():
+        for entry in task_entries(tuner.model, name, config).values():
+            held = entry.module._parameters.get(entry.attribute)
+            if held is not None and held.requires_grad:
+                end_offloading(entry.module)
+
+
 def put_in(model: nn.Module, entries: Mapping[str, Entry], values: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a task's tensors into the modules that hold them.
 
@@ -165,7 +178,7 @@ def put_in(model: nn.Module, entries: Mapping[str, Entry], values: Mapping[str, 
     for key, entry in entries.items():
         if key in values:
             entry.write(values[key])
-    written = {id(entry.tensor) for entry in entries.values()}
+    written = {entry.identity for entry in entries.values()}
     return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in written}
 
 

@@ -243,7 +243,7 @@ class TestBesideOtherBanks:
         model = on(grown()).to(dtype)
         layer = next(iter(layers_of(model).values()))
         assert layer.weight.dtype == dtype
-        assert layer.recast_bank["default"].grown.tensors[0].dtype == dtype
+        assert layer.recast_bank["default"].grown_templates.tensors[0].dtype == dtype
         assert torch.isfinite(outputs(model, X.to(dtype))).all()
 
     def test_copies_and_deletion(self) -> None:

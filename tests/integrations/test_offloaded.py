@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from grown_weights import grown, on
 from llamas import IDS, converted, llama, logits, train
-from models import layers_of, randomise
+from models import converted as vit
+from models import layers_of, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from torch import nn
 
-from recast_peft import RecastBankError, RecastConfig, get_recast_model, random_bank
+from recast_peft import AdaptFormerConfig, RecastBankError, RecastConfig, get_recast_model, random_bank
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -73,3 +75,87 @@ def test_tasks_are_trained_saved_and_loaded_while_weights_are_offloaded(
         model.load_adapter(tmp_path / "task", name)
         model.set_adapter(name)
         torch.testing.assert_close(logits(model), trained)
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "a classifier": {"num_classes": 5},
+    "norms": {"train_norms": True},
+    "a whole module": {"modules_to_save": ["head"]},
+    "biases of the base": {"bias": "all"},
+    "coefficients of biases": {"partners": ["bias"]},
+    "bottlenecks": {"partners": [AdaptFormerConfig(dropout=0.0)]},
+    "a LoRA": {"lora_config": {"r": 2, "target_modules": ["fc1"]}},
+    "main directions": {"num_directions": 2},
+}
+
+
+@pytest.mark.parametrize("fields", PARTS.values(), ids=PARTS)
+def test_every_part_of_a_task_is_saved_trained_and_loaded_once_it_is_offloaded(
+    offload: Callable[[nn.Module], None], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model, expected = (vit(**{"group_size": None if "num_directions" in fields else 1, **fields}) for _ in range(2))
+    for each in (model, expected):
+        randomise(each)
+    expected.load_state_dict(model.state_dict())
+    x = vit_input(4)
+    start = expected(x)
+    offload(model)
+    torch.testing.assert_close(model(x), start)
+    model.save_pretrained(tmp_path)
+    for each in (model, expected):
+        each.train()
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(x).square().mean().backward()
+            optimizer.step()
+        each.eval()
+    torch.testing.assert_close(model(x), expected(x))
+    assert not torch.allclose(expected(x), start, atol=1e-4)
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(x), start)
+
+
+def test_a_task_is_loaded_into_parts_that_are_kept_elsewhere(offload: Callable[[nn.Module], None], tmp_path: Path) -> None:
+    """Also where the classifier has never been trained since; norms are read anew from a disk each time they are looked at."""
+    stored = vit(train_norms=True, modules_to_save=["head"])
+    randomise(stored)
+    for name, parameter in stored.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += torch.rand(parameter.shape)
+    stored.save_pretrained(tmp_path)
+    model = vit(train_norms=True, modules_to_save=["head"])
+    offload(model)
+    model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(vit_input()), stored(vit_input()))
+
+
+def test_biases_are_not_merged_into_what_is_offloaded(offload: Callable[[nn.Module], None]) -> None:
+    model = vit(partners=["bias"], train_coefficients=False)
+    randomise(model)
+    before = model(vit_input())
+    offload(model)
+    with pytest.raises(RecastBankError, match=r"a bias at .* is offloaded: nothing can be merged into it"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(vit_input()), before)
+
+
+@pytest.mark.parametrize("fields", [{}, {"rank": 2}])
+def test_a_grown_bank_stays_in_memory(offload: Callable[[nn.Module], None], fields: dict[str, Any], tmp_path: Path) -> None:
+    bank = grown(**fields)
+    model = on(bank)
+    expected = model(vit_input())
+    before = {key: tensor.clone() for key, tensor in stored_templates(model)}
+    offload(model)
+    assert dict(stored_templates(model)).keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stored_templates(model))
+    with pytest.raises(RecastBankError, match=r"is offloaded, and what its task has there needs the weight"):
+        model(vit_input())
+    model.save_pretrained(tmp_path)
+    config = RecastConfig.from_pretrained(tmp_path)
+    config.bank = model.base_model.save_bank(tmp_path / "bank")
+    torch.testing.assert_close(PeftModel.from_pretrained(tiny_vit(), tmp_path, config=config)(vit_input()), expected)
+
+
+def stored_templates(model: PeftModel) -> list[tuple[str, torch.Tensor]]:
+    return [entry for entry in model.named_parameters() if "recast_banks" in entry[0]]

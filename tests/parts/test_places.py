@@ -38,7 +38,7 @@ class TestPlaces:
         model = get_recast_model(Repeated(), config)
         owned = [name for name, p in model.named_parameters() if p.requires_grad and "coefficients" not in name]
         assert len(owned) == 1
-        assert "blocks/0/0" in owned[0] or "blocks.0.0" in owned[0]
+        assert "blocks%2E0%2E0" in owned[0] or "blocks.0.0" in owned[0]
 
     def test_that_are_shared_cannot_be_masked_by_any_name(self):
         config = RecastConfig(target_modules=["own"], partners=[PiggybackConfig(target_modules=["again"])])
