@@ -119,6 +119,7 @@ class TaskHolder:
     zeros: Any = None  # those of a pool's slot while no task is in it; see composition/zeros.py
     trained_kind: str | None = None  # ``create_recast_optimizer`` has a group for it; None is for all others
     stands_aside = False  # tasks are merged that have nothing here, so that the active ones do not act
+    has_samples_first = False  # seen in a mixed batch
     unmerge: Any
     _disable_adapters = False
     _trainable: Sequence[nn.Parameter] = ()  # before the tasks were switched off

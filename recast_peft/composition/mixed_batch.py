@@ -49,7 +49,7 @@ class MixedBatch:
         keys: ``task_ids`` as whole numbers, read once; None where they are only known as a tensor.
         beams: how often generation repeats each sample in the decoder.
         is_off: whether all samples are the pretrained model's, since tasks were switched off where the call began.
-        positions_first: a module of the model that takes positions before samples (``batch_first=False``); None without.
+        positions_first: a module of the model that may take positions before samples; None without.
     """
 
     names: tuple[str, ...] = ()
@@ -65,6 +65,22 @@ class MixedBatch:
 
     def __len__(self) -> int:
         return len(self.names) if self.task_ids is None else len(self.task_ids)
+
+    def samples_in(self, x: Tensor, holder: Any, *, is_ordered: bool = False) -> int:
+        """The samples of an input of a module that holds something of tasks.
+
+        Raises:
+            RecastConfigError: for a nested tensor, whose samples cannot be told apart here; and, unless ``is_ordered``, where
+                the first dimension may be that of the positions.
+        """
+        if x.is_nested:
+            raise RecastConfigError(
+                "a nested tensor cannot have another task for each sample: pad it (torch.nested.to_padded_tensor), or give all "
+                "samples one task"
+            )
+        if not is_ordered:
+            self._check_order(x, holder)
+        return len(x)
 
     def repeats(self, samples: int) -> int:
         """How often each entry stands for a sample in an input of ``samples`` rows: once, or once a beam.
@@ -82,18 +98,28 @@ class MixedBatch:
             "Give one task for each sample; a task can be given several times."
         )
 
-    def check_order(self, x: Tensor) -> None:
+    def _check_order(self, x: Tensor, holder: Any) -> None:
         """Refuse an input ``(samples, positions, features)`` that may be ``(positions, samples, features)`` as well.
 
+        What had samples first in a batch of which one could tell has them first in others too.
+
         Raises:
-            RecastConfigError: if it has as many samples as positions, and the model a module that takes positions first.
+            RecastConfigError: if it has as many samples as positions, and the model a module that may take positions first.
         """
-        if self.positions_first is not None and x.ndim == 3 and x.shape[0] == x.shape[1] > 1:
-            raise RecastConfigError(
-                f"{self.positions_first} takes positions first (batch_first=False), and this batch has as many samples as "
-                f"positions, {len(x)}: nobody can tell which of them have the tasks. Give it another number of samples, or "
-                "all of them one task"
-            )
+        if self.positions_first is None or x.ndim != 3 or holder.has_samples_first or 1 in x.shape[:2]:
+            return
+        counts = (len(self), len(self) * self.beams)
+        if len(x) not in counts:  # whoever counts the samples says so
+            return
+        if x.shape[1] not in counts:
+            if not torch.compiler.is_compiling():
+                holder.has_samples_first = True
+            return
+        raise RecastConfigError(
+            f"{self.positions_first} may take positions before samples (batch_first=False, or a forward that exchanges them), "
+            f"and this batch has as many samples as positions, {x.shape[1]}: nobody can tell which of them have the tasks. "
+            "Give it another number of samples (once is enough where samples are first), or all of them one task"
+        )
 
     def rows(self, samples: int) -> dict[str | int, list[int]]:
         """The samples of each task, in the order of their first appearance; a task of a pool by its number.

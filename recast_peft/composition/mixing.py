@@ -36,15 +36,14 @@ def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any
             f"{layer.module_name} ({type(layer.base_layer).__name__}) cannot have another task for each sample: "
             "pass one task at a time instead of adapter_names"
         )
-    if isinstance(layer.get_base_layer(), nn.Linear):
-        batch.check_order(args[0])
-    if len(batch) == len(args[0]) == 0:
+    samples = batch.samples_in(args[0], layer, is_ordered=not isinstance(layer.get_base_layer(), nn.Linear))
+    if len(batch) == samples == 0:
         return call(layer, [], args, kwargs)
     if batch.pool is not None:
         return _call_from_pool(layer, batch, args, kwargs)
     # tasks without coefficients here share the base's rows
     rows: dict[str, list[int]] = {}
-    for key, indices in batch.rows(len(args[0])).items():
+    for key, indices in batch.rows(samples).items():
         name = str(key)
         rows.setdefault(name if layer.has_task(name) else BASE_ADAPTER, []).extend(indices)
     return _call_by_rows(layer, batch, rows, lambda name, _: layer.compose([name]), args, kwargs)

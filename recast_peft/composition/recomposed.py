@@ -41,7 +41,7 @@ def can_recompose(module: nn.Module, x: Any, anchor: Tensor | None, templates: S
     if not torch.is_grad_enabled() or needs_plain_operations():
         return False
     kind = kind_of(module)
-    if kind is None or kind.gradients is None:
+    if kind is None or kind.gradients is None or x.is_nested:
         return False
     weights = templates if anchor is None else [anchor, *templates]
     if type(x) not in _PLAIN or any([type(weight) not in _PLAIN or weight.requires_grad for weight in weights]):
@@ -60,7 +60,7 @@ def product_of_one(
     Returns:
         the module's output, without gradients; None where composing the weight is the better way, or the only one.
     """
-    if anchor is None or len(templates) != 1 or templates[0] is not anchor:
+    if x.is_nested or anchor is None or len(templates) != 1 or templates[0] is not anchor:
         return None
     kind = kind_of(module)
     assert kind is not None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import filecmp
 import functools
+import inspect
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
-from ..validation import checked_names, shown
+from ..validation import checked_names, did_you_mean, shown
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
 from .task_files import has_task_numbers
@@ -45,6 +46,8 @@ _SHOWN_AS = {
     "partners": "partners",
     OTHER: "others",
 }
+# of load_adapter's keywords, those that PEFT looks for but does not name: how a model is spread again
+_UNNAMED = ("ignore_mismatched_sizes", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 DEFAULT = "default"  # the adapter that PEFT keeps in the root of a folder
 
 
@@ -117,7 +120,11 @@ class TaskModel:
         to resume. If the root holds a copy of a task and the model has no ``"default"``, that task is loaded, under its name.
 
         A ``key_mapping`` changes the names of the task's modules before they are looked for in the model.
+
+        Raises:
+            RecastConfigError: for a keyword that PEFT would swallow.
         """
+        _check_keywords(self._split_kwargs(kwargs)[1])  # type: ignore[attr-defined]
         if is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         elif os.path.isdir(model_id):
@@ -208,6 +215,14 @@ class TaskModel:
 def is_checkpoint(folder: str | os.PathLike) -> bool:
     """Whether a folder is one of those that the Trainer makes while it trains."""
     return Path(folder).is_dir() and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name) is not None
+
+
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    known = (*inspect.signature(PeftModel.load_adapter).parameters, *_UNNAMED)
+    for name in given.keys() - set(known):
+        raise RecastConfigError(
+            f"load_adapter(..., {name}={shown(given[name])}): there is no such argument{did_you_mean(name, known)}"
+        )
 
 
 def _make_folders(folder: Path, names: list[str]) -> None:

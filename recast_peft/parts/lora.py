@@ -241,9 +241,10 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             if batch.pool is None:
                 raise one_task_for_all(self)
         if batch is not None:
+            samples = batch.samples_in(x, self)
             if batch.pool is not None:
                 return self.call_from_pool(batch, x, args, kwargs)
-            repeats = batch.repeats(len(x))
+            repeats = batch.repeats(samples)
             kwargs["adapter_names"] = [name for name in keys_of(batch.names) for _ in range(repeats)]
         if not self.lora_variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]

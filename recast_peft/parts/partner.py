@@ -213,9 +213,10 @@ class TaskPartners(ScaledModule):
             )
         if batch is None:
             return self._scaled(cast(str, task), x, y)
+        samples = batch.samples_in(x, self)
         if batch.pool is not None:
             return self._adapted_from_pool(batch, y)
-        for key, indices in batch.rows(len(x)).items():
+        for key, indices in batch.rows(samples).items():
             if isinstance(key, str) and key in self._adapters:
                 rows = batch.index(indices, y.device)
                 y = y.index_copy(0, rows, self._scaled(key, x[rows], y[rows]))

@@ -175,7 +175,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
             RecastBankError: if what is called keeps something of the call, which several modules would write into.
         """
         given = [*args, *kwargs.values()]
-        lengths = [len(value) for value in given if isinstance(value, Tensor) and value.ndim]
+        lengths = [batch.samples_in(value, self) for value in given if isinstance(value, Tensor) and value.ndim]
         fitting = [length for length in lengths if length in (len(batch), batch.beams * len(batch))]
         samples = next(iter(fitting or lengths), 0)
         groups: dict[int, tuple[Any, list[int]]] = {}

@@ -71,6 +71,8 @@ def as_numbers(table: TaskTable, tasks: Any) -> Tensor:
             tasks = torch.tensor(tasks, dtype=torch.int64)
     if not isinstance(tasks, Tensor):
         given = f"{tasks!r}"
+    elif tasks.is_meta:
+        given = "a tensor on the meta device, which holds none"
     elif tasks.ndim != 1 or tasks.dtype not in (torch.int64, torch.int32):
         given = f"{tasks.dtype} {tuple(tasks.shape)}"
     else:
@@ -89,7 +91,8 @@ def pool_of(tasks: Any, pools: Sequence[Any]) -> Any:
     Raises:
         RecastConfigError: if there is no such pool, or several are meant.
     """
-    numbers = tasks.tolist() if isinstance(tasks, (Tensor, np.ndarray)) else tasks
+    is_known = isinstance(tasks, np.ndarray) or (isinstance(tasks, Tensor) and not tasks.is_meta)
+    numbers = tasks.tolist() if is_known else tasks
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
         return None  # whoever takes them says what is wrong with them
     serials = {number >> (ROW_BITS + USE_BITS) for number in numbers if number >= 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ..names import BASE_ADAPTER, modules_of, plain_name
 from ..parts.stacking import Adding
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")
+_EXCHANGE = re.compile(r"\b(transpose|swapaxes|swapdims)\((\w+, )?(0, 1|1, 0)\)|permute\((\w+, )?1, 0\b")
 REPEATING = ("num_beams", "num_return_sequences")  # arguments of generate that repeat each sample
 
 
@@ -57,7 +59,7 @@ class TaskCalls:
     peft_config: dict[str, Any]
     training: bool
     task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first
-    _positions_first: str | None = None  # a module of the plain model with batch_first=False
+    _positions_first: str | None = None  # a module of the plain model that may take positions before samples
     pools_made = 0  # each has a number of its own, which its tasks' numbers carry
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -89,8 +91,8 @@ class TaskCalls:
     def guard_calls(self) -> None:
         """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks."""
         if not self._guards:
-            first = (name for name, module in self.model.named_modules() if vars(module).get("batch_first") is False)
-            self._positions_first = next(map(plain_name, first), None)
+            first = (name for name, module in self.model.named_modules() if _may_exchange(module))
+            self._positions_first = next((plain_name(name) or type(self.model).__name__ for name in first), None)
             for module in (self.model, *self.model.children()):
                 if module is self.model or (_takes_any_keyword(module.forward) and modules_of(module, RecastLayer)):
                     self._guards.append(module.register_forward_pre_hook(_Guard(self.calls), with_kwargs=True))
@@ -190,6 +192,22 @@ class _Guard:
                 "with it (model(...), model.generate(...), or another method by way of the PEFT model)"
             )
         self.calls.check_no_block_elsewhere()
+
+
+def _may_exchange(module: nn.Module) -> bool:
+    """Whether what is in a module may get positions before samples."""
+    return vars(module).get("batch_first") is False or _exchanges(type(module).forward)
+
+
+@functools.cache
+def _exchanges(forward: Callable[..., Any]) -> bool:
+    """Whether a forward, by its source, exchanges the first two dimensions of something."""
+    if forward.__module__.startswith("torch."):
+        return False
+    try:
+        return _EXCHANGE.search(inspect.getsource(forward)) is not None
+    except (OSError, TypeError):  # there is no source
+        return False
 
 
 def _repeats(kwargs: dict[str, Any]) -> int:

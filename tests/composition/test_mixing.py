@@ -149,9 +149,73 @@ def test_as_many_samples_as_positions_are_refused_where_positions_may_come_first
     pool.add("b")
     x = torch.randn(2, 2, WIDTH)  # (positions, samples, features)
     for tasks in ({"adapter_names": ["a", "__base__"]}, {"task_ids": ["b", None]}):
-        with pytest.raises(RecastConfigError, match=r"layers.0.self_attn takes positions first .* and this batch has as many"):
+        with pytest.raises(
+            RecastConfigError, match=r"layers.0.self_attn may take positions before samples .* this batch has as many"
+        ):
             model(x, **tasks)
         for other in (x[:, :1], x[:1]):  # by their number
             with pytest.raises(RecastConfigError, match="should be the same as the number of inputs"):
                 model(other, **{name: given[: other.shape[1]] for name, given in tasks.items()})
     assert model(x).shape == x.shape
+
+
+class Exchanging(nn.Module):
+    """A model whose layers get ``(positions, samples, features)``, as XLNet's and FSMT's do, without a mark of it."""
+
+    def __init__(self, is_around: bool) -> None:
+        super().__init__()
+        self.is_around = is_around
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.is_around:  # it exchanges what has been through its layers
+            return self.second(self.first(x)).transpose(0, 1).transpose(0, 1)
+        x = x.transpose(0, 1).contiguous()
+        return self.second(self.first(x)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"partners": ["bias"]}, {"lora_config": {"r": 2, "target_modules": ["second"]}}])
+def test_a_forward_that_exchanges_dimensions_is_not_trusted_with_as_many_samples_as_positions(fields) -> None:
+    names = ["a", "__base__", "a"]
+    targets = {"target_modules": ["first"], "train_coefficients": not fields, **fields}
+    for is_around in (True, False):
+        model = get_recast_model(Exchanging(is_around), RecastConfig(**targets), "a").eval()
+        with pytest.raises(RecastConfigError, match="Exchanging may take positions before samples"):
+            model(vit_input(3)[:, :3], adapter_names=names)
+        if is_around:
+            with pytest.raises(RecastConfigError, match="should be the same as the number of inputs"):
+                model(vit_input(3), adapter_names=names)
+            continue
+        randomise(model, "a")
+        model(vit_input(3), adapter_names=names)  # it shows that samples come first
+        x = vit_input(3)[:, :3]
+        mixed, own = model(x, adapter_names=names), model(x)
+        with model.disable_adapter():
+            torch.testing.assert_close(mixed, torch.stack([own[0], model(x)[1], own[2]]))
+        assert not torch.allclose(own[1], mixed[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["head"]}])
+def test_nested_tensors_are_refused(fields) -> None:
+    model = get_recast_model(
+        nn.ModuleDict({"first": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 2)}),
+        RecastConfig(target_modules=["first"], **fields),
+        "a",
+    ).eval()
+    called = model.base_model.model["head" if fields else "first"]
+    for layout in (torch.strided, torch.jagged):
+        x = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(5, WIDTH)], layout=layout)
+        with mixed_batch(MixedBatch(("a", "__base__"))), pytest.raises(RecastConfigError, match="a nested tensor cannot have"):
+            called(x)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_nested_tensor_of_one_task_computes_as_its_parts(layout, grad) -> None:
+    model = get_recast_model(nn.Sequential(nn.Linear(WIDTH, WIDTH)), RecastConfig(target_modules=["0"], group_size=1), "a")
+    randomise(model, "a")
+    parts = [torch.randn(3, WIDTH), torch.randn(5, WIDTH)]
+    with torch.set_grad_enabled(grad):
+        nested = model(torch.nested.nested_tensor(parts, layout=layout))
+        for own, part in zip(nested.unbind(), parts, strict=True):
+            torch.testing.assert_close(own, model(part))

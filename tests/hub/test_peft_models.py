@@ -72,6 +72,15 @@ def test_what_is_no_config_is_refused(given):
     assert list(model.peft_config) == ["default"]
 
 
+def test_a_keyword_that_load_adapter_does_not_have_is_told(tmp_path: Path) -> None:
+    model = converted()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RecastConfigError, match=r"is_trainble=True\): there is no such argument; did you mean 'is_trainable'"):
+        model.load_adapter(tmp_path, "second", is_trainble=True)
+    assert list(model.peft_config) == ["default"]
+    model.load_adapter(tmp_path, "second", is_trainable=True, local_files_only=True, offload_dir=None, token=None)  # PEFT's
+
+
 class TestLoadingOverATask:
     """PEFT reads the numbers alone, and leaves what the file's config says of them."""
 
