@@ -238,7 +238,8 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
             inner = unwrapped(child)
             full = inner.module_name if isinstance(inner, TaskHolder) else f"{prefix}{name}"
             found[full] = child
-            visit(child, f"{full}.")
+            if child._modules:
+                visit(child, f"{full}.")
 
     visit(model, "")
     return found
@@ -280,7 +281,7 @@ def put_at(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def exchange(model: nn.Module, present: nn.Module, module: nn.Module) -> None:
     """Put a module in the place of another one, wherever that stands: what a model shares stays shared."""
-    for parent in list(model.modules()):
+    for parent in names.modules_of(model, nn.Module):
         for name in [name for name, child in parent._modules.items() if child is present]:
             put_child(parent, name, module)
 

@@ -94,8 +94,10 @@ def held_name(module: nn.Module) -> str | None:
     children = module._modules
     if not children:
         return None
-    names = ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED
-    return next((name for name in names if children.get(name) is not None), None)
+    for name in ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED:
+        if children.get(name) is not None:
+            return name
+    return None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -266,7 +266,7 @@ def attach_partners(model: nn.Module) -> None:
 
 def detach_partners(model: nn.Module) -> None:
     """Take the hooks of partners off all modules."""
-    for module in list(model.modules()):
+    for module in modules_of(model, nn.Module):
         for hooks, with_kwargs in (
             (module._forward_hooks, module._forward_hooks_with_kwargs),
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

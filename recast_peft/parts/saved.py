@@ -16,7 +16,7 @@ from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
-from ..holders import Entry, other_names, plain_modules, put_at, unwrapped_module
+from ..holders import Entry, exchange, other_names, plain_modules, unwrapped_module
 from ..names import lies_in, modules_of, outermost
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
@@ -97,11 +97,12 @@ class SavedPart(TaskPart):
             _warn_of_ties(request.model, [piece.place for piece in pieces])
 
     def install(self, place: Place, pieces: list[SavedModule]) -> None:
+        modules = plain_modules(place.model) if pieces else {}
         for piece in pieces:
-            present = plain_modules(place.model)[piece.place]
+            plain = present = modules[piece.place]
             if not isinstance(present, TaskModule):
-                present = (TaskNorm if is_norm(piece.module) else TaskModule)(present, piece.place)
-                put_at(place.model, piece.place, present)
+                present = (TaskNorm if is_norm(piece.module) else TaskModule)(plain, piece.place)
+                exchange(place.model, plain, present)
             if not present.has_task(place.adapter_name):  # another part may own it already, as a head of another size does
                 own = plain_copy(present.original_module)
                 release_running_statistics(own)
@@ -238,8 +239,8 @@ def _keepers(module: nn.Module) -> dict[int, KeptStatistics]:
 
 def keep_running_statistics(model: nn.Module) -> None:
     """Let all layers of the pretrained model keep their running statistics; a task's own go on learning."""
-    own = {id(m) for wrapper in model.modules() if isinstance(wrapper, TaskModule) for m in wrapper.modules_to_save.modules()}
-    for module in list(model.modules()):
+    own = {id(m) for wrapper in modules_of(model, TaskModule) for m in wrapper.modules_to_save.modules()}
+    for module in modules_of(model, nn.Module):
         has_statistics = module._buffers.get("running_mean") is not None and id(module) not in own
         if has_statistics and not _keepers(module):
             module.register_forward_pre_hook(KeptStatistics(module))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError
+from ..names import modules_of
 
 SHARD = "recast_shard"  # attribute of a gathered tensor: the shard that it was gathered from, to gather it once more
 _PIECE = "recast_piece"  # attribute of a parameter in FSDP1: its handle, and its number there
@@ -35,7 +36,7 @@ def check_may_be_added_to(model: nn.Module, for_inference: bool) -> None:
         RecastConfigError: saying what to do.
     """
     is_flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
-    is_fsdp2 = any(c.__name__ == "FSDPModule" for module in model.modules() for c in type(module).__mro__)
+    is_fsdp2 = any(c.__name__ == "FSDPModule" for kind in {*map(type, modules_of(model, nn.Module))} for c in kind.__mro__)
     known = _fsdp2_parameters()  # the model around may be the one that is sharded
     is_fsdp2 = is_fsdp2 or (bool(known) and any(id(parameter) in known for parameter in model.parameters()))
     if is_flat or (is_fsdp2 and not for_inference):

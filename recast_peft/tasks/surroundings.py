@@ -44,11 +44,11 @@ def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str 
             return None
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu()
-        length = sample.norm()
+        length = float(sample.norm())
         size = length / math.sqrt(len(sample))
-        if torch.isfinite(sample).all() and size > SMALLEST:  # masks hold infinity
-            angle = 2 * math.pi * size.log2()
-            parts += [sample / length, angle.cos().view(1), angle.sin().view(1)]
+        if math.isfinite(size) and size > SMALLEST:  # masks hold infinity
+            angle = 2 * math.pi * math.log2(size)
+            parts += [sample / length, sample.new_tensor([math.cos(angle), math.sin(angle)])]
     return weight_fingerprint(torch.cat(parts)) if parts else None
 
 

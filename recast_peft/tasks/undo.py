@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..names import modules_of
+
 
 class Snapshot:
     """The modules of a model as they are: their children, parameters, hooks and lists, and which parameters are trained.
@@ -16,7 +18,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _noted(module)) for module in model.modules()]
+        self._modules = [(module, _noted(module)) for module in modules_of(model, nn.Module)]
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
@@ -39,7 +41,10 @@ def _noted(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def _content(held: Any) -> Any:
-    return next((kind(held) for kind in (dict, list, set) if isinstance(held, kind)), None)
+    for kind in (dict, list, set):
+        if isinstance(held, kind):
+            return kind(held)
+    return None
 
 
 def _put_back(held: Any, content: Any) -> None:
