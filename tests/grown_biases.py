@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ def source(seed: int, build: Callable[[], nn.Module] = tiny_vit, size: float = 0
     return moved
 
 
-def grown(seeds: tuple[int, ...] = (0, 1, 2), **fields: Any) -> StoredBank:
-    return grow_bias_bank(tiny_vit(), [source(seed) for seed in seeds], **fields)
+def grown(seeds: tuple[int, ...] = (0, 1, 2), depth: int = 4, **fields: Any) -> StoredBank:
+    build = partial(tiny_vit, depth=depth)
+    return grow_bias_bank(build(), [source(seed, build) for seed in seeds], **fields)
 
 
 def config(bank: Any, **fields: Any) -> RecastConfig:
@@ -46,9 +48,9 @@ def offsets(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
     }
 
 
-def on(bank: Any, name: str = "default", seed: int = 1, **fields: Any) -> PeftModel:
+def on(bank: Any, name: str = "default", seed: int = 1, depth: int = 4, **fields: Any) -> PeftModel:
     """A task with random numbers on a bank."""
-    model = get_recast_model(tiny_vit(), config(bank, **fields), name).eval()
+    model = get_recast_model(tiny_vit(depth=depth), config(bank, **fields), name).eval()
     learn_offsets(model, name, seed)
     return model
 
@@ -95,9 +97,9 @@ def images() -> Tensor:
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
-def filled(bank: Any, *names: str) -> TaskPool:
+def filled(bank: Any, *names: str, depth: int = 4) -> TaskPool:
     """A pool of tasks with random numbers."""
-    pool = TaskPool(get_recast_model(tiny_vit(), config(bank)).eval())
+    pool = TaskPool(get_recast_model(tiny_vit(depth=depth), config(bank)).eval())
     for seed, name in enumerate(names):
         row = pool.add(name)
         generator = torch.Generator().manual_seed(seed)

@@ -123,7 +123,7 @@ class TestCompiled:
         torch._dynamo.reset()
 
     def test_a_task_is_one_graph(self, fields: dict) -> None:
-        model = on(grown(depth=2, **fields), model=tiny_vit(depth=2))
+        model = on(grown(depth=1, **fields), model=tiny_vit(depth=1))
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.allclose(outputs(compiled, X), outputs(model, X), atol=1e-5)
         compiled(X).square().sum().backward()
@@ -134,7 +134,7 @@ class TestCompiled:
             assert torch.allclose(layer.recast_coefficients["default"].grad, gradient, rtol=1e-4, atol=1e-5)
 
     def test_a_mixed_batch_is_one_graph_for_any_tasks(self, fields: dict) -> None:
-        model = on(grown(depth=2, **fields), model=tiny_vit(depth=2))
+        model = on(grown(depth=1, **fields), model=tiny_vit(depth=1))
         pool = TaskPool(model)
         for seed in range(3):
             randomise(model, seed=seed)

@@ -312,7 +312,7 @@ class TestPools:
 
     def test_compiled(self) -> None:
         """Another task, or other tasks in a batch, compile nothing anew."""
-        pool = filled(grown(), "one", "two")
+        pool = filled(grown(depth=1), "one", "two", depth=1)
         torch._dynamo.reset()
         counter = CompileCounter()
         compiled = torch.compile(pool.model, backend=counter)

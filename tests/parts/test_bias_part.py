@@ -312,7 +312,7 @@ class TestTasks:
         assert sum(dict(model.named_parameters())[n].numel() for n in moved) == 16
 
     def test_compiled(self) -> None:
-        model = on(grown())
+        model = on(grown(depth=1), depth=1)
         wanted = outputs(model, X)
         torch._dynamo.reset()
         with torch.no_grad():

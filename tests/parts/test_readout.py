@@ -162,8 +162,9 @@ class TestComputing:
             model.base_model.model.bert(input_ids=ids[:3], attention_mask=mask[:3])
             assert torch.equal(model(input_ids=ids[:3]).logits, wanted)
 
-    def test_compiled_in_one_graph(self, bank: StoredBank) -> None:
-        model = get_recast_model(vit(), config(bank), "task").eval()
+    def test_compiled_in_one_graph(self) -> None:
+        bank = readout_bank(vit(depth=2), torch.cat([X, -X]), progress=False)
+        model = get_recast_model(vit(depth=2), config(bank), "task").eval()
         with torch.no_grad():
             compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
             torch.testing.assert_close(compiled(X), model(X))
