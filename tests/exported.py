@@ -81,7 +81,7 @@ def texts(samples: int = 3, length: int = 7) -> dict[str, Tensor]:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[Any]]] = {
     "vit": (lambda: backbone("test_vit", depth=2), {"num_classes": 4}, [images(), images(1), images(3)]),
-    "cnn": (lambda: backbone("test_efficientnet"), {"num_classes": 4}, [images(), images(1), images(3)]),
+    "cnn": (lambda: seeded(Inverted), {"num_classes": 4}, [images(), images(1), images(3)]),
     "bert": (bert, {"num_classes": 4}, [texts(), texts(1, 5), texts(4, 9)]),
     "llama": (llama, {}, [{"input_ids": IDS}, {"input_ids": IDS[:1, :3]}, {"input_ids": IDS.repeat(2, 2)}]),
 }

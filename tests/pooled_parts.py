@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from exported import Inverted
 from lora_parts import fill
 from models import seeded, small_transformer, small_vit
 from peft import LoraConfig, PeftModel
@@ -34,7 +35,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "timm's vit": (small_vit, IMAGES, {"target_modules": ["qkv", "proj"], "lora_config": PART}),
     "its targets": (small_vit, IMAGES, part_on()),
     "convnext": (convolutions("test_convnext"), PHOTOS, part_on("stem.0", "fc1", "fc2")),
-    "efficientnet": (convolutions("test_efficientnet"), PHOTOS, part_on("conv_pw", "conv_pwl")),
+    "efficientnet": (lambda: seeded(Inverted), PHOTOS, part_on("conv_pw", "conv_pwl")),
     "wide convolutions": (
         convolutions("test_efficientnet"),
         PHOTOS,

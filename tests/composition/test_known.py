@@ -21,7 +21,7 @@ QKV, OTHER = "blocks.0.attn.qkv", "blocks.1.attn.qkv"  # of one group
 
 def model_of(group_size: int) -> Any:
     """Two random tasks, of which the first is active."""
-    model = converted(target_modules=["qkv", "fc1"], group_size=group_size).eval()
+    model = converted(target_modules=["qkv", "fc1"], group_size=group_size, depth=2).eval()
     config = RecastConfig(target_modules=["qkv", "fc1"], group_size=group_size)
     model.add_adapter("second", config)
     for seed, name in enumerate(("default", "second")):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,9 +191,16 @@ class TestBenchmarks:
         assert call(torch.ones(1, 3, dtype=stored)).dtype == computed
         assert where(options) == ("" if precision == "float32" else f", {precision}")
 
-    def test_one_command_runs_what_is_asked_for_and_prints_markdown(self, tmp_path, capfd):
+    def test_one_command_runs_what_is_asked_for_and_prints_markdown(self, tmp_path, capfd, monkeypatch):
         import run_all
 
+        def run(command: list[str], check: bool) -> None:
+            """In this process: another one would import everything again, which takes longer than what it is for."""
+            assert command[0] == sys.executable
+            monkeypatch.setattr(sys, "argv", command[1:])
+            runpy.run_path(command[1], run_name="__main__")
+
+        monkeypatch.setattr(run_all, "subprocess", SimpleNamespace(run=run))
         run_all.main(["--quick", "--only", "files", "--output", str(tmp_path)])
         shown = capfd.readouterr().out
         assert "quick: no measurement" in shown
