@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -12,6 +14,7 @@ import pytest
 import torch
 from models import small_transformer, small_vit
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, get_recast_model, plan_recast
@@ -36,6 +39,11 @@ X = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def backbone() -> nn.Module:
+    return copy.deepcopy(plain())
+
+
+@cache
+def plain() -> nn.Module:
     return small_vit(num_classes=3, depth=3).eval()
 
 
@@ -70,6 +78,11 @@ def numbers(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the files of a task hold."""
+    return json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
 
 
 def learned(task: str, name: str) -> tuple[PeftModel, Tensor, dict[str, Tensor]]:
@@ -107,7 +120,7 @@ def test_two_tasks_on_one_model_are_what_each_is_alone(first: str, second: str, 
         torch.testing.assert_close(output(model, name), expected[name], rtol=1e-5, atol=1e-5)
         assert same(numbers(model, name), held[name])
     with model.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(model(X), backbone()(X), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(X), plain()(X), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         mixed = model(X, adapter_names=["one", "two"])
     for row, name in enumerate(("one", "two")):
@@ -115,16 +128,19 @@ def test_two_tasks_on_one_model_are_what_each_is_alone(first: str, second: str, 
         torch.testing.assert_close(mixed[row, :classes], expected[name][row], rtol=1e-4, atol=1e-5)
 
     model.save_pretrained(tmp_path)
-    for name in ("one", "two"):
-        fresh = PeftModel.from_pretrained(backbone(), tmp_path / name, name)
-        assert same(numbers(fresh, name), held[name])
+    config_of_two, tensors_of_two = saved(tmp_path / "two")
+    config_alone, tensors_alone = saved(folder)  # which was loaded above
+    assert config_of_two == config_alone
+    assert same(tensors_of_two, tensors_alone)
+    fresh = PeftModel.from_pretrained(backbone(), tmp_path / "one", "one")
+    assert same(numbers(fresh, "one"), held["one"])
 
     if second != "AdaptFormer":
         model.set_adapter("two")
-        plain = model.merge_and_unload().eval()
+        merged = model.merge_and_unload().eval()
         with torch.no_grad():
-            torch.testing.assert_close(plain(X), expected["two"], rtol=1e-4, atol=1e-5)
-        assert dict(plain.named_modules()).keys() == dict(backbone().named_modules()).keys()
+            torch.testing.assert_close(merged(X), expected["two"], rtol=1e-4, atol=1e-5)
+        assert dict(merged.named_modules()).keys() == dict(plain().named_modules()).keys()
 
 
 def test_a_merged_task_is_not_copied() -> None:
