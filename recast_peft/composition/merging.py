@@ -21,7 +21,7 @@ from .calling import STANDS_FOR
 from .compose import weighted_sum
 from .known import know
 from .outputs import is_out_of_reach
-from .quantised import dequantised, quantised_by
+from .quantised import dequantised, packed_since, quantised_by
 
 _NONE = object()
 
@@ -68,7 +68,13 @@ def check_writable(layer: Any) -> None:
 
 
 def take_weight(layer: Any) -> None:
-    """Put the pretrained parameter back, or take the merged one out where that was released."""
+    """Put the pretrained parameter back, or take the merged one out where that was released.
+
+    Raises:
+        RecastBankError: if the module computes with another one since.
+    """
+    if layer.weight_name not in layer.get_base_layer()._parameters:
+        raise packed_since(layer.get_base_layer())
     layer.set_weight_parameter(pretrained_parameter(layer))
     layer.kept_weight = None
 

@@ -16,6 +16,8 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import is_gptqmodel_quant_linear
 from torch import Tensor, nn
 
+from ..errors import RecastBankError
+
 _MARKS_OF_BITSANDBYTES = {"Params4bit": "quant_state", "Int8Params": "SCB"}  # what each keeps beside its packed numbers
 _BITSANDBYTES = tuple(_MARKS_OF_BITSANDBYTES)
 _GPTQMODEL = ("gptq", "awq")  # it has kernels of other methods too
@@ -85,6 +87,23 @@ def _unpacked(module: Any, dtype: torch.dtype) -> Tensor:
 
 
 def device_of_weight(module: Any) -> torch.device:
-    """Where a quantised weight lies."""
+    """Where a quantised weight lies.
+
+    Raises:
+        RecastBankError: if the module holds no tensor at all.
+    """
     weight = module._parameters.get("weight")
-    return (next(chain(module.parameters(), module.buffers())) if weight is None else weight).device
+    held = next(chain(module.parameters(), module.buffers()), None) if weight is None else weight
+    if held is None:
+        raise packed_since(module)
+    return held.device
+
+
+def packed_since(module: nn.Module) -> RecastBankError:
+    """The error about a module that packed its weight where nobody else finds it, as ``torch.ao.quantization`` does."""
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    return RecastBankError(
+        f"a {kind} stands where tasks had a module with a weight: it was quantised after the conversion, and "
+        "its own weight can be neither read nor exchanged any more. Quantise a model without tasks (model.merge_and_unload()), "
+        "or quantise before the conversion by a library that RECAST knows, such as torchao"
+    )

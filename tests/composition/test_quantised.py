@@ -255,3 +255,22 @@ def test_what_pickle_forgets_of_a_packed_weight_comes_back(kind: type[nn.Linear]
     restore_class(module)
     assert type(module.weight) is Int8Params
     assert quantised_by(module) == "bitsandbytes"
+
+
+@sizes
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_quantised_after_the_conversion_is_told_once_the_weight_is_needed(group_size: int | None) -> None:
+    model = converted(plain(), group_size).eval()
+    randomise(model, "task")
+    expected = model(X)
+    packed = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(RecastBankError, match=r"torch.ao.nn.quantized.*Linear stands where tasks had a module with a weight"):
+        packed(X)
+    model.merge_adapter()
+    packed = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    merged = packed(X)
+    torch.testing.assert_close(merged, expected, atol=0.1, rtol=0.1)
+    for verb in (packed.unmerge_adapter, packed.base_model.disable_adapter_layers):
+        with pytest.raises(RecastBankError, match="was quantised after the conversion"):
+            verb()  # its calls would go on with the task
+    assert torch.equal(packed(X), merged)
