@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from recast_peft import RecastConfig, TaskPool, export_onnx, export_task, export_tasks, get_recast_model
 
 ONE, TWO, PRODUCTS, TABLE = "RECAST, one template", "RECAST, groups of two", "RECAST, groups of two, products", "RECAST, table"
+CORE = "RECAST, 2 directions"
 LORA = "LoRA r=8, LoraAdapter"
 CLASSES, SAMPLES_TASKS = 10, 4
 MANY, REPEATS = 100, 300  # tasks of one file; swaps that are timed together
@@ -153,6 +154,7 @@ def graphs(options: Namespace) -> Iterator[Graphs]:
         made.add_task(ONE, x, group_size=1)
         if not options.swaps_only:
             made.add_table(x)
+            made.add_task(CORE, x, num_directions=2)
         if options.two and not options.swaps_only:
             made.add_task(TWO, x, group_size=2)
             made.add_task(PRODUCTS, x, way="output", group_size=2)

@@ -39,18 +39,35 @@ def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ``(rows, r)`` and ``(r, columns)`` in float64: orthonormal columns times s, and orthonormal rows, with s the root mean
         square of the weight's core between them: a coefficient of 1 is as much as the weight has there in one direction.
     """
+    left, right, _ = _directions(weight, count)
+    return left, right
+
+
+def directions_before(weight: Tensor, count: int) -> Tensor:
+    """What a weight ``(outputs, inputs)`` makes its left main directions of, so that ``W + U C V`` is ``W (1 + A C V)``.
+
+    Returns:
+        A, ``(inputs, r)`` in float64, with ``W A = U``: the iteration found U in the weight's range.
+    """
+    return _directions(weight, count)[2]
+
+
+def _directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, V and A."""
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     matrix = weight.detach().flatten(1).to(device, torch.float64)
     # numpy keeps the numbers of this generator for good
     start = np.random.RandomState(0).standard_normal((count, matrix.shape[1]))
     left = _orthonormal(matrix @ torch.from_numpy(start).T.to(device))
     for _ in range(ITERATIONS):
-        right = (left.T @ matrix).T  # a product with the turned matrix takes ten times as long
-        left = _orthonormal(matrix @ _orthonormal(right))
+        inner = _orthonormal((left.T @ matrix).T)  # a product with the turned matrix takes ten times as long
+        left = _orthonormal(matrix @ inner)
     core = (left.T @ matrix).T
     right = _orthonormal(core)
     size = (core.T @ right).norm() / count**0.5
-    return left * size, right.T.contiguous()
+    before = inner @ torch.linalg.pinv(core.T @ inner, rtol=NEGLIGIBLE)
+    # torch's QR gives columns that lie apart, which ExecuTorch does not take
+    return (left * size).contiguous(), right.T.contiguous(), (before * size).contiguous()
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from recast_peft import (
     get_recast_model,
     plan_recast,
 )
-from recast_peft.banks.directions_bank import main_directions
+from recast_peft.banks.directions_bank import directions_before, main_directions
 
 TARGETS = ["qkv", "fc1"]
 
@@ -105,6 +105,16 @@ class TestDirections:
         again = main_directions(exact + noise * exact.abs().max(), 4)
         core = torch.ones(4, 4, dtype=torch.float64)
         assert torch.allclose(left @ core @ right, again[0] @ core @ again[1], atol=1e-6)
+
+    @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+    @pytest.mark.parametrize("values", [None, [2.0, 1.0], [0.0]])
+    def test_the_weight_makes_the_left_ones_of_these(self, shape: tuple[int, int], values: list[float] | None) -> None:
+        matrix = weight(*shape, values=values)
+        left, before = main_directions(matrix, 4)[0], directions_before(matrix, 4)
+        assert before.shape == (shape[1], 4)
+        assert torch.allclose(matrix @ before, left, atol=1e-10)
+        assert left.is_contiguous()
+        assert before.is_contiguous()
 
     def test_they_are_these_on_every_machine(self) -> None:
         left, right = main_directions(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 1)

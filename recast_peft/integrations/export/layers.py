@@ -5,17 +5,21 @@ A target computes in one of two ways:
     weight   the weight is composed in each call; what that costs does not depend on the input
     output   y = sum_i c_i T_i(x), n products; every sample can have a task of its own
     output with one template: (1 + d) scales the input or the output, whichever is smaller, and costs next to nothing
+
+A core between main directions is added where less is to be added to: to the output, or before a linear layer to its input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...banks.core_product import CoreProduct
+from ...banks.directions_bank import directions_before
 from ...banks.grown_templates import LowRankSum
 from ...composition.compose import compose_weight
 from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of, takes_core
@@ -138,6 +142,7 @@ class TaskedLayer(AroundBase):
         self.name, self.weight_name = layer.module_name, layer.weight_name
         self.columns, self.way = columns, way
         self.scales_input: bool | None = None
+        self.before: tuple[Tensor, ...] = ()  # where a core is added to the input
         self.stack: tuple[TemplateStack, ...] = ()
         self._held = (layer, bank, given)  # in a tuple: no children
         size = columns.stop - columns.start
@@ -167,16 +172,19 @@ class TaskedLayer(AroundBase):
         terms, scale, pairs = self._terms(torch.zeros(1, self.columns.stop - self.columns.start))
         factors = given.factors_for(self.name, self.name, x)
         if self.scales_input is None:
-            self._choose(kind.call, x, terms)
+            self._choose(kind.call, x, terms, isinstance(pairs, CoreProduct))
+        if isinstance(pairs, CoreProduct):
+            core = pairs.scaled_by(factors)
+            if self.before:
+                return kind.call(self.base, terms[0], replace(core, wide=self.before[0]).add_to(x, x))
+            return core.add_to(kind.call(self.base, terms[0], x), x)
         y = self._product(kind.call, x, terms, None if scale is None else factors[:, : len(terms)])
         if pairs is None:
             return y
-        if isinstance(pairs, CoreProduct):
-            return pairs.scaled_by(factors).add_to(y, x)
         narrow = (x @ pairs.first.to(x.dtype)) * _along(factors[:, -pairs.scale.shape[1] :], x)
         return y + (narrow @ pairs.second.to(x.dtype)).to(y.dtype)
 
-    def _choose(self, call: Call, x: Tensor, terms: list[Tensor]) -> None:
+    def _choose(self, call: Call, x: Tensor, terms: list[Tensor], has_core: bool) -> None:
         """Which way costs less for inputs like this one."""
         by_sample = self._held[2].rows is not None
         if len(terms) == 1 or by_sample or (self.way == AUTO and positions_of(self.base, x) * (len(terms) - 1) < PRODUCT_LIMIT):
@@ -186,6 +194,9 @@ class TaskedLayer(AroundBase):
         # a norm behind a convolution can be folded into it only where nothing stands between the two
         is_convolution = kind_of(self.base) is CONVOLUTION
         self.scales_input = is_convolution or x[:1].numel() <= call(self.base, terms[0], x[:1], False).numel()
+        if has_core and self.scales_input and kind_of(self.base) is LINEAR:
+            before = directions_before(terms[0], self._held[1].num_directions)
+            self.before = (before.to(terms[0].device, terms[0].dtype),)
 
     def stack_templates(self, stacks: dict[tuple, TemplateStack]) -> None:
         """Let the templates lie in one tensor if the weight is composed; the layers of a bank share it."""

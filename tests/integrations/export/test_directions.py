@@ -9,6 +9,7 @@ from exported import MODELS, called_exactly, distance, traced, two_tasks
 from safetensors.numpy import load_file
 
 from recast_peft import RecastBankError, export_program, export_task
+from recast_peft.integrations.export.graph import prepare
 
 TOLERANCE = 1e-5  # of the norm of the outputs
 
@@ -26,6 +27,16 @@ def test_one_graph_gives_what_the_model_gives_for_every_task(name, in_onnx, tmp_
     model.set_adapter("fresh")
     fresh = called_exactly(model, inputs[0])
     assert fresh.shape != expected.shape or distance(expected, fresh) > 1e-3
+
+
+def test_a_core_is_added_where_less_is_to_be_added_to():
+    """A runtime joins the bias of a wide layer to the activation behind it where nothing stands between the two."""
+    build, config, inputs = MODELS["vit"]
+    layers = prepare(two_tasks(build, config, num_directions=2), inputs[0]).graph.layers()
+    assert {layer.name.rpartition(".")[2]: bool(layer.before) for layer in layers} == {"fc1": True, "fc2": False}
+    build, config, inputs = MODELS["cnn"]
+    layers = prepare(two_tasks(build, config, num_directions=2), inputs[0]).graph.layers()
+    assert not any(layer.before for layer in layers if layer.base.weight.ndim > 2)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
