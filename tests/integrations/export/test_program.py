@@ -9,7 +9,9 @@ import pytest
 import torch
 from exported import MODELS, TOLERANCE, backbone, called, distance, header, images, recast, two_tasks
 from grown_biases import grown, learn_offsets
+from lora_parts import fill
 from models import converted, randomise, seeded, tiny_vit, vit_input
+from peft import LoraConfig
 from safetensors.torch import load_file as load_tensors
 
 from recast_peft import (
@@ -62,13 +64,13 @@ class TestProgram:
         assert distance(found.numpy(), called(tiny_vit(), vit_input())) > 1e-3
 
     @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
-    def test_aotinductor_compiles_it(self, tmp_path):
-        model = converted(num_classes=3, depth=1)
-        randomise(model)
+    @pytest.mark.parametrize("more", [{}, {"num_directions": 2, "lora_config": LoraConfig(r=2, target_modules=["fc1"])}])
+    def test_aotinductor_compiles_it(self, more, tmp_path):
+        model = converted("task", num_classes=3, depth=1, **more)
         path = export_aoti(model, tmp_path / "model.pt2", vit_input())
         compiled = torch._inductor.aoti_load_package(str(path))
         for seed in (1, 2):
-            randomise(model, seed=seed)
+            fill(model, "task", seed)
             found = compiled(export_task(model, tmp_path / "task"), vit_input(3))["output"]
             assert distance(found.detach().numpy(), called(model, vit_input(3))) < TOLERANCE
 
