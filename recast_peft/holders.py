@@ -1,8 +1,7 @@
 """What holds the parts of tasks: containers by a task's name, and the entries that a task's file has.
 
 A task's state is found by identity. Every module that holds something of tasks is a ``TaskHolder`` and says which tensors a
-task has there, in which module they lie, and what they are called in a file. No name of a task is ever searched for
-inside a key.
+task has there, in which module they lie, and what they are called in a file. No key is searched for a task's name.
 """
 
 from __future__ import annotations

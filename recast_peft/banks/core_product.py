@@ -8,11 +8,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..composition.compose import in_dtype
+from ..composition.compose import composition_dtype, in_dtype
 from ..composition.kinds import CONVOLUTION, LayerKind, kind_of
 from ..composition.parallel import BY_COLUMNS, for_neighbour, own_part, split_of, summed_over_rows
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _groups_of(module: Any) -> int:
+    return getattr(module, "groups", 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +52,16 @@ class CoreProduct:
         kind, rank = kind_of(self.module), self.wide.shape[1]
         assert kind is not None
         core, inner = self._core(kind), self._inner(kind, x)
+        work = composition_dtype(core.dtype, self.wide.dtype)
+        if _groups_of(self.module) > 1:
+            return y + in_dtype(y.dtype, self._widened_in_groups(inner, in_dtype(work, self.wide) @ in_dtype(work, core)))
         if core.shape[0] == 1:
-            matrix = in_dtype(inner.dtype, in_dtype(core.dtype, self.wide) @ core[0])
+            matrix = in_dtype(inner.dtype, in_dtype(work, self.wide) @ in_dtype(work, core[0]))
         elif kind.channels > 0:
             inner = (core.to(inner.dtype) @ inner.flatten(2)).view_as(inner)
             matrix = self.wide.to(inner.dtype)
         else:
-            flat = inner.reshape(len(inner), -1, rank)
+            flat = inner.reshape(inner.shape[0], -1, rank)  # len() would fix the number of samples in a graph
             inner = (flat @ core.transpose(1, 2).to(inner.dtype)).view_as(inner)
             matrix = self.wide.to(inner.dtype)
         return y + in_dtype(y.dtype, self._widened(inner, matrix))
@@ -65,7 +72,20 @@ class CoreProduct:
 
     def _inner(self, kind: LayerKind, x: Tensor) -> Tensor:
         assert kind.call is not None
-        return kind.call(self.module, in_dtype(x.dtype, self.narrow), x, False)
+        narrow = in_dtype(x.dtype, self.narrow)
+        groups = _groups_of(self.module)
+        if groups > 1:
+            narrow = narrow.repeat(groups, *[1] * (narrow.ndim - 1))
+        return kind.call(self.module, narrow, x, False)
+
+    def _widened_in_groups(self, inner: Tensor, matrices: Tensor) -> Tensor:
+        """Of a convolution in groups, each with all r narrow outputs; ``matrices`` are ``(1 or samples, outputs, r)``."""
+        groups, (outputs, rank) = _groups_of(self.module), self.wide.shape
+        dimensions = self.narrow.ndim - 2
+        samples, positions = inner.shape[: -dimensions - 1], inner.shape[-dimensions:]
+        matrices = matrices.to(inner.dtype).view(-1, groups, outputs // groups, rank)
+        wide = matrices @ inner.reshape(-1, groups, rank, positions.numel())
+        return wide.view(*samples, outputs, *positions)
 
     def _widened(self, inner: Tensor, matrix: Tensor) -> Tensor:
         if kind_of(self.module) is not CONVOLUTION:

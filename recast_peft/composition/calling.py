@@ -17,7 +17,7 @@ from ..errors import RecastBankError
 from ..placement.offloaded import is_offloaded
 from .coefficient_gradients import EXACT
 from .compose import compose_weight, marked
-from .kinds import LINEAR, is_lazily_readable, kind_of, takes_core
+from .kinds import LINEAR, composes_cheaply, is_lazily_readable, kind_of, takes_core
 from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
@@ -81,7 +81,8 @@ def _beside_the_weight(layer: Any, adapters: Sequence[str], args: tuple, kwargs:
     """The tasks whose templates add to the output by narrow products, which takes no weight of the module's size."""
     cores = [name for name in layer.with_coefficients(adapters) if layer.recast_bank[name].is_factored]
     is_masked = any(name in layer.recast_masks for name in adapters)
-    if not cores or is_masked or len(args) != 1 or kwargs or not takes_core(layer.base_layer):
+    is_product = takes_core(layer.base_layer) and not composes_cheaply(layer.base_layer)
+    if not cores or is_masked or len(args) != 1 or kwargs or not is_product:
         return []
     return cores if not is_hooked(layer.base_layer) or is_out_of_reach(layer) else []
 

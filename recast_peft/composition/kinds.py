@@ -333,7 +333,12 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def takes_core(module: Any) -> bool:
     """Whether a module's product with a weight of low rank is two narrow products, between which a core can stand."""
     kind = kind_of(module)
-    return kind is not None and (kind.takes_low_rank or (kind is CONVOLUTION and module.groups == 1))
+    return kind is not None and (kind.takes_low_rank or kind is CONVOLUTION)
+
+
+def composes_cheaply(module: Any) -> bool:
+    """Whether a weight is so small beside the output that to compose it costs less than narrow products beside the module's."""
+    return kind_of(module) is CONVOLUTION and module.groups > 1
 
 
 def family_of(module: nn.Module) -> LayerKind | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..placement.sharded import is_plain
 from .calling import call_composed, is_hooked
 from .compose import average_sets, needs_plain_operations
-from .kinds import kind_of, takes_core
+from .kinds import composes_cheaply, kind_of, takes_core
 from .mixed_batch import current_batch
 from .recomputation import is_recomputing, may_be_recomputed
 
@@ -120,7 +120,7 @@ def _is_simple(layer: Any) -> bool:
     if layer.merged_adapters and layer.merged_adapters != tasks:
         return False
     bank, coefficients, kind = layer.recast_bank[tasks[0]], layer.recast_coefficients[tasks[0]], kind_of(base)
-    if not (bank.is_exact or (bank.is_factored and takes_core(base))):
+    if not (bank.is_exact or (bank.is_factored and takes_core(base) and not composes_cheaply(base))):
         return False
     if kind is None or kind.call is None or coefficients.is_inference() or not is_plain(coefficients):
         return False

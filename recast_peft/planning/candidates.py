@@ -226,6 +226,11 @@ def _released(visible: nn.Module) -> tuple[str, ...]:
     return (str(layer.weight_name),) if layer is not None and layer.is_compressed else ()
 
 
+def is_compressed(target: Candidate) -> bool:
+    """Whether a compressed bank stands for the target's pretrained weight."""
+    return bool(_released(target.visible))
+
+
 def composed_layer(visible: nn.Module) -> Any:
     """RECAST's layer of a module, also inside layers of other methods; None if there is none."""
     layer: Any = visible

@@ -204,6 +204,14 @@ class TestKinds:
         assert all(torch.equal(layer.pretrained_weight, p) for layer, p in pretrained(plain, model))
         assert torch.allclose(outputs(model.merge_and_unload(), x), wanted, atol=1e-10)
 
+    def test_numbers_in_float32_round_no_model_in_float64(self, kind: Kind) -> None:
+        _, model, x = on_kind(kind)
+        for layer in layers_of(model).values():
+            layer.recast_coefficients["task"].data = layer.recast_coefficients["task"].data.float()
+        live = outputs(model, x)
+        model.merge_adapter()
+        assert torch.allclose(outputs(model, x), live, rtol=1e-12, atol=1e-12)
+
     def test_gradients(self, kind: Kind) -> None:
         plain, model, x = on_kind(kind)
         model.train()

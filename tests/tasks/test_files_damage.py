@@ -182,7 +182,7 @@ class TestAFileWhoseConfigSaysSomethingElse:
             return timm.create_model("test_vit", num_classes=0).eval()
 
         bank = readout_bank(vit(), torch.randn(20, 3, 160, 160), progress=False).save(tmp_path / "bank")
-        config = RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=bank)], init_weights=False)
+        config = RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=bank)], init_weights=False, group_size=2)
         model = get_recast_model(vit(), config, "task").eval()
         model.save_pretrained(tmp_path)
         rewrite_config(tmp_path / "task", partners=None)

@@ -22,7 +22,7 @@ from ...banks.core_product import CoreProduct
 from ...banks.directions_bank import directions_before
 from ...banks.grown_templates import LowRankSum
 from ...composition.compose import compose_weight
-from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, kind_of, positions_of, takes_core
+from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, composes_cheaply, kind_of, positions_of, takes_core
 from ...errors import RecastBankError
 from ...layer import RecastLayer
 from ...parts.bias import share_of
@@ -165,7 +165,8 @@ class TaskedLayer(AroundBase):
         kind = kind_of(self.base)
         if type(self.base).__name__ in PROPORTIONAL and self.base.bias is None and len(self.base_factors) == 1:
             return self.base(args[0] * _along(self._held[2].factors[self.name], args[0]), *args[1:], **kwargs)
-        is_by_weight = self._held[1].is_factored and not takes_core(self.base)
+        by_product = takes_core(self.base) and (self._held[2].rows is not None or not composes_cheaply(self.base))
+        is_by_weight = self._held[1].is_factored and not by_product
         if kind is None or kind.call is None or len(args) != 1 or kwargs or is_by_weight:
             return torch.func.functional_call(self.base, {self.weight_name: self.effective_weight()}, args, kwargs)
         x, given = args[0], self._held[2]
