@@ -200,7 +200,8 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
             if mine is not other:
                 raise RecastBankError(
                     f"tasks on different banks cannot be combined: their coefficients belong to other templates; they differ "
-                    f"at {holder.module_name}\n  {first}: {_members(other)}\n  {name}: {_members(mine)}"
+                    f"at {holder.module_name}\n  {first}: {_members(other)}\n  {name}: {_members(mine)}\n"
+                    "Train them with one config, or make both active: model.base_model.set_adapter([...]) adds what they do."
                 )
         if list(task_coefficients(model, name)) != list(task_coefficients(model, first)):
             raise RecastBankError(

@@ -113,12 +113,18 @@ class TestModel:
         assert 2 <= count["few"] <= 4
         assert 0 < count["agreed"] <= 8
 
-    def test_tasks_on_different_banks_are_refused(self):
+    @pytest.mark.parametrize("size", [{"group_size": 4}, {"num_directions": 2}])
+    def test_tasks_on_different_banks_are_refused_and_add_up_when_both_are_active(self, size):
         model = three_tasks()
-        model.add_adapter("other", RecastConfig(target_modules=["qkv"], group_size=4))
-        with pytest.raises(RecastBankError, match="different banks"):
+        model.add_adapter("other", RecastConfig(target_modules=["qkv"], **size))
+        randomise(model, "other", 9)
+        with pytest.raises(RecastBankError, match=r"different banks(?s:.*)base_model\.set_adapter"):
             model.add_weighted_adapter(["k", "other"], [1, 1], "mix")
         assert "mix" not in model.peft_config
+        model.base_model.set_adapter(["k", "other"])
+        layer = layers_of(model)["blocks.0.attn.qkv"]
+        both = layer.get_delta_weight("k") + layer.get_delta_weight("other")
+        torch.testing.assert_close(layer.weight - layer.pretrained_weight, both, rtol=1e-5, atol=1e-6)
 
     def test_a_task_that_owns_norms_is_refused(self):
         model = converted("k", train_norms=True)

@@ -190,7 +190,9 @@ class TestAFileWhoseConfigSaysSomethingElse:
         with pytest.raises(RecastLoadError, match=match):
             PeftModel.from_pretrained(vit(), tmp_path / "task", "task")
         with pytest.raises(RecastLoadError, match=match):
-            TaskPool(get_recast_model(vit(), RecastConfig(num_classes=3)), like="default").add("task", tmp_path / "task")
+            TaskPool(get_recast_model(vit(), RecastConfig(num_classes=3, group_size=2)), like="default").add(
+                "task", tmp_path / "task"
+            )
         rewrite(tmp_path / "task", dict)  # a file without what the metadata say, as earlier versions wrote it
         PeftModel.from_pretrained(vit(), tmp_path / "task", "task")
 
