@@ -55,12 +55,12 @@ class RecastConfig(PeftConfig):
         init_weights: True starts at the pretrained weights (all offsets zero). False, for tests, starts at random offsets of
             size 0.1 to 0.2, by ``seed`` and the task's name, and at a random LoRA part.
         group_size: number of consecutive layers of one role and shape that share a template bank. A remainder makes a smaller
-            group; a lone layer has one template. None is 2 where the templates are of groups.
+            group; a lone layer has one template. None is what fits the budget, 2 or 1 by default.
         num_groups: number of groups into which the layers of each role and shape are divided, instead of ``group_size``.
         num_templates: number of templates in a bank. None takes as many as the group has layers, so that the pretrained weights
             themselves are the templates and nothing is approximated. Fewer compress the model.
         num_directions: r, instead of groups: the templates of a layer are the r * r of rank one between the r main directions
-            of its own weight on either side, as far as it has so many. None is what the budget keeps, if no size is given.
+            of its own weight on either side, as far as it has so many (``banks/directions_bank.py``).
         num_coefficient_sets: number of coefficient sets that are trained and averaged (K of the paper, section 3.1).
         mimicry: method that finds templates and base coefficients (paper, section 3.2): a name, ``{"method": name, option:
             value, ...}``, or the options object itself (``Gradient(steps=500)``).

@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from models import KINDS, of_groups, seeded
+from models import KINDS, seeded
 from torch import nn
 
-from recast_peft import get_recast_model
+from recast_peft import RecastConfig, get_recast_model
 
 
 def build(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[nn.Module, Any, torch.Tensor]:
@@ -17,5 +17,5 @@ def build(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> tuple
     row = KINDS[kind]
     plain = seeded(row.build).to(dtype)
     inputs = row.inputs()
-    model = get_recast_model(copy.deepcopy(plain), of_groups(target_modules=row.targets, **row.config, **config)).eval()
+    model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=row.targets, **row.config, **config)).eval()
     return plain, model, inputs.to(dtype) if inputs.is_floating_point() else inputs

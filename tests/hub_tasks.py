@@ -34,9 +34,9 @@ def learn(model: PeftModel, name: str, seed: int) -> None:
 
 
 def make_model(*names: str, config: RecastConfig | None = None) -> PeftModel:
-    model = get_recast_model(make_backbone(), config or RecastConfig(group_size=2), adapter_name=names[0])
+    model = get_recast_model(make_backbone(), config or RecastConfig(), adapter_name=names[0])
     for name in names[1:]:
-        model.add_adapter(name, RecastConfig(group_size=2))
+        model.add_adapter(name, RecastConfig())
     for seed, name in enumerate(names):
         learn(model, name, seed)
     return model.eval()

@@ -33,7 +33,7 @@ TARGETS = {
 
 def two_parts(name: str = "task", depth: int = 4, **fields: Any) -> PeftModel:
     """A tiny vision transformer with one task of two parts that both do something."""
-    config = RecastConfig(target_modules=["qkv", "proj"], lora_config=lora(**fields), group_size=2)
+    config = RecastConfig(target_modules=["qkv", "proj"], lora_config=lora(**fields))
     model = get_recast_model(tiny_vit(depth=depth), config, name).eval()
     fill(model, name)
     return model

@@ -319,19 +319,10 @@ def vit_input(batch: int = 2) -> Tensor:
     return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(11))
 
 
-SIZES = {"group_size", "num_groups", "num_templates", "num_directions", "max_coefficients", "coefficient_sharing", "bank"}
-
-
-def of_groups(**config: Any) -> RecastConfig:
-    """A config of groups of two layers, unless it gives another size."""
-    is_sized = any(config.get(name) is not None for name in SIZES)
-    return RecastConfig(**config) if is_sized else RecastConfig(**{**config, "group_size": 2})
-
-
 def converted(adapter_name: str = "default", depth: int = 4, **config: Any) -> PeftModel:
-    """A tiny vision transformer with one task on its fused projections, in groups of two (unless the config says otherwise)."""
+    """A tiny vision transformer with one task on its fused projections (unless the config says otherwise)."""
     config.setdefault("target_modules", ["qkv"])
-    return get_recast_model(tiny_vit(depth=depth), of_groups(**config), adapter_name).eval()
+    return get_recast_model(tiny_vit(depth=depth), RecastConfig(**config), adapter_name).eval()
 
 
 def layers_of(model: nn.Module) -> dict[str, RecastLayer]:

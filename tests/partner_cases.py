@@ -69,7 +69,7 @@ class Case:
 
     @property
     def config(self) -> RecastConfig:
-        return RecastConfig(target_modules=list(self.targets), partners=[self.partner], group_size=2)
+        return RecastConfig(target_modules=list(self.targets), partners=[self.partner])
 
 
 CNN: dict[str, Any] = {"build": tiny_cnn, "inputs": image, "targets": ["conv1", "conv2"]}

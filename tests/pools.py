@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from models import TinyVit, of_groups, seed_cpu
+from models import TinyVit, seed_cpu
 from models import small_vit as timm_vit
 from peft import PeftModel
 from torch import nn
@@ -62,7 +62,7 @@ small_vit = partial(timm_vit, depth=4)
 
 
 def model_with_pool(tasks: int = 0, **config) -> tuple[PeftModel, TaskPool]:
-    model = get_recast_model(small_vit(), of_groups(target_modules=TARGETS, **config), "first").eval()
+    model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), "first").eval()
     pool = TaskPool(model)
     for i in range(tasks):
         pool.add(f"task{i}", random_state(pool, i))
@@ -82,7 +82,7 @@ def random_state(pool: TaskPool, seed: int) -> dict[str, torch.Tensor]:
 
 def by_adapter(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """What a task gives as an ordinary adapter: the reference for everything that a pool does."""
-    model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, group_size=2)).eval()
+    model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS)).eval()
     for name, module in model.get_base_model().named_modules():
         key = f"base_model.model.{name}.recast_coefficients"
         if key in state:
@@ -92,5 +92,5 @@ def by_adapter(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 def tiny_pool(**options) -> TaskPool:
     seed_cpu(0)
-    model = get_recast_model(TinyVit().eval(), RecastConfig(target_modules=["qkv"], group_size=2), "first").eval()
+    model = get_recast_model(TinyVit().eval(), RecastConfig(target_modules=["qkv"]), "first").eval()
     return TaskPool(model, **options)

@@ -49,7 +49,7 @@ def with_task(model: nn.Module) -> nn.Module:
 
 
 def task_model(model: nn.Module) -> PeftModel:
-    converted = get_peft_model(model, RecastConfig(target_modules=TARGETS, group_size=2), adapter_name="task").eval()
+    converted = get_peft_model(model, RecastConfig(target_modules=TARGETS), adapter_name="task").eval()
     randomise(converted, "task")
     return converted
 

@@ -32,7 +32,7 @@ def saved_task(tmp_path):
     )
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")
     backbone = ViTForImageClassification.from_pretrained(tmp_path / "base")
-    model = get_recast_model(backbone, RecastConfig(group_size=2, num_classes=3), "pets").eval()
+    model = get_recast_model(backbone, RecastConfig(num_classes=3), "pets").eval()
     for name, parameter in model.named_parameters():
         if "pets" in name:
             parameter.data.normal_()
@@ -42,12 +42,12 @@ def saved_task(tmp_path):
 
 class TestPlan:
     def test_it_prints_the_plan_of_a_timm_model(self, capsys):
-        assert main(["plan", "vit_small_patch16_224", "--target-modules", "qkv", "--group-size", "2"]) == 0
+        assert main(["plan", "vit_small_patch16_224", "--target-modules", "qkv"]) == 0
         shown = capsys.readouterr().out
         assert "blocks.{10,11}.attn.qkv" in shown
         assert "6 banks, 12 target modules, 24 numbers per task" in shown
 
-    @pytest.mark.parametrize(("targets", "numbers"), [(["all-mlp"], 24), ([r"blocks\.[01]\..*qkv"], 32), (["qkv"], 48)])
+    @pytest.mark.parametrize(("targets", "numbers"), [(["all-mlp"], 48), ([r"blocks\.[01]\..*qkv"], 4), (["qkv", "fc1"], 48)])
     def test_shorthands_patterns_and_names(self, capsys, targets, numbers):
         assert main(["plan", "vit_small_patch16_224", "--target-modules", *targets]) == 0
         assert f" {numbers} numbers per task" in capsys.readouterr().out

@@ -25,14 +25,14 @@ class TestAConfig:
         assert RecastConfig(**fields).effective_group_size == expected
 
     def test_is_of_a_type_that_PEFT_knows(self) -> None:
-        assert RecastConfig(group_size=2).peft_type == PeftType.RECAST == "RECAST"
+        assert RecastConfig().peft_type == PeftType.RECAST == "RECAST"
 
     def test_sorts_what_was_given_as_a_set(self) -> None:
-        assert RecastConfig(target_modules={"c", "a", "b"}, group_size=2).target_modules == ["a", "b", "c"]
+        assert RecastConfig(target_modules={"c", "a", "b"}).target_modules == ["a", "b", "c"]
 
     def test_does_not_share_lists_with_the_caller(self) -> None:
         names = ["qkv"]
-        config = RecastConfig(target_modules=names, group_size=2)
+        config = RecastConfig(target_modules=names)
         names.append("proj")
         assert config.target_modules == ["qkv"]
 
@@ -67,7 +67,7 @@ class TestAConfig:
         assert RecastConfig.from_pretrained(tmp_path).recipes["bank"]["mix"] == mix
 
     def test_can_be_used_on_two_models(self) -> None:
-        config = RecastConfig(target_modules=["qkv"], group_size=2)
+        config = RecastConfig(target_modules=["qkv"])
         first = get_recast_model(tiny_vit(0, depth=2), config)
         second = get_recast_model(tiny_vit(1, depth=4), config)
         assert config.record is None
@@ -76,7 +76,7 @@ class TestAConfig:
 
     def test_can_be_used_on_two_models_through_PEFT(self) -> None:
         # PEFT does not copy a config, so the second use meets what the first one wrote into it
-        config = RecastConfig(target_modules=["qkv"], group_size=2)
+        config = RecastConfig(target_modules=["qkv"])
         get_peft_model(tiny_vit(0, depth=2), config)
         second = get_peft_model(tiny_vit(1, depth=4), config)
         assert sum(map(len, second.peft_config["default"].groups.values())) == 4
@@ -96,6 +96,6 @@ class TestAConfig:
         assert RecastConfig(bank=name).bank == name
 
     def test_its_results_can_be_set(self) -> None:
-        config = RecastConfig(results={"accuracy": 0.5}, group_size=2)
+        config = RecastConfig(results={"accuracy": 0.5})
         config.results = {"accuracy": 0.75}
         assert config.to_dict()["results"] == {"accuracy": 0.75}

@@ -103,7 +103,7 @@ def test_a_task_is_not_put_on_another_bank(name: str, fields: dict[str, str]) ->
 
 
 def test_a_pool_gives_what_it_gave() -> None:
-    model = get_recast_model(backbone(), RecastConfig(target_modules=["qkv"], num_classes=3, group_size=2), "alpha").eval()
+    model = get_recast_model(backbone(), RecastConfig(target_modules=["qkv"], num_classes=3), "alpha").eval()
     pool = TaskPool(model)
     pool.load(FIXTURES / "pool.safetensors")
     assert pool.names == ["a", "b", "c", "t0", "t1", "t2", "t3", "t4"]

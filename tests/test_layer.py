@@ -171,7 +171,7 @@ class TestEveryKindOfModule:
     @kinds
     def test_gives_every_sample_its_own_task_or_says_why_not(self, kind: str) -> None:
         plain, model, inputs = build(kind)
-        model.add_adapter("other", RecastConfig(target_modules=KINDS[kind].targets, group_size=2))
+        model.add_adapter("other", RecastConfig(target_modules=KINDS[kind].targets))
         randomise(model, "default", 1)
         randomise(model, "other", 2)
         inputs = torch.cat([inputs, inputs.flip(0)])
@@ -209,13 +209,13 @@ class TestEveryKindOfModule:
 
 class TestAModelThatReadsWeights:
     def test_gets_a_gradient_through_what_it_read(self) -> None:
-        model = get_recast_model(seeded(WeightReader), RecastConfig(target_modules=["proj"], group_size=2))
+        model = get_recast_model(seeded(WeightReader), RecastConfig(target_modules=["proj"]))
         model(torch.randn(2, 8)).square().sum().backward()
         assert layers_of(model)["proj"].recast_coefficients["default"].grad.abs().sum() > 0
 
     def test_sees_the_merged_and_the_pristine_weight(self) -> None:
         plain = seeded(WeightReader)
-        model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=["proj"], group_size=2))
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=["proj"]))
         randomise(model)
         layer = layers_of(model)["proj"]
         composed = layer.weight.detach().clone()
@@ -304,16 +304,14 @@ def test_a_global_seed_is_left_alone() -> None:
 def test_a_wrapped_container_is_passed_over() -> None:
     # a name that is that of a container (like SKNet's) has no weight of its own
     model = seeded(lambda: Chain([nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))]))
-    model = get_recast_model(
-        model, RecastConfig(target_modules=["layers.0", "layers.1", "layers.0.0", "layers.1.0"], group_size=2)
-    )
+    model = get_recast_model(model, RecastConfig(target_modules=["layers.0", "layers.1", "layers.0.0", "layers.1.0"]))
     assert sorted(layers_of(model)) == ["layers.0.0", "layers.1.0"]
 
 
 def test_float32_templates_and_weights_are_shared_and_not_copied() -> None:
     plain = tiny_vit()
     pointers = {n: p.data_ptr() for n, p in plain.named_parameters()}
-    model = get_recast_model(plain, RecastConfig(target_modules=["qkv"], group_size=2))
+    model = get_recast_model(plain, RecastConfig(target_modules=["qkv"]))
     for name, layer in layers_of(model).items():
         templates = layer.recast_bank["default"].get_templates(torch.device("cpu"))
         members = layer.recast_bank["default"].members

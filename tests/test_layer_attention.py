@@ -17,7 +17,7 @@ from recast_peft import RecastConfig, get_recast_model
 class TestMultiHeadAttention:
     def attention(self, **options: Any) -> tuple[nn.Module, Any]:
         plain = seeded(lambda: nn.Sequential(nn.MultiheadAttention(8, 2, **options), nn.MultiheadAttention(8, 2, **options)))
-        model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=["0", "1"], group_size=2))
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=["0", "1"]))
         randomise(model)
         return plain, model
 
@@ -27,12 +27,12 @@ class TestMultiHeadAttention:
 
     def test_can_leave_out_the_output_projection(self) -> None:
         model = nn.Sequential(nn.MultiheadAttention(8, 2))
-        model = get_recast_model(model, RecastConfig(target_modules=["0"], exclude_modules=["out_proj"], group_size=2))
+        model = get_recast_model(model, RecastConfig(target_modules=["0"], exclude_modules=["out_proj"]))
         assert sorted(layers_of(model)) == ["0"]
 
     def test_can_target_the_output_projection_alone(self) -> None:
         plain = seeded(lambda: nn.Sequential(nn.MultiheadAttention(8, 2)))
-        model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=["out_proj"], group_size=2))
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(target_modules=["out_proj"]))
         assert sorted(layers_of(model)) == ["0.out_proj"]
         randomise(model)
         x = torch.randn(3, 2, 8)
@@ -84,7 +84,7 @@ class TestMultiHeadAttention:
 
 def test_attention_in_a_module_of_ones_own_works() -> None:
     plain = seeded(lambda: Chain([Attention(8), Attention(8)]))
-    model = get_recast_model(copy.deepcopy(plain), RecastConfig(group_size=2)).eval()
+    model = get_recast_model(copy.deepcopy(plain), RecastConfig()).eval()
     assert len(layers_of(model)) == 4
     randomise(model)
     x = vit_input()

@@ -43,14 +43,14 @@ class TestAConversion:
         model = converted()
         before = state(model)
         with pytest.raises(RecastConfigError, match=r"converted already(?s:.*)add_adapter"):
-            wrap(model, RecastConfig(target_modules=["qkv"], group_size=2))
+            wrap(model, RecastConfig(target_modules=["qkv"]))
         assert state(model) == before
 
     @pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
     def test_of_a_converted_model_by_PEFT_under_the_same_name_is_refused(self) -> None:
         model = converted()
         with pytest.raises(RecastConfigError, match=r"has a task 'default'"):
-            get_peft_model(model.get_base_model(), RecastConfig(target_modules=["qkv"], group_size=2))
+            get_peft_model(model.get_base_model(), RecastConfig(target_modules=["qkv"]))
 
     def test_with_another_method_s_config_is_refused(self) -> None:
         with pytest.raises(RecastConfigError, match="LoraConfig; a RecastConfig is expected"):
@@ -61,7 +61,7 @@ class TestAConversion:
         assert set(layers_of(model)) == {f"blocks.{i}.mlp.{leaf}" for i in range(4) for leaf in ("fc1", "fc2")}
 
     def test_through_PEFT_is_the_same(self) -> None:
-        mine, theirs = converted(), get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2)).eval()
+        mine, theirs = converted(), get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"])).eval()
         assert isinstance(mine, PeftModel)
         assert str(mine.base_model) == str(theirs.base_model)
         assert mine.peft_config["default"].to_dict() == theirs.peft_config["default"].to_dict()
@@ -71,12 +71,12 @@ class TestAConversion:
         model = tiny_vit()
         model.config = {"model_type": "tiny"}
         model.get_input_embeddings = lambda: nn.Embedding(2, 2)
-        model = get_recast_model(model, RecastConfig(target_modules=["qkv"], task_type=task_type, group_size=2))
+        model = get_recast_model(model, RecastConfig(target_modules=["qkv"], task_type=task_type))
         assert isinstance(model, peft.PeftModelForFeatureExtraction) == (task_type is not None)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_keeps_the_mode(self, training: bool) -> None:
-        model = get_recast_model(tiny_vit().train(training), RecastConfig(target_modules=["qkv"], group_size=2))
+        model = get_recast_model(tiny_vit().train(training), RecastConfig(target_modules=["qkv"]))
         assert all(layer.training == training for layer in layers_of(model).values())
 
     def test_trains_48_numbers_for_the_setting_of_the_paper(self) -> None:
@@ -115,7 +115,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_in_the_weights_still_trains(self, dtype: torch.dtype) -> None:
-        model = get_recast_model(tiny_vit().to(dtype), RecastConfig(target_modules=["qkv"], group_size=2)).train()
+        model = get_recast_model(tiny_vit().to(dtype), RecastConfig(target_modules=["qkv"])).train()
         model(vit_input().to(dtype)).float().square().sum().backward()
         for layer in layers_of(model).values():
             gradient = layer.recast_coefficients["default"].grad
@@ -145,7 +145,7 @@ class TestPrecision:
 
     def test_of_coefficients_can_be_that_of_the_weights_for_those_who_ask(self) -> None:
         model = tiny_vit().bfloat16()
-        model = get_recast_model(model, RecastConfig(target_modules=["qkv"], group_size=2), autocast_adapter_dtype=False)
+        model = get_recast_model(model, RecastConfig(target_modules=["qkv"]), autocast_adapter_dtype=False)
         assert {layer.recast_coefficients["default"].dtype for layer in layers_of(model).values()} == {torch.bfloat16}
         assert torch.isfinite(outputs(model, vit_input().bfloat16())).all()
 
@@ -156,7 +156,7 @@ class TestPrecision:
         expected = outputs(tiny_vit().bfloat16(), inputs)
         if when != "after":
             plain = plain.bfloat16()
-        model = get_recast_model(plain, RecastConfig(target_modules=["qkv"], group_size=2)).eval()
+        model = get_recast_model(plain, RecastConfig(target_modules=["qkv"])).eval()
         if when != "before":
             model = model.bfloat16()
         assert torch.equal(outputs(model, inputs), expected)
@@ -182,7 +182,7 @@ class TestTraining:
             assert torch.equal(mine.recast_coefficients["default"].grad, theirs.recast_coefficients["default"].grad)
 
     def test_several_steps_in_bfloat16_moves_by_less_than_bfloat16_could_hold(self) -> None:
-        model = get_recast_model(tiny_vit().bfloat16(), RecastConfig(target_modules=["qkv"], group_size=2))
+        model = get_recast_model(tiny_vit().bfloat16(), RecastConfig(target_modules=["qkv"]))
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.SGD(parameters, lr=1.0)
         for parameter in parameters:
@@ -234,7 +234,7 @@ class TestBesideAnotherTuner:
 
 
 def get_recast_model_on(lora: PeftModel) -> PeftModel:
-    return get_peft_model(lora.get_base_model(), RecastConfig(target_modules=["qkv"], group_size=2)).eval()
+    return get_peft_model(lora.get_base_model(), RecastConfig(target_modules=["qkv"])).eval()
 
 
 def test_the_tuner_is_an_ordinary_tuner_of_PEFT() -> None:

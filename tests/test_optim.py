@@ -124,11 +124,8 @@ class Convs(nn.Module):
 @pytest.mark.parametrize(
     ("model", "config", "rate"),
     [
-        (lambda: tiny_vit(depth=4), {}, 0.13 / (0.2 * 32**0.5)),  # two directions of eight layers
-        (lambda: tiny_vit(depth=1), {}, 0.13 / (0.2 * 32**0.5)),  # four of two
-        (lambda: tiny_vit(depth=2), {"num_directions": 1}, 0.2),  # 0.13 / (0.2 * 2) = 0.325 is above the most
-        (lambda: tiny_vit(depth=4), {"group_size": 2}, 0.05),  # 16 numbers: 0.13 / (0.5 * 4) = 0.065 is above the most
-        (lambda: tiny_vit(depth=24), {"group_size": 1}, 0.13 / (0.5 * 48**0.5)),
+        (lambda: tiny_vit(depth=4), {}, 0.05),  # 16 numbers: 0.13 / (0.5 * 4) = 0.065 is above the most
+        (lambda: tiny_vit(depth=24), {}, 0.13 / (0.5 * 48**0.5)),  # groups of 1
         (lambda: tiny_vit(depth=48), {}, 0.13 / (0.5 * 2 * 48**0.5)),  # two layers share each number
         (lambda: tiny_vit(depth=24), {"num_coefficient_sets": 2, "group_size": 1}, 0.13 / (0.5 * 48**0.5)),  # sets are averaged
         (lambda: Convs(16), {"group_size": 1}, 0.13 / (1.5 * 4)),
@@ -145,7 +142,7 @@ def test_the_default_rate_falls_with_what_the_coefficients_move(
 
 
 def test_a_rate_that_was_found_moves_the_features_as_far_as_was_asked() -> None:
-    model = get_recast_model(tiny_vit(depth=6), RecastConfig(num_classes=3, group_size=2))
+    model = get_recast_model(tiny_vit(depth=6), RecastConfig(num_classes=3))
     randomise(model, size=0.02)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mode = model.training
@@ -204,14 +201,14 @@ def test_a_rate_is_found_by_what_the_last_layer_called_gives(targets: list[str])
     ids=["a larger model", "a wrapper", "compiled", "the tuner"],
 )
 def test_a_rate_is_found_whatever_is_around_the_model(around: Callable[[nn.Module], nn.Module]) -> None:
-    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=3, group_size=2))
+    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=3))
     wanted, inside = find_coefficient_lr(model, vit_input()), around(model)
     inside(vit_input())  # compiled before it is looked at
     assert find_coefficient_lr(inside, vit_input()) == wanted
 
 
 def test_a_model_that_calls_none_of_its_layers_is_refused() -> None:
-    model = get_recast_model(TwoLayers(), RecastConfig(target_modules=["unused"], group_size=2))
+    model = get_recast_model(TwoLayers(), RecastConfig(target_modules=["unused"]))
     with pytest.raises(RecastConfigError, match="calls none of its RECAST layers"):
         find_coefficient_lr(model, torch.randn(2, 8))
 
@@ -242,7 +239,7 @@ def test_a_task_that_is_activated_later_is_missed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_a_step(model, optimizer)
-    model.add_adapter("two", RecastConfig(target_modules=["qkv"], num_classes=3, group_size=2))
+    model.add_adapter("two", RecastConfig(target_modules=["qkv"], num_classes=3))
     model.set_adapter("two")
     with pytest.warns(UserWarning, match="2 trainable parameters of coefficients.*after set_adapter"):
         train_a_step(model, optimizer)
@@ -271,11 +268,11 @@ def test_each_of_several_models_in_one_module_is_looked_at() -> None:
 
 def test_a_headless_backbone_without_classes_says_so() -> None:
     timm = pytest.importorskip("timm")
-    model = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig(group_size=2))
+    model = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig())
     with pytest.warns(UserWarning, match="has no classifier.*num_classes"):
         create_recast_optimizer(model, lr=0.1)
     outer = nn.Sequential(model, nn.Linear(64, 2))
-    with_classes = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig(num_classes=3, group_size=2))
+    with_classes = get_recast_model(timm.create_model("test_vit", num_classes=0), RecastConfig(num_classes=3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         create_recast_optimizer(with_classes, lr=0.1)

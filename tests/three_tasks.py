@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import converted, of_groups, outputs, randomise, vit_input
+from models import converted, outputs, randomise, vit_input
 from peft import PeftModel
+
+from recast_peft import RecastConfig
 
 NAMES = ["cars", "birds", "flowers"]
 
@@ -17,7 +19,7 @@ def with_tasks(templates: int | None = None, **config: Any) -> PeftModel:
     for i, name in enumerate(NAMES):
         if i:
             size = {} if templates else {"group_size": i + 2}
-            model.add_adapter(name, of_groups(**{"target_modules": ["qkv"], "num_templates": templates, **config, **size}))
+            model.add_adapter(name, RecastConfig(**{"target_modules": ["qkv"], "num_templates": templates, **config, **size}))
         randomise(model, name, seed=i)
     return model.eval()
 

@@ -61,9 +61,7 @@ def alone(work: Callable[[], Any]) -> Any:
 
 def write_pool(tasks: int, path: Path, options: Namespace) -> None:
     """Write a file of random tasks, each with a classifier in half precision."""
-    pool = TaskPool(
-        get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS, group_size=2), "first").eval()
-    )
+    pool = TaskPool(get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS), "first").eval())
     pool.add("task-0", RecastConfig(num_classes=CLASSES, head_dtype="float16"))
     kind, (weight, bias) = (head := pool._heads[0]).kind, head.tensors
     heads = {
@@ -75,9 +73,7 @@ def write_pool(tasks: int, path: Path, options: Namespace) -> None:
 
 def read_pool(path: Path, options: Namespace) -> tuple[TaskPool, float]:
     """A pool with the tasks of a file, and the seconds that reading them took."""
-    pool = TaskPool(
-        get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS, group_size=2), "first").eval()
-    )
+    pool = TaskPool(get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS), "first").eval())
     return pool, seconds(lambda: pool.load(path))
 
 

@@ -67,7 +67,7 @@ def main(given: list[str] | None = None) -> Tables:
         "RECAST, 4 of rank 4 and the weight": on_templates(name, 4, 4, plain=True),
         "RECAST, 8 templates of rank 8": on_templates(name, 8, 8),
         "RECAST, 4 dense templates": on_templates(name, 4, None),
-        "RECAST, plain bank, groups of 2": RecastConfig(target_modules=TARGETS, group_size=2),
+        "RECAST, plain bank, groups of 2": RecastConfig(target_modules=TARGETS),
     }
     steps: dict[str, tuple[Callable[[], Any], int]] = {"plain model, no tasks": (lambda: plain(x), 0)}
     steps.update({what: recast_step(name, config, x) for what, config in configs.items()})

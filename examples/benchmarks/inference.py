@@ -18,9 +18,9 @@ from rivals import MODEL, ON_BIASES, QUICK, TARGET_SETS, adapted, backbone, imag
 from timing import Row, Tables, add_device, arguments, captured, compare, finish, in_precision, start, where
 from torch import nn
 
-OURS = ["RECAST", "RECAST, group_size=2", "RECAST, group_size=1", "RECAST, 8 directions", ON_BIASES]
+OURS = ["RECAST", "RECAST, group_size=1", "RECAST, 8 directions", ON_BIASES]
 LIVE = [*OURS, "LoRA r=8", "DoRA r=8", "VeRA r=256", "TinyLoRA u=2", "IA3"]
-MERGED = ["RECAST", "RECAST, group_size=2", ON_BIASES, "LoRA r=8"]
+MERGED = ["RECAST", ON_BIASES, "LoRA r=8"]
 
 
 def variants(targets: list[str], x: torch.Tensor, options: Namespace) -> dict[str, Callable[[], Any]]:

@@ -24,7 +24,6 @@ TARGET_SETS = {
 
 CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "RECAST": lambda targets: RecastConfig(target_modules=targets),
-    "RECAST, group_size=2": lambda targets: RecastConfig(target_modules=targets, group_size=2),
     "RECAST, group_size=1": lambda targets: RecastConfig(target_modules=targets, group_size=1),
     "RECAST, 8 directions": lambda targets: RecastConfig(target_modules=targets, num_directions=8),
     "LoRA r=1": lambda targets: LoraConfig(target_modules=targets, r=1),
@@ -36,12 +35,10 @@ CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "LN tuning": lambda targets: LNTuningConfig(target_modules=r".*\.norm[12]|norm"),
 }
 ESTIMATED: dict[str, Callable[[list[str]], Any]] = {
-    "RECAST, exact gradient": lambda targets: RecastConfig(target_modules=targets, group_size=2, coefficient_gradient="exact"),
-    "RECAST, bfloat16 gradient": lambda targets: RecastConfig(
-        target_modules=targets, group_size=2, coefficient_gradient="bfloat16"
-    ),
+    "RECAST, exact gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="exact"),
+    "RECAST, bfloat16 gradient": lambda targets: RecastConfig(target_modules=targets, coefficient_gradient="bfloat16"),
 }
-"""RECAST with gradients of its coefficients that cost less; it differs from "RECAST, group_size=2" in training alone."""
+"""RECAST with gradients of its coefficients that cost less; it differs from "RECAST" in training alone."""
 
 FULL = "full fine-tuning"
 LEAST = "the first block's first bias"

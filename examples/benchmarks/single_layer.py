@@ -37,7 +37,7 @@ class Chain(nn.Module):
 
 METHODS: dict[str, Callable[[], Any]] = {
     "plain": lambda: None,
-    "RECAST": lambda: RecastConfig(target_modules=["fc"], group_size=2),
+    "RECAST": lambda: RecastConfig(target_modules=["fc"]),
     "RECAST, group_size=1": lambda: RecastConfig(target_modules=["fc"], group_size=1),
     "LoRA r=2": lambda: LoraConfig(target_modules=["fc"], r=2),
     "DoRA r=2": lambda: LoraConfig(target_modules=["fc"], r=2, use_dora=True),
@@ -73,7 +73,7 @@ def narrow_products(shapes: list[tuple[int, int]], tokens: tuple[int, ...], roun
     for width, out in shapes:
         ways = {}
         for way in ("exact", "bfloat16"):
-            config = RecastConfig(target_modules=["fc"], group_size=2, coefficient_gradient=way)
+            config = RecastConfig(target_modules=["fc"], coefficient_gradient=way)
             ways[way] = get_peft_model(Chain(2, width, out), config).train()
         for count in tokens:
             x = torch.randn(count, width, requires_grad=True)

@@ -36,9 +36,7 @@ TASKS, CLIENTS = 12, 8
 
 def packed_task(name: str, seed: int, folder: Path, options: Namespace) -> bytes:
     """A saved task with random numbers as a zip file."""
-    model = get_recast_model(
-        backbone(options.model), RecastConfig(target_modules=TARGETS, group_size=2, num_classes=2 + seed % 5), name
-    )
+    model = get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS, num_classes=2 + seed % 5), name)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         if f".{name}" in key:
@@ -56,7 +54,7 @@ class Soak:
 
     def __init__(self, folder: Path, options: Namespace) -> None:
         self.options = options
-        model = get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS, group_size=2), "layout").eval()
+        model = get_recast_model(backbone(options.model), RecastConfig(target_modules=TARGETS), "layout").eval()
         self.pool = TaskPool(model)
         self.pool.deactivate()
         self.store = TaskStore(folder / "live", self.pool)

@@ -27,10 +27,10 @@ ADAPTERS = (2, 10, 100)  # adapters of PEFT
 
 def pool_with(tasks: int, name: str = MODEL, classes: tuple[int, ...] = ()) -> TaskPool:
     """A pool of random tasks on a fresh model, with classifiers of these sizes in turn."""
-    pool = TaskPool(get_recast_model(backbone(name), RecastConfig(target_modules=TARGETS, group_size=2), "first").eval())
+    pool = TaskPool(get_recast_model(backbone(name), RecastConfig(target_modules=TARGETS), "first").eval())
     for i in range(tasks):
         size = classes[i % len(classes)] if classes else None
-        pool.add(f"task-{i}", RecastConfig(target_modules=TARGETS, group_size=2, num_classes=size))
+        pool.add(f"task-{i}", RecastConfig(target_modules=TARGETS, num_classes=size))
     with torch.no_grad():
         pool.table[:tasks].normal_(std=0.1)
     return pool
@@ -51,7 +51,7 @@ def live(name: str, quick: bool, device: str) -> list[Row]:
             pool.model.to(device)
             swap = next_of(held, lambda i, p=pool: p.activate(f"task-{i}"))  # type: ignore[misc]
             rows.append((f"TaskPool.activate{what}", held, compare(2 if quick else 20, {"": swap}, repeat=20)[""].seconds))
-    for method in ("RECAST, group_size=2", "LoRA r=8", "IA3"):
+    for method in ("RECAST", "LoRA r=8", "IA3"):
         for held in ADAPTERS[:1] if quick else ADAPTERS:
             model = get_peft_model(backbone(name), CONFIGS[method](TARGETS), "adapter_0")
             for i in range(1, held):

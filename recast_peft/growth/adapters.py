@@ -35,7 +35,7 @@ from ..layer import recast_layers
 from ..names import check_adapter_name
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
-from ..tasks.plan import plan_bank
+from ..tasks.plan import plan_recast
 from ..validation import COUNT, check_arguments, optional
 from .sources import check_bank, check_plain, loaded, origin_of
 
@@ -150,7 +150,7 @@ def compress_adapters(
     moved = sorted({module for pairs, _, _ in found.values() for module in pairs})
     if not moved:
         raise RecastBankError(f"none of the adapters {', '.join(named)} moves a module of the model")
-    plan = plan_bank(model, config or RecastConfig(target_modules=moved, group_size=1))
+    plan = plan_recast(model, config or RecastConfig(target_modules=moved, group_size=1))
     rank = rank or max(left.shape[1] for pairs, _, _ in found.values() for left, _ in pairs.values())
     groups: dict[str, StoredGroup] = {}
     coefficients: dict[str, dict[str, Tensor]] = {name: {} for name in found}

@@ -22,7 +22,7 @@ from ..mimicry.features import call_arguments, captured_outputs, device_of, eval
 from ..names import block_of
 from ..planning.candidates import Candidate
 from ..planning.groups import PlannedGroup
-from ..tasks.plan import plan_bank
+from ..tasks.plan import plan_recast
 from .sources import check_plain
 
 
@@ -45,7 +45,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     """
     check_plain(model, "fit_bank")
     method = config.method
-    plan = plan_bank(model, config)
+    plan = plan_recast(model, config)
     targets = {target.name: target for target in plan.candidates}
     groups = [group for group in plan.groups if not group.is_exact and not group.is_grown]
     data = _as_list(batches)

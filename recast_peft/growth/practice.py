@@ -31,7 +31,7 @@ from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
 from ..parts.lora_plan import takes_lora, these_modules
 from ..planning.candidates import find_candidates
-from ..tasks.plan import plan_bank
+from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
 from .biases import bias_places, grow_bias_bank, is_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, rows_of_inputs
@@ -110,7 +110,7 @@ def practice_bank(
             "practice_bank(of='weights') takes no group_size and no scales: give config=RecastConfig(group_size=...)"
         )
     generator = torch.Generator().manual_seed(seed)
-    plan = None if is_of_biases else plan_bank(model, config or RecastConfig(group_size=1))
+    plan = None if is_of_biases else plan_recast(model, config or RecastConfig(group_size=1))
     targets = None if plan is None else [target.name for target in plan.candidates if takes_lora(target)]
     if targets == [] or (is_of_biases and not bias_places(model)):
         raise RecastTargetError(

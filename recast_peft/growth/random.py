@@ -11,7 +11,7 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
 from ..config import RecastConfig
 from ..planning.groups import PlannedGroup
-from ..tasks.plan import plan_bank
+from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, optional
 from .sources import check_plain
 
@@ -49,7 +49,7 @@ def random_bank(
     check_arguments(optional(COUNT), rank=rank)
     check_arguments(flag, plain_templates=plain_templates)
     check_arguments(SEED, seed=seed)
-    plan = plan_bank(model, config or RecastConfig(group_size=1))
+    plan = plan_recast(model, config or RecastConfig(group_size=1))
     targets = {target.name: target for target in plan.candidates}
     generator = torch.Generator().manual_seed(seed)
     groups = {}

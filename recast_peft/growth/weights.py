@@ -18,7 +18,7 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
 from ..config import RecastConfig
 from ..errors import RecastBankError
-from ..tasks.plan import plan_bank, plan_recast
+from ..tasks.plan import plan_recast
 from ..validation import check_arguments, flag
 from .biases import bias_moves
 from .sources import Source, check_bank, check_plain, check_sources, origin_of, task_vectors
@@ -58,7 +58,7 @@ def grow_bank(
     check_plain(model, "grow_bank")
     check_sources(sources, num_templates=num_templates, rank=rank)
     check_arguments(flag, plain_templates=plain_templates)
-    plan = plan_bank(model, config or RecastConfig(group_size=1))
+    plan = plan_recast(model, config or RecastConfig(group_size=1))
     targets = {target.name: target for target in plan.candidates}
     vectors = [task_vectors(model, source, targets) for source in sources]
     groups: dict[str, StoredGroup] = {}

@@ -1,9 +1,8 @@
 """A budget of coefficients: sizes are chosen so that a task keeps it (the paper's parametric scaling).
 
-A config that names no size keeps to ``DEFAULT_BUDGET``. Budgets go to the main directions of each weight, which gained more on
-pretrained models than groups of as many numbers (docs/results/frontier.md). Where there are no directions to be had within the
-default's, the first row of ``DEFAULT_SIZES`` that keeps it is taken. A size that is given, however small or large, is never
-changed.
+A config that names no size keeps to ``DEFAULT_BUDGET``: the first row of ``DEFAULT_SIZES`` within it is taken. Which rows there
+are, and in what order, is measured on pretrained models (docs/results/index.md). A size that is given, however small or
+large, is never changed.
 """
 
 from __future__ import annotations
@@ -48,21 +47,15 @@ def _sizes_of(config: RecastConfig) -> tuple[int | None, ...]:
     return config.group_size, config.num_groups, config.num_templates, config.num_directions
 
 
-def keep_budget(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str] | None:
-    """What ``choose_directions`` gives, or else ``default_sizes`` for a config that names no size."""
-    chosen = choose_directions(targets, config)
-    return default_sizes(targets, config) if chosen is None and not names_a_size(config) else chosen
-
-
 def choose_directions(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str] | None:
     """Give a budget from ``DEFAULT_BUDGET`` on to the main directions of each weight, as many as it keeps.
 
     Returns:
-        the targets that stay, the config with its choice, and a sentence that says so; None for a smaller budget or less than
-        one direction a layer, for a config that gives other sizes or a method that fits templates, and where the weights are
-        no matrices (``target_parameters``) or compressed banks stand for them.
+        the targets that stay, the config with its choice, and a sentence that says so; None without a budget, for a smaller
+        one or less than one direction a layer, for a config that gives other sizes or a method that fits templates, and where
+        the weights are no matrices (``target_parameters``) or compressed banks stand for them.
     """
-    budget = config.max_coefficients or (0 if names_a_size(config) else DEFAULT_BUDGET)
+    budget = config.max_coefficients or 0
     others = (*_sizes_of(config), config.coefficient_sharing, config.target_parameters)
     is_other = any(choice is not None for choice in others) or config.num_coefficient_sets > 1 or config.method.fits_full_banks
     if budget < DEFAULT_BUDGET or is_other or any(is_compressed(target) for target in targets):
@@ -73,8 +66,7 @@ def choose_directions(targets: list[Candidate], config: RecastConfig) -> tuple[l
     choice = config.as_chosen(num_directions=most_directions(kept, budget))
     count = choice.num_directions
     needed = count_coefficients(plan_groups(layer_runs(kept), choice), None)
-    said = f"max_coefficients={budget}{_by_default(config)}"
-    return kept, choice, f"{said}: num_directions={count} needs {needed} numbers, the most that keep it"
+    return kept, choice, f"max_coefficients={budget}: num_directions={count} needs {needed} numbers, the most that keep it"
 
 
 def _without_minor(targets: list[Candidate], config: RecastConfig) -> list[Candidate]:
@@ -163,8 +155,5 @@ def _explain(budget: int, count: int, choice: RecastConfig, config: RecastConfig
     why = "the largest choice within the budget"
     if choice.coefficient_sharing is not None and config.coefficient_sharing is None:
         why += "; without sharing no choice keeps it"
-    return f"max_coefficients={budget}{_by_default(config)}: {', '.join(parts)} needs {count} numbers, {why}"
-
-
-def _by_default(config: RecastConfig) -> str:
-    return "" if config.max_coefficients is not None else " (by default; a size or a budget that is given goes before it)"
+    asked = "" if config.max_coefficients is not None else " (by default; a size or a budget that is given goes before it)"
+    return f"max_coefficients={budget}{asked}: {', '.join(parts)} needs {count} numbers, {why}"

@@ -14,7 +14,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
 from ..validation import listed
-from .budget import DEFAULT_BUDGET, choose_sizes, keep_budget
+from .budget import DEFAULT_BUDGET, choose_directions, choose_sizes, default_sizes, names_a_size
 from .candidates import Candidate, check_materialised, total_bytes
 from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
 from .table import text_table
@@ -172,7 +172,7 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if config.groups is not None:
         groups = given_groups(targets, config, bank)
     else:
-        chosen = keep_budget(targets, config)
+        chosen = choose_directions(targets, config) if names_a_size(config) else default_sizes(targets, config)
         if chosen is not None:
             kept, config, reason = chosen
             kept_to = f"{config.max_coefficients or f'the default of {DEFAULT_BUDGET}'} numbers"

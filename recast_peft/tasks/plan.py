@@ -7,11 +7,9 @@ from dataclasses import replace
 from peft import PeftModel
 from torch import nn
 
-from ..config import DEFAULT_GROUP_SIZE, RecastConfig
-from ..errors import RecastConfigError
+from ..config import RecastConfig
 from ..parts import pieces_of
 from ..parts.base import Request
-from ..planning.budget import names_a_size
 from ..planning.plan import RecastPlan, plan_layers
 
 
@@ -38,20 +36,3 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     lora = next(iter(pieces.pop("lora")), None)
     counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items() if own}
     return replace(plan, lora=lora, parts=counts)
-
-
-def plan_bank(model: nn.Module, config: RecastConfig) -> RecastPlan:
-    """``plan_recast`` for a bank that is to be stored: in groups of two layers where the config names no size.
-
-    Raises:
-        RecastConfigError: also if the config leads to main directions, which follow from each weight and are not stored.
-    """
-    if isinstance(config, RecastConfig) and not names_a_size(config):
-        config = config.as_chosen(group_size=DEFAULT_GROUP_SIZE)
-    plan = plan_recast(model, config)
-    if plan.num_directions is not None:
-        raise RecastConfigError(
-            f"num_directions={config.num_directions}, max_coefficients={config.max_coefficients}: expected neither for a "
-            "stored bank, which is of groups; main directions are not stored. Give the config a group_size instead."
-        )
-    return plan

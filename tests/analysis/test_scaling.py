@@ -126,7 +126,7 @@ class TestSharing:
     # 4 blocks, groups of 2 (2 templates), qkv and fc1: 8 layers x 2 numbers alone
     @pytest.mark.parametrize(("sharing", "count"), [(None, 16), ("roles", 8), ("blocks", 8), ("all", 4)])
     def test_counts_and_trains_as_planned(self, sharing: str | None, count: int) -> None:
-        model = converted(target_modules=["qkv", "fc1"], group_size=2, coefficient_sharing=sharing)
+        model = converted(target_modules=["qkv", "fc1"], coefficient_sharing=sharing)
         assert trainable(model) == count
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         model(X).square().sum().backward()
@@ -141,10 +141,10 @@ class TestSharing:
 
     def test_a_new_task_under_a_deleted_ones_name_shares_nothing(self) -> None:
         model = converted("shared", target_modules=["qkv", "fc1"], coefficient_sharing="all")
-        model.add_adapter("other", RecastConfig(target_modules=["qkv", "fc1"], group_size=2))
+        model.add_adapter("other", RecastConfig(target_modules=["qkv", "fc1"]))
         model.set_adapter("other")
         model.delete_adapter("shared")
-        model.add_adapter("shared", RecastConfig(target_modules=["qkv", "fc1"], group_size=2))
+        model.add_adapter("shared", RecastConfig(target_modules=["qkv", "fc1"]))
         model.set_adapter("shared")
         randomise(model, "shared")
         before = outputs(model, X)

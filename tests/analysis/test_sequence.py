@@ -62,7 +62,7 @@ def evaluate(model: nn.Module, task: tuple[Tensor, Tensor]) -> float:
     return (model(task[0]).argmax(-1) == task[1]).float().mean().item()
 
 
-CONFIG = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"], group_size=2)
+CONFIG = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"])
 
 
 def rough_training(model: PeftModel, task: Any) -> None:
@@ -129,7 +129,7 @@ class TestLearningInSequence:
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
     def test_does_not_change_the_config_it_was_given(self) -> None:
-        config = RecastConfig(target_modules=["0", "1"], group_size=2)
+        config = RecastConfig(target_modules=["0", "1"])
         learn_in_sequence(TinyModel(), make_tasks("one", "two"), lambda m, t: None, evaluate, config=config, progress=False)
         assert config.groups is None
 
@@ -166,7 +166,7 @@ class TestLearningInSequence:
             model.unmerge_adapter()
             model.to(torch.float64).to(torch.float32)
 
-        config = RecastConfig(target_modules=["0", "1"], bias="all", group_size=2)
+        config = RecastConfig(target_modules=["0", "1"], bias="all")
         learn_in_sequence(TinyModel(), make_tasks("one"), merged_meanwhile, evaluate, config=config, progress=False)
 
     def test_notices_training_that_touches_an_earlier_task(self) -> None:
@@ -302,7 +302,7 @@ class TestGrowingInSequence:
 
     def test_tasks_with_a_lora_part_are_sources_themselves(self) -> None:
         own_lora = LoraConfig(r=1, target_modules=["0", "1"])
-        freer = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"], lora_config=own_lora, group_size=2)
+        freer = RecastConfig(target_modules=["0", "1"], modules_to_save=["head"], lora_config=own_lora)
         tasks = make_tasks("one", "two", "three", "four")
         configs = {"one": freer, "two": CONFIG, "three": CONFIG, "four": CONFIG}
         growth = Growth(config=RecastConfig(target_modules=["0", "1"], group_size=1))
@@ -393,7 +393,7 @@ class TestGrowingInSequence:
         bank = grow_bias_bank(TinyModel(), [moved])
         with pytest.raises(RecastConfigError, match="starts from a bank that is of biases"):
             Growth(plain_lora, bank=bank)
-        config = RecastConfig(target_modules=["0"], partners=[BiasConfig(bank=bank)], group_size=2)
+        config = RecastConfig(target_modules=["0"], partners=[BiasConfig(bank=bank)])
         growth = Growth(plain_lora, of="biases")
         with pytest.raises(RecastConfigError, match="names the bank"):
             learn_in_sequence(TinyModel(), make_tasks("one"), rough_training, evaluate, config=config, grow=growth)

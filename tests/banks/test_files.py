@@ -148,7 +148,7 @@ class TestRefusal:
             PeftModel.from_pretrained(tiny_vit(), task)
 
     def test_of_a_task_of_exact_banks_on_fitted_ones(self, tmp_path: Path) -> None:
-        exact = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2))
+        exact = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]))
         randomise(exact)
         exact.save_pretrained(tmp_path / "exact")
         model = fitted(target_modules=["qkv"], num_templates=None)
@@ -167,9 +167,9 @@ class TestRefusal:
 
     def test_of_banks_that_follow_from_the_base(self, tmp_path: Path) -> None:
         with pytest.raises(RecastBankError, match="nothing to store"):
-            get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2)).save_bank(tmp_path)
+            get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])).save_bank(tmp_path)
         with pytest.raises(RecastBankError, match="nothing to store"):
-            fit_bank(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2))
+            fit_bank(tiny_vit(), RecastConfig(target_modules=["qkv"]))
 
     def test_of_a_converted_model_by_fit_bank(self) -> None:
         with pytest.raises(RecastConfigError, match="converted already"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Chain, layers_of, of_groups, randomise, seeded
+from models import Chain, layers_of, randomise, seeded
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -124,7 +124,7 @@ def test_without_a_gradient_of_the_input_and_differentiated_again_it_is_exact() 
 
 def chain(coefficient_gradient: str = "exact", adapter: str = "default", **fields: Any) -> PeftModel:
     plain = seeded(lambda: Chain([nn.Linear(8, 8) for _ in range(4)]))
-    config = of_groups(target_modules=["0", "1", "2", "3"], coefficient_gradient=coefficient_gradient, **fields)
+    config = RecastConfig(target_modules=["0", "1", "2", "3"], coefficient_gradient=coefficient_gradient, **fields)
     model = get_recast_model(plain, config, adapter)
     randomise(model, adapter)
     return model
@@ -146,7 +146,7 @@ def test_tasks_that_ask_for_different_gradients_get_exact_ones_together() -> Non
     models = []
     for choice in ("exact", "bfloat16"):
         model = chain(choice, "first")
-        model.add_adapter("second", RecastConfig(target_modules=["0", "1", "2", "3"], group_size=2))
+        model.add_adapter("second", RecastConfig(target_modules=["0", "1", "2", "3"]))
         model.base_model.set_adapter(["first", "second"])
         models.append(trained(model, "first"))
     assert torch.equal(models[0], models[1])
@@ -157,7 +157,7 @@ def test_it_is_stored_with_the_task_and_gone_with_it(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     loaded = RecastConfig.from_pretrained(tmp_path / "first")
     assert loaded.coefficient_gradient == "bfloat16"
-    model.add_adapter("second", RecastConfig(target_modules=["0", "1", "2", "3"], group_size=2))
+    model.add_adapter("second", RecastConfig(target_modules=["0", "1", "2", "3"]))
     model.delete_adapter("first")
     assert all(layer.coefficient_gradients == {"second": "auto"} for layer in layers_of(model).values())
 
@@ -183,7 +183,7 @@ class TestAuto:
 
     def test_it_is_the_default_and_small_layers_are_exact(self, monkeypatch: Any) -> None:
         monkeypatch.setattr(coefficient_gradients, "processor_multiplies_bfloat16", lambda: True)
-        assert RecastConfig(group_size=2).coefficient_gradient == "auto"
+        assert RecastConfig().coefficient_gradient == "auto"
         assert torch.equal(trained(chain("auto")), trained(chain("exact")))
 
     @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ class TestAuto:
         ):
             monkeypatch.setattr(coefficient_gradients, "FASTER_MULTIPLICATIONS", limit)
             plain = seeded(lambda: Chain([module(), module()]))
-            model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], coefficient_gradient=way, group_size=2))
+            model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], coefficient_gradient=way))
             randomise(model)
             x = torch.randn(shape, generator=torch.Generator().manual_seed(3), requires_grad=True)
             layer = next(iter(layers_of(model).values()))
@@ -228,7 +228,7 @@ class TestAuto:
             gradients_by_way = []
             for way in ("exact", "auto"):
                 plain = seeded(lambda module=module: Chain([module(), module()])).to(dtype)
-                model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], coefficient_gradient=way, group_size=2))
+                model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], coefficient_gradient=way))
                 randomise(model)
                 x = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype, requires_grad=True)
                 layer = next(iter(layers_of(model).values()))
@@ -240,7 +240,7 @@ class TestAuto:
 @pytest.mark.parametrize("value", ["half", 0.0, 1.0, 1, -0.5, float("nan"), True, None])
 def test_what_is_no_way_to_form_a_gradient_is_refused(value: Any) -> None:
     with pytest.raises(RecastConfigError, match=r"coefficient_gradient=.*auto.*exact.*bfloat16"):
-        RecastConfig(coefficient_gradient=value, group_size=2)
+        RecastConfig(coefficient_gradient=value)
 
 
 def test_a_task_that_an_earlier_version_trained_on_a_share_of_the_tokens_still_loads(tmp_path: Any) -> None:

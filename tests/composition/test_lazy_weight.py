@@ -113,7 +113,7 @@ def test_t5_reads_a_dtype_and_pays_one_composition_a_call(compositions: list[int
     config = T5Config(
         vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
     )
-    model = get_recast_model(seeded(lambda: T5Model(config)), RecastConfig(target_modules=["wo"], group_size=2)).eval()
+    model = get_recast_model(seeded(lambda: T5Model(config)), RecastConfig(target_modules=["wo"])).eval()
     randomise(model)
     tokens = torch.arange(6)[None]
     compositions.clear()

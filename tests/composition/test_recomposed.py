@@ -179,7 +179,7 @@ def test_no_composed_weight_is_kept(
     build_layer: Callable[[], nn.Module], shape: tuple[int, ...], templates: int | None
 ) -> None:
     plain = seeded(lambda: Chain([build_layer(), build_layer()]))
-    model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], group_size=2, num_templates=templates))
+    model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], num_templates=templates))
     randomise(model)
     x = torch.randn(shape)
     # two outputs of 64 numbers, and coefficients; one weight has 9 kB and more
@@ -220,7 +220,7 @@ def test_a_merge_between_forward_and_backward_changes_no_gradient() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     plain = seeded(lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)))
-    model = get_recast_model(plain, RecastConfig(target_modules=["0", "2"], group_size=2))
+    model = get_recast_model(plain, RecastConfig(target_modules=["0", "2"]))
     randomise(model)
     x = torch.randn(4, 6).requires_grad_()
     expected = trained(model, x)
@@ -232,7 +232,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
 
 def test_autocast_keeps_the_narrow_input_and_gives_gradients_near_the_wide_ones() -> None:
     plain = seeded(lambda: nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
-    model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], group_size=2))
+    model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"]))
     randomise(model)
     x = torch.randn(32, 64).requires_grad_()
     wide = trained(model, x)

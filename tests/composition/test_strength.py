@@ -75,7 +75,7 @@ def test_factors_are_multiplied_divided_and_set() -> None:
     delta = layer.get_delta_weight("default")
     layer.set_scale("default", 1.0)
     torch.testing.assert_close(delta, 2 * layer.get_delta_weight("default"))
-    model.add_adapter("second", RecastConfig(target_modules=["qkv", "fc1"], group_size=2))
+    model.add_adapter("second", RecastConfig(target_modules=["qkv", "fc1"]))
     layer.set_scale("second", 2.0)
     model.delete_adapter("second")
     assert layer.scaling == {"default": 1.0}
@@ -133,11 +133,11 @@ def test_a_model_without_layers_and_a_multiplier_that_is_no_number_are_refused()
 def test_a_mixed_model_of_PEFT_refuses_before_anything_is_changed() -> None:
     plain = tiny_vit()
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
-        get_peft_model(plain, RecastConfig(target_modules=["qkv"], group_size=2), mixed=True)
+        get_peft_model(plain, RecastConfig(target_modules=["qkv"]), mixed=True)
     assert not any("base_layer" in name for name, _ in plain.named_modules())
     mixed = get_peft_model(plain, LoraConfig(target_modules=["qkv"]), mixed=True)
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
-        mixed.add_adapter("second", RecastConfig(target_modules=["qkv"], group_size=2))
+        mixed.add_adapter("second", RecastConfig(target_modules=["qkv"]))
     assert list(mixed.peft_config) == ["default"]
 
 
@@ -232,9 +232,7 @@ def test_templates_of_biases_alone_and_in_a_pool(scales: bool) -> None:
 
 def with_norms(build: Any = tiny_vit, targets: str = "qkv") -> Any:
     """A task whose norms are far from the model's."""
-    model = get_recast_model(
-        build(), RecastConfig(target_modules=[targets], train_norms=True, num_classes=2, group_size=2)
-    ).eval()
+    model = get_recast_model(build(), RecastConfig(target_modules=[targets], train_norms=True, num_classes=2)).eval()
     randomise(model)
     nn.init.normal_(model.get_base_model().head.modules_to_save["default"].weight, generator=torch.Generator().manual_seed(4))
     for module in model.modules():
@@ -358,7 +356,7 @@ def test_biases_of_the_models_own_are_said_to_stay(bias: str) -> None:
         rescale_adapter_scale(model, 0.5),
     ):
         pass
-    model.add_adapter("second", RecastConfig(target_modules=["qkv"], group_size=2))
+    model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         set_scale(model, 0.5, "second")

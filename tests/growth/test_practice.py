@@ -123,7 +123,7 @@ class TestTheBank:
         assert all(group.num_grown == 3 and group.energy[-1] == pytest.approx(1) for group in report.groups)
         assert len(bank.mimicry["sources"]) == 3
         assert all(source.startswith("missing words") for source in bank.mimicry["sources"])
-        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], partners=[BiasConfig(bank=bank)], group_size=2))
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], partners=[BiasConfig(bank=bank)]))
         numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert numbers == 2 * 2 + 2 * 3  # a group of two queries; two blocks with three templates
 
@@ -135,9 +135,7 @@ class TestTheBank:
         for group in bank.groups.values():  # steps of 1e-4, far below the rounding of a bias of 0.1 in bfloat16
             assert group.grown is not None
             assert 0 < float(torch.stack(group.grown.dense()).abs().max()) < 1e-2
-        adapted = get_recast_model(
-            model, RecastConfig(target_modules=["query"], partners=[BiasConfig(bank=bank)], group_size=2)
-        )
+        adapted = get_recast_model(model, RecastConfig(target_modules=["query"], partners=[BiasConfig(bank=bank)]))
         assert torch.isfinite(adapted(**texts(3)).last_hidden_state).all()
 
     def test_follows_from_the_seed(self) -> None:
@@ -184,7 +182,7 @@ class TestTheBank:
             ({"lr": float("nan")}, "lr=nan: expected a number above 0"),
             ({"seed": "0"}, "seed='0'"),
             ({"batch_size": 1}, "batch_size=1"),
-            ({"config": RecastConfig(group_size=2)}, "of='biases'. trains all biases and takes no config"),
+            ({"config": RecastConfig()}, "of='biases'. trains all biases and takes no config"),
             ({"of": "weights", "group_size": 2}, "of='weights'. takes no group_size and no scales"),
             ({"of": "weights", "scales": True}, "of='weights'. takes no group_size and no scales"),
             ({"features": "logits"}, "features='logits': expected a function"),
@@ -192,9 +190,7 @@ class TestTheBank:
             with pytest.raises(RecastConfigError, match=message):
                 practice_bank(bert(), texts(), family, progress=False, **fields)
         with pytest.raises(RecastConfigError, match="plain pretrained model"):
-            practice_bank(
-                get_recast_model(bert(), RecastConfig(target_modules=["query"], group_size=2)), texts(), family, progress=False
-            )
+            practice_bank(get_recast_model(bert(), RecastConfig(target_modules=["query"])), texts(), family, progress=False)
 
 
 class TestWhatIsTrained:

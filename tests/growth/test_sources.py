@@ -59,7 +59,7 @@ class TestSources:
     def test_a_recast_task_with_a_lora_part_is_a_source(self, tmp_path: Path) -> None:
         """Both parts count: the task vector is the sum of what coefficients and LoRA add, worked out by hand."""
         part = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
-        task = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], lora_config=part, group_size=2), "task").eval()
+        task = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], lora_config=part), "task").eval()
         randomise(task, "task")
         task.save_pretrained(tmp_path)
         state = {name: value.detach() for name, value in task.named_parameters()}

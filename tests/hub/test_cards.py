@@ -10,7 +10,6 @@ import pytest
 import torch
 from hub_server import HubServer
 from hub_tasks import files_of, learn, make_backbone, make_model, metadata, output
-from models import of_groups
 from torch import nn
 from transformers import ViTForImageClassification
 
@@ -27,7 +26,7 @@ from recast_peft import (
 
 class TestTheCard:
     def save(self, folder: Path, **fields: Any) -> str:
-        config = of_groups(**fields)
+        config = RecastConfig(**fields)
         model = make_model("default", config=config)
         model.save_pretrained(folder)
         return (folder / "README.md").read_text()
@@ -53,7 +52,7 @@ class TestTheCard:
     def test_counts_the_norms_that_a_task_owns(self, tmp_path: Path) -> None:
         counts = {}
         for norms in (False, True):
-            config = RecastConfig(train_norms=norms, group_size=2)
+            config = RecastConfig(train_norms=norms)
             make_model("default", config=config).save_pretrained(tmp_path / str(norms))
             card = (tmp_path / str(norms) / "README.md").read_text()
             counts[norms] = int(re.search(r"\| Numbers trained \| ([\d,]+)", card)[1].replace(",", ""))
@@ -131,13 +130,13 @@ class TestTheCard:
         assert {"mine", "recast"} <= set(metadata(card)["tags"])
 
     def test_is_not_written_for_a_config_alone(self, tmp_path: Path) -> None:
-        RecastConfig(group_size=2).save_pretrained(tmp_path)
+        RecastConfig().save_pretrained(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json"}
 
     def test_of_a_folder_without_a_task_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(RecastLoadError, match=r"adapter_config\.json"):
             write_model_card(tmp_path)
-        RecastConfig(group_size=2).save_pretrained(tmp_path)
+        RecastConfig().save_pretrained(tmp_path)
         with pytest.raises(RecastLoadError, match=r"adapter_model\.safetensors"):
             write_model_card(tmp_path)
 

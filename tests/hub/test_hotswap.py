@@ -139,7 +139,7 @@ def test_only_a_task_on_the_same_bank_is_put_in_place_wherever_the_bank_lies(tmp
 
 @pytest.mark.parametrize("put_in", [hotswap_adapter, load_adapter])
 def test_a_classifier_of_modules_to_save_beside_those_of_num_classes(tmp_path: Path, put_in: Any) -> None:
-    config = RecastConfig(target_modules=["qkv"], group_size=2, modules_to_save=["head"])
+    config = RecastConfig(target_modules=["qkv"], modules_to_save=["head"])
     folder, expected = stored(tmp_path, target_modules=["qkv"], modules_to_save=["head"], num_classes=None, head_module=None)
     model = converted("classes", num_classes=5, head_module="head")
     model.add_adapter("whole", config)

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import converted, of_groups, outputs, randomise, small_transformer, tiny_vit, vit_input
+from models import converted, outputs, randomise, small_transformer, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
 
-CONFIG = RecastConfig(target_modules=["qkv"], init_weights=False, group_size=2)
+CONFIG = RecastConfig(target_modules=["qkv"], init_weights=False)
 
 
 class TestTheFolderOfTasks:
     def test_is_taken_for_its_only_task(self, tmp_path: Path) -> None:
         saved = get_recast_model(tiny_vit(), CONFIG, "cars")
         saved.save_pretrained(tmp_path)
-        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), "other")
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "other")
         model.load_adapter(tmp_path, "again")
         model.set_adapter("again")
         assert torch.equal(model(vit_input()), saved(vit_input()))
@@ -40,9 +40,9 @@ class TestTheFolderOfTasks:
 
 
 def test_what_is_trained_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    config = RecastConfig(target_modules=["qkv"], num_classes=5, train_norms=True, head_module="head", group_size=2)
+    config = RecastConfig(target_modules=["qkv"], num_classes=5, train_norms=True, head_module="head")
     model = get_recast_model(tiny_vit(), config, "cars")
-    model.add_adapter("birds", RecastConfig(target_modules=["qkv"], num_classes=3, head_module="head", group_size=2))
+    model.add_adapter("birds", RecastConfig(target_modules=["qkv"], num_classes=3, head_module="head"))
     model.print_trainable_parameters()
     shown = capsys.readouterr().out
     # 4 layers in groups of two; 5 classes of 8 features with biases; 8 scales and 8 shifts in each of 4 norms
@@ -64,7 +64,7 @@ def test_a_task_may_have_any_name_without_a_warning() -> None:
     assert list(model.peft_config) == ["cast", "t"]
 
 
-@pytest.mark.parametrize("given", [("task", {"num_classes": 3}), ("task", "folder/task"), (RecastConfig(group_size=2), "task")])
+@pytest.mark.parametrize("given", [("task", {"num_classes": 3}), ("task", "folder/task"), (RecastConfig(), "task")])
 def test_what_is_no_config_is_refused(given):
     model = converted()
     with pytest.raises(RecastConfigError, match=r"add_adapter\(.*expected a name and a RecastConfig"):
@@ -98,9 +98,9 @@ class TestLoadingOverATask:
 
     @pytest.mark.parametrize(("field", "own", "other"), OTHERS)
     def test_takes_no_numbers_that_would_mean_something_else(self, field: str, own: dict, other: dict, tmp_path: Path) -> None:
-        stored = get_recast_model(tiny_vit(), of_groups(target_modules=["qkv"], init_weights=False, **other), "cars")
+        stored = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], init_weights=False, **other), "cars")
         stored.save_pretrained(tmp_path)
-        model = get_recast_model(tiny_vit(), of_groups(target_modules=["qkv"], **own), "cars").eval()
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **own), "cars").eval()
         before = outputs(model, vit_input())
         with pytest.raises(RecastConfigError, match=f"{field} differs"):
             model.load_adapter(tmp_path / "cars", "cars")
@@ -109,9 +109,7 @@ class TestLoadingOverATask:
     def test_of_the_same_kind_takes_its_names_of_classes_too(self, tmp_path: Path) -> None:
         def tagged(*names: str) -> torch.nn.Module:
             labels = dict(enumerate(names))
-            return get_recast_model(
-                small_transformer("bert"), RecastConfig(num_classes=2, id2label=labels, group_size=2), "tags"
-            )
+            return get_recast_model(small_transformer("bert"), RecastConfig(num_classes=2, id2label=labels), "tags")
 
         tagged("cat", "dog").save_pretrained(tmp_path)
         model = tagged("no", "yes")
@@ -241,7 +239,7 @@ def test_a_task_that_computes_otherwise_takes_no_place_in_a_model_of_pefts_own_e
     """PEFT reads the numbers alone; they would act as those of the task that was there."""
     for name, own in {"one": fields, "two": other}.items():
         part = replace(LORA, lora_alpha=own.get("lora_alpha", 4))
-        config = RecastConfig(target_modules=["qkv"], lora_config=part, partners=own.get("partners"), group_size=2)
+        config = RecastConfig(target_modules=["qkv"], lora_config=part, partners=own.get("partners"))
         model = get_recast_model(tiny_vit(), config)
         randomise(model)
         model.save_pretrained(tmp_path / name)
@@ -251,7 +249,7 @@ def test_a_task_that_computes_otherwise_takes_no_place_in_a_model_of_pefts_own_e
         loaded.load_adapter(tmp_path / "two", "default")
     assert torch.equal(outputs(loaded, vit_input()), before)
     loaded.load_adapter(tmp_path / "one", "default")
-    made = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_classes=None, group_size=2), "own")
+    made = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_classes=None), "own")
     made.load_adapter(tmp_path / "one", "default")
     with pytest.raises(RecastConfigError, match=f"{differs} differs"):
         made.load_adapter(tmp_path / "two", "default")
@@ -260,7 +258,7 @@ def test_a_task_that_computes_otherwise_takes_no_place_in_a_model_of_pefts_own_e
 def test_peft_s_own_model_without_any_task_is_the_pretrained_one(tmp_path: Path) -> None:
     saved = get_recast_model(tiny_vit(), CONFIG, "cars")
     saved.save_pretrained(tmp_path)
-    model = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), "first")
+    model = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first")
     model.delete_adapter("first")
     assert type(model) is PeftModel
     plain = outputs(tiny_vit(), vit_input())
@@ -268,7 +266,7 @@ def test_peft_s_own_model_without_any_task_is_the_pretrained_one(tmp_path: Path)
     with model.disable_adapter():
         assert torch.equal(outputs(model, vit_input()), plain)
     with pytest.raises(KeyError, match="'first': activate one of second with"):
-        model.add_adapter("second", RecastConfig(target_modules=["qkv"], group_size=2))
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
         model(vit_input())
     model.delete_adapter("second")
     model.load_adapter(tmp_path / "cars", "cars")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import converted, layers_of, of_groups, offsets_of, outputs, randomise, reference_model, tiny_vit, vit_input
+from models import converted, layers_of, offsets_of, outputs, randomise, reference_model, tiny_vit, vit_input
 from peft import PeftModel, get_peft_model
 from three_tasks import NAMES, alone, with_tasks
 from torch import nn
@@ -28,7 +28,7 @@ class TestSeveralTasks:
         model = converted("cars")
         randomise(model, "cars")
         before = outputs(model, vit_input())
-        model.add_adapter("birds", RecastConfig(target_modules=["qkv"], group_size=2))
+        model.add_adapter("birds", RecastConfig(target_modules=["qkv"]))
         assert torch.equal(outputs(model, vit_input()), before)
         assert model.active_adapter == "cars"
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -76,7 +76,7 @@ class TestSeveralTasks:
         "owned", [{}, {"num_classes": 3}, {"train_norms": True}, {"partners": ["bias"]}, {"lora_config": {"r": 2}}], ids=str
     )
     def test_leave_as_it_is_what_is_trained(self, owned: dict[str, Any], inference_mode: bool, tmp_path: Path) -> None:
-        config = of_groups(target_modules=["qkv"], **owned)
+        config = RecastConfig(target_modules=["qkv"], **owned)
         get_recast_model(tiny_vit(), config, "stored").save_pretrained(tmp_path)
         model = get_recast_model(tiny_vit(), replace(config, inference_mode=inference_mode), "cars")
         before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -106,7 +106,7 @@ class TestSeveralTasks:
         assert all("birds" not in layer.recast_bank for layer in layers_of(model).values())
         model.set_adapter("flowers")
         assert torch.equal(outputs(model, vit_input()), expected["flowers"])
-        model.add_adapter("birds", RecastConfig(target_modules=["qkv"], group_size=2))
+        model.add_adapter("birds", RecastConfig(target_modules=["qkv"]))
         model.set_adapter("birds")
         assert torch.equal(outputs(model, vit_input()), expected["__base__"])
 
@@ -139,11 +139,11 @@ class TestSeveralTasks:
     def test_of_one_name_are_refused(self) -> None:
         model = with_tasks()
         with pytest.raises(ValueError, match="cars"):
-            model.add_adapter("cars", RecastConfig(target_modules=["qkv"], group_size=2))
+            model.add_adapter("cars", RecastConfig(target_modules=["qkv"]))
 
     def test_can_have_targets_of_their_own(self) -> None:
         model = converted("cars")
-        model.add_adapter("birds", RecastConfig(target_modules=["fc1"], group_size=2))
+        model.add_adapter("birds", RecastConfig(target_modules=["fc1"]))
         randomise(model, "cars", 1)
         randomise(model, "birds", 2)
         for active in (["cars"], ["birds"], ["cars", "birds"]):
@@ -211,7 +211,7 @@ class TestFurtherOptions:
         assert all(torch.equal(alone(loaded)[name], expected[name]) for name in NAMES)
 
     def test_low_memory_creation_without_a_file_is_on_meta_and_can_be_filled(self) -> None:
-        model = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), low_cpu_mem_usage=True)
+        model = get_peft_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), low_cpu_mem_usage=True)
         assert {p.device.type for n, p in model.named_parameters() if "recast_coefficients" in n} == {"meta"}
         assert not any(p.is_meta for n, p in model.named_parameters() if "recast_coefficients" not in n)
 
@@ -288,7 +288,7 @@ class TestMergeAndUnload:
         model = with_tasks()
         merged = model.merge_and_unload()
         start = outputs(merged, vit_input())
-        again = get_recast_model(merged, RecastConfig(target_modules=["qkv"], group_size=2)).eval()
+        again = get_recast_model(merged, RecastConfig(target_modules=["qkv"])).eval()
         assert torch.equal(outputs(again, vit_input()), start)
 
     @pytest.mark.parametrize("templates", [None, 1])
@@ -316,7 +316,7 @@ class TestCompressingLater:
     """A later task must not change what the earlier ones compute."""
 
     def test_releasing_weights_under_another_task_is_refused(self):
-        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), "first").eval()
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first").eval()
         x = vit_input()
         before = model(x)
         with pytest.raises(RecastBankError, match=r"tasks first of this model.*keep_base_weights=True"):
@@ -325,7 +325,7 @@ class TestCompressingLater:
         assert torch.equal(model(x), before)
 
     def test_with_the_weights_kept_the_first_task_stays_as_it_was(self):
-        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), "first").eval()
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first").eval()
         x = vit_input()
         before = model(x)
         model.add_adapter("second", RecastConfig(target_modules=["fc1"], num_templates=1, keep_base_weights=True))

@@ -50,7 +50,7 @@ class TestModels:
     ) -> None:
         plain = build()
         start = call(plain, **inputs)
-        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=task_type, group_size=2)).eval()
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=task_type)).eval()
         layers = layers_of(model)
         assert len(layers) % 2 == 0
         assert all(re.search("mlp|intermediate|output|DenseReluDense", name) for name in layers)
@@ -72,11 +72,11 @@ class TestModels:
 
     def test_generate_the_same_and_with_a_task_for_each_sample(self) -> None:
         plain = llama()
-        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=TaskType.CAUSAL_LM, group_size=2), "first").eval()
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=TaskType.CAUSAL_LM), "first").eval()
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         start = plain.generate(IDS, **options)
         assert torch.equal(model.generate(input_ids=IDS, **options), start)
-        model.add_adapter("second", RecastConfig(task_type=TaskType.CAUSAL_LM, group_size=2))
+        model.add_adapter("second", RecastConfig(task_type=TaskType.CAUSAL_LM))
         expected = {"__base__": start}
         for seed, name in enumerate(("first", "second"), start=3):
             randomise(model, name, seed)
@@ -91,8 +91,8 @@ class TestModels:
     @pytest.mark.parametrize("build", [llama, t5])
     def test_generate_with_beams_for_each_sample(self, build: Callable[[], nn.Module]) -> None:
         task_type = TaskType.CAUSAL_LM if build is llama else TaskType.SEQ_2_SEQ_LM
-        model = get_recast_model(build(), RecastConfig(task_type=task_type, group_size=2), "first").eval()
-        model.add_adapter("second", RecastConfig(task_type=task_type, group_size=2))
+        model = get_recast_model(build(), RecastConfig(task_type=task_type), "first").eval()
+        model.add_adapter("second", RecastConfig(task_type=task_type))
         options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
         expected = {}
         for seed, name in enumerate(("first", "second"), start=3):
@@ -109,7 +109,7 @@ class TestModels:
     def test_checkpoint_their_activations_to_the_same_gradients(self, reentrant: bool) -> None:
         gradients = []
         for checkpointing in (False, True):
-            model = get_recast_model(llama(), RecastConfig(task_type=TaskType.CAUSAL_LM, group_size=2))
+            model = get_recast_model(llama(), RecastConfig(task_type=TaskType.CAUSAL_LM))
             randomise(model)
             model.train()
             if checkpointing:
@@ -123,7 +123,7 @@ class TestModels:
 
     def test_with_tied_embeddings_refuse_them_as_a_target(self) -> None:
         with pytest.raises(RecastError, match="tied"):
-            get_recast_model(gpt2(), RecastConfig(target_modules=["wte", "lm_head"], group_size=2))
+            get_recast_model(gpt2(), RecastConfig(target_modules=["wte", "lm_head"]))
 
 
 class TestAdapterVerbs:
@@ -131,7 +131,7 @@ class TestAdapterVerbs:
     def test_add_switch_and_disable(self) -> None:
         model = bert()
         start = call(model, input_ids=IDS)
-        model.add_adapter(RecastConfig(target_modules=["query", "value"], group_size=2), "first")
+        model.add_adapter(RecastConfig(target_modules=["query", "value"]), "first")
         assert torch.equal(call(model, input_ids=IDS), start)
         model.add_adapter(RecastConfig(target_modules=["query", "value"], group_size=1), "second")
         live = {}
@@ -155,9 +155,9 @@ class TestAdapterVerbs:
     def test_switch_between_tasks_with_a_head_and_without(self) -> None:
         model = bert()
         start = call(model, input_ids=IDS)
-        model.add_adapter(RecastConfig(target_modules=["query"], num_classes=3, group_size=2), "headed")
-        model.add_adapter(RecastConfig(target_modules=["query"], num_classes=4, group_size=2), "other")
-        model.add_adapter(RecastConfig(target_modules=["query"], group_size=2), "plain")
+        model.add_adapter(RecastConfig(target_modules=["query"], num_classes=3), "headed")
+        model.add_adapter(RecastConfig(target_modules=["query"], num_classes=4), "other")
+        model.add_adapter(RecastConfig(target_modules=["query"]), "plain")
         learn(model, "headed", 1)
         model.set_adapter("plain")
         assert torch.equal(call(model, input_ids=IDS), start)
@@ -172,7 +172,7 @@ class TestAdapterVerbs:
     @needs_verbs
     def test_save_and_load(self, tmp_path: Path) -> None:
         model = bert()
-        model.add_adapter(RecastConfig(target_modules=["query"], group_size=2))
+        model.add_adapter(RecastConfig(target_modules=["query"]))
         randomise(model)
         model.save_pretrained(tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == [
@@ -186,7 +186,7 @@ class TestAdapterVerbs:
         assert torch.equal(call(via_peft, input_ids=IDS), call(model, input_ids=IDS))
 
     def test_load_what_PEFT_saved(self, tmp_path: Path) -> None:
-        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], group_size=2)).eval()
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"])).eval()
         randomise(model)
         model.save_pretrained(tmp_path)
         loaded = bert()
@@ -194,9 +194,7 @@ class TestAdapterVerbs:
         assert torch.equal(call(loaded, input_ids=IDS), call(model, input_ids=IDS))
 
     def test_load_a_classifier_and_norms_with_the_coefficients(self, tmp_path: Path) -> None:
-        model = get_recast_model(
-            bert(), RecastConfig(target_modules=["query"], num_classes=5, train_norms=True, group_size=2)
-        ).eval()
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], num_classes=5, train_norms=True)).eval()
         randomise(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -210,7 +208,7 @@ class TestAdapterVerbs:
         assert "_load_pretrained_model" not in vars(loaded)
 
     def test_load_all_of_a_task_or_nothing(self, tmp_path: Path) -> None:
-        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], group_size=2))
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"]))
         randomise(model)
         state = get_peft_model_state_dict(model)
         state.pop(next(iter(state)))
@@ -225,7 +223,7 @@ class TestAdapterVerbs:
         assert torch.equal(call(other, input_ids=IDS), start)
 
     def test_refuse_the_wrong_base(self, tmp_path: Path) -> None:
-        model = get_recast_model(bert(), RecastConfig(target_modules=["query"], group_size=2))
+        model = get_recast_model(bert(), RecastConfig(target_modules=["query"]))
         randomise(model)
         model.save_pretrained(tmp_path)
         other = bert(seed=1)
@@ -240,7 +238,7 @@ class TestAutoClasses:
     def test_build_the_base_and_load_the_task(self, tmp_path: Path) -> None:
         bert().save_pretrained(tmp_path / "base")
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-        model = get_recast_model(base, RecastConfig(target_modules=["query"], task_type=TaskType.SEQ_CLS, group_size=2)).eval()
+        model = get_recast_model(base, RecastConfig(target_modules=["query"], task_type=TaskType.SEQ_CLS)).eval()
         assert isinstance(model, PeftModelForSequenceClassification)
         randomise(model)
         model.save_pretrained(tmp_path / "task")
@@ -250,7 +248,7 @@ class TestAutoClasses:
     def test_of_transformers_take_a_task_s_folder_for_a_model(self, tmp_path: Path) -> None:
         bert().save_pretrained(tmp_path / "base")
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-        model = get_recast_model(base, RecastConfig(target_modules=["query"], group_size=2)).eval()
+        model = get_recast_model(base, RecastConfig(target_modules=["query"])).eval()
         randomise(model)
         model.save_pretrained(tmp_path / "task")
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "task").eval()
@@ -260,7 +258,7 @@ class TestAutoClasses:
 
 def test_the_classifier_of_a_timm_model_inside_a_transformers_model_is_found() -> None:
     config = TimmWrapperConfig(architecture="test_resnet", num_labels=4)
-    model = get_recast_model(TimmWrapperForImageClassification(config), RecastConfig(num_classes=3, group_size=2))
+    model = get_recast_model(TimmWrapperForImageClassification(config), RecastConfig(num_classes=3))
     assert "timm_model.fc" in {name.partition(".modules_to_save")[0] for name in heads_of(model)}
     assert model(torch.ones(1, 3, 160, 160)).logits.shape == (1, 3)
 

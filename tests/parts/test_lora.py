@@ -20,9 +20,7 @@ from recast_peft.parts.lora_strength import part_layers
 class TestComputation:
     @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
     def test_a_fresh_task_changes_nothing(self, targets):
-        model = get_recast_model(
-            tiny_vit(), RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=targets), group_size=2)
-        )
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=targets)))
         assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
         assert len(lora_parameters(model, "default")) == 2 * 4 * (1 if targets is None else len(targets))
 
@@ -60,7 +58,7 @@ class TestComputation:
     @pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding"])
     def test_a_module_may_be_called_by_keyword(self, kind):
         """As RECAST's layers may; PEFT's own LoRA refuses."""
-        config = RecastConfig(target_modules=["0"], lora_config=LoraConfig(r=2, target_modules=["0", "1"]), group_size=2)
+        config = RecastConfig(target_modules=["0"], lora_config=LoraConfig(r=2, target_modules=["0", "1"]))
         model = get_recast_model(seeded(KINDS[kind].build), config, "task").eval()
         fill(model)
         x = KINDS[kind].inputs()
@@ -73,7 +71,7 @@ class TestComputation:
             assert torch.equal(layer(input=x), layer(x))
 
     def test_a_part_that_is_not_there_cannot_be_switched_off(self):
-        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2))
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]))
         with pytest.raises(RecastConfigError, match="no LoRA part"), model.disable_part("lora"):
             pass
         with pytest.raises(RecastConfigError, match="expected one of 'recast', 'lora'"), model.disable_part("dora"):
@@ -94,7 +92,7 @@ class TestComputation:
         assert create_recast_optimizer(two_parts(), lr=1e-3).param_groups[1]["lr"] == 1e-3
 
     def test_dora_beside_coefficients_by_hand(self):
-        config = RecastConfig(target_modules=["0"], lora_config=lora(use_dora=True), group_size=2)
+        config = RecastConfig(target_modules=["0"], lora_config=lora(use_dora=True))
         plain = seeded(KINDS["linear"].build)
         model = get_recast_model(seeded(KINDS["linear"].build), config, "task").eval()
         assert torch.equal(outputs(model, vit_input()), outputs(plain, vit_input()))
@@ -164,7 +162,7 @@ class TestVariants:
     @pytest.mark.parametrize("name", SOME_KINDS)
     def test_a_variant_works_or_is_refused(self, name, variant, tmp_path):
         kind = KINDS[name]
-        config = RecastConfig(target_modules=kind.targets, lora_config=lora(**VARIANTS[variant]), group_size=2)
+        config = RecastConfig(target_modules=kind.targets, lora_config=lora(**VARIANTS[variant]))
         if (name, variant) in NOT_BUILT:
             model = seeded(kind.build)
             with pytest.raises(RecastTargetError, match=NOT_BUILT[name, variant]):
@@ -199,9 +197,7 @@ class TestVariants:
 
     def test_a_weight_that_is_read_has_the_lora_in_it_with_gradients(self):
         kind = KINDS["bilinear weight reader"]
-        model = get_recast_model(
-            seeded(kind.build), RecastConfig(target_modules=kind.targets, lora_config=lora(), group_size=2), "task"
-        )
+        model = get_recast_model(seeded(kind.build), RecastConfig(target_modules=kind.targets, lora_config=lora()), "task")
         fill(model)
         model(kind.inputs()).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in lora_parameters(model).values())
@@ -297,9 +293,7 @@ class TestRefusals:
             adopt(*args)
 
         monkeypatch.setattr(lora_part_module, "_adopt", break_at_the_third)
-        config = RecastConfig(
-            target_modules=["qkv", "fc2"], lora_config=lora(target_modules=["qkv", "fc1", "fc2"]), group_size=2
-        )
+        config = RecastConfig(target_modules=["qkv", "fc2"], lora_config=lora(target_modules=["qkv", "fc1", "fc2"]))
         plain = tiny_vit()
         for name, broken in (("on a model with a task", model.base_model.model), ("on a plain model", plain)):
             adopted.clear()
@@ -335,7 +329,7 @@ class TestOtherLoras:
         assert not [key for key in model.state_dict() if ".other" in key]
         plain = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=["qkv"]), adapter_name="other").base_model.model
         with pytest.raises(RecastTargetError, match="another LoRA stands on blocks.0.attn.qkv"):
-            get_peft_model(plain, RecastConfig(target_modules=["fc1"], lora_config=lora(target_modules=["qkv"]), group_size=2))
+            get_peft_model(plain, RecastConfig(target_modules=["fc1"], lora_config=lora(target_modules=["qkv"])))
         assert not layers_of(plain)
 
 
@@ -343,7 +337,7 @@ def test_the_parts_of_a_mixed_expression_by_hand():
     """One linear layer, all numbers by hand: W x + d0 W x + d1 V x + s B A x + b."""
     kind = KINDS["linear"]
     plain = seeded(kind.build)
-    config = RecastConfig(target_modules=["0", "1"], lora_config=lora(r=1, lora_alpha=2, target_modules=["0"]), group_size=2)
+    config = RecastConfig(target_modules=["0", "1"], lora_config=lora(r=1, lora_alpha=2, target_modules=["0"]))
     model = get_recast_model(seeded(kind.build), config, "task").eval()
     fill(model)
     layer = model.get_base_model().layers[0]

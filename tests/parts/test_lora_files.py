@@ -73,7 +73,7 @@ class TestFiles:
     def test_one_config_for_two_models(self, tmp_path):
         given = LoraConfig(r=2)
         before = copy.deepcopy(given)
-        config = RecastConfig(target_modules=["qkv"], lora_config=given, group_size=2)
+        config = RecastConfig(target_modules=["qkv"], lora_config=given)
         first = get_peft_model(tiny_vit(), config)
         config.target_modules = ["fc1"]
         get_peft_model(tiny_vit(depth=2), config)
@@ -90,9 +90,9 @@ class TestFiles:
         assert "LoRA part        192 numbers" in capsys.readouterr().out
 
     def test_injected_without_a_wrapper(self):
-        config = RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=["qkv", "fc1"]), group_size=2)
+        config = RecastConfig(target_modules=["qkv"], lora_config=lora(target_modules=["qkv", "fc1"]))
         model = inject_adapter_in_model(config, tiny_vit(), "task").eval()
-        inject_adapter_in_model(RecastConfig(target_modules=["qkv"], group_size=2), model, "second")
+        inject_adapter_in_model(RecastConfig(target_modules=["qkv"]), model, "second")
         set_adapter(model, "task")
         fill(model)
         live = outputs(model, vit_input())
@@ -101,7 +101,7 @@ class TestFiles:
         assert {key.rpartition(".qkv.")[2] for key in state if ".qkv." in key} == {
             "recast_coefficients", "lora_A.weight", "lora_B.weight"
         }  # fmt: skip
-        unnamed = RecastConfig(lora_config=lora(target_modules=["qkv", "fc1"]), group_size=2)
+        unnamed = RecastConfig(lora_config=lora(target_modules=["qkv", "fc1"]))
         other = inject_adapter_in_model(unnamed, tiny_vit(), "again", state_dict=state).eval()
         assert not set_peft_model_state_dict(other, state, adapter_name="again").unexpected_keys
         assert torch.equal(outputs(other, vit_input()), live)

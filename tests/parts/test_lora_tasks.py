@@ -17,10 +17,8 @@ from recast_peft.parts.lora_strength import part_layers
 def three() -> tuple[PeftModel, dict[str, Tensor]]:
     """A model with a task of two parts, one of coefficients alone, and one of two parts elsewhere; and what each computes."""
     model = two_parts(target_modules=["qkv", "fc1"])
-    model.add_adapter("alone", RecastConfig(target_modules=["qkv"], group_size=2))
-    model.add_adapter(
-        "other", RecastConfig(target_modules=["fc2"], lora_config=lora(target_modules=["fc1", "proj"]), group_size=2)
-    )
+    model.add_adapter("alone", RecastConfig(target_modules=["qkv"]))
+    model.add_adapter("other", RecastConfig(target_modules=["fc2"], lora_config=lora(target_modules=["fc1", "proj"])))
     fill(model, "alone", 5)
     fill(model, "other", 6)
     results = {}
@@ -100,13 +98,13 @@ class TestSeveralTasks:
         for name in ("alone", "other"):
             model.set_adapter(name)
             assert torch.equal(outputs(model, vit_input()), results[name])
-        model.add_adapter("task", RecastConfig(target_modules=["qkv"], lora_config=lora(), group_size=2))
+        model.add_adapter("task", RecastConfig(target_modules=["qkv"], lora_config=lora()))
         model.set_adapter("task")
         assert torch.equal(outputs(model, vit_input()), outputs(tiny_vit(), vit_input()))
 
     def test_a_pool_beside_tasks_of_two_parts(self, three):
         model, results = three
-        model.add_adapter("unlike", RecastConfig(target_modules=["qkv", "proj"], group_size=2))
+        model.add_adapter("unlike", RecastConfig(target_modules=["qkv", "proj"]))
         pool = TaskPool(model, like="unlike")
         pool.add("row")
         with torch.no_grad():
@@ -115,7 +113,7 @@ class TestSeveralTasks:
             pool.add("second", "task")
         pool.activate("row")
         row = outputs(model, vit_input())
-        reference = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv", "proj"], group_size=2), "row").eval()
+        reference = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv", "proj"]), "row").eval()
         for key, values in pool.coefficients("row").items():
             layers_of(reference)[key].recast_coefficients["row"].data = values[None]
         close(row, outputs(reference, vit_input()))
@@ -136,15 +134,15 @@ class TestSeveralTasks:
 
 
 def test_coefficients_of_a_task_that_comes_later_stand_beside_a_part_that_reads_the_weight():
-    config = RecastConfig(target_modules=["fc2"], lora_config=lora(target_modules=["fc1"], use_dora=True), group_size=2)
+    config = RecastConfig(target_modules=["fc2"], lora_config=lora(target_modules=["fc1"], use_dora=True))
     model = get_recast_model(tiny_vit(), config, "task").eval()
     fill(model, "task")
     before = outputs(model, vit_input())
-    model.add_adapter("other", RecastConfig(target_modules=["fc1"], group_size=2))
+    model.add_adapter("other", RecastConfig(target_modules=["fc1"]))
     fill(model, "other", 5)
     assert torch.equal(outputs(model, vit_input()), before)
     model.set_adapter("other")
-    alone = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"], group_size=2), "other").eval()
+    alone = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"]), "other").eval()
     fill(alone, "other", 5)
     close(outputs(model, vit_input()), outputs(alone, vit_input()))
 
@@ -153,11 +151,11 @@ def test_coefficients_of_a_task_that_comes_later_stand_beside_a_part_that_reads_
 def test_a_weight_that_is_read_has_the_part_that_was_there_before_its_layer(use_dora: bool) -> None:
     kind = KINDS["bilinear weight reader"]
     x, place = kind.inputs(), r".*1\.proj"
-    config = RecastConfig(target_modules=r".*0\.proj", lora_config=lora(target_modules=place, use_dora=use_dora), group_size=2)
+    config = RecastConfig(target_modules=r".*0\.proj", lora_config=lora(target_modules=place, use_dora=use_dora))
     model = get_recast_model(seeded(kind.build), config, "below").eval()
     fill(model, "below")
     before = outputs(model, x)
-    model.add_adapter("around", RecastConfig(target_modules=place, group_size=2))
+    model.add_adapter("around", RecastConfig(target_modules=place))
     assert torch.equal(outputs(model, x), before)
     model.base_model.set_adapter(["below", "around"])
     assert torch.equal(outputs(model, x), before)

@@ -104,7 +104,7 @@ class TestEveryPartner:
         case = CASES[name]
         model.add_adapter("second", case.config)
         learn(model, "second", seed=2)
-        model.add_adapter("bare", RecastConfig(target_modules=list(case.targets), group_size=2))
+        model.add_adapter("bare", RecastConfig(target_modules=list(case.targets)))
         inputs = case.inputs()
         live = {}
         for task in ("first", "second", "bare"):
@@ -203,7 +203,7 @@ class TestEveryPartner:
 
     def test_cannot_be_combined_converted_or_pooled(self, name, tmp_path):
         model = learned(name)
-        model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets), group_size=2))
+        model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets)))
         method = CASES[name].partner.method
         # coefficients of biases can be combined and pooled with their like: tests/parts/test_bias.py
         refused = (RecastBankError, "biases") if method == "bias" else (RecastConfigError, f"partner {method}")
@@ -258,9 +258,7 @@ class TestFiles:
         self.refused(tmp_path, case.build, case.inputs())
 
     def test_say_what_is_in_them(self, tmp_path, capsys):
-        config = RecastConfig(
-            target_modules=["qkv"], partners=["piggyback", AdaptFormerConfig(bottleneck=5)], num_classes=3, group_size=2
-        )
+        config = RecastConfig(target_modules=["qkv"], partners=["piggyback", AdaptFormerConfig(bottleneck=5)], num_classes=3)
         model = get_recast_model(tiny_vit(), config)
         model.save_pretrained(tmp_path)
         shown = "piggyback 768 bits, adaptformer 372 numbers"  # worked out in CASES
@@ -277,15 +275,13 @@ class TestFiles:
 class TestTraining:
     @pytest.mark.parametrize("partner", [AdaptFormerConfig(), PiggybackConfig()])
     def test_a_compiled_model_has_no_break(self, partner):
-        model = get_recast_model(
-            tiny_vit(depth=1), RecastConfig(target_modules=["qkv"], partners=[partner], group_size=2)
-        ).eval()
+        model = get_recast_model(tiny_vit(depth=1), RecastConfig(target_modules=["qkv"], partners=[partner])).eval()
         learn(model)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(outputs(compiled, vit_input()), outputs(model, vit_input()))
 
     def test_partners_have_a_learning_rate_of_their_own_and_no_decay(self):
-        config = RecastConfig(target_modules=["qkv"], partners=["adaptformer", "piggyback"], num_classes=3, group_size=2)
+        config = RecastConfig(target_modules=["qkv"], partners=["adaptformer", "piggyback"], num_classes=3)
         model = get_recast_model(tiny_vit(), config)
         groups = create_recast_optimizer(model, lr=0.01, partner_lr=0.003, weight_decay=0.1).param_groups
         assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.05, 0.0), (0.003, 0.0), (0.01, 0.1)]
@@ -293,9 +289,7 @@ class TestTraining:
         assert create_recast_optimizer(model, lr=0.01).param_groups[1]["lr"] == 0.01
 
     def test_coefficients_of_biases_are_trained_like_those_of_weights(self):
-        config = RecastConfig(
-            target_modules=["qkv"], num_classes=3, partners=["bias", AdaptFormerConfig(bottleneck=2)], group_size=2
-        )
+        config = RecastConfig(target_modules=["qkv"], num_classes=3, partners=["bias", AdaptFormerConfig(bottleneck=2)])
         model = get_recast_model(tiny_vit(), config)
         names = {id(p): n for n, p in model.named_parameters()}
         for partner_lr, expected in ((None, 0.07), (0.003, 0.003)):
@@ -311,9 +305,7 @@ class TestTraining:
                 img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3
             )
         )
-        config = RecastConfig(
-            target_modules=["qkv"], partners=[AdaptFormerConfig(dropout=0.0), PiggybackConfig()], group_size=2
-        )
+        config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(dropout=0.0), PiggybackConfig()])
         model = get_recast_model(backbone, config)
         learn(model)
         images = torch.randn(2, 3, 16, 16)
@@ -327,9 +319,7 @@ class TestTraining:
             torch.testing.assert_close(gradients[1][name], expected)
 
     def test_several_partners_of_one_task_work_together(self, tmp_path):
-        config = RecastConfig(
-            target_modules=["conv1", "conv2"], partners=["clr", "piggyback"], train_norms=True, num_classes=2, group_size=2
-        )
+        config = RecastConfig(target_modules=["conv1", "conv2"], partners=["clr", "piggyback"], train_norms=True, num_classes=2)
         model = get_recast_model(tiny_cnn(), config)
         optimizer = create_recast_optimizer(model, lr=0.01)
         labels = torch.tensor([0, 1, 0])
@@ -370,7 +360,7 @@ def test_partners_stay_where_they_are_when_another_wrapper_comes_between() -> No
     blocks = model.get_base_model().blocks
     for i, block in enumerate(blocks):
         blocks[i] = Around(block)
-    model.add_adapter("second", RecastConfig(target_modules=["qkv"], group_size=2))
+    model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
     assert torch.equal(outputs(model, CASES["adaptformer"].inputs()), live)
 
 
@@ -379,12 +369,12 @@ def test_a_place_that_is_gone_is_named() -> None:
     model.get_base_model().blocks[0].mlp = nn.Identity()
     model.get_base_model().blocks[0].add_module("other", model.get_base_model().blocks[0]._modules.pop("mlp"))
     with pytest.raises(RecastTargetError, match=r"blocks.0.mlp, where tasks have the partner adaptformer, is no longer"):
-        model.add_adapter("second", RecastConfig(target_modules=["qkv"], group_size=2))
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
 
 
 def test_a_model_that_was_compiled_before_takes_partners(tmp_path: Path) -> None:
     """A compiled model passes assignments on to the model that it holds; this ended in a bare KeyError."""
-    config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(target_modules=["mlp"])], group_size=2)
+    config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(target_modules=["mlp"])])
     model = get_recast_model(torch.compile(tiny_vit(), backend="eager"), config, "task").eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * parameter.requires_grad

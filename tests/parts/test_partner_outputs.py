@@ -14,7 +14,7 @@ from recast_peft import RecastBankError, RecastConfig, RecastConfigError
 class TestPartnersOnOutputs:
     def test_cannot_be_merged_and_nothing_is_changed(self, name):
         model = learned(name)
-        model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets), group_size=2))
+        model.add_adapter("bare", RecastConfig(target_modules=list(CASES[name].targets)))
         randomise(model, "bare", seed=4)
         before, live = frozen_state(model), outputs(model, CASES[name].inputs())
         for call in (
@@ -39,7 +39,7 @@ class TestPartnersOnOutputs:
     def test_are_there_again_after_a_merge_that_failed(self, name):
         model = learned(name, "first")
         live = outputs(model, CASES[name].inputs())
-        model.add_adapter("broken", RecastConfig(target_modules=list(CASES[name].targets), group_size=2))
+        model.add_adapter("broken", RecastConfig(target_modules=list(CASES[name].targets)))
         model.set_adapter("broken")
         for layer in layers_of(model).values():
             layer.recast_coefficients["broken"].data.fill_(float("nan"))
@@ -61,7 +61,7 @@ class TestPartnersOnOutputs:
     def test_of_one_task_stand_beside_the_coefficients_of_another(self, name):
         case = CASES[name]
         model = learned(name, "first")
-        model.add_adapter("bare", RecastConfig(target_modules=list(case.targets), group_size=2))
+        model.add_adapter("bare", RecastConfig(target_modules=list(case.targets)))
         randomise(model, "bare", seed=4)
         model.base_model.set_adapter(["first", "bare"])
         together = outputs(model, case.inputs())

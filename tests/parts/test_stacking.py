@@ -139,7 +139,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def with_text_task(model: nn.Module) -> nn.Module:
-    converted = get_peft_model(model, RecastConfig(target_modules=TEXT_TARGETS, group_size=2), adapter_name="task").eval()
+    converted = get_peft_model(model, RecastConfig(target_modules=TEXT_TARGETS), adapter_name="task").eval()
     randomise(converted, "task")
     return converted.base_model.model
 
@@ -212,7 +212,7 @@ class TestRegistry:
 def test_torch_is_listened_to_only_while_another_adapter_is_added() -> None:
     hooks = torch.nn.modules.module._global_module_registration_hooks
     assert not hooks
-    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), "task")
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "task")
     assert not hooks
     get_peft_model(model, LoraConfig(target_modules=["qkv"]), "other")
     assert not hooks

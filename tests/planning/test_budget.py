@@ -18,7 +18,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from recast_peft import RecastBankError, RecastConfig, get_recast_model, plan_recast
-from recast_peft.planning.budget import DEFAULT_BUDGET, keep_budget
+from recast_peft.planning.budget import DEFAULT_BUDGET, DEFAULT_SIZES, default_sizes
 from recast_peft.planning.groups import count_coefficients, layer_runs, plan_groups
 from recast_peft.planning.targets import find_targets
 
@@ -31,11 +31,9 @@ LARGE = ["resnet152", "densenet201", "vit_giant_patch14_224", "tf_efficientnet_l
 def numbers_of(model: nn.Module, config: RecastConfig) -> int:
     """What a task would train on a model whose weights may be on the meta device."""
     targets, _ = find_targets(model, config)
-    found = keep_budget(targets, config)
-    assert found is not None
-    kept, choice, reason = found
+    kept, choice, reason = default_sizes(targets, config)
     groups = plan_groups(layer_runs(kept), choice)
-    assert f"max_coefficients={DEFAULT_BUDGET} (by default" in reason
+    assert bool(reason) == (choice.group_size != DEFAULT_SIZES[0].group_size)
     return count_coefficients(groups, choice.coefficient_sharing)
 
 
@@ -56,31 +54,9 @@ def test_of_every_architecture_of_transformers() -> None:
 
 @given(st.integers(1, 90), st.sampled_from([None, ["qkv"], "all-linear", ["fc1", "fc2", "qkv"]]))
 def test_of_a_model_of_any_depth(depth: int, targets: Any) -> None:
-    plan = plan_recast(tiny_vit(depth=depth, width=8), RecastConfig(target_modules=targets))
+    plan = plan_recast(tiny_vit(depth=depth, width=2), RecastConfig(target_modules=targets))
     assert 0 < plan.num_coefficients <= DEFAULT_BUDGET
-    if len(plan.targets) > DEFAULT_BUDGET:  # one number for several layers
-        assert plan.num_directions is None
-        assert all(group.is_exact for group in plan.groups)
-    else:  # as many directions as the budget keeps, for all layers alike
-        assert plan.num_directions is not None
-        assert len(plan.targets) * (plan.num_directions + 1) ** 2 > DEFAULT_BUDGET
-
-
-@pytest.mark.parametrize(
-    "other", [{"mimicry": "gradient"}, {"mimicry": "autoencoder"}, {"num_coefficient_sets": 2}, {"coefficient_sharing": 2}]
-)
-def test_what_is_said_of_groups_asks_for_groups(other: dict[str, Any]) -> None:
-    for budget in ({}, {"max_coefficients": 100}):
-        plan = plan_recast(tiny_vit(depth=4), RecastConfig(**other, **budget))
-        assert plan.num_directions is None
-        assert any(len(group.members) > 1 for group in plan.groups)
-
-
-def test_a_compressed_model_has_groups(tmp_path: Path) -> None:
-    model = get_recast_model(tiny_vit(depth=4), RecastConfig(num_templates=1))
-    with pytest.raises(RecastBankError, match=r"a compressed bank that the task does not share(?s:.*)num_templates"):
-        model.add_adapter("more", RecastConfig())
-    model.add_adapter("more", RecastConfig(num_templates=1))
+    assert all(group.is_exact for group in plan.groups)
 
 
 def test_neighbours_of_a_role_share_in_a_deep_model(tmp_path: Path) -> None:
@@ -123,6 +99,20 @@ def test_neighbours_of_a_role_share_in_a_deep_model(tmp_path: Path) -> None:
 )
 def test_a_size_that_is_given_is_kept(config: dict[str, Any], numbers: int) -> None:
     assert plan_recast(tiny_vit(depth=40), RecastConfig(**config)).num_coefficients == numbers
+
+
+@pytest.mark.parametrize("other", [{"mimicry": "gradient"}, {"mimicry": "autoencoder"}, {"num_coefficient_sets": 2}])
+def test_a_budget_beside_what_is_said_of_groups_goes_to_groups(other: dict[str, Any]) -> None:
+    plan = plan_recast(tiny_vit(depth=4), RecastConfig(max_coefficients=100, **other))
+    assert plan.num_directions is None
+    assert any(len(group.members) > 1 for group in plan.groups)
+
+
+def test_a_budget_on_a_compressed_model_goes_to_its_groups() -> None:
+    model = get_recast_model(tiny_vit(depth=4), RecastConfig(num_templates=1))
+    model.add_adapter("more", RecastConfig(group_size=2, num_templates=1, max_coefficients=48))
+    with pytest.raises(RecastBankError, match=r"a compressed bank that the task does not share(?s:.*)num_templates"):
+        model.add_adapter("other", RecastConfig(max_coefficients=48))
 
 
 def test_a_convolutional_network_leaves_out_its_stem_before_layers_share() -> None:

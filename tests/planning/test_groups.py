@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Chain, converted, of_groups, tiny_vit
+from models import Chain, converted, tiny_vit
 from torch import nn
 
 from recast_peft import RecastConfig, RecastTargetError, plan_recast
@@ -21,7 +21,7 @@ QKV = [f"blocks.{i}.attn.qkv" for i in range(6)]
 
 def groups_of(model: nn.Module, **config: Any) -> list[list[str]]:
     config.setdefault("target_modules", ["qkv"])
-    return [list(group.members) for group in plan_recast(model, of_groups(**config)).groups]
+    return [list(group.members) for group in plan_recast(model, RecastConfig(**config)).groups]
 
 
 class TestGrouping:
@@ -64,7 +64,7 @@ class TestGrouping:
             assert 1 <= sizes[-1] <= number
 
     def test_keeps_roles_apart(self) -> None:
-        plan = plan_recast(tiny_vit(), RecastConfig(target_modules=["qkv", "fc1", "fc2"], group_size=2))
+        plan = plan_recast(tiny_vit(), RecastConfig(target_modules=["qkv", "fc1", "fc2"]))
         for group in plan.groups:
             assert len({role_of(member) for member in group.members}) == 1
         assert len(plan.groups) == 6

@@ -18,7 +18,7 @@ from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_re
 
 class TestSizes:
     def test_of_an_exact_bank_cost_no_memory(self) -> None:
-        plan = plan_recast(tiny_vit(depth=6), RecastConfig(target_modules=["qkv"], group_size=2))
+        plan = plan_recast(tiny_vit(depth=6), RecastConfig(target_modules=["qkv"]))
         assert all(group.is_exact for group in plan.groups)
         assert plan.num_coefficients == 6 * 2
         assert plan.model_bytes_after == plan.model_bytes
@@ -26,7 +26,7 @@ class TestSizes:
     @pytest.mark.parametrize("sets", [1, 2, 3])
     def test_of_the_paper_come_out(self, sets: int) -> None:
         # RECAST-Att of the paper: 12 blocks, groups of 2, 2 templates, 2 sets: 48 numbers
-        plan = plan_recast(tiny_vit(depth=12), RecastConfig(target_modules=["qkv"], group_size=2, num_coefficient_sets=sets))
+        plan = plan_recast(tiny_vit(depth=12), RecastConfig(target_modules=["qkv"], num_coefficient_sets=sets))
         assert plan.num_coefficients == 24 * sets
 
     @pytest.mark.parametrize("keep", [True, False])
@@ -57,7 +57,7 @@ class TestSizes:
         assert [(len(g.members), g.num_templates) for g in plan.groups] == [(4, 2), (1, 1)]
 
     def test_are_shown_as_a_table(self) -> None:
-        text = str(plan_recast(tiny_vit(depth=3), RecastConfig(target_modules=["qkv"], group_size=2)))
+        text = str(plan_recast(tiny_vit(depth=3), RecastConfig(target_modules=["qkv"])))
         assert "blocks.{0,1}.attn.qkv" in text
         assert "blocks.2.attn.qkv" in text
         assert "2 banks, 3 target modules, 5 numbers per task" in text

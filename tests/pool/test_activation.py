@@ -158,7 +158,7 @@ class TestBesideOrdinaryTasks:
     @pytest.mark.parametrize("merge", [False, True])
     def test_the_block_puts_a_merged_task_back_that_is_not_the_active_one(self, images, merge):
         model, pool = self.tasks()
-        model.add_adapter("second", RecastConfig(target_modules=TARGETS, num_classes=3, init_weights=False, group_size=2))
+        model.add_adapter("second", RecastConfig(target_modules=TARGETS, num_classes=3, init_weights=False))
         active = model(images)
         model.merge_adapter(["second"])
         before = model(images)
@@ -197,8 +197,8 @@ class TestBesideOrdinaryTasks:
         assert torch.equal(model(images), expected)
 
     def test_the_pools_samples_never_meet_an_ordinary_tasks_norms(self, images):
-        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, group_size=2), "first").eval()
-        model.add_adapter("norms", RecastConfig(target_modules=TARGETS, train_norms=True, group_size=2))
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first").eval()
+        model.add_adapter("norms", RecastConfig(target_modules=TARGETS, train_norms=True))
         model.set_adapter("norms")
         for name, parameter in model.named_parameters():
             if ".modules_to_save.norms." in name:

@@ -44,9 +44,7 @@ class TestFiles:
     def test_a_task_takes_fewer_than_200_bytes(self, tmp_path):
         with torch.device("meta"):
             empty = timm.create_model("vit_small_patch16_224")
-        model = get_recast_model(
-            empty.to_empty(device="cpu").apply(_zero), RecastConfig(target_modules=["qkv"], group_size=2), "first"
-        )
+        model = get_recast_model(empty.to_empty(device="cpu").apply(_zero), RecastConfig(target_modules=["qkv"]), "first")
         pool = TaskPool(model)
         pool.save(tmp_path / "none.safetensors")
         for i in range(1000):
@@ -164,9 +162,7 @@ def _zero(module: nn.Module) -> None:
 class TestOtherBanks:
     def test_prototypes_and_a_head_in_half_precision_come_back(self, tmp_path, images):
         def model() -> PeftModel:
-            config = RecastConfig(
-                target_modules=TARGETS, num_classes=2, head_type="prototypes", head_module="head", group_size=2
-            )
+            config = RecastConfig(target_modules=TARGETS, num_classes=2, head_type="prototypes", head_module="head")
             return get_recast_model(small_vit(), config, "first").eval()
 
         first = model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from grown_biases import config, grown
-from models import layers_of, of_groups, tiny_vit
+from models import layers_of, tiny_vit
 from peft import PeftModel
 from pools import TARGETS, model_with_pool, small_vit
 
@@ -23,11 +23,11 @@ from recast_peft import (
 class TestFiles:
     def test_other_targets_and_other_weights_are_refused(self, tmp_path):
         _, pool = model_with_pool()
-        other = get_recast_model(small_vit(), RecastConfig(target_modules=["proj"], group_size=2), "proj")
+        other = get_recast_model(small_vit(), RecastConfig(target_modules=["proj"]), "proj")
         other.save_pretrained(tmp_path)
         with pytest.raises(RecastBankError, match="other target modules"):
             pool.add("proj", tmp_path / "proj")
-        stranger = get_recast_model(small_vit(seed=5), RecastConfig(target_modules=TARGETS, group_size=2), "stranger")
+        stranger = get_recast_model(small_vit(seed=5), RecastConfig(target_modules=TARGETS), "stranger")
         stranger.save_pretrained(tmp_path)
         with pytest.raises(RecastBaseMismatchError, match="other pretrained weights"):
             pool.add("stranger", tmp_path / "stranger")
@@ -42,8 +42,8 @@ class TestFiles:
 class TestBesideOrdinaryTasks:
     @pytest.mark.parametrize("owned", [{"train_norms": True}, {"modules_to_save": ["norm"]}, {"bias": "recast_only"}])
     def test_a_task_that_owns_more_than_a_pool_holds_is_refused(self, owned):
-        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, group_size=2), "first")
-        model.add_adapter("more", of_groups(target_modules=TARGETS, **owned))
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first")
+        model.add_adapter("more", RecastConfig(target_modules=TARGETS, **owned))
         with pytest.raises(RecastConfigError, match="a pool cannot hold task 'more': it owns"):
             TaskPool(model).add("more", "more")
 
@@ -98,7 +98,7 @@ class TestFreshTasks:
         assert pool.names == ["enough"]
 
     def test_on_the_pools_bank_are_taken_wherever_it_lies_and_on_another_refused(self, tmp_path):
-        build = RecastConfig(target_modules=["qkv"], group_size=2)
+        build = RecastConfig(target_modules=["qkv"])
         banks = [random_bank(tiny_vit(), build, seed=seed).save(tmp_path / str(seed)) for seed in (1, 2)]
         pool = TaskPool(get_recast_model(tiny_vit(), RecastConfig(bank=banks[0])))
         for i, bank in enumerate((banks[0], str(tmp_path / "1"))):

@@ -53,7 +53,7 @@ class TestTraining:
         pool = TaskPool(model)
         pool.add("same", RecastConfig(lora_config=LoraConfig(r=2), num_classes=3))
         assert pool.table[pool.row("same")].any()
-        pool.add("small", RecastConfig(num_directions=3))  # trains its coefficients alone
+        pool.add("small", RecastConfig(group_size=2))  # trains its coefficients alone
         assert not pool.table[pool.row("small")].any()
         with pytest.raises(RecastBankError, match="LoRA part that is not the pool's"):
             pool.add("larger", RecastConfig(lora_config=LoraConfig(r=4)))

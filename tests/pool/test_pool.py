@@ -170,7 +170,7 @@ class TestMixedBatch:
 
     @pytest.mark.parametrize("beams", [1, 2])
     def test_text_generation_with_an_encoder(self, beams):
-        model = get_recast_model(text_model("SEQ_2_SEQ_LM"), RecastConfig(task_type="SEQ_2_SEQ_LM", group_size=2)).eval()
+        model = get_recast_model(text_model("SEQ_2_SEQ_LM"), RecastConfig(task_type="SEQ_2_SEQ_LM")).eval()
         pool = TaskPool(model)
         for name, seed in (("up", 1), ("down", 2)):
             pool.add(name, {key: 8 * value for key, value in random_state(pool, seed).items()})
@@ -187,7 +187,7 @@ class TestMixedBatch:
     def test_text_generation(self):
         torch.manual_seed(0)
         config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-        model = get_recast_model(GPT2LMHeadModel(config).eval(), RecastConfig(task_type="CAUSAL_LM", group_size=2)).eval()
+        model = get_recast_model(GPT2LMHeadModel(config).eval(), RecastConfig(task_type="CAUSAL_LM")).eval()
         pool = TaskPool(model)
         for name, seed in (("up", 1), ("down", 2)):
             pool.add(name, {k: 8 * v for k, v in random_state(pool, seed).items()})
@@ -203,7 +203,7 @@ class TestMixedBatch:
 
     @pytest.mark.parametrize("task_type", sorted(TEXT_MODELS))
     def test_in_the_class_of_a_task_type(self, task_type):
-        model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type, group_size=2)).eval()
+        model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type)).eval()
         assert type(model).__name__.startswith("PeftModelFor")
         pool = TaskPool(model)
         for name, seed in (("up", 1), ("down", 2)):
@@ -238,11 +238,9 @@ class TestThreads:
         assert not torch.equal(expected["task0"], expected["task1"])
 
     def test_ordinary_tasks_by_name_beside_a_pools_tasks(self, images):
-        model = get_recast_model(
-            small_vit(), RecastConfig(target_modules=TARGETS, num_classes=3, group_size=2), "flowers"
-        ).eval()
-        model.add_adapter("cars", RecastConfig(target_modules=TARGETS, num_classes=5, group_size=2))
-        model.add_adapter("whole", RecastConfig(target_modules=TARGETS, modules_to_save=["blocks.1.attn.proj"], group_size=2))
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, num_classes=3), "flowers").eval()
+        model.add_adapter("cars", RecastConfig(target_modules=TARGETS, num_classes=5))
+        model.add_adapter("whole", RecastConfig(target_modules=TARGETS, modules_to_save=["blocks.1.attn.proj"]))
         generator = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             if name.endswith((".flowers", ".cars", ".whole")) or ".modules_to_save." in name:
@@ -287,14 +285,14 @@ class TestSavingTheModel:
         assert not torch.allclose(small_vit()(images), model(images), atol=1e-3)
 
     def test_of_a_model_that_peft_made_as_well(self, tmp_path):
-        model = get_peft_model(small_vit(), RecastConfig(target_modules=TARGETS, group_size=2))
+        model = get_peft_model(small_vit(), RecastConfig(target_modules=TARGETS))
         TaskPool(model, slot="mine")
         model.save_pretrained(tmp_path)
         assert not [path for path in tmp_path.iterdir() if path.is_dir()]
         assert (tmp_path / "adapter_model.safetensors").is_file()
 
     def test_a_slot_is_never_a_task(self, images):
-        model = get_recast_model(small_vit(), RecastConfig(init_weights=False, group_size=2), "trained").eval()
+        model = get_recast_model(small_vit(), RecastConfig(init_weights=False), "trained").eval()
         before = outputs(model, images)
         with pytest.raises(RecastConfigError, match="slot='trained'.*write its tasks over it"):
             TaskPool(model, slot="trained")
@@ -302,7 +300,7 @@ class TestSavingTheModel:
 
     def test_pools_of_two_layouts_need_two_slots(self, tmp_path, images):
         model, pool = model_with_pool(1)
-        model.add_adapter("other", RecastConfig(target_modules=["fc2"], group_size=2))
+        model.add_adapter("other", RecastConfig(target_modules=["fc2"]))
         with pytest.raises(RecastConfigError, match="slot='task_pool'.*another name"):
             TaskPool(model, like="other")
         with pytest.raises(RecastConfigError, match="like='': the model has the tasks"):
@@ -384,7 +382,7 @@ class TestWhatIsComputedAgain:
             model(images, task_ids=ids)
 
     def test_gradient_checkpointing_of_transformers_is_refused_as_well(self):
-        model = get_recast_model(text_model("CAUSAL_LM"), RecastConfig(task_type="CAUSAL_LM", group_size=2), "first")
+        model = get_recast_model(text_model("CAUSAL_LM"), RecastConfig(task_type="CAUSAL_LM"), "first")
         pool = TaskPool(model)
         pool.add("task")
         model.gradient_checkpointing_enable()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import of_groups
 from peft import PeftModel
 from pools import TARGETS, model_with_pool, small_vit, tiny_pool
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_re
 
 class TestFiles:
     def saved_task(self, folder: Path, name: str, seed: int, **config) -> None:
-        model = get_recast_model(small_vit(), of_groups(target_modules=TARGETS, **config), name)
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), name)
         generator = torch.Generator().manual_seed(seed)
         for key, parameter in model.named_parameters():
             if f".{name}" in key:
@@ -40,7 +39,7 @@ class TestFiles:
         _, pool = model_with_pool()
         for source, given in (
             (None, {"num_classes": 3}),
-            (RecastConfig(group_size=2), {"revision": "main"}),
+            (RecastConfig(), {"revision": "main"}),
             ("first", {"subfolder": "one"}),
             (tmp_path, {"subfolder": "one", "sub_folder": "two"}),
         ):
@@ -83,7 +82,7 @@ class TestFiles:
 
     def test_a_task_of_the_model(self, images):
         model, pool = model_with_pool()
-        model.add_adapter("trained", RecastConfig(target_modules=TARGETS, num_classes=4, group_size=2))
+        model.add_adapter("trained", RecastConfig(target_modules=TARGETS, num_classes=4))
         for name, parameter in model.named_parameters():
             if ".trained" in name:
                 parameter.data.normal_()

@@ -7,7 +7,7 @@ import torch
 from grown_biases import X, by_hand, config, filled, grown, learn_offsets, offsets, on
 from hypothesis import given
 from hypothesis import strategies as st
-from models import converted, layers_of, of_groups, outputs, randomise, small_vit, tiny_vit, vit_input
+from models import converted, layers_of, outputs, randomise, small_vit, tiny_vit, vit_input
 from peft import PeftModel
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
@@ -17,7 +17,7 @@ from recast_peft.tasks.arithmetic import combine_rows
 def three_tasks(**config) -> PeftModel:
     model = converted("k", **config)
     for name in "lm":
-        model.add_adapter(name, of_groups(target_modules=["qkv"], **config))
+        model.add_adapter(name, RecastConfig(target_modules=["qkv"], **config))
     for seed, name in enumerate("klm"):
         randomise(model, name, seed)
     return model
@@ -158,8 +158,8 @@ class TestModel:
 
 
 def seeds_of_a_task(classes: tuple[int, int] = (5, 5)) -> PeftModel:
-    model = get_recast_model(small_vit(), RecastConfig(num_classes=classes[0], group_size=2), "k").eval()
-    model.add_adapter("l", RecastConfig(num_classes=classes[1], seed=1, group_size=2))
+    model = get_recast_model(small_vit(), RecastConfig(num_classes=classes[0]), "k").eval()
+    model.add_adapter("l", RecastConfig(num_classes=classes[1], seed=1))
     for seed, name in enumerate("kl"):
         randomise(model, name, seed)
     return model
@@ -195,7 +195,7 @@ class TestHeads:
     @pytest.mark.parametrize("heads", ["first", "linear"])
     def test_a_task_without_a_head_has_none_to_give(self, heads):
         model = seeds_of_a_task()
-        model.add_adapter("bare", RecastConfig(group_size=2))
+        model.add_adapter("bare", RecastConfig())
         with pytest.raises(RecastConfigError, match="'bare' has no classifier"):
             model.add_weighted_adapter(["bare", "k"], [1, 1], "mix", heads=heads)
 

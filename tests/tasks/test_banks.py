@@ -44,7 +44,7 @@ class TestTheBanksOfAModel:
 
     def test_of_two_tasks_that_share_them_are_listed_once(self) -> None:
         model = converted("first")
-        model.add_adapter("second", RecastConfig(target_modules=["qkv"], group_size=2))
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"]))
         assert len(recast_banks(model)) == 2
         assert all(task_banks(model, "first")[name] is task_banks(model, "second")[name] for name in NAMES)
 

@@ -37,7 +37,7 @@ class TestTheFiles:
     def test_of_a_vit_small_take_at_most_four_kilobytes(self, tmp_path: Path) -> None:
         timm = pytest.importorskip("timm")
         model = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32)
-        task = get_recast_model(model, RecastConfig(target_modules=["qkv"], group_size=2))
+        task = get_recast_model(model, RecastConfig(target_modules=["qkv"]))
         randomise(task)
         task.save_pretrained(tmp_path)
         sizes = {name: (tmp_path / name).stat().st_size for name in (WEIGHTS, CONFIG)}
@@ -167,7 +167,7 @@ class Nested(nn.Module):
 
 
 def test_a_part_of_the_model_named_base_layer_is_no_layer_of_a_tuner(tmp_path: Path) -> None:
-    model = get_recast_model(seeded(Nested), RecastConfig(target_modules="all-linear", group_size=2)).eval()
+    model = get_recast_model(seeded(Nested), RecastConfig(target_modules="all-linear")).eval()
     randomise(model)
     expected = outputs(model, vit_input())
     assert not torch.allclose(expected, outputs(seeded(Nested), vit_input()), atol=1e-3)
@@ -185,7 +185,7 @@ def test_a_part_of_the_model_named_base_layer_is_no_layer_of_a_tuner(tmp_path: P
 
 def test_a_nested_attention_is_stored_by_its_plain_names(tmp_path: Path) -> None:
     kind = KINDS["multi-head attention"]
-    model = get_recast_model(seeded(kind.build), RecastConfig(target_modules=kind.targets, group_size=2))
+    model = get_recast_model(seeded(kind.build), RecastConfig(target_modules=kind.targets))
     model.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / WEIGHTS)) == {
         f"base_model.model.attns.{i}.{leaf}recast_coefficients" for i in range(2) for leaf in ("", "out_proj.")
@@ -221,7 +221,7 @@ def test_resized_embeddings_are_stored_with_the_task_and_come_back(tmp_path: Pat
         model.resize_token_embeddings(24)
         return model
 
-    model = get_recast_model(resized(), RecastConfig(target_modules=["query"], group_size=2)).eval()
+    model = get_recast_model(resized(), RecastConfig(target_modules=["query"])).eval()
     randomise(model)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     loaded = PeftModel.from_pretrained(resized(), tmp_path).eval()

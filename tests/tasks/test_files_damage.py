@@ -182,7 +182,7 @@ class TestAFileWhoseConfigSaysSomethingElse:
             return timm.create_model("test_vit", num_classes=0).eval()
 
         bank = readout_bank(vit(), torch.randn(20, 3, 160, 160), progress=False).save(tmp_path / "bank")
-        config = RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=bank)], init_weights=False, group_size=2)
+        config = RecastConfig(num_classes=3, partners=[ReadoutConfig(bank=bank)], init_weights=False)
         model = get_recast_model(vit(), config, "task").eval()
         model.save_pretrained(tmp_path)
         rewrite_config(tmp_path / "task", partners=None)
@@ -190,9 +190,7 @@ class TestAFileWhoseConfigSaysSomethingElse:
         with pytest.raises(RecastLoadError, match=match):
             PeftModel.from_pretrained(vit(), tmp_path / "task", "task")
         with pytest.raises(RecastLoadError, match=match):
-            TaskPool(get_recast_model(vit(), RecastConfig(num_classes=3, group_size=2)), like="default").add(
-                "task", tmp_path / "task"
-            )
+            TaskPool(get_recast_model(vit(), RecastConfig(num_classes=3)), like="default").add("task", tmp_path / "task")
         rewrite(tmp_path / "task", dict)  # a file without what the metadata say, as earlier versions wrote it
         PeftModel.from_pretrained(vit(), tmp_path / "task", "task")
 

@@ -72,9 +72,7 @@ class Run:
     def config(self) -> RecastConfig:
         targets = self.random.choice([["qkv"], ["fc1", "fc2"], ["qkv", "fc1"]])
         classes = self.random.choice([None, 2, 5])
-        return RecastConfig(
-            target_modules=targets, group_size=2, num_classes=classes, num_coefficient_sets=self.random.choice([1, 2])
-        )
+        return RecastConfig(target_modules=targets, num_classes=classes, num_coefficient_sets=self.random.choice([1, 2]))
 
     def note(self, name: str) -> None:
         """Give a new task random numbers, and note them."""

@@ -101,13 +101,13 @@ class TestLora:
             torch.manual_seed(0)
             return nn.ModuleDict({"a": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
 
-        model = get_recast_model(net(), RecastConfig(target_modules=r"fc", group_size=2))
+        model = get_recast_model(net(), RecastConfig(target_modules=r"fc"))
         save_as_lora(tmp_path, model, 2)
         lora = PeftModel.from_pretrained(net(), tmp_path)
         assert [n for n, m in lora.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.fc"]
 
     def test_transposed_linear_layers(self, tmp_path):
-        model = get_recast_model(small_gpt2(), RecastConfig(target_modules=["c_attn", "c_fc"], group_size=2)).eval()
+        model = get_recast_model(small_gpt2(), RecastConfig(target_modules=["c_attn", "c_fc"])).eval()
         randomise(model)
         ids = torch.arange(8)[None]
         report = save_as_lora(tmp_path, model, 16)
@@ -118,9 +118,9 @@ class TestLora:
         assert not torch.allclose(small_gpt2()(ids).logits, expected, rtol=1e-2, atol=1e-2)
 
     def test_head_and_norms_come_along(self, tmp_path):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, train_norms=True, group_size=2), "task").eval()
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, train_norms=True), "task").eval()
         randomise(model, "task")
-        model.add_adapter("other", RecastConfig(num_classes=3, group_size=2))
+        model.add_adapter("other", RecastConfig(num_classes=3))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".modules_to_save.task." in name:
@@ -134,13 +134,13 @@ class TestLora:
         torch.testing.assert_close(outputs(lora, x), expected, rtol=1e-4, atol=1e-5)
 
     def test_a_classifier_that_no_lora_holds_is_refused(self):
-        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_type="prototypes", group_size=2), "task")
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_type="prototypes"), "task")
         with pytest.raises(RecastConfigError, match="it has a PrototypeHead at head, and a LoRA brings modules like"):
             convert_to_lora(model, 4, "task")
 
     def test_partners_of_another_task_do_not_stand_in_the_way(self, tmp_path):
         model = task()
-        model.add_adapter("other", RecastConfig(target_modules=["qkv"], partners=["bias"], group_size=2))
+        model.add_adapter("other", RecastConfig(target_modules=["qkv"], partners=["bias"]))
         save_as_lora(tmp_path, model, 8)
         lora = PeftModel.from_pretrained(tiny_vit(), tmp_path).eval()
         torch.testing.assert_close(outputs(lora, vit_input()), outputs(model, vit_input()), rtol=1e-4, atol=1e-5)
@@ -191,9 +191,7 @@ class TestLora:
 
     def test_convolutions_and_unknown_tasks_are_refused(self):
         torch.manual_seed(0)
-        model = get_recast_model(
-            nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), RecastConfig(target_modules=["0", "1"], group_size=2)
-        )
+        model = get_recast_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), RecastConfig(target_modules=["0", "1"]))
         assert not model.supports_lora_conversion()
         with pytest.raises(RecastConfigError, match="merge_and_unload"):
             convert_to_lora(model, 2)
@@ -221,14 +219,13 @@ assert "recast_peft" not in sys.modules and "peft" not in type(bert).__module__
 
 
 def test_merged_models_are_plain_checkpoints_that_load_without_this_library(tmp_path: Path) -> None:
-    vit = get_recast_model(small_vit(), RecastConfig(num_classes=5, group_size=2)).eval()
+    vit = get_recast_model(small_vit(), RecastConfig(num_classes=5)).eval()
     config = BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
     )
     torch.manual_seed(0)
     bert = get_recast_model(
-        BertForSequenceClassification(config),
-        RecastConfig(target_modules="all-linear", id2label={0: "no", 1: "yes"}, group_size=2),
+        BertForSequenceClassification(config), RecastConfig(target_modules="all-linear", id2label={0: "no", 1: "yes"})
     ).eval()
     given = {"images": torch.randn(2, 1, 16, 16), "ids": torch.randint(0, 50, (2, 6))}
     for model in (vit, bert):

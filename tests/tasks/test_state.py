@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Around, of_groups, outputs, tiny_vit, vit_input
+from models import Around, outputs, tiny_vit, vit_input
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -76,7 +76,7 @@ def saved(model: PeftModel, name: str, folder: Path) -> Path:
 def keys_by_default(part: str) -> set[str]:
     """Keys of the file of a task that is called as PEFT calls it."""
     with TemporaryDirectory() as folder:
-        model = get_recast_model(tiny_vit(depth=2), of_groups(**PARTS[part]))
+        model = get_recast_model(tiny_vit(depth=2), RecastConfig(**PARTS[part]))
         return set(load_file(saved(model, "default", Path(folder)) / "adapter_model.safetensors"))
 
 
@@ -84,13 +84,13 @@ def keys_by_default(part: str) -> set[str]:
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_is_saved_whole_and_loads(part: str, name: str, tmp_path: Path) -> None:
-    model = learned(get_recast_model(tiny_vit(depth=2), of_groups(**PARTS[part]), name))
+    model = learned(get_recast_model(tiny_vit(depth=2), RecastConfig(**PARTS[part]), name))
     folder = saved(model, name, tmp_path)
     assert set(load_file(folder / "adapter_model.safetensors")) == keys_by_default(part)
     expected = outputs(model, vit_input())
     alone = PeftModel.from_pretrained(tiny_vit(depth=2), str(folder), name).eval()
     assert torch.equal(outputs(alone, vit_input()), expected)
-    other = get_recast_model(tiny_vit(depth=2), RecastConfig(target_modules=["fc2"], group_size=2), "other")
+    other = get_recast_model(tiny_vit(depth=2), RecastConfig(target_modules=["fc2"]), "other")
     other.load_adapter(str(folder), name)
     other.set_adapter(name)
     assert torch.equal(outputs(other.eval(), vit_input()), expected)
@@ -114,7 +114,7 @@ def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_file_of_a_wrapped_model_fits_the_plain_one(wrapper: str, when: str, tmp_path: Path) -> None:
     backbone = wrapped(tiny_vit(), wrapper) if when == "before" else tiny_vit()
-    model = get_recast_model(backbone, RecastConfig(num_classes=5, target_modules=["qkv", "fc1"], group_size=2), "task")
+    model = get_recast_model(backbone, RecastConfig(num_classes=5, target_modules=["qkv", "fc1"]), "task")
     if when == "after":
         wrapped(model.get_base_model(), wrapper)
     learned(model)
@@ -124,7 +124,7 @@ def test_the_file_of_a_wrapped_model_fits_the_plain_one(wrapper: str, when: str,
         assert torch.equal(outputs(PeftModel.from_pretrained(other, str(folder), "task").eval(), vit_input()), expected)
     names = set(load_file(folder / "adapter_model.safetensors"))
     if wrapper != "a user's own module" or when == "after":  # whose names before the conversion nobody knows
-        plain = get_recast_model(tiny_vit(), RecastConfig(num_classes=5, target_modules=["qkv", "fc1"], group_size=2), "task")
+        plain = get_recast_model(tiny_vit(), RecastConfig(num_classes=5, target_modules=["qkv", "fc1"]), "task")
         assert names == set(load_file(saved(plain, "task", tmp_path / "plain") / "adapter_model.safetensors"))
 
 
@@ -145,7 +145,7 @@ def test_a_wrapper_right_around_what_a_task_changes(part: str, wrapper: str, tmp
         model.head = nn.Sequential(model.head) if part == "head" else model.head
         return model
 
-    config = of_groups(target_modules=["qkv", "fc1"], **PARTS[part])
+    config = RecastConfig(target_modules=["qkv", "fc1"], **PARTS[part])
     folder = saved(learned(get_recast_model(plain(), config, "task")), "task", tmp_path)
     expected = outputs(PeftModel.from_pretrained(plain(), str(folder), "task").eval(), vit_input())
     assert not torch.equal(expected, outputs(plain(), vit_input()))
@@ -157,7 +157,7 @@ def test_a_wrapper_right_around_what_a_task_changes(part: str, wrapper: str, tmp
 
 
 def test_values_that_were_gathered_from_several_processes_are_taken() -> None:
-    model = learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5, group_size=2), "task"))
+    model = learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task"))
     gathered = {key: value + 1 if "offsets" in key else value for key, value in model.state_dict().items()}
     own, given = get_peft_model_state_dict(model, adapter_name="task"), get_peft_model_state_dict(model, gathered, "task")
     assert own.keys() == given.keys()
@@ -168,7 +168,7 @@ def test_values_that_were_gathered_from_several_processes_are_taken() -> None:
     "replace", [lambda m: setattr(m, "head", nn.Linear(8, 4)), lambda m: setattr(m, "head", nn.Identity())]
 )
 def test_a_head_that_was_replaced_is_not_left_out_in_silence(replace: Callable[[nn.Module], None], tmp_path: Path) -> None:
-    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=5, group_size=2), "task")
+    model = get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task")
     replace(model.get_base_model())
     with pytest.raises(RecastTargetError, match="no longer in the model"):
         model.save_pretrained(tmp_path)
@@ -185,7 +185,7 @@ def test_a_head_that_was_replaced_is_not_left_out_in_silence(replace: Callable[[
     ],
 )
 def test_nothing_that_was_replaced_is_left_out_in_silence(config: dict, place: str, told: str, tmp_path: Path) -> None:
-    model = get_recast_model(tiny_vit(), of_groups(**config), "task")
+    model = get_recast_model(tiny_vit(), RecastConfig(**config), "task")
     saved(model, "task", tmp_path)
     parent = model.get_base_model().get_submodule(place.rpartition(".")[0])
     setattr(parent, place.rpartition(".")[2], copy.deepcopy(tiny_vit().get_submodule(place)))
@@ -194,7 +194,7 @@ def test_nothing_that_was_replaced_is_left_out_in_silence(config: dict, place: s
 
 
 def test_the_base_s_own_head_may_be_frozen_or_have_its_bias_trained(tmp_path: Path) -> None:
-    model = get_recast_model(tiny_vit(), RecastConfig(bias="all", group_size=2), "task")
+    model = get_recast_model(tiny_vit(), RecastConfig(bias="all"), "task")
     assert model.get_base_model().head.bias.requires_grad
     saved(model, "task", tmp_path)
     model.get_base_model().head = nn.Linear(8, 4).requires_grad_(False)
@@ -203,8 +203,8 @@ def test_the_base_s_own_head_may_be_frozen_or_have_its_bias_trained(tmp_path: Pa
 
 @pytest.mark.parametrize("damage", ["shape", "missing", "integers", "unexpected"])
 def test_a_file_that_is_refused_while_it_is_put_in_leaves_nothing(damage: str, tmp_path: Path) -> None:
-    folder = saved(learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5, group_size=2), "task")), "task", tmp_path)
-    model = get_recast_model(tiny_vit(), RecastConfig(group_size=2), "first")
+    folder = saved(learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task")), "task", tmp_path)
+    model = get_recast_model(tiny_vit(), RecastConfig(), "first")
     entries = load_file(folder / "adapter_model.safetensors")
     key = "base_model.model.head.weight"
     change = {
@@ -232,7 +232,7 @@ class TestAStateDictThatIsGivenToSave:
 
     @pytest.mark.parametrize("within", ["", "module.", "_orig_mod.", "the backbone"])
     def test_is_what_is_saved_whatever_stood_around_the_model(self, within: str, tmp_path: Path) -> None:
-        model = learned(get_recast_model(tiny_vit(), RecastConfig(train_norms=True, num_classes=5, group_size=2), "t"))
+        model = learned(get_recast_model(tiny_vit(), RecastConfig(train_norms=True, num_classes=5), "t"))
         expected = outputs(model, vit_input())
         source = model.get_base_model() if within == "the backbone" else model
         before = "" if within == "the backbone" else within
@@ -243,7 +243,7 @@ class TestAStateDictThatIsGivenToSave:
         assert torch.equal(outputs(loaded, vit_input()), expected)
 
     def test_that_holds_nothing_of_the_task_is_refused(self, tmp_path: Path) -> None:
-        model = get_recast_model(tiny_vit(), RecastConfig(group_size=2), "t")
+        model = get_recast_model(tiny_vit(), RecastConfig(), "t")
         numbers = {f"encoder.{key}": value for key, value in model.state_dict().items()}
         with pytest.raises(RecastConfigError, match="(?s)state_dict holds nothing of task 't'.*given: +encoder.base_model"):
             model.save_pretrained(tmp_path, state_dict=numbers)
@@ -251,8 +251,8 @@ class TestAStateDictThatIsGivenToSave:
 
 
 def test_what_is_trained_and_not_saved_is_said(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    model = get_recast_model(tiny_vit(), RecastConfig(bias="all", train_norms=True, group_size=2), "t")
-    model.add_adapter("u", RecastConfig(partners=["bias"], lora_config={"r": 1}, group_size=2))
+    model = get_recast_model(tiny_vit(), RecastConfig(bias="all", train_norms=True), "t")
+    model.add_adapter("u", RecastConfig(partners=["bias"], lora_config={"r": 1}))
     model.set_adapter("t")
     model.save_pretrained(tmp_path)
     assert not [w for w in recwarn if "not saved" in str(w.message)]
@@ -264,9 +264,7 @@ def test_what_is_trained_and_not_saved_is_said(tmp_path: Path, recwarn: pytest.W
 class TestAStateDictOfTheWholeModel:
     """With the merged weights in the place of the pretrained ones, or the other way round."""
 
-    CONFIG = RecastConfig(
-        target_modules=["qkv"], lora_config={"r": 2, "target_modules": ["fc1"]}, partners=["bias"], group_size=2
-    )
+    CONFIG = RecastConfig(target_modules=["qkv"], lora_config={"r": 2, "target_modules": ["fc1"]}, partners=["bias"])
 
     @pytest.fixture
     def model(self) -> PeftModel:
@@ -306,7 +304,7 @@ class TestAStateDictOfTheWholeModel:
             model.load_state_dict(other.state_dict())
 
     def test_with_biases_that_a_task_trains_itself_is_loaded_without_a_word(self) -> None:
-        config = RecastConfig(target_modules=["qkv"], bias="all", partners=["bias"], group_size=2)
+        config = RecastConfig(target_modules=["qkv"], bias="all", partners=["bias"])
         model = get_recast_model(tiny_vit(), config)
         other = learned(copy.deepcopy(model))
         with warnings.catch_warnings():

@@ -43,12 +43,11 @@ def test_a_core_is_added_where_less_is_to_be_added_to():
 def test_a_table_has_a_core_for_each_sample(name, tmp_path):
     build, config, inputs = MODELS[name]
     model = two_tasks(build, config, num_directions=2)
-    x = inputs[0]
-    graph = traced(model, x, tmp_path, False, tasks=["first", "fresh"])
-    samples = len(x["input_ids"] if isinstance(x, dict) else x)
-    rows = np.arange(samples) % 2
-    found = graph(torch.from_numpy(rows), x)
-    for row, task in enumerate(("first", "fresh")):
-        model.set_adapter(task)
-        expected = called_exactly(model, x)
-        assert distance(found[rows == row], expected[rows == row]) < TOLERANCE
+    graph = traced(model, inputs[0], tmp_path, False, tasks=["first", "fresh"])
+    for x in (inputs[0], inputs[2]):  # of another number of samples
+        rows = np.arange(len(x["input_ids"] if isinstance(x, dict) else x)) % 2
+        found = graph(torch.from_numpy(rows), x)
+        for row, task in enumerate(("first", "fresh")):
+            model.set_adapter(task)
+            expected = called_exactly(model, x)
+            assert distance(found[rows == row], expected[rows == row]) < TOLERANCE

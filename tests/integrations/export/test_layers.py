@@ -119,7 +119,7 @@ class TestRows:
             def forward(self, x: Tensor) -> Tensor:
                 return self.fc(x.reshape(-1, 4)).sum()
 
-        model = get_recast_model(Merged(), RecastConfig(target_modules=["fc"], group_size=2)).eval()
+        model = get_recast_model(Merged(), RecastConfig(target_modules=["fc"])).eval()
         with pytest.raises(RecastBankError, match="10 rows for 2 samples"):
             export_program(model, torch.randn(2, 5, 4), tasks="table")
         found = export_program(model, torch.randn(2, 5, 4)).module()({"coefficients": torch.zeros(1)}, torch.ones(2, 5, 4))

@@ -98,9 +98,9 @@ class TestTaskAsInput:
         assert distance(program(task, x)["output"].detach().numpy(), called_exactly(model, x)) < TOLERANCE
 
     def test_parts_below_a_layer_of_ours_and_around_it(self, tmp_path):
-        config = RecastConfig(target_modules=["fc1"], lora_config=LoraConfig(r=2, target_modules=["qkv", "fc2"]), group_size=2)
+        config = RecastConfig(target_modules=["fc1"], lora_config=LoraConfig(r=2, target_modules=["qkv", "fc2"]))
         model = get_recast_model(small_vit(), config, "below")
-        model.add_adapter("between", RecastConfig(target_modules=["qkv"], group_size=2))
+        model.add_adapter("between", RecastConfig(target_modules=["qkv"]))
         model.add_adapter("above", config)
         program = filled_and_exported(model, ["below", "above"], IMAGES)
         for name in ("below", "above"):
@@ -179,14 +179,14 @@ class TestRefusals:
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x.flatten(0, 1)).view(*x.shape)
 
-        config = RecastConfig(target_modules=["1"], lora_config=LoraConfig(r=2, target_modules=["0"]), group_size=2)
+        config = RecastConfig(target_modules=["1"], lora_config=LoraConfig(r=2, target_modules=["0"]))
         model = get_recast_model(Folded(nn.Linear(4, 4), nn.Linear(4, 4)), config, "task").eval()
         with pytest.raises(RecastBankError, match="0 is called with 6 rows for 2 samples.*tasks='input'"):
             export_program(model, torch.randn(2, 3, 4), ["task"])
 
     @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "mica"}])
     def test_more_than_two_factors(self, more, tmp_path):
-        config = RecastConfig(target_modules=["qkv"], lora_config=LoraConfig(r=2, target_modules=["fc1"], **more), group_size=2)
+        config = RecastConfig(target_modules=["qkv"], lora_config=LoraConfig(r=2, target_modules=["fc1"], **more))
         model = get_recast_model(small_vit(), config).eval()
         for export in (lambda: export_program(model, IMAGES), lambda: export_task(model, tmp_path / "task")):
             with pytest.raises(RecastBankError, match=r"more than two factors .*Nothing was written.*merge_and_unload"):

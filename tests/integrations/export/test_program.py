@@ -43,7 +43,7 @@ class TestProgram:
                 assert distance(found.numpy(), called(model, inputs)) < TOLERANCE
 
     def test_a_fresh_task_changes_nothing_to_the_last_bit(self):
-        model = get_recast_model(backbone("test_vit", depth=2), RecastConfig(group_size=2)).eval()
+        model = get_recast_model(backbone("test_vit", depth=2), RecastConfig()).eval()
         module = export_program(model, images()).module()
         assert torch.equal(module({"coefficients": torch.zeros(8)}, images())["output"], torch.tensor(called(model, images())))
 
@@ -55,9 +55,7 @@ class TestProgram:
             for name, parameter in moved.named_parameters():
                 if "qkv.weight" in name:
                     parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.1)
-        bank = grow_bank(
-            tiny_vit(), [moved], RecastConfig(target_modules=["qkv"], group_size=2), rank=rank, plain_templates=plain
-        )
+        bank = grow_bank(tiny_vit(), [moved], RecastConfig(target_modules=["qkv"]), rank=rank, plain_templates=plain)
         model = get_recast_model(tiny_vit(), RecastConfig(bank=bank)).eval()
         randomise(model)
         task = {"coefficients": torch.cat([layer.recast_coefficients["default"][0] for layer in recast(model)]).detach()}
@@ -100,7 +98,7 @@ class TestTable:
 
 class TestHalf:
     def test_a_classifier_in_float32_behind_a_model_in_float16(self, tmp_path):
-        model = get_recast_model(backbone("test_vit", depth=1).half(), RecastConfig(num_classes=4, group_size=2), "task").eval()
+        model = get_recast_model(backbone("test_vit", depth=1).half(), RecastConfig(num_classes=4), "task").eval()
         randomise(model, "task", 1, 0.1)
         x = images().half()
         expected = model(x)
@@ -115,14 +113,9 @@ class TestHalf:
 class TestBiases:
     def test_tasks_on_a_bank_of_biases_and_others(self, tmp_path):
         first, second = BiasConfig(bank=grown()), BiasConfig(bank=grown((3, 4, 5)))
-        model = get_recast_model(
-            tiny_vit(), RecastConfig(target_modules=["fc1"], partners=[first], group_size=2), "task"
-        ).eval()
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["fc1"], partners=[first]), "task").eval()
         learn_offsets(model, "task")
-        for name, config in (
-            ("other bank", RecastConfig(partners=[second], group_size=2)),
-            ("without", RecastConfig(group_size=2)),
-        ):
+        for name, config in (("other bank", RecastConfig(partners=[second])), ("without", RecastConfig())):
             model.add_adapter(name, replace(config, target_modules=["fc1"]))
             with pytest.raises(RecastBankError, match=f"'{name}' has other target modules, biases or banks"):
                 export_program(model, vit_input(), ["task", name])
