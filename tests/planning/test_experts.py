@@ -42,6 +42,22 @@ def test_defaults_leave_experts_out_and_say_why(name: str) -> None:
     assert all("target_parameters" in plan.skipped[target] and "down_proj" in plan.skipped[target] for target in experts)
 
 
+def computes_like(model: PeftModel, plain: nn.Module, before: torch.Tensor, name: str, folder: Path) -> None:
+    """The trained model gives what the changed plain one does, live, saved and merged, and without its task what was before."""
+    live = logits(model)
+    assert not torch.allclose(live, before, atol=1e-3)
+    torch.testing.assert_close(live, logits(plain), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(built(name), folder).eval()), live)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), live)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), live)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model.merge_and_unload()), live)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("parameter", ["down_proj", "gate_up_proj"])
 def test_experts_are_composed_like_any_weight(name: str, parameter: str, tmp_path: Path) -> None:
@@ -65,18 +81,7 @@ def test_experts_are_composed_like_any_weight(name: str, parameter: str, tmp_pat
             offsets = layers[member].recast_coefficients["default"].detach().mean(dim=0)
             changed = weight + sum(offset * template for offset, template in zip(offsets, weights, strict=True))
             plain.get_submodule(member).get_parameter(parameter).data.copy_(changed)
-    live = logits(model)
-    assert not torch.allclose(live, before, atol=1e-3)
-    torch.testing.assert_close(live, logits(plain), rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(built(name), tmp_path).eval()), live)
-    model.merge_adapter()
-    torch.testing.assert_close(logits(model), live)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), live)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), before)
-    torch.testing.assert_close(logits(model.merge_and_unload()), live)
+    computes_like(model, plain, before, name, tmp_path)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -96,15 +101,7 @@ def test_experts_have_cores_between_their_main_directions(name: str, tmp_path: P
         left, right = main_directions(weight, 2)  # of experts by everything else
         assert (left.shape, right.shape) == ((len(weight), 2), (2, weight[0].numel()))
         weight += (left @ core.detach()[0].double().view(2, 2) @ right).view(weight.shape).to(weight.dtype)
-    live = logits(model)
-    assert not torch.allclose(live, before, atol=1e-3)
-    torch.testing.assert_close(live, logits(plain), rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(built(name), tmp_path).eval()), live)
-    model.merge_adapter()
-    torch.testing.assert_close(logits(model), live)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), live)
+    computes_like(model, plain, before, name, tmp_path)
 
 
 def test_modules_beside_experts_and_certain_layers() -> None:
