@@ -11,6 +11,7 @@ from exported import Inverted
 from lora_parts import fill
 from models import seeded, small_transformer, small_vit
 from peft import LoraConfig, PeftModel
+from timm.models._efficientnet_blocks import EdgeResidual, SqueezeExcite
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, TaskPool, get_recast_model
@@ -22,8 +23,17 @@ IMAGES = torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 PHOTOS = torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
-def convolutions(name: str) -> Callable[[], nn.Module]:
-    return lambda: seeded(lambda: timm.create_model(name, num_classes=4))
+def convnext() -> nn.Module:
+    """timm's, with one block a stage."""
+    return seeded(lambda: timm.create_model("test_convnext", num_classes=4, depths=(1, 1, 1, 1)))
+
+
+class Edged(Inverted):
+    """An EfficientNet's two kinds of blocks: one widens by a convolution of several pixels, one by its pixels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0] = EdgeResidual(8, 8, exp_ratio=2, se_layer=SqueezeExcite)
 
 
 def part_on(*targets: str) -> dict[str, Any]:
@@ -34,13 +44,9 @@ def part_on(*targets: str) -> dict[str, Any]:
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     "timm's vit": (small_vit, IMAGES, {"target_modules": ["qkv", "proj"], "lora_config": PART}),
     "its targets": (small_vit, IMAGES, part_on()),
-    "convnext": (convolutions("test_convnext"), PHOTOS, part_on("stem.0", "fc1", "fc2")),
+    "convnext": (convnext, PHOTOS, part_on("stem.0", "fc1", "fc2")),
     "efficientnet": (lambda: seeded(Inverted), PHOTOS, part_on("conv_pw", "conv_pwl")),
-    "wide convolutions": (
-        convolutions("test_efficientnet"),
-        PHOTOS,
-        {"lora_config": LoraConfig(r=2, target_modules=["conv_stem", "conv_exp", "conv_pw"])},
-    ),
+    "wide convolutions": (lambda: seeded(Edged), PHOTOS, part_on("stem", "conv_exp", "conv_pw")),
     "bert": (lambda: small_transformer("bert"), WORDS, part_on("query", "value")),
     "llama": (lambda: small_transformer("llama"), WORDS, part_on("q_proj", "v_proj")),
     "gpt2": (lambda: small_transformer("gpt2"), WORDS, part_on("c_attn")),

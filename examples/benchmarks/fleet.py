@@ -314,7 +314,7 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument("--http", action="store_true", help=about)
     options = start(parser, given)
     if options.quick:
-        options.model, options.tasks, options.seconds, options.batch, options.rounds = QUICK, [1, 30], 0.2, 4, 1
+        options.model, options.tasks, options.seconds, options.batch, options.rounds = QUICK, [1, 30], 0.1, 4, 1
     tables = measure(options)
     if options.output and not options.only_batches:
         options.output.mkdir(parents=True, exist_ok=True)

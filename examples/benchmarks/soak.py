@@ -154,7 +154,7 @@ def main(given: list[str] | None = None) -> Tables:
     parser.add_argument("--seconds", type=float, default=600.0)
     options = start(parser, given)
     if options.quick:
-        options.seconds = 3.0
+        options.seconds = 1.5
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), options)
         tables = finish("soak", options, {f"{options.seconds:.0f} seconds, {options.model}, {CLIENTS} clients": soak.run()})

@@ -1,4 +1,4 @@
-"""Weights in shards: two processes give the same results as one."""
+"""Two processes, with copies of the weights or shards of them, give the same results as one."""
 
 from __future__ import annotations
 
@@ -86,14 +86,15 @@ MASKED = {"partners": ["piggyback"]}
 DIRECTIONS = {"num_directions": 2, "group_size": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in WRAPPERS},
+    **{f"{name}, directions": (name, DIRECTIONS) for name in WRAPPERS if "as one" not in name},
+    "DDP, compressed": ("accelerate DDP", {"num_templates": 1}),
+    "DDP, two sets and a module of its own": ("accelerate DDP", {"num_coefficient_sets": 2, "modules_to_save": ["lm_head"]}),
     "FSDP2, shared coefficients": ("FSDP2", SHARED),
     "FSDP2, compressed": ("FSDP2", {"num_templates": 1}),
     "FSDP1, compressed": ("FSDP1", {"num_templates": 1}),
     "FSDP2, masks": ("FSDP2", MASKED),
     "FSDP2 as one, masks": ("FSDP2 as one", MASKED),
     "FSDP1, masks": ("FSDP1", MASKED),
-    "FSDP2, directions": ("FSDP2", DIRECTIONS),
-    "FSDP1, directions": ("FSDP1", DIRECTIONS),
 }
 # what is computed beside modules that are called as they are: under tensor parallelism and ZeRO-3
 BESIDE: dict[str, dict[str, Any]] = {"groups": {}, "directions": DIRECTIONS}
@@ -268,7 +269,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_with_shards_do_what_one_process_does(results: Path, name: str) -> None:
+def test_two_processes_do_what_one_process_does(results: Path, name: str) -> None:
     kind, config = CASES[name]
     if kind.startswith("accelerate"):
         pytest.importorskip("accelerate")

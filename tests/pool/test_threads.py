@@ -342,9 +342,8 @@ class Stress:
 class TestStress:
     """Eight threads of calls beside every verb: each answer is compared with the task's own."""
 
-    @pytest.mark.parametrize("seed", [0, 1])
-    def test_no_answer_is_another_tasks_or_the_bases(self, images, seed):
-        stress = Stress(seed, SECONDS, images)
+    def test_no_answer_is_another_tasks_or_the_bases(self, images):
+        stress = Stress(0, SECONDS, images)
         assert len({round(float(out.sum()), 3) for out in stress.right.values()}) == len(stress.right)
         callers = [partial(stress.call, i) for i in range(8)]
         run_at_once([*callers, *(partial(stress.come_and_go, i) for i in range(2)), partial(stress.change, 0)])

@@ -24,7 +24,7 @@ from recast_peft.config import RecastConfig
 
 _NAMES = "0 1 blocks mlp fc1 head weight bias model norm training keys default v1.2"
 NAMES = [*_NAMES.split(), "a b"]
-SEQUENCES = int(os.environ.get("RECAST_SEQUENCES", "60"))
+SEQUENCES = int(os.environ.get("RECAST_SEQUENCES", "40"))
 STEPS = 12
 PER_TEST = 20
 
