@@ -53,6 +53,11 @@ def delete(model: nn.Module, adapter_name: str) -> None:
         if isinstance(holder, RecastLayer):  # PEFT would choose the next active task here, layer by layer
             holder._active_adapter = [name for name in holder.active_adapters if name != adapter_name]
         holder.delete_adapter(adapter_name)
+    container: Any = model._modules.get(BANK_CONTAINER, nn.ModuleDict())
+    used = {id(bank) for layer in modules_of(model, RecastLayer) for bank in layer.recast_bank.values()}
+    for key, bank in list(container.items()):
+        if bank.is_anchored and id(bank) not in used:  # a compressed one is what the model is made of
+            del container[key]
 
 
 # ---------------------------------------------------------------- merging
