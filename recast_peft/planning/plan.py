@@ -198,7 +198,7 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         reason,
         bank,
         candidates=tuple(targets),
-        num_directions=config.num_directions,
+        num_directions=max(group.num_directions for group in groups) or None,
         train_coefficients=config.train_coefficients,
     )
     if config.max_coefficients is not None and plan.num_coefficients > config.max_coefficients:

@@ -31,14 +31,17 @@ from ..storage.tensors import read_tensors, write_tensors
 from ..tasks.surroundings import surroundings_fingerprint
 from ..validation import check_is_no_folder, listed
 from .heads import HeadKinds, StoredHead
-from .layout import PoolLayout
+from .layout import PoolLayout, banks_of
 from .routing import TaskFeatures
 
 FORMATS = ("recast-task-pool-1", "recast-task-pool-2")
 AT_ONCE = 1024  # classifiers that are looked at together
 LAYOUT = ("groups", "recipes", "base_fingerprint", "bank", "heads", "remembered")  # JSON in the file's metadata
 # and what later versions added, as it is taken of files without it
-ADDED = {"biases": "{}", "lora": "[]", "labels": "[]", "surroundings_fingerprint": "null", "readout": "null"}
+ADDED = {
+    **{"biases": "{}", "lora": "[]", "labels": "[]"},
+    **dict.fromkeys(("surroundings_fingerprint", "readout", "num_directions"), "null"),
+}
 
 
 @dataclass
@@ -117,6 +120,7 @@ def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None
     metadata = {
         "groups": layout.config.groups,
         "recipes": layout.config.recipes,
+        "num_directions": layout.config.num_directions,
         "base_fingerprint": layout.config.base_fingerprint,
         "surroundings_fingerprint": surroundings_fingerprint(layout.backbone, layout.layers),
         "bank": layout.bank,
@@ -287,7 +291,7 @@ def _names(text: Tensor, count: int) -> list[str]:
 
 
 def _check_layout(path: Any, said: dict[str, Any], layout: PoolLayout) -> None:
-    if (said["groups"], said["recipes"]) != (layout.config.groups, layout.config.recipes):
+    if (said["groups"], said["recipes"], said["num_directions"]) != banks_of(layout.config):
         raise RecastBankError(f"the tasks in {path} have other target modules or banks than this pool")
     if said["bank"] != layout.bank:
         raise layout.other_bank(f"the tasks in {path}", said["bank"])

@@ -106,7 +106,7 @@ class PoolLayout:
 
     def check_config(self, what: str, config: RecastConfig) -> None:
         """Refuse a saved task with other targets or banks, or made for other pretrained weights."""
-        if any(getattr(config, name) != getattr(self.config, name) for name in ("groups", "recipes", "num_directions")):
+        if banks_of(config) != banks_of(self.config):
             raise _other_layout(what, config, self.config)
         self._check_bank(what, config)
         self.check_biases(what, config)
@@ -144,8 +144,10 @@ class PoolLayout:
         groups = {group.name: list(group.members) for group in plan.groups}
         sizes = {member: group.num_templates for group in plan.groups for member in group.members}
         own = {member: part.stop - part.start for member, part in self.slices.items() if member in self.layers}
-        if groups != self.config.groups or (sizes != own and not self.versions):
-            raise _other_layout(f"task {name!r}", config.as_chosen(groups=groups), self.config)
+        own_kind = self.config.groups, self.config.num_directions
+        if (groups, plan.num_directions) != own_kind or (sizes != own and not self.versions):
+            asked = config.as_chosen(groups=groups, num_directions=plan.num_directions)
+            raise _other_layout(f"task {name!r}", asked, self.config)
         return self.lora.check_plan(name, plan.lora)
 
     def check_surroundings(self, what: str, recorded: str | None) -> None:
@@ -262,7 +264,7 @@ class PoolLayout:
             RecastBankError: if it has other targets or banks.
             RecastConfigError: if it owns what a pool cannot hold.
         """
-        if config.groups != self.config.groups:
+        if banks_of(config) != banks_of(self.config):
             raise _other_layout(f"task {adapter!r} of the model", config, self.config)
         refuse(adapter, refusals_to_combine(self.backbone, adapter, config), config.lora_config)
         factors = self.lora.entries_of(adapter)
@@ -307,6 +309,11 @@ def refuse(name: str, owned: Sequence[str], lora: Any = None) -> None:
         )
 
 
+def banks_of(config: RecastConfig) -> tuple[Any, ...]:
+    """Which banks a task is on that no file holds: the same numbers mean something else on others, even of the same size."""
+    return config.groups, config.recipes, config.num_directions
+
+
 def bank_fingerprint(config: RecastConfig) -> str | None:
     """Of the stored bank that a config names."""
     return _fingerprint(config.bank_reference)
@@ -327,7 +334,7 @@ def _fingerprint(reference: Reference | None) -> str | None:
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
     partner = config.partner("bias")
     biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
-    return config.groups, config.recipes, bank_fingerprint(config), biases, readout_fingerprint(config)
+    return *banks_of(config), bank_fingerprint(config), biases, readout_fingerprint(config)
 
 
 def _shown_biases(config: RecastConfig) -> str:
@@ -346,4 +353,5 @@ def _other_layout(what: str, config: RecastConfig, own: RecastConfig) -> RecastB
 def _shown_groups(config: RecastConfig) -> str:
     groups = config.groups or {}
     names = sorted(member for members in groups.values() for member in members)
-    return f"{len(groups)} banks, {len(names)} modules ({', '.join(names[:2])}, ...)"
+    between = f" between {config.num_directions} directions" if config.num_directions else ""
+    return f"{len(groups)} banks{between}, {len(names)} modules ({', '.join(names[:2])}, ...)"

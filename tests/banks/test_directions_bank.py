@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from recast_peft import (
     convert_to_lora,
     create_recast_optimizer,
     get_recast_model,
+    hotswap_adapter,
     plan_recast,
 )
 from recast_peft.banks.directions_bank import directions_before, main_directions
@@ -327,6 +329,43 @@ class TestTasks:
         again.load(tmp_path / "pool")
         wanted = outputs(model, vit_input(), task_ids=pool.ids(["task", "same"]))
         assert torch.equal(outputs(again.model, vit_input(), task_ids=again.ids(["task", "same"])), wanted)
+
+    def test_as_many_numbers_on_another_bank_are_no_task_of_a_pool(self, tmp_path: Path) -> None:
+        sizes: dict[str, dict[str, Any]] = {"core": {"num_directions": 1}, "scales": {"group_size": 1}}  # a number a layer
+        model = converted("core", **sizes["core"])
+        model.add_adapter("scales", RecastConfig(target_modules=["qkv"], **sizes["scales"]))
+        model.save_pretrained(tmp_path)
+        pools = {name: TaskPool(model, slot=f"slot of {name}", like=name) for name in ("core", "scales")}
+        for (name, pool), other in zip(pools.items(), ("scales", "core"), strict=True):
+            pool.add(name, name)
+            for given in (other, tmp_path / other, RecastConfig(target_modules=["qkv"], **sizes[other])):
+                with pytest.raises(RecastBankError, match="other target modules or banks than the pool"):
+                    pool.add("other", given)
+            pool.save(tmp_path / f"{name} pool")
+        for name, other in (("scales", "core"), ("core", "scales")):
+            with pytest.raises(RecastBankError, match="other target modules or banks than this pool"):
+                pools[name].load(tmp_path / f"{other} pool")
+            assert pools[name].names == [name]
+
+    def test_more_directions_than_a_weight_has_are_as_many_as_it_has(self, tmp_path: Path) -> None:
+        task = converted("task", num_directions=100, init_weights=False)
+        task.save_pretrained(tmp_path)
+        model = converted("other", num_directions=100)
+        assert model.peft_config["other"].num_directions == 8
+        hotswap_adapter(model, str(tmp_path / "task"), "other")
+        assert torch.equal(outputs(model, vit_input()), outputs(task, vit_input()))
+
+    def test_a_deleted_task_takes_its_directions_with_it(self) -> None:
+        model = converted("two", num_directions=2)
+        model.add_adapter("again", RecastConfig(target_modules=["qkv"], num_directions=2))
+        model.add_adapter("three", RecastConfig(target_modules=["qkv"], num_directions=3))
+        banks = weakref.WeakSet(layer.recast_bank["three"] for layer in layers_of(model).values())
+        assert len(banks) == 4
+        model.delete_adapter("three")
+        model.delete_adapter("two")
+        assert not banks
+        held = {layer.recast_bank["again"] for layer in layers_of(model).values()}
+        assert {*model.get_base_model().recast_banks.values()} == held
 
     def test_a_pools_tasks_are_swapped_while_merged(self) -> None:
         pool = TaskPool(converted("slot", num_directions=2))
