@@ -97,11 +97,20 @@ class DirectionsBank(BankBeside):
     def __init__(self, name: str, members: Sequence[str], layers: Sequence[ComposedModule], num_directions: int) -> None:
         super().__init__(name, members, layers)
         self.num_directions = num_directions
+        self._find()
+
+    def _find(self) -> None:
         weight = self.layers[0].pretrained_weight
-        for side, tensor in zip(("left", "right"), main_directions(weight, num_directions), strict=True):
+        for side, tensor in zip(("left", "right"), main_directions(weight, self.num_directions), strict=True):
             # set in place of register_buffer, which low_cpu_mem_usage may redirect to the meta device
             self._buffers[side] = tensor.to(weight.device, weight.dtype)
             self._non_persistent_buffers_set.add(side)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.is_outdated:  # the weight was loaded before: banks are a model's last module
+            self._find()
+            self.is_outdated = False
 
     @property
     def is_factored(self) -> bool:

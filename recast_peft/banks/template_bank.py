@@ -99,6 +99,8 @@ class TemplateBank(StaysInMemory):
         """Whether the pretrained weights themselves are the templates."""
         return self.templates is None and self.recipe is None
 
+    is_outdated = False  # while other pretrained weights are loaded into a whole model
+
     @property
     def is_anchored(self) -> bool:
         """Whether offsets are added to the pretrained weight itself, so that zero offsets give it to the last bit."""

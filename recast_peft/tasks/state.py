@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..holders import Entry, container_key, holders, plain_modules, unwrapped, unwrapped_module
+from ..layer import RecastLayer
 from ..names import MODEL_PREFIX, modules_of, plain_name, without_wrappers
 from ..parts import PARTS
 from ..parts.base_biases import biased_modules
@@ -83,6 +84,8 @@ def _within(key: str) -> str:
 def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
 
+    Banks learn that their weight is about to be another one.
+
     One that was made while tasks were merged holds the merged ones in the place of the pretrained ones.
 
     Args:
@@ -102,6 +105,7 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
     chosen = {"none"} if is_merged else {getattr(config, "bias", "none") for config in tuner.peft_config.values()}
     trained = {id(module) for bias in chosen for _, module in biased_modules(tuner.model, bias)}  # they may well be others
     differ: dict[str, None] = {}
+    others: set[tuple[nn.Module, str]] = set()
     for module, name in dict.fromkeys(chain.from_iterable(written.values())):
         if name == "bias" and id(module) in trained:
             continue
@@ -109,6 +113,7 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
         is_known = own is not None and given is not None and own.shape == given.shape and is_plain(own) and not own.is_meta
         if is_known and not torch.equal(given.to(own), own):  # type: ignore[union-attr, arg-type]
             differ[names.get(id(module), name)] = None
+            others.add((module, name))
     found = ", ".join(list(differ)[:2])
     what = f"the state dict has other weights or biases than the model at {len(differ)} modules with tasks ({found}, ...)"
     if differ and is_merged:
@@ -119,6 +124,9 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
             "Call unmerge_adapter() before state_dict().",
             stacklevel=2,
         )
+    for layer in modules_of(tuner, RecastLayer):
+        for bank in layer.recast_bank.values() if others.intersection(layer.merged_into()) else ():
+            bank.is_outdated = True
 
 
 def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -407,6 +407,19 @@ class TestTasks:
         assert torch.equal(outputs(copy.deepcopy(model), vit_input()), wanted)
         assert not any("recast_banks" in key for key in model.state_dict())
 
+    @pytest.mark.filterwarnings("ignore:the state dict has other weights")
+    def test_a_whole_state_dict_brings_the_directions_of_its_weights(self) -> None:
+        other = get_recast_model(tiny_vit(seed=1), RecastConfig(target_modules=["qkv"], num_directions=2, init_weights=False))
+        wanted = outputs(other.eval(), vit_input())
+        emptied = converted(num_directions=2).to("meta").to_empty(device="cpu")  # buffers that no file holds too
+        for model in (converted(num_directions=2), emptied, nn.Sequential(converted(num_directions=2))):
+            inner = model if isinstance(model, PeftModel) else model[0]
+            model.load_state_dict(other.state_dict() if inner is model else nn.Sequential(other).state_dict())
+            assert torch.equal(outputs(model, vit_input()), wanted)
+        left = layers_of(inner)["blocks.0.attn.qkv"].recast_bank["default"].left
+        model.load_state_dict(model.state_dict())
+        assert layers_of(inner)["blocks.0.attn.qkv"].recast_bank["default"].left is left  # the weights are those that it was of
+
     def test_training_moves_the_core_alone(self) -> None:
         model = converted("task", num_directions=2).train()
         optimizer = create_recast_optimizer(model, lr=0.1)
