@@ -39,7 +39,7 @@ def main_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ``(rows, r)`` and ``(r, columns)`` in float64: orthonormal columns times s, and orthonormal rows, with s the root mean
         square of the weight's core between them: a coefficient of 1 is as much as the weight has there in one direction.
     """
-    left, right, _ = _directions(weight, count)
+    left, right, *_ = _directions(weight, count)
     return left, right
 
 
@@ -49,11 +49,12 @@ def directions_before(weight: Tensor, count: int) -> Tensor:
     Returns:
         A, ``(inputs, r)`` in float64, with ``W A = U``: the iteration found U in the weight's range.
     """
-    return _directions(weight, count)[2]
+    _, _, size, inner, middle = _directions(weight, count)
+    return (inner @ torch.linalg.pinv(middle, rtol=NEGLIGIBLE) * size).contiguous()
 
 
-def _directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, V and A."""
+def _directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """U and V, s, the directions of inputs that U was found from, and the weight between these and U / s."""
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     matrix = weight.detach().flatten(1).to(device, torch.float64)
     # numpy keeps the numbers of this generator for good
@@ -65,9 +66,8 @@ def _directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     core = (left.T @ matrix).T
     right = _orthonormal(core)
     size = (core.T @ right).norm() / count**0.5
-    before = inner @ torch.linalg.pinv(core.T @ inner, rtol=NEGLIGIBLE)
     # torch's QR gives columns that lie apart, which ExecuTorch does not take
-    return (left * size).contiguous(), right.T.contiguous(), (before * size).contiguous()
+    return (left * size).contiguous(), right.T.contiguous(), size, inner, core.T @ inner
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -416,6 +416,8 @@ class TestTasks:
             inner = model if isinstance(model, PeftModel) else model[0]
             model.load_state_dict(other.state_dict() if inner is model else nn.Sequential(other).state_dict())
             assert torch.equal(outputs(model, vit_input()), wanted)
+        other.load_state_dict({key: value * float("nan") for key, value in other.state_dict().items()})
+        assert outputs(other, vit_input()).isnan().all()  # as without tasks
         left = layers_of(inner)["blocks.0.attn.qkv"].recast_bank["default"].left
         model.load_state_dict(model.state_dict())
         assert layers_of(inner)["blocks.0.attn.qkv"].recast_bank["default"].left is left  # the weights are those that it was of
