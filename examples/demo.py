@@ -6,7 +6,8 @@ Two backbones that other people trained, MiniLM (sentences) and an ImageNet Effi
 real data (``examples/worlds``). For each backbone the tasks are learned in sequence with RECAST, saved, reloaded into a fresh
 backbone, swapped, and mixed in one batch. Beside it every task is learned with a linear probe, with a classifier that reads
 several blocks (a readout, made of the texts or pictures without their labels), and with PEFT's LoRA of rank 8 and 1: the same
-examples, epochs, batches and schedule, and classifiers of one size. Table, picture and figures go to the output folder.
+examples, epochs, batches and schedule, and classifiers of one size. Methods are learned side by side, one on each processor.
+Table, picture and figures go to the output folder.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +30,7 @@ import torch
 from frontier import PROBE, run
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from worlds import WORLDS, Split, Task, World
 from worlds.training import accuracy, train
 
@@ -37,7 +42,7 @@ RECAST = "RECAST"
 RIVALS = (PROBE, "readout alone", "LoRA r=1", "LoRA r=8")
 RATES = {PROBE: 0.0, "readout alone": 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
 SHORT = {"text": ("field", "type", "kind"), "pictures": ("digits", "icons", "scripts")}  # tasks of the demo
-EPOCHS = {"text": 3, "pictures": 6}
+EPOCHS = {"text": 3, "pictures": 5}
 
 
 @dataclass
@@ -166,10 +171,10 @@ def draw(found: dict[str, dict[str, Result]], path: Path) -> None:
     plt.close(figure)
 
 
-def show_world(world: World, tasks: dict[str, Task], options: argparse.Namespace, say) -> dict[str, Result]:
-    """Everything about one backbone."""
-    results: dict[str, Result] = {RECAST: Result()}
-    recast, folder = results[RECAST], options.output / world.name
+def learn_with_recast(world: World, tasks: dict[str, Task], options: argparse.Namespace) -> tuple[Result, str]:
+    """Everything about RECAST on one backbone: what it reached, and what there is to say of it."""
+    recast, folder, text = Result(), options.output / world.name, []
+    say: Callable[[str], None] = text.append
     plain = world.backbone()
     plan, whole = plan_recast(plain, RecastConfig()), sum(p.numel() for p in plain.parameters())
     say(f"\n== {world.name}: {type(plain).__name__} of {whole:,} parameters ==")
@@ -191,14 +196,33 @@ def show_world(world: World, tasks: dict[str, Task], options: argparse.Namespace
         pool.add(name, name)
     say(f"All tasks in one batch: every sample as with its own task alone, to {mixed_batch(pool, fresh, tasks):.0e}")
     say(f"Another task becomes active in {swap_time(pool, tasks):.0f} microseconds")
-    for method in options.methods:
-        results[method] = one = Result()
-        for name, task in tasks.items():
-            found = run(world, task, method, options.seed, RATES[method], progress=True)
-            one.accuracies[name] = found.accuracy
-            one.trainable, one.bytes, one.seconds = found.trainable, found.bytes, one.seconds + found.seconds
-    say(f"\n{table(results)}")
-    return results
+    return recast, "\n".join(text)
+
+
+def learn_with_rival(method: str, world: World, tasks: dict[str, Task], options: argparse.Namespace) -> tuple[Result, str]:
+    """The same tasks with another method, each on a backbone of its own."""
+    one = Result()
+    for name, task in tasks.items():
+        found = run(world, task, method, options.seed, RATES[method], progress=options.processes == 1)
+        one.accuracies[name] = found.accuracy
+        one.trainable, one.bytes, one.seconds = found.trainable, found.bytes, one.seconds + found.seconds
+    return one, ""
+
+
+def learn_all(worlds: dict[str, tuple[World, dict[str, Task]]], options: argparse.Namespace) -> list[tuple[Result, str]]:
+    """Every method on every backbone, several at a time; the results world by world, RECAST first."""
+    jobs = [
+        (learn_with_recast, *given, options) if method == RECAST else (learn_with_rival, method, *given, options)
+        for given in worlds.values()
+        for method in (RECAST, *options.methods)
+    ]
+    threads = max(1, (os.cpu_count() or 1) // options.processes)
+    alone = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (threads,)}
+    with ThreadPoolExecutor(1) if options.processes == 1 else ProcessPoolExecutor(options.processes, **alone) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        for _ in tqdm(as_completed(futures), total=len(jobs), desc="methods learned", disable=None):
+            pass
+    return [future.result() for future in futures]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -207,10 +231,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for tasks, table and picture")
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--methods", nargs="*", default=list(RIVALS), choices=RIVALS, help="beside RECAST")
-    parser.add_argument("--train", type=int, default=400, help="most examples of a task to learn from")
+    parser.add_argument("--train", type=int, default=360, help="most examples of a task to learn from")
     parser.add_argument("--test", type=int, default=300, help="most examples of a task to test on")
     parser.add_argument("--epochs", type=int, help="instead of the demo's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="methods at a time")
     return parser.parse_args(arguments)
 
 
@@ -223,11 +248,16 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
         text.append(str(what))
         print(what, flush=True)
 
-    found = {}
+    worlds: dict[str, tuple[World, dict[str, Task]]] = {}
     for name in options.worlds:
-        world = replace(WORLDS[name], epochs=options.epochs or EPOCHS[name])
-        tasks = {task: world.tasks[task]().limited(options.train, options.test) for task in SHORT[name]}
-        found[name] = show_world(world, tasks, options, say)
+        tasks = {task: WORLDS[name].tasks[task]().limited(options.train, options.test) for task in SHORT[name]}
+        worlds[name] = replace(WORLDS[name], epochs=options.epochs or EPOCHS[name]), tasks
+    learned, methods = iter(learn_all(worlds, options)), (RECAST, *options.methods)
+    found = {}
+    for name in worlds:
+        results, texts = zip(*(next(learned) for _ in methods), strict=True)
+        found[name] = dict(zip(methods, results, strict=True))
+        say(f"{texts[0]}\n\n{table(found[name])}")
     say(f"\n{time.perf_counter() - started:.0f} seconds in all; table, picture and tasks are in {options.output}")
     draw(found, options.output / "demo.png")
     summary = {world: {method: vars(one) for method, one in results.items()} for world, results in found.items()}

@@ -48,6 +48,7 @@ class TemplateBank(StaysInMemory):
 
     templates: nn.Parameter | None
     base_coefficients: Tensor | None
+    is_outdated = False  # while other pretrained weights are loaded into a whole model
 
     def __init__(
         self,
@@ -98,8 +99,6 @@ class TemplateBank(StaysInMemory):
     def is_exact(self) -> bool:
         """Whether the pretrained weights themselves are the templates."""
         return self.templates is None and self.recipe is None
-
-    is_outdated = False  # while other pretrained weights are loaded into a whole model
 
     @property
     def is_anchored(self) -> bool:

@@ -20,6 +20,7 @@ def test_it_learns_saves_reloads_mixes_and_compares(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(demo, "WORLDS", {"pictures": replace(PICTURES, tasks=tasks)})
     monkeypatch.setattr(demo, "SHORT", {"pictures": tuple(tasks)})
     arguments = ["--output", str(tmp_path), "--worlds", "pictures", "--epochs", "1", "--methods", "probe", "LoRA r=1"]
+    arguments += ["--processes", "1"]
     (found,) = demo.main(arguments).values()
     shown = capsys.readouterr().out
     assert "reloaded into a fresh backbone: the same accuracies on all 2 tasks" in shown
