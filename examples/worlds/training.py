@@ -32,7 +32,8 @@ def train(
     """
     steps = epochs * math.ceil(len(split) / world.batch_size)
     rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=max(steps, 2), pct_start=0.1)
+    planned = max(steps, 11)  # of fewer there is no tenth to rise in, and of ten torch divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=planned, pct_start=0.1)
     adapter = [parameter for group in optimizer.param_groups[1:] for parameter in group["params"]]
     order = torch.Generator().manual_seed(seed)
     with tqdm(total=steps, desc=progress, disable=None if progress else True, leave=False) as bar:

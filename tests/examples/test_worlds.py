@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from worlds import PICTURES, TEXT, WORLDS, base, folder_worlds, pictures, text, weights
+from worlds import PICTURES, TEXT, WORLDS, Split, base, folder_worlds, pictures, text, weights
+from worlds.training import train
 
 MADE_SOURCE = '''
 class Tree:
@@ -166,3 +167,16 @@ def test_tasks_of_a_folder(tmp_path):
             features = world.backbone()(*task.test.inputs)
         assert features.shape == (len(task.test), WORLDS[world.name].width)
     assert replace(found["text"], backbone=TEXT.backbone, tasks=TEXT.tasks, special_tokens=TEXT.special_tokens) == TEXT
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 6])  # of two steps: ten is what torch's schedule divides by
+def test_training_of_any_length_lowers_the_loss(epochs):
+    x = torch.randn(40, 8)
+    split, head = Split((x,), (x[:, 0] > 0).long()), torch.nn.Linear(8, 2)
+
+    def loss() -> float:
+        return float(torch.nn.functional.cross_entropy(head(x), split.labels))
+
+    before = loss()
+    train(lambda part: head(part.inputs[0]), torch.optim.AdamW(head.parameters(), lr=0.1), split, TEXT, epochs, seed=0)
+    assert loss() < before
