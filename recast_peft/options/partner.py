@@ -82,7 +82,10 @@ class PartnerConfig(Options, ABC):
 
     @abstractmethod
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
-        """Whether the partner stands here if no target modules are named; ``targets`` are those of the task."""
+        """Whether the partner stands here if no target modules are named; ``targets`` are those of the task.
+
+        It is asked of places that ``refusal`` does not refuse.
+        """
 
     @abstractmethod
     def refusal(self, candidate: Candidate) -> str | None:

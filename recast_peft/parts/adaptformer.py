@@ -52,7 +52,7 @@ class AdaptFormerConfig(PartnerConfig, method="adaptformer"):
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
         words = (candidate.name.rpartition(".")[2], type(candidate.module).__name__)
-        return any(map(_MLP.search, words)) and self.refusal(candidate) is None
+        return any(map(_MLP.search, words))
 
     def refusal(self, candidate: Candidate) -> str | None:
         layers = _layers(candidate.module)

@@ -48,7 +48,7 @@ class BiasConfig(BankedPartnerConfig, method="bias"):
         family = family_of(candidate.module)
         is_layer = family is not None and family.call is not None
         is_numbered = any(part.isdecimal() for part in candidate.name.split(".")) or candidate.name in targets
-        return is_layer and is_numbered and self.refusal(candidate) is None
+        return is_layer and is_numbered
 
     def refusal(self, candidate: Candidate) -> str | None:
         module = candidate.module

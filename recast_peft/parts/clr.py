@@ -47,7 +47,7 @@ class CLRConfig(PartnerConfig, method="clr"):
         self.check(optional(_odd), "pointwise_kernel_size")
 
     def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
-        return isinstance(candidate.module, nn.Conv2d) and self._size_after(candidate.module) is not None
+        return True
 
     def refusal(self, candidate: Candidate) -> str | None:
         if not isinstance(candidate.module, nn.Conv2d):

@@ -17,16 +17,18 @@ from ..planning.roles import SHORTHANDS
 def places_of(
     partner: PartnerConfig, candidates: list[Candidate], heads: set[str], targets: Collection[str]
 ) -> list[Candidate]:
+    """The modules that a partner takes: without a choice by name those of its paper or a shorthand, outside of the heads.
+
+    Raises:
+        RecastTargetError: if it cannot stand at one that was named, or there is none.
+    """
     wanted = partner.target_modules
-    is_shorthand = isinstance(wanted, str) and wanted in SHORTHANDS
-    if wanted is None or is_shorthand:
-        outside = [c for c in candidates if not lies_in(c.name, heads) or c.name in targets]
-        if wanted is None:
-            possible = {c.name: c for c in outside if partner.is_default_place(c, targets)}
-            chosen = [possible[name] for name in outermost(possible)]
-        else:
-            chosen = [c for c in outside if SHORTHANDS[str(wanted)](c) and c.weight_name is not None]
-        chosen = [c for c in chosen if partner.refusal(c) is None]
+    outside = (c for c in candidates if (not lies_in(c.name, heads) or c.name in targets) and partner.refusal(c) is None)
+    if wanted is None:
+        possible = {c.name: c for c in outside if partner.is_default_place(c, targets)}
+        chosen = [possible[name] for name in outermost(possible)]
+    elif isinstance(wanted, str) and wanted in SHORTHANDS:
+        chosen = [c for c in outside if SHORTHANDS[wanted](c) and c.weight_name is not None]
     else:
         chosen = [c for c in candidates if any(_is_named(wanted, name) for name in c.names)]
         refused = {c.name: reason for c in chosen if (reason := partner.refusal(c)) is not None}
