@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..composition.blocks import with_attribute, with_variable
 from ..composition.mixed_batch import current_batch
 from ..composition.quantised import quantised_by
+from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
@@ -31,7 +32,7 @@ from ..names import lies_in, modules_of, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .lora_pool import PooledPart, one_task_for_all
-from .lora_strength import PartStrength, is_left_out, keys_of, part_layers, with_strengths_of_call
+from .lora_strength import PartStrength, keys_of, part_layers
 from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
 
 A_PART = "a LoRA part"  # as messages call it
@@ -50,6 +51,16 @@ class LoraParts:
     tasks: Mapping[str, PeftConfig]
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     beside: RecastLayer | None = None
+
+    @property
+    def are_left_out(self) -> bool:
+        """Whether no task is active, but adapters of other methods in the same model: then the parts are not told of them."""
+        active = [] if self.beside is None else self.beside.active_adapters
+        return bool(active) and not self.has_tasks(active)
+
+    def has_tasks(self, names: Iterable[str]) -> bool:
+        """Whether tasks are among adapters."""
+        return any(isinstance(self.tasks.get(name), RecastConfig) for name in names)
 
 
 # Set while the layers compute: variants that read the weight beside them (DoRA) then read the composed one, or what is given.
@@ -72,14 +83,14 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
     active_adapters: list[str]
     merged: bool
+    scaling: dict[str, float]
     lora_bias: dict[str, bool]
     lora_variant: dict[str, Any]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active tasks; names that are no tasks are those of another wrapper's adapters, which are no business here."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        parts = self._parts
-        if parts is None or not names or any(isinstance(parts.tasks.get(name), RecastConfig) for name in names):
+        if self._parts is None or not names or self._parts.has_tasks(names):
             super().set_adapter(keys_of(names), inference_mode)  # type: ignore[misc]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -124,7 +135,8 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     @property
     def disable_adapters(self) -> bool:
-        return self._disable_adapters or self.stands_aside or self._switched_off or is_left_out(self._parts)
+        is_off = self._disable_adapters or self.stands_aside or self._switched_off
+        return is_off or (self._parts is not None and self._parts.are_left_out)
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
@@ -223,12 +235,15 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
                 added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
         return added
 
-    @with_strengths_of_call
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("adapter_names", None)  # of another wrapper, whose adapters are none of the tasks
         if not args and self._takes in kwargs:
             args = (kwargs.pop(self._takes),)
-        return self._call(*args, **kwargs)
+        strengths = strengths_of_call(self)
+        if strengths is self.scaling:
+            return self._call(*args, **kwargs)
+        with with_attribute((self,), "scaling", strengths):  # those of the forward pass, which is computed again
+            return self._call(*args, **kwargs)
 
     def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         batch = current_batch()
@@ -304,9 +319,10 @@ class LoraPart(TaskPart):
         return [] if plan is None else [plan]
 
     def check(self, request: Request, pieces: list[LoraPlan], owned: Collection[str], compressed: Collection[str]) -> None:
+        modules = plain_modules(request.model) if pieces else {}
         for plan in pieces:
             for name in plan.targets:
-                _check_target(request.model, plan, name, owned, compressed)
+                _check_target(name, shared(modules[name]), plan.config, owned, compressed)
 
     def install(self, place: Place, pieces: list[LoraPlan]) -> None:
         for plan in pieces:
@@ -316,16 +332,15 @@ class LoraPart(TaskPart):
         return None if config.lora_config is None else A_PART
 
 
-def _check_target(model: nn.Module, plan: LoraPlan, name: str, owned: Collection[str], compressed: Collection[str]) -> None:
+def _check_target(name: str, module: Any, lora: LoraConfig, owned: Collection[str], compressed: Collection[str]) -> None:
     """Refuse a target that is another method's LoRA, the task's own classifier, or has no pretrained weight."""
     if lies_in(name, owned):
         raise RecastTargetError(f"lora_config: {name} is trained whole with this task; leave it out with exclude_modules")
-    if name in compressed and (plan.config.use_dora or plan.config.init_lora_weights == "mica"):
+    if name in compressed and (lora.use_dora or lora.init_lora_weights == "mica"):
         raise RecastTargetError(
-            f"lora_config: {'DoRA' if plan.config.use_dora else 'MiCA'} starts from the pretrained weight of {name}, and a "
+            f"lora_config: {'DoRA' if lora.use_dora else 'MiCA'} starts from the pretrained weight of {name}, and a "
             "compressed bank stands for it: use a plain LoraConfig, other target_modules, or an exact bank"
         )
-    module: Any = shared(plain_modules(model)[name])
     if isinstance(module, LoraLayer) and not isinstance(module, PartLayer):
         raise RecastTargetError(
             f"lora_config: another LoRA stands on {name} ({', '.join(sorted(module._get_available_adapters()))}): give the "
@@ -359,6 +374,7 @@ def _install(place: Place, plan: LoraPlan) -> None:
 def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
     stack_around(layer, layer.base_layer)
     mix_in(layer, PartLayer, outermost=True)
+    vars(layer).setdefault("history", CallHistory())
     layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())
     layer._takes = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..composition.blocks import with_attribute
-from ..composition.recomputation import CallHistory, strengths_of_call
-from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..holders import container_key, holders, task_of_key
 from ..layer import RecastLayer
@@ -23,30 +19,6 @@ from ..validation import check_arguments, one_of
 def keys_of(names: Sequence[str]) -> list[str]:
     """The names under which PEFT's layers hold tasks."""
     return [name if name == BASE_ADAPTER else container_key(name) for name in names]
-
-
-def is_left_out(parts: Any) -> bool:
-    """Whether no task is active, but adapters of other methods in the same model: then the parts are not told of them."""
-    beside = None if parts is None else parts.beside
-    if beside is None or not beside.active_adapters:
-        return False
-    return not any(isinstance(parts.tasks.get(name), RecastConfig) for name in beside.active_adapters)
-
-
-def with_strengths_of_call(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a layer with the factors of its forward pass, if that is computed again."""
-
-    @functools.wraps(forward)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return forward(self, *args, **kwargs)
-        vars(self).setdefault("history", CallHistory())  # the layer was PEFT's before
-        if (then := strengths_of_call(self)) is self.scaling:
-            return forward(self, *args, **kwargs)
-        with with_attribute((self,), "scaling", then):
-            return forward(self, *args, **kwargs)
-
-    return call
 
 
 class PartStrength:
