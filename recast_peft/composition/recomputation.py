@@ -77,13 +77,13 @@ class _Note:
 
 
 class CallHistory:
-    """The states that a layer computed in, by thread, each with the counts of operations at its first and latest call."""
+    """The states that a layer computed in, by thread, each with the counts of operations at its first and latest call.
+
+    A copy, by ``deepcopy`` or ``pickle``, begins with none.
+    """
 
     def __init__(self) -> None:
         self._notes: dict[int, deque[_Note]] = {}
-
-    def __deepcopy__(self, memo: Any) -> CallHistory:
-        return CallHistory()
 
     def __reduce__(self) -> tuple:
         return CallHistory, ()

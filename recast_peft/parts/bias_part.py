@@ -133,7 +133,8 @@ class TaskBiases(TaskPartners):
                 merged = module._along(self._now(), y).to(y.dtype)
                 y = (y - merged) * module._along(self.pretrained_weight / self._now("weight"), y).to(y.dtype) + merged
             y = y + module._along(self.pretrained_bias - self._now(), y).to(y.dtype)
-        slot = batch.pool.slot if batch.pool is not None else ""
+        assert batch.pool is not None
+        slot = batch.pool.slot
         if not self.has_task(slot):
             return y
         offsets = batch.offsets(self.key_of(slot), len(y))

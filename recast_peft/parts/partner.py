@@ -199,12 +199,16 @@ class TaskPartners(ScaledModule):
         self.hosts = (place,)
         visible.register_forward_hook(PartnerHook(self), with_kwargs=True)
 
+    def acts_in(self, batch: MixedBatch | None) -> bool:
+        """Whether a call that comes by here has to do with tasks."""
+        if self.home and self.home[0]._modules.get(self.method) is not self:
+            return False
+        return self.shown_task is not None if batch is None else not (self._disable_adapters and batch.is_off)
+
     def adapt(self, x: Any, y: Any) -> Any:
         """The output of the place with the partner of the active task, or of each sample's own task."""
-        task, batch = self.shown_task, current_batch()
-        if self.home and self.home[0]._modules.get(self.method) is not self:
-            return y
-        if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
+        batch = current_batch()
+        if not self.acts_in(batch):
             return y
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise RecastTargetError(
@@ -212,7 +216,7 @@ class TaskPartners(ScaledModule):
                 "are tensors: name other modules with its target_modules"
             )
         if batch is None:
-            return self._scaled(cast(str, task), x, y)
+            return self._scaled(cast(str, self.shown_task), x, y)
         samples = batch.samples_in(x, self)
         if batch.pool is not None:
             return self._adapted_from_pool(batch, y)
@@ -225,7 +229,7 @@ class TaskPartners(ScaledModule):
     def _scaled(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         return at_strength(y, self._adapted(adapter_name, x, y), strengths_of_call(self).get(adapter_name, 1.0))
 
-    def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _adapted(self, adapter_name: str, x: Any, y: Tensor) -> Tensor:
         return self.modules_to_save[adapter_name](x, y)
 
     def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:

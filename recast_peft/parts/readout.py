@@ -190,9 +190,6 @@ def mask_of(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor | 
 class _Seen(dict):
     """What layers read in a call that is on its way, by thread; no part of a copy."""
 
-    def __deepcopy__(self, memo: Any) -> _Seen:
-        return _Seen()
-
     def __reduce__(self) -> tuple:
         return _Seen, ()
 
@@ -220,7 +217,6 @@ class TaskReadouts(TaskPartners):
     def __init__(self, place: str, method: str) -> None:
         super().__init__(place, method)
         self.seen = _Seen()
-        self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
 
     def add(self, adapter_name: str, module: nn.Module, active: bool, inference_mode: bool) -> None:
         """Give a task its readout; tasks on one bank share it."""
@@ -255,12 +251,6 @@ class TaskReadouts(TaskPartners):
         self.attach_in(model, {})
         model.add_module(ReadoutConfig.method, self.modules_to_save[adapter_name])
 
-    @property
-    def acting_task(self) -> str | None:
-        """The task whose readout acts now; none for a pool's slot without a task in it."""
-        task = self.shown_task
-        return None if task == self.idle_slot else task
-
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         return None  # it acts beside merged weights
 
@@ -269,9 +259,9 @@ class TaskReadouts(TaskPartners):
 
     def note(self, name: str, tensor: Tensor | None) -> None:
         """Note what a layer reads, where somebody will read it too; where no gradient needs it, it is pooled at once."""
-        is_read = self.acting_task is not None or current_batch() is not None
+        is_read = self.shown_task is not None or current_batch() is not None
         if tensor is not None and is_read and not is_recomputing():
-            pools = next((cast(Readout, readout).pools for readout in self.modules_to_save.values()), False)  # one as all
+            pools = next((readout.pools for readout in self.readouts), False)  # one as all
             if pools and name != MASK and not tensor.requires_grad:
                 tensor = pooled(tensor, self.seen.mask)
             self.seen.note(name, tensor)
@@ -280,50 +270,53 @@ class TaskReadouts(TaskPartners):
 
     def adapt(self, x: Any, y: Any) -> Any:
         """The features that the classifier reads, of the active task or of each sample's own."""
-        inputs, task, batch = self.seen.take(), self.acting_task, current_batch()
-        if self.home and self.home[0]._modules.get(self.method) is not self:
+        inputs, batch = self.seen.take(), current_batch()
+        if not self.acts_in(batch):
             return y
         if inputs.pop(UNRECORDED, None) is not None and y.requires_grad:
             raise RecastBankError(
                 "layers that a readout reads recorded no gradient while the rest of the model did, so that their part of the "
                 "gradient would be lost: gradient checkpointing works with use_reentrant=False alone"
             )
-        if (task is None) if batch is None else (self._disable_adapters and batch.is_off):
-            return y
         if batch is None:
-            return self._adapted(cast(str, task), inputs, y)  # type: ignore[arg-type]
+            return self._adapted(cast(str, self.shown_task), inputs, y)
         if batch.pool is not None:
             return self._read_from_pool(batch, inputs, y)
         before = y
         for key, indices in batch.rows(len(y)).items():
             if isinstance(key, str) and key in self._adapters:
                 rows = batch.index(indices, y.device)
-                y = y.index_copy(0, rows, self._adapted(key, inputs, before)[rows])  # type: ignore[arg-type]
+                y = y.index_copy(0, rows, self._adapted(key, inputs, before)[rows])
         return y
 
     def _read_from_pool(self, batch: MixedBatch, inputs: dict[str, Tensor], y: Tensor) -> Tensor:
         """The features of samples with tasks of a pool, all of which have the readout of its slot."""
-        slot = batch.pool.slot if batch.pool is not None else ""
+        assert batch.pool is not None
+        assert batch.task_ids is not None
+        slot = batch.pool.slot
         if not self.has_task(slot):
             return y
-        assert batch.task_ids is not None
         has_task = (batch.task_ids > NO_TASK).repeat_interleave(batch.repeats(len(y))).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(has_task.to(y.device), self._adapted(slot, inputs, y), y)  # type: ignore[arg-type]
+        return torch.where(has_task.to(y.device), self._adapted(slot, inputs, y), y)
 
 
 class _InputHook(PartnerHook):
     """Stands before a layer whose input is read."""
+
+    partners: TaskReadouts
 
     def __init__(self, partners: TaskReadouts, name: str) -> None:
         super().__init__(partners)
         self.name = name
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-        cast(TaskReadouts, self.partners).note(self.name, given_to(module, args, kwargs))
+        self.partners.note(self.name, given_to(module, args, kwargs))
 
 
 class _MaskHook(PartnerHook):
     """Stands before the modules that the layers lie in, one of which is told the positions that count."""
+
+    partners: TaskReadouts
 
     def __init__(self, partners: TaskReadouts, is_first: bool) -> None:
         super().__init__(partners)
@@ -331,8 +324,8 @@ class _MaskHook(PartnerHook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         if self.is_first:  # a call before this one may never have come to the classifier
-            cast(TaskReadouts, self.partners).seen.take()
-        cast(TaskReadouts, self.partners).note(MASK, mask_of(module, args, kwargs))
+            self.partners.seen.take()
+        self.partners.note(MASK, mask_of(module, args, kwargs))
 
 
 class ReadoutPart(PartnerPart):

@@ -31,6 +31,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
     what = "modules_to_save"  # for messages
     other_param_names = ("modules_to_save",)  # what is no weight of the base, for PEFT
     adds_when_merged = False  # whether what several tasks have here adds, once it is merged
+    idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
 
     def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
         nn.Module.__init__(self)
@@ -127,7 +128,8 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
     def shown_task(self) -> str | None:
         """The task whose module is called now; None for the model's own."""
         names = self._active_adapter if self._merged is None else self._merged
-        return None if self._disable_adapters else next((name for name in names if name in self._adapters), None)
+        acting = (name for name in names if name in self._adapters and name != self.idle_slot)
+        return None if self._disable_adapters else next(acting, None)
 
     def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
         return True
