@@ -267,8 +267,8 @@ class Merging:
             for other in inside:
                 other.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
-            for other in inside:
-                other.unmerge_if_merged()
+            for other in (other for other in inside if other.merged):
+                other.unmerge()
             self.unmerge()
         base = self.get_base_layer()
         if self.weight_parameter is None:

@@ -15,6 +15,7 @@ from ..composition.mixed_batch import MixedBatch
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
+from ..names import lies_in
 from ..planning.heads import head_names
 from .base import Place, Request, TaskPart
 from .head_building import (
@@ -276,8 +277,8 @@ def _head_trained_outside_tasks(model: nn.Module) -> str | None:
     reads words out."""
     modules, embeddings = plain_modules(model), getattr(model, "get_output_embeddings", lambda: None)()
     for head in sorted(head_names(model)):
-        within = {name: unwrapped(m) for name, m in modules.items() if name == head or name.startswith(f"{head}.")}
-        own = [unwrapped_module(m) for m in within.values() if not isinstance(m, TaskHolder)]
+        within = [module for name, module in modules.items() if lies_in(name, [head])]
+        own = [unwrapped_module(m) for m in within if not isinstance(unwrapped(m), TaskHolder)]
         trained = [p for m in own if m is not embeddings for key, p in m._parameters.items() if p is not None and key != "bias"]
         if any(parameter.requires_grad for parameter in trained):
             return head

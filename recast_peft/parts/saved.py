@@ -42,18 +42,13 @@ class SavedModule(Piece):
     def beside(self, owned: Collection[str]) -> list[SavedModule]:
         if lies_in(self.place, owned) or not any(lies_in(name, [self.place]) for name in owned):
             return super().beside(owned)
-        if any(True for _ in (*self.module.parameters(recurse=False), *self.module.buffers(recurse=False))):
+        if [*self.module.parameters(recurse=False), *self.module.buffers(recurse=False)]:
             raise RecastConfigError(
                 f"modules_to_save names {self.place}, which holds tensors of its own beside {sorted(owned)[0]}, that the task "
                 "owns already: name other modules of it one by one"
             )
         children = ((f"{self.place}.{name}", child) for name, child in self.module.named_children())
-        return [
-            piece
-            for name, child in children
-            if any(True for _ in child.state_dict())
-            for piece in SavedModule(name, child).beside(owned)
-        ]
+        return [piece for name, child in children if child.state_dict() for piece in SavedModule(name, child).beside(owned)]
 
 
 class SavedPart(TaskPart):
@@ -165,9 +160,10 @@ def find_norms(model: nn.Module) -> list[str]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalisation layer that holds parameters or running statistics."""
-    holds = any(t is not None for t in (*module._parameters.values(), *module._buffers.values()))
-    is_leaf = not any(True for child in module.children() for _ in (*child.parameters(), *child.buffers()))
-    return "Norm" in type(module).__name__ and holds and is_leaf
+    if "Norm" not in type(module).__name__:
+        return False
+    holds = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return bool(holds) and not any([*child.parameters(), *child.buffers()] for child in module.children())
 
 
 class TaskNorm(ScaledModule):
@@ -183,7 +179,7 @@ class TaskNorm(ScaledModule):
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         """Two norms of one input are one norm, of the mix of both; not so with statistics, or an activation inside."""
-        has_more = any(True for _ in self.original_module.buffers()) or any(True for _ in self.original_module.children())
+        has_more = bool([*self.original_module.buffers(), *self.original_module.children()])
         if self.scaling.get(adapter_name, 1.0) in (0, 1) or not has_more:
             return None
         return (

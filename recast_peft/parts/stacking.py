@@ -131,14 +131,9 @@ class Stacked(Mixed):
         layer = self.recast_beside[0]
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge_if_merged()
-        return layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-
-    def unmerge_if_merged(self) -> None:
-        """Unmerge without PEFT's warning where nothing is merged."""
-        if self.merged:  # type: ignore[attr-defined]
+        elif self.merged:  # type: ignore[attr-defined]
             self.unmerge()
+        return layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
 
 def _refuse_places(other: nn.Module, method: str, layer: RecastLayer, place: str) -> None:
