@@ -15,7 +15,7 @@ from ..composition.compose import compose_weight
 from ..errors import RecastBankError, RecastConfigError
 from ..growth.sources import check_plain
 from ..layer import RecastLayer, recast_layers
-from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
+from ..mimicry.features import captured_outputs, evaluating, main_tensor, run_on
 from ..mimicry.fidelity import EXACT, Fidelity, measure_fidelity
 from ..names import block_of, unwrapped
 from ..planning.table import text_table
@@ -232,9 +232,8 @@ def _compare_features(
 
 
 def _run(model: nn.Module, blocks: list[str], batch: Any) -> dict[str, Tensor]:
-    args, kwargs = call_arguments(batch, device_of(model))
     with evaluating(model), torch.no_grad(), captured_outputs(model, blocks) as outputs:
-        result = main_tensor(model(*args, **kwargs))
+        result = main_tensor(run_on(model, batch))
     found = {name: outputs[name] for name in blocks if name in outputs}
     return found if result is None else {**found, "output": result}
 

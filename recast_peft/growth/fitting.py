@@ -18,7 +18,7 @@ from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
-from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor
+from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor, run_on
 from ..names import block_of
 from ..planning.candidates import Candidate
 from ..planning.groups import PlannedGroup
@@ -51,20 +51,20 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     data = _as_list(batches)
     if method.needs_data and groups and not data:
         raise RecastConfigError(f"mimicry {method.name!r} needs a few batches: fit_bank(model, config, batches)")
+    members = {group.name: [targets[name] for name in group.members] for group in groups}
     fitted: dict[str, FittedTemplates] = {}
     for chunk in _chunks(groups, method.max_moment_bytes if isinstance(method, DataAware) else None):
         moments: dict[str, Tensor | None] = {}
         if method.needs_data:
-            moments = input_moments(model, [targets[name] for group in chunk for name in group.members], data)
+            moments = input_moments(model, [member for group in chunk for member in members[group.name]], data)
         for group in chunk:
-            members = [targets[name] for name in group.members]
             own = [moments[name] for name in group.members] if method.needs_data else None
-            weights = [_as_matrix(member, member.weight) for member in members]
+            weights = [_as_matrix(member) for member in members[group.name]]
             found = method.fit(weights, group.num_templates, label=group.name, moments=own)
-            fitted[group.name] = _in_shape(members[0], found, weights)
+            fitted[group.name] = _in_shape(members[group.name][0], found, weights)
     if isinstance(method, DataAware) and groups:
-        fitted = select(model, groups, targets, fitted, list(islice(data, method.select_batches)))
-        fitted = distill(model, groups, targets, fitted, data, method)
+        fitted = select(model, members, fitted, list(islice(data, method.select_batches)))
+        fitted = distill(model, members, fitted, data, method)
     stored = {group.name: StoredGroup.of(group.members, fitted.get(group.name)) for group in plan.groups}
     fingerprints = {name: target.fingerprint for name, target in targets.items()}
     return StoredBank(stored, fingerprints, method.to_dict())
@@ -99,10 +99,10 @@ def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[Plan
     return chunks
 
 
-def _as_matrix(target: Candidate, weight: Tensor) -> Tensor:
-    """A weight with its outputs first: that of a transposed linear layer is turned."""
-    kind = family_of(target.module)
-    return weight.detach() if kind is None else kind.as_matrix(weight.detach()).contiguous()
+def _as_matrix(target: Candidate) -> Tensor:
+    """A target's weight with its outputs first: that of a transposed linear layer is turned."""
+    kind, weight = family_of(target.module), target.weight.detach()
+    return weight if kind is None else kind.as_matrix(weight).contiguous()
 
 
 def _in_shape(target: Candidate, found: Recipe | FittedTemplates, weights: Sequence[Tensor]) -> FittedTemplates:
@@ -146,15 +146,13 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
 
         return hook
 
-    device = device_of(model)
     with ExitStack() as hooks, evaluating(model), torch.no_grad():
         for target in targets:
             columns = rows_of(target.module)
             if columns is not None:
                 hooks.enter_context(target.module.register_forward_pre_hook(watch(target, columns)))
         for batch in batches:
-            args, kwargs = call_arguments(batch, device)
-            model(*args, **kwargs)
+            run_on(model, batch)
     silent = [target.name for target in targets if target.name not in sums]
     if silent:
         warnings.warn(
@@ -186,8 +184,7 @@ def output_change(model: nn.Module, weights: dict[str, Tensor], batches: Iterabl
 
 def select(
     model: nn.Module,
-    groups: Sequence[PlannedGroup],
-    targets: dict[str, Candidate],
+    members: Mapping[str, Sequence[Candidate]],
     first: dict[str, FittedTemplates],
     batches: Sequence[Any],
 ) -> dict[str, FittedTemplates]:
@@ -198,30 +195,25 @@ def select(
     """
     if not batches:
         return first
-    device = device_of(model)
-    wanted = []
     with evaluating(model), torch.no_grad():
-        for batch in batches:
-            args, kwargs = call_arguments(batch, device)
-            output = main_tensor(model(*args, **kwargs))
-            if output is None:
-                return first  # an output without numbers to compare
-            wanted.append(output)
+        outputs = [main_tensor(run_on(model, batch)) for batch in batches]
+    wanted = [output for output in outputs if output is not None]
+    if len(wanted) < len(batches):
+        return first  # an output without numbers to compare
 
     def change_of(fits: dict[str, FittedTemplates]) -> float:
-        leaves = {name: (fit.templates.float(), fit.base.to(fit.templates.device).float()) for name, fit in fits.items()}
-        return output_change(model, _composed(groups, targets, leaves), batches, wanted)
+        return output_change(model, _composed(members, _in_float32(fits)), batches, wanted)
 
     second = {}
-    for group in groups:
-        weights = [_as_matrix(targets[name], targets[name].weight) for name in group.members]
-        recipe = ClosedForm().fit(weights, group.num_templates)
-        second[group.name] = _in_shape(targets[group.members[0]], recipe, weights)
+    for name, own in members.items():
+        weights = [_as_matrix(member) for member in own]
+        recipe = ClosedForm().fit(weights, len(first[name].templates))
+        second[name] = _in_shape(own[0], recipe, weights)
     changes = change_of(first), change_of(second)
     best, other = (first, second) if changes[0] <= changes[1] else (second, first)
     best, least = dict(best), min(changes)
-    for group in groups:
-        tried = {**best, group.name: other[group.name]}
+    for name in members:
+        tried = {**best, name: other[name]}
         change = change_of(tried)
         if change < least:
             best, least = tried, change
@@ -233,8 +225,7 @@ def select(
 
 def distill(
     model: nn.Module,
-    groups: Sequence[PlannedGroup],
-    targets: dict[str, Candidate],
+    members: Mapping[str, Sequence[Candidate]],
     fitted: dict[str, FittedTemplates],
     batches: Sequence[Any],
     method: DataAware,
@@ -250,11 +241,8 @@ def distill(
     if not method.distill_steps:
         return fitted
     leaves = {
-        g.name: (
-            fitted[g.name].templates.float().clone().requires_grad_(),
-            fitted[g.name].base.to(fitted[g.name].templates.device, torch.float32).clone().requires_grad_(),
-        )
-        for g in groups
+        name: (templates.clone().requires_grad_(), base.clone().requires_grad_())
+        for name, (templates, base) in _in_float32(fitted).items()
     }
     flat = [leaf for pair in leaves.values() for leaf in pair]
     rate = method.distill_learning_rate
@@ -263,7 +251,7 @@ def distill(
         + [{"params": [base for _, base in leaves.values()], "lr": rate}]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, method.distill_steps)
-    blocks = sorted({block_of(name) for group in groups for name in group.members})
+    blocks = sorted({block_of(member.name) for own in members.values() for member in own})
     device = device_of(model)
     steps = islice(cycle(batches), method.distill_steps)
     bar = tqdm(steps, "distillation", method.distill_steps, delay=2, leave=False, disable=not method.progress)
@@ -274,7 +262,7 @@ def distill(
                 model(*args, **kwargs)
             wanted = dict(outputs)
             with torch.enable_grad():
-                torch.func.functional_call(model, _composed(groups, targets, leaves), args, kwargs)
+                torch.func.functional_call(model, _composed(members, leaves), args, kwargs)
                 loss = sum((outputs[b] - wanted[b]).square().mean() / wanted[b].square().mean() for b in wanted) / len(wanted)
                 gradients = torch.autograd.grad(loss, flat)  # type: ignore[arg-type]
             for leaf, gradient in zip(flat, gradients, strict=True):
@@ -287,14 +275,16 @@ def distill(
     }
 
 
-def _composed(
-    groups: Sequence[PlannedGroup], targets: dict[str, Candidate], leaves: dict[str, tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
+def _in_float32(fits: Mapping[str, FittedTemplates]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Templates and base coefficients of every group, on the templates' device."""
+    return {name: (fit.templates.float(), fit.base.to(fit.templates.device, torch.float32)) for name, fit in fits.items()}
+
+
+def _composed(members: Mapping[str, Sequence[Candidate]], leaves: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """The composed weights by the names of the parameters whose place they take."""
     weights = {}
-    for group in groups:
-        templates, base = leaves[group.name]
-        for member, weight in zip(group.members, torch.tensordot(base, templates, dims=1), strict=True):
-            target = targets[member]
-            weights[f"{member}.{target.weight_name}"] = weight.to(target.weight.dtype)
+    for name, own in members.items():
+        templates, base = leaves[name]
+        for member, weight in zip(own, torch.tensordot(base, templates, dims=1), strict=True):
+            weights[f"{member.name}.{member.weight_name}"] = weight.to(member.weight.dtype)
     return weights

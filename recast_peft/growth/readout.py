@@ -20,7 +20,7 @@ from ..banks.grown_templates import GrownTemplates
 from ..composition.kinds import family_of
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import plain_modules
-from ..mimicry.features import call_arguments, device_of, evaluating
+from ..mimicry.features import evaluating, run_on
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
 from ..parts.readout import fingerprints_of, fitted, given_to, mask_of, modules_around, pooled
@@ -109,10 +109,8 @@ def readout_bank(
         offset=-templates.float() @ torch.cat(means),
         pools=pools,
     )
-    fingerprints = fingerprints_of(members, find_candidates(model))
-    return StoredBank(
-        {"readout": group}, fingerprints, {"method": "readout", "examples": len(flat), "variance": round(kept, 4)}
-    )
+    made = {"method": "readout", "examples": len(flat), "variance": round(kept, 4)}
+    return StoredBank({"readout": group}, fingerprints_of(members, find_candidates(model)), made)
 
 
 def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: Inputs) -> tuple[list[str], bool]:
@@ -137,14 +135,14 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: In
     layers = [name for name in layers if lies_in(name, chosen)]
     with _reading(model, layers, head) as read:
         inputs, x, _ = read(some)
-    widest: dict[str, tuple[int, str]] = {}
+    widest: dict[str, str] = {}  # by block
     for name in layers:
         block = next(b for b in blocks if lies_in(name, {b}))
-        if name in inputs and _fits(inputs[name], x) and inputs[name].shape[-1] >= widest.get(block, (0, ""))[0]:
-            widest[block] = inputs[name].shape[-1], name
+        if name in inputs and _fits(inputs[name], x) and inputs[name].shape[-1] >= inputs[widest.get(block, name)].shape[-1]:
+            widest[block] = name
     if not widest:
         raise RecastTargetError("no layer of the model reads what its classifier could: name layers with target_modules")
-    return [name for name in layers if any(name == layer for _, layer in widest.values())], x.ndim == 2
+    return [name for name in layers if name in widest.values()], x.ndim == 2
 
 
 def _fits(given: Tensor, x: Tensor) -> bool:
@@ -198,26 +196,28 @@ def _reading(
     What members read is pooled where it is asked for: as a whole it may not fit in memory.
     """
     inputs: dict[str, Tensor] = {}
-    masks: list[Tensor | None] = []
+    mask: Tensor | None = None  # the last one that a module was given
     modules = plain_modules(model)
 
     def note(name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x = given_to(module, args, kwargs)
             if x is not None:
-                inputs[name] = pooled(x, _last(masks)) if pools and name != head else x
+                inputs[name] = pooled(x, mask) if pools and name != head else x
 
         return hook
 
     def note_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        masks.append(mask_of(module, args, kwargs))
+        nonlocal mask
+        given = mask_of(module, args, kwargs)
+        mask = mask if given is None else given
 
     @torch.no_grad()
     def read(some: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        nonlocal mask
         inputs.clear()
-        masks.clear()
-        args, kwargs = call_arguments(some, device_of(model))
-        model(*args, **kwargs)
+        mask = None
+        run_on(model, some)
         x = inputs.pop(head, None)
         if x is None:
             raise RecastTargetError(f"{head} is not called when the model is, or with no tensor: name another head_module")
@@ -226,7 +226,7 @@ def _reading(
                 f"{head} reads {tuple(x.shape)}: expected (samples, features) or (samples, positions, features). Name the "
                 "layer in it that reads these with head_module"
             )
-        return dict(inputs), x, _last(masks)
+        return dict(inputs), x, mask
 
     noted = [(modules[name], note(name)) for name in (*members, head)]
     # a module inside may be given fewer positions than the model
@@ -235,11 +235,6 @@ def _reading(
         for module, hook in noted:
             hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield read
-
-
-def _last(masks: list[Tensor | None]) -> Tensor | None:
-    """The last one that is known."""
-    return next((mask for mask in reversed(masks) if mask is not None), None)
 
 
 def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:

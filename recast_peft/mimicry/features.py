@@ -39,6 +39,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """What a model gives for a batch of any form that ``call_arguments`` knows."""
+    args, kwargs = call_arguments(batch, device_of(model))
+    return model(*args, **kwargs)
+
+
 def main_tensor(output: Any) -> Tensor | None:
     """The tensor that an output is about: itself, logits or hidden state by name, or the first tensor in it."""
     if isinstance(output, Tensor):
