@@ -16,7 +16,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,32 +94,27 @@ def practice_bank(
     check_arguments(optional(COUNT), num_templates=num_templates)
     check_arguments(flag, scales=scales)
     check_arguments(one_of("biases", "weights"), of=of)
-    check_arguments(function, features=features or mean_features)
+    check_arguments(optional(function), features=features)
     check_arguments(number_above(0), lr=lr)
     check_arguments(SEED, seed=seed)
     families: list[Any] = list(family) if isinstance(family, Sequence) else [family]
     if not families or any(isinstance(one, type) or not callable(getattr(one, "make", None)) for one in families):
         raise RecastConfigError(f"family={shown(family)}: expected an object with a method make, such as KnownPictures()")
     check_data(data)
-    is_of_biases = of == "biases"
-    if is_of_biases and config is not None:
+    if of == "biases" and config is not None:
         raise RecastConfigError("practice_bank(of='biases') trains all biases and takes no config")
-    if not is_of_biases and (group_size != 1 or scales):
+    if of == "weights" and (group_size != 1 or scales):
         raise RecastConfigError(
             "practice_bank(of='weights') takes no group_size and no scales: give config=RecastConfig(group_size=...)"
         )
-    generator = torch.Generator().manual_seed(seed)
-    plan = None if is_of_biases else plan_recast(model, config or RecastConfig(group_size=1))
-    targets = None if plan is None else [target.name for target in plan.candidates if takes_lora(target)]
-    if targets == [] or (is_of_biases and not bias_places(model)):
+    targets = _lora_targets(model, config) if of == "weights" else None
+    if targets is None and not bias_places(model):
         raise RecastTargetError(
             "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
-            if is_of_biases
-            else "practice_bank(of='weights') trains LoRAs, and PEFT has none for the targets: give the config target_modules"
         )
     in_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
-    how: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features}
-    train = partial(_train, generator=generator, **how)
+    generator = torch.Generator().manual_seed(seed)
+    how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features, "generator": generator}
     data = _in_float32(data) if in_half else data
     moved, names = [], []
     for index in tqdm(range(tasks), desc="practice", disable=not progress):
@@ -132,13 +126,24 @@ def practice_bank(
         copied = copy.deepcopy(model)
         if in_half:
             copied = copied.float()  # small steps would be rounded away
-        moved.append(_trained(copied, targets, scales, seed, partial(train, task)))
-    if plan is not None:
-        bank = grow_bank(model, moved, config, num_templates=num_templates)
-    else:
+        moved.append(_trained(task, copied, targets, scales, seed, how))
+    if targets is None:
         bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
+    else:
+        bank = grow_bank(model, moved, config, num_templates=num_templates)
     made = dict(bank.mimicry) if isinstance(bank.mimicry, Mapping) else {}
     return replace(bank, mimicry={**made, "sources": names})
+
+
+def _lora_targets(model: nn.Module, config: RecastConfig | None) -> list[str]:
+    """The target modules that a LoRA can be trained on."""
+    candidates = plan_recast(model, config or RecastConfig(group_size=1)).candidates
+    targets = [target.name for target in candidates if takes_lora(target)]
+    if not targets:
+        raise RecastTargetError(
+            "practice_bank(of='weights') trains LoRAs, and PEFT has none for the targets: give the config target_modules"
+        )
+    return targets
 
 
 def _in_float32(data: Inputs) -> Inputs:
@@ -163,7 +168,7 @@ def mean_features(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _trained(
-    model: nn.Module, targets: list[str] | None, scales: bool, seed: int, train: Callable[..., None]
+    task: PracticeTask, model: nn.Module, targets: list[str] | None, scales: bool, seed: int, how: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The parameters that training on a task moved, by the names of the plain model."""
     model.requires_grad_(False)
@@ -180,7 +185,7 @@ def _trained(
                 place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
     free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     with evaluating(trained):
-        train(trained, free)
+        _train(task, trained, free, **how)
     if targets is not None:
         state = trained.merge_and_unload().state_dict()  # type: ignore[operator]
         return {f"{name}.weight": state[f"{name}.weight"] for name in targets if f"{name}.weight" in state}
