@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -147,42 +147,37 @@ def compress_adapters(
     check_arguments(optional(COUNT), rank=rank)
     named = _named(adapters)
     found = _read(model, named)
-    moved = sorted({module for pairs, _, _ in found.values() for module in pairs})
+    moved = sorted({module for own in found.values() for module in own.pairs})
     if not moved:
         raise RecastBankError(f"none of the adapters {', '.join(named)} moves a module of the model")
     plan = plan_recast(model, config or RecastConfig(target_modules=moved, group_size=1))
-    rank = rank or max(left.shape[1] for pairs, _, _ in found.values() for left, _ in pairs.values())
+    rank = rank or max(left.shape[1] for own in found.values() for left, _ in own.pairs.values())
     groups: dict[str, StoredGroup] = {}
     coefficients: dict[str, dict[str, Tensor]] = {name: {} for name in found}
     kept = dict.fromkeys(found, 0.0)
     for planned in tqdm(plan.groups, desc="groups", delay=2, disable=not progress):
-        owners = [(name, member) for member in planned.members for name in found if member in found[name][0]]
+        owners = [(name, member) for member in planned.members for name in found if member in found[name].pairs]
         if not owners:
             continue
-        templates, numbers, energies = _fitted(planned, [found[n][0][m] for n, m in owners], num_templates, rank)
+        templates, numbers, energies = _fitted(planned, [found[n].pairs[m] for n, m in owners], num_templates, rank)
         groups[planned.name] = StoredGroup(planned.members, grown=templates)
-        by_owner = dict(zip(owners, numbers, strict=True))
-        for name in found:
-            for member in planned.members:
-                coefficients[name][member] = by_owner.get((name, member), torch.zeros(len(templates)))
-        for (name, _), energy in zip(owners, energies, strict=True):
+        for own in coefficients.values():
+            own.update({member: torch.zeros(len(templates)) for member in planned.members})
+        for (name, member), own_numbers, energy in zip(owners, numbers, energies, strict=True):
+            coefficients[name][member] = own_numbers
             kept[name] += energy
     if not groups:
         raise RecastBankError("none of the adapters moves a target module of the config")
-    bank = _bank(plan.candidates, groups, named, rank)
-    wholes = {name: sum(float(_inner_products([pair], [pair])) for pair in found[name][0].values()) for name in found}
+    targets = {target.name: target for target in plan.candidates}
+    fingerprints = {member: targets[member].fingerprint for group in groups.values() for member in group.members}
+    made = {"method": "grown", "sources": [*map(origin_of, named.values())], "rank": rank, "of": "adapters"}
+    bank = StoredBank(groups, fingerprints, made)
+    wholes = {name: sum(float(_inner_products([pair], [pair])) for pair in found[name].pairs.values()) for name in found}
     errors = {name: max(0.0, 1 - kept[name] / whole) ** 0.5 if whole else 0.0 for name, whole in wholes.items()}
     numbers_of_all = sum(v.numel() for own in coefficients.values() for v in own.values())
-    before = sum(size for _, size, _ in found.values())
-    left_out = {name: beside for name, (_, _, beside) in found.items()}
+    before = sum(own.nbytes for own in found.values())
+    left_out = {name: own.beside for name, own in found.items()}
     return CompressedAdapters(bank, coefficients, errors, before, bank.nbytes + 4 * numbers_of_all, left_out)
-
-
-def _bank(candidates: Sequence[Any], groups: dict[str, StoredGroup], named: Mapping[str, Adapter], rank: int) -> StoredBank:
-    members = {member for group in groups.values() for member in group.members}
-    fingerprints = {target.name: target.fingerprint for target in candidates if target.name in members}
-    made = {"method": "grown", "sources": [origin_of(adapter) for adapter in named.values()], "rank": rank, "of": "adapters"}
-    return StoredBank(groups, fingerprints, made)
 
 
 # ---------------------------------------------------------------- closed form
@@ -277,13 +272,18 @@ def _active_of(model: PeftModel) -> str:
     return active[0]
 
 
-Found = tuple[dict[str, Pair], int, tuple[str, ...]]  # matrices by module, their bytes, what else there is
+class _Found(NamedTuple):
+    """What is read of a LoRA: its matrices by module, their bytes, and what else it has."""
+
+    pairs: dict[str, Pair]
+    nbytes: int
+    beside: tuple[str, ...]
 
 
-def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, Found]:
+def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, _Found]:
     """The low-rank matrices of every adapter; those of files are read onto one copy of the model."""
     holder: PeftModel | None = None
-    found: dict[str, Found] = {}
+    found: dict[str, _Found] = {}
     for name, adapter in named.items():
         if isinstance(adapter, PeftModel):
             found[name] = _matrices(model, adapter, _active_of(adapter), name)
@@ -292,11 +292,9 @@ def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, Found]:
         else:
             holder = _load(model if holder is None else holder, str(adapter), name)
             found[name] = _matrices(model, holder, name, name)
-        beside = found[name][2]
+        beside = ", ".join(found[name].beside)
         if beside:
-            warnings.warn(
-                f"the adapter {name!r} has more than low-rank matrices, which is left out: {', '.join(beside)}", stacklevel=4
-            )
+            warnings.warn(f"the adapter {name!r} has more than low-rank matrices, which is left out: {beside}", stacklevel=4)
     return found
 
 
@@ -309,13 +307,13 @@ def _load(model: nn.Module, path: str, name: str) -> PeftModel:
                 "can be merged"
             )
         return loaded(model, path, name, autocast_adapter_dtype=False)
+    except RecastBankError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RecastBankError):
-            raise
         raise RecastBankError(f"the adapter {path!r} cannot be read: {error}") from error
 
 
-def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) -> Found:
+def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) -> _Found:
     if adapter not in peft_model.peft_config:
         raise RecastBankError(f"the model has no adapter {adapter!r}; it has {', '.join(peft_model.peft_config)}")
     config = _plain_lora(peft_model.peft_config[adapter], name)
@@ -345,7 +343,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
         size += sum(part.weight.numel() * part.weight.element_size() for part in both)
         if layer.lora_B[adapter].bias is not None:
             beside.append(f"the bias of {module}")
-    return {module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside)
+    return _Found({module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside))
 
 
 def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
@@ -364,8 +362,6 @@ def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
 
 def _pair(layer: Any, adapter: str) -> Pair:
     """What a LoRA adds to a weight, as a product of two matrices in float32 on the CPU."""
-    right, left = (part[adapter].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))
-    if right.ndim > 2:
-        right, left = right.flatten(1), left.flatten(1)
+    right, left = (part[adapter].weight.detach().float().cpu().flatten(1) for part in (layer.lora_A, layer.lora_B))
     left = left * layer.scaling[adapter]
     return (right.T, left.T) if getattr(layer, "fan_in_fan_out", False) else (left, right)

@@ -86,8 +86,7 @@ def grow_bias_bank(
         grown = principal_components(moves, (sum(widths),), torch.float32, num_templates, None, False)
         groups[name] = StoredGroup(members, grown=grown, widths=widths)
     fingerprints = {member: weight_fingerprint(biases[member]) for group in groups.values() for member in group.members}
-    made = {"method": "grown", "sources": [origin_of(source) for source in sources], "of": "biases"}
-    return StoredBank(groups, fingerprints, made)
+    return StoredBank(groups, fingerprints, {"method": "grown", "sources": [*map(origin_of, sources)], "of": "biases"})
 
 
 def bias_moves(bank: StoredBank, model: nn.Module, sources: Sequence[Source]) -> dict[str, list[Tensor]]:
@@ -119,22 +118,18 @@ def bias_places(model: nn.Module, target_modules: Sequence[str] | str | None = N
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm whose scale multiplies what it puts out, channel by channel, before its bias is added."""
     kind, scale, bias = kind_of(module), module._parameters.get("weight"), module._parameters.get("bias")
-    return (
-        kind is not None
-        and kind.name.startswith("norm")
-        and scale is not None
-        and bias is not None
-        and scale.shape == bias.shape
-    )
+    if kind is None or scale is None or bias is None:
+        return False
+    return kind.name.startswith("norm") and scale.shape == bias.shape
 
 
 def _moves(model: nn.Module, source: Source, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How far a source moved biases, and scales of norms, by a bank's members."""
-    places = {name: None for name in biases if not name.endswith(".weight") or name.removesuffix(".weight") not in biases}
-    named = {name: (f"{name}.bias" if name in places else name, bias) for name, bias in biases.items()}
+    scales = {name for name in biases if name.endswith(".weight") and name.removesuffix(".weight") in biases}
+    named = {name: (name if name in scales else f"{name}.bias", values) for name, values in biases.items()}
     moves = moves_by_source(model, source, named)
     for name, move in moves.items():
-        if name not in places:  # a channel with a scale of zero shows nothing of itself in the output, so it stays
+        if name in scales:  # a channel with a scale of zero shows nothing of itself in the output, so it stays
             scale = biases[name].detach().float().cpu().abs()
             move[scale < 1e-2 * scale.square().mean().sqrt()] = 0.0
     return moves
@@ -155,8 +150,6 @@ def _groups(places: Sequence[Candidate], moved: set[str], size: int) -> dict[str
 
 def _joined(members: Sequence[str], widths: Sequence[int], vectors: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
     """The task vectors of a group's biases side by side, ``(sum of widths,)``, source by source; zero ones are left out."""
-    joined = []
-    for vector in vectors:
-        parts = [vector.get(member, torch.zeros(width)) for member, width in zip(members, widths, strict=True)]
-        joined.append(torch.cat(parts))
-    return [move for move in joined if bool(move.any())]
+    zeros = {member: torch.zeros(width) for member, width in zip(members, widths, strict=True)}
+    joined = [torch.cat([vector.get(member, zero) for member, zero in zeros.items()]) for vector in vectors]
+    return [move for move in joined if move.any()]

@@ -72,10 +72,8 @@ def grow_bank(
             f"none of the {len(sources)} sources moved a target module\n  targets: {', '.join(list(targets)[:4])}, ...\n"
             "Give the config the target_modules that the sources were trained on."
         )
-    members = {member for group in groups.values() for member in group.members}
-    fingerprints = {name: target.fingerprint for name, target in targets.items() if name in members}
-    made = {"method": "grown", "sources": [origin_of(source) for source in sources], "rank": rank}
-    return StoredBank(groups, fingerprints, made)
+    fingerprints = {member: targets[member].fingerprint for group in groups.values() for member in group.members}
+    return StoredBank(groups, fingerprints, {"method": "grown", "sources": [*map(origin_of, sources)], "rank": rank})
 
 
 @torch.inference_mode(False)
