@@ -189,30 +189,23 @@ def _bank_beside(
             f"{what} adds to the pretrained weights, but compressed banks stand for {released[0]} and {len(released) - 1} "
             "others: convert a fresh copy of the pretrained model"
         )
-    held = [bank for layer in layers for bank in layer.recast_bank.values()]
+    for bank in (bank for layer in layers for bank in layer.recast_bank.values()):
+        if stored is None:
+            is_same = isinstance(bank, DirectionsBank) and bank.num_directions == group.num_directions
+        else:
+            is_same = isinstance(bank, GrownBank) and (bank.members, bank.fingerprint) == (group.members, stored.fingerprint)
+        if is_same:
+            return bank
     if stored is None:
-        own = [bank for bank in held if isinstance(bank, DirectionsBank) and bank.num_directions == group.num_directions]
-        return own[0] if own else _added(DirectionsBank(group.name, group.members, layers, group.num_directions), new)
-    return _grown_bank(group, stored, layers, [bank for bank in held if isinstance(bank, GrownBank)], new)
-
-
-def _added(bank: TemplateBank, new: list[TemplateBank]) -> TemplateBank:
-    new.append(bank)
-    return bank
-
-
-def _grown_bank(
-    group: PlannedGroup, stored: StoredBank, layers: list[RecastLayer], held: list[GrownBank], new: list[TemplateBank]
-) -> TemplateBank:
-    same = [bank for bank in held if bank.members == group.members and bank.fingerprint == stored.fingerprint]
-    if same:
-        return same[0]
-    grown = stored.groups[group.name].grown
-    assert grown is not None
-    # one dictionary for all banks of a file, so that they learn its name together
-    reference = next((b.stored for b in new if b.stored is not None), None) or stored.reference
-    made = stored.version, stored.history, stored.mimicry
-    return _added(GrownBank(group.name, group.members, layers, grown, reference, *made), new)
+        new.append(DirectionsBank(group.name, group.members, layers, group.num_directions))
+    else:
+        grown = stored.groups[group.name].grown
+        assert grown is not None
+        # one dictionary for all banks of a file, so that they learn its name together
+        reference = next((b.stored for b in new if b.stored is not None), None) or stored.reference
+        made = stored.version, stored.history, stored.mimicry
+        new.append(GrownBank(group.name, group.members, layers, grown, reference, *made))
+    return new[-1]
 
 
 def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:
