@@ -146,30 +146,29 @@ def combine_heads(heads: dict[str, PreparedHead | None], weights: Sequence[float
         )
     if choice in (None, "none"):
         return None
-    first = next(iter(heads.values()))
+    first = next(iter(heads))
     if choice == "first":
-        if first is None:
-            raise RecastConfigError(f"heads='first': the first task {next(iter(heads))!r} has no classifier of its own")
-        return first
-    return _summed_head(heads, weights)
-
-
-def _summed_head(heads: dict[str, PreparedHead | None], weights: Sequence[float]) -> PreparedHead:
-    for name, head in heads.items():
-        if head is None:
+        if first not in present:
+            raise RecastConfigError(f"heads='first': the first task {first!r} has no classifier of its own")
+        return present[first]
+    for name in heads:
+        if name not in present:
             raise RecastConfigError(f"heads='linear': the task {name!r} has no classifier of its own")
-    prepared = [head for head in heads.values() if head is not None]
-    first = prepared[0]
-    for name, head in zip(heads, prepared, strict=True):
+    return _summed_head(present, weights)
+
+
+def _summed_head(heads: dict[str, PreparedHead], weights: Sequence[float]) -> PreparedHead:
+    first_name, first = next(iter(heads.items()))
+    for name, head in heads.items():
         if head.shapes() != first.shapes() or head.labels.id2label != first.labels.id2label:
             raise RecastConfigError(
                 f"heads='linear': the classifiers have other classes and cannot be added\n"
-                f"  {next(iter(heads))}: {first.labels.num_classes} classes\n  {name}: {head.labels.num_classes} classes\n"
+                f"  {first_name}: {first.labels.num_classes} classes\n  {name}: {head.labels.num_classes} classes\n"
                 "Use heads='first' or heads='none'."
             )
     summed = dataclasses.replace(first, module=copy.deepcopy(first.module))
     for key, value in summed.module.state_dict().items():
-        states = [head.module.state_dict()[key].flatten() for head in prepared]
+        states = [head.module.state_dict()[key].flatten() for head in heads.values()]
         value.copy_(combine_rows(states, weights).view_as(value))
     return summed
 
