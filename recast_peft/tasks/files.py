@@ -53,7 +53,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
         for member in group.members
     }
     shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
-    optional = _optional(model, config, plan.targets)
+    optional = _of_the_base(model, config.bias, plan.targets)
     known = {**shapes, **optional}
     entries = read_entries(folder, hub_kwargs, what, config)
     given = {_key_of(key, known, record.renamed): value for key, value in entries.items()}
@@ -108,10 +108,10 @@ def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str, config: 
         raise RecastLoadError(f"the coefficients of {what} cannot be read: {error}") from error
 
 
-def _optional(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> Shapes:
+def _of_the_base(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Shapes:
     """What a file may hold of the base: its biases if asked for, and embeddings, which PEFT stores once they were resized."""
     shared = {key: tuple(tensor.shape) for key, tensor in shared_entries(model).items()}
-    return {**_biases(model, config.bias, targets), **shared}
+    return {**_biases(model, bias, targets), **shared}
 
 
 def _biases(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Shapes:
@@ -130,15 +130,16 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
             that was made for this file is taken out of the model again.
         RecastConfigError: if the task is merged.
     """
-    check_not_merged(backbone_of(model), adapter_name)
+    backbone = backbone_of(model)
+    check_not_merged(backbone, adapter_name)
     unfilled = getattr(getattr(model, "base_model", None), "forget_unfilled", None)
     try:
         renamed = None if config.record is None else config.record.renamed
         entries = task_entries(model, adapter_name, config)
-        optional = {**_biases(backbone_of(model), "all"), **_optional(backbone_of(model), config, ())}  # as PEFT takes them
+        optional = _of_the_base(backbone, "all")  # as PEFT takes them
         known = {**entries, **optional}
         given = {_key_of(_prefixed(key), known, renamed): value for key, value in state_dict.items()}
-        biases = _biases(backbone_of(model), config.bias)
+        biases = _biases(backbone, config.bias)
         # what is missing would stay what it is in the model
         needed = entries.keys() - biases.keys() if biases.keys().isdisjoint(given) else {*entries, *biases}
         optional = {key: shape for key, shape in optional.items() if key not in needed}

@@ -32,7 +32,7 @@ from .conversion import (
     prepare_layers,
 )
 from .files import check_task_file
-from .surroundings import surroundings_fingerprint, warn_of_other_surroundings
+from .surroundings import surroundings_fingerprint, warn_of_difference
 
 
 @dataclass
@@ -108,8 +108,8 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     surroundings = config.surroundings_fingerprint
     if config.record is None or not config.record.is_stored or config.record.renamed is not None:
         surroundings = surroundings_fingerprint(model, plan.targets)
-    elif is_same_base:
-        warn_of_other_surroundings(model, plan.targets, surroundings)
+    elif is_same_base and surroundings is not None:
+        warn_of_difference(surroundings, surroundings_fingerprint(model, plan.targets))
     layers = prepare_layers(targets, fingerprints)
     banks = prepare_banks(plan, config, layers)
     compressed = {name for name, layer in layers.items() if layer.bank is not None and not layer.bank.is_anchored}

@@ -64,13 +64,8 @@ def _tensors(model: nn.Module, targets: Collection[str]) -> Iterator[Tensor]:
         yield from (t for t in (*weights, *buffers) if t is not None and t.is_floating_point() and t.numel())
 
 
-def warn_of_other_surroundings(model: nn.Module, targets: Collection[str], recorded: str | None) -> None:
-    """Warn if what a model has beside a task's targets is not what the task was learned on."""
-    warn_of_difference(recorded, None if recorded is None else surroundings_fingerprint(model, targets))
-
-
 def warn_of_difference(recorded: str | None, actual: str | None, task: str = "the task") -> None:
-    """The same for a fingerprint of the model that is known; None on either side says nothing."""
+    """Warn if what a model has beside a task's targets is not what the task was learned on; None says nothing."""
     if recorded is not None and actual is not None and not same_weight(recorded, actual):
         warnings.warn(
             f"The target modules have the weights that {task} was learned on, but other weights, norms or running statistics "
