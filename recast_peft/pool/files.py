@@ -35,7 +35,7 @@ from .layout import PoolLayout, banks_of
 from .routing import TaskFeatures
 
 FORMATS = ("recast-task-pool-1", "recast-task-pool-2")
-AT_ONCE = 1024  # classifiers that are looked at together
+AT_ONCE = 1024  # tasks that are looked at together
 LAYOUT = ("groups", "recipes", "base_fingerprint", "bank", "heads", "remembered")  # JSON in the file's metadata
 # and what later versions added, as it is taken of files without it
 ADDED = {
@@ -55,7 +55,7 @@ class PackedTasks:
 
     def damaged(self) -> list[int]:
         """Places of tasks with numbers that are not finite."""
-        bad = {*(~torch.isfinite(self.table).all(dim=1)).nonzero().flatten().tolist()}
+        bad = {*_damaged_rows(self.table)}
         apart: dict[int, list[int]] = {}  # by kind: places of classifiers that are in no block
         blocks: dict[int, tuple[Tensor, ...]] = {}
         for place, head in self.heads.items():
@@ -67,18 +67,8 @@ class PackedTasks:
             for start in range(0, len(places), AT_ONCE):
                 some = places[start : start + AT_ONCE]
                 for tensors in zip(*(self.heads[place].held() for place in some), strict=True):
-                    bad |= {
-                        place
-                        for place, is_finite in zip(some, _finite_rows(torch.stack(tensors)), strict=True)
-                        if not is_finite
-                    }
-        damaged = {
-            (number, row)
-            for number, block in blocks.items()
-            for tensor in block
-            for row, is_finite in enumerate(_finite_rows(tensor))
-            if not is_finite
-        }
+                    bad.update(some[row] for row in _damaged_rows(torch.stack(tensors)))
+        damaged = {(number, row) for number, block in blocks.items() for tensor in block for row in _damaged_rows(tensor)}
         if damaged:
             bad |= {place for place, head in self.heads.items() if (id(head.block), head.row) in damaged}
         return sorted(bad)
@@ -95,9 +85,10 @@ class PackedTasks:
         )
 
 
-def _finite_rows(values: Tensor) -> list[bool]:
-    """Which of ``(classifiers, ...)`` are finite."""
-    return [flag for some in values.split(AT_ONCE) for flag in torch.isfinite(some).flatten(1).all(dim=1).tolist()]
+def _damaged_rows(values: Tensor) -> list[int]:
+    """Which of ``(tasks, ...)`` hold numbers that are not finite."""
+    is_finite = torch.cat([torch.isfinite(some).flatten(1).all(dim=1) for some in values.split(AT_ONCE)])
+    return (~is_finite).nonzero().flatten().tolist()
 
 
 def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None:
