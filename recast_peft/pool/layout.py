@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig, readout_holders
 from ..planning.plan import SAID_BY_BANK
 from ..tasks.arithmetic import refusals_to_combine
+from ..tasks.banks import versions_of
 from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
@@ -43,7 +45,8 @@ class PoolLayout:
     """The layout of a pool's rows.
 
     Attributes:
-        slices: columns of a row, by target module, by the names of biases, and last by those of the factors of a LoRA part.
+        sizes: numbers of a row, by target module, by the names of biases, and last by those of the factors of a LoRA part.
+        slices: columns of a row, by the same names.
         width: numbers of one task.
         lora: the LoRA part of the tasks; without columns if they have none.
     """
@@ -52,16 +55,14 @@ class PoolLayout:
         self.backbone, self.config, self.slot = backbone, config, slot
         self.layers = {name: layer for name, layer in recast_layers(backbone).items() if slot in layer.recast_bank}
         self.bias_owners = bias_owners(backbone, slot)
-        sizes = {name: layer.recast_bank[slot].num_templates for name, layer in self.layers.items()}
-        sizes.update({name: owner.offset.numel() for name, owner in self.bias_owners.items()})
         self.lora = LoraColumns(backbone, slot, config)
-        sizes.update({name: torch.Size(entry.shape).numel() for name, entry in self.lora.entries.items()})
         self._surroundings: str | None = None
-        self.slices: dict[str, slice] = {}
-        self.width = 0
-        for name, size in sizes.items():
-            self.slices[name] = slice(self.width, self.width + size)
-            self.width += size
+        self.sizes = {name: layer.recast_bank[slot].num_templates for name, layer in self.layers.items()}
+        self.sizes.update({name: owner.offset.numel() for name, owner in self.bias_owners.items()})
+        self.sizes.update({name: torch.Size(entry.shape).numel() for name, entry in self.lora.entries.items()})
+        ends = list(accumulate(self.sizes.values(), initial=0))
+        self.slices = {name: slice(*columns) for name, columns in zip(self.sizes, pairwise(ends), strict=True)}
+        self.width = ends[-1]
 
     @property
     def coefficients(self) -> dict[str, slice]:
@@ -81,7 +82,7 @@ class PoolLayout:
         for layer in self.layers.values():
             bank = layer.recast_bank[self.slot]
             if isinstance(bank, GrownBank):
-                return (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
+                return versions_of(bank)
             if bank.stored is not None and bank.recipe is None:
                 return (str(bank.stored["fingerprint"]),)
         return ()
@@ -90,11 +91,11 @@ class PoolLayout:
     def bias_versions(self) -> tuple[str | None, ...]:
         """Fingerprints of the bank of biases that the tasks are on, and of its earlier versions; (None,) without one."""
         bank = partner_bank(self.backbone, self.slot, TaskBiases)
-        return (None,) if bank is None else (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
+        return (None,) if bank is None else versions_of(bank)
 
     def biases(self) -> dict[str, Any]:
         """Which coefficients of biases a row holds, and on which bank; empty without any."""
-        sizes = {name: owner.offset.numel() for name, owner in self.bias_owners.items()}
+        sizes = {name: self.sizes[name] for name in self.bias_owners}
         return {"bank": self.bias_versions[0], "coefficients": sizes} if sizes else {}
 
     @property
@@ -143,7 +144,7 @@ class PoolLayout:
         plan = plan_recast(self.backbone, config)
         groups = {group.name: list(group.members) for group in plan.groups}
         sizes = {member: group.num_templates for group in plan.groups for member in group.members}
-        own = {member: part.stop - part.start for member, part in self.slices.items() if member in self.layers}
+        own = {member: self.sizes[member] for member in self.layers}
         own_kind = self.config.groups, self.config.num_directions
         if (groups, plan.num_directions) != own_kind or (sizes != own and not self.versions):
             asked = config.as_chosen(groups=groups, num_directions=plan.num_directions)
@@ -225,32 +226,30 @@ class PoolLayout:
             RecastLoadError: if entries are missing, unknown, or of another shape.
         """
         entries = dict(entries)
-        keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": self.slices[name] for name in self.layers}
+        keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": name for name in self.layers}
         # the number of sets may differ from task to task: what is stored is their mean
         shapes: dict[str, tuple[int, ...]] = {
-            key: (entries[key].shape[0] if key in entries and entries[key].ndim == 2 else 1, part.stop - part.start)
-            for key, part in keys.items()
+            key: (entries[key].shape[0] if key in entries and entries[key].ndim == 2 else 1, self.sizes[name])
+            for key, name in keys.items()
         }
         shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
         if self.versions:
             entries = {key: self._extended(value, keys[key]) if key in keys else value for key, value in entries.items()}
-        biases = {bias_entry(name): self.slices[name] for name in self.bias_owners} if has_biases else {}
-        for key, part in biases.items():
-            shapes[key] = (part.stop - part.start,)
+        biases = {bias_entry(name): name for name in self.bias_owners} if has_biases else {}
+        for key, name in biases.items():
+            shapes[key] = (self.sizes[name],)
             if key in entries and entries[key].ndim == 1 and len(self.bias_versions) > 1:
-                entries[key] = F.pad(entries[key], (0, max(0, part.stop - part.start - len(entries[key]))))
-        factors = {entry.key: (entry.shape, self.slices[name]) for name, entry in self.lora.entries.items()}
+                entries[key] = F.pad(entries[key], (0, max(0, self.sizes[name] - len(entries[key]))))
+        factors = {entry.key: name for name, entry in self.lora.entries.items()}
         if any(key in entries for key in factors):
-            shapes.update({key: shape for key, (shape, _) in factors.items()})
+            shapes.update({key: self.lora.entries[name].shape for key, name in factors.items()})
         check_entries(what, entries, shapes)
         row = torch.zeros(self.width)
-        for key, part in keys.items():
-            row[part] = average_sets(entries[key].float())
-        for key, part in biases.items():
-            row[part] = entries[key].float()
-        for key, (_, part) in factors.items():
+        for key, name in keys.items():
+            row[self.slices[name]] = average_sets(entries[key].float())
+        for key, name in {**biases, **factors}.items():
             if key in entries:
-                row[part] = entries[key].float().flatten()
+                row[self.slices[name]] = entries[key].float().flatten()
         return row
 
     def has_biases(self, entries: Mapping[str, Tensor]) -> bool:
@@ -274,7 +273,7 @@ class PoolLayout:
         row = torch.zeros(self.width)
         for name, layer in self.layers.items():
             values = layer.recast_coefficients[adapter].detach().float().cpu()
-            row[self.slices[name]] = average_sets(self._extended(values, self.slices[name]))
+            row[self.slices[name]] = average_sets(self._extended(values, name))
         for name, offset in bias_coefficients(self.backbone, adapter).items():
             start = self.slices[name].start
             row[start : start + len(offset)] = offset.detach().float().cpu()
@@ -282,9 +281,9 @@ class PoolLayout:
             row[self.slices[name]] = values.detach().float().cpu().flatten()
         return row
 
-    def _extended(self, values: Tensor, part: slice) -> Tensor:
+    def _extended(self, values: Tensor, name: str) -> Tensor:
         """Coefficients of a task on an earlier version of a grown bank: zero for the templates that came later."""
-        lacking = part.stop - part.start - values.shape[-1]
+        lacking = self.sizes[name] - values.shape[-1]
         return F.pad(values, (0, lacking)) if self.versions and lacking > 0 else values
 
 
@@ -326,9 +325,10 @@ def readout_fingerprint(config: RecastConfig) -> str | None:
 
 def _fingerprint(reference: Reference | None) -> str | None:
     """Of the bank that a reference means; a config for a fresh task may say where it lies, and no more."""
-    if reference is None or reference["fingerprint"] is not None:
-        return None if reference is None else reference["fingerprint"]
-    return find_bank(reference).fingerprint
+    if reference is None:
+        return None
+    known = reference["fingerprint"]
+    return find_bank(reference).fingerprint if known is None else known
 
 
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:

@@ -46,8 +46,8 @@ def recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[
     return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None} or None
 
 
-def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "closed_form") -> StoredBank:
-    """The banks of a task as they are stored.
+def _bank_of_weights(model: nn.Module, adapter_name: str, method: dict[str, Any]) -> StoredBank:
+    """The banks of a task as they are stored; ``method`` is the config's.
 
     Raises:
         RecastBankError: if every one of them follows from the pretrained weights.
@@ -72,12 +72,9 @@ def stored_bank_of(model: nn.Module, adapter_name: str, method: str | dict = "cl
     return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)
 
 
-def remember_bank_name(model: nn.Module, bank: StoredBank) -> None:
-    """Note in the model where a bank was stored, with the earlier versions in it, for the tasks that are saved from now on."""
-    fingerprints = {bank.fingerprint, *(entry["fingerprint"] for entry in bank.history)}
-    for held in recast_banks(model).values():
-        if held.stored is not None and held.stored["fingerprint"] in fingerprints:
-            held.stored["name"] = bank.name
+def versions_of(bank: StoredBank | GrownBank) -> tuple[str, ...]:
+    """The fingerprints of a bank and of its earlier versions."""
+    return (bank.fingerprint, *(str(entry["fingerprint"]) for entry in bank.history))
 
 
 def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None) -> None:
@@ -122,7 +119,7 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
     check_is_task(name, tuner.peft_config)
     check_arguments(one_of("weights", "biases", "readout"), of=of)
     if of == "weights":
-        return stored_bank_of(tuner.model, name, tuner.peft_config[name].method.to_dict())
+        return _bank_of_weights(tuner.model, name, tuner.peft_config[name].method.to_dict())
     bank = partner_bank(tuner.model, name, TaskBiases if of == "biases" else TaskReadouts)
     if bank is None:
         raise RecastBankError(f"task {name!r} is on no bank of {of}: there is nothing to store")
@@ -135,13 +132,16 @@ def remember_stored_bank(tuner: Any, stored: StoredBank) -> StoredBank:
     Returns:
         the bank.
     """
-    is_of_partner = stored.is_of_biases or stored.is_readout
-    if not is_of_partner:
-        remember_bank_name(tuner.model, stored)
-    for config in tuner.peft_config.values() if is_of_partner else ():
+    versions = versions_of(stored)
+    if not (stored.is_of_biases or stored.is_readout):
+        for bank in recast_banks(tuner.model).values():
+            if bank.stored is not None and bank.stored["fingerprint"] in versions:
+                bank.stored["name"] = stored.name
+        return stored
+    for config in tuner.peft_config.values():
         record: Any = getattr(config, "record", None)
         for partner, reference in () if record is None else record.partner_banks.items():
-            if stored.at(reference["fingerprint"]) is not None:
+            if reference["fingerprint"] in versions:
                 banks = {**record.partner_banks, partner: {**reference, "name": stored.name}}
                 config.record = replace(record, partner_banks=banks)
     return stored
