@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import RecastError, RecastLoadError
@@ -122,7 +122,7 @@ class Fields(Mapping[str, Any]):
 
     def text(self, key: str, default: Any = _ABSENT) -> str:
         """A text."""
-        return self._get(key, default, "a text", lambda value: isinstance(value, str))
+        return self._get(key, default, "a text", _is_text)
 
     def flag(self, key: str, default: Any = _ABSENT) -> bool:
         """True or False."""
@@ -130,12 +130,7 @@ class Fields(Mapping[str, Any]):
 
     def integer(self, key: str, low: int, high: int, default: Any = _ABSENT) -> int:
         """A whole number within bounds."""
-        return self._get(
-            key,
-            default,
-            f"a whole number from {low:,} to {high:,}",
-            lambda value: is_int(value) and low <= value <= high,
-        )
+        return self._get(key, default, f"a whole number from {low:,} to {high:,}", _within(low, high))
 
     def number(self, key: str, default: Any = _ABSENT) -> float:
         """A finite number."""
@@ -143,38 +138,32 @@ class Fields(Mapping[str, Any]):
 
     def numbers(self, key: str, default: Any = _ABSENT) -> list[float]:
         """A list of finite numbers."""
-        return self._get(key, default, "a list of finite numbers", lambda value: _all_in(value, is_number))
+        return self._get(key, default, "a list of finite numbers", _list_of(is_number))
 
     def integers(self, key: str, low: int, high: int, default: Any = _ABSENT) -> list[int]:
         """A list of whole numbers within bounds."""
-        return self._get(
-            key,
-            default,
-            f"a list of whole numbers from {low:,} to {high:,}",
-            lambda value: _all_in(value, lambda v: is_int(v) and low <= v <= high),
-        )
+        return self._get(key, default, f"a list of whole numbers from {low:,} to {high:,}", _list_of(_within(low, high)))
 
     def texts(self, key: str, default: Any = _ABSENT) -> list[str]:
         """A list of texts."""
-        return self._get(key, default, "a list of texts", lambda value: _all_in(value, lambda v: isinstance(v, str)))
+        return self._get(key, default, "a list of texts", _list_of(_is_text))
 
     def text_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, str]:
         """An object whose values are texts."""
-        return self._get(
-            key,
-            default,
-            "an object whose values are texts",
-            lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
-        )
+
+        def fits(value: Any) -> bool:
+            return _is_object(value) and all(map(_is_text, value.values()))
+
+        return self._get(key, default, "an object whose values are texts", fits)
 
     def object(self, key: str, default: Any = _ABSENT) -> Fields:
         """An object."""
-        value = self._get(key, default, "an object", lambda value: isinstance(value, dict))
+        value = self._get(key, default, "an object", _is_object)
         return Fields(value, f"{key!r} of {self.what}", self.error) if isinstance(value, dict) else value
 
     def objects(self, key: str, default: Any = _ABSENT) -> list[Fields]:
         """A list of objects."""
-        values = self._get(key, default, "a list of objects", lambda value: _all_in(value, lambda v: isinstance(v, dict)))
+        values = self._get(key, default, "a list of objects", _list_of(_is_object))
         return [Fields(value, f"{key}[{place}] of {self.what}", self.error) for place, value in enumerate(values)]
 
     def object_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, Fields]:
@@ -182,7 +171,7 @@ class Fields(Mapping[str, Any]):
         inside = self.object(key, default)
         return {name: inside.object(name) for name in inside}
 
-    def _get(self, key: str, default: Any, expected: str, fits: Any) -> Any:
+    def _get(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
         value = self.content.get(key, _ABSENT)
         if value is _ABSENT and default is not _ABSENT:
             return default
@@ -195,5 +184,17 @@ class Fields(Mapping[str, Any]):
         return value
 
 
-def _all_in(value: Any, fits: Any) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _within(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: is_int(value) and low <= value <= high
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
