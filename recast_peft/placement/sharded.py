@@ -92,7 +92,7 @@ def whole(tensor: Tensor) -> Tensor:
     if piece is not None:
         if piece.is_sharded:
             return _marked(piece.gathered(tensor), tensor)
-        return piece.present_without_gradient()
+        return piece.present()
     return tensor
 
 
@@ -190,13 +190,9 @@ class _Piece:
         return tuple(self.handle.flat_param._shapes[self.number])
 
     def present(self) -> Tensor:
-        """The whole while it is gathered: a view that stands in the parameter's place."""
+        """The whole while it is gathered, the very object each time, without a gradient if the parameter is frozen."""
         name, module, _ = self.handle.flat_param._param_infos[self.number]
-        return getattr(module, name)
-
-    def present_without_gradient(self) -> Tensor:
-        """The same, the very object each time, without a gradient if the parameter is frozen."""
-        view = self.present()
+        view = getattr(module, name)  # stands in the parameter's place
         if type(view) is nn.Parameter or self.handle.flat_param._params[self.number].requires_grad:
             return view
         if not hasattr(view, _FROZEN):
