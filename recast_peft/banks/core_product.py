@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -44,8 +44,7 @@ class CoreProduct:
         by_columns = split_of(weight) == BY_COLUMNS
         narrow = self.narrow if by_columns else own_part(self.narrow, weight)
         wide = own_part(self.wide, weight) if by_columns else self.wide
-        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("narrow", "wide")}
-        return SplitCoreProduct(narrow=narrow, wide=wide, weight=weight, **others)
+        return SplitCoreProduct(self.module, narrow, wide, self.scale, weight)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """The output with it, for the input that the module was given; each sample has its own core where there are several."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..composition.composed import ComposedModule
-from .grown_templates import PARTS, GrownTemplates, LowRankSum, has_low_rank_product, low_rank_sum
+from ..composition.kinds import kind_of
+from .grown_templates import PARTS, GrownTemplates, LowRankSum, low_rank_sum
 from .template_bank import BankBeside
 
 
@@ -83,7 +84,8 @@ class GrownBank(BankBeside):
             offsets = self.base_row(member, offsets) + offsets
             scale, offsets = offsets[:, : len(plain)], offsets[:, len(plain) :]
         tensors = tuple(t.to(device) for t in self.grown_templates.tensors)
-        if len(tensors) == 2 and has_low_rank_product(own.base_layer):
+        kind = kind_of(own.base_layer)
+        if len(tensors) == 2 and kind is not None and kind.takes_low_rank:
             pairs = low_rank_sum(own.base_layer, (tensors[0], tensors[1]), offsets) if len(self.grown_templates) else None
             return plain, scale, pairs
         scale = torch.ones_like(offsets[:, :1]) if scale is None else scale

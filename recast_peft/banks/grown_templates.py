@@ -58,25 +58,23 @@ class GrownTemplates:
         return {f"{bank}.{only}{part}": t for part, t in zip(PARTS[len(self.tensors)], self.tensors, strict=True)}
 
 
+def as_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as rows ``(tensors, numbers)`` in float64 on the CPU."""
+    return torch.stack([tensor.detach().reshape(-1).double().cpu() for tensor in tensors])
+
+
 def orthonormal_basis(templates: Sequence[Tensor]) -> Tensor:
     """A basis ``(numbers, templates)`` in float64 whose first columns span the first templates."""
-    flat = torch.stack([t.detach().reshape(-1).double().cpu() for t in templates], dim=1)
-    return torch.linalg.qr(flat).Q
+    return torch.linalg.qr(as_rows(templates).T).Q
 
 
 def energy_kept(moves: Sequence[Tensor], grown: GrownTemplates) -> tuple[float, ...]:
     """Share of the squared norm of changes of weights in the span of the first 1, 2, ... templates."""
     if not moves or not len(grown):
         return ()
-    flat = torch.stack([move.detach().reshape(-1).double().cpu() for move in moves])
+    flat = as_rows(moves)
     shares = (flat @ orthonormal_basis(grown.dense())).square().sum(0) / flat.square().sum().clamp_min(1e-300)
     return tuple(float(share) for share in shares.cumsum(0))
-
-
-def has_low_rank_product(module: nn.Module) -> bool:
-    """Whether a module's product with a low-rank pair is two small products."""
-    kind = kind_of(module)
-    return kind is not None and kind.takes_low_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +104,7 @@ def low_rank_sum(module: nn.Module, pairs: tuple[Tensor, Tensor], coefficients: 
     """Stack low-rank pairs.
 
     Args:
-        module: a linear layer for which ``has_low_rank_product`` holds.
+        module: a linear layer, of a kind that ``takes_low_rank``.
         pairs: ``(templates, rows, rank)`` and ``(templates, rank, columns)`` of its weight.
         coefficients: ``(samples, templates)``.
     """
@@ -133,13 +131,10 @@ def principal_components(
         plain: whether the members' own weights are templates too.
     """
     if not moves:
-        tensors = _tensors_of(torch.zeros((0, *shape)), rank, dtype)
-        return GrownTemplates(tensors, tuple(shape), plain)
+        return GrownTemplates(_tensors_of(torch.zeros((0, *shape)), rank, dtype), tuple(shape), plain)
     mix = principal_mix(gram_matrix(moves), count)
-    flat = torch.stack([move.reshape(-1) for move in moves]).double()
-    templates = (mix.T @ flat.cpu()).float().reshape(-1, *shape)
-    tensors = _tensors_of(templates, rank, dtype)
-    grown = GrownTemplates(tensors, tuple(shape), plain)
+    templates = (mix.T @ as_rows(moves)).float().reshape(-1, *shape)
+    grown = GrownTemplates(_tensors_of(templates, rank, dtype), tuple(shape), plain)
     return replace(grown, energy=energy_kept(moves, grown))
 
 

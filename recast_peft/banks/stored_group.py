@@ -163,7 +163,7 @@ def _dense(bank: str, members: tuple[str, ...], tensors: Mapping[str, Tensor], w
     names = f"{bank}.templates", f"{bank}.base"
     check_shapes(what, tensors, {name: tuple(tensors[name].shape) if name in tensors else () for name in names})
     templates, base = (tensors[name] for name in names)
-    if templates.ndim < 2 or not len(templates) or not templates.numel():
+    if templates.ndim < 2 or not templates.numel():
         raise RecastLoadError(
             f"{what}: {names[0]} has shape {tuple(templates.shape)}; (templates, *shape of a weight) expected"
         )

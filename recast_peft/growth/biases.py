@@ -24,7 +24,7 @@ from ..parts.bias import bias_of
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
-from ..validation import check_arguments, flag
+from ..validation import check_arguments, flag, listed
 from .sources import Source, check_plain, check_sources, moves_by_source, origin_of
 
 
@@ -75,7 +75,7 @@ def grow_bias_bank(
     moved = {name for vector in vectors for name, move in vector.items() if bool(move.any())}
     if not moved:
         raise RecastBankError(
-            f"none of the {len(sources)} sources moved a bias of the model\n  looked at: {', '.join(list(biases)[:4])}, ...\n"
+            f"none of the {len(sources)} sources moved a bias of the model\n  looked at: {listed(biases, 4)}\n"
             'Give adapters that trained biases (bias="all" in their configs, or the partner BiasConfig), or fine-tuned models.'
         )
     groups = {}

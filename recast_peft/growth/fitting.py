@@ -23,6 +23,7 @@ from ..names import block_of
 from ..planning.candidates import Candidate
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
+from ..validation import listed
 from .sources import check_plain
 
 
@@ -156,7 +157,7 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
     silent = [target.name for target in targets if target.name not in sums]
     if silent:
         warnings.warn(
-            f"{len(silent)} targets show no input that could be measured ({', '.join(silent[:3])}, ...): they are fitted by "
+            f"{len(silent)} targets show no input that could be measured ({listed(silent)}): they are fitted by "
             "the change of their weight instead of their output",
             stacklevel=4,
         )

@@ -19,7 +19,7 @@ from ..errors import RecastBankError, RecastConfigError, RecastError
 from ..layer import RecastLayer
 from ..names import modules_of
 from ..planning.candidates import Candidate
-from ..validation import COUNT, check_arguments, checked_names, optional
+from ..validation import COUNT, check_arguments, checked_names, listed, optional
 
 Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
 CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
@@ -69,7 +69,7 @@ def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candida
     vectors = moves_by_source(model, source, {n: (f"{n}.{t.weight_name}", t.weight) for n, t in targets.items()})
     if not vectors:
         raise RecastBankError(
-            f"the source {shown_source(source)} has none of the target modules\n  targets: {', '.join(list(targets)[:4])}, ..."
+            f"the source {shown_source(source)} has none of the target modules\n  targets: {listed(targets, 4)}"
         )
     return vectors
 

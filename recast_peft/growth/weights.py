@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
-from ..banks.grown_templates import NEGLIGIBLE, energy_kept, orthonormal_basis, principal_components
+from ..banks.grown_templates import NEGLIGIBLE, as_rows, energy_kept, orthonormal_basis, principal_components
 from ..config import RecastConfig
 from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
-from ..validation import check_arguments, flag
+from ..validation import check_arguments, flag, listed
 from .biases import bias_moves
 from .sources import Source, check_bank, check_plain, check_sources, origin_of, task_vectors
 
@@ -69,7 +69,7 @@ def grow_bank(
             groups[planned.name] = StoredGroup(planned.members, grown=grown)
     if not any(group.grown is not None and len(group.grown) for group in groups.values()):
         raise RecastBankError(
-            f"none of the {len(sources)} sources moved a target module\n  targets: {', '.join(list(targets)[:4])}, ...\n"
+            f"none of the {len(sources)} sources moved a target module\n  targets: {listed(targets, 4)}\n"
             "Give the config the target_modules that the sources were trained on."
         )
     fingerprints = {member: targets[member].fingerprint for group in groups.values() for member in group.members}
@@ -122,8 +122,8 @@ def _next_version(
     """A bank with templates for the task vectors of further sources, by group; the bank itself where it spans them."""
     if not any(moves[name] for name in bank.groups if bank.groups[name].grown is not None):
         raise RecastBankError(
-            f"none of the {len(sources)} sources moved what the bank has templates for ({', '.join(list(bank.groups)[:3])}, "
-            "...): give sources that were trained on it"
+            f"none of the {len(sources)} sources moved what the bank has templates for ({listed(bank.groups)}): give "
+            "sources that were trained on it"
         )
     counts = {name: len(group.grown) for name, group in bank.groups.items() if group.grown is not None}
     groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
@@ -152,7 +152,7 @@ def _extended(group: StoredGroup, moves: list[Tensor], count: int | None) -> Sto
     rest, old = moves, grown.dense()
     if old:
         basis = orthonormal_basis(old)
-        flat = torch.stack([move.reshape(-1).double().cpu() for move in moves])
+        flat = as_rows(moves)
         rest_of = flat - (flat @ basis) @ basis.T
         if float(rest_of.square().sum()) <= NEGLIGIBLE * float(flat.square().sum()):
             return group
