@@ -141,8 +141,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
         plain = super().get_base_layer()  # type: ignore[misc]
-        layer = next(iter(self.recast_beside), None)
-        given = _computing.get()
+        layer, given = self.recast_layer, _computing.get()
         if layer is None or not given:
             return plain
         return layer if layer in inner_layers(self.base_layer) else plain if given is True else given
@@ -183,8 +182,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
-        layer = next(iter(self.recast_beside), None)
-        composed = None if layer is None else layer.weight_name
+        composed = None if self.recast_layer is None else self.recast_layer.weight_name
         parameters = self.get_base_layer()._parameters.items()
         return [(parameter, parameter.data) for name, parameter in parameters if parameter is not None and name != composed]
 
@@ -378,6 +376,6 @@ def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
     layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())
     layer._takes = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "")
-    composed = next(iter(layer.recast_beside), None)
+    composed = layer.recast_layer
     if composed is not None and composed.is_released:  # there is no weight beside which PEFT would have put it
         layer._move_adapter_to_device_of_base_layer(key, composed.weight_device)

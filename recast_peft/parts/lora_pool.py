@@ -31,7 +31,7 @@ class PooledPart:
         Raises:
             RecastBankError: if something of another method is merged here.
         """
-        composed = next(iter(self.recast_beside), None)
+        composed = self.recast_layer
         others = [] if composed is None else [other for other in composed.other_layers if other.merged and other is not self]
         if not self.merged or others:
             if composed is not None:
@@ -70,9 +70,9 @@ class PooledPart:
 
     def _call_unmerged(self: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What lies below, without what is merged here."""
-        composed = next(iter(self.recast_beside), None)
         if not self.merged:
             return self.base_layer(x, *args, **kwargs)
+        composed = self.recast_layer
         if composed is self.base_layer:  # it keeps the pretrained weight, and takes what is merged for its own
             return call_mixed(composed, batch, (x, *args), kwargs)
         base = self.base_layer

@@ -72,6 +72,11 @@ class Mixed:
 
     recast_beside: tuple[RecastLayer, ...] = ()  # the layer of ours around or inside this one
 
+    @property
+    def recast_layer(self) -> RecastLayer | None:
+        """That layer; None where there is none."""
+        return self.recast_beside[0] if self.recast_beside else None
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new_mixed, (type(self)._plain_class, type(self)._mixins), vars(self)  # type: ignore[attr-defined]
 
