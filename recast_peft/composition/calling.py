@@ -18,7 +18,7 @@ from ..placement.offloaded import is_offloaded
 from .coefficient_gradients import EXACT
 from .compose import compose_weight, marked
 from .kinds import LINEAR, composes_cheaply, is_lazily_readable, kind_of, takes_core
-from .lazy_weight import LazyWeight, is_read_by_the_model, is_read_lazily
+from .lazy_weight import LazyWeight, is_read_by_the_model
 from .mixed_batch import current_batch
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
 from .parallel import split_of, spread_like
@@ -69,9 +69,7 @@ def call(
         if not layer.present(adapters):
             return layer.base_layer(*args, **kwargs)
     direct = direct_call(layer, args, kwargs)
-    masks = layer.recast_masks
-    is_masked = len(masks) and any(name in masks for name in adapters)
-    terms: Terms | None = None if direct is None or is_masked else layer.terms(adapters, values)
+    terms: Terms | None = None if direct is None or layer.is_masked(adapters) else layer.terms(adapters, values)
     if direct is None or terms is None:
         return call_with(layer, layer.compose(adapters, values=values), args, kwargs)
     return call_composed(layer, direct, args[0], terms, adapters)
@@ -80,9 +78,8 @@ def call(
 def _beside_the_weight(layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str]:
     """The tasks whose templates add to the output by narrow products, which takes no weight of the module's size."""
     cores = [name for name in layer.with_coefficients(adapters) if layer.recast_bank[name].is_factored]
-    is_masked = any(name in layer.recast_masks for name in adapters)
     is_product = takes_core(layer.base_layer) and not composes_cheaply(layer.base_layer)
-    if not cores or is_masked or len(args) != 1 or kwargs or not is_product:
+    if not cores or layer.is_masked(adapters) or len(args) != 1 or kwargs or not is_product:
         return []
     return cores if not is_hooked(layer.base_layer) or is_out_of_reach(layer) else []
 
@@ -175,15 +172,13 @@ def marked_as_pretrained(layer: Any, weight: Tensor) -> Tensor:
 
 def lazy_weight(layer: Any) -> Tensor | None:
     """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
-    if not is_lazily_readable(layer.base_layer):
+    if not is_read_by_the_model() or not is_lazily_readable(layer.base_layer):
         return None
     known = (layer.weight_shape, layer.weight_dtype, layer.weight_device)
-    if current_batch() is not None and is_read_by_the_model():
+    if current_batch() is not None:
         return LazyWeight(layer.effective_weight, *known)  # raises if it is used
-    if not is_read_lazily() or layer.merged_adapters:
-        return None
     tasks = layer.tasks_in_force()
-    if any(name in layer.recast_masks for name in tasks):
+    if torch.is_grad_enabled() or layer.merged_adapters or layer.is_masked(tasks):
         return None
     # as they are now
     values = {name: layer.recast_coefficients[name].detach().clone() for name in layer.with_coefficients(tasks)}

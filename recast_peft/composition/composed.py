@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskHolder
 from ..placement.offloaded import execution_device, is_offloaded, kept_tensor
-from ..placement.sharded import is_plain, whole, whole_shape, whole_trained
+from ..placement.sharded import whole, whole_shape, whole_trained
 from . import merging
 from .calling import Terms, lazy_weight, marked_as_pretrained
 from .compose import average_sets, compose_into, compose_weight
@@ -95,9 +95,6 @@ class ComposedModule(nn.Module):
         Raises:
             RecastBankError: if it was released when the bank was compressed.
         """
-        weight = merging.pretrained_parameter(self)
-        if weight is not None and is_plain(weight) and not weight.is_meta:
-            return weight
         return whole(self._pretrained_here())
 
     def _pretrained_here(self) -> Tensor:
@@ -105,9 +102,7 @@ class ComposedModule(nn.Module):
         weight = merging.pretrained_parameter(self)
         if weight is None:
             raise self._released_error()
-        if not weight.is_meta:
-            return weight
-        kept = kept_tensor(self.get_base_layer(), self.weight_name)
+        kept = kept_tensor(self.get_base_layer(), self.weight_name) if weight.is_meta else None
         return weight if kept is None else kept
 
     def _released_error(self) -> _ReleasedWeightError:
@@ -240,6 +235,11 @@ class ComposedModule(nn.Module):
         """Those of the given tasks that have coefficients here."""
         held = self.recast_coefficients
         return [name for name in adapters if name in held and name != self.idle_slot]
+
+    def is_masked(self, adapters: Sequence[str]) -> bool:
+        """Whether one of the given tasks has a mask here."""
+        masks = self.recast_masks
+        return len(masks) > 0 and any(name in masks for name in adapters)
 
     def coefficients(self, name: str) -> Tensor:
         """The coefficients of a task, ``(sets, templates)``."""

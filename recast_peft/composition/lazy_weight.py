@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .blocks import with_variable
 from .mixed_batch import current_batch
@@ -49,11 +50,6 @@ def is_read_by_the_model() -> bool:
     return not torch.compiler.is_compiling() and (_IN_FORWARD.get() or current_batch() is not None)
 
 
-def is_read_lazily() -> bool:
-    """Whether a weight that is read now may be a lazy one: by the model, where no gradient is recorded."""
-    return is_read_by_the_model() and not torch.is_grad_enabled()
-
-
 class LazyWeight(Tensor):
     """A tensor of known shape, dtype and device that is computed at its first use."""
 
@@ -78,20 +74,10 @@ class LazyWeight(Tensor):
         """Whatever is done with a lazy weight, but for reading what it knows already, is done with the composed one."""
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
-        return func(*_composed(args), **_composed(kwargs or {}))
+        return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """The same for calls that come from C++."""
-        return func(*_composed(args), **_composed(kwargs or {}))
-
-
-def _composed(value: Any) -> Any:
-    """Arguments with composed weights in place of lazy ones."""
-    if isinstance(value, LazyWeight):
-        return value.composed()
-    if type(value) in (list, tuple):
-        return type(value)(_composed(part) for part in value)
-    if type(value) is dict:
-        return {key: _composed(part) for key, part in value.items()}
-    return value
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight.composed, (args, kwargs or {}))
+        return func(*args, **kwargs)

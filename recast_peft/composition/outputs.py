@@ -33,7 +33,7 @@ def is_out_of_reach(layer: Any) -> bool:
 
 def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
     """Whether a call of a layer takes the way from outputs: its weight is out of reach, and every template is a neighbour's."""
-    if not is_out_of_reach(layer) or layer.compressed_bank or any(name in layer.recast_masks for name in adapters):
+    if not is_out_of_reach(layer) or layer.compressed_bank or layer.is_masked(adapters):
         return False
     names = layer.with_coefficients(adapters)
     return bool(names) and all(layer.recast_bank[name].is_exact for name in names)
