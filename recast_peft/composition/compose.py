@@ -17,14 +17,12 @@ from torch.autograd import forward_ad
 _in_a_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
-def is_transformed() -> bool:
-    """Whether this is inside of a transform of functions (``torch.func``: ``grad``, ``vmap``, ...) or forward-mode autograd."""
-    return _in_a_transform() or forward_ad._current_level >= 0
-
-
 def needs_plain_operations() -> bool:
-    """Whether only operations that torch itself differentiates may be used: for compilers, tracers and function transforms."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed()
+    """Whether only operations that torch itself differentiates may be used: for compilers, tracers, function transforms
+    (``torch.func``) and forward-mode autograd.
+    """
+    is_made_into_graph = torch.compiler.is_compiling() or torch._C._is_tracing()
+    return is_made_into_graph or _in_a_transform() or forward_ad._current_level >= 0
 
 
 def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:

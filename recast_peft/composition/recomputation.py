@@ -186,7 +186,7 @@ def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
     """
     if torch.compiler.is_compiling():
         return None
-    if torch._C._current_graph_task_id() != _NO_GRAPH:
+    if is_recomputing():
         past = layer.history.recall()
         if past is None:
             return None

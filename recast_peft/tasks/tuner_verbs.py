@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,8 @@ class TaskVerbs:
             check_is_task(name, self.peft_config)
         return names
 
-    @contextmanager
-    def disable_part(self, part: str) -> Iterator[None]:
-        """Compute without one of the two parts of the tasks until the block ends; the other stays as it is.
+    def disable_part(self, part: str) -> AbstractContextManager[None]:
+        """A block that computes without one of the two parts of the tasks; the other stays as it is.
 
         Args:
             part: ``"recast"`` switches the coefficients off, ``"lora"`` the LoRA part.
@@ -139,8 +138,7 @@ class TaskVerbs:
         Raises:
             RecastConfigError: if there is no such part, or tasks are merged.
         """
-        with switched_off(self.model, part):
-            yield
+        return switched_off(self.model, part)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, TaskModule):  # a module that a model shares can be a task's own, but no target
