@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,20 +70,17 @@ class AccuracyMatrix:
             ``average_accuracy``, ``average_incremental_accuracy``, ``backward_transfer``, ``forgetting`` and
             ``forward_transfer``, or those of them that can be had.
         """
-        last = self.learned - 1
-        measures: dict[str, Callable[[], float]] = {
-            "average_accuracy": lambda: average_accuracy(self.values, last),
-            "average_incremental_accuracy": lambda: average_incremental_accuracy(self.values, last),
-            "backward_transfer": lambda: backward_transfer(self.values, last),
-            "forgetting": lambda: forgetting(self.values, last),
-            "forward_transfer": lambda: forward_transfer(self.values, self.baseline, last),
+        measures: dict[str, Callable[..., float]] = {
+            "average_accuracy": average_accuracy,
+            "average_incremental_accuracy": average_incremental_accuracy,
+            "backward_transfer": backward_transfer,
+            "forgetting": forgetting,
+            "forward_transfer": partial(forward_transfer, baseline=self.baseline),
         }
         result = {}
         for name, measure in measures.items():
-            try:
-                result[name] = measure()
-            except RecastSequenceError:
-                continue  # not recorded, or too few tasks yet
+            with suppress(RecastSequenceError):  # not recorded, or too few tasks yet
+                result[name] = measure(self.values, after=self.learned - 1)
         return result
 
     def table(self, digits: int = 3) -> str:

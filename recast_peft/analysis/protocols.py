@@ -282,10 +282,10 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
             pool.add(name, name)
             pool.remember(name, *_all(task.train, batch_size, model))
             seen.append(name)
-            names = {int(number): name for number, name in zip(pool.ids(seen), seen, strict=True)}
+            classes_of = {int(number): tasks[known].classes for number, known in zip(pool.ids(seen), seen, strict=True)}
             for other in seen:
-                right = (_routed(pool, x, names, tasks, other, y) for x, y in _batches(tasks[other].test, batch_size, model))
-                matrix.record(name, other, _accuracy(right))
+                own, batches = tasks[other].classes, _batches(tasks[other].test, batch_size, model)
+                matrix.record(name, other, _accuracy(_is_right(pool, x, classes_of, own, y) for x, y in batches))
     return _result(matrix, tasks, model)
 
 
@@ -304,13 +304,12 @@ def _pool_for_a_while(model: PeftModel, like: str) -> Iterator[TaskPool]:
             tuner.task_pool = tuple(pool for pool in tuner.task_pool if pool.slot != slot)
 
 
-def _routed(
-    pool: TaskPool, x: Tensor, names: Mapping[int, str], tasks: Mapping[str, ClassTask], task: str, labels: Tensor
-) -> Tensor:
-    numbers = pool.route(x)
-    places = _logits(pool.model(x, task_ids=numbers)).argmax(1)
-    found = [tasks[names[n]].classes[place] for n, place in zip(numbers.tolist(), places.tolist(), strict=True)]
-    return torch.tensor([number == tasks[task].classes[place] for number, place in zip(found, labels.tolist(), strict=True)])
+def _is_right(pool: TaskPool, x: Tensor, classes_of: Mapping[int, Sequence[int]], own: Sequence[int], labels: Tensor) -> Tensor:
+    """Whether the task that the pool finds for a sample gives its class; labels are places among ``own`` classes."""
+    tasks = pool.route(x)
+    places = _logits(pool.model(x, task_ids=tasks)).argmax(1)
+    answers = zip(tasks.tolist(), places.tolist(), labels.tolist(), strict=True)
+    return torch.tensor([classes_of[task][place] == own[label] for task, place, label in answers])
 
 
 def _batches(data: Any, size: int, model: nn.Module | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -160,7 +160,8 @@ def learn_in_sequence(
         raise RecastSequenceError(f"tasks={shown(tasks)}: expected a dictionary of what train and evaluate are given, by name")
     matrix = AccuracyMatrix(list(tasks))
     _check_names(model, tasks, config)
-    plain = None if grow is None else _checked_plain(model, tasks, config, grow, grow_every)
+    configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
+    plain = None if grow is None else _checked_plain(model, configs, grow, grow_every)
     if evaluate_unseen:
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             for name, task in tasks.items():
@@ -170,7 +171,7 @@ def learn_in_sequence(
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
     for place, (name, task) in enumerate(bar, start=1):
         bar.set_postfix_str(name)
-        model = _add_task(model, name, config, None if grow is None else grow.bank)
+        model = _add_task(model, name, configs[name], None if grow is None else grow.bank)
         model.train()
         base = _base_weights(model)
         train(model, task)
@@ -189,10 +190,9 @@ def learn_in_sequence(
     return model, matrix
 
 
-def _checked_plain(model: nn.Module, tasks: Mapping[str, Any], config: Any, grow: Growth, grow_every: int) -> nn.Module:
+def _checked_plain(model: nn.Module, configs: Mapping[str, RecastConfig | None], grow: Growth, grow_every: int) -> nn.Module:
     """A plain copy of the backbone, to grow a bank for."""
     check_arguments(COUNT, grow_every=grow_every)
-    configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
     if grow.source is None and not any(own is not None and own.lora_config is not None for own in configs.values()):
         raise RecastConfigError(
             "there is nothing that a bank could grow from: none of the tasks has a LoRA part. Give Growth(source=...), or some "
@@ -221,10 +221,8 @@ def _check_names(model: nn.Module, tasks: Mapping[str, Any], config: Any) -> Non
         raise RecastSequenceError(f"config names no configuration for task {without[0]!r}")
 
 
-def _add_task(
-    model: nn.Module, name: str, config: RecastConfig | Mapping[str, RecastConfig] | None, bank: StoredBank | None = None
-) -> PeftModel:
-    own = copy.deepcopy(config[name] if isinstance(config, Mapping) else config) or RecastConfig()
+def _add_task(model: nn.Module, name: str, config: RecastConfig | None, bank: StoredBank | None) -> PeftModel:
+    own = RecastConfig() if config is None else copy.deepcopy(config)
     if bank is not None and bank.is_of_biases:
         others = [partner for partner in own.partners or () if partner is not own.partner("bias")]
         own.partners = [*others, BiasConfig(bank=bank)]
