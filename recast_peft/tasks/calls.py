@@ -45,7 +45,7 @@ class _MethodWithTasks:
         functools.update_wrapper(self, method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tasks = {name: kwargs.pop(name) for name in TASK_ARGUMENTS if name in kwargs and not _names(self.method, name)}
+        tasks = {name: kwargs.pop(name) for name in _task_arguments(kwargs, self.method)}
         if all(value is None for value in tasks.values()):
             return self.method(*args, **kwargs)
         with self.tuner._enable_peft_forward_hooks(**tasks):
@@ -77,7 +77,7 @@ class TaskCalls:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes; ``adapter_names`` or ``task_ids`` give each sample its own task."""
-        tasks = {n: kwargs.pop(n) for n in TASK_ARGUMENTS if n in kwargs and not _names(self.model.forward, n)}
+        tasks = {name: kwargs.pop(name) for name in _task_arguments(kwargs, self.model.forward)}
         with self._enable_peft_forward_hooks(**tasks):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -185,7 +185,7 @@ class _Guard:
         self.calls = calls
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = [name for name in TASK_ARGUMENTS if kwargs.get(name) is not None and not _names(module.forward, name)]
+        given = [name for name in _task_arguments(kwargs, module.forward) if kwargs[name] is not None]
         if given:
             raise RecastConfigError(
                 f"{given[0]} was given to the plain {type(module).__name__}, which knows nothing of tasks: call the PEFT model "
@@ -221,6 +221,8 @@ def _takes_any_keyword(function: Callable[..., Any]) -> bool:
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
 
-def _names(function: Callable[..., Any], argument: str) -> bool:
-    """Whether a function has an argument of this name of its own."""
-    return argument in inspect.signature(function).parameters
+def _task_arguments(kwargs: dict[str, Any], function: Callable[..., Any]) -> list[str]:
+    """The arguments of a call that give tasks to samples; not those that a function has of its own under such a name."""
+    given = [name for name in TASK_ARGUMENTS if name in kwargs]
+    own = inspect.signature(function).parameters if given else ()
+    return [name for name in given if name not in own]

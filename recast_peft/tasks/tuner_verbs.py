@@ -116,7 +116,7 @@ class TaskVerbs:
     def _tasks_to_merge(self, adapter_names: list[str] | None, unload: bool = False) -> list[str]:
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # PEFT's words
-        given = verbs.tasks_in_force(self.model, self.active_adapters) if adapter_names is None else adapter_names
+        given = verbs.active_tasks(self.model, self.active_adapters) if adapter_names is None else adapter_names
         names = self._known("adapter_names", given)
         check_one_owner(self.model, list(dict.fromkeys([*verbs.merged_tasks(self.model), *names])), merging=True)
         verbs.check_mergeable(self.model, names, unload)

@@ -70,7 +70,7 @@ def merged_tasks(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*merged, *shown]))
 
 
-def tasks_in_force(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
+def active_tasks(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
     """The active tasks: those of the model, and those that layers were given by themselves, as PEFT's users do for several."""
     of_layers = (name for layer in modules_of(model, RecastLayer) for name in layer.active_adapters if layer.has_task(name))
     return list(dict.fromkeys([*adapter_names, *of_layers]))
