@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composition.kinds import kind_of
-from ..mimicry import gram_matrix
+from ..mimicry.closed_form import gram_matrix, principal_axes
 
 # Names of the tensors in a bank, by how many there are: one of dense templates, or two of low-rank pairs.
 PARTS = {1: ("grown",), 2: ("left", "right")}
@@ -148,14 +148,11 @@ def principal_mix(gram: Tensor, count: int | None) -> Tensor:
     Returns:
         ``(vectors, components)``, the largest component first.
     """
-    values, mix = torch.linalg.eigh(gram)
-    values, mix = values.flip(0), mix.flip(1)
+    values, mix = principal_axes(gram)
     kept = int((values > NEGLIGIBLE * values.sum()).sum())
     kept = min(kept, count or kept)
     size = (values.sum() / len(gram)).sqrt()
-    # the sign of a component is free: its largest share is positive
-    signs = torch.gather(mix, 0, mix.abs().argmax(0, keepdim=True)).sign()[0]
-    return mix[:, :kept] * (signs * size / values.clamp_min(1e-300).sqrt())[:kept]
+    return mix[:, :kept] * (size / values.clamp_min(1e-300).sqrt())[:kept]
 
 
 def _tensors_of(templates: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -194,9 +194,8 @@ def _fitted(
     seen = _inner_products(templates, moves)  # (templates, moves)
     shares = []
     for first in range(1, len(templates) + 1):
-        best = torch.linalg.lstsq(own[:first, :first], seen[:first], driver="gelsd").solution
-        shares.append(float((best * seen[:first]).sum()) / total)
-    numbers = torch.linalg.lstsq(own, seen, driver="gelsd").solution
+        numbers = torch.linalg.lstsq(own[:first, :first], seen[:first], driver="gelsd").solution  # at last of all templates
+        shares.append(float((numbers * seen[:first]).sum()) / total)
     tensors = tuple(torch.stack(side).to(planned.dtype).contiguous() for side in zip(*templates, strict=True))
     grown = GrownTemplates(tensors, tuple(planned.shape), plain=False, energy=tuple(shares))
     return grown, list(numbers.T.float()), (numbers * seen).sum(0).tolist()

@@ -31,6 +31,15 @@ def gram_matrix(weights: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(n,)`` and eigenvectors (columns) of inner products ``(n, n)``, the largest first.
+
+    The sign of an eigenvector is free: its largest entry is positive.
+    """
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(gram))
+    return values, vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+
+
 @dataclass(frozen=True)
 class ClosedForm(MimicryMethod):
     """The templates and base coefficients with the least squared error; no options."""
@@ -57,11 +66,9 @@ def recipe_from_gram(gram: Tensor, num_templates: int) -> Recipe:
     """
     if num_templates == gram.shape[0]:
         return Recipe(torch.eye(num_templates, dtype=torch.float64), torch.eye(num_templates, dtype=torch.float64))
-    values, vectors = torch.linalg.eigh(gram)  # ascending
-    top = vectors.flip(1)[:, :num_templates]  # (layers, templates)
-    signs = torch.sign(top.gather(0, top.abs().argmax(dim=0, keepdim=True)))
-    top = top * signs
-    norms = values.flip(0)[:num_templates].clamp_min(0).sqrt()
+    values, vectors = principal_axes(gram)
+    top = vectors[:, :num_templates]  # (layers, templates)
+    norms = values[:num_templates].clamp_min(0).sqrt()
     mean_norm = gram.diagonal().clamp_min(0).sqrt().mean()
     # a direction without energy keeps its length: scaling it up would only blow up rounding errors
     scale = torch.where(norms > 1e-6 * mean_norm, mean_norm / norms.clamp_min(1e-300), torch.ones_like(norms))

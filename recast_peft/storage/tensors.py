@@ -56,13 +56,13 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
         tensors: by name, on any device; those that share memory are stored one by one.
         metadata: texts by name.
     """
-    held: dict[int, str] = {}
+    held: set[int] = set()  # memory that is stored already
     plain: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
         plain[key] = value.clone() if value.numel() and place in held else value
-        held[place] = key
+        held.add(place)
     texts = {"format": "pt", **(metadata or {}), CHECKSUM: checksum(plain)}
     texts[TEXTS_CHECKSUM] = _texts_checksum(texts)
     with staged(path) as beside:
