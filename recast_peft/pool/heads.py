@@ -9,7 +9,7 @@ somebody asked for, is a module of its own from then on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,14 +125,14 @@ class StoredHead:
         """The tensors that are in memory for it."""
         return tuple(self.live.state_dict().values()) if self.live is not None else self.tensors
 
-    def follow(self, fn: Callable[[Tensor], Tensor], kinds: dict[int, tuple[torch.dtype, ...]]) -> None:
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do what ``nn.Module.to`` does; a tensor that is kept in half precision changes its device alone."""
         if self.live is not None:
             self.live._apply(fn)
             return
         moved = (
             fn(tensor) if tensor.dtype == before else tensor.to(fn(torch.empty(0, device=tensor.device)).device)
-            for tensor, before in zip(self.tensors, kinds[id(self.kind)], strict=True)
+            for tensor, before in zip(self.tensors, self.kind.dtypes, strict=True)
         )
         self.tensors = tuple(moved)
 
@@ -144,19 +144,16 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in module.state_dict().items()}
 
 
-def bytes_of(heads: Iterable[StoredHead]) -> int:
+def _key(name: str, module: nn.Module, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
+    return name, str(module), tuple(_shapes(module).items()), dtypes
+
+
+def bytes_of(heads: Collection[StoredHead]) -> int:
     """Bytes in memory of classifiers; those of one block are looked at once."""
-    sizes: dict[int, int] = {}
-    total = 0
-    for head in heads:
-        if head.row is None:
-            total += sum(tensor.nbytes for tensor in head.held())
-        else:
-            size = sizes.get(id(head.block))
-            if size is None:
-                size = sizes[id(head.block)] = sum(tensor.nbytes // len(tensor) for tensor in head.block)
-            total += size
-    return total
+    blocks = {id(head.block): head.block for head in heads if head.row is not None}
+    row_bytes = {key: sum(tensor.nbytes // len(tensor) for tensor in block) for key, block in blocks.items()}
+    apart = sum(tensor.nbytes for head in heads if head.row is None for tensor in head.held())
+    return apart + sum(row_bytes[id(head.block)] for head in heads if head.row is not None)
 
 
 class HeadKinds:
@@ -181,10 +178,11 @@ class HeadKinds:
     def kind_of(self, head: PreparedHead) -> HeadKind:
         """What a classifier is."""
         state = head.module.state_dict()
-        key = (head.place, str(head.module), tuple((k, tuple(v.shape), v.dtype) for k, v in state.items()))
+        dtypes = tuple(value.dtype for value in state.values())
+        key = _key(head.place, head.module, dtypes)
         if key not in self._kinds:
             empty = copy.deepcopy(head.module).to("meta").requires_grad_(False)
-            self._kinds[key] = HeadKind(head.place, empty, tuple(state), tuple(v.dtype for v in state.values()))
+            self._kinds[key] = HeadKind(head.place, empty, tuple(state), dtypes)
         return self._kinds[key]
 
     def kept(self, value: Tensor, stored_dtype: torch.dtype | None) -> Tensor:
@@ -209,13 +207,8 @@ class HeadKinds:
 
     def follow(self, fn: Callable[[Tensor], Tensor], heads: Iterable[StoredHead]) -> None:
         """Do with all classifiers what ``nn.Module.to`` and its kin do with the model."""
-        before = {id(kind): kind.dtypes for kind in self._kinds.values()}
         for head in heads:
-            head.follow(fn, before)
+            head.follow(fn)
         for kind in self._kinds.values():
             kind.dtypes = tuple(fn(torch.empty(0, dtype=dtype)).dtype for dtype in kind.dtypes)
-        kinds = list(self._kinds.values())
-        self._kinds = {}
-        for kind in kinds:
-            shapes = ((k, tuple(v.shape), d) for (k, v), d in zip(kind.empty.state_dict().items(), kind.dtypes, strict=True))
-            self._kinds[(kind.name, str(kind.empty), tuple(shapes))] = kind
+        self._kinds = {_key(kind.name, kind.empty, kind.dtypes): kind for kind in self._kinds.values()}
