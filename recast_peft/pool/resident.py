@@ -189,18 +189,22 @@ class ResidentTasks(TaskTable):
             the names, in alphabetical order. Nothing is put in if one of them cannot be read.
         """
         with torch.inference_mode(False), torch.no_grad():
-            read = read_folder(self._layout, self._configs, folder)
-            names = [name for name, _, _ in read]
-            given = {i: head for i, (_, _, head) in enumerate(read) if head is not None}
-            if len(given) < len(names):
-                self._layout.check_reader(f"a task in {folder}")
-            self.check_new_names(names)  # before the model is changed
-            for head in given.values():
-                self._make_place_for(head.place)
+            names, rows, given = zip(*read_folder(self._layout, self._configs, folder), strict=True)
             with self.lock:
-                heads = {i: self._kinds.stored(head) for i, head in given.items()}
-                self.add_rows(names, torch.stack([values for _, values, _ in read]), heads)
-            return names
+                heads = {i: self._kinds.stored(head) for i, head in enumerate(given) if head is not None}
+            return self._put_in(PackedTasks([*names], torch.stack(rows), heads), folder)
+
+    def _put_in(self, tasks: PackedTasks, path: str | Path) -> list[str]:
+        """Put in the tasks that were read from a path, all or none; returns their names."""
+        if len(tasks.heads) < len(tasks.names):
+            self._layout.check_reader(f"a task in {path}")
+        self.check_new_names(tasks.names)  # before the model is changed
+        for name in dict.fromkeys(head.kind.name for head in tasks.heads.values()):
+            self._make_place_for(name)
+        with self.lock:
+            start = self.add_rows(tasks.names, tasks.table, tasks.heads)
+            self._remembered.update({start + place: known for place, known in tasks.remembered.items()})
+        return tasks.names
 
     def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
         """What ``model(x, task_ids=...)`` trains: the table, and the heads of the given tasks (None: of all).
@@ -264,16 +268,7 @@ class ResidentTasks(TaskTable):
             RecastConfigError: if the pool has one of the tasks already.
         """
         with torch.inference_mode(False), torch.no_grad():
-            tasks = read_pool(path, self._layout, self._kinds, skip_damaged)
-            if len(tasks.heads) < len(tasks.names):
-                self._layout.check_reader(f"a task in {path}")
-            self.check_new_names(tasks.names)  # before the model is changed
-            for name in {head.kind.name for head in tasks.heads.values()}:
-                self._make_place_for(name)
-            with self.lock:
-                start = self.add_rows(tasks.names, tasks.table, tasks.heads)
-                self._remembered.update({start + place: known for place, known in tasks.remembered.items()})
-        return tasks.names
+            return self._put_in(read_pool(path, self._layout, self._kinds, skip_damaged), path)
 
 
 def _head_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
