@@ -102,8 +102,6 @@ class AccuracyMatrix:
         same = np.array_equal(self.values, other.values, equal_nan=True)
         return self.tasks == other.tasks and same and np.array_equal(self.baseline, other.baseline, equal_nan=True)
 
-    __hash__ = None  # type: ignore[assignment]  # it can be written to
-
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON can hold; what was not recorded is None."""
         return {

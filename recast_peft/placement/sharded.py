@@ -64,8 +64,7 @@ def is_spread_in_calls(tensor: Tensor) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes, also while it is gathered for a call."""
-    is_known = is_partitioned(tensor) or hasattr(tensor, "full_tensor") or _piece_of(tensor) is not None
-    return is_known or id(tensor) in _fsdp2_parameters()
+    return is_spread_in_calls(tensor) or _piece_of(tensor) is not None or id(tensor) in _fsdp2_parameters()
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
