@@ -93,6 +93,7 @@ class DirectionsBank(BankBeside):
 
     left: Tensor
     right: Tensor
+    is_factored = True
 
     def __init__(self, name: str, members: Sequence[str], layers: Sequence[ComposedModule], num_directions: int) -> None:
         super().__init__(name, members, layers)
@@ -111,11 +112,6 @@ class DirectionsBank(BankBeside):
         if self.is_outdated:  # the weight was loaded before: banks are a model's last module
             self._find()
             self.is_outdated = False
-
-    @property
-    def is_factored(self) -> bool:
-        """Always: the templates are never made one by one to compose a weight."""
-        return True
 
     @property
     def key(self) -> str:

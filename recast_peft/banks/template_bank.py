@@ -49,6 +49,7 @@ class TemplateBank(StaysInMemory):
     templates: nn.Parameter | None
     base_coefficients: Tensor | None
     is_outdated = False  # while other pretrained weights are loaded into a whole model
+    is_factored = False  # whether the sum of the templates is formed without the templates; see ``added_to``
 
     def __init__(
         self,
@@ -104,11 +105,6 @@ class TemplateBank(StaysInMemory):
     def is_anchored(self) -> bool:
         """Whether offsets are added to the pretrained weight itself, so that zero offsets give it to the last bit."""
         return self.is_exact
-
-    @property
-    def is_factored(self) -> bool:
-        """Whether the sum of the templates is formed without the templates; see ``added_to``."""
-        return False
 
     @property
     def key(self) -> str:
@@ -193,15 +189,8 @@ class TemplateBank(StaysInMemory):
 class BankBeside(TemplateBank):
     """A bank with templates beside the pretrained weights, which stay."""
 
-    @property
-    def is_exact(self) -> bool:
-        """Never: there is more than the pretrained weights."""
-        return False
-
-    @property
-    def is_anchored(self) -> bool:
-        """Always: offsets are added to the pretrained weight itself."""
-        return True
+    is_exact = False
+    is_anchored = True
 
 
 def mix_templates(weights: Sequence[Tensor], mix: Tensor) -> Tensor:
