@@ -24,7 +24,7 @@ from ..errors import RecastConfigError, RecastTargetError
 from ..names import modules_of
 from ..validation import is_number
 from .head import TaskHead
-from .prototypes import check_every_class, read_head_inputs, whole_labels
+from .prototypes import check_every_class, check_is_active, read_head_inputs, whole_labels, wrappers_of_task
 
 Shrinkage = float | Literal["auto"]
 
@@ -204,17 +204,15 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     """
     wrappers = modules_of(model, ModulesToSaveWrapper)
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
-    active = next((m.active_adapters[0] for m in wrappers if m.active_adapters), None)
-    name: Any = active if adapter_name is None else adapter_name
-    heads = [m.modules_to_save[name] for m in wrappers if name is not None and name in m.modules_to_save]
+    name, holding = wrappers_of_task(wrappers, adapter_name)
+    heads = [wrapper.modules_to_save[name] for wrapper in holding]
     found = [last for head in heads for last in modules_of(head, nn.Linear)[-1:] if last.bias is not None]
     if len(found) != 1:
         raise RecastTargetError(
             f"{'the active task' if name is None else f'task {name!r}'} owns {len(found)} linear classifiers with biases; one "
             "is expected: make the task with RecastConfig(num_classes=...)"
         )
-    if any(m.disable_adapters or name not in m.active_adapters for m in wrappers):
-        raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
+    check_is_active(name, holding)
     if not found[0].weight.requires_grad:
         raise RecastTargetError(
             f"the classifier of task {name!r} is frozen: load the task with is_trainable=True; fit a task of a pool as an "

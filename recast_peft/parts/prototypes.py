@@ -30,15 +30,12 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
         RecastTargetError: if the task has no prototypes or is not active, a label is none of its classes, or a class has
             no example.
     """
-    heads = task_heads(model)
-    active = heads[0].active_adapters[:1] if heads else []
-    name = next(iter(active), None) if adapter_name is None else adapter_name
-    head = heads[0].modules_to_save[name] if heads and name is not None and name in heads[0].modules_to_save else None
+    name, holding = wrappers_of_task(task_heads(model), adapter_name)
+    head = next((wrapper.modules_to_save[name] for wrapper in holding), None)
     if not isinstance(head, PrototypeHead):
         task = "the active task" if name is None else f"task {name!r}"
         raise RecastTargetError(f"{task} has no prototypes: make it with RecastConfig(..., head_type='prototypes')")
-    if heads[0].disable_adapters or name not in heads[0].active_adapters:
-        raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
+    check_is_active(name, holding)
     classes, features = head.prototypes.shape
     counts = torch.zeros(classes, dtype=torch.float64)
     sums = torch.zeros(classes, features, dtype=torch.float64)
@@ -52,6 +49,23 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
     with torch.no_grad():
         head.prototypes.copy_(sums / counts[:, None])
     return head.prototypes.detach().clone()
+
+
+def wrappers_of_task(wrappers: Iterable[Any], adapter_name: str | None) -> tuple[Any, list[Any]]:
+    """The name of a task, None being the active one, and those wrappers that hold a module of it."""
+    active = next((wrapper.active_adapters[0] for wrapper in wrappers if wrapper.active_adapters), None)
+    name = active if adapter_name is None else adapter_name
+    return name, [wrapper for wrapper in wrappers if name in wrapper.modules_to_save]
+
+
+def check_is_active(name: str, holding: Iterable[Any]) -> None:
+    """Refuse a task whose modules are not those that are called.
+
+    Raises:
+        RecastTargetError: naming it.
+    """
+    if any(wrapper.disable_adapters or name not in wrapper.active_adapters for wrapper in holding):
+        raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
 
 
 def read_head_inputs(

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 from recast_peft import RecastConfig, TaskPool, fit_discriminant_head, get_recast_model
 from recast_peft.errors import RecastConfigError, RecastTargetError
 from recast_peft.parts.discriminant import discriminants, ledoit_wolf_shrinkage, linear_head
+from recast_peft.parts.prototypes import fit_prototypes
 
 COUNTS = (9, 4, 6)
 
@@ -253,6 +254,21 @@ class TestRefusals:
         model.get_base_model().head.modules_to_save["default"].bias = None
         with pytest.raises(RecastTargetError, match="owns 0 linear classifiers with biases"):
             linear_head(model)
+
+    @pytest.mark.parametrize("fields", [{}, {"head_type": "prototypes"}], ids=["linear", "prototypes"])
+    def test_a_task_whose_classifier_is_not_in_the_place_of_the_first_ones(self, fields):
+        """It was refused, as not active or without prototypes."""
+        x, labels = examples()
+        base = net()
+        base.second_head = nn.Linear(5, 2).double()
+        base.forward = lambda x: (base.head(base.features(x)), base.second_head(base.features(x)))
+        at = {"target_modules": ["body.0", "body.1"], "num_classes": 3, **fields}
+        model = get_recast_model(base, RecastConfig(**at, head_module="head"))
+        model.add_adapter("second", RecastConfig(**at, head_module="second_head"))
+        model.set_adapter("second")
+        (fit_prototypes if fields else fit_discriminant_head)(model, [(x, labels)])
+        own = base.second_head.modules_to_save["second"]
+        assert next(own.parameters()).abs().max() > 0.1  # a fresh one is near zero
 
     def test_a_task_that_is_not_active(self):
         x, labels = examples()
