@@ -63,6 +63,13 @@ class Request:
     targets: tuple[str, ...]
     counting: bool = False
 
+    def like(self, module: nn.Module) -> dict[str, Any]:
+        """Device of what stands at a place, and its dtype, but float32 beside half precision, as PEFT's adapters have it."""
+        parameters = (p for p in (*module.parameters(), *self.model.parameters()) if p.is_floating_point())
+        near = next(parameters, torch.empty(0))
+        device = torch.device("meta") if self.counting else near.device
+        return {"device": device, "dtype": torch.promote_types(near.dtype, torch.float32)}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -135,11 +142,3 @@ class TaskPart:
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         """What a task owns here that a pool, arithmetic or a LoRA cannot hold; None if there is nothing, or it can."""
         return None
-
-
-def device_and_dtype(model: nn.Module, module: nn.Module | None = None, counting: bool = False) -> dict[str, Any]:
-    """Device of a place, and float32 beside weights of half precision, as PEFT's adapters are."""
-    parameters = (*(() if module is None else module.parameters()), *model.parameters())
-    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
-    device = torch.device("meta") if counting else like.device
-    return {"device": device, "dtype": torch.promote_types(like.dtype, torch.float32)}

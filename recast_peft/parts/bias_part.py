@@ -21,7 +21,7 @@ from ..options.partner import PartnerConfig
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..planning.candidates import Candidate
 from .banked import bank_of_partner, refuse_bank
-from .base import Request, device_and_dtype
+from .base import Request
 from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix
 
@@ -247,7 +247,7 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
             refusal = partner.refusal(places[member])
             if refusal is not None:
                 raise RecastTargetError(f"partner bias cannot stand at {member}, which its bank names: {refusal}")
-            like = device_and_dtype(request.model, places[member].module, request.counting)
+            like = request.like(places[member].module)
             channels = channels_of(places[member].module)
             assert channels is not None
             module = BiasMix(

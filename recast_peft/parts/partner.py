@@ -28,7 +28,7 @@ from ..names import MODEL_PREFIX, PARTNER_CONTAINER, modules_of, place_key
 from ..options.partner import PARTNERS, PartnerConfig
 from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.heads import head_names
-from .base import Piece, Place, Request, TaskPart, device_and_dtype
+from .base import Piece, Place, Request, TaskPart
 from .places import places_of
 from .stacking import stack_around
 from .wrapper import ScaledModule, was_replaced
@@ -105,8 +105,7 @@ class PartnerPart(TaskPart):
                 weight = candidate.weight  # type: ignore[assignment]
             shape = layer.weight_shape if layer is not None else None if weight is None else tuple(weight.shape)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.config.seed} {candidate.name}".encode()))
-            like = device_and_dtype(request.model, candidate.module, request.counting)
-            module = partner.build(candidate.module, shape, generator, **like)
+            module = partner.build(candidate.module, shape, generator, **request.like(candidate.module))
             module.train(candidate.module.training)
             is_new = partner.acts_on == "weight" and layer is None and candidate.name not in request.targets
             fingerprint = weight_fingerprint(weight) if is_new and weight is not None and not request.counting else None

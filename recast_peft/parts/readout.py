@@ -33,7 +33,7 @@ from ..names import lies_in
 from ..options.partner import Candidate, PartnerConfig
 from ..planning.candidates import Candidate as Place
 from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
-from .base import Request, device_and_dtype
+from .base import Request
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
 
 
@@ -355,8 +355,7 @@ class ReadoutPart(PartnerPart):
             for name, fingerprint in fingerprints_of(group.members[:-1], candidates).items():
                 bank.check_base(name, fingerprint)
         partner, place = replace(partner, bank=bank), places[group.members[-1]]
-        like = device_and_dtype(request.model, place.module, request.counting)
-        module = partner.build(place.module, None, torch.Generator(), **like)
+        module = partner.build(place.module, None, torch.Generator(), **request.like(place.module))
         return [PreparedPartner(partner, place, module.train(place.module.training))]
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from recast_peft import RecastConfig
 from recast_peft.parts import PARTS
-from recast_peft.parts.base import Piece, device_and_dtype
+from recast_peft.parts.base import Piece, Request
 
 
 def piece(place: str) -> Piece:
@@ -39,14 +40,16 @@ def test_a_module_may_be_called_as_wrappers_call_what_they_hold() -> None:
 def test_parameters_of_a_part_are_float32_at_least(
     model: torch.dtype, place: torch.dtype | None, expected: torch.dtype
 ) -> None:
-    beside = None if place is None else nn.Linear(2, 2, dtype=place)
-    found = device_and_dtype(nn.Linear(2, 2, dtype=model), beside)
+    beside = nn.ReLU() if place is None else nn.Linear(2, 2, dtype=place)
+    found = Request(nn.Linear(2, 2, dtype=model), RecastConfig(), ()).like(beside)
     assert found == {"device": torch.device("cpu"), "dtype": expected}
 
 
 def test_parameters_that_are_only_counted_are_on_the_meta_device() -> None:
-    assert device_and_dtype(nn.Linear(2, 2), counting=True)["device"] == torch.device("meta")
-    assert device_and_dtype(nn.ReLU()) == {"device": torch.device("cpu"), "dtype": torch.float32}
+    counted = Request(nn.Linear(2, 2), RecastConfig(), (), counting=True)
+    assert counted.like(nn.Linear(2, 2))["device"] == torch.device("meta")
+    without_parameters = Request(nn.ReLU(), RecastConfig(), ())
+    assert without_parameters.like(nn.ReLU()) == {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def test_no_two_parts_have_one_name() -> None:
