@@ -33,6 +33,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
 from ..names import check_adapter_name
+from ..options.lora import WRITING_INITS
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
@@ -40,7 +41,6 @@ from ..validation import COUNT, check_arguments, optional
 from .sources import check_bank, check_plain, loaded, origin_of
 
 Adapter = str | Path | PeftModel | tuple[PeftModel, str]
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts of a LoRA that take it from the weights
 Pair = tuple[Tensor, Tensor]  # (rows, rank) and (rank, columns): their product is what comes to a weight as a matrix
 
 
@@ -348,7 +348,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
 def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
     kind = f"of type {config.peft_type}"
     if isinstance(config, LoraConfig):
-        changes_base = str(config.init_lora_weights).startswith(CHANGE_THE_BASE)
+        changes_base = str(config.init_lora_weights).startswith(WRITING_INITS)
         if not config.use_dora and not changes_base:
             return config
         start = f"started with init_lora_weights={config.init_lora_weights!r}, which changes the weights that it adds to"

@@ -31,12 +31,9 @@ OWNED_BY_TASK = ("bias", "modules_to_save", "inference_mode")
 _NOT_STORED = ("inference_mode", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type")
 
 _WRITES = "it writes into the pretrained weights, which are the templates of all tasks"
+WRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 REFUSED_INITS = {
-    "pissa": _WRITES,
-    "olora": _WRITES,
-    "corda": _WRITES,
-    "loftq": _WRITES,
-    "lora_ga": _WRITES,
+    **dict.fromkeys(WRITING_INITS, _WRITES),
     "eva": "PEFT fills it in from data for a LoRA of its own only; it would stay at an ordinary start",
 }
 REFUSED_FIELDS = {
