@@ -130,9 +130,10 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
         raise RecastLoadError(
             f"bank {bank!r} of {what} has the members {list(members)[:6]}; each is expected once, by its name"
         )
-    recipe = _recipe(entry, len(members), entry.integer("templates", 0, MOST))
+    templates = entry.integer("templates", 0, MOST)
+    recipe = _recipe(entry, len(members), templates)
     if kind == "readout":
-        check_shapes(what, tensors, {f"{bank}.offset": (entry.integer("templates", 0, MOST),)})
+        check_shapes(what, tensors, {f"{bank}.offset": (templates,)})
     if kind == "dense":
         group = _dense(bank, members, tensors, what, recipe)
     elif kind == "exact":
@@ -146,9 +147,9 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
             offset=tensors[f"{bank}.offset"] if kind == "readout" else None,
             pools=entry.flag("pools") if kind == "readout" else None,
         )
-    if group.num_templates != entry["templates"]:
+    if group.num_templates != templates:
         raise RecastLoadError(
-            f"bank {bank!r} of {what} has another number of templates\n  in its description: {entry['templates']}\n"
+            f"bank {bank!r} of {what} has another number of templates\n  in its description: {templates}\n"
             f"  in its tensors:     {group.num_templates}\nNothing was loaded; fetch it again."
         )
     if group.widths is not None and (len(group.widths) != len(members) or (sum(group.widths),) != group.weight_shape):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -211,8 +211,11 @@ def check_data(data: Any) -> None:
         raise RecastConfigError(f"data has tensors of {', '.join(map(str, counts))} examples: expected as many in each")
 
 
+def each_tensor(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Inputs of the same form with every tensor changed."""
+    return {key: change(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else change(inputs)
+
+
 def rows_of_inputs(inputs: Inputs, rows: Tensor) -> Inputs:
     """Some of the examples."""
-    if isinstance(inputs, Mapping):
-        return {key: value[rows.to(value.device)] for key, value in inputs.items()}
-    return inputs[rows.to(inputs.device)]
+    return each_tensor(inputs, lambda tensor: tensor[rows.to(tensor.device)])

@@ -141,8 +141,7 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
             if not args or not isinstance(args[0], Tensor):
                 return
             rows = columns(module, args[0].detach()).float()  # (places, fan_in)
-            moment = rows.T @ rows
-            sums[target.name] = sums[target.name] + moment if target.name in sums else moment
+            sums[target.name] = sums.get(target.name, 0) + rows.T @ rows
             counts[target.name] = counts.get(target.name, 0) + rows.shape[0]
 
         return hook

@@ -33,7 +33,7 @@ from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
 from .biases import bias_places, grow_bias_bank, is_norm
-from .families import Inputs, PracticeFamily, PracticeTask, check_data, rows_of_inputs
+from .families import Inputs, PracticeFamily, PracticeTask, check_data, each_tensor, rows_of_inputs
 from .sources import check_plain
 from .weights import grow_bank
 
@@ -115,7 +115,8 @@ def practice_bank(
     in_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
     generator = torch.Generator().manual_seed(seed)
     how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features, "generator": generator}
-    data = _in_float32(data) if in_half else data
+    if in_half:
+        data = each_tensor(data, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     moved, names = [], []
     for index in tqdm(range(tasks), desc="practice", disable=not progress):
         one = families[index % len(families)]
@@ -144,12 +145,6 @@ def _lora_targets(model: nn.Module, config: RecastConfig | None) -> list[str]:
             "practice_bank(of='weights') trains LoRAs, and PEFT has none for the targets: give the config target_modules"
         )
     return targets
-
-
-def _in_float32(data: Inputs) -> Inputs:
-    if isinstance(data, Mapping):
-        return {key: value.float() if value.is_floating_point() else value for key, value in data.items()}
-    return data.float() if data.is_floating_point() else data
 
 
 def mean_features(model: nn.Module, inputs: Any) -> Tensor:
