@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..composition.recomputation import CallHistory
@@ -289,25 +289,21 @@ def joined(parts: list[tuple[list[int], Any]], samples: int) -> Any:
     Returns:
         ``(samples, ..., most features)``, or several of these.
     """
-    flat = [tree_flatten(output) for _, output in parts]
-    rows = [indices for indices, _ in parts]
-    leaves = [
-        _joined(list(zip(rows, values, strict=True)), samples) for values in zip(*(values for values, _ in flat), strict=True)
-    ]
-    return tree_unflatten(leaves, flat[0][1])
+    rows, outputs = zip(*parts, strict=True)
+    return tree_map(lambda *values: _joined(rows, values, samples), *outputs)
 
 
-def _joined(parts: list[tuple[list[int], Any]], samples: int) -> Any:
-    if not isinstance(parts[0][1], Tensor):
-        return parts[0][1]
-    widest = max(part.shape[-1] for _, part in parts)
+def _joined(rows: Sequence[list[int]], values: Sequence[Any], samples: int) -> Any:
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    widest = max(part.shape[-1] for part in values)
     result = None
-    for rows, part in parts:
+    for own, part in zip(rows, values, strict=True):
         if part.ndim > 1 and part.shape[-1] < widest:
             part = nn.functional.pad(part, (0, widest - part.shape[-1]), value=float("-inf"))
         if result is None:
             result = part.new_empty((samples, *part.shape[1:]))
-        result = result.index_copy(0, torch.tensor(rows, device=part.device), part)
+        result = result.index_copy(0, torch.tensor(own, device=part.device), part)
     assert result is not None
     return result
 
