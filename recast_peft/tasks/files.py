@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     """
     backbone = backbone_of(model)
     check_not_merged(backbone, adapter_name)
-    unfilled = getattr(getattr(model, "base_model", None), "forget_unfilled", None)
-    try:
+    with filling(adapter_name, getattr(getattr(model, "base_model", None), "forget_unfilled", None)):
         renamed = None if config.record is None else config.record.renamed
         entries = task_entries(model, adapter_name, config)
         optional = _of_the_base(backbone, "all")  # as PEFT takes them
@@ -147,16 +147,22 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
         _check_shared(f"task {adapter_name!r}", entries, given)
         values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}
-    except BaseException:
-        if unfilled is not None:
-            unfilled(adapter_name, undo=True)
-        raise
-    if unfilled is not None:
-        unfilled(adapter_name, undo=False)
     written = put_in(model, entries, values)
     resized = {key: value for key, value in given.items() if key not in entries}
     own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
     return {**written, **{own[key]: value for key, value in resized.items()}}
+
+
+@contextmanager
+def filling(adapter_name: str, filled: Callable[..., None] | None) -> Iterator[None]:
+    """A block that puts a task's file in; ``filled`` is called with the task's name and ``undo``: True if the block fails."""
+    filled = filled or (lambda adapter_name, undo: None)
+    try:
+        yield
+    except BaseException:
+        filled(adapter_name, undo=True)
+        raise
+    filled(adapter_name, undo=False)
 
 
 def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:

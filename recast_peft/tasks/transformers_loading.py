@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import RecastConfig
-from .files import load_into
+from .files import filling, load_into
 
 LOADING = "_load_pretrained_model"
 
@@ -21,8 +21,7 @@ LOADING = "_load_pretrained_model"
 def take_over_loading(model: nn.Module, config: RecastConfig, adapter_name: str, filled: Callable[..., None]) -> None:
     """Let the next loading of a transformers model, which is that of a task's file, go by the task's own names.
 
-    Other models than those of transformers are left alone. ``filled`` is then called with the task's name and ``undo``: True if
-    the file could not be put in.
+    Other models than those of transformers are left alone. ``filled`` is then called as ``filling`` calls it.
     """
     if hasattr(type(model), LOADING):
         setattr(model, LOADING, partial(_load, model, config, adapter_name, filled))
@@ -47,12 +46,8 @@ def _load(
     from transformers.modeling_utils import load_state_dict
 
     hand_back_loading(backbone)
-    try:
+    with filling(adapter_name, filled):
         given = {key: value for file in checkpoint_files or () for key, value in load_state_dict(file).items()}
         own = load_into(backbone, config, adapter_name, {**given, **(state_dict or {})})
-    except BaseException:
-        filled(adapter_name, undo=True)
-        raise
-    filled(adapter_name, undo=False)
     load = getattr(type(backbone), LOADING)  # finds everything where it is, and says so
     return load(state_dict=own, checkpoint_files=None, load_config=replace(load_config, weight_mapping=[]), **options)
