@@ -144,7 +144,7 @@ def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False)
 
 
 def build_head(
-    model: nn.Module, original: nn.Module, name: str, config: RecastConfig, device: torch.device | None = None
+    model: nn.Module, original: nn.Module, name: str, config: RecastConfig, device: torch.device | None
 ) -> nn.Module:
     """A head for ``config.num_classes`` classes in place of ``original``.
 

@@ -39,7 +39,7 @@ def nearest_pair(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tens
     return *nearest, float(sizes[rank:].norm() / sizes.norm().clamp_min(torch.finfo(sizes.dtype).tiny))
 
 
-def summed_config(model: nn.Module, adapters: Sequence[str], combination_type: str = "linear") -> LoraConfig | None:
+def summed_config(model: nn.Module, adapters: Sequence[str], combination_type: str) -> LoraConfig | None:
     """Options of a LoRA part for the sum of several tasks' parts, with a factor of one.
 
     Its rank at a module is the sum of theirs; of ``"svd"`` the largest of them.

@@ -210,7 +210,7 @@ class PoolLayout:
 
     # ---------------------------------------------------------------- reading a task
 
-    def fresh_row(self, name: str, config: RecastConfig | None = None) -> Tensor:
+    def fresh_row(self, name: str, config: RecastConfig | None) -> Tensor:
         """The row of a task that changes nothing yet; see ``check_choices`` for what a config may say."""
         row, seed = torch.zeros(self.width), 0 if config is None else config.seed
         if config is None or self.check_choices(name, config):

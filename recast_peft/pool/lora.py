@@ -120,9 +120,7 @@ class LoraColumns:
             raise RecastLoadError(f"{what} is damaged: its LoRA part is {str(saved)[:100]}") from error
         raise _other_part(what, given, self.parts)
 
-    def combine(
-        self, rows: Mapping[str, Tensor], weights: Sequence[float], combination_type: str = "linear", **options: Any
-    ) -> Tensor:
+    def combine(self, rows: Mapping[str, Tensor], weights: Sequence[float], combination_type: str, **options: Any) -> Tensor:
         """The row of a combined task; see ``combine_rows`` for the arguments.
 
         Raises:

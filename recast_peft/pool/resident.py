@@ -170,7 +170,7 @@ class ResidentTasks(TaskTable):
             RecastConfigError: if an argument cannot be used, or LoRA parts cannot be combined so; the pool is left as it was.
         """
         check_adapter_name(adapter_name)
-        check_combination(adapters, weights, combination_type, heads=heads, **options)
+        check_combination(adapters, weights, combination_type, heads, **options)
         with torch.inference_mode(False), torch.no_grad():
             with self.lock:
                 rows = {name: self.row(name) for name in adapters}

@@ -44,10 +44,11 @@ REFUSED_TYPES = {
 def check_combination(
     adapters: Sequence[str],
     weights: Sequence[float],
-    combination_type: str = "linear",
+    combination_type: str,
+    heads: str | None,
+    *,
     density: float | None = None,
     majority_sign_method: str = "total",
-    heads: str | None = None,
 ) -> None:
     """Check the arguments of a combination before anything is done.
 
@@ -176,7 +177,7 @@ def _summed_head(heads: dict[str, PreparedHead], weights: Sequence[float]) -> Pr
 # ---------------------------------------------------------------- tasks of a model
 
 
-def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combination_type: str = "linear") -> None:
+def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combination_type: str) -> None:
     """Refuse tasks whose coefficients do not mean the same, or that own more than can be combined in this way.
 
     Raises:
@@ -253,10 +254,16 @@ def head_of_adapter(model: nn.Module, adapter: str) -> PreparedHead | None:
 
 
 def add_combined(
-    tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, heads: str | None, **options: Any
+    tuner: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+    heads: str | None,
+    **options: Any,
 ) -> None:
     """Put a combined task on a model; see ``RecastModel.add_weighted_adapter`` for the arguments and what is raised."""
-    check_combination(adapters, weights, heads=heads, **options)
+    check_combination(adapters, weights, combination_type, heads, **options)
     check_adapter_name(adapter_name)
     known = tasks_among(tuner.peft_config)
     for name in adapters:
@@ -265,12 +272,12 @@ def add_combined(
         raise RecastConfigError(f"the model has a task {adapter_name!r} already; its tasks: {', '.join(tuner.peft_config)}")
     model = tuner.model
     configs = {name: known[name] for name in adapters}
-    check_combinable(model, configs, options["combination_type"])
-    part = summed_config(model, adapters, options["combination_type"])
-    check_svd(options["combination_type"], part is not None)
+    check_combinable(model, configs, combination_type)
+    part = summed_config(model, adapters, combination_type)
+    check_svd(combination_type, part is not None)
     own = {name: head_of_adapter(model, name) for name in adapters}
     head = combine_heads(own, weights, heads)
-    row = combine_rows([task_row(model, name) for name in adapters], weights, **options)
+    row = combine_rows([task_row(model, name) for name in adapters], weights, combination_type, **options)
     sharing = {config.coefficient_sharing for config in configs.values()}
     first = configs[adapters[0]]
     reads_as_model = head is None and any(each is not None for each in own.values())  # by the model's own classifier

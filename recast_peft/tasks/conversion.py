@@ -80,7 +80,7 @@ def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:
 
 
 def check_fingerprints(
-    config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None, quantised: Collection[str] = ()
+    config: RecastConfig, actual: dict[str, str], entries: dict[str, Tensor] | None, quantised: Collection[str]
 ) -> bool:
     """Refuse a task that was learned on other pretrained weights; on their quantised form it is taken, with a warning.
 

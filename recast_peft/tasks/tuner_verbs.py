@@ -193,7 +193,7 @@ class TaskVerbs:
             RecastBankError: if the tasks are on different banks.
         """
         options = {"density": density, "majority_sign_method": majority_sign_method}
-        add_combined(self, adapters, weights, adapter_name, heads, combination_type=combination_type, **options)
+        add_combined(self, adapters, weights, adapter_name, combination_type, heads, **options)
 
     # ---------------------------------------------------------------- files
 

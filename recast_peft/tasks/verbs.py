@@ -76,7 +76,7 @@ def active_tasks(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*adapter_names, *of_layers]))
 
 
-def check_mergeable(model: nn.Module, adapter_names: Sequence[str], unload: bool = False) -> None:
+def check_mergeable(model: nn.Module, adapter_names: Sequence[str], unload: bool) -> None:
     """Refuse to merge tasks with a part that no weight can hold, or while one of their two parts is switched off.
 
     ``unload``: into a model that has no place for tasks any more.
