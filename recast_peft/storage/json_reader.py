@@ -122,48 +122,48 @@ class Fields(Mapping[str, Any]):
 
     def text(self, key: str, default: Any = _ABSENT) -> str:
         """A text."""
-        return self._get(key, default, "a text", _is_text)
+        return self._get(key, "a text", _is_text, default)
 
     def flag(self, key: str, default: Any = _ABSENT) -> bool:
         """True or False."""
-        return self._get(key, default, "true or false", lambda value: isinstance(value, bool))
+        return self._get(key, "true or false", lambda value: isinstance(value, bool), default)
 
-    def integer(self, key: str, low: int, high: int, default: Any = _ABSENT) -> int:
+    def integer(self, key: str, low: int, high: int) -> int:
         """A whole number within bounds."""
-        return self._get(key, default, f"a whole number from {low:,} to {high:,}", _within(low, high))
+        return self._get(key, f"a whole number from {low:,} to {high:,}", _within(low, high))
 
-    def number(self, key: str, default: Any = _ABSENT) -> float:
+    def number(self, key: str) -> float:
         """A finite number."""
-        return self._get(key, default, "a finite number", is_number)
+        return self._get(key, "a finite number", is_number)
 
     def numbers(self, key: str, default: Any = _ABSENT) -> list[float]:
         """A list of finite numbers."""
-        return self._get(key, default, "a list of finite numbers", _list_of(is_number))
+        return self._get(key, "a list of finite numbers", _list_of(is_number), default)
 
-    def integers(self, key: str, low: int, high: int, default: Any = _ABSENT) -> list[int]:
+    def integers(self, key: str, low: int, high: int) -> list[int]:
         """A list of whole numbers within bounds."""
-        return self._get(key, default, f"a list of whole numbers from {low:,} to {high:,}", _list_of(_within(low, high)))
+        return self._get(key, f"a list of whole numbers from {low:,} to {high:,}", _list_of(_within(low, high)))
 
     def texts(self, key: str, default: Any = _ABSENT) -> list[str]:
         """A list of texts."""
-        return self._get(key, default, "a list of texts", _list_of(_is_text))
+        return self._get(key, "a list of texts", _list_of(_is_text), default)
 
-    def text_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, str]:
+    def text_by_name(self, key: str) -> dict[str, str]:
         """An object whose values are texts."""
 
         def fits(value: Any) -> bool:
             return _is_object(value) and all(map(_is_text, value.values()))
 
-        return self._get(key, default, "an object whose values are texts", fits)
+        return self._get(key, "an object whose values are texts", fits)
 
     def object(self, key: str, default: Any = _ABSENT) -> Fields:
         """An object."""
-        value = self._get(key, default, "an object", _is_object)
+        value = self._get(key, "an object", _is_object, default)
         return Fields(value, f"{key!r} of {self.what}", self.error) if isinstance(value, dict) else value
 
     def objects(self, key: str, default: Any = _ABSENT) -> list[Fields]:
         """A list of objects."""
-        values = self._get(key, default, "a list of objects", _list_of(_is_object))
+        values = self._get(key, "a list of objects", _list_of(_is_object), default)
         return [Fields(value, f"{key}[{place}] of {self.what}", self.error) for place, value in enumerate(values)]
 
     def object_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, Fields]:
@@ -171,7 +171,7 @@ class Fields(Mapping[str, Any]):
         inside = self.object(key, default)
         return {name: inside.object(name) for name in inside}
 
-    def _get(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
+    def _get(self, key: str, expected: str, fits: Callable[[Any], bool], default: Any = _ABSENT) -> Any:
         value = self.content.get(key, _ABSENT)
         if value is _ABSENT and default is not _ABSENT:
             return default

@@ -202,10 +202,10 @@ def _finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(flat[start : start + _CHUNK]).all()) for start in range(0, flat.numel(), _CHUNK))
 
 
-def outliers(tensors: Mapping[str, Tensor], largest: float = LARGEST) -> dict[str, float]:
-    """Coefficients that only a damaged file holds: by name the largest one of each tensor that exceeds ``largest``."""
+def outliers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Coefficients that only a damaged file holds: by name the largest one of each tensor that exceeds ``LARGEST``."""
     sizes = {key: float(tensor.abs().max()) for key, tensor in tensors.items() if tensor.numel()}
-    return {key: size for key, size in sizes.items() if size > largest}
+    return {key: size for key, size in sizes.items() if size > LARGEST}
 
 
 def check_shapes(
