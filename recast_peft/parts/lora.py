@@ -95,8 +95,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make tasks trainable or frozen here."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        super().set_requires_grad(keys_of(names), requires_grad)  # type: ignore[misc]
+        super().set_requires_grad(keys_of(adapter_names), requires_grad)  # type: ignore[misc]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task's part; which task is active next says the model's own verb."""

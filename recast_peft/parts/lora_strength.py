@@ -16,9 +16,10 @@ from ..names import BASE_ADAPTER, modules_of
 from ..validation import check_arguments, one_of
 
 
-def keys_of(names: Sequence[str]) -> list[str]:
-    """The names under which PEFT's layers hold tasks."""
-    return [name if name == BASE_ADAPTER else container_key(name) for name in names]
+def keys_of(names: str | Sequence[str]) -> list[str]:
+    """The names under which PEFT's layers hold tasks, or one of them."""
+    given = [names] if isinstance(names, str) else names
+    return [name if name == BASE_ADAPTER else container_key(name) for name in given]
 
 
 class PartStrength:

@@ -201,9 +201,8 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     tensors, texts = file.tensors, file.metadata
     _check_format(path, texts)
     try:
-        said = {key: parse_value(texts[key], f"{key!r} of {what}") for key in LAYOUT}
-        for key, otherwise in ADDED.items():
-            said[key] = parse_value(texts.get(key, otherwise), f"{key!r} of {what}")
+        known = {**ADDED, **texts}
+        said = {key: parse_value(known[key], f"{key!r} of {what}") for key in (*LAYOUT, *ADDED)}
         table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
     except (KeyError, ValueError) as error:
         if isinstance(error, RecastError):

@@ -140,12 +140,12 @@ def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
     found = find_renamed(model, record.groups, record.base_fingerprint, record.key_mapping)
     if not found and not record.key_mapping:
         return config
-    members = {name: [found.get(member, member) for member in own] for name, own in record.groups.items()}
-    new_names = {name: bank_name(own) for name, own in members.items()}
     pairs = {member: found.get(member, member) for own in record.groups.values() for member in own}
+    members = {name: [pairs[member] for member in own] for name, own in record.groups.items()}
+    new_names = {name: bank_name(own) for name, own in members.items()}
+    groups = {new_names[name]: own for name, own in members.items()}
     recipes = record.recipes and {new_names[name]: recipe for name, recipe in record.recipes.items()}
     fingerprints = {found.get(name, name): value for name, value in record.base_fingerprint.items()}
-    groups = {new_names[name]: own for name, own in members.items()}
     called = Renaming(model, pairs, record.key_mapping)
     renamed = replace(record, groups=groups, recipes=recipes, base_fingerprint=fingerprints, renamed=called)
     return config.as_chosen(record=renamed)
