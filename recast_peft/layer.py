@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .banks.template_bank import TemplateBank, follow_device, move_in_place
 from .composition.calling import call
 from .composition.coefficient_gradients import EXACT
 from .composition.composed import ComposedModule
+from .composition.fingerprint import weight_fingerprint
 from .composition.kinds import in_and_out_features, kind_of
 from .composition.known import Known, know
 from .composition.merging import Merging, check_held, follow, refresh
@@ -59,7 +60,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
 
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
         super().__init__(base_layer, module_name, weight_name)
-        self.fingerprint = fingerprint
+        self._fingerprint: str | None = fingerprint
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
         self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
         self.without_strength: dict[str, str] = {}
@@ -76,6 +77,17 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         restore_class(self.get_base_layer())
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the pretrained weight; it is taken again when it is asked for after ``forget_fingerprint``."""
+        if self._fingerprint is None:
+            self._fingerprint = weight_fingerprint(self.pretrained_weight)
+        return self._fingerprint
+
+    def forget_fingerprint(self) -> None:
+        """Other pretrained weights are put in."""
+        self._fingerprint = None
 
     # ---------------------------------------------------------------- tasks
 
@@ -236,6 +248,11 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
 
     def __repr__(self) -> str:
         return "recast." + super().__repr__()
+
+
+def fingerprints_of(layers: Mapping[str, RecastLayer]) -> dict[str, str]:
+    """Fingerprints of the pretrained weights that lie in layers now, by the names of their modules."""
+    return {name: layer.fingerprint for name, layer in layers.items()}
 
 
 def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:

@@ -49,6 +49,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
     _prepared: PreparedTask | None = None  # while a task is put in
+    has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
     _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion
@@ -195,11 +196,12 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
 
     # ---------------------------------------------------------------- files
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_base_weights(self, state_dict, prefix)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, *args: Any) -> None:
+        is_assigned = metadata.get("assign_to_params_buffers", False)
+        self.has_loaded |= check_base_weights(self, state_dict, prefix, is_assigned)
         for pool in self.task_pool:  # what its task is in the slot is for the pool to say, which is in no state dict
             keep_numbers(self, pool.slot, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
     def forget_unfilled(self, adapter_name: str, undo: bool) -> None:
         """Say that a task's file was put in, or that it could not be: then the model is as it was before the task."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..composition.compose import compose_weight, composition_dtype
 from ..composition.composed import ComposedModule
+from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 from ..placement.offloaded import StaysInMemory
 
@@ -50,6 +51,7 @@ class TemplateBank(StaysInMemory):
     base_coefficients: Tensor | None
     is_outdated = False  # while other pretrained weights are loaded into a whole model
     is_factored = False  # whether the sum of the templates is formed without the templates; see ``added_to``
+    _made: str | None = None  # fingerprint of the templates of a compressed bank
 
     def __init__(
         self,
@@ -90,11 +92,18 @@ class TemplateBank(StaysInMemory):
             return  # a compressed model is being loaded: there is nothing to compare with
         measured = measure_fidelity(weights, self.templates, self.base_coefficients)
         self.fidelity = dict(zip(self.members, measured, strict=True))
+        self._made = weight_fingerprint(self.templates)
 
     def _hold(self, templates: Tensor, base: Tensor) -> None:
         # set in place of register_parameter, which low_cpu_mem_usage redirects to the meta device
         self._parameters["templates"] = nn.Parameter(templates, requires_grad=False)
         self._buffers["base_coefficients"] = base.to(templates.device, torch.float32)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether a state dict brought other templates than the bank made or read."""
+        made = self._made
+        return made is not None and self.templates is not None and not same_weight(weight_fingerprint(self.templates), made)
 
     @property
     def is_exact(self) -> bool:

@@ -11,7 +11,7 @@ from ..composition.quantised import quantised_by
 from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..holders import unwrapped
-from ..layer import recast_layers
+from ..layer import fingerprints_of, recast_layers
 from ..options.partner import PARTNERS
 from ..parts.head import task_heads
 from ..tasks.conversion import check_fingerprints
@@ -84,7 +84,7 @@ def check_replacement(
     entries = read_entries(path, kwargs, f"the task at {path!r}", config)
     layers = {name: layer for name, layer in recast_layers(backbone).items() if layer.has_task(adapter_name)}
     quantised = {name for name, layer in layers.items() if quantised_by(layer.get_base_layer()) is not None}
-    check_fingerprints(config, {name: layer.fingerprint for name, layer in layers.items()}, entries, quantised)
+    check_fingerprints(config, fingerprints_of(layers), entries, quantised)
     return config, entries
 
 

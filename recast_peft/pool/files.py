@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastError, RecastLoadError
+from ..layer import fingerprints_of
 from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
 from ..storage.tensors import read_tensors, write_tensors
@@ -112,7 +113,7 @@ def write_pool(path: str | Path, tasks: PackedTasks, layout: PoolLayout) -> None
         "groups": layout.config.groups,
         "recipes": layout.config.recipes,
         "num_directions": layout.config.num_directions,
-        "base_fingerprint": layout.config.base_fingerprint,
+        "base_fingerprint": fingerprints_of(layout.layers),
         "surroundings_fingerprint": surroundings_fingerprint(layout.backbone, layout.layers),
         "bank": layout.bank,
         "biases": layout.biases(),

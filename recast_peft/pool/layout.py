@@ -18,7 +18,7 @@ from ..composition.fingerprint import same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
 from ..holders import plain_modules, unwrapped_module
-from ..layer import recast_layers
+from ..layer import fingerprints_of, recast_layers
 from ..names import COEFFICIENTS, MODEL_PREFIX
 from ..options.record import Reference
 from ..parts import PARTS, pieces_of
@@ -189,7 +189,7 @@ class PoolLayout:
 
     def check_fingerprint(self, what: str, recorded: Mapping[str, str]) -> None:
         """Refuse what was made for other pretrained weights."""
-        own = self.config.base_fingerprint or {}
+        own = fingerprints_of(self.layers)
         differ = [name for name in own if name in recorded and not same_weight(recorded[name], own[name])]
         if differ:
             raise RecastBaseMismatchError(

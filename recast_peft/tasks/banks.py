@@ -42,7 +42,17 @@ def reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
 
 
 def recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]] | None:
-    """How the templates of compressed banks were mixed, as a task stores it; None without any."""
+    """How the templates of compressed banks were mixed, as a task stores it; None without any.
+
+    Raises:
+        RecastBankError: if a state dict brought other templates than those.
+    """
+    foreign = next((name for name, bank in banks.items() if bank.is_foreign), None)
+    if foreign is not None:
+        raise RecastBankError(
+            f"the templates of bank {foreign!r} came with a state dict, and are not those that the model made or read: a task "
+            "on them could not be loaded. Convert a model with the weights that they are of, and load the state dict into that."
+        )
     return {name: bank.recipe.to_lists() for name, bank in banks.items() if bank.recipe is not None} or None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..banks.directions_bank import DirectionsBank
 from ..banks.template_bank import TemplateBank
 from ..config import RecastConfig
-from ..layer import RecastLayer, recast_layers
+from ..layer import RecastLayer, fingerprints_of, recast_layers
+from ..names import modules_of
 from ..options.record import TaskRecord, mean_fidelity
 from ..parts.head import problem_type_of
 from ..parts.lora import lora_config_of
@@ -23,6 +26,7 @@ from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask
 from .state import backbone_of, trained_outside_tasks
+from .surroundings import surroundings_fingerprint
 
 
 def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
@@ -77,8 +81,8 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
     return TaskRecord(
         groups={name: list(bank.members) for name, bank in banks.items()},
-        base_fingerprint={name: layer.fingerprint for name, layer in layers.items()},
-        surroundings_fingerprint=config.surroundings_fingerprint,
+        base_fingerprint=fingerprints_of(layers),
+        surroundings_fingerprint=_surroundings_of(model, config, layers),
         recipes=recipes_of(banks),
         bank=reference,
         partner_banks={} if config.record is None else config.record.partner_banks,
@@ -91,6 +95,14 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
         is_stored=config.is_stored_task,
     )
+
+
+def _surroundings_of(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> str | None:
+    """What lies beside the targets: as it was when the task was put in, unless a whole state dict was loaded since."""
+    if not any(getattr(tuner, "has_loaded", False) for tuner in modules_of(model, BaseTuner)):
+        return config.surroundings_fingerprint
+    is_stored = config.bias != "none"  # trained biases are the task's
+    return None if is_stored else surroundings_fingerprint(backbone_of(model), targets)
 
 
 def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | int | None:

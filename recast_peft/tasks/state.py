@@ -81,10 +81,10 @@ def _within(key: str) -> str:
     return without_wrappers(key).removeprefix(f"module.{MODEL_PREFIX}").removeprefix(MODEL_PREFIX)
 
 
-def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str, is_assigned: bool) -> bool:
     """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
 
-    Banks learn that their weight is about to be another one.
+    Layers and banks learn that their weight is about to be another one.
 
     One that was made while tasks were merged holds the merged ones in the place of the pretrained ones.
 
@@ -92,12 +92,16 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
         tuner: the ``RecastModel``.
         state_dict: what is loaded.
         prefix: of the tuner's keys in it.
+        is_assigned: whether its tensors take the places of the model's, also where these hold no numbers.
+
+    Returns:
+        whether it holds any of them.
 
     Raises:
         RecastConfigError: if tasks are merged in the model, and what is loaded is another weight or bias than lies there.
     """
     if not any(".base_layer." in key for key in state_dict):
-        return
+        return False
     paths = {id(module): path for path, module in tuner.named_modules()}
     names = {id(unwrapped_module(module)): name for name, module in plain_modules(tuner.model).items()}
     written = {holder: list(holder.merged_into()) for holder in holders(tuner)}
@@ -107,13 +111,12 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
     differ: dict[str, None] = {}
     others: set[tuple[nn.Module, str]] = set()
     for module, name in dict.fromkeys(chain.from_iterable(written.values())):
-        if name == "bias" and id(module) in trained:
-            continue
         own, given = module._parameters.get(name), state_dict.get(f"{prefix}{paths.get(id(module))}.{name}")
-        is_known = own is not None and given is not None and own.shape == given.shape and is_plain(own) and not own.is_meta
-        if is_known and not torch.equal(given.to(own), own):  # type: ignore[union-attr, arg-type]
+        if (name == "bias" and id(module) in trained) or not _is_another(own, given, is_assigned):
+            continue
+        others.add((module, name))
+        if not own.is_meta:  # type: ignore[union-attr]
             differ[names.get(id(module), name)] = None
-            others.add((module, name))
     found = ", ".join(list(differ)[:2])
     what = f"the state dict has other weights or biases than the model at {len(differ)} modules with tasks ({found}, ...)"
     if differ and is_merged:
@@ -125,8 +128,18 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
             stacklevel=2,
         )
     for layer in modules_of(tuner, RecastLayer):
-        for bank in layer.recast_bank.values() if others.intersection(layer.merged_into()) else ():
-            bank.is_outdated = True
+        if others.intersection(layer.merged_into()):
+            layer.forget_fingerprint()
+            for bank in layer.recast_bank.values():
+                bank.is_outdated = True
+    return True
+
+
+def _is_another(own: Tensor | None, given: Tensor | None, is_assigned: bool) -> bool:
+    """Whether what a state dict holds takes the place of other numbers, or of none."""
+    if own is None or given is None or own.shape != given.shape or not is_plain(own):
+        return False
+    return (is_assigned and not given.is_meta) if own.is_meta else not torch.equal(given.to(own), own)
 
 
 def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:

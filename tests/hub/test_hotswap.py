@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     model.unmerge_adapter()
     assert torch.equal(output(model), before)
     layer = next(iter(layers_of(model).values()))
-    layer.fingerprint = weight_fingerprint(torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(9)))
+    layer._fingerprint = weight_fingerprint(torch.randn(layer.weight_shape, generator=torch.Generator().manual_seed(9)))
     with pytest.raises(RecastBaseMismatchError, match="other pretrained weights"):
         hotswap_adapter(model, good, "default")
     assert torch.equal(output(model), before)

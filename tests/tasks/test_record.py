@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_vit
+from models import outputs, randomise, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from recast_peft import RecastConfig, RecastConfigError, get_recast_model
+from recast_peft import RecastBankError, RecastBaseMismatchError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
 from recast_peft.options.record import DECIDED, TaskRecord
 
 
@@ -68,3 +69,51 @@ class TestOfAConversion:
         model.peft_config["default"].results = {"accuracy": 0.9}
         model.save_pretrained(tmp_path)
         assert RecastConfig.from_pretrained(str(tmp_path)).results == {"accuracy": 0.9}
+
+
+@pytest.mark.filterwarnings("ignore:the state dict has other weights")
+class TestAfterAStateDictOfAnotherBase:
+    @pytest.mark.parametrize("is_emptied", [False, True])
+    @pytest.mark.parametrize("fields", [{}, {"num_directions": 2}])
+    def test_names_what_the_task_stands_on(self, fields: dict, is_emptied: bool, tmp_path: Path) -> None:
+        config = RecastConfig(target_modules=["qkv"], **fields)
+        other = get_recast_model(tiny_vit(seed=1), config).eval()
+        randomise(other)
+        wanted = outputs(other, vit_input())
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **fields)).eval()
+        model.to("meta" if is_emptied else "cpu").load_state_dict(copy.deepcopy(other.state_dict()), assign=is_emptied)
+        assert torch.equal(outputs(model, vit_input()), wanted)
+        model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = PeftModel.from_pretrained(tiny_vit(seed=1), str(tmp_path)).eval()
+        assert torch.equal(outputs(loaded, vit_input()), wanted)
+        with pytest.raises(RecastBaseMismatchError):
+            PeftModel.from_pretrained(tiny_vit(), str(tmp_path))
+        pool = TaskPool(model)
+        pool.add("stored", tmp_path)
+        pool.save(tmp_path / "pool.safetensors")
+        TaskPool(other).load(tmp_path / "pool.safetensors")
+
+    def test_names_what_lies_beside(self, tmp_path: Path) -> None:
+        changed = tiny_vit()
+        changed.blocks[0].norm.weight.data += torch.arange(8.0)
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]))
+        model.load_state_dict(get_recast_model(copy.deepcopy(changed), RecastConfig(target_modules=["qkv"])).state_dict())
+        model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PeftModel.from_pretrained(changed, str(tmp_path))
+        with pytest.warns(UserWarning, match="other weights, norms"):
+            PeftModel.from_pretrained(tiny_vit(), str(tmp_path))
+
+    def test_refuses_templates_that_no_recipe_makes(self, tmp_path: Path) -> None:
+        config = {"target_modules": ["qkv"], "num_groups": 1, "num_templates": 2}
+        model = get_recast_model(tiny_vit(), RecastConfig(**config))
+        model.load_state_dict({key: value.bfloat16() for key, value in model.state_dict().items()})
+        model.save_pretrained(tmp_path)  # they are its own
+        model.load_state_dict(get_recast_model(tiny_vit(seed=1), RecastConfig(**config)).state_dict())
+        with pytest.raises(RecastBankError, match="came with a state dict"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(RecastBankError, match="came with a state dict"):
+            model.add_adapter("second", RecastConfig(**config))

@@ -24,7 +24,7 @@ from ...composition.outputs import is_out_of_reach
 from ...config import RecastConfig, tasks_among
 from ...errors import RecastBankError, RecastConfigError
 from ...holders import holders
-from ...layer import RecastLayer
+from ...layer import RecastLayer, fingerprints_of
 from ...model import RecastModel
 from ...names import modules_of, unwrapped
 from ...parts import PARTS
@@ -107,7 +107,7 @@ class Source:
         columns = {name: [part.start, part.stop] for name, part in self.layout.slices.items()}
         banks = {"bank": self.layout.bank, "biases": self.layout.bias_versions[0], "readout": self.layout.readout}
         named = {key: value for key, value in banks.items() if value is not None}
-        said = json.dumps({"columns": columns, "base": self.config.base_fingerprint, **named}, sort_keys=True)
+        said = json.dumps({"columns": columns, "base": fingerprints_of(self.layout.layers), **named}, sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def names(self) -> list[str]:
