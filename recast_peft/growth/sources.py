@@ -109,34 +109,37 @@ def moves_by_source(model: nn.Module, source: Source, parameters: Mapping[str, t
 
 def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
     """A source's weights by the names of the plain model."""
-    is_named = isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PeftModel)
-    if not is_named and not isinstance(source, (str, Path, nn.Module, Mapping)):
-        raise RecastConfigError(
-            f"a source is a {type(source).__name__}: expected an adapter (a folder, a repository, a PeftModel, or "
-            "(peft_model, name)), or a fine-tuned form of the model (a module, a state dict, or a file)"
-        )
+    if isinstance(source, (str, Path)):
+        return _stored_weights(model, str(source))
     if isinstance(source, Mapping):
         wrong = next((key for key, value in source.items() if not isinstance(value, Tensor)), None)
         if wrong is not None:
             raise RecastConfigError(f"a source holds a {type(source[wrong]).__name__} at {wrong!r}: expected tensors by name")
         return source
-    if isinstance(source, tuple):
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PeftModel):
         return _merged(*source)
     if isinstance(source, PeftModel):
         return _merged(source, source.active_adapters)
     if isinstance(source, nn.Module):
         return source.state_dict()
-    path = Path(source)
-    files = [path] if path.is_file() else [path / name for name in CHECKPOINTS if (path / name).is_file()]
+    raise RecastConfigError(
+        f"a source is a {type(source).__name__}: expected an adapter (a folder, a repository, a PeftModel, or "
+        "(peft_model, name)), or a fine-tuned form of the model (a module, a state dict, or a file)"
+    )
+
+
+def _stored_weights(model: nn.Module, name: str) -> Mapping[str, Tensor]:
+    path = Path(name)
+    files = [path] if path.is_file() else [path / file for file in CHECKPOINTS if (path / file).is_file()]
     try:
         if files:
             return load_file(files[0])
-        found = loaded(model, str(source))
+        found = loaded(model, name)
     except RecastError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RecastBankError(
-            f"the source {str(source)!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
+            f"the source {name!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
             f"safetensors file, or a folder with {CHECKPOINTS[0]}."
         ) from error
     return found.merge_and_unload().state_dict()
