@@ -18,7 +18,7 @@ from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
 from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
-from ..mimicry.features import call_arguments, captured_outputs, device_of, evaluating, main_tensor, run_on
+from ..mimicry.features import captured_outputs, evaluating, main_tensor, run_on
 from ..names import block_of
 from ..planning.candidates import Candidate
 from ..planning.groups import PlannedGroup
@@ -55,13 +55,12 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
     members = {group.name: [targets[name] for name in group.members] for group in groups}
     fitted: dict[str, FittedTemplates] = {}
     for chunk in _chunks(groups, method.max_moment_bytes if isinstance(method, DataAware) else None):
-        moments: dict[str, Tensor | None] = {}
-        if method.needs_data:
-            moments = input_moments(model, [member for group in chunk for member in members[group.name]], data)
+        all_members = [member for group in chunk for member in members[group.name]]
+        measured = input_moments(model, all_members, data) if method.needs_data else None
         for group in chunk:
-            own = [moments[name] for name in group.members] if method.needs_data else None
+            moments = None if measured is None else [measured[name] for name in group.members]
             weights = [_as_matrix(member) for member in members[group.name]]
-            found = method.fit(weights, group.num_templates, label=group.name, moments=own)
+            found = method.fit(weights, group.num_templates, label=group.name, moments=moments)
             fitted[group.name] = _in_shape(members[group.name][0], found, weights)
     if isinstance(method, DataAware) and groups:
         fitted = select(model, members, fitted, list(islice(data, method.select_batches)))
@@ -171,11 +170,10 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
 
 def output_change(model: nn.Module, weights: dict[str, Tensor], batches: Iterable[Any], wanted: Sequence[Tensor]) -> float:
     """Squared change of the model's output with other weights, in units of the pretrained output's square."""
-    device, change, size = device_of(model), 0.0, 0.0
+    change = size = 0.0
     with evaluating(model), torch.no_grad():
         for batch, output in zip(batches, wanted, strict=True):
-            args, kwargs = call_arguments(batch, device)
-            new = main_tensor(torch.func.functional_call(model, weights, args, kwargs))
+            new = main_tensor(run_on(model, batch, weights))
             assert new is not None
             change += float((new - output).double().square().sum())
             size += float(output.double().square().sum())
@@ -252,17 +250,15 @@ def distill(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, method.distill_steps)
     blocks = sorted({block_of(member.name) for own in members.values() for member in own})
-    device = device_of(model)
     steps = islice(cycle(batches), method.distill_steps)
     bar = tqdm(steps, "distillation", method.distill_steps, delay=2, leave=False, disable=not method.progress)
     with evaluating(model), captured_outputs(model, blocks) as outputs:
         for batch in bar:
-            args, kwargs = call_arguments(batch, device)
             with torch.no_grad():
-                model(*args, **kwargs)
+                run_on(model, batch)
             wanted = dict(outputs)
             with torch.enable_grad():
-                torch.func.functional_call(model, _composed(members, leaves), args, kwargs)
+                run_on(model, batch, _composed(members, leaves))
                 loss = sum((outputs[b] - wanted[b]).square().mean() / wanted[b].square().mean() for b in wanted) / len(wanted)
                 gradients = torch.autograd.grad(loss, flat)  # type: ignore[arg-type]
             for leaf, gradient in zip(flat, gradients, strict=True):

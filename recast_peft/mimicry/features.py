@@ -39,10 +39,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def run_on(model: nn.Module, batch: Any) -> Any:
-    """What a model gives for a batch of any form that ``call_arguments`` knows."""
+def run_on(model: nn.Module, batch: Any, weights: dict[str, Tensor] | None = None) -> Any:
+    """What a model gives for a batch of any form that ``call_arguments`` knows; ``weights`` take the place of its own."""
     args, kwargs = call_arguments(batch, device_of(model))
-    return model(*args, **kwargs)
+    return model(*args, **kwargs) if weights is None else torch.func.functional_call(model, weights, args, kwargs)
 
 
 def main_tensor(output: Any) -> Tensor | None:
