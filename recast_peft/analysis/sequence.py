@@ -77,9 +77,9 @@ class Growth:
         check_arguments(optional(function), source=self.source)
         if self.bank is not None:
             check_bank(self.bank)
-        if self.bank is not None and self.bank.is_of_biases != (self.of == "biases"):
             kind = "biases" if self.bank.is_of_biases else "weights"
-            raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {kind}")
+            if kind != self.of:
+                raise RecastConfigError(f"Growth(of={self.of!r}) starts from a bank that is of {kind}")
         if self.of == "biases" and (self.source is None or self.config is not None or self.rank is not None):
             raise RecastConfigError(
                 "Growth(of='biases') needs source=, a function that learns a task by training biases, and takes neither config="
