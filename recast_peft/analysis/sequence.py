@@ -107,12 +107,7 @@ class Growth:
             self.bank = grow_bias_bank(plain, sources, num_templates=self.num_templates)
             return
         self.bank = grow_bank(
-            plain,
-            sources,
-            self.config,
-            num_templates=self.num_templates,
-            rank=self.rank,
-            plain_templates=self.plain_templates,
+            plain, sources, self.config, num_templates=self.num_templates, rank=self.rank, plain_templates=self.plain_templates
         )
 
 

@@ -30,12 +30,7 @@ class SavableBank(Protocol):
 
 
 def push_bank_to_hub(
-    bank: SavableBank,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    license: str | None = None,
-    **commit: Any,
+    bank: SavableBank, repo_id: str, *, base_model: str | None = None, license: str | None = None, **commit: Any
 ) -> CommitInfo:
     """Push stored template banks, with a card, in one commit.
 

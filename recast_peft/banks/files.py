@@ -116,13 +116,8 @@ class StoredBank:
                     name: group if group.grown is None else replace(group, grown=group.grown.first(entry["templates"][name]))
                     for name, group in self.groups.items()
                 }
-                return replace(
-                    self,
-                    groups=groups,
-                    version=int(entry["version"]),
-                    fingerprint=str(fingerprint),
-                    history=self.history[:place],
-                )
+                history = self.history[:place]
+                return replace(self, groups=groups, version=entry["version"], fingerprint=entry["fingerprint"], history=history)
         return None
 
     def check_base(self, member: str, fingerprint: str, error: type[RecastError] = RecastBankError) -> None:

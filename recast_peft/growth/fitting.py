@@ -181,10 +181,7 @@ def output_change(model: nn.Module, weights: dict[str, Tensor], batches: Iterabl
 
 
 def select(
-    model: nn.Module,
-    members: Mapping[str, Sequence[Candidate]],
-    first: dict[str, FittedTemplates],
-    batches: Sequence[Any],
+    model: nn.Module, members: Mapping[str, Sequence[Candidate]], first: dict[str, FittedTemplates], batches: Sequence[Any]
 ) -> dict[str, FittedTemplates]:
     """Of a fit of every group and the closed form take the one that changes the whole model's output less.
 

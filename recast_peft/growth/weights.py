@@ -129,8 +129,7 @@ def _next_version(
     groups = {name: _extended(group, moves[name], num_templates) for name, group in bank.groups.items()}
     if all(group is bank.groups[name] for name, group in groups.items()):
         warnings.warn(
-            f"the bank spans all that the {len(sources)} sources moved: it stays version {bank.version}",
-            stacklevel=4,
+            f"the bank spans all that the {len(sources)} sources moved: it stays version {bank.version}", stacklevel=4
         )
         return bank
     earlier = {"version": bank.version, "fingerprint": bank.fingerprint, "templates": counts}

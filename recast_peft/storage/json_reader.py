@@ -19,12 +19,7 @@ MAX_DEPTH = 64
 _ABSENT: Any = object()
 
 
-def read_json(
-    path: str | os.PathLike,
-    what: str | None = None,
-    *,
-    error: type[RecastError] = RecastLoadError,
-) -> Fields:
+def read_json(path: str | os.PathLike, what: str | None = None, *, error: type[RecastError] = RecastLoadError) -> Fields:
     """Read a file that holds a JSON object.
 
     Args:

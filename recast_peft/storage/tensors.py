@@ -85,13 +85,7 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def read_tensors(
-    path: str | os.PathLike,
-    what: str | None = None,
-    *,
-    floating: bool = True,
-    finite: bool = True,
-) -> TensorFile:
+def read_tensors(path: str | os.PathLike, what: str | None = None, *, floating: bool = True, finite: bool = True) -> TensorFile:
     """Read a whole safetensors file.
 
     Args:
@@ -208,11 +202,7 @@ def outliers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return {key: size for key, size in sizes.items() if size > LARGEST}
 
 
-def check_shapes(
-    what: str,
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
-) -> None:
+def check_shapes(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse missing tensors and other shapes.
 
     Raises:
