@@ -21,6 +21,7 @@ from ..errors import RecastTargetError
 from ..layer import RecastLayer
 
 BOTH = ("around", "inside")
+ON_TOP = " It can be put on the model before RECAST, with RECAST on top of it."  # for messages
 
 # Methods that stack, and whether their layer may stand around RECAST's or inside it; tests/parts/test_stacking.py holds this
 # table against what comes out, over PEFT's registry. The others read or replace the innermost weight themselves.
@@ -207,7 +208,7 @@ class TaskConfigs(dict[str, Any]):
                 f"adapter_name={name!r}: a RECAST task of this model has this name; give the adapter of {method} another one"
             )
         if method in BLIND:
-            hint = " It can be put on the model before RECAST, with RECAST on top of it." if STACKABLE.get(method) else ""
+            hint = ON_TOP if method in STACKABLE else ""
             raise RecastTargetError(
                 f"{method} cannot stand around RECAST's layers: it finds no module or config there that it knows.{hint} Or "
                 "merge_and_unload the RECAST tasks first."
@@ -291,7 +292,7 @@ def _stack(other: Any, layer: RecastLayer, place: str) -> None:
     method = method_of(other)
     places = STACKABLE.get(method, ())
     if place not in places:
-        hint = " It can be put on the model before RECAST, with RECAST on top of it." if places else ""
+        hint = ON_TOP if places else ""
         raise RecastTargetError(
             f"{method} cannot stand {place} RECAST's layer of {layer.module_name}: it reads or replaces the pretrained weight "
             f"itself, and the composed weight would be lost.{hint} Methods that can: "
