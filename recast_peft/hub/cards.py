@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def write_model_card(
     lines = [
         f"# {plain(name.rpartition('/')[2] if repo_id else name)}{f': {plain(subfolder)}' if subfolder else ''}",
         "",
-        f"A task learned with {PAPER}: {sizes.coefficients:,} numbers on frozen, shared weight templates of "
+        f"A task learned with {PAPER}: {sizes.coefficients:,} numbers {_templates(config)} of "
         f"{_base_link(config)}{f', with a LoRA part of {sizes.lora:,} numbers' if sizes.lora else ''}"
         f"{f', and {sizes.beside:,} numbers of its own head or other modules' if sizes.beside else ''}.",
         "",
@@ -212,18 +212,30 @@ def _facts(config: Fields, sizes: TaskSizes) -> list[tuple[str, str]]:
         ),
         ("LoRA part", _lora_facts(config.object("lora_config", None))),
         ("Partners", sizes.of_partners() or None),
-        ("Bank of biases", _bias_bank(config)),
+        *_partner_banks(config),
         ("Size", f"{sizes.file_bytes:,} bytes, and {sizes.config_bytes:,} bytes of config"),
         ("Fidelity of the base", _fidelity(config, groups)),
     ]
     return [(key, value) for key, value in facts if value is not None]
 
 
-def _bias_bank(config: Fields) -> str | None:
+def _templates(config: Fields) -> str:
+    directions = config.get("num_directions")
+    return (
+        "on frozen, shared weight templates"
+        if directions is None
+        else f"between {plain(directions)} main directions of weights"
+    )
+
+
+def _partner_banks(config: Fields) -> Iterator[tuple[str, str | None]]:
+    """The stored banks that parts beside the coefficients are on."""
     partners = config.get("partners")
-    banks = [p.get("bank") for p in (partners if isinstance(partners, list) else ()) if isinstance(p, Mapping)]
-    named = [bank for bank in banks if isinstance(bank, Mapping)]
-    return next((f"{code(bank.get('name'))}, fingerprint {plain(bank.get('fingerprint'))}" for bank in named), None)
+    for partner in partners if isinstance(partners, list) else ():
+        bank = partner.get("bank") if isinstance(partner, Mapping) else None
+        if isinstance(bank, Mapping):
+            kind = "Bank of biases" if partner.get("method") == "bias" else f"Bank of the {plain(partner.get('method'))}"
+            yield kind, f"{code(bank.get('name'))}, fingerprint {plain(bank.get('fingerprint'))}"
 
 
 def _lora_facts(lora: Fields | None) -> str | None:

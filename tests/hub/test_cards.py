@@ -14,12 +14,14 @@ from torch import nn
 from transformers import ViTForImageClassification
 
 from recast_peft import (
+    ReadoutConfig,
     RecastConfig,
     RecastConfigError,
     RecastLayer,
     RecastLoadError,
     get_recast_model,
     push_tasks_to_hub,
+    readout_bank,
     write_model_card,
 )
 
@@ -40,6 +42,16 @@ class TestTheCard:
         assert f"| Size | {size:,} bytes" in card
         assert "| Targets | 8 modules in 4 banks:" in card
         assert "exact" in card
+
+    def test_says_what_the_numbers_stand_between(self, tmp_path: Path) -> None:
+        assert ": 32 numbers between 2 main directions of weights of " in self.save(tmp_path, num_directions=2)
+
+    def test_tells_the_banks_of_a_readout_and_of_biases_apart(self, tmp_path: Path) -> None:
+        bank = readout_bank(make_backbone().eval(), torch.randn(8, 3, 16, 16))
+        bank = bank.save(tmp_path / "bank")
+        card = self.save(tmp_path, num_classes=3, partners=[ReadoutConfig(bank=bank)])
+        assert f"| Bank of the readout | `{tmp_path / 'bank'}`, fingerprint {bank.fingerprint} |" in card
+        assert "Bank of biases" not in card
 
     def test_takes_results_as_a_config_does(self, tmp_path: Path) -> None:
         before = self.save(tmp_path)
