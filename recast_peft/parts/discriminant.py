@@ -25,6 +25,7 @@ from ..names import modules_of
 from ..validation import is_number
 from .head import TaskHead
 from .prototypes import check_every_class, check_is_active, read_head_inputs, whole_labels, wrappers_of_task
+from .wrapper import ScaledModule
 
 Shrinkage = float | Literal["auto"]
 
@@ -202,7 +203,7 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
     Raises:
         RecastTargetError: if the task has none of its own with biases, is not active or is frozen.
     """
-    wrappers = modules_of(model, ModulesToSaveWrapper)
+    wrappers = [m for m in modules_of(model, ModulesToSaveWrapper) if not isinstance(m, ScaledModule)]  # no partners
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
     name, holding = wrappers_of_task(wrappers, adapter_name)
     heads = [wrapper.modules_to_save[name] for wrapper in holding]

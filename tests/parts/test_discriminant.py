@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from recast_peft import RecastConfig, TaskPool, fit_discriminant_head, get_recast_model
+from recast_peft import AdaptFormerConfig, RecastConfig, TaskPool, fit_discriminant_head, get_recast_model
 from recast_peft.errors import RecastConfigError, RecastTargetError
 from recast_peft.parts.discriminant import discriminants, ledoit_wolf_shrinkage, linear_head
 from recast_peft.parts.prototypes import fit_prototypes
@@ -240,8 +240,11 @@ class TestHeadsOfTasks:
 class TestRefusals:
     def test_tasks_without_a_linear_classifier(self):
         x, labels = examples()
-        plain = get_recast_model(net(), RecastConfig(target_modules=["body.0", "body.1"]))
-        for model in (plain, task(head_type="prototypes")):
+        plain, beside = (
+            get_recast_model(net(), RecastConfig(target_modules=["body.0", "body.1"], partners=partners))
+            for partners in (None, [AdaptFormerConfig(target_modules=["body.1"])])  # a bottleneck is no classifier
+        )
+        for model in (plain, beside, task(head_type="prototypes")):
             with pytest.raises(RecastTargetError, match="owns 0 linear classifiers"):
                 fit_discriminant_head(model, [(x, labels)])
 
