@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .banks.files import StoredBank
@@ -23,6 +25,7 @@ from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
+from .validation import did_you_mean, shown
 
 DEFAULT_GROUP_SIZE = 2
 
@@ -191,6 +194,8 @@ class RecastConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> RecastConfig:
         """Read the config of a saved task from a folder or a repository on the Hub; its record says where it came from."""
+        hub_kwargs, _, others = cls._split_kwargs(kwargs)
+        _check_spelling(others)
         try:
             config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, KeyError, AttributeError) as error:  # PEFT looks for its own keys first
@@ -203,9 +208,7 @@ class RecastConfig(PeftConfig):
                 what = "does not say what the task's conversion decided (groups, base_fingerprint): it is damaged"
                 raise RecastConfigError(f"the config beside {numbers} {what}. Fetch it again.")
         elif isinstance(config, RecastConfig):
-            hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-            if subfolder is not None:
-                hub_kwargs["subfolder"] = subfolder
+            hub_kwargs |= {} if subfolder is None else {"subfolder": subfolder}
             saved = tuple(config.modules_to_save or ())
             config.record = replace(config.record, origin=(str(pretrained_model_name_or_path), hub_kwargs), saved=saved)
         return config
@@ -287,6 +290,15 @@ class RecastConfig(PeftConfig):
         for name, value in fields.items():
             setattr(chosen, name, value)
         return chosen
+
+
+def _check_spelling(given: Mapping[str, Any]) -> None:
+    """Refuse what is nearly a keyword of ``PeftModel.from_pretrained``, which passes on those that it does not know."""
+    known = signature(PeftModel.from_pretrained).parameters
+    for name in given.keys() - known.keys():
+        hint = did_you_mean(name, known)
+        if hint:
+            raise RecastConfigError(f"from_pretrained(..., {name}={shown(given[name])}): there is no such argument{hint}")
 
 
 def tasks_among(configs: dict[str, Any]) -> dict[str, RecastConfig]:

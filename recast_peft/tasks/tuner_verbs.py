@@ -13,9 +13,11 @@ from torch import nn
 from ..banks.files import StoredBank
 from ..config import RecastConfig
 from ..holders import exchange, put_child
+from ..names import modules_of
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
-from ..parts.wrapper import TaskModule, check_one_owner
+from ..parts.wrapper import ScaledModule, TaskModule, check_one_owner
+from ..placement.offloaded import end_offloading
 from ..validation import check_is_task, checked_names
 from . import verbs
 from .arithmetic import add_combined
@@ -156,6 +158,8 @@ class TaskVerbs:
     ) -> nn.Module:
         names = self._tasks_to_merge(adapter_names, unload=True) if merge else None
         adapter_names = None if adapter_names is None else names
+        for place in modules_of(self.model, ScaledModule):
+            end_offloading(place.original_module)  # PEFT sends it away by two names, and finds no numbers the second time
         with verbs.taken_apart(self, names, safe_merge):
             model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
         self.remove_guards()

@@ -159,3 +159,9 @@ def test_a_grown_bank_stays_in_memory(offload: Callable[[nn.Module], None], fiel
 
 def stored_templates(model: PeftModel) -> list[tuple[str, torch.Tensor]]:
     return [entry for entry in model.named_parameters() if "recast_banks" in entry[0]]
+
+
+def test_trained_norms_are_taken_out(offload: Callable[[nn.Module], None]) -> None:
+    model = vit(train_norms=True, num_classes=3)
+    offload(model.get_base_model())
+    assert torch.equal(model.unload()(vit_input()), tiny_vit()(vit_input()))

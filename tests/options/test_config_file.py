@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig
+from models import tiny_vit
+from peft import LoraConfig, PeftConfig, PeftModel
 
 from recast_peft import RecastConfig, RecastConfigError, RecastError
 
@@ -133,3 +134,10 @@ ODD: list[Any] = [
         {"x": {"y": [1]}},
     ),
 ]
+
+
+@pytest.mark.parametrize("keyword", ["is_trainble", "low_cpu_mem_usag"])
+def test_a_misspelt_keyword_of_a_model_is_told(keyword: str) -> None:
+    with pytest.raises(RecastConfigError, match=rf"{keyword}=True\): there is no such argument; did you mean"):
+        PeftModel.from_pretrained(tiny_vit(), FIXTURES / "plain", **{keyword: True})
+    RecastConfig.from_pretrained(FIXTURES / "plain", torch_dtype=torch.float32)  # PEFT passes on whatever it was given
