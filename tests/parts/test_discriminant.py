@@ -242,7 +242,7 @@ class TestRefusals:
         x, labels = examples()
         plain, beside = (
             get_recast_model(net(), RecastConfig(target_modules=["body.0", "body.1"], partners=partners))
-            for partners in (None, [AdaptFormerConfig(target_modules=["body.1"])])  # a bottleneck is no classifier
+            for partners in (None, [AdaptFormerConfig(target_modules=["body"])])  # a bottleneck is no classifier
         )
         for model in (plain, beside, task(head_type="prototypes")):
             with pytest.raises(RecastTargetError, match="owns 0 linear classifiers"):
