@@ -84,9 +84,8 @@ def _within(key: str) -> str:
 def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str, is_assigned: bool) -> bool:
     """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
 
-    Layers and banks learn that their weight is about to be another one.
-
-    One that was made while tasks were merged holds the merged ones in the place of the pretrained ones.
+    Layers and banks learn that their weight is about to be another one. A state dict that was made while tasks were merged holds
+    the merged weights in the place of the pretrained ones.
 
     Args:
         tuner: the ``RecastModel``.
@@ -95,7 +94,7 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
         is_assigned: whether its tensors take the places of the model's, also where these hold no numbers.
 
     Returns:
-        whether it holds any of them.
+        whether it holds any of them, but for biases that tasks train, which files of tasks hold too.
 
     Raises:
         RecastConfigError: if tasks are merged in the model, and what is loaded is another weight or bias than lies there.
@@ -108,11 +107,15 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
     is_merged = any(holder.merged for holder, parameters in written.items() if parameters)
     chosen = {"none"} if is_merged else {getattr(config, "bias", "none") for config in tuner.peft_config.values()}
     trained = {id(module) for bias in chosen for _, module in biased_modules(tuner.model, bias)}  # they may well be others
+    holds_any = False
     differ: dict[str, None] = {}
     others: set[tuple[nn.Module, str]] = set()
     for module, name in dict.fromkeys(chain.from_iterable(written.values())):
         own, given = module._parameters.get(name), state_dict.get(f"{prefix}{paths.get(id(module))}.{name}")
-        if (name == "bias" and id(module) in trained) or not _is_another(own, given, is_assigned):
+        if given is None or (name == "bias" and id(module) in trained):
+            continue
+        holds_any = True
+        if not _is_another(own, given, is_assigned):
             continue
         others.add((module, name))
         if not own.is_meta:  # type: ignore[union-attr]
@@ -132,12 +135,12 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
             layer.forget_fingerprint()
             for bank in layer.recast_bank.values():
                 bank.is_outdated = True
-    return True
+    return holds_any
 
 
-def _is_another(own: Tensor | None, given: Tensor | None, is_assigned: bool) -> bool:
+def _is_another(own: Tensor | None, given: Tensor, is_assigned: bool) -> bool:
     """Whether what a state dict holds takes the place of other numbers, or of none."""
-    if own is None or given is None or own.shape != given.shape or not is_plain(own):
+    if own is None or own.shape != given.shape or not is_plain(own):
         return False
     return (is_assigned and not given.is_meta) if own.is_meta else not torch.equal(given.to(own), own)
 
