@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,15 +346,17 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
 
 
 def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
-    kind = f"of type {config.peft_type}"
-    if isinstance(config, LoraConfig):
-        changes_base = str(config.init_lora_weights).startswith(WRITING_INITS)
-        if not config.use_dora and not changes_base:
+    if not isinstance(config, LoraConfig):
+        what = f"is of type {config.peft_type}"
+    elif str(config.init_lora_weights).lower().startswith(WRITING_INITS):
+        what = f"is started with init_lora_weights={config.init_lora_weights!r}, which changes the weights that it adds to"
+    else:
+        more = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+        if not more:
             return config
-        start = f"started with init_lora_weights={config.init_lora_weights!r}, which changes the weights that it adds to"
-        kind = start if changes_base else "a DoRA"
+        what = f"has {more[0]}={getattr(config, more[0])!r}, which is more than a product or another one"
     raise RecastBankError(
-        f"the adapter {name!r} is {kind}: compress_adapters reads LoRAs, which add a low-rank product to a weight; "
+        f"the adapter {name!r} {what}: compress_adapters reads LoRAs, which add a low-rank product to a weight; "
         "grow_bank takes whatever can be merged"
     )
 

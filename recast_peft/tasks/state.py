@@ -84,8 +84,8 @@ def _within(key: str) -> str:
 def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str, is_assigned: bool) -> bool:
     """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
 
-    Layers and banks learn that their weight is about to be another one. A state dict that was made while tasks were merged holds
-    the merged weights in the place of the pretrained ones.
+    Layers and banks learn that their weight is about to be another one. A state dict that was made while tasks were merged
+    holds the merged weights in the place of the pretrained ones.
 
     Args:
         tuner: the ``RecastModel``.
@@ -107,20 +107,15 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
     is_merged = any(holder.merged for holder, parameters in written.items() if parameters)
     chosen = {"none"} if is_merged else {getattr(config, "bias", "none") for config in tuner.peft_config.values()}
     trained = {id(module) for bias in chosen for _, module in biased_modules(tuner.model, bias)}  # they may well be others
-    holds_any = False
-    differ: dict[str, None] = {}
-    others: set[tuple[nn.Module, str]] = set()
-    for module, name in dict.fromkeys(chain.from_iterable(written.values())):
-        own, given = module._parameters.get(name), state_dict.get(f"{prefix}{paths.get(id(module))}.{name}")
-        if given is None or (name == "bias" and id(module) in trained):
-            continue
-        holds_any = True
-        if not _is_another(own, given, is_assigned):
-            continue
-        others.add((module, name))
-        if not own.is_meta:  # type: ignore[union-attr]
-            differ[names.get(id(module), name)] = None
-    found = ", ".join(list(differ)[:2])
+    brought = [
+        (module, name, given)
+        for module, name in dict.fromkeys(chain.from_iterable(written.values()))
+        if (given := state_dict.get(f"{prefix}{paths.get(id(module))}.{name}")) is not None
+        and (name != "bias" or id(module) not in trained)
+    ]
+    others = {(m, name): m._parameters[name] for m, name, t in brought if _is_another(m._parameters.get(name), t, is_assigned)}
+    differ = list(dict.fromkeys(names.get(id(m), name) for (m, name), own in others.items() if not own.is_meta))  # type: ignore
+    found = ", ".join(differ[:2])
     what = f"the state dict has other weights or biases than the model at {len(differ)} modules with tasks ({found}, ...)"
     if differ and is_merged:
         raise RecastConfigError(f"{what}, where tasks are merged: call unmerge_adapter(), load, and merge again")
@@ -131,11 +126,11 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
             stacklevel=2,
         )
     for layer in modules_of(tuner, RecastLayer):
-        if others.intersection(layer.merged_into()):
+        if any(place in others for place in layer.merged_into()):
             layer.forget_fingerprint()
             for bank in layer.recast_bank.values():
                 bank.is_outdated = True
-    return holds_any
+    return bool(brought)
 
 
 def _is_another(own: Tensor | None, given: Tensor, is_assigned: bool) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import layers_of, outputs, tiny_vit, vit_input
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, compress_adapters, get_recast_model, load_bank
@@ -166,14 +166,17 @@ class TestSources:
             with pytest.raises(RecastBankError, match=f"'a' is started with init_lora_weights='{start}'.*; grow_bank takes"):
                 compress_adapters(tiny_vit(), {"a": adapter}, num_templates=1)
 
+    @pytest.mark.parametrize("variant", [{"use_dora": True}, {"kasa_config": KasaConfig()}], ids=["dora", "kasa"])
+    def test_a_lora_that_is_more_than_a_product_is_refused(self, variant: dict[str, Any]) -> None:
+        with pytest.raises(RecastBankError, match=f"has {next(iter(variant))}=.*more than a product"):
+            compress_adapters(tiny_vit(), [lora(0, **variant)], num_templates=1)
+
     def test_what_is_no_lora_is_refused(self, tmp_path: Path) -> None:
         model = get_peft_model(tiny_vit(), IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"]))
         model.save_pretrained(tmp_path)
         for adapter in (model, str(tmp_path)):
             with pytest.raises(RecastBankError, match=r"IA3.*compress_adapters reads LoRAs"):
                 compress_adapters(tiny_vit(), {"a": adapter}, num_templates=1)
-        with pytest.raises(RecastBankError, match="is a DoRA"):
-            compress_adapters(tiny_vit(), [lora(0, use_dora=True)], num_templates=1)
         with pytest.raises(RecastBankError, match="cannot be read"):
             compress_adapters(tiny_vit(), [str(tmp_path / "nothing")], num_templates=1)
 
