@@ -43,6 +43,8 @@ RIVALS = (PROBE, "readout alone", "LoRA r=1", "LoRA r=8")
 RATES = {PROBE: 0.0, "readout alone": 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
 SHORT = {"text": ("field", "type", "kind"), "pictures": ("digits", "icons", "scripts")}  # tasks of the demo
 EPOCHS = {"text": 3, "pictures": 5}
+# glibc keeps the memory of tensors that are freed, up to these bytes: else a tenth of the time goes into asking for it anew
+HELD_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 @dataclass
@@ -217,6 +219,7 @@ def learn_all(worlds: dict[str, tuple[World, dict[str, Task]]], options: argpars
         for method in (RECAST, *options.methods)
     ]
     threads = max(1, (os.cpu_count() or 1) // options.processes)
+    os.environ.update(HELD_MEMORY)  # of the processes that are started
     alone = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (threads,)}
     with ThreadPoolExecutor(1) if options.processes == 1 else ProcessPoolExecutor(options.processes, **alone) as pool:
         futures = [pool.submit(*job) for job in jobs]

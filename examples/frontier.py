@@ -179,8 +179,8 @@ METHODS: dict[str, Method] = {
     "LN tuning": Method(
         lambda w: peft.LNTuningConfig(target_modules=w.norm_targets), {"text": 3e-3, "pictures": 3e-3, "vit": 3e-3}
     ),
-    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2, "vit": 5e-3}),
-    REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3, "vit": 3e-3}),
+    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2, "vit": 3e-3}),
+    REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3, "vit": 1e-3}),
 }
 PROBE = "probe"
 
