@@ -19,6 +19,7 @@ from ..composition.composed import ComposedModule
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
 from ..placement.offloaded import StaysInMemory
+from ..placement.sharded import is_plain
 
 if TYPE_CHECKING:
     from .core_product import CoreProduct
@@ -101,9 +102,10 @@ class TemplateBank(StaysInMemory):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether a state dict brought other templates than the bank made or read."""
-        made = self._made
-        return made is not None and self.templates is not None and not same_weight(weight_fingerprint(self.templates), made)
+        """Whether a state dict brought other templates than the bank made or read; of shards that is not looked at."""
+        if self._made is None or self.templates is None or not is_plain(self.templates):
+            return False
+        return not same_weight(weight_fingerprint(self.templates), self._made)
 
     @property
     def is_exact(self) -> bool:
