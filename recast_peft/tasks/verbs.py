@@ -15,9 +15,10 @@ from ..holders import TaskHolder, holders
 from ..layer import RecastLayer
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, modules_of
 from ..parts.lora_strength import part_layers
-from ..parts.partner import attach_partners, detach_partners
+from ..parts.partner import detach_partners
 from ..parts.saved import release_running_statistics
 from ..parts.wrapper import task_modules
+from .undo import undone_on_failure
 
 
 def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: bool) -> None:
@@ -166,30 +167,26 @@ def _layers_of_others(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> Iterator[None]:
-    """A block in which PEFT takes a model's layers out; what hangs beside them comes out too, or back if the block fails.
+    """A block in which PEFT takes a model's layers out, one after the other; what hangs beside them comes out too.
 
-    ``adapter_names`` stay merged; None gives the pretrained model.
+    If it fails, as a safe merge does, the model is as it was before. ``adapter_names`` stay merged; None gives the pretrained
+    model.
     """
     model = tuner.model
-    if adapter_names and part_layers(model):  # a LoRA part is merged on top of the coefficients of the active tasks
-        tuner.unmerge_adapter()
-        tuner.set_adapter(adapter_names, inference_mode=True)
-    beside = model._modules.get(PARTNER_CONTAINER)
-    for module in () if beside is None else task_modules(beside):
-        if adapter_names is None:
-            module.unmerge()
-        else:
-            module.merge(adapter_names, safe_merge)
-    detach_partners(model)
-    model._modules.pop(PARTNER_CONTAINER, None)
-    try:
+    with undone_on_failure(model):
+        if adapter_names and part_layers(model):  # a LoRA part is merged on top of the coefficients of the active tasks
+            tuner.unmerge_adapter()
+            tuner.set_adapter(adapter_names, inference_mode=True)
+        beside = model._modules.get(PARTNER_CONTAINER)
+        for module in () if beside is None else task_modules(beside):
+            if adapter_names is None:
+                module.unmerge()
+            else:
+                module.merge(adapter_names, safe_merge)
+        detach_partners(model)
+        model._modules.pop(PARTNER_CONTAINER, None)
         with _renamed_children(model, "base_layer"):
             yield
-    except BaseException:
-        if beside is not None:
-            model.add_module(PARTNER_CONTAINER, beside)
-            attach_partners(model)
-        raise
     model._modules.pop(BANK_CONTAINER, None)
     release_running_statistics(model)
 
