@@ -230,6 +230,8 @@ class RecastConfig(PeftConfig):
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "record"}
         values["bank"] = reference_of(self.bank)
+        if self.modules_to_save is not None:  # PEFT's models for a task_type add to them each time that a task is loaded
+            values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         banks: dict[str, Reference] = {}
         if self.record is not None:
             values.update(to_fields(self.record))

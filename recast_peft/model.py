@@ -22,7 +22,7 @@ from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modul
 from .options.record import BEFORE_LOADING
 from .parts.base import Place
 from .parts.base_biases import train_biases
-from .parts.saved import freeze_running_statistics
+from .parts.saved import freeze_running_statistics, saved_by_task_type
 from .parts.stacking import TaskConfigs
 from .parts.wrapper import ScaledModule
 from .planning.groups import coefficient_owners
@@ -36,6 +36,8 @@ from .tasks.state import check_base_weights, gathered, keep_numbers, keep_traine
 from .tasks.transformers_loading import hand_back_loading, take_over_loading
 from .tasks.tuner_verbs import TaskVerbs
 from .tasks.undo import Snapshot, undone_on_failure
+
+ADDED_LATE = ("TOKEN_CLS", "QUESTION_ANS")  # to the first task's modules_to_save by PEFT, when its layers are in
 
 
 class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
@@ -83,14 +85,16 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         # PEFT's models for a task_type add classifiers to what a file names, and want to find some of the first task
         if before is not None and before.origin is not None and (before.saved or len(self.peft_config) > 1):
             config.modules_to_save = list(before.saved) or None
+        is_first = not modules_of(model, BaseTunerLayer)
         chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
+        if is_first and not config.is_stored_task and config.task_type in ADDED_LATE:
+            chosen.modules_to_save = saved_by_task_type(config)
         if state_dict is not None and chosen.groups is None:
             names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}
             chosen = config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
         prepared = prepare_task(model, chosen, adapter_name)
         record = planned_record(chosen, prepared, describe_backbone(model, config.revision))
         # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
-        is_first = not modules_of(model, BaseTunerLayer)
         others = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with undone_on_failure(model) as snapshot:

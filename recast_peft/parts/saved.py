@@ -24,7 +24,17 @@ from .copies import plain_copy
 from .partner import detach_partners
 from .wrapper import ScaledModule, TaskModule, task_modules, was_replaced
 
-ADDED_BY_TASK_TYPE = {"classifier", "score", "qa_outputs"}  # to modules_to_save, by PEFT's models
+SAVED_BY_TASK_TYPE = {  # what PEFT's models for a task_type add to modules_to_save
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+ADDED_BY_TASK_TYPE = {name for names in SAVED_BY_TASK_TYPE.values() for name in names}
+
+
+def saved_by_task_type(config: RecastConfig) -> list[str] | None:
+    """The ``modules_to_save`` of a new task with those that PEFT's model for its ``task_type`` adds."""
+    added = SAVED_BY_TASK_TYPE.get(str(config.task_type), ())
+    return list(dict.fromkeys((*(config.modules_to_save or ()), *added))) or None
 
 
 @dataclass(frozen=True)

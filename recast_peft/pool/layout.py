@@ -302,8 +302,10 @@ def refuse(name: str, owned: Sequence[str], lora: Any = None) -> None:
     """Refuse a task for what it owns, if there is anything but a LoRA part (None: it has none) of two factors."""
     refusals = [text for text in (*owned, refusal_of(lora)) if text is not None and text != A_PART]
     if refusals:
+        whole = any("modules_to_save" in text for text in refusals)
+        held = "A classifier that num_classes= or id2label= gives can be held. " if whole else ""
         raise RecastConfigError(
-            f"a pool cannot hold task {name!r}: it owns {listed(refusals)} beside its coefficients and its classifier. "
+            f"a pool cannot hold task {name!r}: it owns {listed(refusals)} beside its coefficients. {held}"
             "Keep it as an adapter (model.load_adapter)."
         )
 

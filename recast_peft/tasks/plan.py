@@ -10,6 +10,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..parts import pieces_of
 from ..parts.base import Request
+from ..parts.saved import saved_by_task_type
 from ..planning.plan import RecastPlan, plan_layers
 
 
@@ -31,6 +32,8 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     plan = plan_layers(model, config)
+    if not config.is_stored_task:
+        config = config.as_chosen(modules_to_save=saved_by_task_type(config))
     request = Request(model, config, plan.targets, counting=True)
     pieces = {part.name: own for part, own in pieces_of(request)}
     lora = next(iter(pieces.pop("lora")), None)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import small_transformer, small_vit
 from peft import LoraConfig, PeftModel
+from pools import TOKENS, text_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -237,6 +238,29 @@ def test_a_task_type_and_other_classes(fields: dict[str, Any], tmp_path: Path) -
     loaded = PeftModel.from_pretrained(small_transformer("bert"), tmp_path / "task", "task")
     assert same(numbers(loaded, "task"), learned)
     assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 5)
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_the_classifier_that_a_task_type_adds_is_the_tasks_own(task_type: str, tmp_path: Path) -> None:
+    config = RecastConfig(task_type=task_type)
+    planned = plan_recast(text_model(task_type), config).parts["modules_to_save"]
+    model = get_recast_model(text_model(task_type), config, "task")
+    place = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
+    own = model.get_base_model().get_submodule(place)
+    trained = [parameter for parameter in own.parameters() if parameter.requires_grad]
+    assert planned == {place: sum(parameter.numel() for parameter in trained)}
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(1)
+        learned = model.eval()(input_ids=TOKENS)[0]
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(text_model(task_type), tmp_path / "task", "task").eval()
+        assert torch.equal(loaded(input_ids=TOKENS)[0], learned)
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(input_ids=TOKENS)[0], text_model(task_type)(input_ids=TOKENS)[0])
+    loaded.save_pretrained(tmp_path / "again")
+    stored = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("task", "again/task")]
+    assert stored[0]["modules_to_save"] == stored[1]["modules_to_save"]
 
 
 def test_a_task_without_a_classifier_beside_one_whose_type_brings_one(tmp_path: Path) -> None:
