@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -42,6 +43,9 @@ from recast_peft import (
     practice_bank,
     readout_bank,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.text import Annotation
 
 REFERENCE = "LoRA r=8"  # gains are given as shares of this method's gain over the probe
 FACTORS = (1.0, 0.3, 3.0)  # of a method's learning rate
@@ -297,18 +301,23 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(tables), figsize=(7 * len(tables), 5), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(tables), figsize=(7 * len(tables), 6), squeeze=False)
     for panel, (world, table) in zip(panels[0], tables.items(), strict=True):
         most = max(len(row.accuracies) for row in table)
-        for row in (row for row in table if len(row.accuracies) == most):
-            where, height = max(row.trainable, 1), mean(row.accuracies.values())
-            ours = "RECAST" in row.method or "readout" in row.method
-            panel.plot(where, height, "o" if ours else "s", color="tab:red" if ours else "tab:grey")
-            panel.annotate(row.method, (where, height), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        panel.set_xscale("log")
+        whole = [row for row in table if len(row.accuracies) == most]
+        where, heights = [max(row.trainable, 1) for row in whole], [mean(row.accuracies.values()) for row in whole]
+        panel.set(xscale="log", title=world, ylabel="mean test accuracy in percent")
         panel.set_xlabel("trainable parameters beside the classifier (the probe has none)")
-        panel.set_ylabel("mean test accuracy in percent")
-        panel.set_title(world)
+        panel.set_xlim(0.6, 30 * max(where))  # names stand to the right of their points
+        ours = ["RECAST" in row.method or "readout" in row.method for row in whole]
+        panel.scatter(where, heights, c=["tab:red" if own else "tab:grey" for own in ours])
+        figure.tight_layout()
+        labels: list[Annotation] = []
+        for i in sorted(range(len(whole)), key=heights.__getitem__, reverse=True):
+            label = panel.annotate(whole[i].method, (where[i], heights[i]), (7, -3), textcoords="offset points", fontsize=8)
+            while any(label.get_window_extent().overlaps(other.get_window_extent()) for other in labels):
+                label.xyann = 7, label.xyann[1] - 2
+            labels.append(label)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
