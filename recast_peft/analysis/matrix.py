@@ -143,12 +143,10 @@ class AccuracyMatrix:
             the matplotlib axes.
 
         Raises:
-            RecastSequenceError: if matplotlib is not installed.
+            ImportError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise RecastSequenceError("a picture needs matplotlib: pip install matplotlib") from error
+        from matplotlib.figure import Figure
+
         count = len(self.tasks)
         figure = Figure(figsize=(1.6 + 0.8 * count, 1.2 + 0.6 * count), layout="constrained") if axes is None else axes.figure
         axes = figure.subplots() if axes is None else axes

@@ -351,7 +351,8 @@ def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
     elif str(config.init_lora_weights).lower().startswith(WRITING_INITS):
         what = f"is started with init_lora_weights={config.init_lora_weights!r}, which changes the weights that it adds to"
     else:
-        more = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+        variants = {f.name for f in fields(config) if f.metadata.get("is_lora_variant")} - {"velora_config"}  # trains otherwise
+        more = [name for name in sorted(variants) if getattr(config, name)]
         if not more:
             return config
         what = f"has {more[0]}={getattr(config, more[0])!r}, which is more than a product or another one"

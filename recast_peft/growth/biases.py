@@ -24,7 +24,7 @@ from ..parts.bias import bias_of
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
-from ..validation import check_arguments, flag, listed
+from ..validation import COUNT, check_arguments, flag, listed
 from .sources import Source, check_plain, check_sources, moves_by_source, origin_of
 
 
@@ -63,7 +63,8 @@ def grow_bias_bank(
         RecastBankError: if a source cannot be read, or none of them moved a bias.
     """
     check_plain(model, "grow_bias_bank")
-    check_sources(sources, num_templates=num_templates, group_size=group_size)
+    check_sources(sources, num_templates=num_templates)
+    check_arguments(COUNT, group_size=group_size)
     check_arguments(flag, scales=scales)
     places = bias_places(model, target_modules)
     if not places:
@@ -79,7 +80,7 @@ def grow_bias_bank(
             'Give adapters that trained biases (bias="all" in their configs, or the partner BiasConfig), or fine-tuned models.'
         )
     groups = {}
-    for name, modules in _groups(places, moved, group_size or 1).items():
+    for name, modules in _groups(places, moved, group_size).items():
         members = (*modules, *(f"{module}.weight" for module in modules if f"{module}.weight" in biases))
         widths = tuple(biases[member].numel() for member in members)
         moves = _joined(members, widths, vectors)

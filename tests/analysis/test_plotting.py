@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from models import tiny_vit
+import sys
+from typing import Any
 
-from recast_peft import RecastConfig, grow_bank, growth_report
+import pytest
+import torch
+from models import converted, tiny_vit
+
+from recast_peft import RecastConfig, grow_bank, growth_report, mimicry_report, scaling_table
+from recast_peft.analysis.matrix import AccuracyMatrix
 from recast_peft.analysis.plotting import plot_growth
 
 
@@ -18,3 +23,12 @@ def test_growth_is_a_line_for_each_group_that_begins_at_zero() -> None:
     for line, group in zip(lines, report.groups, strict=True):
         assert list(line.get_ydata()) == [0.0, *group.energy]
         assert 0 < group.energy[0] < group.energy[-1]
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: AccuracyMatrix(["a"]), lambda: mimicry_report(converted()), lambda: scaling_table(tiny_vit())]
+)
+def test_a_picture_without_matplotlib_is_an_import_error(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError):
+        made().plot()

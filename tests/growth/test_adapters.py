@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import layers_of, outputs, tiny_vit, vit_input
-from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from torch import Tensor, nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, compress_adapters, get_recast_model, load_bank
@@ -170,6 +170,14 @@ class TestSources:
     def test_a_lora_that_is_more_than_a_product_is_refused(self, variant: dict[str, Any]) -> None:
         with pytest.raises(RecastBankError, match=f"has {next(iter(variant))}=.*more than a product"):
             compress_adapters(tiny_vit(), [lora(0, **variant)], num_templates=1)
+
+    def test_a_lora_that_is_only_trained_otherwise_is_read(self, tmp_path: Path) -> None:
+        model = lora(0, velora_config=VeloraConfig(num_groups=2))
+        model.save_pretrained(tmp_path)
+        for adapter in (model, tmp_path):
+            made = compress_adapters(tiny_vit(), {"a": adapter}, num_templates=1)
+            assert made.errors["a"] < 1e-3
+            torch.testing.assert_close(made.apply_to(tiny_vit()).eval()(vit_input()), model.eval()(vit_input()))
 
     def test_what_is_no_lora_is_refused(self, tmp_path: Path) -> None:
         model = get_peft_model(tiny_vit(), IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"]))

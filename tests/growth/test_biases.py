@@ -139,7 +139,7 @@ class TestGrowing:
             (template,) = bank.groups["blocks.1"].by_member()["blocks.1.mlp.fc2"]
             torch.testing.assert_close(template.abs(), wanted.abs(), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("fields", [{"num_templates": 0}, {"group_size": 0}, {"group_size": True}])
+    @pytest.mark.parametrize("fields", [{"num_templates": 0}, {"group_size": 0}, {"group_size": True}, {"group_size": None}])
     def test_wrong_numbers_are_refused(self, fields: dict) -> None:
         with pytest.raises(RecastConfigError, match="whole number of at least 1"):
             grown(**fields)
