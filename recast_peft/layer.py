@@ -61,6 +61,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
         super().__init__(base_layer, module_name, weight_name)
         self._fingerprint: str | None = fingerprint
+        self.has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
         self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
         self.without_strength: dict[str, str] = {}

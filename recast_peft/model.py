@@ -51,7 +51,6 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     tuner_layer_cls = RecastLayer
     target_module_mapping: dict[str, list[str]] = {}
     _prepared: PreparedTask | None = None  # while a task is put in
-    has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
     _unfilled: Mapping[str, Snapshot] = {}  # tasks of files whose tensors are not put in yet, and the model before them
 
     # ---------------------------------------------------------------- conversion
@@ -85,7 +84,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         # PEFT's models for a task_type add classifiers to what a file names, and want to find some of the first task
         if before is not None and before.origin is not None and (before.saved or len(self.peft_config) > 1):
             config.modules_to_save = list(before.saved) or None
-        is_first = not modules_of(model, BaseTunerLayer)
+        is_first, is_guarded = not modules_of(model, BaseTunerLayer), bool(modules_of(model, RecastLayer))
         chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
         if is_first and not config.is_stored_task and config.task_type in ADDED_LATE:
             chosen.modules_to_save = saved_by_task_type(config)
@@ -106,9 +105,12 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                 prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
                 for parameter, requires_grad in others:
                     parameter.requires_grad_(requires_grad)
+                if active and not is_first:  # beside tasks of a tuner that is no longer around the model
+                    self.set_adapter(self.active_adapters, config.inference_mode)
                 train_biases(model, adapter_name, config.bias, config.inference_mode)
             config.record = record
-            self.guard_calls()
+            if not is_guarded:
+                self.guard(check_base_weights)
         except BaseException:
             config.record = before
             raise
@@ -201,8 +203,6 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     # ---------------------------------------------------------------- files
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, *args: Any) -> None:
-        is_assigned = metadata.get("assign_to_params_buffers", False)
-        self.has_loaded |= check_base_weights(self, state_dict, prefix, is_assigned)
         for pool in self.task_pool:  # what its task is in the slot is for the pool to say, which is in no state dict
             keep_numbers(self, pool.slot, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)

@@ -88,9 +88,13 @@ class TaskCalls:
             return found
         return _MethodWithTasks(self, found) if _takes_any_keyword(found) else found
 
-    def guard_calls(self) -> None:
-        """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks."""
+    def guard(self, before_loading: Callable[..., None]) -> None:
+        """Let the plain model refuse tasks that its keywords would swallow, and calls that name no task beside open blocks.
+
+        ``before_loading`` looks at whatever state dict is loaded into it.
+        """
         if not self._guards:
+            self._guards.append(self.model.register_load_state_dict_pre_hook(before_loading))
             first = (name for name, module in self.model.named_modules() if _may_exchange(module))
             self._positions_first = next((plain_name(name) or type(self.model).__name__ for name in first), None)
             for module in (self.model, *self.model.children()):

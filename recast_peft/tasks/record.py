@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..banks.directions_bank import DirectionsBank
@@ -99,7 +98,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
 
 def _surroundings_of(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> str | None:
     """What lies beside the targets: as it was when the task was put in, unless a whole state dict was loaded since."""
-    if not any(getattr(tuner, "has_loaded", False) for tuner in modules_of(model, BaseTuner)):
+    if not any(layer.has_loaded for layer in modules_of(model, RecastLayer)):
         return config.surroundings_fingerprint
     is_stored = config.bias != "none"  # trained biases are the task's
     return None if is_stored else surroundings_fingerprint(backbone_of(model), targets)

@@ -81,32 +81,32 @@ def _within(key: str) -> str:
     return without_wrappers(key).removeprefix(f"module.{MODEL_PREFIX}").removeprefix(MODEL_PREFIX)
 
 
-def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str, is_assigned: bool) -> bool:
+def check_base_weights(model: Any, state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
     """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
+
+    A hook of the backbone, which is the same model with a tuner around it or without one.
 
     Layers and banks learn that their weight is about to be another one. A state dict that was made while tasks were merged
     holds the merged weights in the place of the pretrained ones.
 
     Args:
-        tuner: the ``RecastModel``.
+        model: the backbone.
         state_dict: what is loaded.
-        prefix: of the tuner's keys in it.
-        is_assigned: whether its tensors take the places of the model's, also where these hold no numbers.
-
-    Returns:
-        whether it holds any of them, but for biases that tasks train, which files of tasks hold too.
+        prefix: of the backbone's keys in it.
+        metadata: torch's, which says whether tensors take the places of the model's, also where these hold no numbers.
 
     Raises:
         RecastConfigError: if tasks are merged in the model, and what is loaded is another weight or bias than lies there.
     """
     if not any(".base_layer." in key for key in state_dict):
-        return False
-    paths = {id(module): path for path, module in tuner.named_modules()}
-    names = {id(unwrapped_module(module)): name for name, module in plain_modules(tuner.model).items()}
-    written = {holder: list(holder.merged_into()) for holder in holders(tuner)}
+        return
+    is_assigned = metadata.get("assign_to_params_buffers", False)
+    paths = {id(module): path for path, module in model.named_modules()}
+    names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
+    written = {holder: list(holder.merged_into()) for holder in holders(model)}
     is_merged = any(holder.merged for holder, parameters in written.items() if parameters)
-    chosen = {"none"} if is_merged else {getattr(config, "bias", "none") for config in tuner.peft_config.values()}
-    trained = {id(module) for bias in chosen for _, module in biased_modules(tuner.model, bias)}  # they may well be others
+    chosen = {"none"} if is_merged else {getattr(config, "bias", "none") for config in model.peft_config.values()}
+    trained = {id(module) for bias in chosen for _, module in biased_modules(model, bias)}  # they may well be others
     brought = [
         (module, name, given)
         for module, name in dict.fromkeys(chain.from_iterable(written.values()))
@@ -125,12 +125,12 @@ def check_base_weights(tuner: Any, state_dict: Mapping[str, Tensor], prefix: str
             "Call unmerge_adapter() before state_dict().",
             stacklevel=2,
         )
-    for layer in modules_of(tuner, RecastLayer):
+    for layer in modules_of(model, RecastLayer):
+        layer.has_loaded |= bool(brought)  # but for biases that tasks train, which files of tasks hold too
         if any(place in others for place in layer.merged_into()):
             layer.forget_fingerprint()
             for bank in layer.recast_bank.values():
                 bank.is_outdated = True
-    return bool(brought)
 
 
 def _is_another(own: Tensor | None, given: Tensor, is_assigned: bool) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import outputs, randomise, tiny_vit, vit_input
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 
 from recast_peft import RecastBankError, RecastBaseMismatchError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
 from recast_peft.options.record import DECIDED, TaskRecord
@@ -105,6 +106,22 @@ class TestAfterAStateDictOfAnotherBase:
             warnings.simplefilter("error")
             PeftModel.from_pretrained(changed, str(tmp_path))
         with pytest.warns(UserWarning, match="other weights, norms"):
+            PeftModel.from_pretrained(tiny_vit(), str(tmp_path))
+
+    def test_names_what_the_task_stands_on_without_a_tuner_around_the_model(self, tmp_path: Path) -> None:
+        other, model = tiny_vit(seed=1), tiny_vit()
+        for plain in (other, model):
+            inject_adapter_in_model(RecastConfig(target_modules=["qkv"]), plain, "first")
+            inject_adapter_in_model(RecastConfig(target_modules=["qkv", "fc1"]), plain, "second")
+        randomise(other, "second")
+        model.load_state_dict(copy.deepcopy(other.state_dict()))
+        save_file(get_peft_model_state_dict(model, adapter_name="second"), tmp_path / "adapter_model.safetensors")
+        model.peft_config["second"].save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = PeftModel.from_pretrained(tiny_vit(seed=1), str(tmp_path)).eval()
+        assert torch.equal(outputs(loaded, vit_input()), outputs(other.eval(), vit_input()))
+        with pytest.raises(RecastBaseMismatchError):
             PeftModel.from_pretrained(tiny_vit(), str(tmp_path))
 
     def test_refuses_templates_that_no_recipe_makes(self, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import converted, outputs, randomise, tiny_vit, vit_input
-from peft import PeftModel
+from peft import PeftModel, inject_adapter_in_model
 
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, get_recast_model
 
@@ -168,3 +168,14 @@ def test_all_of_a_task_of_any_name_is_frozen_and_trained(partner: str | None) ->
     assert model.get_nb_trainable_parameters()[0] == 0
     model.set_requires_grad("v1.2")
     assert model.get_nb_trainable_parameters()[0] == before
+
+
+def test_a_task_beside_those_of_a_tuner_that_is_gone_is_active_in_every_module() -> None:
+    together = tiny_vit()
+    for name, targets, classes in (("a", ["qkv"], 3), ("b", ["qkv", "fc1"], 4)):
+        inject_adapter_in_model(RecastConfig(target_modules=targets, num_classes=classes), together, name)
+        randomise(together, name)
+    alone = converted("b", target_modules=["qkv", "fc1"], num_classes=4)
+    randomise(alone, "b")
+    assert torch.equal(outputs(together.eval(), vit_input()), outputs(alone, vit_input()))
+    assert trained(together) == {"b"}
