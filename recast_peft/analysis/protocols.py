@@ -300,8 +300,6 @@ def _pool_for_a_while(model: PeftModel, like: str) -> Iterator[TaskPool]:
     finally:
         if slot in configs:
             model.delete_adapter(slot)
-            tuner: Any = model.base_model
-            tuner.task_pool = tuple(pool for pool in tuner.task_pool if pool.slot != slot)
 
 
 def _is_right(pool: TaskPool, x: Tensor, classes_of: Mapping[int, Sequence[int]], own: Sequence[int], labels: Tensor) -> Tensor:

@@ -59,9 +59,14 @@ class Slot:
         """Whether the slot is the model's active adapter."""
         return list(self.model.active_adapters) == [self.name]
 
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the slot was deleted; an ordinary task may have its name by now."""
+        return all(pool.slot != self.name for pool in self.tuner.task_pool)
+
     def check(self, pool: Any) -> None:
         """Refuse a slot that was deleted, or is another pool's by now."""
-        if self.name not in self.tuner.peft_config:
+        if self.is_deleted:
             raise RecastConfigError(
                 f"the adapter {self.name!r}, which this pool writes into, was deleted from the model: make a new TaskPool"
             )

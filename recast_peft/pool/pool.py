@@ -218,7 +218,7 @@ class TaskPool(ResidentTasks):
         return hold(self, self.slot, self._layout.slices, task_ids, beams)
 
     def _check_batch(self) -> None:
-        if self.slot not in self._tuner.peft_config:
+        if self._slot.is_deleted:
             self._slot.check(self)
         if torch.is_grad_enabled() and any(map(_is_checkpointed, self._layout.backbone.modules())):
             raise RecastConfigError(

@@ -102,7 +102,7 @@ class TaskCalls:
                     self._guards.append(module.register_forward_pre_hook(_Guard(self.calls), with_kwargs=True))
 
     def remove_guards(self) -> None:
-        """Undo ``guard_calls``."""
+        """Undo ``guard``."""
         while self._guards:
             self._guards.pop().remove()
 
@@ -159,8 +159,8 @@ class TaskCalls:
             RecastConfigError: if the model has none, or not that one.
         """
         if not self.task_pool:
-            raise RecastConfigError("task_ids was given, but the model has no pool of tasks: make one with TaskPool(model)")
-        latest = next((pool for pool in self.task_pool if pool.slot in self.peft_config), self.task_pool[0])
+            raise RecastConfigError("task_ids was given, but the model has no pool of tasks (any more): make a new TaskPool")
+        latest = self.task_pool[0]
         if torch.compiler.is_compiling() or len(self.task_pool) == self.pools_made == 1:
             return latest
         return latest.pool_of(task_ids, self.task_pool)

@@ -34,6 +34,7 @@ class TaskVerbs:
     active_adapters: Any
     _check_merge_allowed: Any
     remove_guards: Any
+    task_pool: tuple[Any, ...]
     _keeps_active = False  # while a task is put in beside others
 
     # ---------------------------------------------------------------- activating and merging
@@ -83,6 +84,7 @@ class TaskVerbs:
         inference_mode = verbs.is_frozen(self.model, self.active_adapters)
         verbs.delete(self.model, adapter_name)
         del self.peft_config[adapter_name]
+        self.task_pool = tuple(pool for pool in self.task_pool if pool.slot != adapter_name)  # that name may be a task's now
         if not was_active:  # and what is merged stays so
             return
         if not active:

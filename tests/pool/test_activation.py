@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import captured, layers_of
+from models import captured, layers_of, offsets_of, randomise
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from pooled_parts import answer, pool_of, with_tasks
 from pools import TARGETS, by_adapter, model_with_pool, random_state, small_vit
@@ -217,6 +217,24 @@ class TestBesideOrdinaryTasks:
         for use in (lambda: pool.activate("task0"), pool.deactivate, lambda: model(images, task_ids=pool.ids(["task0"] * 6))):
             with pytest.raises(RecastConfigError, match="make a new TaskPool"):
                 use()
+
+    def test_a_task_under_the_name_of_a_deleted_slot_is_an_ordinary_one(self, images, tmp_path):
+        model, pool = self.tasks()
+        model.delete_adapter(pool.slot)
+        model.add_adapter(pool.slot, RecastConfig(target_modules=["qkv"], group_size=1))
+        randomise(model, pool.slot)
+        for use in (lambda: pool.activate("task0"), lambda: pool.mixed_batch_of(["task0"])):
+            with pytest.raises(RecastConfigError, match="was deleted"):
+                use()
+        with pytest.raises(RecastConfigError, match="the pool would write its tasks over it"):
+            TaskPool(model)
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / pool.slot).is_dir()
+        other = copy.deepcopy(model)
+        randomise(other, pool.slot, seed=7)
+        model.load_state_dict(other.state_dict())
+        for name, numbers in offsets_of(other, pool.slot).items():
+            assert torch.equal(offsets_of(model, pool.slot)[name], numbers)
 
 
 class TestOtherBanks:
