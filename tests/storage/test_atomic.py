@@ -130,9 +130,11 @@ def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     with staged_folder(folder) as inside:
         write_text(inside / "task" / "a.txt", "new")
         write_text(inside / "b.txt", "b")
+        write_text(inside / "new" / "deeper" / "c.txt", "c")
         assert (folder / "task" / "a.txt").read_text() == "old"
     assert (folder / "task" / "a.txt").read_text() == "new"
-    assert names(folder) == ["a.txt", "b.txt", "mine.txt"]
+    assert (folder / "new" / "deeper" / "c.txt").read_text() == "c"
+    assert names(folder) == ["a.txt", "b.txt", "c.txt", "mine.txt"]
     assert not list(folder.glob(".*"))
 
 

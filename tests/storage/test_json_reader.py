@@ -10,29 +10,32 @@ from recast_peft.errors import RecastConfigError, RecastLoadError
 from recast_peft.storage import json_reader
 from recast_peft.storage.json_reader import parse_json, parse_value, read_json
 
-BAD = {
-    "empty": b"",
-    "cut": b'{"a": 1',
-    "not UTF-8": b'{"a": "\xff\xfe"}',
-    "deep lists": b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}",
-    "so deep that Python gives up": b'{"a": ' + b"[" * 100_000,
-    "a key twice": b'{"a": 1, "a": 2}',
-    "half a surrogate pair": b'{"a": "\\ud800"}',
-    "half a surrogate pair in a key": b'{"\\ud800": 1}',
-    "digits without end": b'{"a": ' + b"1" * 5000 + b"}",
-    "a list": b"[]",
-    "null": b"null",
-    "a number": b"12",
-    "a text": b'"a"',
-    "two values": b"{} {}",
+BAD = {  # with what is said of it
+    "empty": (b"", "not valid JSON: Expecting value"),
+    "cut": (b'{"a": 1', "not valid JSON: Expecting ','"),
+    "not UTF-8": (b'{"a": "\xff\xfe"}', "not valid JSON: 'utf-8'"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "not valid JSON: 'utf-8'"),
+    "deep lists": (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "more than 64 deep"),
+    "so deep that Python gives up": (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
+    "a key twice": (b'{"a": 1, "a": 2}', "'a' stands twice"),
+    "half a surrogate pair": (b'{"a": "\\ud800"}', "not UTF-8"),
+    "half a surrogate pair in a key": (b'{"\\ud800": 1}', "not UTF-8"),
+    "digits without end": (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
+    "a list": (b"[]", "holds a list"),
+    "null": (b"null", "holds nothing"),
+    "true": (b"true", "holds true or false"),
+    "a number": (b"12", "holds a whole number"),
+    "a text": (b'"a"', "holds a text"),
+    "two values": (b"{} {}", "not valid JSON: Extra data"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_json_is_one_kind_of_error(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    file.write_bytes(BAD[kind])
-    with pytest.raises(RecastLoadError, match="a bank's header"):
+    content, said = BAD[kind]
+    file.write_bytes(content)
+    with pytest.raises(RecastLoadError, match=f"a bank's header.*{said}"):
         read_json(file, "a bank's header")
     with pytest.raises(RecastConfigError):
         read_json(file, error=RecastConfigError)

@@ -145,8 +145,10 @@ def test_shapes_are_compared() -> None:
     check_shapes("it", tensors(), {"a": (3, 4)})
     with pytest.raises(RecastLoadError, match=r"a: \(3, 4\)\n  expected: \(4, 3\)"):
         check_shapes("it", tensors(), {"a": (4, 3)})
-    with pytest.raises(RecastLoadError, match="lacks d"):
+    with pytest.raises(RecastLoadError, match="lacks d\nNothing was loaded"):
         check_shapes("it", tensors(), {"d": (1,)})
+    with pytest.raises(RecastLoadError, match=r"lacks d \(and 1 more\)"):
+        check_shapes("it", tensors(), {"d": (1,), "a": (4, 3), "e": (1,)})
 
 
 def test_a_checksum_depends_on_names_shapes_kinds_and_numbers() -> None:

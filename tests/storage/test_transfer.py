@@ -18,7 +18,7 @@ from recast_peft.hub.transfer import fetch_task
 class TestARefusal:
     @pytest.mark.parametrize(("token", "status"), [("hf_wrong", "401"), ("hf_reader", "403")])
     def test_of_the_token_commits_nothing(self, hub: HubServer, token: str, status: str) -> None:
-        with pytest.raises(RecastHubError, match=status):
+        with pytest.raises(RecastHubError, match=f"the Hub answered {status}. The token is not valid for this"):
             push_task_to_hub(make_model("flowers"), "ada/flowers", token=token)
         assert hub.repositories == {}
 

@@ -29,7 +29,8 @@ def test_the_latest_ones_are_kept(file: Path) -> None:
         write(file, text)
     assert file.read_text() == "f"
     assert {number: version_path(file, number).read_text() for number in versions(file)} == {3: "c", 4: "d", 5: "e"}
-    write_text(file, "g")  # without being asked nothing is kept
+    write(file, "g", keep=0)
+    assert file.read_text() == "g"
     assert versions(file) == [3, 4, 5]
 
 
