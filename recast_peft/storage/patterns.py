@@ -69,7 +69,7 @@ def _ways_of_branches(branches: list[Any]) -> float:
     """The ways of alternatives, of which those that begin with different letters never match at the same place."""
     ways: dict[str, float] = {"": 0}  # by the first letter, as far as it is known
     for branch in branches:
-        code, value = branch[0] if len(branch) else (None, None)
-        first = chr(value).lower() if code is codes.LITERAL and value < 128 else ""
+        code, letter = branch[0] if len(branch) else (codes.ANY, 0)
+        first = chr(letter).lower() if code is codes.LITERAL and letter < 128 else ""  # beyond, letters have several cases
         ways[first] = ways.get(first, 0) + _ways(branch)
     return ways.pop("") + max(ways.values(), default=0)
