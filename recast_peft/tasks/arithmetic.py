@@ -158,13 +158,18 @@ def combine_heads(heads: dict[str, PreparedHead | None], weights: Sequence[float
     return _summed_head(present, weights)
 
 
+def _classes(head: PreparedHead) -> str:
+    names = listed([*(head.labels.id2label or {}).values()])
+    return f"{head.labels.num_classes} classes{f' ({names})' if names else ''}"
+
+
 def _summed_head(heads: dict[str, PreparedHead], weights: Sequence[float]) -> PreparedHead:
     first_name, first = next(iter(heads.items()))
     for name, head in heads.items():
         if head.shapes() != first.shapes() or head.labels.id2label != first.labels.id2label:
             raise RecastConfigError(
                 f"heads='linear': the classifiers have other classes and cannot be added\n"
-                f"  {first_name}: {first.labels.num_classes} classes\n  {name}: {head.labels.num_classes} classes\n"
+                f"  {first_name}: {_classes(first)}\n  {name}: {_classes(head)}\n"
                 "Use heads='first' or heads='none'."
             )
     summed = dataclasses.replace(first, module=copy.deepcopy(first.module))

@@ -189,8 +189,12 @@ class TestHeads:
             seeds_of_a_task().add_weighted_adapter(["k", "l"], [1, 1], "mix")
 
     def test_heads_of_other_classes_are_not_added(self):
-        with pytest.raises(RecastConfigError, match="other classes"):
+        with pytest.raises(RecastConfigError, match="other classes.*\n  k: 5 classes\n  l: 3 classes"):
             seeds_of_a_task((5, 3)).add_weighted_adapter(["k", "l"], [1, 1], "mix", heads="linear")
+        model = get_recast_model(small_vit(), RecastConfig(id2label={0: "cat", 1: "dog"}), "k")
+        model.add_adapter("l", RecastConfig(id2label={0: "dog", 1: "cat"}))
+        with pytest.raises(RecastConfigError, match=r"k: 2 classes \(cat, dog\)\n  l: 2 classes \(dog, cat\)"):
+            model.add_weighted_adapter(["k", "l"], [1, 1], "mix", heads="linear")
 
     @pytest.mark.parametrize("heads", ["first", "linear"])
     def test_a_task_without_a_head_has_none_to_give(self, heads):

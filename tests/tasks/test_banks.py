@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import converted, outputs, randomise, vit_input
+from models import converted, layers_of, outputs, randomise, tiny_vit, vit_input
 
 from recast_peft import RecastConfig, RecastConfigError, collapse_coefficient_sets
 from recast_peft.tasks.banks import recast_banks, recipes_of, reference_of, task_banks
@@ -23,7 +23,17 @@ class TestCollapsingCoefficientSets:
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) * 3 == numbers
         assert model.peft_config["default"].num_coefficient_sets == 1
 
+    def test_of_one_task_leaves_the_others(self) -> None:
+        model = converted("first", num_coefficient_sets=3)
+        model.add_adapter("second", RecastConfig(target_modules=["qkv"], num_coefficient_sets=2))
+        collapse_coefficient_sets(model, "first")
+        assert {len(layer.recast_coefficients["first"]) for layer in layers_of(model).values()} == {1}
+        assert {len(layer.recast_coefficients["second"]) for layer in layers_of(model).values()} == {2}
+        assert [config.num_coefficient_sets for config in model.peft_config.values()] == [1, 2]
+
     def test_of_an_unknown_task_is_refused(self) -> None:
+        with pytest.raises(RecastConfigError, match="the model has no RECAST task: convert it"):
+            collapse_coefficient_sets(tiny_vit())
         with pytest.raises(RecastConfigError, match="no RECAST task 'cars'; its tasks: default"):
             collapse_coefficient_sets(converted(), "cars")
 
