@@ -179,7 +179,6 @@ class ResidentTasks(TaskTable):
                 numbers = {name: self.table.detach()[row].clone() for name, row in rows.items()}
             values = self._layout.lora.combine(numbers, weights, combination_type, **options)
             head = combine_heads(prepared, weights, heads)
-            self.check_new_name(adapter_name)
             return self.add_row(adapter_name, values, self._stored(adapter_name, head))
 
     def load_folder(self, folder: str | Path) -> list[str]:

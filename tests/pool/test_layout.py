@@ -104,8 +104,11 @@ class TestFreshTasks:
         for i, bank in enumerate((banks[0], str(tmp_path / "1"))):
             pool.add(f"same {i}", RecastConfig(bank=bank))
         for bank in (banks[1], str(tmp_path / "2")):
-            with pytest.raises(RecastBankError, match="task 'other' has another template bank than the pool"):
+            lines = f"another template bank than the pool\n  task: {banks[1].fingerprint}\n  pool: {banks[0].fingerprint}\n"
+            with pytest.raises(RecastBankError, match=f"task 'other' has {lines}"):
                 pool.add("other", RecastConfig(bank=bank))
+        with pytest.raises(RecastBankError, match=f"task: {banks[0].fingerprint}\n  pool: no stored bank\n"):
+            TaskPool(get_recast_model(tiny_vit(), build)).add("other", RecastConfig(bank=banks[0]))
         assert pool.names == ["same 0", "same 1"]
 
     def test_on_the_pools_bank_of_biases_are_taken_wherever_it_lies(self, tmp_path):
