@@ -121,6 +121,9 @@ def test_a_convolutional_network_leaves_out_its_stem_before_layers_share() -> No
     plan = plan_recast(model, RecastConfig())
     assert (plan.num_coefficients, plan.coefficient_sharing) == (48, None)
     assert "default of 48 numbers" in plan.skipped["conv_stem"]
+    directions = plan_recast(model, RecastConfig(max_coefficients=48))  # one direction of each
+    assert (directions.targets, directions.num_coefficients, directions.num_directions) == (plan.targets, 48, 1)
+    assert "conv_stem" in directions.skipped
     named = plan_recast(model, RecastConfig(target_modules="all-conv"))
     assert "conv_stem" in named.targets
     assert named.num_coefficients <= DEFAULT_BUDGET
