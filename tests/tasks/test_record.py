@@ -65,6 +65,18 @@ class TestOfAConversion:
         with pytest.raises(ValueError, match="other pretrained weights"):
             PeftModel.from_pretrained(tiny_vit(seed=1), str(tmp_path), config=config)
 
+    def test_of_a_stored_task_stays_one_when_it_is_saved_again(self, tmp_path: Path) -> None:
+        made = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_templates=1))
+        made.save_pretrained(tmp_path / "made")
+        assert not made.peft_config["default"].is_stored_task
+        measured = made.peft_config["default"].fidelity
+        assert 0 < measured["worst_cosine"] < measured["mean_cosine"] < 1
+        loaded = PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "made"))
+        assert loaded.peft_config["default"].fidelity == measured
+        loaded.save_pretrained(tmp_path / "again")
+        assert loaded.peft_config["default"].is_stored_task
+        assert RecastConfig.from_pretrained(str(tmp_path / "again")).fidelity == measured
+
     def test_results_stay_the_users(self, tmp_path: Path) -> None:
         model = get_recast_model(tiny_vit(), RecastConfig(results={"accuracy": 0.5}))
         model.peft_config["default"].results = {"accuracy": 0.9}
