@@ -131,6 +131,16 @@ class TestLora:
         lora = PeftModel.from_pretrained(small_vit(), tmp_path).eval()
         torch.testing.assert_close(outputs(lora, x), expected, rtol=1e-4, atol=1e-5)
 
+    def test_a_classifier_that_the_backbone_lacks_fits_one_with_as_many_classes(self, tmp_path):
+        model = get_recast_model(small_vit(num_classes=0), RecastConfig(num_classes=5), "task").eval()
+        randomise(model, "task")
+        save_as_lora(tmp_path, model, 16, "task")
+        x = torch.randn(2, 1, 16, 16)
+        plain = small_vit(num_classes=0)
+        plain.reset_classifier(5)
+        lora = PeftModel.from_pretrained(plain, tmp_path).eval()
+        torch.testing.assert_close(outputs(lora, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+
     def test_a_classifier_that_no_lora_holds_is_refused(self):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_type="prototypes"), "task")
         with pytest.raises(RecastConfigError, match="it has a PrototypeHead at head, and a LoRA brings modules like"):

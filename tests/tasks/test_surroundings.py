@@ -91,6 +91,16 @@ def test_the_same_model_is_not(folder: Path) -> None:
     assert loads_with(backbone().to(torch.bfloat16), folder) == []
 
 
+def test_targets_classifiers_and_what_no_file_holds_are_no_part_of_it() -> None:
+    model = backbone()
+    alone = surroundings_fingerprint(model, ["conv_stem"])
+    assert alone != surroundings_fingerprint(model, [])
+    model.conv_stem.weight.data.normal_()
+    model.register_buffer("positions", torch.randn(100), persistent=False)
+    model.reset_classifier(7)
+    assert surroundings_fingerprint(model, ["conv_stem"]) == alone
+
+
 def test_a_file_without_the_fingerprint_is_taken(folder: Path) -> None:
     config = RecastConfig.from_pretrained(str(folder))
     assert config.surroundings_fingerprint is not None
