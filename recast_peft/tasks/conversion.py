@@ -102,7 +102,7 @@ def check_fingerprints(
             stacklevel=2,
         )
         return True
-    if entries is not None and not any(value.any() for key, value in entries.items() if f".{PREFIX}" in key):
+    if entries is not None and not _has_learned(config, entries):
         warnings.warn(
             "The task was made for other pretrained weights, but it has not learned anything yet (all of its coefficients "
             "are zero): it is taken as a fresh task on these weights.",
@@ -116,6 +116,13 @@ def check_fingerprints(
         f"differing: {listed(differ, 6)}\n"
         f"Load the weights that the task was learned on (base model of the task: {config.base_model_name_or_path!r})."
     )
+
+
+def _has_learned(config: RecastConfig, entries: dict[str, Tensor]) -> bool:
+    """Whether the numbers of a stored task are more than those of a fresh one: what it trains without coefficients is."""
+    if not config.train_coefficients and not all(f".{PREFIX}" in key for key in entries):
+        return True
+    return any(value.any() for key, value in entries.items() if f".{PREFIX}" in key)
 
 
 def prepare_layers(targets: list[Candidate], fingerprints: dict[str, str]) -> dict[str, PreparedLayer]:

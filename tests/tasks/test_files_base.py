@@ -77,6 +77,12 @@ class TestTheBase:
         with pytest.warns(UserWarning, match="not learned anything yet"):
             PeftModel.from_pretrained(tiny_vit(seed=1), tmp_path)
 
+    def test_is_asked_for_where_a_probe_learned(self, tmp_path: Path) -> None:
+        config = RecastConfig(num_classes=2, train_coefficients=False)
+        get_recast_model(tiny_vit(), config).save_pretrained(tmp_path)
+        with pytest.raises(RecastBaseMismatchError, match="learned on other pretrained weights"):
+            PeftModel.from_pretrained(tiny_vit(seed=1), tmp_path)
+
     def test_of_which_a_weight_is_not_finite_is_refused(self) -> None:
         plain = tiny_vit()
         plain.blocks[1].attn.qkv.weight.data[0, 0] = float("nan")
