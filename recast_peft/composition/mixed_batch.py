@@ -82,8 +82,8 @@ class MixedBatch:
             self._check_order(x, holder)
         return len(x)
 
-    def repeats(self, samples: int) -> int:
-        """How often each entry stands for a sample in an input of ``samples`` rows: once, or once a beam.
+    def repeats(self, samples: int, module_name: str | None = None) -> int:
+        """How often each entry stands for a sample in an input of ``samples`` rows (of a module): once, or once a beam.
 
         Raises:
             RecastConfigError: if the input does not fit the batch.
@@ -93,9 +93,11 @@ class MixedBatch:
         if self.beams > 1 and samples == len(self) * self.beams:
             return self.beams
         given = "adapter_names" if self.task_ids is None else "task_ids"
+        where = "" if module_name is None else f" at {module_name}"
         raise RecastConfigError(
-            f"Length of `{given}` should be the same as the number of inputs, but got {len(self)} and {samples} respectively. "
-            "Give one task for each sample; a task can be given several times."
+            f"Length of `{given}` should be the same as the number of inputs, but got {len(self)} and {samples} "
+            f"respectively{where}. Give one task for each sample; a task can be given several times. Where a module is called "
+            "with other rows than samples, give a task for each row, or leave it out of the targets (exclude_modules)."
         )
 
     def _check_order(self, x: Tensor, holder: Any) -> None:

@@ -37,6 +37,7 @@ def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any
             "pass one task at a time instead of adapter_names"
         )
     samples = batch.samples_in(args[0], layer, is_ordered=not isinstance(layer.get_base_layer(), nn.Linear))
+    batch.repeats(samples, layer.module_name)  # an error names the module
     if len(batch) == samples == 0:
         return call(layer, [], args, kwargs)
     if batch.pool is not None:

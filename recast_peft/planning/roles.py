@@ -25,8 +25,10 @@ _MLP = re.compile(
 )
 # A block or stage that is called after its attention holds other things as well; SHSA, SHMA and MLA are kinds of attention.
 _ATTENTION = re.compile(r"attn|attention|(Attn|Attention)(?!\w*(Block|Stage)$)|SHSA|SHMA|LiteMLA")
+# An MLP that makes a bias of relative positions (Swin V2, relative-position ViTs, MaxxViT) reads no samples.
+_POSITION_MLP = re.compile(r"(^|_)(cpb_mlp|meta_mlp|rel_?pos|position_bias_mlp)$")
 _MLP_LEAF = re.compile(
-    r"^(fc_?[12]|w[io](_\d)?|w[123]|lin[12]|linear[12]|pwconv[12]|(gate|up|down|gate_up)_proj|c_fc|dense_h_to_4h|dense_4h_to_h)$"
+    r"^(ffn(_output)?|fc_?[12]|w[io](_\d)?|w[123]|lin[12]|linear[12]|pwconv[12]|(gate|up|down|gate_up)_proj|c_fc|dense_h_to_4h|dense_4h_to_h)$"
 )
 _POSITION = re.compile(r"(^|_)(pos|rel|relative|bias|cpb|rope|rotary|norm|gate)(_|$)|^norm|^(r|pos)_(net|proj)$|cpb")
 
@@ -88,6 +90,8 @@ def _is_attention(candidate: Candidate) -> bool:
 
 def _is_mlp(candidate: Candidate) -> bool:
     if not (is_linear(candidate) or is_convolution(candidate)):
+        return False
+    if any(_POSITION_MLP.search(name) for name, _ in _words_above(candidate)):
         return False
     kind = _block_kind(candidate)
     leaf = candidate.name.rpartition(".")[2]

@@ -127,6 +127,8 @@ def leaves(model: nn.Module, shorthand: str | None) -> set[str]:
         ("regnet", "all-attention", set()),  # squeeze-and-excitation has an "attention" inside
         ("resnet", None, {"convolution"}),
         ("resnet", "all-linear", set()),  # the classifier is its only linear layer
+        ("albert", None, {"ffn", "ffn_output"}),
+        ("swinv2", None, {"dense"}),  # not the MLP of relative positions, which reads no samples
         ("swiftformer", "all-linear", {"to_query", "to_key", "proj", "final"}),  # without the second of its two heads
     ],
 )
@@ -150,13 +152,17 @@ def test_mlp_of_bert_is_not_its_attention() -> None:
         ("gcvit_xxtiny", "all-attention", {"qkv", "proj"}),  # its blocks are called after a kind of channel attention
         ("halonet_h1", None, {"q", "kv"}),  # its blocks hold an attention and ordinary convolutions
         ("test_vit", "all-mlp", {"fc1", "fc2"}),
+        ("test_vit_relpos", "all-mlp", {"fc1", "fc2"}),
+        ("swinv2_cr_tiny_224", None, {"fc1", "fc2"}),
         ("sequencer2d_s", None, {"fc", "fc1", "fc2"}),  # its convolutions only make patches and join them
     ],
 )
 def test_shorthands_on_timm(name: str, shorthand: str | None, expected: set[str]) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    assert {name.rpartition(".")[2] for name in _targets(model, shorthand)} == expected
+    targets = _targets(model, shorthand)
+    assert {name.rpartition(".")[2] for name in targets} == expected
+    assert not any(part in name for name in targets for part in ("rel_pos", "meta_mlp"))
 
 
 def _targets(model: nn.Module, shorthand: str | None) -> list[str]:
