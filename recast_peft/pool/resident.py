@@ -177,6 +177,8 @@ class ResidentTasks(TaskTable):
                 stored = {name: self._heads.get(row) for name, row in rows.items()}
                 prepared = {name: None if head is None else head.prepared() for name, head in stored.items()}
                 numbers = {name: self.table.detach()[row].clone() for name, row in rows.items()}
+                for name, values in numbers.items():
+                    check_finite(name, values, stored[name])
             values = self._layout.lora.combine(numbers, weights, combination_type, **options)
             head = combine_heads(prepared, weights, heads)
             return self.add_row(adapter_name, values, self._stored(adapter_name, head))

@@ -30,6 +30,7 @@ from ..parts.lora import A_PART
 from ..parts.lora_sum import summed_config, write_sum
 from ..parts.readout import Readout
 from ..validation import check_arguments, check_is_task, checked_names, listed, one_of
+from .undo import undone_on_failure
 
 SUMS = ("linear", "svd")  # of what tasks add
 COMBINATION_TYPES = (*SUMS, "ties", "magnitude_prune")
@@ -187,7 +188,7 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
 
     Raises:
         RecastBankError: if they are on different banks.
-        RecastConfigError: if a task owns parts that cannot be added.
+        RecastConfigError: if a task owns parts that cannot be added, or numbers that are not finite.
     """
     first = next(iter(configs))
     for name, config in configs.items():
@@ -200,6 +201,7 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
                 f"({listed(refusals)}), which cannot be {'added' if combination_type in SUMS else 'pruned'}. Combine tasks "
                 "without such parts."
             )
+        _check_finite(model, name)
         for holder in holders(model):
             mine, other = holder.bank_of(name), holder.bank_of(first)
             if mine is not other:
@@ -212,6 +214,16 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
             raise RecastBankError(
                 f"the tasks {first!r} and {name!r} cannot be combined: their coefficients are of other modules or biases"
             )
+
+
+def _check_finite(model: nn.Module, adapter: str) -> None:
+    entries = (entry for holder in holders(model, adapter) for entry in holder.entries(adapter))
+    broken = next((e for e in entries if not e.tensor.is_meta and not torch.isfinite(e.tensor).all()), None)
+    if broken is not None:
+        raise RecastConfigError(
+            f"task {adapter!r} holds numbers that are not finite (NaN or infinity) in {broken.name}: it diverged in training. "
+            "Leave it out."
+        )
 
 
 def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) -> list[str]:
@@ -300,12 +312,13 @@ def add_combined(
     )
     tuner.peft_config[adapter_name] = config
     try:
-        tuner.inject_adapter(model, adapter_name)
+        with undone_on_failure(model):
+            tuner.inject_adapter(model, adapter_name)
+            write_row(model, adapter_name, row)
+            if part is not None:
+                write_sum(model, adapters, weights, adapter_name)
+            if head is not None:
+                task_head(model, head.place).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())
     except BaseException:
         del tuner.peft_config[adapter_name]
         raise
-    write_row(model, adapter_name, row)
-    if part is not None:
-        write_sum(model, adapters, weights, adapter_name)
-    if head is not None:
-        task_head(model, head.place).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())

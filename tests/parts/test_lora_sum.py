@@ -154,7 +154,23 @@ def test_what_cannot_be_summed_is_refused_and_changes_nothing(model: PeftModel) 
     )
     with pytest.raises(RecastConfigError, match=r"its LoRA part at blocks\.0\.mlp\.fc1 is more than two factors"):
         model.add_weighted_adapter(["one", "dora"], [1, 1], "sum")
+    part_layers(model)[0].lora_A["one"].weight.data[0, 0] = float("nan")
+    for how in ("linear", "svd"):
+        with pytest.raises(RecastConfigError, match=r"task 'one' holds numbers that are not finite .* in blocks\.0\.\S+lora_A"):
+            model.add_weighted_adapter(["two", "one"], [1, 1], "sum", how)
     assert "sum" not in model.peft_config
+
+
+def test_what_fails_in_writing_leaves_no_task(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("recast_peft.tasks.arithmetic.write_sum", fail)
+    before = list(model.state_dict())
+    with pytest.raises(MemoryError):
+        model.add_weighted_adapter(["one", "two"], [1, 1], "sum")
+    assert "sum" not in model.peft_config
+    assert list(model.state_dict()) == before
 
 
 def test_parts_on_both_sides_of_a_layer_that_came_between_them() -> None:

@@ -173,6 +173,11 @@ class TestRefusals:
         for how in ("ties", "magnitude_prune"):
             with pytest.raises(RecastConfigError, match="task 't1' has a LoRA part, which cannot be pruned"):
                 pool.add_weighted_adapter(["alone", "t1"], [0.5, 0.5], "sum", how, density=0.5)
+        kept = pool.table[pool.row("t0")].clone()
+        pool.table[pool.row("t0"), -1] = float("nan")  # as training may leave it
+        with pytest.raises(RecastConfigError, match="task 't0' holds numbers that are not finite"):
+            pool.add_weighted_adapter(["t1", "t0"], [0.5, 0.5], "sum", "svd")
+        pool.table[pool.row("t0")] = kept
         assert pool.names == list(NAMES)
         pool.add_weighted_adapter(["alone"], [0.5], "pruned", "ties", density=1.0)
         without = TaskPool(model, like="alone", slot="without")
