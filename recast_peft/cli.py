@@ -44,6 +44,7 @@ _IN_PYTHON = {  # what a message advises, and what to do instead where there is 
     HOW_TO_PASS: "Give the path of a checkpoint with --backbone.",
     HOW_TO_BUILD: "Use AutoRecastModel.from_pretrained(name, backbone=model) in Python.",
 }
+CLASSIFIERS = ("Sequence", "Image", "Audio")  # kinds of transformers' classes that a plan with --num-classes is for
 # of RecastConfig, whole numbers
 FIELDS = ("num_classes", "group_size", "num_groups", "num_templates", "num_directions", "max_coefficients")
 
@@ -145,7 +146,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     named = {field: _names_or_pattern(getattr(options, field)) for field in ("target_modules", "exclude_modules")}
     config = RecastConfig(**named, **{field: getattr(options, field) for field in FIELDS})
-    print(plan_recast(_untrained(options.model), config))
+    print(plan_recast(_untrained(options.model, has_classes=options.num_classes is not None), config))
 
 
 def _names_or_pattern(given: list[str] | None) -> Any:
@@ -153,8 +154,8 @@ def _names_or_pattern(given: list[str] | None) -> Any:
     return given[0] if given is not None and len(given) == 1 and not given[0].isidentifier() else given
 
 
-def _untrained(name: str) -> nn.Module:
-    """A model with the shapes of the named one and weights of any value."""
+def _untrained(name: str, *, has_classes: bool) -> nn.Module:
+    """A model with the shapes of the named one and weights of any value; one of transformers with a classifier where asked."""
     if Path(name, CONFIG_NAME).is_file():
         raise RecastConfigError(f"{name} is a saved task, not a model: recast-peft inspect {name} shows what it is")
     near = ""
@@ -166,12 +167,20 @@ def _untrained(name: str) -> nn.Module:
         near = did_you_mean(name, timm.list_models())
     except ImportError:
         pass  # transformers alone, then
+    import transformers
     from transformers import AutoConfig, AutoModel
 
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers{near}\n{error}") from error
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    if own is not None and (not has_classes or "Classification" in own.__name__):
+        return own(config)
+    for kind in CLASSIFIERS if has_classes else ():
+        auto = getattr(transformers, f"AutoModelFor{kind}Classification")
+        if type(config) in auto._model_mapping:
+            return auto.from_config(config)
     return AutoModel.from_config(config)
 
 
@@ -234,7 +243,8 @@ def _versions(options: argparse.Namespace) -> None:
         print(f"version {roll_back(options.file, options.roll_back)} is in the place of {options.file}")
     elif not versions(options.file):
         if not options.file.is_file():
-            raise RecastConfigError(f"{options.file}: there is no such file")
+            missing = "it is a folder; give the file of a pool" if options.file.is_dir() else "there is no such file"
+            raise RecastConfigError(f"{options.file}: {missing}")
         print(f"{options.file} has no version before this one: it keeps some if it is saved with keep=")
     for number in versions(options.file):
         seen = version_path(options.file, number).stat()

@@ -13,7 +13,15 @@ import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import recast_peft
 from recast_peft import RecastConfig, TaskPool, get_recast_model, save_compressed_model, write_model_card
@@ -55,6 +63,20 @@ class TestPlan:
     def test_a_transformers_folder(self, capsys, saved_task):
         assert main(["plan", str(saved_task[1] / "base"), "--num-groups", "1"]) == 0
         assert "numbers per task" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("built", "kind"),
+        [(BertModel, "bert"), (BertForMaskedLM, "bert"), (BertForTokenClassification, "bert"), (ViTModel, "vit")],
+    )
+    def test_a_transformers_folder_has_the_names_of_its_class_and_a_classifier_where_asked(self, capsys, tmp_path, built, kind):
+        built(built.config_class(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(tmp_path)
+        assert main(["plan", str(tmp_path)]) == 0
+        prefix = f"{kind}." if "For" in built.__name__ else ""
+        assert f"\n{prefix}encoder.layer." in capsys.readouterr().out.replace("\nlayers.", "\nencoder.layer.")
+        assert main(["plan", str(tmp_path), "--num-classes", "3"]) == 0
+        shown = capsys.readouterr().out
+        assert f"\n{kind}." in shown
+        assert "head: 1 place (classifier), 51 trainable parameters" in shown
 
     @pytest.mark.parametrize(
         ("arguments", "said"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..options.record import hub_repository
 from ..storage.cards import CARD_NAME
 from ..storage.json_reader import Fields
 from ..storage.pairs import companion_of
-from ..storage.tensors import CHECKSUM, check_finite, check_floating, outliers, read_tensors
+from ..storage.tensors import CHECKSUM, check_finite, check_floating, outliers, read_metadata, read_tensors
 from .task_files import numbers_file, read_task_config, task_sizes
 
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -42,7 +43,7 @@ class Finding:
 
 
 def verify_folder(folder: Path) -> list[Finding]:
-    """Look at everything of this library in a folder, and in the folders in it.
+    """Look at everything of this library in a folder, and in the folders in it, however deep; hidden ones are left out.
 
     Args:
         folder: a task, a folder of tasks, a bank, a compressed model, a folder with packed pools, or several of these; or the
@@ -55,9 +56,16 @@ def verify_folder(folder: Path) -> list[Finding]:
         return [*_guarded(folder, _packed(folder))] or [Finding(ERROR, folder, "it is no packed pool; give a task's folder")]
     if not folder.is_dir():
         return [Finding(ERROR, folder, "there is no such folder or file")]
-    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
-    found = [finding for place in places for finding in _verify_one(place)]
+    found = [finding for place in _folders(folder) for finding in _verify_one(place)]
     return found or [Finding(ERROR, folder, "there is no task, bank, compressed model or packed pool in it")]
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """A folder and those in it; a link to a folder is looked at, but not what lies deeper there, which may lead back."""
+    for root, names, _ in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield Path(root)
+        yield from (path for name in names if (path := Path(root, name)).is_symlink())
 
 
 def _verify_one(folder: Path) -> Iterator[Finding]:
@@ -147,6 +155,9 @@ def _bank(folder: Path) -> Iterator[Finding]:
 
 
 def _packed(file: Path) -> Iterator[Finding]:
+    said = read_metadata(file)
+    if said and "groups" not in said:
+        return  # a file of others, which may be large
     content = read_tensors(file, floating=False, finite=False)
     if "groups" not in content.metadata:
         return  # a file of others

@@ -28,7 +28,10 @@ def task(tmp_path: Path) -> Path:
 
 class TestATask:
     def test_that_is_whole_has_its_numbers_counted_and_what_nobody_knows_said(self, task: Path) -> None:
-        for folder in (task, task.parent):
+        (task.parent / "run" / "step").mkdir(parents=True)
+        task.rename(task.parent / "run" / "step" / "pets")
+        (task.parent / "linked").symlink_to(task.parent / "run")  # nothing is said twice
+        for folder in (task.parent / "run" / "step" / "pets", task.parent / "run", task.parent):
             assert found(folder, INFO) == "pets: a task of 8 coefficients, whole"
             assert found(folder, ERROR) == ""
             said = found(folder, WARNING).splitlines()
