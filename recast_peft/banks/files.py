@@ -65,6 +65,11 @@ class StoredBank:
         if not self.fingerprint:
             object.__setattr__(self, "fingerprint", checksum(self.tensors(), torch.float32))
 
+    def __repr__(self) -> str:
+        kinds = ", ".join(sorted({group.kind for group in self.groups.values()}))
+        known = f"name={self.name!r}, version={self.version}, fingerprint={self.fingerprint!r}"
+        return f"StoredBank(groups={len(self.groups)}, {kinds}; {known})"
+
     def __deepcopy__(self, memo: dict) -> StoredBank:
         return self  # nothing in it is ever written to, and a config is copied often
 
@@ -381,6 +386,8 @@ def _places(name: str | None, task_folder: str | None, refused: list[str]) -> li
         above = [path for path in (folder.absolute().parent, folder.absolute().parent.parent) if own]
         places += [path / own for path in above if not (path / own).is_symlink()]
     places = [place for place in places if has_bank(Path(place))]
+    if name and not places and folder.is_dir() and own:
+        refused.append(f"none lies in the task's folder, and no {own!r} beside it or the folder above: lay it there, or")
     return [*places, name] if name and is_hub_name(name) else places
 
 

@@ -293,7 +293,7 @@ class TestNames:
         shutil.move(stored[1], tmp_path / "work" / "a" / "bank")
         monkeypatch.chdir(tmp_path / "work")
         self.renamed(stored[2], "a/bank")
-        with pytest.raises(RecastBankError, match="not at hand"):
+        with pytest.raises(RecastBankError, match="not at hand(.|\n)*no 'bank' beside it or the folder above: lay it there"):
             PeftModel.from_pretrained(tiny_vit(), stored[2])
 
     def test_a_task_and_its_bank_move_together(self, stored: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
@@ -346,6 +346,10 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class TestStoredBank:
+    def test_shows_what_it_is_and_no_tensors(self) -> None:
+        bank = StoredBank({"g": StoredGroup(("a", "b"), torch.ones(1, 2, 2), torch.ones(2, 1))}, name="x", fingerprint="f")
+        assert repr(bank) == "StoredBank(groups=1, dense; name='x', version=1, fingerprint='f')"
+
     def test_fingerprint_tells_contents_apart_and_ignores_the_name(self) -> None:
         group = StoredGroup(("a", "b"), torch.ones(1, 2, 2), torch.ones(2, 1))
         other = StoredGroup(("a", "b"), torch.ones(1, 2, 2) * 1.001, torch.ones(2, 1))
