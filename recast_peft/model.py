@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
 from .config import RecastConfig
+from .holders import holders
 from .layer import RecastLayer
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name
 from .options.record import BEFORE_LOADING
@@ -78,6 +79,21 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Add a task: plan, check, prepare, then replace modules; see the class for what is raised."""
+        try:
+            self._inject(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:  # PEFT takes the config out itself, but not where the user interrupts
+            if not holders(model, adapter_name):
+                self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
         check_adapter_name(adapter_name)
         config = cast(RecastConfig, self.peft_config[adapter_name])
         before = config.record

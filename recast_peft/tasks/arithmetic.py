@@ -320,5 +320,5 @@ def add_combined(
             if head is not None:
                 task_head(model, head.place).modules_to_save[adapter_name].load_state_dict(head.module.state_dict())
     except BaseException:
-        del tuner.peft_config[adapter_name]
+        tuner.peft_config.pop(adapter_name, None)
         raise
