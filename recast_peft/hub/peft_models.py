@@ -135,7 +135,11 @@ class TaskModel:
         own = self.peft_config.get(adapter_name)  # type: ignore[attr-defined]
         with modules_called(kwargs.pop("key_mapping", None)):
             if not isinstance(own, RecastConfig):
-                return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
+                try:
+                    return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
+                except BaseException:  # between its modules and its numbers
+                    self.base_model.forget_unfilled(adapter_name, undo=True)  # type: ignore[attr-defined]
+                    raise
             # PEFT would read the numbers alone, whatever the file's config says of them
             backbone, hub_kwargs = self.get_base_model(), self._split_kwargs(kwargs)[0]  # type: ignore[attr-defined]
             config, _ = check_replacement(backbone, str(model_id), adapter_name, own, **hub_kwargs)

@@ -147,7 +147,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
         _check_shared(f"task {adapter_name!r}", entries, given)
         values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}
-    written = put_in(model, entries, values)
+        written = put_in(model, entries, values)
     resized = {key: value for key, value in given.items() if key not in entries}
     own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
     return {**written, **{own[key]: value for key, value in resized.items()}}

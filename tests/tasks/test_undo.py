@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,28 @@ class TestAConversion:
         assert list(model.peft_config) == ["default"]
         model.add_adapter("second", RecastConfig(target_modules=["qkv"], num_templates=templates))
         assert list(model.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("step", ["peft.peft_model.load_peft_weights", "recast_peft.tasks.files.put_in"])
+def test_a_load_that_is_interrupted_after_the_modules_were_made_leaves_the_model_as_it_was(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    stored = converted("stored", num_classes=3)
+    randomise(stored, "stored")
+    stored.save_pretrained(tmp_path)
+    model = converted()
+    before = state(model)
+    monkeypatch.setattr(step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.load_adapter(tmp_path / "stored", "second")
+    assert (state(model), list(model.peft_config)) == (before, ["default"])
+    monkeypatch.undo()
+    model.load_adapter(tmp_path / "stored", "second")
+    model.set_adapter("second")
+    assert torch.equal(outputs(model.eval(), vit_input()), outputs(stored, vit_input()))
 
 
 def _resolve(path: str) -> Any:
