@@ -34,6 +34,13 @@ class TestOfTimm:
         assert description["name"] == f"test_vit.{description['tag']}"
         assert "arguments_left_out" not in description
 
+    def test_names_the_repository_at_a_revision_and_the_license(self) -> None:
+        model = vit()
+        model.pretrained_cfg |= {"source": "hf-hub", "hf_hub_id": "me/my-vit@v1", "license": "mit"}
+        description = describe_backbone(model)
+        wanted = {"name": "hf-hub:me/my-vit", "repository": "me/my-vit", "revision": "v1", "license": "mit"}
+        assert {key: description[key] for key in wanted} == wanted
+
     @pytest.mark.parametrize(
         ("arguments", "size"),
         [({"img_size": (32, 48)}, [3, 32, 48]), ({"in_chans": 1}, [1, 32, 32]), ({"img_size": 160}, [3, 160, 160])],

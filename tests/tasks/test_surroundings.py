@@ -82,7 +82,10 @@ def scale_the_stem(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("change", [shift_statistics, shift_norms, scale_norms, scale_the_stem])
 def test_other_norms_are_warned_of(change: Callable[[nn.Module], nn.Module], folder: Path) -> None:
-    assert len(loads_with(change(backbone()), folder)) == 1
+    changed = change(backbone())
+    assert len(loads_with(changed, folder)) == 1
+    recorded = RecastConfig.from_pretrained(str(folder)).surroundings_fingerprint
+    assert changed.peft_config["default"].surroundings_fingerprint == recorded  # what it was learned on stays known
 
 
 def test_the_same_model_is_not(folder: Path) -> None:
