@@ -105,7 +105,8 @@ class TestGenerating:
         returned = counts.get("num_return_sequences", 1)
         if how == "config":
             options = {"generation_config": GenerationConfig(**options, **counts, bos_token_id=0, eos_token_id=0)}
-            model.get_base_model().generation_config.num_beams = 4  # what is given goes before it
+            for name, value in counts.items():  # what is given goes before it
+                setattr(model.get_base_model().generation_config, name, value + 1)
         elif how == "config of the model":
             for name, value in counts.items():
                 setattr(model.get_base_model().generation_config, name, value)
