@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from transformers import ViTModel
 
 from recast_peft import RecastLoadError
 from recast_peft.hub.backbone import build_backbone
@@ -74,8 +76,20 @@ def test_a_path_or_an_address_is_not_followed(
         else value
         for key, value in change.items()
     }
+    recorded, asked = {**description(), **filled}, []
+
+    def asking(build: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            asked.append(repr((args, kwargs)))
+            return build(*args, **kwargs)
+
+        return ask
+
+    monkeypatch.setattr(timm, "create_model", asking(timm.create_model))
+    monkeypatch.setattr(ViTModel, "from_pretrained", asking(ViTModel.from_pretrained))
     with pytest.raises(RecastLoadError, match="backbone="):
-        build_backbone({**description(), **filled}, given)
+        build_backbone(recorded, given)
+    assert not [call for call in asked if "downloaded" in call or "example.com" in call]
     assert not (tmp_path / "executed").exists()
 
 
