@@ -38,6 +38,10 @@ class TestATask:
             assert [line for line in said if "no repository on the Hub" in line]
             assert [line for line in said if "no license is stated" in line]
             assert len(said) == 2
+        card = task / "README.md"
+        card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+        assert "pets: license: mit" in found(task, INFO)
+        assert "license" not in found(task, WARNING)
 
     def test_of_which_a_file_is_missing_is_an_error(self, task: Path) -> None:
         config = (task / "adapter_config.json").rename(task.parent / "away")
@@ -57,7 +61,10 @@ class TestATask:
         assert "has no checksum" in said
         tensors[key][0, 0] = float("inf")
         save_file(tensors, task / "adapter_model.safetensors")
-        assert key in found(task, ERROR)
+        (error,) = (finding for finding in verify_folder(task) if finding.level == ERROR)
+        assert key in error.text
+        save_file({**tensors, key: torch.ones_like(tensors[key]).int()}, task / "adapter_model.safetensors")
+        assert f"numbers of another kind\n  {key}: int32" in found(task, ERROR)
 
     def test_names_a_bank_that_lies_beside_it_or_does_not(self, tmp_path: Path) -> None:
         model = fitted()
