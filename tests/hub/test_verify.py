@@ -51,6 +51,13 @@ class TestATask:
         assert "the task's numbers are missing" in found(task, ERROR)
         assert "whole" not in found(task, INFO)
 
+    def test_that_was_damaged_is_one_error(self, task: Path) -> None:
+        content = bytearray((task / "adapter_model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (task / "adapter_model.safetensors").write_bytes(content)
+        (error,) = (finding for finding in verify_folder(task) if finding.level == ERROR)
+        assert "is damaged: its numbers are not those" in error.text
+
     def test_with_a_number_that_no_training_gives_is_warned_of(self, task: Path) -> None:
         tensors = load_file(task / "adapter_model.safetensors")
         key = next(iter(tensors))
@@ -61,8 +68,7 @@ class TestATask:
         assert "has no checksum" in said
         tensors[key][0, 0] = float("inf")
         save_file(tensors, task / "adapter_model.safetensors")
-        (error,) = (finding for finding in verify_folder(task) if finding.level == ERROR)
-        assert key in error.text
+        assert key in found(task, ERROR)
         save_file({**tensors, key: torch.ones_like(tensors[key]).int()}, task / "adapter_model.safetensors")
         assert f"numbers of another kind\n  {key}: int32" in found(task, ERROR)
 
