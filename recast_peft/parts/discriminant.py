@@ -43,8 +43,8 @@ def fit_discriminant_head(
     Args:
         model: a PEFT model with a task that owns a linear classifier (of a head of several layers: its last one), be it a
             RECAST task or one of PEFT's own methods.
-        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name): the training
-            examples once, not augmented. Their features are held in memory, 4 bytes a number.
+        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (dictionaries are given by name): the
+            training examples once, not augmented. Their features are held in memory, 4 bytes a number.
         adapter_name: the task; None is the active one.
         shrinkage: share of a sphere in the covariance, 0 to 1. ``"auto"`` chooses it for each class by the formula of Ledoit
             and Wolf.

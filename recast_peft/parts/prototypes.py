@@ -20,7 +20,7 @@ def fit_prototypes(model: nn.Module, batches: Iterable[Any], adapter_name: str |
 
     Args:
         model: a PEFT model with a task made with ``head_type="prototypes"``.
-        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name).
+        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (dictionaries are given by name).
         adapter_name: the task; None is the active one.
 
     Returns:
@@ -81,7 +81,7 @@ def read_head_inputs(
         model: as it stands.
         head: the module whose input, ``(examples, features)``, counts.
         shape: classes of the task, and features that reach the head.
-        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (given to the model by name).
+        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (dictionaries are given by name).
         take: is called with ``(examples, features)`` and ``(examples,)`` labels, both on the CPU.
 
     Raises:
@@ -142,13 +142,15 @@ def _run(model: nn.Module, batch: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Mapping):
-        model(**{key: here(value) for key, value in batch.items() if key != "labels"})
-        return batch.get("labels")
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        batch = {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
+    elif not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         raise RecastConfigError(
             f"batches holds a {type(batch).__name__}: expected a list of (inputs, labels) pairs, such as a DataLoader yields "
             "them, or of dictionaries with labels; a single batch is given as [(inputs, labels)]"
         )
     inputs, labels = batch
-    model(here(inputs))
+    if isinstance(inputs, Mapping):
+        model(**{key: here(value) for key, value in inputs.items()})
+    else:
+        model(here(inputs))
     return labels

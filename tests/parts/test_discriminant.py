@@ -235,6 +235,9 @@ class TestHeadsOfTasks:
                 assert torch.equal(parameter, other[name])
         found = model.eval()(input_ids=ids).logits.argmax(1)
         assert (found == batch["labels"]).float().mean() > 0.5  # a third by chance
+        fitted = own.get_submodule(last).weight.clone()
+        fit_discriminant_head(model, [({"input_ids": ids}, batch["labels"])])
+        assert torch.equal(own.get_submodule(last).weight, fitted)
 
 
 class TestRefusals:
