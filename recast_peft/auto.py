@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
@@ -22,6 +22,7 @@ from .hub.peft_models import any_name, with_task_verbs
 from .hub.task_files import task_entries
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
+from .model import check_not_wrapped
 from .names import MODEL_PREFIX, check_adapter_name, modules_of, plain_name
 from .options.record import modules_called
 from .storage.paths import is_hub_name
@@ -61,16 +62,7 @@ def get_recast_model(
         raise RecastConfigError(f"config is a {type(config).__name__}; a RecastConfig is expected")
     check_is_module(model)
     check_adapter_name(adapter_name)
-    if isinstance(model, PeftModel) and not modules_of(model, RecastLayer):
-        raise RecastConfigError(
-            f"the model is a {type(model).__name__} with other methods' adapters ({', '.join(model.peft_config)}): put RECAST "
-            "around the model inside, get_recast_model(model.base_model.model, config), or merge first, merge_and_unload()"
-        )
-    if isinstance(model, (PeftModel, PeftMixedModel)) or modules_of(model, RecastLayer):
-        raise RecastConfigError(
-            "the model is converted already: add a task with model.add_adapter(name, config) or "
-            "model.load_adapter(path, name), or get the plain model back with model.unload()"
-        )
+    check_not_wrapped(model, bool(modules_of(model, RecastLayer)))
     needed = NEEDED_BY_TASK_TYPE.get(str(config.task_type))
     if needed is not None and not hasattr(model, needed):
         raise RecastConfigError(

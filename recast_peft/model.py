@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
 from .config import RecastConfig
+from .errors import RecastConfigError
 from .holders import holders
 from .layer import RecastLayer
 from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name
@@ -95,6 +97,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         state_dict: dict[str, Tensor] | None,
     ) -> None:
         check_adapter_name(adapter_name)
+        check_not_wrapped(model, bool(modules_of(model, RecastModel)))
         config = cast(RecastConfig, self.peft_config[adapter_name])
         before = config.record
         # PEFT's models for a task_type add classifiers to what a file names, and want to find some of the first task
@@ -261,3 +264,22 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         for hook in BEFORE_LOADING:
             hook(model)
         return load_into(model, config, adapter_name, state_dict)
+
+
+def check_not_wrapped(model: nn.Module, is_converted: bool) -> None:
+    """Refuse to convert what is converted, or a model of PEFT in place of the model inside.
+
+    Raises:
+        RecastConfigError: saying what to convert instead.
+    """
+    if isinstance(model, PeftModel) and not modules_of(model, RecastLayer):
+        others = ", ".join(name for name, config in model.peft_config.items() if not isinstance(config, RecastConfig))
+        raise RecastConfigError(
+            f"the model is a {type(model).__name__} with other methods' adapters ({others}): put RECAST around the model "
+            "inside, get_recast_model(model.base_model.model, config), or merge first, merge_and_unload()"
+        )
+    if isinstance(model, (PeftModel, PeftMixedModel)) or is_converted:
+        raise RecastConfigError(
+            "the model is converted already: add a task with model.add_adapter(name, config) or "
+            "model.load_adapter(path, name), or get the plain model back with model.unload()"
+        )

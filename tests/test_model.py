@@ -38,7 +38,15 @@ class TestAConversion:
         written = {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "peft_version")}
         assert written.items() <= fields.items()
 
-    @pytest.mark.parametrize("wrap", [get_recast_model, lambda m, c: get_recast_model(m.get_base_model(), c)])
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            get_recast_model,
+            lambda m, c: get_recast_model(m.get_base_model(), c),
+            lambda m, c: get_peft_model(m, c, "second"),
+            lambda m, c: get_peft_model(nn.Sequential(m), c, "second"),
+        ],
+    )
     def test_of_a_model_that_is_converted_already_is_refused(self, wrap: Callable) -> None:
         model = converted()
         before = state(model)
@@ -51,6 +59,14 @@ class TestAConversion:
         model = converted()
         with pytest.raises(RecastConfigError, match=r"has a task 'default'"):
             get_peft_model(model.get_base_model(), RecastConfig(target_modules=["qkv"]))
+
+    @pytest.mark.parametrize("wrap", [get_recast_model, get_peft_model])
+    def test_of_a_model_of_PEFT_is_refused(self, wrap: Callable) -> None:
+        model = get_peft_model(tiny_vit(), LoraConfig(target_modules=["fc1"]), "lora")
+        before = state(model)
+        with pytest.raises(RecastConfigError, match=r"other methods' adapters \(lora\): put RECAST around the model inside"):
+            wrap(model, RecastConfig(target_modules=["fc1"]), "second")
+        assert state(model) == before
 
     def test_with_another_method_s_config_is_refused(self) -> None:
         with pytest.raises(RecastConfigError, match="LoraConfig; a RecastConfig is expected"):
