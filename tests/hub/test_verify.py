@@ -38,10 +38,6 @@ class TestATask:
             assert [line for line in said if "no repository on the Hub" in line]
             assert [line for line in said if "no license is stated" in line]
             assert len(said) == 2
-        card = task / "README.md"
-        card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\n", 1))
-        assert "pets: license: mit" in found(task, INFO)
-        assert "license" not in found(task, WARNING)
 
     def test_of_which_a_file_is_missing_is_an_error(self, task: Path) -> None:
         config = (task / "adapter_config.json").rename(task.parent / "away")
