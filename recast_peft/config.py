@@ -230,12 +230,10 @@ class RecastConfig(PeftConfig):
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "record"}
         values["bank"] = reference_of(self.bank)
-        if self.modules_to_save is not None:  # PEFT's models for a task_type add to them each time that a task is loaded
-            values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
-        banks: dict[str, Reference] = {}
-        if self.record is not None:
-            values.update(to_fields(self.record))
-            banks = self.record.partner_banks
+        # PEFT's models for a task_type add to them each time that a task is loaded
+        values["modules_to_save"] = self.modules_to_save and list(dict.fromkeys(self.modules_to_save))
+        banks: dict[str, Reference] = {} if self.record is None else self.record.partner_banks
+        values |= {} if self.record is None else to_fields(self.record)
         if self.partners is not None:
             stored = [partner.to_dict() for partner in self.partners]  # type: ignore[union-attr]
             values["partners"] = [{**p, **({"bank": banks[p["method"]]} if p["method"] in banks else {})} for p in stored]
