@@ -125,7 +125,14 @@ def _by_pattern(check: Check) -> Check:
     return of_all
 
 
+def _flag_or_text(value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)):
+        raise Unexpected("True, False or the name of a way")
+    return value
+
+
 _CHECKS: dict[str, Check] = {
+    "init_lora_weights": _flag_or_text,
     "r": whole(1, MOST_RANK),
     "lora_alpha": number,
     "lora_dropout": share,
@@ -133,8 +140,8 @@ _CHECKS: dict[str, Check] = {
     "exclude_modules": optional(names_or_pattern),
     "layers_to_transform": optional(indices),
     "layers_pattern": optional(names_or_text),
-    "rank_pattern": optional(_by_pattern(whole(1, MOST_RANK))),
-    "alpha_pattern": optional(_by_pattern(number)),
+    "rank_pattern": _by_pattern(whole(1, MOST_RANK)),
+    "alpha_pattern": _by_pattern(number),
     "use_dora": flag,
     "use_rslora": flag,
     "lora_bias": flag,

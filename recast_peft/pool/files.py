@@ -361,6 +361,9 @@ def _read_remembered(tensors: Mapping[str, Tensor], count: int) -> dict[int, Tas
 def _read_first_format(
     tasks: PackedTasks, said: dict[str, Any], tensors: Mapping[str, Tensor], layout: PoolLayout, kinds: HeadKinds
 ) -> None:
+    places = range(len(tasks.names))
+    if lost := [place for place in (*said["remembered"], *said["heads"]) if not place.isdecimal() or int(place) not in places]:
+        raise RecastLoadError(f"the file has parts of a task {lost[0]}, and {len(places)} tasks: it is damaged")
     for place, samples in said["remembered"].items():
         known = TaskFeatures(tensors[f"prototypes.{place}"], tensors[f"scatter.{place}"], samples)
         tasks.remembered[int(place)] = known

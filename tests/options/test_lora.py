@@ -29,6 +29,9 @@ class TestRefusals:
             ({"inference_mode": True}, "to the RecastConfig"),
             ({"task_type": "SEQ_CLS"}, "task_type"),
             ({"r": 0}, "at least 1 and at most 65,536 as its r"),
+            ({"rank_pattern": None}, "a dictionary by names or regular expressions as its rank_pattern, not None"),
+            ({"alpha_pattern": None}, "a dictionary by names or regular expressions as its alpha_pattern, not None"),
+            ({"init_lora_weights": 3}, "True, False or the name of a way as its init_lora_weights, not 3"),
         ],
     )
     @pytest.mark.filterwarnings("ignore")

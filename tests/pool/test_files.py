@@ -224,3 +224,19 @@ def test_a_file_of_the_first_format(tokens):
         torch.testing.assert_close(pool.model(tokens), expected)
     assert pool._heads[1].labels.id2label == {0: "no", 1: "yes"}
     assert sorted(pool._remembered) == [1]
+
+
+@pytest.mark.parametrize("what", ["remembered", "heads"])
+def test_a_file_of_the_first_format_with_a_part_of_no_task(tmp_path, what):
+    """Three tasks, and something of an eighth."""
+    path = tmp_path / "tasks.safetensors"
+    with safe_open(GOLDEN, framework="pt") as file:
+        metadata = file.metadata()
+    metadata[what] = metadata[what].replace('"1"', '"7"')
+    parts = ("head.1.", "prototypes.1", "scatter.1")
+    tensors = load_file(GOLDEN)
+    save_file({k.replace("1", "7") if k.startswith(parts) else k: value for k, value in tensors.items()}, path, metadata)
+    pool = tiny_pool()
+    with pytest.raises(RecastLoadError, match="parts of a task 7, and 3 tasks: it is damaged"):
+        pool.load(path)
+    assert len(pool) == 0
