@@ -42,9 +42,11 @@ FEATURE_CHANGE = 0.13  # of the features in one step, in units of their norm
 # By how much a layer's weight moves the features, in units of its own relative change. A convolution's output goes through
 # norms with fixed statistics; a linear layer stands in a branch beside others whose sum is normalised.
 SENSITIVITY, SENSITIVITY_OF_CONVOLUTIONS = 0.5, 1.5
-# A template between two main directions, alike in linear layers and convolutions: measured on MiniLM-L6 and EfficientNet-Lite0,
-# where rates of 0.15 divided by the number of directions trained best, from 2 to 28 of them.
-SENSITIVITY_OF_DIRECTIONS, COEFFICIENT_LR_OF_DIRECTIONS = 0.2, 0.2
+# A number of a core between r main directions. Linear layers: by a factor r^0.4 less for each of r * r numbers, since further
+# directions carry less (measured on MiniLM-L6 and a ViT-S, where the rates that moved the features alike fell with r^0.6, and
+# on the first rates that trained best). Convolutions of EfficientNet-Lite0 trained best where rates fell with r.
+SENSITIVITY_OF_CORES, SENSITIVITY_OF_CORES_OF_CONVOLUTIONS = 0.32, 0.2
+COEFFICIENT_LR_OF_CORES = 0.2  # at most
 _PROBES, _PROBE_RATE = 3, 0.01
 
 
@@ -65,13 +67,16 @@ def default_coefficient_lr(model: nn.Module) -> float:
         templates, before = moved.get(id(parameter), (parameter.shape[-1], 0.0))
         moved[id(parameter)] = templates, before + sensitivity
     total = math.sqrt(sum(templates * change**2 for templates, change in moved.values()))
-    return most or COEFFICIENT_LR if total == 0 else min(most or COEFFICIENT_LR_OF_DIRECTIONS, FEATURE_CHANGE / total)
+    return most or COEFFICIENT_LR if total == 0 else min(most or COEFFICIENT_LR_OF_CORES, FEATURE_CHANGE / total)
 
 
 def _sensitivity(layer: RecastLayer, bank: TemplateBank) -> float:
-    if bank.is_factored:
-        return SENSITIVITY_OF_DIRECTIONS
-    return SENSITIVITY_OF_CONVOLUTIONS if family_of(layer.get_base_layer()) is CONVOLUTION else SENSITIVITY
+    is_convolution = family_of(layer.get_base_layer()) is CONVOLUTION
+    if not bank.is_factored:
+        return SENSITIVITY_OF_CONVOLUTIONS if is_convolution else SENSITIVITY
+    if is_convolution:
+        return SENSITIVITY_OF_CORES_OF_CONVOLUTIONS
+    return SENSITIVITY_OF_CORES * bank.num_templates**-0.2
 
 
 def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CHANGE) -> float:
