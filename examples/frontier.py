@@ -151,10 +151,10 @@ METHODS: dict[str, Method] = {
     "RECAST": Method(recast(), {"text": 5e-2, "pictures": 3e-2, "vit": 3.75e-2}),
     "RECAST, all linear layers": Method(recast(target_modules="all-linear", group_size=1), {"text": 5e-2}),
     "RECAST, 48 parameters": Method(recast(max_coefficients=48), dict.fromkeys(ALL_WORLDS, 9e-2)),
-    "RECAST, 500 parameters": Method(recast(max_coefficients=500), dict.fromkeys(ALL_WORLDS, 3e-2)),
-    "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), dict.fromkeys(ALL_WORLDS, 1.5e-2)),
-    "RECAST, 5,000 parameters": Method(recast(max_coefficients=5_000), dict.fromkeys(ALL_WORLDS, 1e-2)),
-    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), dict.fromkeys(ALL_WORLDS, 7e-3)),
+    "RECAST, 500 parameters": Method(recast(max_coefficients=500), {"text": 4e-2, "pictures": 3e-2, "vit": 3.6e-2}),
+    "RECAST, 2,000 parameters": Method(recast(max_coefficients=2_000), {"text": 3e-2, "pictures": 1.5e-2, "vit": 2.2e-2}),
+    "RECAST, 5,000 parameters": Method(recast(max_coefficients=5_000), {"text": 2e-2, "pictures": 1e-2, "vit": 1.7e-2}),
+    "RECAST, 10,000 parameters": Method(recast(max_coefficients=10_000), {"text": 1.6e-2, "pictures": 7e-3, "vit": 1.4e-2}),
     "RECAST, attention": Method(recast(target_modules=["query", "key", "value"]), {"text": 1e-1}),
     "RECAST, attention with its output": Method(recast(target_modules="all-attention"), {"text": 1e-1}),
     "RECAST, MLP and biases": Method(recast(group_size=1, partners=[BiasConfig()]), {"text": 5e-2}),
@@ -162,7 +162,9 @@ METHODS: dict[str, Method] = {
     "readout alone": Method(with_readout(train_coefficients=False), {"text": 0.0, "pictures": 0.0, "vit": 0.0}),
     "RECAST, readout": Method(with_readout(), {"text": 5e-3, "pictures": 1e-2}),
     "RECAST, practice tasks, readout": Method(practised_with_readout, {"text": 1.5e-1}),
-    "RECAST, readout, 2,000 parameters": Method(with_readout(max_coefficients=2_000), dict.fromkeys(ALL_WORLDS, 1.5e-2)),
+    "RECAST, readout, 2,000 parameters": Method(
+        with_readout(max_coefficients=2_000), {"text": 1.5e-2, "pictures": 1.5e-2, "vit": 2.2e-2}
+    ),
     "RECAST, readout, 10,000 parameters": Method(with_readout(max_coefficients=10_000), dict.fromkeys(ALL_WORLDS, 7e-3)),
     "LoRA r=8, readout": Method(
         lambda w: with_readout(train_coefficients=False, lora_config=lora(8)(w))(w), {"text": 3e-3, "pictures": 3e-3}

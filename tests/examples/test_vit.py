@@ -132,7 +132,7 @@ def test_a_folder_has_none_of_it(tmp_path, capsys):
     assert "--folder has text and pictures" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["LN tuning", "IA3", "LoRA r=1", "RECAST"])
+@pytest.mark.parametrize("method", ["LN tuning", "IA3", "LoRA r=1", "RECAST", "RECAST, 2,000 parameters"])
 def test_methods_fit_the_model(method):
     config = frontier.METHODS[method].config(VISION)
     if isinstance(config, RecastConfig):
@@ -147,5 +147,6 @@ def test_methods_fit_the_model(method):
         "IA3": blocks * (3 + 4) * width,  # outputs of queries, keys and values, inputs of the MLP's second layer
         "LoRA r=1": blocks * (1 + 3) * width,
         "RECAST": 48,
+        "RECAST, 2,000 parameters": 2 * blocks * 9**2,
     }
     assert numbers == expected[method]
