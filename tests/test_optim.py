@@ -130,9 +130,6 @@ class Convs(nn.Module):
         (lambda: tiny_vit(depth=24), {"num_coefficient_sets": 2, "group_size": 1}, 0.13 / (0.5 * 48**0.5)),  # sets are averaged
         (lambda: Convs(16), {"group_size": 1}, 0.13 / (1.5 * 4)),
         (lambda: Convs(16), {"group_size": 4}, 0.13 / (1.5 * 8)),
-        (lambda: tiny_vit(depth=4), {"num_directions": 1}, 0.13 / (0.32 * 8**0.5)),  # 8 layers
-        (lambda: tiny_vit(depth=4), {"num_directions": 3}, 0.13 / (0.32 * 3**0.6 * 8**0.5)),
-        (lambda: tiny_vit(depth=1), {"num_directions": 1}, 0.2),  # the most
         (lambda: Convs(16), {"num_directions": 1}, 0.13 / (0.2 * 4)),
         (lambda: Convs(16), {"num_directions": 3}, 0.13 / (0.2 * 3 * 4)),
         (lambda: tiny_vit(), {"train_coefficients": False, "partners": [BiasConfig()]}, 0.05),

@@ -437,7 +437,7 @@ class TestTasks:
         def rate(**fields: Any) -> float:
             return create_recast_optimizer(converted(**fields), lr=0.1).param_groups[0]["lr"]
 
-        # four layers: a core of r x r signs is as large as r, and layers add up like their root
-        assert rate(num_directions=2) == pytest.approx(0.13 / (0.2 * 2 * 4**0.5))
-        assert rate(num_directions=8) == pytest.approx(rate(num_directions=2) / 4)
+        # four layers, which add up like their root
+        assert rate(num_directions=2) == pytest.approx(0.13 / (0.32 * 2**0.6 * 4**0.5))
+        assert rate(num_directions=8) == pytest.approx(rate(num_directions=2) / 4**0.6)
         assert rate(num_directions=1) == 0.2  # at most

@@ -101,7 +101,7 @@ class TestWhatACallHolds:
         model.delete_adapter("second")  # does not stand in the way of the older pool
         assert torch.equal(model(images, task_ids=pool.ids(["a", "a"])), first)
         assert torch.equal(model(images, task_ids=["a", "a"]), first)
-        with pytest.raises(RecastConfigError, match="make a new TaskPool"):
+        with pytest.raises(RecastConfigError, match="this model has no more"):
             model(images, task_ids=second.ids(["b", "b"]))
         third = TaskPool(model)
         with pytest.raises(RecastConfigError, match="this model has no more"):
