@@ -126,7 +126,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                     parameter.requires_grad_(requires_grad)
                 if active and not is_first:  # beside tasks of a tuner that is no longer around the model
                     self.set_adapter(self.active_adapters, config.inference_mode)
-                train_biases(model, adapter_name, config.bias, config.inference_mode)
+                train_biases(model, adapter_name, config.bias, config.inference_mode or not active)
             config.record = record
             if not is_guarded:
                 self.guard(check_base_weights)

@@ -1,12 +1,13 @@
 """The model's own biases, trained and stored with a task (``bias="all"`` or ``"recast_only"``), as PEFT's other methods do it.
 
-They are no copies: a model can have one such task, and a switch to another task does not bring the pretrained biases back.
+They are no copies: a model can have one such task, and a switch to another task does not bring the pretrained biases back, but
+freezes them: that task's file would not hold what it trains of them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -74,7 +75,25 @@ def train_biases(model: nn.Module, adapter_name: str, bias: str, inference_mode:
             "no parameters there, as in layers of GPTQ, AWQ and HQQ",
             stacklevel=2,
         )
+    _let_learn(model, adapter_name, bias, not inference_mode)
+
+
+def switch_biases(model: nn.Module, configs: Mapping[str, RecastConfig], adapter_names: Collection[str], learn: bool) -> None:
+    """Let the biases that a task trains learn while it is active, and warn of them while others are."""
+    for name, config in configs.items():
+        if config.bias == "none":
+            continue
+        _let_learn(model, name, config.bias, learn and name in adapter_names)
+        if adapter_names and name not in adapter_names:
+            warnings.warn(
+                f"the model's own biases stay as task {name!r} (bias={config.bias!r}) has trained them, and "
+                f"{listed(list(adapter_names))} computes with them: partners=['bias'] gives a task biases of its own instead",
+                stacklevel=4,
+            )
+
+
+def _let_learn(model: nn.Module, adapter_name: str, bias: str, learn: bool) -> None:
     owned = [m.module_name for m in task_modules(model, adapter_name)]
     for name, module in biased_modules(model, bias):
         if not lies_in(name, owned):  # else the task has a copy that is called
-            module._parameters["bias"].requires_grad_(not inference_mode)  # type: ignore[union-attr]
+            module._parameters["bias"].requires_grad_(learn)  # type: ignore[union-attr]

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from ..banks.files import StoredBank
-from ..config import RecastConfig
+from ..config import RecastConfig, tasks_among
 from ..holders import exchange, put_child
 from ..names import modules_of
+from ..parts.base_biases import switch_biases
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import ScaledModule, TaskModule, check_one_owner
@@ -57,6 +58,7 @@ class TaskVerbs:
         check_one_owner(self.model, names)
         super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)  # type: ignore[misc]
         verbs.activate(self.model, names, inference_mode)
+        switch_biases(self.model, tasks_among(self.peft_config), names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make tasks trainable or frozen, active or not.
@@ -82,6 +84,8 @@ class TaskVerbs:
         was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name]
         inference_mode = verbs.is_frozen(self.model, self.active_adapters)
+        others = [name for name in self.peft_config if name != adapter_name]
+        switch_biases(self.model, tasks_among({adapter_name: self.peft_config[adapter_name]}), others, False)
         verbs.delete(self.model, adapter_name)
         del self.peft_config[adapter_name]
         self.task_pool = tuple(pool for pool in self.task_pool if pool.slot != adapter_name)  # that name may be a task's now

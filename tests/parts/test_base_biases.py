@@ -73,6 +73,21 @@ def test_those_of_a_later_task_learn_too() -> None:
     assert trained(model) == {"first.bias", "second.bias"}
 
 
+def test_they_learn_only_while_their_task_is_active() -> None:
+    model = get_recast_model(three_layers(), config("none"), "plain")
+    model.add_adapter("with_biases", config("recast_only"))
+    assert trained(model) == set()  # "plain" is active, and its file would not hold them
+    model.set_adapter("with_biases")
+    with pytest.warns(UserWarning, match="stay as task 'with_biases' .*, and plain computes with them"):
+        model.set_adapter("plain")
+    assert trained(model) == set()
+    model.set_adapter("with_biases")
+    assert trained(model) == {"first.bias", "second.bias"}
+    with pytest.warns(UserWarning, match="has trained them, and plain computes with them"):
+        model.delete_adapter("with_biases")
+    assert trained(model) == set()
+
+
 def test_those_of_a_frozen_task_do_not_learn() -> None:
     assert trained(get_recast_model(three_layers(), config("all", inference_mode=True))) == set()
 
