@@ -36,6 +36,14 @@ class Candidate(Protocol):
     def reason(self) -> str | None:
         """Why its weight cannot be composed; None if it can."""
 
+    @property
+    def path(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The modules around it from the model down, wrappers among them, each with its name in the one before it."""
+
+    @property
+    def slot(self) -> str:
+        """Its name in the last of them."""
+
 
 PARTNERS: dict[str, type[PartnerConfig]] = {}
 """Kinds of partner by name; a subclass of PartnerConfig is one as soon as its file is imported."""

@@ -21,6 +21,7 @@ from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError
 from ..options.partner import Candidate
 from ..placement.offloaded import StaysInMemory
+from ..planning.reading import why_unheard
 from .banked import BankedPartnerConfig
 
 
@@ -58,7 +59,7 @@ class BiasConfig(BankedPartnerConfig, method="bias"):
             return "a multi-head attention reads it and never calls it"
         if channels_of(module) is None:
             return f"it is not known where the bias of {type(module).__name__} lies in what it puts out"
-        return None
+        return why_unheard(candidate, "bias")
 
     def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
         channels = channels_of(module)

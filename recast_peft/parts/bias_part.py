@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -20,6 +21,8 @@ from ..names import MODEL_PREFIX
 from ..options.partner import PartnerConfig
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..planning.candidates import Candidate
+from ..planning.reading import is_also_read
+from ..validation import listed
 from .banked import bank_of_partner, refuse_bank
 from .base import Request
 from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
@@ -214,16 +217,33 @@ class BiasPart(PartnerPart):
 
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
         assert isinstance(partner, BiasConfig)
-        if partner.bank is None:
-            return super()._prepared(request, partner, candidates)
+        prepare = super()._prepared if partner.bank is None else self._banked
+        prepared = list(prepare(request, partner, candidates))
+        if not request.counting:
+            _warn_of_readers([piece.candidate for piece in prepared])
+        return prepared
+
+    def _banked(self, request: Request, partner: Any, candidates: list[Candidate]) -> Iterator[PreparedPartner]:
         banks = [cast(BiasTemplates, t).bank for holder in bias_holders(request.model) for t in holder.banks.values()]
         bank = bank_of_partner(request, partner, banks)
         if not bank.is_of_biases:
             raise refuse_bank(bank, "grow_bias_bank")
-        return list(_on_bank(request, replace(partner, bank=bank), bank, candidates))
+        return _on_bank(request, replace(partner, bank=bank), bank, candidates)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return None  # they are rows of numbers, as the coefficients of weights are
+
+
+def _warn_of_readers(candidates: list[Candidate]) -> None:
+    """Say where a task's bias may be left out of a call."""
+    read = [candidate.name for candidate in candidates if is_also_read(candidate, "bias")]
+    if read:
+        warnings.warn(
+            f"the model calls {listed(read)} and also computes with the bias by itself: what a task adds to it acts there only "
+            "where the module is called, or once the task is merged. If outputs before and after merge_adapter() differ, name "
+            "other modules with BiasConfig(target_modules=[...])",
+            stacklevel=2,
+        )
 
 
 def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates: list[Candidate]) -> Iterator[PreparedPartner]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..options.partner import Candidate, PartnerConfig
+from ..planning.reading import why_unheard
 from ..validation import Unexpected, is_count, optional
 
 
@@ -54,7 +55,7 @@ class CLRConfig(PartnerConfig, method="clr"):
             return f"{type(candidate.module).__name__} is no two-dimensional convolution"
         if self._size_after(candidate.module) is None:
             return "it is a 1x1 convolution, which pointwise_kernel_size=None leaves out"
-        return None
+        return why_unheard(candidate, "weight")
 
     def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
         assert isinstance(module, nn.Conv2d)
