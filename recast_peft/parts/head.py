@@ -30,6 +30,8 @@ from .head_building import (
 )
 from .wrapper import TaskModule
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class ShownHead(Protocol):
     """A head that is no module yet."""
@@ -185,10 +187,10 @@ class TaskHead(TaskModule):
         return super()._module_of(key, batch)
 
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a head gives; one in float32 behind a model in float16 gives it in float16."""
+        """What a head gives; one in float32 behind a model in half precision gives it in that."""
         x: Any = next(iter(args), None)
         own = next(module.parameters(), None) if isinstance(module, nn.Module) else None  # a pool's are functions
-        is_mixed = isinstance(x, Tensor) and x.dtype == torch.float16 and own is not None and own.dtype == torch.float32
+        is_mixed = isinstance(x, Tensor) and x.dtype in HALF and own is not None and own.dtype == torch.float32
         if not is_mixed or torch.is_autocast_enabled(x.device.type):
             return module(*args, **kwargs)
         return module(x.float(), *args[1:], **kwargs).to(x.dtype)
@@ -245,8 +247,8 @@ class HeadPart(TaskPart):
 
     def install(self, place: Place, pieces: list[PreparedHead]) -> None:
         for head in pieces:
-            if any(parameter.dtype == torch.float16 for parameter in head.module.parameters()):
-                head.module.float()  # gradients of float16 cannot be unscaled (GradScaler)
+            if any(parameter.dtype in HALF for parameter in head.module.parameters()):
+                head.module.float()  # steps are lost in bfloat16, and gradients of float16 cannot be unscaled (GradScaler)
             task_head(place.model, head.place).put(place.adapter_name, head, place.active, place.inference_mode)
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:

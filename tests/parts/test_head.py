@@ -300,7 +300,19 @@ class TestMixedBatches:
 
 
 class TestAModelInHalfPrecision:
-    """GradScaler refuses gradients of float16, so a new head is trained in float32."""
+    """GradScaler refuses gradients of float16, and small steps are lost in bfloat16: a new head is trained in float32."""
+
+    def test_in_bfloat16_a_small_step_of_the_head_is_not_lost(self) -> None:
+        model = get_recast_model(tiny_vit().bfloat16(), RecastConfig(num_classes=3, head_init="copy"), "task").train()
+        weight = model.get_base_model().head.modules_to_save["task"].weight
+        before = weight.detach().clone()
+        logits = model(vit_input().bfloat16())
+        assert (logits.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+        logits.float().square().sum().backward()
+        with torch.no_grad():
+            weight.add_(before, alpha=1e-4)  # a bfloat16 has steps of 1/256 of its size
+        assert not torch.equal(weight, before)
+        assert weight.grad is not None
 
     @pytest.mark.parametrize("autocast", [False, True])
     def test_trains_its_head_with_a_scaler(self, autocast: bool) -> None:
@@ -318,16 +330,17 @@ class TestAModelInHalfPrecision:
         assert all(not torch.equal(a, b) for a, b in zip(before, own, strict=True))
         assert head.weight.dtype == torch.float32
 
-    def test_mixes_it_with_the_model_s_own_and_in_pools(self, tmp_path: Path) -> None:
-        model = get_recast_model(tiny_vit().half(), RecastConfig(num_classes=3), "task").eval()
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_mixes_it_with_the_model_s_own_and_in_pools(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        model = get_recast_model(tiny_vit().to(dtype), RecastConfig(num_classes=3), "task").eval()
         randomise(model, "task")
-        x = vit_input().half()
+        x = vit_input().to(dtype)
         alone = outputs(model, x)
         mixed = outputs(model, x, adapter_names=["task", "__base__"])
-        assert mixed.dtype == torch.float16
+        assert mixed.dtype == dtype
         torch.testing.assert_close(mixed[:1, :3], alone[:1], rtol=1e-2, atol=1e-2)
         model.save_pretrained(tmp_path)
-        again = PeftModel.from_pretrained(tiny_vit().half(), tmp_path / "task", "task").eval()
+        again = PeftModel.from_pretrained(tiny_vit().to(dtype), tmp_path / "task", "task").eval()
         assert torch.equal(outputs(again, x), alone)
         pool = TaskPool(again)
         pool.load_folder(tmp_path)
