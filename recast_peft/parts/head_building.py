@@ -14,11 +14,18 @@ from torch.nn.utils import skip_init
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, plain_place, put_child, unwrapped_module
+from ..names import unwrapped
 from ..planning.heads import head_names, named_head, top_level
 from .base import Piece
 from .copies import plain_copy
 
 TRANSFORMERS_HEADS = ("classifier", "score", "classification_head", "head", "fc")
+# by the ending of a model's class, or by the head's name: what the head gives, which is no matter of the task
+FIXED_OUTPUTS = {
+    "ForMultipleChoice": (1, "every choice is scored by itself, and their number comes with the input"),
+    "ForNextSentencePrediction": (2, "the model says whether a sentence follows or not"),
+    "qa_outputs": (2, "the model marks where an answer begins and ends"),
+}
 HEAD_STD = 0.001  # of a fresh head's weights: larger ones drive the coefficients into random directions at first
 
 
@@ -122,6 +129,22 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     return found[0]
 
 
+def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
+    """Refuse a number of classes where what the classifier gives are no classes, and as many as the model's class says.
+
+    Raises:
+        RecastTargetError: naming that number.
+    """
+    kind = type(unwrapped(model)).__name__
+    for ending, (outputs, meaning) in FIXED_OUTPUTS.items():
+        if (kind.endswith(ending) or name == ending) and num_classes != outputs:
+            raise RecastTargetError(
+                f"num_classes={num_classes}: {meaning}, so that {name} of {kind} has {outputs} "
+                f"output{'s' if outputs > 1 else ''}\nTo train it, leave num_classes and id2label out and give "
+                f"modules_to_save=[{name!r}]."
+            )
+
+
 def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False) -> PreparedHead | None:
     """Build the head that a config asks for; the model is not touched. If it is only counted, it holds no numbers.
 
@@ -134,6 +157,7 @@ def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False)
     if config.num_classes is None:
         return None
     name = find_head(model, config.head_module)
+    check_outputs(model, name, config.num_classes)
     original = plain_copy(plain_modules(model)[name], with_numbers=not counting)
     device = torch.device("meta") if counting else None
     with device or nullcontext():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from models import small_transformer, small_vit
 from peft import PeftModel
 from torch import nn
@@ -149,3 +150,25 @@ class TestTheKindOfLoss:
             RecastConfig(problem_type="regression")
         with pytest.raises(RecastConfigError, match="problem_type='ranking'"):
             RecastConfig(num_classes=3, problem_type="ranking")
+
+
+class TestOutputsThatAreNoClasses:
+    """The model's class says how many outputs there are: as many classes would be a shape error, or wrong scores in silence."""
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "outputs", "message"),
+        [
+            ("MultipleChoice", "classifier", 1, "every choice is scored by itself"),
+            ("QuestionAnswering", "qa_outputs", 2, "where an answer begins and ends"),
+            ("NextSentencePrediction", "cls.seq_relationship", 2, "whether a sentence follows"),
+        ],
+    )
+    def test_are_not_resized(self, kind: str, name: str, outputs: int, message: str) -> None:
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 30}
+        model = getattr(transformers, f"BertFor{kind}")(transformers.BertConfig(**sizes)).eval()
+        with pytest.raises(RecastTargetError, match=rf"num_classes=4: .*{message}(?s:.)*modules_to_save=\['{name}'\]"):
+            get_recast_model(model, RecastConfig(num_classes=4, target_modules=["query"]))
+        model = get_recast_model(model, RecastConfig(num_classes=outputs, target_modules=["query"])).eval()
+        given = torch.zeros(2, 3, 5, dtype=torch.long) if outputs == 1 else torch.zeros(2, 5, dtype=torch.long)
+        scores = next(iter(model(input_ids=given).values()))
+        assert scores.shape == {"MultipleChoice": (2, 3), "QuestionAnswering": (2, 5), "NextSentencePrediction": (2, 2)}[kind]
