@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_model
 from torch import nn
@@ -155,7 +156,7 @@ def _names_or_pattern(given: list[str] | None) -> Any:
 
 
 def _untrained(name: str, *, has_classes: bool) -> nn.Module:
-    """A model with the shapes of the named one and weights of any value; one of transformers with a classifier where asked."""
+    """A model with the shapes of the named one and no numbers; one of transformers with a classifier where asked."""
     if Path(name, CONFIG_NAME).is_file():
         raise RecastConfigError(f"{name} is a saved task, not a model: recast-peft inspect {name} shows what it is")
     near = ""
@@ -163,7 +164,7 @@ def _untrained(name: str, *, has_classes: bool) -> nn.Module:
         import timm
 
         if timm.is_model(name):
-            return timm.create_model(name, pretrained=False)
+            return _without_numbers(timm.create_model, name)
         near = did_you_mean(name, timm.list_models())
     except ImportError:
         pass  # transformers alone, then
@@ -176,12 +177,21 @@ def _untrained(name: str, *, has_classes: bool) -> nn.Module:
         raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers{near}\n{error}") from error
     own = getattr(transformers, (config.architectures or [""])[0], None)
     if own is not None and (not has_classes or "Classification" in own.__name__):
-        return own(config)
+        return _without_numbers(own, config)
     for kind in CLASSIFIERS if has_classes else ():
         auto = getattr(transformers, f"AutoModelFor{kind}Classification")
         if type(config) in auto._model_mapping:
-            return auto.from_config(config)
-    return AutoModel.from_config(config)
+            return _without_numbers(auto.from_config, config)
+    return _without_numbers(AutoModel.from_config, config)
+
+
+def _without_numbers(build: Callable[[Any], nn.Module], what: Any) -> nn.Module:
+    """A model on the meta device; where it computes something while it is built, with weights of any value."""
+    try:
+        with torch.device("meta"):
+            return build(what)
+    except (NotImplementedError, RuntimeError):  # torch's errors for what needs numbers
+        return build(what)
 
 
 def _hub_options(options: argparse.Namespace) -> dict[str, Any]:

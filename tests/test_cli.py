@@ -13,6 +13,7 @@ import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     BertForMaskedLM,
@@ -54,6 +55,23 @@ class TestPlan:
         shown = capsys.readouterr().out
         assert "blocks.{10,11}.attn.qkv" in shown
         assert "6 banks, 12 target modules, 24 numbers per task" in shown
+
+    def test_it_builds_no_weights(self, capsys, tmp_path, monkeypatch):
+        made = []
+        monkeypatch.setattr("recast_peft.cli.plan_recast", lambda model, config: made.append(model))
+        ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(tmp_path)
+        for name in ("test_vit", str(tmp_path)):
+            assert main(["plan", name]) == 0
+        assert all(parameter.is_meta for model in made for parameter in model.parameters())
+
+    def test_a_model_that_needs_numbers_while_it_is_built_is_planned_too(self, capsys, monkeypatch):
+        def build(name):
+            assert torch.ones(2).sum().item() == 2
+            return nn.Sequential(nn.Linear(4, 4))
+
+        monkeypatch.setattr("timm.create_model", build)
+        assert main(["plan", "test_vit", "--target-modules", "0"]) == 0
+        assert "1 numbers per task" in capsys.readouterr().out
 
     @pytest.mark.parametrize(("targets", "numbers"), [(["all-mlp"], 48), ([r"blocks\.[01]\..*qkv"], 4), (["qkv", "fc1"], 48)])
     def test_shorthands_patterns_and_names(self, capsys, targets, numbers):

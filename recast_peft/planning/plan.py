@@ -15,7 +15,7 @@ from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
 from ..validation import listed
 from .budget import DEFAULT_BUDGET, choose_directions, choose_sizes, default_sizes, names_a_size
-from .candidates import Candidate, check_materialised, total_bytes
+from .candidates import Candidate, total_bytes
 from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
 from .table import text_table
 from .targets import find_targets
@@ -167,7 +167,6 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         _warn_of_what_a_bank_says(config)
         config = config.as_chosen(groups={name: list(group.members) for name, group in bank.groups.items()})
     targets, skipped = find_targets(model, config)
-    check_materialised(targets)
     reason = ""
     if config.groups is not None:
         groups = given_groups(targets, config, bank)

@@ -21,6 +21,7 @@ from ..parts.base import Place, Request
 from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
 from ..placement.sharded import check_may_be_added_to
+from ..planning.candidates import check_materialised
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.renamed import Renaming, find_renamed
 from .conversion import (
@@ -96,6 +97,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     config = under_names_of(model, config)
     plan = plan_layers(model, config)
     targets = list(plan.candidates)
+    check_materialised(targets)
     check_name_is_free(targets, adapter_name)
     fingerprints = {target.name: target.fingerprint for target in targets}
     # what a file is for is compared with what it holds before anything of that size is built

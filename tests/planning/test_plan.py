@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import converted, outputs, tiny_vit, vit_input
+from peft import LoraConfig
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
@@ -183,7 +184,6 @@ def parametrised() -> nn.Module:
         (parametrised, ["0"], "parametrised"),
         (lambda: nn.Sequential(nn.LazyLinear(4)), ["0"], "not initialised"),
         (lambda: nn.Sequential(nn.LayerNorm(4)), ["0"], "vector"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)).to("meta"), ["0"], "meta device"),
     ],
 )
 def test_a_module_that_cannot_be_a_target_is_refused_with_the_reason(build: Any, target: Any, message: str) -> None:
@@ -196,6 +196,16 @@ def test_a_module_that_cannot_be_a_target_is_refused_with_the_reason(build: Any,
     assert str(model) == shown
     assert {name: id(m) for name, m in model.named_modules()} == modules
     assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_a_model_on_the_meta_device_is_planned_and_not_converted() -> None:
+    config = RecastConfig(num_classes=3, partners=["bias"], train_norms=True, lora_config=LoraConfig(target_modules=["fc1"]))
+    plain, empty = tiny_vit(), tiny_vit().to("meta")
+    assert str(plan_recast(empty, config)) == str(plan_recast(plain, config))
+    shown = str(empty)
+    with pytest.raises(RecastTargetError, match="target modules are on the meta device"):
+        get_recast_model(empty, config)
+    assert str(empty) == shown
 
 
 def test_many_modules_that_cannot_be_targets_are_counted() -> None:
