@@ -22,7 +22,6 @@ from models import (
     reference_model,
     seeded,
     tiny_vit,
-    vit_input,
     weight_names,
 )
 from torch import nn
@@ -251,19 +250,6 @@ class TestHooks:
         base.forward = lambda *args, **kwargs: calls.append(1) or plain_forward(*args, **kwargs)
         assert torch.equal(outputs(model, inputs), expected)
         assert calls == [1]
-
-
-class TestRefusals:
-    def test_of_the_wrong_number_of_names(self) -> None:
-        model = converted()
-        with pytest.raises(ValueError, match="got 3 and 2"):
-            outputs(model, vit_input(), adapter_names=["default"] * 3)
-
-    def test_of_names_while_merged(self) -> None:
-        model = converted()
-        model.merge_adapter()
-        with pytest.raises(ValueError, match="unmerge_adapter"):
-            outputs(model, vit_input(), adapter_names=["default", "__base__"])
 
 
 class TestPrinting:

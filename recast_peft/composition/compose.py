@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_in_a_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
 
 def needs_plain_operations() -> bool:
     """Whether only operations that torch itself differentiates may be used: for compilers, tracers, function transforms
     (``torch.func``) and forward-mode autograd.
     """
     is_made_into_graph = torch.compiler.is_compiling() or torch._C._is_tracing()
-    return is_made_into_graph or _in_a_transform() or forward_ad._current_level >= 0
+    return is_made_into_graph or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def composition_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -128,11 +128,9 @@ def _renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         return lambda name: name
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # transformers before it had such a list
-        return lambda name: name
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     return lambda name: rename_source_key(f"{name}.weight", renamings, [])[0].removesuffix(".weight")
 

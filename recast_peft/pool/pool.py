@@ -102,9 +102,7 @@ class TaskPool(ResidentTasks):
         model = with_task_verbs(self.model)
         if not isinstance(model, TaskModel) and "task_ids" in inspect.signature(type(model).forward).parameters:
             model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
-        special = getattr(model, "special_peft_forward_args", None)
-        if special is not None:
-            special.add("task_ids")
+        model.special_peft_forward_args.add("task_ids")
 
     def __repr__(self) -> str:
         shown = [repr(name) for name in self.names[:3]] + (["..."] if len(self) > 3 else [])
