@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..composition.compose import composition_dtype, in_dtype
-from ..composition.kinds import CONVOLUTION, LayerKind, kind_of
+from ..composition.kinds import CONVOLUTION, CONVOLUTIONS, LayerKind, kind_of
 from ..composition.parallel import BY_COLUMNS, for_neighbour, own_part, split_of, summed_over_rows
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def _groups_of(module: Any) -> int:
@@ -89,8 +87,7 @@ class CoreProduct:
     def _widened(self, inner: Tensor, matrix: Tensor) -> Tensor:
         if kind_of(self.module) is not CONVOLUTION:
             return F.linear(inner, matrix)
-        dimensions = self.narrow.ndim - 2
-        return _CONVOLUTIONS[dimensions](inner, matrix.view(*matrix.shape, *[1] * dimensions))
+        return CONVOLUTIONS[self.narrow.ndim](inner, matrix.view(*matrix.shape, *[1] * (self.narrow.ndim - 2)))
 
 
 @dataclass(frozen=True, eq=False)

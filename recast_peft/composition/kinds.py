@@ -63,6 +63,9 @@ def _transposed_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool 
     return product.view((*x.shape[:-1], weight.shape[1]))
 
 
+CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
+
+
 def _convolution(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
     return module._conv_forward(x, weight, module.bias if bias else None)  # type: ignore[operator]
 

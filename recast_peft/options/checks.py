@@ -102,9 +102,8 @@ def groups(value: Any) -> dict[str, list[str]]:
         raise Unexpected("a dictionary from bank names to lists of module names")
     seen: set[str] = set()
     for bank, members in value.items():
-        if not isinstance(bank, str) or not isinstance(members, (list, tuple)) or not members:
-            raise RecastConfigError(f"groups[{shown(bank)}]={shown(members)}: a list of module names is expected")
-        if not all(isinstance(member, str) for member in members):
+        is_named = isinstance(bank, str) and isinstance(members, (list, tuple)) and bool(members)
+        if not is_named or not all(isinstance(member, str) for member in members):
             raise RecastConfigError(f"groups[{shown(bank)}]={shown(members)}: a list of module names is expected")
         double = seen.intersection(members)
         if double or len(set(members)) < len(members):

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..composition.kinds import CONVOLUTIONS
 from ..composition.mixed_batch import MixedBatch
 from ..composition.mixing import call_mixed
 from ..errors import RecastBankError
 from ..holders import container_key
-
-CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the dimensions of the weight
 
 
 class PooledPart:

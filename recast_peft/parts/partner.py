@@ -250,18 +250,13 @@ class PartnerHook:
         return self.partners.adapt(x, output)
 
 
-def partner_holders(model: nn.Module) -> list[TaskPartners]:
-    """What holds the partners that act on outputs and biases, one for each place and kind."""
-    return modules_of(model, TaskPartners)
-
-
 def attach_partners(model: nn.Module) -> None:
     """Hang every partner on the module of its place: on our layer if there is one, else on the plain module.
 
     A task may have put a layer around a module since, and that layer may call the module several times for one batch.
     """
     detach_partners(model)
-    holders = partner_holders(model)
+    holders = modules_of(model, TaskPartners)
     places = {candidate.name: candidate for candidate in find_candidates(model)} if holders else {}
     for holder in holders:
         holder.attach_in(model, places)

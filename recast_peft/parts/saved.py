@@ -154,22 +154,18 @@ class NormsPart(SavedPart):
     name = "norms"
 
     def names(self, request: Request) -> list[str]:
-        return find_norms(request.model) if request.config.train_norms else []
+        modules = plain_modules(request.model) if request.config.train_norms else {}
+        return [name for name, present in modules.items() if is_norm(unwrapped_module(present))]
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return "norms (train_norms)" if config.train_norms else None
 
 
-def find_norms(model: nn.Module) -> list[str]:
-    """Names of all normalisation layers of the plain model that hold parameters or running statistics.
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer that holds parameters or running statistics.
 
     A norm may have an activation inside (timm's ``BatchNormAct2d``), but no parameters of children.
     """
-    return [name for name, present in plain_modules(model).items() if is_norm(unwrapped_module(present))]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer that holds parameters or running statistics."""
     if "Norm" not in type(module).__name__:
         return False
     holds = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

@@ -6,7 +6,6 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 from ..banks.files import StoredBank, StoredGroup, find_bank, how_to_load
@@ -157,8 +156,6 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         raise RecastConfigError(
             f"plan_recast({type(model).__name__}, {type(config).__name__}): expected an nn.Module and a RecastConfig"
         )
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
     config = config.as_chosen()
     bank = _bank_of(model, config)
     if bank is not None and (bank.is_of_biases or bank.is_readout):

@@ -112,7 +112,7 @@ class ResidentTasks(TaskTable):
             RecastHubError: if its repository cannot be reached or read.
         """
         check_adapter_name(name)
-        self.check_new_name(name)
+        self.check_new_names([name])
         return self.add_row(name, *self.read(name, source, **hub_kwargs))
 
     def replace(self, name: str, source: Any, **hub_kwargs: Any) -> int:

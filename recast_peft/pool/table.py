@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +142,7 @@ class TaskTable:
         """
         check_finite(name, values, head)
         with self.lock:
-            self.check_new_name(name)
+            self.check_new_names([name])
             return self._put(name, values, head)
 
     def replace_row(self, name: str, values: Tensor, head: StoredHead | None = None) -> int:
@@ -175,7 +174,7 @@ class TaskTable:
         """Refuse names of which one is taken."""
         taken = [name for name in names if name in self._rows]
         if taken:
-            raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken[:5])}")
+            raise RecastConfigError(f"the pool has these tasks already: {', '.join(taken[:5])}; remove them first")
 
     def add_rows(self, names: Sequence[str], values: Tensor, heads: dict[int, StoredHead]) -> int:
         """Put several tasks in, one after the other; all of them or none.
@@ -247,13 +246,6 @@ class TaskTable:
             numbers[: len(self._numbers)] = self._numbers
             self._numbers = numbers
             self.table = nn.Parameter(grown, requires_grad=self.table.requires_grad)
-
-    def check_new_name(self, name: Any) -> None:
-        """Refuse a name that is taken, or cannot be stored."""
-        if not isinstance(name, str) or not name or "\n" in name:
-            raise RecastConfigError(f"name={name!r}: expected a name without line breaks")
-        if name in self._rows:
-            raise RecastConfigError(f"the pool has a task {name!r} already; remove it first")
 
     def follow_table(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do with the table what ``nn.Module.to`` and its kin do with the model, but for less precision."""

@@ -145,11 +145,8 @@ class Fields(Mapping[str, Any]):
 
     def text_by_name(self, key: str) -> dict[str, str]:
         """An object whose values are texts."""
-
-        def fits(value: Any) -> bool:
-            return _is_object(value) and all(map(_is_text, value.values()))
-
-        return self._get(key, "an object whose values are texts", fits)
+        inside = self.object(key)
+        return {name: inside.text(name) for name in inside}
 
     def object(self, key: str, default: Any = _ABSENT) -> Fields:
         """An object."""

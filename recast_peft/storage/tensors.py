@@ -142,7 +142,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return {}
 
 
-def read_shapes(path: str | os.PathLike, what: str | None = None) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Shapes by name; no number is read.
 
     Raises:
@@ -152,7 +152,7 @@ def read_shapes(path: str | os.PathLike, what: str | None = None) -> dict[str, t
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except Exception as reason:
-        raise _unreadable(what or str(path), path, reason) from reason
+        raise _unreadable(str(path), path, reason) from reason
 
 
 def _unreadable(what: str, path: str | os.PathLike, reason: Exception) -> RecastLoadError:

@@ -18,7 +18,11 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _noted(module)) for module in modules_of(model, nn.Module)]
+        # the attributes of each module, with copies of those that are changed in place
+        self._modules = [
+            (module, {key: (held, _content(held)) for key, held in vars(module).items()})
+            for module in modules_of(model, nn.Module)
+        ]
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
@@ -33,11 +37,6 @@ class Snapshot:
         for parameter, requires_grad in self._trained:
             if parameter.requires_grad != requires_grad:  # a lazy parameter cannot be asked to
                 parameter.requires_grad_(requires_grad)
-
-
-def _noted(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The attributes of a module, with copies of those that are changed in place."""
-    return {key: (held, _content(held)) for key, held in vars(module).items()}
 
 
 def _content(held: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from recast_peft import AdaptFormerConfig, RecastConfig, RecastTargetError, get_recast_model
-from recast_peft.parts.partner import partner_holders
+from recast_peft.names import modules_of
+from recast_peft.parts.partner import TaskPartners
 
 
 class TestPlaces:
@@ -26,7 +27,7 @@ class TestPlaces:
         x = torch.randn(1, 3, size, size)
         before = outputs(backbone, x)
         model = get_recast_model(backbone, RecastConfig(partners=["adaptformer"])).eval()
-        assert [holder.place for holder in partner_holders(model)] == places
+        assert [holder.place for holder in modules_of(model, TaskPartners)] == places
         assert torch.equal(outputs(model, x), before)
         learn(model)
         assert not torch.allclose(outputs(model, x), before, atol=1e-2)
@@ -43,7 +44,7 @@ class TestPlaces:
         pixels = torch.randn(2, 3, 16, 16)
         expected = backbone(pixels).last_hidden_state
         model = get_recast_model(backbone, RecastConfig(partners=[AdaptFormerConfig(bottleneck=4)])).eval()
-        assert len(partner_holders(model)) == 2
+        assert len(modules_of(model, TaskPartners)) == 2
         assert torch.equal(model(pixel_values=pixels).last_hidden_state, expected)
         learn(model)
         assert not torch.allclose(model(pixel_values=pixels).last_hidden_state, expected, atol=1e-2)

@@ -25,8 +25,9 @@ from recast_peft import (
     get_recast_model,
     load_bank,
 )
+from recast_peft.names import modules_of
 from recast_peft.parts.bias_part import TaskBiases
-from recast_peft.parts.partner import partner_holders
+from recast_peft.parts.partner import TaskPartners
 
 
 def biases(model: nn.Module) -> dict[str, Tensor]:
@@ -218,7 +219,7 @@ class TestTasks:
         learn_offsets(model, "two", 2)
         model.add_adapter("other", config(grown((5, 6))))
         learn_offsets(model, "other", 3)
-        holders = [h for h in partner_holders(model) if isinstance(h, TaskBiases)]
+        holders = [h for h in modules_of(model, TaskPartners) if isinstance(h, TaskBiases)]
         assert len(holders) == 20
         assert all(len(holder.banks) == 2 for holder in holders)
         wanted = {"one": by_hand(bank, model, "one"), "two": by_hand(bank, model, "two")}
@@ -273,7 +274,7 @@ class TestTasks:
             assert torch.equal(outputs(model, X), outputs(tiny_vit().eval(), X))
         plain = model.unload()
         assert torch.equal(outputs(plain.eval(), X), outputs(tiny_vit().eval(), X))
-        assert not partner_holders(plain)
+        assert not modules_of(plain, TaskPartners)
 
     def test_a_copy_has_coefficients_of_its_own(self) -> None:
         model = on(grown())
@@ -326,7 +327,7 @@ def test_biases_that_modules_share_are_merged_each_with_its_own_change() -> None
     shared, x = plain[0].bias, torch.randn(3, 4)
     expected = copy.deepcopy(plain)
     model = get_recast_model(plain, RecastConfig(target_modules=["0", "1"], partners=[BiasConfig(target_modules=["0", "1"])]))
-    for holder, factor in zip(partner_holders(model), (0.5, -2.0), strict=True):
+    for holder, factor in zip(modules_of(model, TaskPartners), (0.5, -2.0), strict=True):
         holder.modules_to_save["default"].offset.data.fill_(factor)
         expected[int(holder.place)].bias = nn.Parameter((1 + factor) * shared.detach())
     with torch.no_grad():

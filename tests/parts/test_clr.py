@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recast_peft import CLRConfig, RecastConfig, get_recast_model
+from recast_peft.names import modules_of
 from recast_peft.parts.clr import Reprogramming
-from recast_peft.parts.partner import partner_holders
+from recast_peft.parts.partner import TaskPartners
 
 
 class TestPlaces:
     def test_clr_can_leave_out_convolutions_of_one_by_one(self):
         model = get_recast_model(tiny_cnn(), RecastConfig(partners=[CLRConfig(pointwise_kernel_size=None)]))
-        assert [holder.place for holder in partner_holders(model)] == ["stem", "conv1", "conv2"]
+        assert [holder.place for holder in modules_of(model, TaskPartners)] == ["stem", "conv1", "conv2"]
 
     def test_keep_their_partner_when_a_later_task_composes_the_weight(self):
         config = RecastConfig(target_modules=["conv1"], partners=[CLRConfig()])

@@ -19,17 +19,18 @@ from recast_peft import (
     RecastTargetError,
     get_recast_model,
 )
-from recast_peft.parts.partner import partner_holders
+from recast_peft.names import modules_of
+from recast_peft.parts.partner import TaskPartners
 
 
 class TestPlaces:
     def test_can_be_named(self):
         config = RecastConfig(target_modules=["qkv"], partners=[AdaptFormerConfig(target_modules=["blocks.1.mlp", "3.mlp"])])
         model = get_recast_model(tiny_vit(), config)
-        assert [holder.place for holder in partner_holders(model)] == ["blocks.1.mlp", "blocks.3.mlp"]
+        assert [holder.place for holder in modules_of(model, TaskPartners)] == ["blocks.1.mlp", "blocks.3.mlp"]
         config = RecastConfig(target_modules=["conv1"], partners=[CLRConfig(target_modules=r"conv\d")])
         model = get_recast_model(tiny_cnn(), config)
-        assert [holder.place for holder in partner_holders(model)] == ["conv1", "conv2"]
+        assert [holder.place for holder in modules_of(model, TaskPartners)] == ["conv1", "conv2"]
 
     @pytest.mark.parametrize("partner", [BiasConfig, PiggybackConfig])
     @pytest.mark.parametrize("targets", [["tail.0"], ["blocks.0.0", "tail.0"], r"tail\.0"])

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from recast_peft import RecastConfig, RecastTargetError, get_recast_model
-from recast_peft.parts.saved import find_norms
+from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit", "test_convnext", "test_byobnet"])
 def test_all_norms_are_found_with_and_without_an_activation(name: str) -> None:
     model = timm.create_model(name, num_classes=0)
     norms = {n for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm))}
-    assert set(find_norms(model)) == norms
-    trained = get_recast_model(model, RecastConfig(train_norms=True, train_coefficients=False))
+    config = RecastConfig(train_norms=True, train_coefficients=False)
+    assert set(plan_recast(model, config).parts["norms"]) == norms
+    trained = get_recast_model(model, config)
     assert sum(p.requires_grad for p in trained.parameters()) == 2 * len(norms)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...composition.kinds import kind_of
+from ...composition.kinds import CONVOLUTIONS, kind_of
 from ...errors import RecastBankError
 from ...holders import container_key
-from ...parts.lora_pool import CONVOLUTIONS, is_of_places, product_by_sample
+from ...parts.lora_pool import is_of_places, product_by_sample
 from ...parts.lora_strength import part_layers
 from ...pool.layout import PoolLayout
 from ...pool.lora import FACTORS, poolable_part

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -268,7 +268,7 @@ def export_task(model: PeftModel | TaskPool, path: str | Path, task: str | None 
     if name is None:
         raise RecastConfigError("no task of the pool is active: name the one that is meant with task=")
     tensors = source.task(name).tensors()
-    write_tensors(path, tensors, {LAYOUT: source.identity, NAMES: json.dumps([name])})
+    write_tensors(path, tensors, metadata(source, [name]))
     return tensors
 
 
@@ -305,10 +305,10 @@ def export_tasks(model: PeftModel | TaskPool, path: str | Path, tasks: Sequence[
                 "Write tasks with classifiers of other sizes to files of their own."
             )
     stacked = {key: torch.stack([tensors[key] for tensors in read]) for key in shapes}
-    write_tensors(path, stacked, {LAYOUT: source.identity, NAMES: json.dumps(names)})
+    write_tensors(path, stacked, metadata(source, names))
     return names
 
 
-def metadata(source: Source, names: Sequence[str]) -> dict[str, Any]:
-    """What a graph says of itself."""
+def metadata(source: Source, names: Sequence[str]) -> dict[str, str]:
+    """What a graph or a file of tasks says of itself."""
     return {LAYOUT: source.identity, NAMES: json.dumps(list(names))}
