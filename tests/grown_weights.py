@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import layers_of, randomise, tiny_vit, vit_input
+from models import layers_of, move, randomise, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -17,11 +17,7 @@ TARGETS = ["qkv", "fc1"]
 def lora(seed: int, rank: int = 2, targets: list[str] | None = None, depth: int = 4) -> PeftModel:
     """An adapter that moved the weights."""
     model = get_peft_model(tiny_vit(depth=depth), LoraConfig(r=rank, target_modules=targets or TARGETS))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    move(model, seed=seed, size=0.2)
     return model
 
 

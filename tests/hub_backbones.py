@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from hub_server import HubServer, folder_content
+from models import move
 from peft import PeftModel
 from timm.models import save_for_hf
 from torch import nn
@@ -45,11 +46,7 @@ def serve_transformers(hub: HubServer, folder: Path, seed: int = 0, **kwargs: An
 def learned(backbone: nn.Module, /, seed: int = 7, name: str = "default", **fields: Any) -> PeftModel:
     """A task with numbers of its own."""
     model = get_recast_model(backbone, RecastConfig(**fields), adapter_name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    move(model, seed=seed, size=0.3)
     return model.eval()
 
 

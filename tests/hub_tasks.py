@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from hub_server import HubServer
+from models import move
 from peft import PeftModel
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -26,11 +27,7 @@ def make_backbone(seed: int = 0) -> ViTForImageClassification:
 
 def learn(model: PeftModel, name: str, seed: int) -> None:
     """Give a task numbers of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".{name}." in f"{key}." and "recast_" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    move(model, f".{name}.", seed, size=0.3)
 
 
 def make_model(*names: str, config: RecastConfig | None = None) -> PeftModel:

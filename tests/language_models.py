@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from models import randomise, small_transformer
+from models import move, randomise, small_transformer
 from torch import Tensor, nn
 
 IDS = torch.randint(3, 20, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -22,10 +22,7 @@ def call(model: nn.Module, **kwargs: Any) -> Tensor:
 def learn(model: nn.Module, name: str, seed: int) -> None:
     """Give a task coefficients and a head of its own."""
     randomise(model, name, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.named_parameters():
-        if f".modules_to_save.{name}." in key:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    move(model, f".modules_to_save.{name}.", seed, size=1.0)
 
 
 def numbers(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -329,6 +329,17 @@ def layers_of(model: nn.Module) -> dict[str, RecastLayer]:
     return {m.module_name: m for m in model.modules() if isinstance(m, RecastLayer)}
 
 
+def move(model: nn.Module, part: str | None = None, seed: int = 1, size: float = 0.1) -> None:
+    """Move whatever is trained in a model, or has ``part`` in its name: what stands for training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad if part is None else part in name:
+                moved = torch.randn(parameter.shape, generator=generator) * (0.02 if name.endswith("scores") else size)
+                # where PEFT has drawn numbers, they would be others the next time
+                parameter.copy_(moved if "lora_" in name else parameter + moved.to(parameter))
+
+
 def randomise(model: nn.Module, adapter: str = "default", seed: int = 1, size: float = 0.3) -> None:
     """Give a task coefficients that a test would see."""
     generator = torch.Generator().manual_seed(seed)

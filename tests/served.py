@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
+from models import move
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, TaskPool, get_recast_model
@@ -24,10 +25,7 @@ def save_task(folder: Path, name: str, seed: int) -> None:
     labels = CLASSES.get(name)
     own = {} if labels is None else {"id2label": dict(enumerate(labels))}
     model = get_recast_model(backbone(), RecastConfig(target_modules=["qkv"], **own), name)
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.named_parameters():
-        if f".{name}" in key:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    move(model, f".{name}", seed, size=0.3)
     model.save_pretrained(folder)
 
 

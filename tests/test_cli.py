@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from models import move
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -42,9 +43,7 @@ def saved_task(tmp_path):
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")
     backbone = ViTForImageClassification.from_pretrained(tmp_path / "base")
     model = get_recast_model(backbone, RecastConfig(num_classes=3), "pets").eval()
-    for name, parameter in model.named_parameters():
-        if "pets" in name:
-            parameter.data.normal_()
+    move(model, "pets", size=1.0)
     model.save_pretrained(tmp_path / "tasks")
     return model, tmp_path
 

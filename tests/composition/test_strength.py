@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grown_biases import by_hand, filled, grown, offsets, on
-from models import converted, layers_of, outputs, randomise, reference_model, tiny_vit, vit_input
+from models import converted, layers_of, move, outputs, randomise, reference_model, tiny_vit, vit_input
 from partner_cases import CASES, ON_BIASES, ON_WEIGHTS, expected_model, learn, learned, partner_tensors, tiny_cnn
 from partner_cases import image as cnn_input
 from peft import LoraConfig, get_peft_model
@@ -297,9 +297,7 @@ LORA = {"lora_config": {"r": 2, "target_modules": ["proj", "qkv"]}, "init_weight
 def test_a_merged_lora_part_follows_under_any_name(name: str) -> None:
     def built() -> Any:
         model = converted(name, **LORA)
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+        move(model, "lora_", size=0.3)
         return model
 
     model, halved, x = built(), built(), vit_input()
@@ -378,9 +376,7 @@ def test_a_checkpointed_call_is_computed_again_with_its_strength(part: str, reen
     torch.manual_seed(1)
     model = converted(**PARTS[part]).train()
     learn(model)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            nn.init.normal_(parameter, std=0.3)
+    move(model, "lora_B", size=0.3)
     found = []
     for scale, is_checkpointed in ((0.5, True), (0.5, False), (1.0, False)):
         set_scale(model, scale)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import layers_of, outputs, tiny_vit, vit_input
+from models import layers_of, move, outputs, tiny_vit, vit_input
 from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -20,10 +20,7 @@ X = vit_input()
 def lora(seed: int, model: nn.Module | None = None, **fields: Any) -> PeftModel:
     fields = {"r": 2, "lora_alpha": 4, "target_modules": ["qkv", "fc1"], **fields}
     model = get_peft_model(tiny_vit() if model is None else model, LoraConfig(**fields))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and parameter.requires_grad:
-            parameter.data.normal_(std=0.3, generator=generator)
+    move(model, seed=seed, size=0.3)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from grown_biases import config as biases
 from grown_biases import source
-from models import converted, layers_of, randomise, tiny_vit, vit_input
+from models import converted, layers_of, move, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from peft.utils import hotswap as peft_hotswap
 from torch import Tensor
@@ -121,10 +121,7 @@ def test_only_a_task_on_the_same_bank_is_put_in_place_wherever_the_bank_lies(tmp
     for name, seed in (("one", 1), ("copy", 1), ("other", 5)):
         banks[name], config = on_a_bank(kind, tmp_path, name, seed)
         task = get_recast_model(tiny_vit(), config, "task").eval()
-        with torch.no_grad():
-            for parameter in task.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        move(task, seed=seed)
         task.save_pretrained(tmp_path / f"on_{name}")
         expected[name] = output(task)
     assert banks["one"].fingerprint == banks["copy"].fingerprint != banks["other"].fingerprint

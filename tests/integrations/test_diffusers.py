@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import move
 from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -86,12 +87,7 @@ def output(model: Any, build: Any = unet, **kwargs: Any) -> Tensor:
 
 def learn(model: nn.Module, name: str, seed: int = 1, size: float = 0.3) -> None:
     """Give all that a task has numbers that a test would see."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".{name}." in key:
-                moved = torch.randn(parameter.shape, generator=generator) * (0.02 if key.endswith("scores") else size)
-                parameter.copy_(moved if "lora_" in key else parameter + moved)
+    move(model, f".{name}.", seed, size)
 
 
 def with_tasks(build: Any, part: str, *names: str) -> Any:

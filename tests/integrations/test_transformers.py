@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from language_models import IDS, bert, call, gpt2, learn, llama, t5, vit
-from models import layers_of, randomise, reference_model
+from models import layers_of, move, randomise, reference_model
 from packaging.version import Version
 from peft import (
     AutoPeftModelForSequenceClassification,
@@ -196,10 +196,7 @@ class TestAdapterVerbs:
     def test_load_a_classifier_and_norms_with_the_coefficients(self, tmp_path: Path) -> None:
         model = get_recast_model(bert(), RecastConfig(target_modules=["query"], num_classes=5, train_norms=True)).eval()
         randomise(model)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "modules_to_save" in name:
-                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        move(model, "modules_to_save", size=1.0)
         model.save_pretrained(tmp_path)
         loaded = bert()
         loaded.load_adapter(str(tmp_path), "task.of.mine")

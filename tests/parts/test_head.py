@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from models import outputs, randomise, small_vit, tiny_vit, vit_input
+from models import move, outputs, randomise, small_vit, tiny_vit, vit_input
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,10 +42,7 @@ def small_bert(num_labels: int = 3) -> nn.Module:
 
 def learn_something(model: nn.Module, adapter: str) -> None:
     """Numbers that differ from task to task, in place of training."""
-    generator = torch.Generator().manual_seed(sum(map(ord, adapter)))
-    for name, parameter in model.named_parameters():
-        if f".{adapter}" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    move(model, f".{adapter}", seed=sum(map(ord, adapter)), size=0.3)
 
 
 @pytest.fixture

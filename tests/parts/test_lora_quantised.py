@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import randomise
+from models import move, randomise
 from peft import LoraConfig, PeftModel
 from quantised_models import NAMES, X, alone_by_sample, expanded, kinds, near, near_without_gradients, quantised
 from torch import nn
@@ -31,12 +31,9 @@ def with_part(base: nn.Module, place: str, names: tuple[str, ...] = ("task",)) -
     model = get_recast_model(base, config(place), names[0])
     for name in names[1:]:
         model.add_adapter(name, config(place))
-    draw = torch.Generator().manual_seed(1)
     for name in names:
         randomise(model, name, size=0.1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+    move(model, "lora_", size=0.2)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import outputs, tiny_vit, vit_input
+from models import move, outputs, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel
 
 from recast_peft import AdaptFormerConfig, RecastBankError, RecastConfig, create_recast_optimizer, get_recast_model
@@ -23,10 +23,7 @@ class TestBesideALoraPart:
             partners=[AdaptFormerConfig(bottleneck=4), "piggyback"],
         )
         model = get_recast_model(tiny_vit(), config, "task").eval()
-        generator = torch.Generator().manual_seed(3)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        move(model, size=0.05)
         return model
 
     def test_all_of_them_change_the_output_and_come_back_from_the_file(self, task, tmp_path):

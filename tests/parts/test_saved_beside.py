@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import small_transformer, small_vit
+from models import move, small_transformer, small_vit
 from peft import LoraConfig, PeftModel
 from pools import TOKENS, text_model
 from safetensors.torch import load_file
@@ -58,11 +58,7 @@ def config(task: str) -> RecastConfig:
 def learn(model: PeftModel, name: str) -> Tensor:
     """Move everything that a task trains; its output."""
     model.set_adapter(name)
-    draw = torch.Generator().manual_seed(len(name))
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    move(model, seed=len(name), size=0.05)
     return output(model, name)
 
 
@@ -334,11 +330,9 @@ def test_a_task_for_each_sample_where_a_module_takes_and_gives_more(how: str) ->
     x, alone = torch.randn(4, 8), {}
     names = ["one", "two", "three", "one"]
     with torch.no_grad():
-        for name in ("one", "two", "three"):
+        for seed, name in enumerate(("one", "two", "three")):
             model.set_adapter(name)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn(parameter.shape))
+            move(model, seed=seed)
         for name in ("one", "two", "three"):
             model.set_adapter(name)
             alone[name] = model(x, how)

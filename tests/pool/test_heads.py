@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import TinyVit, outputs, tiny_vit
+from models import TinyVit, move, outputs, tiny_vit
 from peft import PeftModel
 from pools import tiny_pool
 from torch import nn
@@ -61,9 +61,7 @@ class TestClassifiers:
         plain.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
         config = {"target_modules": ["qkv"], "head_module": "head"}
         model = get_recast_model(plain, RecastConfig(num_classes=5, **config), "own").eval()
-        for name, parameter in model.named_parameters():
-            if ".own." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+        move(model, ".own.", size=1.0)
         expected = model(tokens)
         pool = TaskPool(model)
         pool.add("task", "own")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import move
 from peft import PeftModel
 from pools import TARGETS, model_with_pool, small_vit, tiny_pool
 from safetensors.torch import load_file, save_file
@@ -17,10 +18,7 @@ from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, get_re
 class TestFiles:
     def saved_task(self, folder: Path, name: str, seed: int, **config) -> None:
         model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS, **config), name)
-        generator = torch.Generator().manual_seed(seed)
-        for key, parameter in model.named_parameters():
-            if f".{name}" in key:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        move(model, f".{name}", seed, size=0.3)
         model.save_pretrained(folder)
 
     def test_saved_tasks_are_read_from_a_folder(self, tmp_path, images):
@@ -83,9 +81,7 @@ class TestFiles:
     def test_a_task_of_the_model(self, images):
         model, pool = model_with_pool()
         model.add_adapter("trained", RecastConfig(target_modules=TARGETS, num_classes=4))
-        for name, parameter in model.named_parameters():
-            if ".trained" in name:
-                parameter.data.normal_()
+        move(model, ".trained", size=1.0)
         model.set_adapter("trained")
         expected = model(images)
         pool.add("copy", "trained")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import converted, layers_of, outputs, randomise, small_vit, tiny_vit, vit_input
+from models import converted, layers_of, move, outputs, randomise, small_vit, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from safetensors.torch import load_file, save_file
@@ -119,10 +119,7 @@ class TestLora:
         model = get_recast_model(small_vit(), RecastConfig(num_classes=7, train_norms=True), "task").eval()
         randomise(model, "task")
         model.add_adapter("other", RecastConfig(num_classes=3))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".modules_to_save.task." in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        move(model, ".modules_to_save.task.")
         x = torch.randn(2, 1, 16, 16)
         expected = outputs(model, x)
         with rescale_adapter_scale(model, 0.5):  # a strength belongs to the model and not to the task

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import Around, outputs, tiny_vit, vit_input
+from models import Around, move, outputs, tiny_vit, vit_input
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -44,10 +44,7 @@ NAMES = ["0", "1", "mlp", "head", "weight", "bias", "model", "norm", "training",
 
 
 def learned(model: PeftModel, seed: int = 3) -> PeftModel:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    move(model, seed=seed)
     return model.eval()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import outputs, tiny_vit, vit_input
+from models import move, outputs, tiny_vit, vit_input
 from peft import PeftModel
 
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model
@@ -25,13 +25,10 @@ OWNED: dict[str, dict[str, Any]] = {
 def two_tasks(first: dict[str, Any], second: dict[str, Any]) -> tuple[PeftModel, dict[str, torch.Tensor]]:
     model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **first), "first")
     model.add_adapter("second", RecastConfig(target_modules=["fc1"], **second))
-    generator = torch.Generator().manual_seed(3)
     seen = {}
-    for name in ("first", "second"):
+    for seed, name in enumerate(("first", "second")):
         model.set_adapter(name)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+        move(model, seed=seed)
         seen[name] = outputs(model.eval(), vit_input())
     return model, seen
 

@@ -25,7 +25,7 @@ from accelerator import (
     task_of,
     vit_x,
 )
-from models import TinyVit, layers_of, outputs, tiny_vit, vit_input
+from models import TinyVit, layers_of, move, outputs, tiny_vit, vit_input
 from torch import Tensor, nn
 
 from recast_peft import BiasConfig, RecastConfig, StoredBank, TaskPool, fit_bank, get_recast_model, grow_bank, grow_bias_bank
@@ -113,10 +113,7 @@ class TestGrownBanks:
     def test_a_task_on_a_bank_moves_between_devices(self) -> None:
         config = RecastConfig(bank=weight_bank(), partners=[BiasConfig(bank=bias_bank())])
         model = get_recast_model(tiny_vit().to(DEVICE), config).eval()
-        generator = torch.Generator().manual_seed(5)
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        move(model, size=0.3)
         here = outputs(model, vit_x())
         assert not torch.allclose(here, outputs(tiny_vit().to(DEVICE), vit_x()), atol=0.1)
         torch.testing.assert_close(outputs(model.cpu(), vit_input(6)), here.cpu(), **CLOSE[torch.float32])
