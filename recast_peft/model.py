@@ -267,11 +267,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
 
 
 def check_not_wrapped(model: nn.Module, is_converted: bool) -> None:
-    """Refuse to convert what is converted, or a model of PEFT in place of the model inside.
-
-    Raises:
-        RecastConfigError: saying what to convert instead.
-    """
+    """Refuse to convert what is converted, or a model of PEFT in place of the model inside (``RecastConfigError``)."""
     if isinstance(model, PeftModel) and not modules_of(model, RecastLayer):
         others = ", ".join(name for name, config in model.peft_config.items() if not isinstance(config, RecastConfig))
         raise RecastConfigError(

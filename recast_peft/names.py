@@ -32,11 +32,7 @@ _WRAPPER_PARTS = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.|$)")
 
 
 def check_adapter_name(name: str) -> None:
-    """Refuse a task name that is no plain name of a folder; any other name works everywhere.
-
-    Raises:
-        RecastConfigError: saying what is wrong with it.
-    """
+    """Refuse a task name that is no plain name of a folder; any other name works everywhere (``RecastConfigError``)."""
     if not isinstance(name, str) or not name or name.isspace():
         raise RecastConfigError(f"adapter_name={name!r}: expected a name that is not empty")
     if "/" in name or "\\" in name or name in (".", "..") or not name.isprintable():

@@ -101,11 +101,7 @@ def checked_names(argument: str, given: Any, once: bool = False) -> list[str]:
 
 
 def check_arguments(check: Check, **given: Any) -> None:
-    """Hold arguments of a function against what they may be.
-
-    Raises:
-        RecastConfigError: naming the argument and its value.
-    """
+    """Hold arguments of a function against what they may be (``RecastConfigError``)."""
     for name, value in given.items():
         try:
             check(value)
@@ -117,11 +113,7 @@ class Options:
     """Options of one kind of thing, as an object that a config is given; a subclass checks them when it is made."""
 
     def check(self, check: Check, *options: str) -> None:
-        """Hold options against what they may be.
-
-        Raises:
-            RecastConfigError: naming the option, its value, and what was expected.
-        """
+        """Hold options against what they may be (``RecastConfigError``)."""
         for option in options:
             value = getattr(self, option)
             try:
@@ -131,42 +123,26 @@ class Options:
 
 
 def check_is_task(name: Any, known: Iterable[str]) -> None:
-    """Refuse what is not the name of a task that a model has.
-
-    Raises:
-        RecastConfigError: naming it and those that there are.
-    """
+    """Refuse what is not the name of a task that a model has (``RecastConfigError``)."""
     names_ = list(known)
     if name not in names_:
         raise RecastConfigError(f"the model has no RECAST task {shown(name)}; its tasks: {', '.join(names_) or 'none'}")
 
 
 def check_is_module(model: Any) -> None:
-    """Refuse what is no model.
-
-    Raises:
-        RecastConfigError: naming what was given.
-    """
+    """Refuse what is no model (``RecastConfigError``)."""
     if not isinstance(model, nn.Module):
         raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
 
 
 def check_is_no_folder(path: Any, example: str) -> None:
-    """Refuse a folder where the name of a file is meant.
-
-    Raises:
-        RecastConfigError: naming it.
-    """
+    """Refuse a folder where the name of a file is meant (``RecastConfigError``)."""
     if Path(path).is_dir():
         raise RecastConfigError(f"path={str(path)!r} is a folder; expected the name of a file, such as {example}")
 
 
 def check_is_peft_model(model: Any) -> None:
-    """Refuse a plain model where one with tasks is meant.
-
-    Raises:
-        RecastConfigError: naming what was given.
-    """
+    """Refuse a plain model where one with tasks is meant (``RecastConfigError``)."""
     if not isinstance(model, PeftModel):
         raise RecastConfigError(
             f"model is a {type(model).__name__}: expected one with RECAST tasks, as get_recast_model(model, config) returns it"

@@ -50,11 +50,7 @@ def put_weight(layer: Any, weight: Tensor) -> None:
 
 
 def check_writable(layer: Any) -> None:
-    """Refuse to merge where no weight can be put.
-
-    Raises:
-        RecastBankError: saying why.
-    """
+    """Refuse to merge where no weight can be put (``RecastBankError``)."""
     library = quantised_by(layer.get_base_layer())
     held = layer.compressed_bank[0].templates if layer.is_released else layer.weight_parameter
     is_shard = held is not None and is_sharded(held)

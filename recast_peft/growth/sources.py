@@ -26,11 +26,7 @@ CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
 
 
 def check_plain(model: nn.Module, verb: str) -> None:
-    """Refuse a converted model, and what is no model.
-
-    Raises:
-        RecastConfigError: naming the function that needs a plain one.
-    """
+    """Refuse a converted model, and what is no model (``RecastConfigError``)."""
     if not isinstance(model, nn.Module):
         raise RecastConfigError(f"{verb}: model is a {type(model).__name__}; an nn.Module is expected")
     if modules_of(model, RecastLayer):
@@ -38,21 +34,13 @@ def check_plain(model: nn.Module, verb: str) -> None:
 
 
 def check_bank(bank: StoredBank) -> None:
-    """Refuse what is no bank.
-
-    Raises:
-        RecastConfigError: naming what was given.
-    """
+    """Refuse what is no bank (``RecastConfigError``)."""
     if not isinstance(bank, StoredBank):
         raise RecastConfigError(f"bank is a {type(bank).__name__}: expected a StoredBank, as load_bank(name) reads it")
 
 
 def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
-    """Refuse what is no list of sources, and sizes that are no whole numbers.
-
-    Raises:
-        RecastConfigError: naming what was given.
-    """
+    """Refuse what is no list of sources, and sizes that are no whole numbers (``RecastConfigError``)."""
     is_one = isinstance(sources, (str, Path, Mapping, nn.Module, Tensor)) or not isinstance(sources, Collection)
     if is_one or not len(sources):
         given = "an empty list" if isinstance(sources, (list, tuple)) else shown_source(sources)  # type: ignore[arg-type]

@@ -59,11 +59,7 @@ def wrappers_of_task(wrappers: Iterable[Any], adapter_name: str | None) -> tuple
 
 
 def check_is_active(name: str, holding: Iterable[Any]) -> None:
-    """Refuse a task whose modules are not those that are called.
-
-    Raises:
-        RecastTargetError: naming it.
-    """
+    """Refuse a task whose modules are not those that are called (``RecastTargetError``)."""
     if any(wrapper.disable_adapters or name not in wrapper.active_adapters for wrapper in holding):
         raise RecastTargetError(f"task {name!r} is not active: call model.set_adapter({name!r}) first")
 
@@ -125,11 +121,7 @@ def whole_labels(labels: Any, classes: int) -> Tensor:
 
 
 def check_every_class(counts: Tensor) -> None:
-    """Refuse classes without an example; counts ``(classes,)``.
-
-    Raises:
-        RecastTargetError: naming the first of them.
-    """
+    """Refuse classes without an example; counts ``(classes,)`` (``RecastTargetError``)."""
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
         raise RecastTargetError(f"no example of class {empty[:5]} was given; every class needs at least one")

@@ -260,11 +260,7 @@ def _places(model: nn.Module, kind: str) -> dict[int, list[str]]:
 
 
 def check_materialised(targets: list[Candidate]) -> None:
-    """Refuse targets whose weight is on the meta device.
-
-    Raises:
-        RecastTargetError: naming the modules.
-    """
+    """Refuse targets whose weight is on the meta device (``RecastTargetError``)."""
     held = {c.name: c.module._parameters.get(c.weight_name or "") for c in targets if not is_offloaded(c.module)}
     empty = [name for name, weight in held.items() if weight is not None and weight.is_meta]
     if empty:

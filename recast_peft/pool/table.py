@@ -255,11 +255,7 @@ class TaskTable:
 
 
 def check_finite(name: str, values: Tensor, head: StoredHead | None) -> None:
-    """Refuse the numbers of a task that diverged.
-
-    Raises:
-        RecastConfigError: naming the task.
-    """
+    """Refuse the numbers of a task that diverged (``RecastConfigError``)."""
     bad = "coefficients" if not torch.isfinite(values).all() else None
     if head is not None and not all(torch.isfinite(tensor).all() for tensor in head.held()):
         bad = bad or "the classifier"

@@ -163,11 +163,7 @@ def _unreadable(what: str, path: str | os.PathLike, reason: Exception) -> Recast
 
 
 def check_floating(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse numbers of a kind that no weight or coefficient has.
-
-    Raises:
-        RecastLoadError: naming the first such tensor and its dtype.
-    """
+    """Refuse numbers of a kind that no weight or coefficient has (``RecastLoadError``)."""
     wrong = [key for key, tensor in tensors.items() if tensor.dtype not in FLOATING]
     if wrong:
         raise RecastLoadError(
@@ -177,11 +173,7 @@ def check_floating(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse infinity and NaN.
-
-    Raises:
-        RecastLoadError: naming the first tensor that holds one.
-    """
+    """Refuse infinity and NaN (``RecastLoadError``)."""
     wrong = [key for key, tensor in tensors.items() if not tensor.is_meta and not _finite(tensor)]
     if wrong:
         raise RecastLoadError(
@@ -203,11 +195,7 @@ def outliers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def check_shapes(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse missing tensors and other shapes.
-
-    Raises:
-        RecastLoadError: with both shapes of the first that differs.
-    """
+    """Refuse missing tensors and other shapes (``RecastLoadError``)."""
     missing = [key for key in expected if key not in tensors]
     if missing:
         raise RecastLoadError(f"{what} lacks {missing[0]}{_and_more(missing)}\nNothing was loaded; fetch it again.")

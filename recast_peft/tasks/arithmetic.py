@@ -78,11 +78,7 @@ def check_combination(
 
 
 def check_svd(combination_type: str, has_part: bool) -> None:
-    """Refuse ``"svd"`` for tasks that have no LoRA part, as far as the model or pool says.
-
-    Raises:
-        RecastConfigError: saying what to take.
-    """
+    """Refuse ``"svd"`` for tasks that have no LoRA part, as far as the model or pool says (``RecastConfigError``)."""
     if combination_type == "svd" and not has_part:
         raise RecastConfigError(f"combination_type='svd': none of the tasks has a LoRA part, and {REFUSED_TYPES['svd']}")
 

@@ -216,11 +216,7 @@ def _bank_beside(
 
 
 def check_other_tasks(model: nn.Module, new_banks: list[TemplateBank], config: RecastConfig) -> None:
-    """Refuse to release pretrained weights under tasks that were learned with them.
-
-    Raises:
-        RecastBankError: naming the tasks.
-    """
+    """Refuse to release pretrained weights under tasks that were learned with them (``RecastBankError``)."""
     tasks = sorted({name for layer in modules_of(model, RecastLayer) for name in layer.recast_bank})
     compressing = [bank for bank in new_banks if not bank.is_anchored]
     if compressing and tasks and not config.keep_base_weights:

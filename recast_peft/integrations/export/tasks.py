@@ -198,11 +198,7 @@ def owned_tensors(model: nn.Module, task: str) -> dict[str, Tensor]:
 
 
 def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
-    """Refuse what a graph cannot express; nothing has been written yet.
-
-    Raises:
-        RecastBankError: naming the task and what it has.
-    """
+    """Refuse what a graph cannot express; nothing has been written yet (``RecastBankError``)."""
     parts = [part.refusal_to_combine(config) for part in PARTS if part.name not in ALLOWED]
     found = holders(model, task)
     parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
@@ -223,11 +219,7 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that does not compute with its plain weights now.
-
-    Raises:
-        RecastBankError: saying what to do.
-    """
+    """Refuse a model that does not compute with its plain weights now (``RecastBankError``)."""
     merged = merged_tasks(model)
     if merged:
         raise RecastBankError(f"task {merged[0]!r} is merged: call unmerge_adapter() before the model is exported")
