@@ -11,10 +11,9 @@ from typing import Any, Protocol
 from huggingface_hub import CommitInfo
 
 from ..errors import RecastLoadError
-from ..names import METHOD_NAME, role_of
-from ..storage.cards import CARD_NAME, PAPER, code, hub_link, merge_card, one_line, plain, table
+from ..names import role_of
+from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, plain, table
 from ..storage.json_reader import Fields, read_json
-from ..storage.paths import is_hub_name
 from ..storage.transfer import commit_folder
 
 BANK_WEIGHTS = "recast_bank.safetensors"
@@ -100,12 +99,7 @@ def write_bank_card(
         "",
         *table(facts),
     ]
-    data: dict[str, Any] = {"library_name": "peft", "tags": sorted({METHOD_NAME, "peft"})}
-    if is_hub_name(base_model):
-        data.update(base_model=base_model, base_model_relation="adapter")
-        data["tags"] = sorted({*data["tags"], f"base_model:adapter:{base_model}"})
-    if license:
-        data["license"] = license
+    data = card_data(base_model, license)
     return merge_card(folder / CARD_NAME, data, "\n".join(lines), license_is_given=license is not None)
 
 

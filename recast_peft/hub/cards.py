@@ -16,9 +16,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..config import RecastConfig
 from ..errors import RecastLoadError
-from ..names import METHOD_NAME, role_of
+from ..names import role_of
 from ..options.record import hub_repository
-from ..storage.cards import CARD_NAME, PAPER, code, hub_link, merge_card, one_line, own_part, plain, quoted, table
+from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, own_part, plain, quoted, table
 from ..storage.json_reader import Fields
 from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
@@ -273,14 +273,8 @@ def _card_data(config: Fields, results: Mapping[str, Any], license: str | None, 
     backbone = _backbone(config)
     base = hub_repository(backbone) or config.get("base_model_name_or_path")
     library = backbone.get("library")
-    tags = {METHOD_NAME, "peft", *([one_line(library)] if library else [])}
-    data: dict[str, Any] = {"library_name": "peft"}
-    if is_hub_name(base):
-        data.update(base_model=base, base_model_relation="adapter")
-        tags.add(f"base_model:adapter:{base}")
-    data["tags"] = sorted(tags)
-    if license or backbone.get("license"):
-        data["license"] = license or one_line(backbone["license"])
+    own = one_line(backbone["license"]) if backbone.get("license") else None
+    data = card_data(base, license or own, *([one_line(library)] if library else []))
     built = str(backbone.get("class") or "")
     pipeline = next((task for ending, task in PIPELINES.items() if built.endswith(ending)), None)
     if library == "timm" and backbone.get("num_classes"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..names import METHOD_NAME
 from .atomic import write_bytes
 from .paths import is_hub_name
 
@@ -66,6 +67,13 @@ def _unmarked(text: str) -> str:
 
 
 # ---------------------------------------------------------------- the file
+
+
+def card_data(base: Any, license: str | None, *tags: str) -> dict[str, Any]:
+    """The metadata of every card; a base model is named if it is a repository on the Hub."""
+    of_base = {"base_model": base, "base_model_relation": "adapter"} if is_hub_name(base) else {}
+    named = {METHOD_NAME, "peft", *tags, *([f"base_model:adapter:{base}"] if of_base else [])}
+    return {"library_name": "peft", **of_base, "tags": sorted(named), **({"license": license} if license else {})}
 
 
 def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_given: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Versions of a file: what it was before, to go back to.
+"""Versions of a file, or of a folder: what it was before, to go back to.
 
     FOLDER/pool.safetensors                       the present one
     FOLDER/.versions/pool.safetensors/<number>    what it was before, the highest number is the latest
@@ -23,13 +23,14 @@ VERSIONS = ".versions"
 
 
 def versions(path: str | os.PathLike) -> list[int]:
-    """Numbers of the versions of a file before the present one, the oldest first."""
-    return numbered(_folder(path))
+    """Numbers of the versions before the present one, the oldest first."""
+    return sorted(int(found.name) for found in _folder(path).glob("*") if found.name.isdigit())
 
 
-def numbered(folder: Path) -> list[int]:
-    """The numbers by which what lies in a folder is called, the lowest first."""
-    return sorted(int(found.name) for found in folder.glob("*") if found.name.isdigit())
+def next_version(path: str | os.PathLike) -> Path:
+    """Where the present one lies when it is a version; what holds it is made."""
+    _folder(path).mkdir(parents=True, exist_ok=True)
+    return _folder(path) / str(max(versions(path), default=0) + 1)
 
 
 def version_path(path: str | os.PathLike, version: int) -> Path:
@@ -98,8 +99,7 @@ def _keep(target: Path) -> Path | None:
     """Give the present file another name; None if there is none yet."""
     if not target.is_file():
         return None
-    kept = _folder(target) / str(max(versions(target), default=0) + 1)
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept = next_version(target)
     try:
         os.link(os.path.realpath(target), kept)
     except OSError:  # a file system without such names

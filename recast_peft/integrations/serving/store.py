@@ -27,7 +27,7 @@ from ...names import check_adapter_name
 from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
 from ...storage.atomic import made_folder
-from ...storage.versions import VERSIONS, numbered
+from ...storage.versions import VERSIONS, next_version, versions
 from ...validation import check_arguments, whole
 
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -178,7 +178,7 @@ class TaskStore:
     def versions(self, name: str) -> list[int]:
         """Numbers of the versions before the present one, the oldest first."""
         _check_plain(name)
-        return numbered(self.folder / VERSIONS / name)
+        return versions(self.folder / name)
 
     def rollback(self, name: str) -> int:
         """Put the version before in service; the present one becomes the latest version.
@@ -233,19 +233,14 @@ class TaskStore:
                 if was_checked and not (self.folder / name).exists() and len(_stamp(staged)) == len(FILES):
                     os.replace(staged, self.folder / name)
                 elif staged.parent.name.startswith(".back-"):  # the task was not yet taken away: this is its latest version
-                    os.replace(staged, self._next_version(name))
+                    os.replace(staged, next_version(self.folder / name))
                 shutil.rmtree(staged.parent, ignore_errors=True)
 
     def _retire(self, name: str) -> Path:
         """Make the present task a version; where it lies then."""
-        version = self._next_version(name)
+        version = next_version(self.folder / name)
         os.replace(self.folder / name, version)
         return version
-
-    def _next_version(self, name: str) -> Path:
-        place = self.folder / VERSIONS / name
-        place.mkdir(parents=True, exist_ok=True)
-        return place / str(max(self.versions(name), default=0) + 1)
 
     def _prune(self, name: str) -> None:
         for old in self.versions(name)[: -self.keep or None]:
