@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from models import converted
 
 from recast_peft.storage import atomic
-from recast_peft.storage.atomic import locked, staged, staged_folder, write_json, write_text
+from recast_peft.storage.atomic import locked, staged, staged_folder, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -38,24 +37,6 @@ def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
         beside.write_text("new")
         assert file.read_text() == "old"
     assert file.read_text() == "new"
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    write_json(file, {"value": 1})
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-        with pytest.raises(OSError):
-            write_json(file, {"value": "x" * 5000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert file.read_text() == '{\n  "value": 1\n}'
-    assert names(tmp_path) == ["a.json"]
 
 
 def test_what_takes_its_place_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
