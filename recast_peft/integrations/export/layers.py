@@ -107,6 +107,10 @@ class AroundBase(nn.Module):
     base: nn.Module
     weight_name: str
 
+    def stands_for(self) -> nn.Module | None:
+        """The module; None before it is known."""
+        return self.__dict__.get("_modules", {}).get("base")
+
     def effective_weight(self) -> Tensor:
         """The weight of the given task, for modules that read it.
 
@@ -119,7 +123,7 @@ class AroundBase(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
+            base = self.stands_for()
             if base is None or name.startswith("__"):
                 raise
             return self.effective_weight() if name == self.__dict__.get("weight_name") else getattr(base, name)
@@ -298,7 +302,7 @@ def _mixed(factors: Tensor, templates: Tensor) -> Tensor:
     return factors * templates if len(templates) == 1 else (factors[:, :, None] * templates).sum(1)
 
 
-class TaskedModule(nn.Module):
+class TaskedModule(AroundBase):
     """A module that the given task owns whole: its tensors are inputs of the graph.
 
     Args:
@@ -323,14 +327,8 @@ class TaskedModule(nn.Module):
         # a classifier in float32 behind a model in float16
         return torch.func.functional_call(module, own, (args[0].float(), *args[1:]), kwargs).to(args[0].dtype)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            held = self.__dict__.get("_held")
-            if held is None or name.startswith("__"):
-                raise
-            return getattr(held[0], name)
+    def stands_for(self) -> nn.Module | None:
+        return self.__dict__.get("_held", (None,))[0]
 
 
 class ClassifierTable(nn.Module):
