@@ -54,8 +54,7 @@ class RecastConfig(PeftConfig):
         layers_to_transform: layer indices, counted from 0; only modules in these layers are targets.
         layers_pattern: name of the module list that ``layers_to_transform`` counts in.
         modules_to_save: names of further modules that are trained and stored whole with the task.
-        bias: which of the model's own biases are trained while the task is active, and stored with it: ``"none"``, ``"all"``
-            or ``"recast_only"``. They are no copies: other tasks compute with them too.
+        bias: which of the model's own biases, which all tasks share, are trained: ``"none"``, ``"all"`` or ``"recast_only"``.
         init_weights: True starts at the pretrained weights (all offsets zero). False, for tests, starts at random offsets of
             size 0.1 to 0.2, by ``seed`` and the task's name, and at a random LoRA part.
         group_size: number of consecutive layers of one role and shape that share a template bank. A remainder makes a smaller

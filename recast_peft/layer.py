@@ -27,10 +27,10 @@ from .banks.template_bank import TemplateBank, follow_device, move_in_place
 from .composition.calling import call
 from .composition.coefficient_gradients import EXACT
 from .composition.composed import ComposedModule
-from .composition.fingerprint import weight_fingerprint
+from .composition.fingerprint import same_weight, weight_fingerprint
 from .composition.kinds import in_and_out_features, kind_of
 from .composition.known import Known, know
-from .composition.merging import Merging, check_held, follow, refresh
+from .composition.merging import Merging, check_held, follow, pretrained_parameter, refresh
 from .composition.mixed_batch import MixedBatch, current_batch
 from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
@@ -39,7 +39,9 @@ from .composition.strength import Strength
 from .errors import RecastConfigError
 from .holders import Entry, TaskHolder, TaskModules, TaskParameters
 from .names import COEFFICIENTS, PREFIX, modules_of
+from .placement.sharded import is_plain
 
+SAMPLE = 64  # numbers of a weight
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 
@@ -61,6 +63,8 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
         super().__init__(base_layer, module_name, weight_name)
         self._fingerprint: str | None = fingerprint
+        self._seen = self._sample()
+        self.is_written_to = False  # whether the pretrained weight was found to be another one than it was
         self.has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
         self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
@@ -81,14 +85,25 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
 
     @property
     def fingerprint(self) -> str:
-        """That of the pretrained weight; it is taken again when it is asked for after ``forget_fingerprint``."""
-        if self._fingerprint is None:
-            self._fingerprint = weight_fingerprint(self.pretrained_weight)
-        return self._fingerprint
+        """That of the pretrained weight; taken again after ``forget_fingerprint``, and where someone wrote into the weight."""
+        before, sample = self._fingerprint, self._sample()
+        is_known = sample is None or self._seen is None or torch.equal(sample, self._seen.to(sample))
+        if before is None or not is_known:
+            self._fingerprint, self._seen = weight_fingerprint(self.pretrained_weight), sample
+            self.is_written_to |= before is not None and not same_weight(before, self._fingerprint)
+        return self._fingerprint  # type: ignore[return-value]
 
     def forget_fingerprint(self) -> None:
         """Other pretrained weights are put in."""
         self._fingerprint = None
+
+    def _sample(self) -> Tensor | None:
+        """A few numbers of the pretrained weight, by which what is written into it is seen; None where it is not at hand."""
+        weight = pretrained_parameter(self)
+        if weight is None or not is_plain(weight) or weight.is_meta or weight.shape != self.weight_shape:
+            return None
+        flat = weight.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // SAMPLE)].clone()
 
     # ---------------------------------------------------------------- tasks
 

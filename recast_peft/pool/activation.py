@@ -20,7 +20,7 @@ from ..parts.lora_strength import PartStrength
 from ..parts.readout import readout_holders
 from ..tasks.verbs import merged_tasks
 from .heads import StoredHead
-from .layout import PoolLayout
+from .layout import PoolLayout, slot_was_deleted
 
 
 class Slot:
@@ -67,9 +67,7 @@ class Slot:
     def check(self, pool: Any) -> None:
         """Refuse a slot that was deleted, or is another pool's by now."""
         if self.is_deleted:
-            raise RecastConfigError(
-                f"the adapter {self.name!r}, which this pool writes into, was deleted from the model: make a new TaskPool"
-            )
+            raise slot_was_deleted(self.name)
         if not any(other is pool for other in self.tuner.task_pool):
             raise RecastConfigError(
                 f"another TaskPool has been made for the adapter {self.name!r} since, and its task may be active there: "

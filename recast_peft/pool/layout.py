@@ -80,7 +80,9 @@ class PoolLayout:
     def versions(self) -> tuple[str, ...]:
         """Fingerprints of the stored bank that the tasks are on, and of its earlier versions; empty for other banks."""
         for layer in self.layers.values():
-            bank = layer.recast_bank[self.slot]
+            bank = layer.recast_bank.get(self.slot)
+            if bank is None:
+                raise slot_was_deleted(self.slot)
             if isinstance(bank, GrownBank):
                 return versions_of(bank)
             if bank.stored is not None and bank.recipe is None:
@@ -285,6 +287,13 @@ class PoolLayout:
         """Coefficients of a task on an earlier version of a grown bank: zero for the templates that came later."""
         lacking = self.sizes[name] - values.shape[-1]
         return F.pad(values, (0, lacking)) if self.versions and lacking > 0 else values
+
+
+def slot_was_deleted(slot: str) -> RecastConfigError:
+    """That the adapter of a pool is no longer there."""
+    return RecastConfigError(
+        f"the adapter {slot!r}, which this pool writes into, was deleted from the model: make a new TaskPool"
+    )
 
 
 def same_layout(first: RecastConfig, second: RecastConfig) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..banks.directions_bank import DirectionsBank
 from ..banks.template_bank import TemplateBank
+from ..composition.fingerprint import same_weight
 from ..config import RecastConfig
 from ..layer import RecastLayer, fingerprints_of, recast_layers
 from ..names import modules_of
@@ -78,10 +79,19 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         )
     sets = {whole_shape(layer.recast_coefficients[adapter_name])[0] for layer in layers.values()}
     measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
+    fingerprints, surroundings = fingerprints_of(layers), _surroundings_of(model, config, layers)
+    written = [name for name, layer in layers.items() if layer.is_written_to]
+    if written or _differ(surroundings, config.surroundings_fingerprint):
+        where = listed(written) or "beside its targets"
+        warnings.warn(
+            f"the pretrained model was changed since task {adapter_name!r} was put in ({where}): the task's file does not hold "
+            "that, and says that the task belongs to the model as it is now. Change a model before it is converted.",
+            stacklevel=2,
+        )
     return TaskRecord(
         groups={name: list(bank.members) for name, bank in banks.items()},
-        base_fingerprint=fingerprints_of(layers),
-        surroundings_fingerprint=_surroundings_of(model, config, layers),
+        base_fingerprint=fingerprints,
+        surroundings_fingerprint=surroundings,
         recipes=recipes_of(banks),
         bank=reference,
         partner_banks={} if config.record is None else config.record.partner_banks,
@@ -97,11 +107,19 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
 
 
 def _surroundings_of(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> str | None:
-    """What lies beside the targets: as it was when the task was put in, unless a whole state dict was loaded since."""
-    if not any(layer.has_loaded for layer in modules_of(model, RecastLayer)):
-        return config.surroundings_fingerprint
-    is_stored = config.bias != "none"  # trained biases are the task's
-    return None if is_stored else surroundings_fingerprint(backbone_of(model), targets)
+    """What lies beside the targets now; of a stored task what its file says, unless a whole state dict was loaded since."""
+    has_loaded = any(layer.has_loaded for layer in modules_of(model, RecastLayer))
+    recorded = config.surroundings_fingerprint
+    if config.bias != "none":  # trained biases are the task's
+        return None if has_loaded else recorded
+    if not has_loaded and (recorded is None or config.is_stored_task):
+        return recorded
+    actual = surroundings_fingerprint(backbone_of(model), targets)
+    return actual if has_loaded or _differ(actual, recorded) else recorded
+
+
+def _differ(first: str | None, second: str | None) -> bool:
+    return first is not None and second is not None and not same_weight(first, second)
 
 
 def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | int | None:

@@ -165,15 +165,18 @@ def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], p
 def trained_outside_tasks(model: nn.Module) -> list[str]:
     """The pretrained model's own parameters that are trained and stored with no task, by their names in the plain model.
 
-    Biases are a choice of ``bias=``, and PEFT stores embeddings.
+    Biases that a config chooses (``bias=``) are stored, and PEFT stores embeddings.
     """
     backbone = backbone_of(model)
     stored = {id(parameter) for parameter in shared_entries(model).values()}
+    for config in getattr(backbone, "peft_config", {}).values():  # gone once the model is unloaded
+        chosen = config.bias if isinstance(config, RecastConfig) or getattr(config, "bias", "none") == "none" else "all"
+        stored.update(id(module._parameters["bias"]) for _, module in biased_modules(backbone, chosen))
     return [
         f"{name}.{key}"
         for name, present in {"": backbone, **plain_modules(backbone)}.items()
         for key, parameter in unwrapped_module(present)._parameters.items()
-        if parameter is not None and parameter.requires_grad and key != "bias" and id(parameter) not in stored
+        if parameter is not None and parameter.requires_grad and id(parameter) not in stored
     ]
 
 

@@ -211,10 +211,14 @@ class TestBesideOrdinaryTasks:
         with pool.batch([None] * 6):
             torch.testing.assert_close(model(images), expected)
 
-    def test_a_slot_that_was_deleted(self, images):
+    def test_a_slot_that_was_deleted(self, images, tmp_path):
         model, pool = self.tasks()
+        model.save_pretrained(tmp_path)
         model.delete_adapter(pool.slot)
-        for use in (lambda: pool.activate("task0"), pool.deactivate, lambda: model(images, task_ids=pool.ids(["task0"] * 6))):
+        name = next(iter(model.peft_config))
+        reading = (lambda: pool.add("more", name), lambda: pool.replace("task0", name), lambda: pool.load_folder(tmp_path))
+        computing = (lambda: pool.activate("task0"), lambda: model(images, task_ids=pool.ids(["task0"] * 6)))
+        for use in (pool.deactivate, *computing, *reading):
             with pytest.raises(RecastConfigError, match="make a new TaskPool"):
                 use()
 

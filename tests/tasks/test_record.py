@@ -85,6 +85,41 @@ class TestOfAConversion:
 
 
 @pytest.mark.filterwarnings("ignore:the state dict has other weights")
+class TestAfterSomeoneWroteIntoThePretrainedModel:
+    """In training with the wrong parameters unfrozen, or by pruning: what the file says must not be the model of before."""
+
+    @pytest.fixture
+    def model(self) -> PeftModel:
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_classes=3), "t").eval()
+        randomise(model, "t")
+        return model
+
+    def test_in_a_target(self, model: PeftModel, tmp_path: Path) -> None:
+        with torch.no_grad():
+            model.get_base_model().blocks[1].attn.qkv.base_layer.weight.clamp_(min=0)
+        with pytest.warns(UserWarning, match=r"changed since task 't' was put in \(blocks.1.attn.qkv\)"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(RecastBaseMismatchError, match=r"differing: blocks\.1\.attn\.qkv"):
+            PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "t"))
+
+    def test_beside_the_targets(self, model: PeftModel, tmp_path: Path) -> None:
+        with torch.no_grad():
+            model.get_base_model().blocks[1].mlp.fc1.weight.clamp_(min=0)
+        with pytest.warns(UserWarning, match=r"changed since task 't' was put in \(beside its targets\)"):
+            model.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="other weights, norms or running statistics of the model are not the same"):
+            PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "t"))
+
+    def test_nothing_is_said_where_nobody_did(self, model: PeftModel, tmp_path: Path) -> None:
+        for other in (model, copy.deepcopy(model).bfloat16(), copy.deepcopy(model).double().float()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                other.merge_adapter()
+                other.save_pretrained(tmp_path)
+                other.unmerge_adapter()
+                other.save_pretrained(tmp_path)
+
+
 class TestAfterAStateDictOfAnotherBase:
     @pytest.mark.parametrize("is_emptied", [False, True])
     @pytest.mark.parametrize("fields", [{}, {"num_directions": 2}])

@@ -258,6 +258,13 @@ def test_what_is_trained_and_not_saved_is_said(tmp_path: Path, recwarn: pytest.W
         model.save_pretrained(tmp_path, selected_adapters=["t"])
 
 
+def test_biases_that_are_trained_by_hand_are_no_tasks_own(tmp_path: Path) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(), "t")
+    model.get_base_model().blocks[0].attn.proj.bias.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"belong to no task \(blocks.0.attn.proj.bias\): they are not saved"):
+        model.save_pretrained(tmp_path)
+
+
 class TestAStateDictOfTheWholeModel:
     """With the merged weights in the place of the pretrained ones, or the other way round."""
 
