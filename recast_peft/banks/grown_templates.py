@@ -152,7 +152,7 @@ def principal_mix(gram: Tensor, count: int | None) -> Tensor:
     kept = int((values > NEGLIGIBLE * values.sum()).sum())
     kept = min(kept, count or kept)
     size = (values.sum() / len(gram)).sqrt()
-    return mix[:, :kept] * (size / values.clamp_min(1e-300).sqrt())[:kept]
+    return mix[:, :kept] * (size / values[:kept].sqrt())
 
 
 def _tensors_of(templates: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -77,8 +77,7 @@ def dequantised(module: Any) -> Tensor:
 def _unpacked(module: Any, dtype: torch.dtype) -> Tensor:
     """What a linear layer makes of unit vectors: libraries pack weights in a dozen ways, and few of them can unpack them."""
     twin = copy.copy(module)  # the layer itself is left as it is, for other threads that call it
-    twin._parameters = {name: held for name, held in module._parameters.items() if name != "bias"}
-    twin._buffers = {name: held for name, held in module._buffers.items() if name != "bias"}
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
     twin.bias = None
     width, device = module.in_features, device_of_weight(module)
     starts = range(0, width, _ROWS)

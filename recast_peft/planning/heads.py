@@ -38,7 +38,7 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(base, nn.Module):  # transformers: a model for a task is the base model with the task's modules beside it
         names.update(name for name, child in model.named_children() if child is not base)
-    convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     classifier = convention.get("classifier") if isinstance(convention, dict) else None
     names.update([classifier] if isinstance(classifier, str) else classifier or ())
     kinds = ((name, type(unwrapped_module(module)).__name__) for name, module in modules)  # ours is called one too

@@ -28,7 +28,7 @@ from quantised_models import (
 from torch import nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
-from recast_peft.composition.quantised import quantised_by, restore_class
+from recast_peft.composition.quantised import _unpacked, quantised_by, restore_class
 
 sizes = pytest.mark.parametrize("group_size", [1, 2, 3, None])  # None: cores between main directions
 
@@ -216,6 +216,18 @@ def test_a_kernel_without_gradients_is_not_trained_in_silence() -> None:
         model(X)
     with torch.no_grad():
         assert model(X).shape == X.shape
+
+
+@pytest.mark.parametrize("is_buffer", [False, True])
+def test_what_a_layer_makes_of_unit_vectors_is_its_weight_without_the_bias(is_buffer: bool) -> None:
+    layer = nn.Linear(5, 3)
+    bias = layer.bias
+    if is_buffer:  # as layers of GPTQ hold theirs
+        del layer.bias
+        layer.register_buffer("bias", bias.detach())
+    with torch.no_grad():
+        assert torch.equal(_unpacked(layer, torch.float32), layer.weight)
+    assert torch.equal(layer.bias, bias)
 
 
 def test_packed_embeddings_are_no_linear_layers() -> None:
