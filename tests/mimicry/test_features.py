@@ -8,7 +8,7 @@ from models import tiny_vit, vit_input
 from torch import nn
 
 from recast_peft import RecastConfigError
-from recast_peft.mimicry.features import call_arguments, captured_outputs, evaluating
+from recast_peft.mimicry.features import call_arguments, captured_outputs, evaluating, main_tensor
 
 
 def test_every_module_gets_its_own_mode_back_also_after_an_error() -> None:
@@ -31,6 +31,17 @@ def test_a_batch_may_be_a_tensor_a_mapping_or_inputs_with_labels() -> None:
     assert call_arguments({"x": x, "flag": True}, cpu) == ((), {"x": x, "flag": True})
     with pytest.raises(RecastConfigError, match="a batch is a str"):
         call_arguments("x", cpu)
+
+
+def test_the_main_tensor_is_the_logits_or_the_first_in_floating_point() -> None:
+    ids, x, y = torch.zeros(2, dtype=torch.long), torch.ones(2), torch.ones(3)
+    assert main_tensor(x) is x
+    assert main_tensor(ids) is None
+    assert main_tensor((None, ids, [x], y)) is x
+    assert main_tensor({"loss": x, "last_hidden_state": y}) is y
+    assert main_tensor({"last_hidden_state": y, "logits": x}) is x
+    assert main_tensor({"loss": None, "features": x}) is x
+    assert main_tensor((ids, None)) is None
 
 
 def test_outputs_are_noted_inside_alone() -> None:
