@@ -329,6 +329,17 @@ class TestWriting:
         assert json.loads((tmp_path / BANK_CONFIG).read_text())["fingerprint"] == first.fingerprint
         assert load_bank(tmp_path).fingerprint == second.fingerprint != first.fingerprint
 
+    def test_another_format_without_a_header_beside_it_is_refused(
+        self, stored: tuple[PeftModel, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bank = load_bank(stored[1])
+        with monkeypatch.context() as patch:
+            patch.setattr("recast_peft.banks.files.FORMAT", 99)
+            bank.save(tmp_path / "new")
+        (tmp_path / "new" / BANK_CONFIG).unlink()
+        with pytest.raises(RecastLoadError, match=r"another format\n  format of the file: 99"):
+            load_bank(tmp_path / "new")
+
     def test_files_of_earlier_versions_are_read(self, stored: tuple[PeftModel, Path, Path]) -> None:
         before = load_bank(stored[1])
         rewrite(stored[1], load_file(stored[1] / BANK_WEIGHTS))

@@ -58,6 +58,7 @@ class TestReading:
             ({"members": ["a", "a"]}, "each is expected once"),
             ({"kind": "tied"}, "kind 'tied'; known: exact, dense, grown, bias, readout"),
             ({"shape": [3, 2]}, "another shape"),
+            ({"shape": []}, r"its shape \(\) cannot be used"),
             ({"factored": True}, "lacks g.left"),
             ({"kind": "bias", "templates": 2, "plain": False, "widths": [1, 2]}, "lacks g.only_grown"),
         ],

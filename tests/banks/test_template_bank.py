@@ -64,6 +64,7 @@ class TestACompressedBank:
         assert bank.same_recipe(recipe([[1.0, 0.0]], [[1.0], [1.0]]))
         assert not bank.same_recipe(recipe([[0.0, 1.0]], [[1.0], [1.0]]))
         assert not bank.same_recipe(recipe([[1.0, 0.0]], [[1.0], [2.0]]))
+        assert not TemplateBank("exact", bank.members, bank.layers).same_recipe(recipe([[1.0, 0.0]], [[1.0], [1.0]]))
 
     def test_in_low_precision_keeps_its_base_coefficients_in_float32(self) -> None:
         bank = mixed_bank(FIRST, FIRST, mix=[[1.0, 0.0]], base=[[1.0 + 2**-20], [1.0]])

@@ -327,6 +327,16 @@ class TestScales:
                 assert torch.equal(model(IMAGES.double()), make()(IMAGES.double()))
         torch.testing.assert_close(model.merge_and_unload()(IMAGES.double()), wanted, rtol=1e-6, atol=1e-6)
 
+    def test_in_bfloat16(self, kind: str) -> None:
+        make = NORMED[kind]
+        stored = bank_of_scales(make)
+        model = task_on(lambda: make().bfloat16(), stored)
+        with torch.no_grad():
+            found = model(IMAGES.bfloat16())
+            wanted = moved_by_hand(make, model, "task", stored)
+        assert found.dtype == torch.bfloat16
+        assert (found - wanted).norm() < 0.05 * wanted.norm()
+
     def test_a_fresh_task_changes_nothing(self, kind: str) -> None:
         make = NORMED[kind]
         fresh = get_recast_model(make(), RecastConfig(group_size=1, partners=[BiasConfig(bank=bank_of_scales(make))])).eval()

@@ -139,14 +139,17 @@ class TestTheBank:
         assert torch.isfinite(adapted(**texts(3)).last_hidden_state).all()
 
     def test_follows_from_the_seed(self) -> None:
-        def made(seed: int) -> str:
+        def made(seed: int, others: int = 0, of: str = "biases") -> str:
             family = MissingWords(MASK, (PAD,), words=4, examples=5, least=5)
-            model, state = bert(), torch.get_rng_state()
-            bank = practice_bank(model, texts(), family, tasks=2, epochs=3, seed=seed, progress=False)
+            model = bert()
+            torch.manual_seed(others)
+            state = torch.get_rng_state()
+            bank = practice_bank(model, texts(), family, tasks=2, of=of, epochs=3, seed=seed, progress=False)
             assert torch.equal(torch.get_rng_state(), state)
             return bank.fingerprint
 
-        assert made(0) == made(0) != made(1)
+        assert made(0) == made(0, others=1) != made(1)
+        assert made(0, of="weights") == made(0, others=1, of="weights")
 
     def test_of_weights_with_a_family_of_ones_own(self) -> None:
         config = RecastConfig(target_modules=["qkv", "fc1"], group_size=1)
@@ -252,6 +255,16 @@ def test_features_are_means_over_what_is_attended_to() -> None:
     hidden = bert()(**data).last_hidden_state
     torch.testing.assert_close(found[0], hidden[0, :8].mean(0))
     torch.testing.assert_close(found[1], hidden[1].mean(0))
+    positions = torch.arange(24.0).view(1, 3, 4, 2)  # of a picture, channels first
+    for given, wanted in ((positions, [3.5, 11.5, 19.5]), (positions.flatten(2).mT, [3.5, 11.5, 19.5])):
+        assert mean_features(nn.Identity(), given).tolist() == [wanted]
+
+
+def test_a_row_alone_goes_with_the_batch_before_it() -> None:
+    def sizes(count: int) -> list[int]:
+        return [len(rows) for rows in practice._batches(count, 4, 1, torch.Generator())]
+
+    assert [sizes(count) for count in (1, 4, 5, 6, 9)] == [[1], [4], [5], [4, 2], [4, 5]]
 
 
 @pytest.mark.parametrize(

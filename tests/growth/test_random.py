@@ -56,6 +56,12 @@ def test_refuses_a_seed_that_is_no_number() -> None:
         bank(seed="a")
 
 
+def test_a_config_says_which_modules_share_templates_and_none_lets_no_two() -> None:
+    assert {len(group.members) for group in random_bank(tiny_vit(), num_templates=1).groups.values()} == {1}
+    together = random_bank(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2), num_templates=1)
+    assert {len(group.members) for group in together.groups.values()} == {2}
+
+
 def test_refuses_a_converted_model() -> None:
     with pytest.raises(RecastConfigError, match="random_bank needs the plain pretrained model"):
         random_bank(get_recast_model(tiny_vit(), CONFIG), CONFIG)

@@ -73,10 +73,17 @@ class TestGrowing:
         with pytest.raises(RecastBankError, match="none of the 1 sources moved"):
             grow_bank(tiny_vit(), [tiny_vit()], config())
 
+    def test_without_a_config_no_two_modules_share_templates(self) -> None:
+        assert {len(group.members) for group in grow_bank(tiny_vit(), [lora(0)]).groups.values()} == {1}
+
     @pytest.mark.parametrize("fields", [{"num_templates": 0}, {"rank": 0}, {"rank": True}])
     def test_wrong_numbers_are_refused(self, fields: dict) -> None:
         with pytest.raises(RecastConfigError, match="at least 1"):
             grown(**fields)
+
+    def test_a_switch_that_is_none_is_refused(self) -> None:
+        with pytest.raises(RecastConfigError, match="plain_templates='no': expected True or False"):
+            grown(plain_templates="no")
 
 
 class TestExtending:
