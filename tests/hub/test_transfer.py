@@ -132,8 +132,10 @@ class TestFetching:
     def test_finds_the_only_task_of_a_repository_or_a_folder(self, hub: HubServer, tmp_path: Path) -> None:
         make_model("cars").save_pretrained(tmp_path / "local")
         assert fetch_task(tmp_path / "local").name == "cars"
-        hub.add("ada/one", {f"cars/{p.name}": p.read_bytes() for p in (tmp_path / "local" / "cars").iterdir()})
+        first = hub.add("ada/one", {f"cars/{p.name}": p.read_bytes() for p in (tmp_path / "local" / "cars").iterdir()})
         assert fetch_task("ada/one").name == "cars"
+        hub.add("ada/one", {f"birds/{p.name}": p.read_bytes() for p in (tmp_path / "local" / "cars").iterdir()})
+        assert fetch_task("ada/one", revision=first).name == "cars"
 
     def test_of_several_tasks_asks_which(self, hub: HubServer, tmp_path: Path) -> None:
         model = make_model("cars", "birds")

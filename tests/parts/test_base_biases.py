@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from models import seeded
@@ -42,7 +44,9 @@ def config(bias: str, **fields: object) -> RecastConfig:
     ],
 )
 def test_those_of_both_parts_are_trained_and_stored(bias: str, expected: set[str]) -> None:
-    model = get_recast_model(three_layers(), config(bias))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # all of them are parameters
+        model = get_recast_model(three_layers(), config(bias))
     assert trained(model) == expected
     with torch.no_grad():
         for parameter in (p for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad):

@@ -11,12 +11,12 @@ import torch
 import transformers
 from models import small_transformer, small_vit
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from transformers import BertConfig, BertForSequenceClassification
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
-from recast_peft.parts.head_building import find_head
+from recast_peft.parts.head_building import find_head, prepare_head
 
 
 class TestFinding:
@@ -24,6 +24,8 @@ class TestFinding:
         assert find_head(small_vit()) == "head"
         assert find_head(timm.create_model("resnet10t")) == "fc"
         assert find_head(small_transformer("bert")) == "classifier"
+        layers = {"body": nn.Linear(4, 4), "class_head": nn.Linear(4, 2), "box_head": nn.Identity()}
+        assert find_head(nn.ModuleDict(layers)) == "class_head"  # the one linear layer that is called a head
 
     def test_a_name_that_does_not_exist(self):
         with pytest.raises(RecastTargetError, match="no such module; top level: .*head"):
@@ -64,6 +66,20 @@ class TestFinding:
             get_recast_model(small_vit(), RecastConfig(num_classes=3, head_init="copy"))
         model = get_recast_model(small_vit(), RecastConfig(num_classes=7, head_init="copy"))
         assert torch.equal(model(images), small_vit()(images))
+
+
+class TestFreshHeads:
+    @pytest.mark.parametrize("layer", [nn.Linear(4, 7), nn.Conv2d(4, 7, 1)], ids=["linear", "convolution"])
+    def test_follow_from_the_seed_and_hardly_move_the_features(self, layer: nn.Module) -> None:
+        def weights(seed: int) -> Tensor:
+            torch.manual_seed(seed + 1)  # says nothing
+            head = prepare_head(nn.Sequential(layer), RecastConfig(num_classes=500, head_module="0", seed=seed // 2)).module
+            assert not head.bias.any()
+            return head.weight.detach()
+
+        assert torch.equal(weights(0), weights(1))
+        assert not torch.equal(weights(0), weights(2))
+        assert weights(0).std() == pytest.approx(0.001, rel=0.1)
 
 
 class TestTheKindOfLoss:

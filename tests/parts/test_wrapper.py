@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from recast_peft import RecastConfigError
+from recast_peft.composition.mixed_batch import MixedBatch, mixed_batch
 from recast_peft.parts.head import split_logits
 from recast_peft.parts.wrapper import TaskModule, check_one_owner, joined
 
@@ -48,6 +49,24 @@ def shown(place: TaskModule) -> float:
 
 def trained(place: TaskModule) -> list[str]:
     return [name for name, module in place.modules_to_save.items() if module.value.requires_grad]
+
+
+class Sum(Constant):
+    """Adds its number to what it is called with."""
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return sum(given) + self.value
+
+
+def test_arguments_that_go_by_sample_are_told_from_numbers() -> None:
+    place = TaskModule(Sum(0.0), "head")
+    for value, name in ((1.0, "a"), (2.0, "b")):
+        place.add(name, Sum(value), active=True, inference_mode=False)
+    x, y = torch.tensor([[10.0], [20.0], [30.0]]), torch.tensor([[100.0], [200.0], [300.0]])
+    with mixed_batch(MixedBatch(("b", "a", "__base__"))):
+        assert place(x, torch.tensor(0.5)).tolist() == [[12.5], [21.5], [30.5]]
+        assert place(torch.tensor(0.5), x).tolist() == [[12.5], [21.5], [30.5]]
+        assert place(x, y).tolist() == [[112.0], [221.0], [330.0]]
 
 
 class TestTheModuleThatIsCalled:

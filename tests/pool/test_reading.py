@@ -69,6 +69,10 @@ class TestFiles:
         pool.activate("default")
         expected = PeftModel.from_pretrained(small_vit(), tmp_path).eval()(images)
         assert torch.allclose(model(images), expected, atol=1e-6)
+        for path in [path for path in tmp_path.iterdir() if path.is_file()]:
+            (tmp_path / "same").mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / "same")
+        assert model_with_pool()[1].load_folder(tmp_path) == ["default", "same", "two"]  # no checkpoint of the Trainer
         shutil.copytree(tmp_path / "two", tmp_path / "default")
         with pytest.raises(RecastConfigError, match="both hold a task of the name 'default'"):
             model_with_pool()[1].load_folder(tmp_path)
