@@ -81,7 +81,8 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
     fingerprints, surroundings = fingerprints_of(layers), _surroundings_of(model, config, layers)
     written = [name for name, layer in layers.items() if layer.is_written_to]
-    if written or _differ(surroundings, config.surroundings_fingerprint):
+    is_own = config.base_fingerprint == fingerprints  # else the config says of another model what lay beside its targets
+    if written or (is_own and _differ(surroundings, config.surroundings_fingerprint)):
         where = listed(written) or "beside its targets"
         warnings.warn(
             f"the pretrained model was changed since task {adapter_name!r} was put in ({where}): the task's file does not hold "

@@ -110,6 +110,17 @@ class TestAfterSomeoneWroteIntoThePretrainedModel:
         with pytest.warns(UserWarning, match="other weights, norms or running statistics of the model are not the same"):
             PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "t"))
 
+    def test_a_config_that_another_model_used_since_says_what_lies_in_its_own(self, tmp_path: Path) -> None:
+        config = RecastConfig(target_modules=["qkv"])
+        model = get_peft_model(tiny_vit(), config, "t")
+        own = config.surroundings_fingerprint
+        get_peft_model(tiny_vit(seed=1), config, "t")
+        assert config.surroundings_fingerprint != own
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.save_pretrained(tmp_path)
+        assert RecastConfig.from_pretrained(str(tmp_path / "t")).surroundings_fingerprint == own
+
     def test_nothing_is_said_where_nobody_did(self, model: PeftModel, tmp_path: Path) -> None:
         for other in (model, copy.deepcopy(model).bfloat16(), copy.deepcopy(model).double().float()):
             with warnings.catch_warnings():
