@@ -108,12 +108,11 @@ class SavedPart(TaskPart):
             if not isinstance(present, TaskModule):
                 present = (TaskNorm if is_norm(piece.module) else TaskModule)(plain, piece.place)
                 exchange(place.model, plain, present)
-            if not present.has_task(place.adapter_name):  # another part may own it already, as a head of another size does
-                own = plain_copy(present.original_module)
-                release_running_statistics(own)
-                detach_partners(own)
-                own.train(present.training)
-                present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
+            own = plain_copy(present.original_module)
+            release_running_statistics(own)
+            detach_partners(own)
+            own.train(present.training)
+            present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
         """None beside those of ``TaskModule``; a module that was replaced since is refused.

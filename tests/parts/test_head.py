@@ -148,6 +148,10 @@ class TestSwitching:
             0 < (shares - 1 / 5).abs().max() < 0.01
         )  # it drives the coefficients nowhere, and is not the same for all classes
 
+    def test_of_another_size_stays_where_its_place_is_saved_whole_too(self, images):
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=3, modules_to_save=["head"]))
+        assert model(images).shape == (6, 3)
+
     def test_a_plain_module_that_was_saved_whole_is_taken_over(self, images):
         model = get_recast_model(small_vit(), RecastConfig(modules_to_save=["head"]), "whole")
         learn_something(model, "whole")
