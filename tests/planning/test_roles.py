@@ -23,6 +23,14 @@ class TestShorthands:
         plan = plan_recast(tiny_vit(), RecastConfig(target_modules=targets))
         assert {name.rpartition(".")[2] for name in plan.targets} == leaves
 
+    @pytest.mark.parametrize(("targets", "expected"), [("all-attention", "attention.qkv"), ("all-mlp", "mlp.fc1")])
+    def test_leaves_out_other_kinds_of_layers_and_what_computes_position_biases(self, targets: str, expected: str) -> None:
+        def block(leaf: str) -> nn.ModuleDict:
+            return nn.ModuleDict({leaf: nn.Linear(4, 4), "table": nn.Embedding(4, 4), "pairs": nn.Bilinear(4, 4, 4)})
+
+        model = nn.ModuleDict({"attention": block("qkv"), "mlp": block("fc1"), "cpb_mlp": block("fc1")})
+        assert plan_recast(model, RecastConfig(target_modules=targets)).targets == (expected,)
+
     def test_by_a_shorthand_of_certain_layers_picks_nothing_outside_them(self) -> None:
         model = tiny_vit()
         model.stem = nn.Linear(4, 4)
