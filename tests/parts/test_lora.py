@@ -318,6 +318,12 @@ class TestOtherLoras:
         other.delete_adapter("other")
         assert torch.equal(outputs(other, vit_input()), live)
 
+    def test_a_part_beside_a_lora_on_other_modules_leaves_it_alone(self):
+        plain = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=["fc1"]), adapter_name="other").base_model.model
+        kinds = {name: type(module) for name, module in plain.named_modules() if name.endswith("fc1")}
+        get_recast_model(plain, RecastConfig(target_modules=["proj"], lora_config=lora(target_modules=["qkv"])))
+        assert {name: type(module) for name, module in plain.named_modules() if name.endswith("fc1")} == kinds
+
     @pytest.mark.filterwarnings("ignore")
     def test_a_lora_on_the_same_modules_is_refused_either_way(self):
         model = two_parts(target_modules=["qkv"])

@@ -48,6 +48,11 @@ class TestProtection:
         with torch.no_grad():
             assert torch.equal(model(vit_input()), tiny_vit()(vit_input()))
 
+    def test_taken_out_unmerged_they_leave_the_pretrained_model(self, both):
+        _, model = both
+        model.merge_adapter()
+        assert torch.equal(outputs(model.unload(), vit_input()), outputs(tiny_vit(), vit_input()))
+
     def test_numbers_are_not_loaded_under_a_merged_lora(self, both):
         task, model = both
         numbers = {key: value + 1 for key, value in get_peft_model_state_dict(task, adapter_name="task").items()}

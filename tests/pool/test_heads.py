@@ -34,9 +34,10 @@ class TestClassifiers:
         torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
         half.activate("task")
         assert torch.allclose(half.model(tokens), out, atol=1e-6)
-        half.model.to(torch.float64)
-        assert half.model(tokens.double(), task_ids=["task", "task"]).dtype == torch.float64
-        assert half.sizes()["heads"] * 2 == whole.sizes()["heads"]
+        for pool in (whole, half):
+            pool.model.to(torch.float64)
+            assert pool.model(tokens.double(), task_ids=["task", "task"]).dtype == torch.float64
+        assert half.sizes()["heads"] * 4 == whole.sizes()["heads"]  # the one that is kept in half precision stays so
         for dtype in ("int8", "float8_e4m3fn"):  # nobody could see whether the latter are finite
             with pytest.raises(RecastConfigError, match=f"head_dtype='{dtype}'"):
                 tiny_pool(head_dtype=dtype)
