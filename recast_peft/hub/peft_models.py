@@ -167,6 +167,25 @@ class TaskModel:
         if is_first:
             self.set_adapter(adapter_name, config.inference_mode)  # type: ignore[attr-defined]
 
+    def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; what is interrupted before it began leaves the task active that was."""
+        active = self.active_adapter  # type: ignore[has-type]
+        try:
+            super().set_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            if self.active_adapters != [adapter_name]:  # type: ignore[attr-defined]
+                self.active_adapter = active
+            raise
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; what is interrupted once it began is finished before."""
+        try:
+            super().delete_adapter(adapter_name)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            if adapter_name not in self.peft_config:  # type: ignore[attr-defined]
+                self.active_adapter = next(iter(self.active_adapters), [])  # type: ignore[attr-defined, assignment]
+            raise
+
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
         """The folder in a checkpoint and the name that are meant."""
         root = folder / SAFETENSORS_WEIGHTS_NAME

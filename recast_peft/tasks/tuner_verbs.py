@@ -56,9 +56,13 @@ class TaskVerbs:
         Adding.end()
         names = self._known("adapter_name", adapter_name)
         check_one_owner(self.model, names)
-        super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)  # type: ignore[misc]
-        verbs.activate(self.model, names, inference_mode)
-        switch_biases(self.model, tasks_among(self.peft_config), names, not inference_mode)
+        try:
+            super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)  # type: ignore[misc]
+            verbs.activate(self.model, names, inference_mode)
+            switch_biases(self.model, tasks_among(self.peft_config), names, not inference_mode)
+        except KeyboardInterrupt:  # noting what was before would take far longer than going on
+            self.set_adapter(adapter_name, inference_mode)
+            raise
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make tasks trainable or frozen, active or not.
@@ -85,19 +89,26 @@ class TaskVerbs:
         active = [name for name in self.active_adapters if name != adapter_name]
         inference_mode = verbs.is_frozen(self.model, self.active_adapters)
         others = [name for name in self.peft_config if name != adapter_name]
-        switch_biases(self.model, tasks_among({adapter_name: self.peft_config[adapter_name]}), others, False)
-        verbs.delete(self.model, adapter_name)
-        del self.peft_config[adapter_name]
-        self.task_pool = tuple(pool for pool in self.task_pool if pool.slot != adapter_name)  # that name may be a task's now
-        if not was_active:  # and what is merged stays so
-            return
-        if not active:
-            active = [name for name, config in self.peft_config.items() if isinstance(config, RecastConfig)][:1]
+        if was_active and not active:
+            active = [name for name in others if isinstance(self.peft_config[name], RecastConfig)][:1]
             if active:
                 said = f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}."
                 warnings.warn(said, stacklevel=4)  # PEFT's words
-        self.active_adapter = active
-        self.set_adapter(active, inference_mode)
+        switch_biases(self.model, tasks_among({adapter_name: self.peft_config[adapter_name]}), others, False)
+        try:
+            self._delete(adapter_name, active if was_active else None, inference_mode)
+        except KeyboardInterrupt:
+            self._delete(adapter_name, active if was_active else None, inference_mode)
+            raise
+
+    def _delete(self, adapter_name: str, active: list[str] | None, inference_mode: bool) -> None:
+        """Delete what is left of a task and activate others; None leaves the active ones, and what is merged, as they are."""
+        verbs.delete(self.model, adapter_name)
+        self.peft_config.pop(adapter_name, None)
+        self.task_pool = tuple(pool for pool in self.task_pool if pool.slot != adapter_name)  # that name may be a task's now
+        if active is not None:
+            self.active_adapter = active
+            self.set_adapter(active, inference_mode)
 
     @waits_for_calls
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

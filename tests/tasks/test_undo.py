@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import converted, layers_of, outputs, randomise, state, tiny_vit, vit_input
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from recast_peft import RecastConfig, RecastLayer, get_recast_model
+from recast_peft import RecastConfig, RecastLayer, RecastModel, get_recast_model
+from recast_peft.layer import recast_layers
+from recast_peft.parts.wrapper import TaskModule
 from recast_peft.tasks.undo import Snapshot, undone_on_failure
 
 
@@ -95,6 +99,59 @@ def test_a_load_that_is_interrupted_after_the_modules_were_made_leaves_the_model
     model.load_adapter(tmp_path / "stored", "second")
     model.set_adapter("second")
     assert torch.equal(outputs(model.eval(), vit_input()), outputs(stored, vit_input()))
+
+
+def _facts(model: PeftModel) -> tuple[Any, ...]:
+    """What a switch or a deletion changes: tasks, the active ones, labels, and what is trained; and what is computed."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = [layer._active_adapter for layer in recast_layers(model.get_base_model()).values()]
+    where = (model.active_adapter, model.active_adapters, layers)
+    return list(model.peft_config), where, trained, sorted(model.state_dict()), outputs(model, vit_input()).tolist()
+
+
+@pytest.mark.parametrize("verb", ["set_adapter", "delete_adapter"])
+def test_a_switch_or_deletion_that_is_interrupted_is_not_begun_or_finished(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared() -> PeftModel:
+        torch.manual_seed(0)
+        lora = LoraConfig(target_modules=["fc1"], init_lora_weights=False)
+        own = {"target_modules": ["qkv"], "num_classes": 3, "partners": ["bias"], "lora_config": lora}
+        model = converted("first", depth=2, **own)
+        model.add_adapter("second", RecastConfig(**own))
+        for name in ("first", "second"):
+            randomise(model, name, seed=len(name))
+        return model.eval()
+
+    name = "second" if verb == "set_adapter" else "first"
+    before, finished = prepared(), prepared()
+    getattr(finished, verb)(name)
+    states = _facts(before), _facts(finished)
+    assert states[0] != states[1]
+    for kind in (RecastLayer, TaskModule, LoraLayer):
+        for at in (1, 2):
+            model, calls = prepared(), []
+            original = getattr(kind, verb)
+
+            def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                if len(calls) == at:
+                    raise KeyboardInterrupt
+                return original(self, *args, **kwargs)
+
+            monkeypatch.setattr(kind, verb, stop)
+            with pytest.raises(KeyboardInterrupt):
+                getattr(model, verb)(name)
+            monkeypatch.undo()
+            assert _facts(model) in states
+    model = prepared()
+    monkeypatch.setattr(RecastModel, verb, lambda *args, **kwargs: _stop())  # while it waits for another thread's call
+    with pytest.raises(KeyboardInterrupt):
+        getattr(model, verb)(name)
+    monkeypatch.undo()
+    assert _facts(model) == states[0]
+
+
+def _stop() -> None:
+    raise KeyboardInterrupt
 
 
 def _resolve(path: str) -> Any:
