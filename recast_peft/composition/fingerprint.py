@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,12 +97,20 @@ def sign_patterns(length: int, count: int, first: int = 0) -> Tensor:
     return (((mixed >> 16) & 1) * 2 - 1).float()
 
 
+def is_fingerprint(value: Any) -> bool:
+    """Whether a value is a fingerprint of a weight."""
+    try:
+        return isinstance(value, str) and _decode(value) is not None
+    except RecastLoadError:
+        return False
+
+
 def _decode(fingerprint: str) -> np.ndarray:
     try:
         raw = base64.b64decode(fingerprint + "=" * (-len(fingerprint) % 4), validate=True)
         numbers = np.frombuffer(raw, dtype="<i2").astype(np.int64)
     except (ValueError, TypeError) as error:
-        raise RecastLoadError(f"{fingerprint!r} is not a fingerprint: {error}") from error
+        raise RecastLoadError(f"{fingerprint[:40]!r} is not a fingerprint: {error}") from error
     if len(numbers) != PROJECTIONS + 1:
-        raise RecastLoadError(f"{fingerprint!r} is not a fingerprint: {PROJECTIONS + 1} numbers expected")
+        raise RecastLoadError(f"{fingerprint[:40]!r} is not a fingerprint: {PROJECTIONS + 1} numbers expected")
     return numbers

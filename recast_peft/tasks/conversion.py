@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import TemplateBank
 from ..composition import merging
-from ..composition.fingerprint import is_coarser_form, same_weight
+from ..composition.fingerprint import is_coarser_form, is_fingerprint, same_weight
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError
+from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError
 from ..holders import container_key, put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
@@ -29,7 +30,7 @@ from ..parts.stacking import stack_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup
 from ..planning.plan import RecastPlan
-from ..validation import listed
+from ..validation import listed, shown
 
 
 @dataclass
@@ -77,6 +78,22 @@ def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:
             f"the model is converted already and has a task {adapter_name!r} (on {taken[0]} and {len(taken) - 1} other "
             "modules): choose another adapter_name, or delete_adapter first"
         )
+
+
+def check_recorded(config: RecastConfig) -> None:
+    """Refuse a stored task whose fingerprints are none.
+
+    Raises:
+        RecastLoadError: naming the task, the field and the value.
+    """
+    fields: dict[str, Any] = {f"base_fingerprint[{name!r}]": value for name, value in (config.base_fingerprint or {}).items()}
+    if config.surroundings_fingerprint is not None:
+        fields["surroundings_fingerprint"] = config.surroundings_fingerprint
+    for field, value in fields.items():
+        if not is_fingerprint(value):
+            folder = None if config.record is None or config.record.origin is None else config.record.origin[0]
+            where = "the task" if folder is None else f"the task at {folder!r}"
+            raise RecastLoadError(f"{where}: {field}={shown(value)} is not a fingerprint. Fetch the file again.")
 
 
 def check_fingerprints(

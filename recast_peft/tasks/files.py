@@ -22,6 +22,7 @@ from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, outliers, read_tensors
 from ..storage.transfer import fetch_file
+from ..validation import shown
 from .state import backbone_of, put_in, shared_entries, task_entries
 from .verbs import merged_tasks
 
@@ -138,6 +139,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         entries = task_entries(model, adapter_name, config)
         optional = _of_the_base(backbone, "all")  # as PEFT takes them
         known = {**entries, **optional}
+        _check_values(f"task {adapter_name!r}", state_dict, is_filled=not any(e.tensor.is_meta for e in entries.values()))
         given = {_key_of(_prefixed(key), known, renamed): value for key, value in state_dict.items()}
         biases = _biases(backbone, config.bias)
         # what is missing would stay what it is in the model
@@ -151,6 +153,22 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
     resized = {key: value for key, value in given.items() if key not in entries}
     own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
     return {**written, **{own[key]: value for key, value in resized.items()}}
+
+
+def _check_values(what: str, state_dict: Mapping[Any, Any], is_filled: bool) -> None:
+    """Refuse what is no dense tensor with numbers; ``is_filled``: the model itself has numbers, which others would replace."""
+    for key, value in state_dict.items():
+        odd = None
+        if not isinstance(key, str):
+            odd = "is no name of an entry"
+        elif not isinstance(value, Tensor):
+            odd = f"is {shown(value)}, no tensor"
+        elif value.layout != torch.strided:
+            odd = f"is a tensor of layout {value.layout}, give its to_dense()"
+        elif value.is_meta and is_filled:
+            odd = "is on the meta device and holds no numbers"
+        if odd is not None:
+            raise RecastLoadError(f"{what}: {key} {odd}. Nothing was loaded.")
 
 
 @contextmanager

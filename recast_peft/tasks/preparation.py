@@ -29,6 +29,7 @@ from .conversion import (
     check_fingerprints,
     check_name_is_free,
     check_other_tasks,
+    check_recorded,
     prepare_banks,
     prepare_layers,
 )
@@ -94,6 +95,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
         RecastError: saying what is wrong.
     """
     check_may_be_added_to(model, config.inference_mode)
+    check_recorded(config)
     config = under_names_of(model, config)
     plan = plan_layers(model, config)
     targets = list(plan.candidates)

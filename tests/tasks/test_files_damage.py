@@ -13,8 +13,8 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import state, tiny_vit
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from models import converted, state, tiny_vit
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from saved_tasks import CONFIG, WEIGHTS, copied, refused, rewrite, rewrite_config, save
 from torch import nn
@@ -198,3 +198,39 @@ class TestAFileWhoseConfigSaysSomethingElse:
         save(tmp_path)
         rewrite_config(tmp_path, coefficient_sharing="all")
         refused(tmp_path, RecastLoadError, "are one tensor there, and the file has other numbers for each")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda value: None, "None, no tensor"),
+        (lambda value: value.tolist(), "no tensor"),
+        (lambda value: value.numpy(), "no tensor"),
+        (lambda value: {"nested": value}, "no tensor"),
+        (lambda value: value.to("meta"), "on the meta device and holds no numbers"),
+        (lambda value: value.to_sparse(), r"layout torch\.sparse_coo"),
+    ],
+)
+def test_a_state_dict_with_something_else_than_numbers_sets_nothing(damage: Any, message: str) -> None:
+    model = converted(num_classes=3)
+    numbers = {key: torch.ones_like(value) for key, value in get_peft_model_state_dict(model).items()}
+    before, last = state(model), list(numbers)[-1]
+    with pytest.raises(RecastLoadError, match=rf"task 'default': {last} is .*{message}"):
+        set_peft_model_state_dict(model, {**numbers, last: damage(numbers[last])})
+    with pytest.raises(RecastLoadError, match="5 is no name of an entry"):
+        set_peft_model_state_dict(model, {**numbers, 5: torch.ones(1)})
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("given", ["", "x", "x" * 100_000, "/etc/passwd", "QUJD"])
+@pytest.mark.parametrize("field", ["base_fingerprint", "surroundings_fingerprint"])
+def test_what_is_no_fingerprint_is_told_with_the_field_and_shortly(field: str, given: str, tmp_path: Path) -> None:
+    converted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    fields[field] = {**fields[field], next(iter(fields[field])): given} if field == "base_fingerprint" else given
+    file.write_text(json.dumps(fields))
+    message = rf"(?s)the task at '.*': {field}.*=.* is not a fingerprint|RecastConfig\({field}=.*expected a text of 1 to 2,000"
+    with pytest.raises(RecastError, match=message) as raised:
+        PeftModel.from_pretrained(tiny_vit(), tmp_path)
+    assert len(str(raised.value)) < 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,8 @@ def test_a_switch_or_deletion_that_is_interrupted_is_not_begun_or_finished(verb:
     assert states[0] != states[1]
     for kind in (RecastLayer, TaskModule, LoraLayer):
         for at in (1, 2):
-            model, calls = prepared(), []
-            original = getattr(kind, verb)
-
-            def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
-                calls.append(1)
-                if len(calls) == at:
-                    raise KeyboardInterrupt
-                return original(self, *args, **kwargs)
-
-            monkeypatch.setattr(kind, verb, stop)
+            model = prepared()
+            monkeypatch.setattr(kind, verb, _stopped(getattr(kind, verb), at))
             with pytest.raises(KeyboardInterrupt):
                 getattr(model, verb)(name)
             monkeypatch.undo()
@@ -148,6 +141,17 @@ def test_a_switch_or_deletion_that_is_interrupted_is_not_begun_or_finished(verb:
         getattr(model, verb)(name)
     monkeypatch.undo()
     assert _facts(model) == states[0]
+
+
+def _stopped(verb: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """A verb that is interrupted the ``at``-th time that it is called."""
+    calls: list[int] = []
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return _stop() if len(calls) == at else verb(*args, **kwargs)
+
+    return stopped
 
 
 def _stop() -> None:
