@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME
@@ -14,11 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RecastConfigError, RecastError, RecastLoadError
+from ..planning.candidates import total_bytes
 from ..storage.cards import one_line
 from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
 from ..validation import listed
-from .trusted import HUB_PREFIX, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
+from .trusted import HUB_PREFIX, SIZES, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
 HOW_TO_PASS = "Pass backbone=: the model itself, keyword arguments for building it, or the path of a checkpoint."
 HOW_TO_BUILD = "Build the model yourself and pass it as backbone="
@@ -127,7 +129,8 @@ def _build_timm(
     missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
     if missing:
         raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
-    keywords = {**timm_arguments(description, own), **own}
+    chosen = timm_arguments(description, own)
+    keywords = {**chosen, **own}
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
         if not path.exists():
@@ -143,6 +146,7 @@ def _build_timm(
         name = timm_name(description["architecture"], registered)
     else:
         name = timm_name(name, registered)
+    _check_bytes(name, chosen, {key: value for key, value in own.items() if key not in SOURCE_KEYWORDS})
     model = _created(name, keywords)
     for key, actual in (("class", type(model).__name__), ("global_pool", getattr(model, "global_pool", None))):
         if key in description and key not in own and description[key] != actual:
@@ -155,6 +159,35 @@ def _build_timm(
     is_new = "checkpoint_path" not in keywords and getattr(model, "num_classes", None) not in (0, pretrained.get("num_classes"))
     prefixes = ([classifier] if isinstance(classifier, str) else list(classifier or ())) if is_new else []
     return model, [key for key in model.state_dict() if any(key.startswith(f"{prefix}.") for prefix in prefixes)]
+
+
+def _check_bytes(name: str, chosen: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse sizes of a file, each of them allowed, that together make a model of another order, as by tables of positions.
+
+    Args:
+        name: timm's.
+        chosen: arguments of the file.
+        own: the caller's.
+
+    Raises:
+        Untrusted: naming the arguments and what they would take.
+    """
+    sizes = {key: value for key, value in chosen.items() if key in SIZES}
+    if not sizes:
+        return
+    import timm
+
+    try:
+        with torch.device("meta"):
+            usual, asked = (total_bytes(timm.create_model(name, **{**more, **own})) for more in ({}, chosen))
+    except (NotImplementedError, RuntimeError):  # it computes something while it is built
+        return
+    if asked > 4 * usual + 2**30:
+        given = ", ".join(f"{one_line(key)}={one_line(value)}" for key, value in sizes.items())
+        raise Untrusted(
+            f"a task's file chose {given}, which makes a model of {asked / 2**30:,.1f} GiB, where {one_line(name)} has "
+            f"{usual / 2**30:,.1f} GiB. If it is right, pass them as backbone={{...}}"
+        )
 
 
 def _created(name: str, keywords: dict[str, Any]) -> nn.Module:

@@ -34,6 +34,8 @@ ARGUMENTS = {
     **dict.fromkeys(("always_partition", "aa_layer", "use_rot_pos_emb"), 1),
 }
 
+SIZES = ("img_size", "in_chans", "patch_size", "window_size", "output_stride", "reg_tokens")  # those that allocate
+
 
 class Untrusted(Exception):
     """Why a description is not followed; the caller says what to do."""

@@ -137,3 +137,27 @@ def test_a_folder_to_write_to_is_passed_over(tmp_path: Path) -> None:
 def test_a_number_of_classes_that_no_model_has_is_refused(classes: Any) -> None:
     with pytest.raises(RecastLoadError, match="num_classes"):
         build_backbone({"library": "transformers", "class": "ViTModel", "name": "google/vit", "num_classes": classes})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 4096, "patch_size": 1}),  # 12 GiB of positions
+        ("swin_tiny_patch4_window7_224", {"img_size": 4096, "window_size": 256}),
+        ("beit_base_patch16_224", {"img_size": 4096}),  # 384 GiB of relative positions
+    ],
+)
+def test_sizes_that_together_take_all_memory_are_refused_before_the_model_is_built(name: str, arguments: dict) -> None:
+    recorded = {"library": "timm", "name": name, "architecture": name, "arguments": arguments}
+    with pytest.raises(RecastLoadError, match=r"chose img_size=4096.* makes a model of [\d,.]+ GiB, where .* has 0\.\d GiB"):
+        build_backbone(recorded, {"pretrained": False})
+
+
+def test_sizes_that_the_caller_gives_or_that_are_small_are_taken() -> None:
+    recorded: dict[str, Any] = {"library": "timm", "name": "test_vit", "architecture": "test_vit"}
+    recorded["arguments"] = {"img_size": 320, "patch_size": 8}
+    model, _ = build_backbone(recorded, {"pretrained": False})
+    assert model.pos_embed.shape[1] == 40 * 40 + 1
+    recorded["arguments"] = {"img_size": 4096, "patch_size": 1}
+    model, _ = build_backbone(recorded, {"pretrained": False, "img_size": 32, "patch_size": 16})
+    assert model.pos_embed.shape[1] == 2 * 2 + 1
