@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from every_kind import build
-from models import Attention, Chain, layers_of, outputs, randomise, reference_model, seeded, vit_input
+from models import Attention, AttentionNet, Chain, layers_of, outputs, randomise, reference_model, seeded, vit_input
 from torch import nn
 
 from recast_peft import RecastConfig, get_recast_model
@@ -24,6 +24,18 @@ class TestMultiHeadAttention:
     def test_is_targeted_with_both_of_its_projections(self) -> None:
         _, model = self.attention()
         assert sorted(layers_of(model)) == ["0", "0.out_proj", "1", "1.out_proj"]
+
+    @pytest.mark.parametrize("merge", [False, True])
+    def test_is_taken_out_with_what_a_task_owns_whole_in_it(self, merge: bool) -> None:
+        plain = seeded(lambda: AttentionNet(True))
+        config = RecastConfig(target_modules=["0", "1"], modules_to_save=["attns.0.out_proj"])
+        model = get_recast_model(copy.deepcopy(plain), config).eval()
+        own = model.get_base_model().attns[0].out_proj.modules_to_save["default"]
+        own.weight.data += 0.3
+        left = model.merge_and_unload() if merge else model.unload()
+        assert {type(module) for module in left.modules()} == {type(module) for module in plain.modules()}
+        changed = {key for key, value in left.state_dict().items() if not torch.equal(value, plain.state_dict()[key])}
+        assert changed == ({"attns.0.out_proj.weight"} if merge else set())
 
     def test_can_leave_out_the_output_projection(self) -> None:
         model = nn.Sequential(nn.MultiheadAttention(8, 2))

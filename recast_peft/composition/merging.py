@@ -270,8 +270,8 @@ class Merging:
         if self.weight_parameter is None:
             with torch.no_grad():
                 self.set_weight_parameter(nn.Parameter(self.compose([]), requires_grad=False))
-        for name, child in base.named_children():  # a multi-head attention may have a wrapped output projection
-            if isinstance(child, type(self)):
+        for name, child in base.named_children():  # tasks may have something at the output projection of an attention
+            if hasattr(child, "unload_and_optionally_merge_module"):
                 setattr(base, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
         if hasattr(self.weight_parameter, STANDS_FOR):  # from now on it is an ordinary parameter
             delattr(self.weight_parameter, STANDS_FOR)
