@@ -113,10 +113,9 @@ def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list
     _check_every_name(candidates, config)
     matched = [c for c in candidates if any(_is_meant(config, name) for name in c.names) and not _left_out(config, *c.names)]
     # a multi-head attention module stands for both of its projections
-    chosen = {c.name for c in matched}
-    for attention in [c for c in matched if isinstance(c.module, nn.MultiheadAttention)]:
-        name = f"{attention.name}.out_proj"
-        chosen.update(c.name for c in candidates if c.name == name and not _left_out(config, name))
+    projections = {f"{c.name}.out_proj" for c in matched if isinstance(c.module, nn.MultiheadAttention)}
+    further = projections.difference(c.name for c in matched)
+    matched += [c for c in candidates if c.name in further and not _left_out(config, c.name)]
     skipped, refused = {}, {}
     for candidate in matched:
         if any(lies_in(name, [config.head_module or name + "."]) for name in candidate.names):
@@ -127,7 +126,8 @@ def _by_pattern(candidates: list[Candidate], config: RecastConfig) -> tuple[list
             refused[candidate.name] = candidate.reason
     if refused:
         raise _cannot_be_targets(refused)
-    return [c for c in candidates if c.name in chosen - skipped.keys() and _usable(c)], skipped
+    chosen = {c.name for c in matched} - skipped.keys()
+    return [c for c in candidates if c.name in chosen and _usable(c)], skipped
 
 
 def _check_every_name(candidates: list[Candidate], config: RecastConfig) -> None:

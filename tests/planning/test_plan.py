@@ -164,6 +164,12 @@ def different_sizes() -> nn.Module:
     return nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3))
 
 
+def tied_projection() -> nn.Module:
+    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    model[1].weight = model[0].out_proj.weight
+    return model
+
+
 def parametrised() -> nn.Module:
     return nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
 
@@ -181,6 +187,7 @@ def parametrised() -> nn.Module:
         (eight_bit_floats, ["0"], "float8"),
         (sparse, ["0"], r"sparse_coo\), a sparse, integer"),
         (different_sizes, ["0"], "different sizes"),
+        (tied_projection, ["0"], r"tied: one parameter is 0\.out_proj\.weight and 1\.weight"),
         (parametrised, ["0"], "parametrised"),
         (lambda: nn.Sequential(nn.LazyLinear(4)), ["0"], "not initialised"),
         (lambda: nn.Sequential(nn.LayerNorm(4)), ["0"], "vector"),
