@@ -34,7 +34,7 @@ from .layer import RecastLayer
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
 from .names import block_of, modules_of, unwrapped
-from .tasks.state import task_entries, trained_outside_tasks
+from .tasks.state import keep_trained, task_entries, trained_outside_tasks
 from .validation import check_arguments, check_is_module, number_above, optional, shown
 
 COEFFICIENT_LR = 0.05  # at most, in units of a template as large as the pretrained weight
@@ -181,6 +181,8 @@ def create_recast_optimizer(
     check_arguments(optional(_rate), coefficient_lr=coefficient_lr, lora_lr=lora_lr, partner_lr=partner_lr)
     if not callable(optimizer_cls):
         raise RecastConfigError(f"optimizer_cls={shown(optimizer_cls)}: expected a class, such as torch.optim.AdamW")
+    for tuner in modules_of(model, RecastModel):
+        keep_trained(tuner)
     groups_of = trained_kinds(model)
     parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
     for parameter in model.parameters():

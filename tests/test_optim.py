@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from models import converted, layers_of, randomise, tiny_vit, vit_input
 from torch import nn
 
@@ -288,3 +289,12 @@ def test_the_check_costs_no_walk_over_the_model_at_each_step(monkeypatch: pytest
     monkeypatch.setattr("recast_peft.optim.modules_of", None)  # a walk would fail
     train_a_step(model, optimizer)
     copy.deepcopy(optimizer).step()
+
+
+def test_what_is_offloaded_is_in_an_optimizer_that_is_made_before_train_is_called() -> None:
+    model = converted(num_classes=3)
+    cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = create_recast_optimizer(model, lr=0.1)
+    trained = {id(parameter) for parameter in model.train().parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
