@@ -104,9 +104,9 @@ class BiasCoefficient(StaysInMemory):
 
     def forward(self, y: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
         """The output ``y`` of the module as it would be with the task's bias (and the task's scale of a norm)."""
-        changed = y + self._along(self.change(bias), y).to(y.dtype)
+        changed = y + self.along_channels(self.change(bias), y).to(y.dtype)
         growth = self.scale_change()
-        return changed if growth is None else changed + self._scaled(y, bias, self._along(share_of(growth, scale), y))
+        return changed if growth is None else changed + self._scaled(y, bias, self.along_channels(share_of(growth, scale), y))
 
     def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
         """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
@@ -119,13 +119,13 @@ class BiasCoefficient(StaysInMemory):
             return changed
         return changed + self._scaled(y, bias, share_of(offsets @ templates.to(offsets), scale).view(shape))
 
-    def _along(self, values: Tensor, y: Tensor) -> Tensor:
+    def along_channels(self, values: Tensor, y: Tensor) -> Tensor:
         """Values ``(channels,)`` shaped so that they can be added to an output."""
         return values.view(-1, *[1] * (y.ndim - 2)) if self.channels > 0 and y.ndim > 2 else values
 
     def _scaled(self, y: Tensor, bias: Tensor, share: Tensor) -> Tensor:
         """What a norm's output grows by where its scale grows by a share of itself: the bias is no part of that."""
-        return (y - self._along(bias, y).to(y.dtype)) * share.to(y.dtype)
+        return (y - self.along_channels(bias, y).to(y.dtype)) * share.to(y.dtype)
 
 
 def share_of(growth: Tensor, scale: Tensor | None) -> Tensor:

@@ -133,9 +133,9 @@ class TaskBiases(TaskPartners):
         if self.pretrained_bias is not None:
             module = cast(BiasCoefficient, next(iter(self.modules_to_save.values())))
             if self.pretrained_weight is not None:
-                merged = module._along(self._now(), y).to(y.dtype)
-                y = (y - merged) * module._along(self.pretrained_weight / self._now("weight"), y).to(y.dtype) + merged
-            y = y + module._along(self.pretrained_bias - self._now(), y).to(y.dtype)
+                merged = module.along_channels(self._now(), y).to(y.dtype)
+                y = (y - merged) * module.along_channels(self.pretrained_weight / self._now("weight"), y).to(y.dtype) + merged
+            y = y + module.along_channels(self.pretrained_bias - self._now(), y).to(y.dtype)
         assert batch.pool is not None
         slot = batch.pool.slot
         if not self.has_task(slot):

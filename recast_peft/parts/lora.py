@@ -75,7 +75,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     base_layer: nn.Module
     module_name: str
-    _parts: Any = None  # LoraParts, once the layer is a part
+    _parts: LoraParts
     trained_kind = "lora"
     _by_weight = False  # computed by the weight, where the pair beside the module says something else
     _takes = ""  # the name of the module's first argument, by which it may be given
@@ -90,7 +90,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active tasks; names that are no tasks are those of another wrapper's adapters, which are no business here."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if self._parts is None or not names or self._parts.has_tasks(names):
+        if not names or self._parts.has_tasks(names):
             super().set_adapter(keys_of(names), inference_mode)  # type: ignore[misc]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -134,8 +134,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     @property
     def disable_adapters(self) -> bool:
-        is_off = self._disable_adapters or self.stands_aside or self._switched_off
-        return is_off or (self._parts is not None and self._parts.are_left_out)
+        return self._disable_adapters or self.stands_aside or self._switched_off or self._parts.are_left_out
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
@@ -369,10 +368,10 @@ def _install(place: Place, plan: LoraPlan) -> None:
 
 
 def _adopt(layer: Any, parts: LoraParts, key: str, module_name: str) -> None:
+    layer._parts, layer.module_name = parts, module_name
     stack_around(layer, layer.base_layer)
     mix_in(layer, PartLayer, outermost=True)
     vars(layer).setdefault("history", CallHistory())
-    layer._parts, layer.module_name = parts, module_name
     layer._by_weight = not adds_to_output(layer.get_base_layer())
     layer._takes = next(iter(inspect.signature(layer.get_base_layer().forward).parameters), "")
     composed = layer.recast_layer
