@@ -8,7 +8,7 @@ module of the model gets another name. What acts on a weight belongs to the ``Re
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -219,10 +219,14 @@ class TaskPartners(ScaledModule):
         samples = batch.samples_in(x, self)
         if batch.pool is not None:
             return self._adapted_from_pool(batch, y)
+        return self._by_sample(batch, samples, y, lambda name, rows: self._scaled(name, x[rows], y[rows]))
+
+    def _by_sample(self, batch: MixedBatch, samples: int, y: Tensor, adapted: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """The output with the samples of each task that is held here as ``adapted(task, rows)`` gives them."""
         for key, indices in batch.rows(samples).items():
             if isinstance(key, str) and key in self._adapters:
                 rows = batch.index(indices, y.device)
-                y = y.index_copy(0, rows, self._scaled(key, x[rows], y[rows]))
+                y = y.index_copy(0, rows, adapted(key, rows))
         return y
 
     def _scaled(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:

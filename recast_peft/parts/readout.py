@@ -282,12 +282,7 @@ class TaskReadouts(TaskPartners):
             return self._adapted(cast(str, self.shown_task), inputs, y)
         if batch.pool is not None:
             return self._read_from_pool(batch, inputs, y)
-        before = y
-        for key, indices in batch.rows(len(y)).items():
-            if isinstance(key, str) and key in self._adapters:
-                rows = batch.index(indices, y.device)
-                y = y.index_copy(0, rows, self._adapted(key, inputs, before)[rows])
-        return y
+        return self._by_sample(batch, len(y), y, lambda name, rows: self._adapted(name, inputs, y)[rows])
 
     def _read_from_pool(self, batch: MixedBatch, inputs: dict[str, Tensor], y: Tensor) -> Tensor:
         """The features of samples with tasks of a pool, all of which have the readout of its slot."""
