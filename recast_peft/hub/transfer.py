@@ -15,7 +15,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..banks.card import push_bank_to_hub
 from ..config import tasks_among
 from ..errors import RecastConfigError, RecastError, RecastLoadError
-from ..storage.cards import CARD_NAME
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
 from ..validation import check_is_peft_model, check_is_task, checked_names, listed
@@ -135,8 +134,6 @@ def _push(model: PeftModel, repo_id: str, names: Sequence[str], license: str | N
     with TemporaryDirectory() as folder:
         saved = Path(folder, "saved")
         PeftModel.save_pretrained(model, str(saved), selected_adapters=list(names))
-        for card in saved.rglob(CARD_NAME):
-            card.unlink()
         if len(names) == 1 and names[0] != "default":
             saved = saved / names[0]
         return commit_folder(

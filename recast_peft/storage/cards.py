@@ -95,6 +95,8 @@ def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_giv
     card = _read(path)
     if not is_hub_name(card.data.get("base_model")):
         card.data["base_model"] = None  # PEFT writes paths of this machine there, which the Hub refuses
+    if "model-index" in data:
+        card.data.eval_results = None  # type: ignore[attr-defined]  # else the library writes what was there
     for key, value in data.items():
         if key == "tags":
             kept = [tag for tag in card.data.get("tags") or () if not str(tag).startswith("base_model:")]

@@ -125,6 +125,9 @@ class TestTheCard:
         assert result["dataset"] == {"name": "CUB Birds", "type": "cub-birds"}
         assert result["metrics"][0]["value"] == 0.5
         assert data["license"] == "cc-by-4.0"
+        again = write_model_card(tmp_path / "flowers", repo_id="eve/birds", results={"accuracy": 0.75})
+        (index,) = metadata(Path(again).read_text())["model-index"]
+        assert (index["name"], index["results"][0]["metrics"][0]["value"]) == ("eve/birds", 0.75)
 
     def test_takes_a_license_over_what_it_knew(self, tmp_path: Path) -> None:
         self.save(tmp_path / "flowers", backbone={"library": "timm", "name": "a.b", "license": "cc-by-4.0"})
