@@ -223,8 +223,9 @@ def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> n
             )
         return copy.deepcopy(layer)
     if isinstance(layer, nn.Conv2d):
-        options = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
-        new: nn.Module = nn.Conv2d(layer.in_channels, config.num_classes, layer.kernel_size, **options, **like)  # type: ignore
+        kept = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        options: Any = {name: getattr(layer, name) for name in kept}
+        new: nn.Module = nn.Conv2d(layer.in_channels, config.num_classes, bias=layer.bias is not None, **options, **like)  # type: ignore
         return _fresh(new, config)
     return _fresh(nn.Linear(layer.in_features, config.num_classes, bias=layer.bias is not None, **like), config)
 

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from transformers import BertConfig, BertForSequenceClassification
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
-from recast_peft.parts.head_building import find_head, prepare_head
+from recast_peft.parts.head_building import classes_of, find_head, prepare_head
 
 
 class TestFinding:
@@ -80,6 +80,20 @@ class TestFreshHeads:
         assert torch.equal(weights(0), weights(1))
         assert not torch.equal(weights(0), weights(2))
         assert weights(0).std() == pytest.approx(0.001, rel=0.1)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_are_the_models_own_but_for_the_classes(self, bias: bool) -> None:
+        steps = {"stride": 2, "padding": 3, "dilation": 2, "padding_mode": "circular"}
+        convolution, linear = nn.Conv2d(4, 7, 3, bias=bias, **steps), nn.Linear(4, 7, bias=bias)
+        for layer, x, shape in ((convolution, torch.ones(2, 4, 8, 8), (2, 3, 5, 5)), (linear, torch.ones(2, 4), (2, 3))):
+            head = prepare_head(nn.Sequential(layer), RecastConfig(num_classes=3, head_module="0")).module
+            assert head(x).shape == shape
+            assert (head.bias is not None) == bias
+            assert getattr(head, "padding_mode", None) == getattr(layer, "padding_mode", None)
+
+    def test_have_as_many_classes_as_their_last_layer_gives(self) -> None:
+        assert classes_of(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))) == 3
+        assert classes_of(nn.ReLU()) is None
 
 
 class TestTheKindOfLoss:
