@@ -230,7 +230,7 @@ def distill(
     Batches are taken one after the other, from the start again when they end.
 
     Returns:
-        the tuned templates, in the dtype they had. The loss is the mean over the blocks of the squared difference of the
+        the tuned templates, in the dtype they had. The loss is the sum over the blocks of the squared difference of the
         features in units of the pretrained features' mean square.
     """
     if not method.distill_steps:
@@ -256,7 +256,7 @@ def distill(
             wanted = dict(outputs)
             with torch.enable_grad():
                 run_on(model, batch, _composed(members, leaves))
-                loss = sum((outputs[b] - wanted[b]).square().mean() / wanted[b].square().mean() for b in wanted) / len(wanted)
+                loss = sum((outputs[b] - wanted[b]).square().mean() / wanted[b].square().mean() for b in wanted)
                 gradients = torch.autograd.grad(loss, flat)  # type: ignore[arg-type]
             for leaf, gradient in zip(flat, gradients, strict=True):
                 leaf.grad = gradient

@@ -170,6 +170,8 @@ class TestRefusal:
             get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])).save_bank(tmp_path)
         with pytest.raises(RecastBankError, match="nothing to store"):
             fit_bank(tiny_vit(), RecastConfig(target_modules=["qkv"]))
+        with pytest.raises(RecastBankError, match="nothing to store"):
+            fit_bank(tiny_vit(), RecastConfig(target_modules=["qkv"], num_directions=2))
 
     def test_of_a_converted_model_by_fit_bank(self) -> None:
         with pytest.raises(RecastConfigError, match="converted already"):

@@ -16,8 +16,8 @@ from recast_peft import (
     fit_bank,
     get_recast_model,
 )
-from recast_peft.growth.fitting import input_moments, output_change
-from recast_peft.mimicry import DataAware
+from recast_peft.growth.fitting import distill, input_moments, output_change
+from recast_peft.mimicry import DataAware, FittedTemplates
 from recast_peft.planning.targets import find_targets
 
 
@@ -65,6 +65,34 @@ def test_moments_of_convolutions_give_the_energy_of_their_outputs(layer: nn.Conv
         energy = (model(x) - layer.bias.view(1, -1, 1, 1)).square().sum(dim=1).mean()  # type: ignore[union-attr]
         torch.testing.assert_close(((weight @ moment) * weight).sum(), energy.detach(), rtol=1e-4, atol=1e-5)
     assert moment.shape == (36 // layer.groups, 36 // layer.groups)
+
+
+class Side(nn.Module):
+    """Two blocks side by side, of which one gives features a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 1, bias=False)) for _ in range(2))
+        for block, weight in zip(self.blocks, WEIGHTS, strict=True):
+            block[0].weight.data = torch.tensor([weight])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([block(x) for block in self.blocks])
+
+
+WEIGHTS = ([1.0, 0.0], [0.0, 100.0])
+
+
+def test_distillation_takes_every_block_for_as_much() -> None:
+    model = Side()
+    members = {"both": find_targets(model, RecastConfig(target_modules=["0"]))[0]}
+    start = FittedTemplates(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[1.0], [100.0]], dtype=torch.float64))
+    method = DataAware(distill_steps=50, distill_learning_rate=0.03, progress=False)
+    fit = distill(model, members, {"both": start}, [torch.eye(2)], method)["both"]
+    found, wanted = fit.base @ fit.templates[0].double(), torch.tensor(WEIGHTS, dtype=torch.float64)
+    errors = (found - wanted).square().sum(1) / wanted.square().sum(1)
+    # 2 and 0 at the start; the larger block alone would leave the template where it is, at errors of 1 and 0 at best
+    assert errors.max() < 0.9
 
 
 def test_a_layer_that_is_never_called_counts_with_its_weight() -> None:
