@@ -32,9 +32,9 @@ def make_transformers(seed: int = 0) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=5)).eval()
 
 
-def serve_timm(hub: HubServer, folder: Path, seed: int = 0, name: str = BASE, **kwargs: Any) -> str:
-    """Put a timm model on the server in timm's own format."""
-    save_for_hf(make_timm(seed), folder / str(seed), model_args=TIMM_SIZES, safe_serialization=True)
+def serve_timm(hub: HubServer, folder: Path, seed: int = 0, name: str = BASE, is_old: bool = False, **kwargs: Any) -> str:
+    """Put a timm model on the server in timm's own format, or in the one that it had before safetensors."""
+    save_for_hf(make_timm(seed), folder / str(seed), model_args=TIMM_SIZES, safe_serialization=not is_old)
     return hub.add(name, folder_content(folder / str(seed)), **kwargs)
 
 

@@ -82,6 +82,13 @@ class TestATimmBackboneOnTheHub:
         assert torch.equal(output(AutoRecastModel.from_pretrained(TASK)), online)
         assert len(hub.requests) == count
 
+    def test_may_be_in_the_format_before_safetensors(self, hub: HubServer, tmp_path: Path) -> None:
+        serve_timm(hub, tmp_path, is_old=True)
+        model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval())
+        model.save_pretrained(tmp_path / "task")
+        loaded = AutoRecastModel.from_pretrained(tmp_path / "task", cache_dir=tmp_path / "fresh")
+        assert torch.equal(output(loaded), output(model))
+
     def test_that_is_private_opens_with_the_token(self, hub: HubServer, tmp_path: Path, monkeypatch: Any) -> None:
         serve_timm(hub, tmp_path, private=True)
         model = learned(timm.create_model(f"hf-hub:{BASE}", pretrained=True).eval())

@@ -37,6 +37,16 @@ class TestMultiHeadAttention:
         changed = {key for key, value in left.state_dict().items() if not torch.equal(value, plain.state_dict()[key])}
         assert changed == ({"attns.0.out_proj.weight"} if merge else set())
 
+    def test_is_taken_out_with_the_tasks_that_are_named(self) -> None:
+        _, model = self.attention()
+        model.add_adapter("other", RecastConfig(target_modules=["0", "1"]))
+        randomise(model, "other", 3)
+        twin = copy.deepcopy(model)
+        twin.set_adapter("other")
+        wanted, found = twin.merge_and_unload().state_dict(), model.merge_and_unload(adapter_names=["other"]).state_dict()
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
     def test_can_leave_out_the_output_projection(self) -> None:
         model = nn.Sequential(nn.MultiheadAttention(8, 2))
         model = get_recast_model(model, RecastConfig(target_modules=["0"], exclude_modules=["out_proj"]))

@@ -161,6 +161,17 @@ class TestMerging:
         live = outputs(model, vit_input())
         torch.testing.assert_close(outputs(model.merge_and_unload(safe_merge=True), vit_input()), live, rtol=1e-5, atol=1e-6)
 
+    def test_is_taken_out_as_it_would_be_merged_now(self) -> None:
+        merged, fresh = converted(), converted()
+        randomise(merged)
+        randomise(fresh)
+        merged.merge_adapter()
+        for model in (merged, fresh):
+            for layer in layers_of(model).values():
+                layer.set_scale("default", 0.5)
+        wanted, found = (model.merge_and_unload().state_dict() for model in (fresh, merged))
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
     def test_knows_what_the_task_adds(self) -> None:
         model = converted()
         randomise(model)

@@ -303,6 +303,10 @@ class TestTasks:
         model.merge_adapter(["two", "three", "groups"])
         assert torch.allclose(outputs(model, vit_input()), outputs(plain, vit_input()), atol=1e-5)
 
+    def test_its_weights_are_composed_where_the_coefficients_lie(self) -> None:
+        bank = layers_of(converted(num_directions=2))["blocks.0.attn.qkv"].recast_bank["default"]
+        assert bank.added_to(None, torch.zeros(4, device="meta")).is_meta
+
     def test_tasks_are_added_up(self) -> None:
         model = converted("a", num_directions=2, init_weights=False)
         model.add_adapter("b", RecastConfig(target_modules=["qkv"], num_directions=2, init_weights=False, seed=1))

@@ -15,6 +15,7 @@ from recast_peft.composition.kinds import (
     CONVOLUTION,
     KINDS,
     LINEAR,
+    QUANTISED_LINEAR,
     LayerKind,
     add_bias,
     family_of,
@@ -152,6 +153,12 @@ def test_a_subclass_that_computes_the_same_is_of_the_kind_but_not_read_lazily() 
     assert kind_of(Own(2, 3)) is LINEAR
     assert not is_lazily_readable(Own(2, 3))
     assert is_lazily_readable(nn.Linear(2, 3))
+
+
+def test_a_quantised_layer_takes_its_bias_in_the_precision_of_the_input() -> None:
+    module, x = make(nn.Linear)
+    weight, bias = module.weight.detach(), module.half().bias.detach().float()
+    torch.testing.assert_close(QUANTISED_LINEAR.call(module, weight, x), x @ weight.T + bias)
 
 
 def test_of_a_container_nothing_is_known() -> None:

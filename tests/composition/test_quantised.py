@@ -6,6 +6,7 @@ import inspect
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from quantised_models import (
 from torch import nn
 
 from recast_peft import RecastBankError, RecastConfig, RecastTargetError, get_recast_model
-from recast_peft.composition.quantised import _unpacked, quantised_by, restore_class
+from recast_peft.composition.quantised import _unpacked, dequantised, quantised_by, restore_class
 
 sizes = pytest.mark.parametrize("group_size", [1, 2, 3, None])  # None: cores between main directions
 
@@ -267,6 +268,14 @@ def test_what_pickle_forgets_of_a_packed_weight_comes_back(kind: type[nn.Linear]
     restore_class(module)
     assert type(module.weight) is Int8Params
     assert quantised_by(module) == "bitsandbytes"
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_scales_of_eight_bits_are_found_before_and_after_the_first_call(is_called: bool) -> None:
+    module, scales = Packed(3, 2), torch.tensor([2.0, 127.0])
+    module.weight = Int8Params(torch.tensor([[127, 0, -127], [1, 2, 3]], dtype=torch.int8), requires_grad=False)
+    module.weight.SCB, module.state = (None if is_called else scales), SimpleNamespace(SCB=scales if is_called else None)
+    assert dequantised(module).tolist() == [[2.0, 0.0, -2.0], [1.0, 2.0, 3.0]]
 
 
 @sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -115,6 +116,40 @@ def test_a_call_in_a_backward_pass_that_computes_nothing_again_is_one_like_other
     found.register_hook(lambda gradient: seen.append(call(model, None).detach()))
     found.sum().backward()
     torch.testing.assert_close(seen, [found.detach()])
+
+
+class Again(torch.autograd.Function):
+    """An operation that calls a module again in its backward pass, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), gradient)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("way", ["an operation of one's own", "tensors kept elsewhere"])
+def test_gradients_of_what_is_computed_again_by_other_means(way: str) -> None:
+    expected, model = model_with_tasks(), model_with_tasks()
+    switched(expected, None)
+    if way == "tensors kept elsewhere":
+        with torch.autograd.graph.save_on_cpu():
+            switched(model, True)
+    else:
+        for block in model.get_base_model().blocks:
+            block.forward = partial(lambda forward, x: Again.apply(x, forward), block.forward)
+        switched(model, None)
+    wanted, found = gradients(expected), gradients(model)
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_change_the_next_step_is_right_too() -> None:

@@ -7,12 +7,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Chain, converted, tiny_vit
 from torch import nn
 
-from recast_peft import RecastConfig, RecastTargetError, plan_recast
+from recast_peft import RecastBankError, RecastConfig, RecastTargetError, StoredBank, plan_recast
+from recast_peft.banks.stored_group import StoredGroup
 from recast_peft.names import role_of
 from recast_peft.planning.groups import coefficient_owners, sharing_of
 
@@ -114,6 +116,14 @@ class TestGrouping:
     def test_refuses_given_groups_whose_members_differ(self) -> None:
         with pytest.raises(RecastTargetError, match=r"'mixed' differ in shape(?s:.*)24x8(?s:.*)16x8"):
             plan_recast(tiny_vit(), RecastConfig(groups={"mixed": [QKV[0], "blocks.0.mlp.fc1"]}))
+
+    def test_refuses_those_of_a_bank_that_has_others(self) -> None:
+        stored = StoredGroup(("other",), torch.zeros(1, 2, 2), torch.ones(1, 1))  # a bank stores something
+        bank = StoredBank({"near": StoredGroup((QKV[1],)), "other": stored}, {})
+        for name, said in (("near", rf"\(24, 8\) for {QKV[1]}"), ("far", "no such group")):
+            message = rf"does not fit group '{name}'\n  in the bank:  {said}\n  in the model: \(24, 8\) for {QKV[0]}"
+            with pytest.raises(RecastBankError, match=message):
+                plan_recast(tiny_vit(), RecastConfig(groups={name: [QKV[0]]}, bank=bank))
 
     def test_refuses_given_groups_of_modules_that_are_not_there(self) -> None:
         with pytest.raises(RecastTargetError, match=r"1 of 2 target modules(?s:.*)near \['blocks\.0\.attn\.qkv'"):

@@ -71,9 +71,10 @@ class TestFiles:
         with pytest.raises(RecastConfigError, match="already"):
             fresh.load(path)
 
-    def test_packed_files_with_wrong_contents(self, tmp_path):
+    def test_packed_files_with_wrong_contents(self, tmp_path, images):
         _, pool = model_with_pool(1)
         pool.add("headed", RecastConfig(num_classes=3))
+        pool.remember("headed", images)
         path = tmp_path / "pool.safetensors"
         pool.save(path)
         with safe_open(path, framework="pt") as file:
@@ -89,6 +90,8 @@ class TestFiles:
             ({"heads.0.weight": torch.zeros(1, 2, 16)}, "classifiers of kind 0 are damaged"),
             ({"heads.0.places": torch.tensor([2])}, "classifier of place 2 among 2 tasks is damaged"),
             ({"heads.0.labels": torch.tensor([1])}, "does not fit the model"),
+            ({"remembered.places": torch.tensor([2])}, "remembered for routing is damaged"),
+            ({"remembered.scatter": tensors["remembered.scatter"][:, 1:].contiguous()}, "remembered for routing is damaged"),
         ):
             save_file({**tensors, **changed}, path, metadata)
             with pytest.raises(RecastLoadError, match=message):
