@@ -54,17 +54,6 @@ class TestSeveralTasks:
         model.set_adapter("alone")
         close(outputs(model.merge_and_unload(adapter_names=[name]), vit_input()), results[name])
 
-    def test_parts_inside_of_a_later_layer_are_merged_by_name(self):
-        part = lora(target_modules=["proj"])
-        model = get_recast_model(tiny_vit(depth=2), RecastConfig(target_modules=["qkv"], lora_config=part), "first").eval()
-        model.add_adapter("second", RecastConfig(target_modules=["qkv", "proj"], lora_config=part))
-        fill(model, "first", 4)
-        fill(model, "second", 5)
-        model.set_adapter("second")
-        wanted = outputs(model, vit_input())
-        model.set_adapter("first")
-        close(outputs(model.merge_and_unload(adapter_names=["second"]), vit_input()), wanted)
-
     def test_two_tasks_at_once(self, three):
         model, _ = three
         model.base_model.set_adapter(["task", "other"])
