@@ -11,6 +11,10 @@ from typing import Any
 
 from ...errors import RecastConfigError
 from ...storage.json_reader import Fields, read_json
+from ...validation import did_you_mean
+
+FIELDS = ("name", "tasks", "admin")
+HASHED = "sha256:"
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,25 @@ class Tenants:
 
     Args:
         by_token: tenants by their tokens, or by ``sha256:<hash of the token>``.
+
+    Raises:
+        RecastConfigError: if there is none, a hash is none, or one token is given twice.
     """
 
     def __init__(self, by_token: Mapping[str, Tenant]) -> None:
         if not by_token:
             raise RecastConfigError("no token was given: nobody could ask for anything")
         self._by_hash = {_stored(token): tenant for token, tenant in by_token.items()}
+        if len(self._by_hash) < len(by_token):
+            raise RecastConfigError("a token was given twice, as itself and as its hash: leave one of them out")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> Tenants:
-        """Read tenants from JSON: ``{"sha256:...": {"name": "ada", "tasks": ["cats"], "admin": false}}``."""
+        """Read tenants from JSON: ``{"sha256:...": {"name": "ada", "tasks": ["cats"], "admin": false}}``.
+
+        Raises:
+            RecastConfigError: if the file cannot be read, or has other fields or values than these.
+        """
         fields = read_json(path, error=RecastConfigError)
         return cls({token: _tenant(fields.object(token)) for token in fields})
 
@@ -62,13 +75,19 @@ class Tenants:
 
 
 def _tenant(fields: Fields) -> Tenant:
+    for key in fields.keys() - set(FIELDS):  # a misspelt "tasks" would show all of them
+        raise RecastConfigError(f"{fields.what} has {key!r}: expected {', '.join(FIELDS)}{did_you_mean(key, FIELDS)}")
     tasks: Any = fields.texts("tasks", None)
     return Tenant(fields.text("name", "tenant"), None if tasks is None else frozenset(tasks), fields.flag("admin", False))
 
 
 def _stored(token: str) -> str:
-    return token if re.fullmatch(r"sha256:[0-9a-f]{64}", token) else _hash(token)
+    if not token.startswith(HASHED):
+        return _hash(token)
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", token.removeprefix(HASHED)):
+        raise RecastConfigError(f"{token[:80]!r} is no hash of a token: expected {HASHED} and 64 hexadecimal digits")
+    return token.lower()
 
 
 def _hash(token: str) -> str:
-    return f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    return f"{HASHED}{hashlib.sha256(token.encode()).hexdigest()}"

@@ -148,12 +148,20 @@ class _Service:
 
     async def rollback(self, task: str, request: Request) -> dict[str, Any]:
         """Put the version before in service."""
-        return {"task": task, "version": await asyncio.to_thread(self.stored(request).rollback, task)}
+        store = self._stored_with(task, request)
+        return {"task": task, "version": await asyncio.to_thread(store.rollback, task)}
 
     async def remove(self, task: str, request: Request) -> dict[str, Any]:
         """Take a task out of service."""
-        await asyncio.to_thread(self.stored(request).remove, task)
+        await asyncio.to_thread(self._stored_with(task, request).remove, task)
         return {"task": task}
+
+    def _stored_with(self, task: str, request: Request) -> TaskStore:
+        """The store, for an administrator, where it has or had a task."""
+        store = self.stored(request)
+        if task not in store:
+            raise HTTPException(404, f"there is no task {task!r}")
+        return store
 
     def _check_seen(self, task: str, who: Tenant) -> None:
         if not who.sees(task) or task not in self.server.pool:

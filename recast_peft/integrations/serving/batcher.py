@@ -22,9 +22,11 @@ from torch import Tensor
 from ...errors import RecastConfigError, RecastError
 from ...parts.head import split_logits
 from ...pool.pool import TaskPool
+from ...tasks.calls import TASK_ARGUMENTS
 from ...validation import is_int, is_number, shown
 
 Sample = Tensor | Mapping[str, Tensor]
+RESERVED = {"", *TASK_ARGUMENTS}  # names that no tensor of a sample may have
 
 
 class TaskServerError(RecastError, RuntimeError):
@@ -122,6 +124,9 @@ class TaskServer:
         named = {"": sample} if isinstance(sample, Tensor) else dict(sample) if isinstance(sample, Mapping) else {}
         if not named or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in named.items()):
             raise RecastConfigError(f"sample is a {type(sample).__name__}: expected a tensor, or tensors by name")
+        odd = sorted(RESERVED.intersection(named)) if isinstance(sample, Mapping) else []
+        if odd:  # they would say of which task the sample is
+            raise RecastConfigError(f"sample has a tensor called {odd[0]!r}: expected names of the model's own inputs")
         signature = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(named.items()))
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):  # NaN is not
             raise RecastConfigError(f"timeout={shown(timeout)}: expected seconds, or None")
@@ -216,7 +221,7 @@ class TaskServer:
         """Answer requests together; if that fails, one by one, so that a bad one fails alone."""
         try:
             answers = self._outputs(requests)
-        except Exception as error:
+        except BaseException as error:  # of whatever kind: the thread goes on, and nobody waits for ever
             if len(requests) == 1:
                 shown = error if isinstance(error, RecastError) else _refused(requests[0], error)
                 self._fail(requests[0], shown, "failed")
@@ -268,7 +273,7 @@ def _output_of(out: Any) -> Tensor:
     raise RecastConfigError(f"the model returned a {type(out).__name__}: say which tensor counts with output_of=")
 
 
-def _refused(request: _Request, error: Exception) -> TaskServerError:
+def _refused(request: _Request, error: BaseException) -> TaskServerError:
     given = ", ".join(f"{name or 'sample'} {tuple(value.shape)} {value.dtype}" for name, value in request.sample.items())
     made = TaskServerError(f"the model refused the sample ({given}): {type(error).__name__}: {str(error)[:300]}")
     made.__cause__ = error

@@ -28,7 +28,7 @@ from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
 from ...storage.atomic import made_folder
 from ...storage.versions import VERSIONS, next_version, versions
-from ...validation import check_arguments, whole
+from ...validation import check_arguments, listed, number_above, whole
 
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 MAX_TASK_BYTES = 256 << 20
@@ -114,7 +114,12 @@ class TaskStore:
             (self.pool.replace_row if name in self.pool else self.pool.add_row)(name, *read)
 
     def follow(self, seconds: float) -> None:
-        """Refresh every so many seconds in a thread, until ``close``."""
+        """Refresh every so many seconds in a thread, until ``close``.
+
+        Raises:
+            RecastConfigError: if they are no number above zero.
+        """
+        check_arguments(number_above(0), seconds=seconds)
         if self._thread is None:
             self._thread = threading.Thread(target=self._follow, args=(seconds,), name="recast-task-store", daemon=True)
             self._thread.start()
@@ -132,17 +137,23 @@ class TaskStore:
         if self._thread is not None:
             self._thread.join()
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a task of this name, or was one that can be rolled back to."""
+        return bool(self.versions(name)) or (self.folder / name).is_dir()
+
     # ---------------------------------------------------------------- changing it
 
     def upload(self, name: str, content: bytes) -> None:
         """Take a task in from the bytes of a zip file with its config and its tensors; the former becomes a version.
 
         Raises:
-            RecastLoadError: if the bytes are no such file.
+            RecastConfigError: if the name is none of a folder, or a file has it.
+            RecastLoadError: if the bytes are no such file, or one of several tasks.
             RecastError: whatever is wrong with the task; the former stays in service.
         """
-        check_adapter_name(name)
         _check_plain(name)
+        if (self.folder / name).is_file():
+            raise RecastConfigError(f"name={name!r}: a file of this name lies in {self.folder}; give the task another")
         incoming = self.folder / VERSIONS / f".incoming-{uuid.uuid4().hex}"
         task = incoming / name
         try:
@@ -248,7 +259,8 @@ class TaskStore:
 
 
 def _check_plain(name: str) -> None:
-    if not isinstance(name, str) or not name or name.startswith(".") or Path(name).name != name:
+    check_adapter_name(name)
+    if name.startswith(".") or Path(name).name != name:
         raise RecastConfigError(f"name={name!r}: expected the name of a folder")
 
 
@@ -262,13 +274,18 @@ def _unpacked(content: bytes) -> dict[str, bytes]:
     """The two files of a task in a zip file, at its top or in one folder; nothing else is read, and no path is followed."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            found = {Path(info.filename).name: info for info in archive.infolist() if Path(info.filename).name in FILES}
+            named = [info for info in archive.infolist() if Path(info.filename).name in FILES]
+            folders = {str(Path(info.filename).parent) for info in named}
+            found = {Path(info.filename).name: info for info in named}
             missing = [file for file in FILES if file not in found]
-            if missing or sum(info.file_size for info in found.values()) > MAX_TASK_BYTES:
-                what = f"lacks {', '.join(missing)}" if missing else f"holds more than {MAX_TASK_BYTES:,} bytes"
-                raise RecastLoadError(f"the uploaded zip file {what}; expected a task's {' and '.join(FILES)}")
+            if missing or len(folders) > 1 or sum(info.file_size for info in named) > MAX_TASK_BYTES:
+                several = f"holds tasks in {listed(sorted(folders))}" if len(folders) > 1 else ""
+                what = several or (f"lacks {', '.join(missing)}" if missing else f"holds more than {MAX_TASK_BYTES:,} bytes")
+                raise RecastLoadError(f"the uploaded zip file {what}; expected one task's {' and '.join(FILES)}")
             return {name: _read(archive, info) for name, info in found.items()}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, TypeError) as error:
+    except RecastLoadError:
+        raise
+    except Exception as error:  # zipfile and what it unpacks with have many kinds for what is damaged
         raise RecastLoadError(f"what was uploaded is no zip file of a task: {error}") from error
 
 

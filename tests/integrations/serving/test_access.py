@@ -9,6 +9,8 @@ import pytest
 from recast_peft import RecastConfigError
 from recast_peft.integrations.serving.access import Tenant, Tenants
 
+SECRET = "sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # printf secret | sha256sum
+
 
 class TestTenants:
     def test_tenants_from_a_file(self, tmp_path):
@@ -23,13 +25,11 @@ class TestTenants:
             Tenants.from_file(path)
 
     def test_a_token_may_be_kept_as_its_hash_alone(self):
-        # printf secret | sha256sum
-        hashed = "sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"
         ada = Tenant("ada", frozenset({"cats"}), admin=True)
-        tenants = Tenants({hashed: ada})
+        tenants = Tenants({SECRET: ada})
         for header in ("Bearer secret", "bearer  secret "):
             assert tenants.of(header) is ada
-        for header in (None, "", "Bearer", "Bearer ", "Basic secret", "secret", "Bearer Secret", f"Bearer {hashed}"):
+        for header in (None, "", "Bearer", "Bearer ", "Basic secret", "secret", "Bearer Secret", f"Bearer {SECRET}"):
             assert tenants.of(header) is None
         assert "secret" not in repr(vars(Tenants({"secret": ada})))
 
@@ -44,3 +44,24 @@ class TestTenants:
         everything, admin = tenants.of("Bearer one"), tenants.of("Bearer two")
         assert (everything.name, everything.sees("any"), everything.admin) == ("tenant", True, False)
         assert (admin.sees("any"), admin.admin) == (False, True)
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ({"secret": {"name": "ada", "task": ["cats"]}}, "'task'.*did you mean 'tasks'"),
+            ({"secret": {"tasks": ["cats"], "Admin": True}}, "'Admin'.*did you mean 'admin'"),
+            ({"sha256:2bb8": {}}, "64 hexadecimal digits"),
+            ({f"sha256:{'g' * 64}": {}}, "64 hexadecimal digits"),
+            ({SECRET: {"tasks": []}, "secret": {"admin": True}}, "given twice"),
+            ({SECRET: {"tasks": []}, SECRET.upper().replace("SHA", "sha"): {}}, "given twice"),
+        ],
+    )
+    def test_what_would_open_more_than_was_meant_is_refused(self, content, said, tmp_path):
+        path = tmp_path / "tokens.json"
+        path.write_text(json.dumps(content))
+        with pytest.raises(RecastConfigError, match=said):
+            Tenants.from_file(path)
+
+    def test_a_hash_in_capital_letters_is_one_too(self):
+        tenants = Tenants({SECRET.upper().replace("SHA", "sha"): Tenant("ada")})
+        assert tenants.of("Bearer secret") == Tenant("ada")

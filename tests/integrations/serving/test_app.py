@@ -78,6 +78,19 @@ class TestApp:
         assert client.delete("/v1/tasks/cats", headers=root).status_code == 200
         assert client.post("/v1/tasks/cats/predict", json={"inputs": [1.0]}, headers=root).status_code == 404
 
+    def test_tasks_that_are_not_there_and_names_of_none(self, client):
+        root = self.token("root")
+        for verb, place, status in (
+            ("DELETE", "birds", 404),
+            ("POST", "birds/rollback", 404),
+            ("POST", "cars/rollback", 422),  # it has no version before
+            ("DELETE", "a%00b", 422),
+            ("POST", f"{'long' * 70}/rollback", 422),
+        ):
+            response = client.request(verb, f"/v1/tasks/{place}", headers=root)
+            assert response.status_code == status, response.text
+            assert response.json()["detail"]
+
     def test_health_metrics_and_the_page_of_the_api(self, client, image):
         client.post("/v1/tasks/cats/predict", json={"inputs": image.tolist()}, headers=self.token("a"))
         client.post("/v1/tasks/cats/predict", json={"inputs": []}, headers=self.token("a"))

@@ -43,6 +43,23 @@ class TestServer:
                 with pytest.raises(TaskServerError, match=r"the model refused the sample \(sample \(3, 7, 9\)"):
                     future.result(30)
 
+    @pytest.mark.parametrize("name", ["task_ids", "adapter_names", ""])
+    def test_a_sample_does_not_say_of_which_task_it_is(self, store, image, name):
+        with TaskServer(store.pool) as server:
+            sample = {"x": image, name: store.pool.ids(["dogs"])[0]}
+            with pytest.raises(RecastConfigError, match=f"a tensor called '{name}'"):
+                server("cats", sample)
+
+    def test_an_error_of_whatever_kind_fails_its_request_alone(self, store, image):
+        def leave(out):
+            raise SystemExit("a library that leaves")
+
+        with TaskServer(store.pool, output_of=leave) as server:
+            for _ in range(2):
+                with pytest.raises(TaskServerError, match="SystemExit: a library that leaves"):
+                    server.submit("cats", image).result(5)
+            assert server.is_alive
+
     def test_a_task_that_is_removed_while_its_request_waits(self, store, image):
         with TaskServer(store.pool, wait=0.3) as server:
             lost, kept = server.submit("cats", image), server.submit("dogs", image)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -84,11 +86,42 @@ class TestStore:
             store.upload("cats", packed(saved / "second" / "cats"))
         assert len(store.versions("cats")) == store.keep
 
-    @pytest.mark.parametrize("name", ["../cats", "a/b", "", ".hidden", "/tmp/cats"])
-    def test_names_that_leave_the_folder(self, store, saved, name):
-        for verb in (lambda: store.upload(name, packed(saved / "second" / "cats")), lambda: store.remove(name)):
+    @pytest.mark.parametrize("name", ["../cats", "a/b", "", ".hidden", "/tmp/cats", "a\0b", "long" * 70, "notes.txt"])
+    def test_names_that_leave_the_folder_or_are_none(self, store, saved, name):
+        (store.folder / "notes.txt").write_text("not a task")
+        verbs = (store.remove, store.rollback, lambda name: store.upload(name, packed(saved / "second" / "cats")))
+        for verb in verbs:
             with pytest.raises(RecastConfigError):
-                verb()
+                verb(name)
+        assert (store.folder / "notes.txt").read_text() == "not a task"
+
+    @pytest.mark.parametrize("last", ["adapter_model.safetensors", "adapter_config.json"])
+    def test_a_zip_file_of_several_tasks_is_refused(self, store, saved, last):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for place in ("cats/adapter_config.json", "cats/adapter_model.safetensors", f"cars/{last}"):
+                archive.write(saved / "second" / place, place)
+        with pytest.raises(RecastLoadError, match="tasks in cars, cats"):
+            store.upload("cats", content.getvalue())
+        assert store.versions("cats") == []
+
+    def test_damaged_zip_files_are_one_kind_of_error(self, store, saved):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                archive.write(saved / "second" / "cats" / name, name)
+        whole = content.getvalue()
+        for place in range(60, 120):  # behind the header of the first file: what zlib reads
+            bad = bytearray(whole)
+            bad[place] ^= 0xFF
+            with pytest.raises(RecastLoadError):
+                store.upload("birds", bytes(bad))
+        assert "birds" not in store
+
+    @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "5"])
+    def test_a_pause_that_is_none_is_refused(self, store, seconds):
+        with pytest.raises(RecastConfigError, match="seconds="):
+            store.follow(seconds)
 
     def test_a_kill_in_the_middle_of_an_upload(self, store, saved):
         folder = store.folder
