@@ -27,6 +27,7 @@ from ...errors import RecastBankError
 from ...layer import RecastLayer
 from ...parts.bias import share_of
 from ...parts.bias_part import TaskBiases
+from ...parts.head import HALF
 
 Call = Callable[..., Tensor]
 WEIGHT, OUTPUT, AUTO = WAYS = "weight", "output", "auto"
@@ -322,9 +323,9 @@ class TaskedModule(AroundBase):
         module, given = self._held
         start = f"{self.place}."
         own = {key: given.owned[f"{start}{key}"].to(dtype) for key, dtype in self.dtypes.items()}
-        if not args or args[0].dtype != torch.float16 or torch.float32 not in self.dtypes.values():
+        if not args or args[0].dtype not in HALF or torch.float32 not in self.dtypes.values():
             return torch.func.functional_call(module, own, args, kwargs)
-        # a classifier in float32 behind a model in float16
+        # a classifier in float32 behind a model in half precision
         return torch.func.functional_call(module, own, (args[0].float(), *args[1:]), kwargs).to(args[0].dtype)
 
     def stands_for(self) -> nn.Module | None:

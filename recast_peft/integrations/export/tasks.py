@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -105,7 +105,12 @@ class Source:
     def identity(self) -> str:
         """A hash of which numbers a row holds, and of the pretrained weights that they are for: 16 hexadecimal digits."""
         columns = {name: [part.start, part.stop] for name, part in self.layout.slices.items()}
-        banks = {"bank": self.layout.bank, "biases": self.layout.bias_versions[0], "readout": self.layout.readout}
+        banks: dict[str, Any] = {
+            "bank": self.layout.bank,
+            "biases": self.layout.bias_versions[0],
+            "readout": self.layout.readout,
+        }
+        banks["directions"] = self.config.num_directions  # cores may have as many numbers as a group has templates
         named = {key: value for key, value in banks.items() if value is not None}
         said = json.dumps({"columns": columns, "base": fingerprints_of(self.layout.layers), **named}, sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]

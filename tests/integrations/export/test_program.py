@@ -97,17 +97,18 @@ class TestTable:
 
 
 class TestHalf:
-    def test_a_classifier_in_float32_behind_a_model_in_float16(self, tmp_path):
-        model = get_recast_model(backbone("test_vit", depth=1).half(), RecastConfig(num_classes=4), "task").eval()
+    @pytest.mark.parametrize(("dtype", "near"), [(torch.float16, 3e-3), (torch.bfloat16, 2e-2)])  # bfloat16 has 8 bits
+    def test_a_classifier_in_float32_behind_a_model_in_half_precision(self, dtype, near, tmp_path):
+        model = get_recast_model(backbone("test_vit", depth=1).to(dtype), RecastConfig(num_classes=4), "task").eval()
         randomise(model, "task", 1, 0.1)
-        x = images().half()
+        x = images().to(dtype)
         expected = model(x)
         assert model.get_parameter("base_model.model.head.modules_to_save.task.weight").dtype == torch.float32
         for found in (
             export_program(model, x).module()(export_task(model, tmp_path / "task"), x),
             export_program(model, x, ["task"]).module()(torch.tensor([0, 0]), x),
         ):
-            torch.testing.assert_close(found["output"], expected, rtol=3e-3, atol=3e-3)
+            torch.testing.assert_close(found["output"], expected, rtol=near, atol=near)
 
 
 class TestBiases:

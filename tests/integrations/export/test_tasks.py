@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import MODELS, header, two_tasks
+from exported import MODELS, backbone, header, two_tasks
 from grown_biases import grown, on
 from models import converted, layers_of, randomise, vit_input
 from safetensors.numpy import load_file
@@ -24,6 +24,7 @@ from recast_peft import (
     export_onnx,
     export_task,
     export_tasks,
+    get_recast_model,
     rescale_adapter_scale,
 )
 from recast_peft.parts.bias_part import bias_holders
@@ -186,3 +187,12 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(RecastConfigError, match=r"is a folder; expected the name of a file, such as model\.onnx"):
         export_onnx(model, tmp_path, vit_input())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("numbers", [1, 2])
+def test_cores_and_groups_of_as_many_numbers_are_told_apart(numbers, tmp_path):
+    for name, config in (("cores", {"num_directions": numbers}), ("groups", {"group_size": numbers**2})):
+        model = get_recast_model(backbone("test_vit", depth=4), RecastConfig(target_modules=["qkv"], **config))
+        assert export_task(model, tmp_path / name)["coefficients"].shape == (4 * numbers**2,)
+    first, second = (header(tmp_path / name)["__metadata__"]["recast_layout"] for name in ("cores", "groups"))
+    assert first != second
