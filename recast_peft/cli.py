@@ -10,10 +10,12 @@ recast-peft merge user/task --output plain
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from .tasks.plan import plan_recast
 from .validation import did_you_mean
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+PIPE_WAS_CLOSED = 141  # as of programs that a shell stops for it
 WEIGHTS_FILE = "model.safetensors"
 _IN_PYTHON = {  # what a message advises, and what to do instead where there is no Python
     HOW_TO_PASS: "Give the path of a checkpoint with --backbone.",
@@ -54,11 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of this library are printed without a traceback.
 
     Returns:
-        the exit status: 0, 1 after an error, 3 if ``verify`` found nothing worse than warnings.
+        the exit status: 0, 1 after an error, 3 if ``verify`` found nothing worse than warnings, 141 if nobody read the output.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # names that its encoding does not have are shown as escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes the rest at its end
+        return PIPE_WAS_CLOSED
     except (RecastError, OSError) as error:
         print(f"recast-peft {options.command}: {_printable(_as_options(str(error), options))}", file=sys.stderr)
         return 1
@@ -173,16 +183,22 @@ def _untrained(name: str, *, has_classes: bool) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has many kinds for a config that it cannot read
         raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers{near}\n{error}") from error
-    own = getattr(transformers, (config.architectures or [""])[0], None)
-    if own is not None and (not has_classes or "Classification" in own.__name__):
-        return _without_numbers(own, config)
-    for kind in CLASSIFIERS if has_classes else ():
-        auto = getattr(transformers, f"AutoModelFor{kind}Classification")
-        if type(config) in auto._model_mapping:
-            return _without_numbers(auto.from_config, config)
-    return _without_numbers(AutoModel.from_config, config)
+    own = getattr(transformers, str((config.architectures or [""])[0]), None)
+    is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
+    if is_model and (not has_classes or "Classification" in own.__name__):
+        build: Callable[[Any], nn.Module] = own
+    else:
+        autos = (getattr(transformers, f"AutoModelFor{kind}Classification") for kind in CLASSIFIERS if has_classes)
+        fitting = (auto for auto in autos if type(config) in auto._model_mapping)
+        build = next(fitting, AutoModel).from_config
+    try:
+        return _without_numbers(build, config)
+    except Exception as error:  # of its numbers
+        raise RecastConfigError(
+            f"transformers cannot build the model that the config of {name!r} describes\n{error}"
+        ) from error
 
 
 def _without_numbers(build: Callable[[Any], nn.Module], what: Any) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import runpy
 import sys
@@ -114,6 +116,27 @@ class TestPlan:
         assert not printed.out
         assert "Traceback" not in printed.err
         assert re.search(said, printed.err, flags=re.DOTALL)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"hidden_size": "wide"},
+            {"hidden_size": -3},
+            {"hidden_size": 30, "num_attention_heads": 7},
+            {"architectures": "x", "num_hidden_layers": []},
+        ],
+    )
+    def test_a_config_that_makes_no_model_is_an_error_without_a_traceback(self, capsys, tmp_path, fields):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
+        assert main(["plan", str(tmp_path)]) == 1
+        assert "transformers" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("named", ["BertConfig", "pipeline", "NoSuchModel", 3])
+    def test_a_class_that_is_no_model_is_not_called(self, capsys, tmp_path, named):
+        small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": [named], **small}))
+        assert main(["plan", str(tmp_path)]) == 0
+        assert "\nencoder.layer" in capsys.readouterr().out
 
     def test_a_classifier_and_modules_to_leave_out(self, capsys):
         assert main(["plan", "test_vit", "--num-classes", "10", "--exclude-modules", r".*blocks\.[1-5].*"]) == 0
@@ -343,6 +366,32 @@ class TestMerge:
         assert "is a file; nothing was written" in capsys.readouterr().err
         assert main(["merge", str(folder / "tasks" / "pets"), "--output", str(folder / "base")]) == 1
         assert "not empty" in capsys.readouterr().err
+
+
+@pytest.fixture
+def named_otherwise(tmp_path):
+    """A pool of one task whose name neither ASCII nor Windows' western encoding has."""
+    pool = TaskPool(get_recast_model(nn.Sequential(nn.Linear(4, 4)), RecastConfig(target_modules=["0"]), "a"))
+    pool.add("\N{CAT FACE}", RecastConfig())
+    pool.save(tmp_path / "pool.safetensors")
+    return str(tmp_path / "pool.safetensors")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch, named_otherwise, encoding):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding))
+    assert main(["inspect", named_otherwise]) == 0
+    assert ("\N{CAT FACE}".encode() if encoding == "utf-8" else rb"\U0001f431") in output.getvalue()
+
+
+def test_output_that_nobody_reads_is_no_error(monkeypatch, capsys, named_otherwise):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert main(["inspect", named_otherwise]) == 141
+    assert not capsys.readouterr().err
 
 
 def test_it_is_a_program(monkeypatch, capsys):
