@@ -17,7 +17,7 @@ from ..config import tasks_among
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
-from ..validation import check_is_peft_model, check_is_task, checked_names, listed
+from ..validation import check_is_peft_model, check_is_task, checked_names, listed, shown
 from .cards import write_repository_card
 from .task_files import read_task_config, task_sizes, tasks_inside
 
@@ -116,8 +116,13 @@ def push_tasks_to_hub(
     }
     if not names:
         raise RecastConfigError("adapter_names is empty: name at least one task")
-    for name in (*names, *results):
+    for name in names:
         check_is_task(name, tasks_among(model.peft_config))
+    if not isinstance(results, Mapping) or not all(name in names and isinstance(results[name], Mapping) for name in results):
+        raise RecastConfigError(
+            f"results={shown(results)}: expected values by name for tasks that are pushed ({listed(names)}), "
+            "{task: {name: value}}"
+        )
     configs: dict[str, Any] = {name: model.peft_config[name] for name in results}
     before = {name: config.results for name, config in configs.items()}
     try:

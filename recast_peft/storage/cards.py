@@ -93,7 +93,8 @@ def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_giv
         _write(path, f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{block}\n")
         return str(path)
     card = _read(path)
-    if not is_hub_name(card.data.get("base_model")):
+    base = card.data.get("base_model")
+    if isinstance(base, str) and not is_hub_name(base):
         card.data["base_model"] = None  # PEFT writes paths of this machine there, which the Hub refuses
     if "model-index" in data:
         card.data.eval_results = None  # type: ignore[attr-defined]  # else the library writes what was there
@@ -127,8 +128,8 @@ def _read(path: Path) -> ModelCard:
     # a card that is not UTF-8 is its owner's: the bytes come through as they are
     text = path.read_bytes().decode("utf-8", "surrogateescape")
     try:
-        return ModelCard(text, ignore_metadata_errors=True)
-    except Exception:  # its metadata cannot be read: they are kept as text, below ours
+        return ModelCard(text)
+    except Exception:  # its metadata cannot be read whole: they are kept as text, below ours
         return ModelCard(f"---\nlibrary_name: peft\n---\n\n{text}")
 
 

@@ -187,3 +187,11 @@ def test_a_push_that_fails_leaves_nothing_in_the_config(hub: HubServer) -> None:
     hub.failing.clear()
     push_task_to_hub(model, "ada/flowers", results={"accuracy": 0.9})
     assert model.peft_config["flowers"].results == {"accuracy": 0.9}
+
+
+@pytest.mark.parametrize("results", [{"cars": 0.5}, [{"accuracy": 0.5}], {"birds": {"accuracy": 0.5}}, {"nothing": {}}, 3])
+def test_results_that_no_pushed_task_would_have_are_refused(results: Any) -> None:
+    model = make_model("cars", "birds")
+    with pytest.raises(RecastConfigError, match="results=.*tasks that are pushed"):
+        push_tasks_to_hub(model, "ada/cars", ["cars"], results=results)
+    assert model.peft_config["birds"].results is None

@@ -88,3 +88,16 @@ def test_a_card_that_cannot_be_read_stays_as_text(tmp_path: Path) -> None:
     assert b"license: [mit" in content
     merge_card(card, {"tags": ["recast"]}, "ours")
     assert card.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["base_model:\n- ada/one\n- ada/two", "model-index: of mine", "model-index:\n- name: of mine", "eval_results: 3"],
+)
+def test_metadata_of_the_owner_that_the_hub_does_not_know_stay(said: str, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(f"---\n{said}\n---\nmine\n")
+    for _ in range(2):
+        merge_card(card, {"library_name": "peft", "tags": ["recast"]}, "ours")
+        assert said in card.read_text()
+        assert "mine" in card.read_text()
