@@ -185,7 +185,7 @@ def _untrained(name: str, *, has_classes: bool) -> nn.Module:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers has many kinds for a config that it cannot read
         raise RecastConfigError(f"{name!r} is known neither to timm nor to transformers{near}\n{error}") from error
-    own = getattr(transformers, str((config.architectures or [""])[0]), None)
+    own: Any = getattr(transformers, str((config.architectures or [""])[0]), None)
     is_model = isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
     if is_model and (not has_classes or "Classification" in own.__name__):
         build: Callable[[Any], nn.Module] = own
