@@ -170,7 +170,9 @@ def trained_outside_tasks(model: nn.Module) -> list[str]:
     backbone = backbone_of(model)
     stored = {id(parameter) for parameter in shared_entries(model).values()}
     for config in getattr(backbone, "peft_config", {}).values():  # gone once the model is unloaded
-        chosen = config.bias if isinstance(config, RecastConfig) or getattr(config, "bias", "none") == "none" else "all"
+        chosen = getattr(config, "bias", "none")
+        if chosen != "none" and not isinstance(config, RecastConfig):
+            chosen = "all"
         stored.update(id(module._parameters["bias"]) for _, module in biased_modules(backbone, chosen))
     return [
         f"{name}.{key}"
