@@ -52,7 +52,7 @@ def push_bank_to_hub(
         return commit_folder(
             saved,
             repo_id,
-            lambda path, full: write_bank_card(path, repo_id=full, base_model=base_model, license=license),
+            lambda path, full, lies: write_bank_card(path, repo_id=full, base_model=base_model, license=license),
             **{"commit_message": "Upload template banks", **commit},
         )
 
@@ -100,7 +100,7 @@ def write_bank_card(
         *table(facts),
     ]
     data = card_data(base_model, license)
-    return merge_card(folder / CARD_NAME, data, "\n".join(lines), license_is_given=license is not None)
+    return merge_card(folder / CARD_NAME, data, "\n".join(lines), "bank", license_is_given=license is not None)
 
 
 def _earlier(entry: Fields) -> str:

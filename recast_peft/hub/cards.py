@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -18,7 +19,7 @@ from ..config import RecastConfig
 from ..errors import RecastLoadError
 from ..names import role_of
 from ..options.record import hub_repository
-from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, own_part, plain, quoted, table
+from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, own_parts, plain, quoted, table
 from ..storage.json_reader import Fields
 from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
@@ -108,6 +109,7 @@ def write_repository_card(
     *,
     repo_id: str | None = None,
     license: str | None = None,
+    lies: Callable[[str], bool] | None = None,
 ) -> str:
     """Write the cards of a folder that holds several tasks, one in each subfolder (and one in the folder itself, perhaps).
 
@@ -115,6 +117,8 @@ def write_repository_card(
         folder: a folder as ``PeftModel.save_pretrained`` writes it.
         subfolders: those that are meant; None is every one that holds a task.
         repo_id, license: see :func:`write_model_card`.
+        lies: says whether a file lies where the folder's files will be put; tasks there that the folder's own card lists stay
+            in the list. None is nowhere.
 
     Returns:
         the path of the folder's own card.
@@ -127,44 +131,50 @@ def write_repository_card(
     name = repo_id or folder.resolve().name
     for subfolder in inside:
         write_model_card(folder / subfolder, repo_id=name, subfolder=subfolder, license=license)
-    has_own = (folder / CONFIG_NAME).is_file()
+    card, has_own = folder / CARD_NAME, (folder / CONFIG_NAME).is_file()
     if has_own:
         write_model_card(folder, repo_id=repo_id, license=license)
-    if not inside:
-        if has_own:
-            return str(folder / CARD_NAME)
+    elif not inside:
         raise RecastLoadError(f"{folder} holds no task: there is no {CONFIG_NAME} in it or in its subfolders")
-    configs = {subfolder: read_task_config(folder / subfolder) for subfolder in inside}
-    first = configs[inside[0]]
-    rows = []
-    for subfolder, config in configs.items():
-        results: Any = config.object("results", None) or {}
-        measured = ", ".join(f"{plain(key)} {plain(value)}" for key, value in results.items())
-        link = f"[{plain(subfolder)}](<{_link(subfolder)}/{CARD_NAME}>)" if _link(subfolder) != subfolder else ""
-        rows.append(
-            (link or f"[{subfolder}]({subfolder}/{CARD_NAME})", f"{task_sizes(folder / subfolder).all:,}", measured or "-")
-        )
+    kept = _listed(card, lambda subfolder: lies is not None and lies(f"{subfolder}/{CONFIG_NAME}"))
+    rows = {**kept, **{subfolder: _row(folder, subfolder) for subfolder in inside}}
+    if not rows:
+        return str(card)
+    first, *others = [*inside, *(subfolder for subfolder in kept if subfolder not in inside)]
+    has_root = has_own or (lies is not None and lies(CONFIG_NAME))
     lines = [
-        f"## {'More tasks' if has_own else 'Tasks'} in this repository",
+        f"## {'More tasks' if has_root else 'Tasks'} in this repository",
         "",
         "| subfolder | numbers | results |",
         "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *rows.values(),
         "",
         "```python",
         "from recast_peft import AutoRecastModel",
         "",
-        f"model = AutoRecastModel.from_pretrained({quoted(name)}, subfolder={quoted(inside[0])}, "
-        f"adapter_name={quoted(inside[0])})",
-        *(f"model.load_adapter({quoted(name)}, {quoted(o)}, subfolder={quoted(o)})" for o in inside[1:2]),
+        f"model = AutoRecastModel.from_pretrained({quoted(name)}, subfolder={quoted(first)}, adapter_name={quoted(first)})",
+        *(f"model.load_adapter({quoted(name)}, {quoted(o)}, subfolder={quoted(o)})" for o in others[:1]),
         "```",
     ]
-    if has_own:
-        text = own_part(folder / CARD_NAME)
-        return merge_card(folder / CARD_NAME, {}, "\n".join([text, "", *lines]))
-    heading = [f"# {plain(name.rpartition('/')[2])}", "", f"Tasks learned with {PAPER} on {_base_link(first)}.", ""]
-    data = _card_data(first, {}, license, name)
-    return merge_card(folder / CARD_NAME, data, "\n".join(heading + lines), license_is_given=license is not None)
+    if not has_root:
+        config = read_task_config(folder / first)
+        heading = f"# {plain(name.rpartition('/')[2])}\n\nTasks learned with {PAPER} on {_base_link(config)}."
+        merge_card(card, _card_data(config, {}, license, name), heading, license_is_given=license is not None)
+    return merge_card(card, {}, "\n".join(lines), "tasks")
+
+
+def _row(folder: Path, subfolder: str) -> str:
+    """A task in the list of a repository."""
+    results: Any = read_task_config(folder / subfolder).object("results", None) or {}
+    measured = ", ".join(f"{plain(key)} {plain(value)}" for key, value in results.items())
+    link = f"({subfolder}/{CARD_NAME})" if _link(subfolder) == subfolder else f"(<{_link(subfolder)}/{CARD_NAME}>)"
+    return f"| [{plain(subfolder)}]{link} | {task_sizes(folder / subfolder).all:,} | {measured or '-'} |"
+
+
+def _listed(card: Path, still_lies: Callable[[str], bool]) -> dict[str, str]:
+    """The rows of a card's list of tasks, by the subfolder, of those that are still there."""
+    rows = re.finditer(rf"^\| \[.+?\]\(<?([^<>()\s]+)/{CARD_NAME}>?\) \| .+ \|$", own_parts(card).get("tasks", ""), re.M)
+    return {subfolder: row[0] for row in rows if still_lies(subfolder := unquote(row[1]))}
 
 
 def _link(subfolder: str) -> str:

@@ -105,7 +105,8 @@ class TaskModel:
             )
             inside = [name for name in names if name != DEFAULT and has_task_numbers(folder / name)]
             if inside:
-                write_repository_card(folder, inside)
+                lies = None if is_checkpoint(save_directory) else lambda file: Path(save_directory, file).is_file()
+                write_repository_card(folder, inside, lies=lies)
             if is_checkpoint(save_directory) and DEFAULT not in names:
                 for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
                     _copy_task(folder / active, folder)

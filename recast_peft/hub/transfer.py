@@ -142,7 +142,10 @@ def _push(model: PeftModel, repo_id: str, names: Sequence[str], license: str | N
         if len(names) == 1 and names[0] != "default":
             saved = saved / names[0]
         return commit_folder(
-            saved, repo_id, lambda path, full: write_repository_card(path, repo_id=full, license=license), **commit
+            saved,
+            repo_id,
+            lambda path, full, lies: write_repository_card(path, repo_id=full, license=license, lies=lies),
+            **commit,
         )
 
 

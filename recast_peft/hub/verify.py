@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..banks.card import BANK_CONFIG, BANK_WEIGHTS, REST_WEIGHTS
@@ -18,7 +17,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastError
 from ..names import COEFFICIENTS
 from ..options.record import hub_repository
-from ..storage.cards import CARD_NAME
+from ..storage.cards import CARD_NAME, read_card
 from ..storage.json_reader import Fields
 from ..storage.pairs import companion_of
 from ..storage.tensors import CHECKSUM, check_finite, check_floating, outliers, read_metadata, read_tensors
@@ -135,12 +134,7 @@ def _named_bank(folder: Path, reference: dict[str, str | None]) -> Finding:
 
 
 def _license(card: Path) -> Any:
-    if not card.is_file():
-        return None
-    try:
-        return ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
-    except Exception:  # a card that its owner wrote in another way
-        return None
+    return read_card(card, lenient=True).data.get("license") if card.is_file() else None
 
 
 def _bank(folder: Path) -> Iterator[Finding]:

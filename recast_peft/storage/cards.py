@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ BEGIN, END = "<!-- recast: begin (made from the task's files; write outside of i
 LONGEST = 1000  # characters of one value
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
 _MARKUP = re.compile(r"([\\`\[\]|])")
+_KINDS = ("task", "tasks", "bank")  # of our part, in this order; by how the latter two begin
+_BEGINS = re.compile(
+    rf"^(?:(?P<tasks>## (?:Tasks|More tasks) in this repository$)|(?P<bank># .*\n\n{re.escape(PAPER)} template banks\.))", re.M
+)
 
 
 # ---------------------------------------------------------------- values
@@ -76,23 +81,27 @@ def card_data(base: Any, license: str | None, *tags: str) -> dict[str, Any]:
     return {"library_name": "peft", **of_base, "tags": sorted(named), **({"license": license} if license else {})}
 
 
-def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_given: bool = False) -> str:
+def merge_card(path: Path, data: Mapping[str, Any], part: str, kind: str = "task", *, license_is_given: bool = False) -> str:
     """Put our part into a card and keep what its owner wrote around it; writing the same twice changes nothing.
+
+    A task, a list of tasks and a bank may lie in one repository, whose card then has a part of each.
 
     Args:
         path: path of the card, which is made if it is missing.
         data: metadata; it goes before what is there, but for a license that is not given.
-        part: our part of the text.
+        part: our part of the text; those of other kinds stay.
+        kind: what it is of: "task" (that in the folder itself), "tasks" (the list of those in its folders) or "bank".
         license_is_given: whether the license of ``data`` goes before the one that is there.
 
     Returns:
         the path.
     """
-    block = f"{BEGIN}\n\n{part.replace(BEGIN, _unmarked(BEGIN)).replace(END, _unmarked(END))}\n\n{END}"
+    parts = {**own_parts(path), kind: part.replace(BEGIN, _unmarked(BEGIN)).replace(END, _unmarked(END))}
+    block = "\n\n".join([BEGIN, *(parts[kind] for kind in _KINDS if parts.get(kind)), END])
     if not path.is_file():
         _write(path, f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{block}\n")
         return str(path)
-    card = _read(path)
+    card = read_card(path)
     base = card.data.get("base_model")
     if isinstance(base, str) and not is_hub_name(base):
         card.data["base_model"] = None  # PEFT writes paths of this machine there, which the Hub refuses
@@ -100,13 +109,14 @@ def merge_card(path: Path, data: Mapping[str, Any], part: str, *, license_is_giv
         card.data.eval_results = None  # type: ignore[attr-defined]  # else the library writes what was there
     for key, value in data.items():
         if key == "tags":
-            kept = [tag for tag in card.data.get("tags") or () if not str(tag).startswith("base_model:")]
+            stays = base and "base_model" not in data
+            kept = [tag for tag in card.data.get("tags") or () if stays or not str(tag).startswith("base_model:")]
             value = sorted({*map(str, kept), *value})
         if key == "license" and card.data.get("license") and not license_is_given:
             continue
         card.data[key] = value
     card.text = _with_block(card.text, block)
-    _write(path, str(card))
+    _write(path, str(card).replace("\n", "\r\n" if b"\r\n" in path.read_bytes() else "\n"))
     return str(path)
 
 
@@ -119,16 +129,26 @@ def _with_block(text: str, block: str) -> str:
     return f"{(before + rest).rstrip()}\n\n{block}\n"
 
 
-def own_part(path: Path) -> str:
-    """Our part of a card that is there."""
-    return _read(path).text.partition(BEGIN)[2].partition(END)[0].strip()
+def own_parts(path: Path) -> dict[str, str]:
+    """Our part of a card, by kind (see :func:`merge_card`); empty if there is none."""
+    text = read_card(path).text.partition(BEGIN)[2].partition(END)[0].strip() if path.is_file() else ""
+    begins = [*_BEGINS.finditer(text)]
+    kinds = ("task", *(str(begin.lastgroup) for begin in begins))
+    found = pairwise([0, *(begin.start() for begin in begins), len(text)])
+    return {kind: text[start:end].strip() for kind, (start, end) in zip(kinds, found, strict=True) if start < end}
 
 
-def _read(path: Path) -> ModelCard:
+def read_card(path: Path, *, lenient: bool = False) -> ModelCard:
+    """A card, with line ends as ours are; a mark of UTF-8 at its beginning hides its metadata, and is left out.
+
+    Args:
+        path: path of the card.
+        lenient: leave out metadata that cannot be read; else, if there are any, all are text.
+    """
     # a card that is not UTF-8 is its owner's: the bytes come through as they are
-    text = path.read_bytes().decode("utf-8", "surrogateescape")
+    text = re.sub(r"\r\n?", "\n", path.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     try:
-        return ModelCard(text)
+        return ModelCard(text, ignore_metadata_errors=lenient)
     except Exception:  # its metadata cannot be read whole: they are kept as text, below ours
         return ModelCard(f"---\nlibrary_name: peft\n---\n\n{text}")
 

@@ -79,7 +79,7 @@ def commit_of(path: str | os.PathLike) -> str | None:
 def commit_folder(
     folder: Path,
     repo_id: str,
-    write_card: Callable[[Path, str], Any],
+    write_card: Callable[[Path, str, Callable[[str], bool]], Any],
     *,
     private: bool | None = None,
     token: bool | str | None = None,
@@ -93,7 +93,8 @@ def commit_folder(
     Args:
         folder: its files take the same places in the repository; those that the repository has beside them stay.
         repo_id: the repository, made if it does not exist.
-        write_card: writes the cards into a folder for a repository; the cards that are there already lie in the folder.
+        write_card: writes the cards into a folder for a repository; the cards that are there already lie in the folder, and
+            the third argument says whether a file lies in the repository.
         private, token, revision, create_pr, commit_message, commit_description: as everywhere in ``huggingface_hub``; a
             revision that does not exist is made as a branch.
 
@@ -103,25 +104,19 @@ def commit_folder(
     api = HfApi(token=token, library_name=LIBRARY)
     with hub_errors("push to", repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        for place in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
-            name = (place / CARD_NAME).relative_to(folder).as_posix()
-            present = _existing_card(api, repo_id, name, revision, folder.parent / "cards")
-            if present:
-                shutil.copyfile(present, place / CARD_NAME)
-        write_card(folder, repo_id)
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        present = set(api.list_repo_files(repo_id, revision=revision))
+        for place in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
+            name = (place / CARD_NAME).relative_to(folder).as_posix()
+            if name in present:
+                card = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder.parent / "cards")
+                shutil.copyfile(card, place / CARD_NAME)
+        write_card(folder, repo_id, present.__contains__)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         said: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         return api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **said)
-
-
-def _existing_card(api: HfApi, repo_id: str, name: str, revision: str | None, folder: Path) -> str | None:
-    try:
-        return api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
-    except (EntryNotFoundError, RevisionNotFoundError):
-        return None
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from recast_peft import (
     RecastLayer,
     RecastLoadError,
     get_recast_model,
+    push_bank_to_hub,
+    push_task_to_hub,
     push_tasks_to_hub,
     readout_bank,
     write_model_card,
@@ -180,3 +182,54 @@ class TestOfARepository:
         card = files_of(hub, "ada/all")["README.md"].decode()
         assert card.count("[cars](cars/README.md)") == 1
         assert card.count("recast: begin") == 1
+
+    def test_keeps_those_that_are_not_pushed_now(self, hub: HubServer) -> None:
+        push_tasks_to_hub(make_model("cars", "birds"), "ada/all", results={"cars": {"accuracy": 0.5}})
+        push_task_to_hub(make_model("flowers"), "ada/all")
+        push_tasks_to_hub(make_model("cats", "my dogs"), "ada/all")
+        push_tasks_to_hub(make_model("fish", "cats"), "ada/all")
+        card = files_of(hub, "ada/all")["README.md"].decode()
+        assert re.findall(r"^\| \[(.+?)\].* \| 16 \| (.+) \|$", card, re.M) == [
+            ("birds", "-"),
+            ("cars", "accuracy 0.5"),
+            ("cats", "-"),
+            ("my dogs", "-"),
+            ("fish", "-"),
+        ]
+        assert card.count("A task learned with") == card.count("## More tasks in this repository") == 1
+        assert "## Tasks in" not in card
+        assert 'from_pretrained("ada/all")' in card
+
+    def test_lists_none_that_was_taken_away(self, hub: HubServer) -> None:
+        push_tasks_to_hub(make_model("cars", "birds"), "ada/all")
+        files = files_of(hub, "ada/all")
+        rest = {path: content for path, content in files.items() if not path.startswith("cars/")}
+        hub.repositories["ada/all"].commit("main", rest, "without cars")
+        push_tasks_to_hub(make_model("fish", "cats"), "ada/all")
+        card = files_of(hub, "ada/all")["README.md"].decode()
+        assert re.findall(r"^\| \[(.+?)\]", card, re.M) == ["birds", "cats", "fish"]
+
+    def test_and_of_a_bank_keeps_what_the_other_wrote(self, hub: HubServer) -> None:
+        push_tasks_to_hub(make_model("default", "cars"), "ada/all")
+        bank = readout_bank(make_backbone().eval(), torch.randn(8, 3, 16, 16))
+        for _ in range(2):
+            push_bank_to_hub(bank, "ada/all")
+            push_task_to_hub(make_model("default"), "ada/all")
+        card = files_of(hub, "ada/all")["README.md"].decode()
+        for text in ("A task learned with", "[cars](cars/README.md)", "template banks. Tasks name", bank.fingerprint):
+            assert card.count(text) == 1
+
+    def test_on_a_new_branch_begins_with_the_card_of_main(self, hub: HubServer) -> None:
+        hub.add("ada/all", {"README.md": b"---\ntags: [mine]\n---\n\n# Of all tasks\n"})
+        push_task_to_hub(make_model("default"), "ada/all", revision="next")
+        card = files_of(hub, "ada/all", "next")["README.md"].decode()
+        assert "# Of all tasks" in card
+        assert "mine" in metadata(card)["tags"]
+
+    def test_on_this_machine_keeps_those_that_are_not_saved_now(self, tmp_path: Path) -> None:
+        model = make_model("default", "cars", "birds")
+        for names in (["cars"], ["birds"], ["default"], ["cars"]):
+            model.save_pretrained(tmp_path, selected_adapters=names)
+        card = (tmp_path / "README.md").read_text()
+        assert re.findall(r"^\| \[(.+?)\]", card, re.M) == ["cars", "birds"]
+        assert card.count("A task learned with") == card.count("## More tasks in this repository") == 1

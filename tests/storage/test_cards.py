@@ -8,7 +8,7 @@ import pytest
 from models import tiny_vit
 
 from recast_peft import RecastConfig, get_recast_model, write_model_card
-from recast_peft.storage.cards import BEGIN, END, code, hub_link, merge_card, one_line, own_part, plain, quoted
+from recast_peft.storage.cards import BEGIN, END, code, hub_link, merge_card, one_line, own_parts, plain, quoted
 
 EVIL = [
     END,
@@ -76,7 +76,7 @@ def test_marks_of_the_owner_do_not_confuse(tmp_path: Path) -> None:
     assert text.count(BEGIN) == 1
     assert "lost?" in text
     assert "# Mine" in text
-    assert own_part(card) == "ours"
+    assert own_parts(card) == {"task": "ours"}
 
 
 def test_a_card_that_cannot_be_read_stays_as_text(tmp_path: Path) -> None:
@@ -101,3 +101,18 @@ def test_metadata_of_the_owner_that_the_hub_does_not_know_stay(said: str, tmp_pa
         merge_card(card, {"library_name": "peft", "tags": ["recast"]}, "ours")
         assert said in card.read_text()
         assert "mine" in card.read_text()
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_metadata_and_line_ends_of_another_editor_stay(mark: bytes, end: bytes, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(mark + b"---\nlicense: mit\ntags:\n- mine\n---\n\n# Mine\n\nline\n".replace(b"\n", end))
+    merge_card(card, {"tags": ["recast"], "license": "other"}, "ours\n\nand more")
+    first = card.read_bytes()
+    kept = b"\r\n" if end == b"\r\n" else b"\n"
+    expected = b"---\nlicense: mit\ntags:\n- mine\n- recast\n---\n\n# Mine\n\nline\n\n".replace(b"\n", kept)
+    assert first.startswith(expected + BEGIN.encode() + kept)
+    assert first.count(kept) == first.count(b"\n")
+    merge_card(card, {"tags": ["recast"], "license": "other"}, "ours\n\nand more")
+    assert card.read_bytes() == first
