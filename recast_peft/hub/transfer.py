@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
@@ -177,10 +179,15 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
     else:
         try:
             config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
-        except NoSuchFile:
+        except RecastError as error:
             if subfolder is not None:
                 raise
-            subfolder = _only_task(name, _tasks_of_repository(name, hub_kwargs))
+            if isinstance(error, NoSuchFile):
+                subfolder = _only_task(name, _tasks_of_repository(name, hub_kwargs))
+            elif isinstance(error.__cause__, LocalEntryNotFoundError) and (cached := _tasks_in_the_cache(name, hub_kwargs)):
+                subfolder = _only_task(f"the cache of {name}", cached)
+            else:
+                raise
             config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
         folder = Path(config_file).parent
         pinned = {**hub_kwargs, "revision": commit_of(config_file) or hub_kwargs.get("revision")}
@@ -215,6 +222,23 @@ def _tasks_of_repository(name: str, hub_kwargs: Mapping[str, Any]) -> list[str]:
         files = api.list_repo_files(name, revision=hub_kwargs.get("revision"))
     folders = (file.removesuffix(f"/{CONFIG_NAME}") for file in files if file.endswith(f"/{CONFIG_NAME}"))
     return sorted(folder for folder in folders if not goes_up(folder))
+
+
+def _tasks_in_the_cache(name: str, hub_kwargs: Mapping[str, Any]) -> list[str]:
+    """The subfolders of a repository that hold a task and were fetched before; a lone one may have got neighbours since."""
+    given = {key: value for key, value in hub_kwargs.items() if key in ("revision", "cache_dir")}
+    try:
+        root = Path(snapshot_download(name, local_files_only=True, allow_patterns=[f"*/{CONFIG_NAME}"], **given))
+    except LocalEntryNotFoundError:
+        return []
+    found = sorted(path.parent.relative_to(root).as_posix() for path in root.glob(f"*/**/{CONFIG_NAME}"))
+    if len(found) == 1:
+        warnings.warn(
+            f"the Hub was not asked, and of {name} the cache holds one task, in {found[0]!r}, which is taken. If the "
+            "repository has others, say which one with subfolder=",
+            stacklevel=3,
+        )
+    return found
 
 
 def _only_task(name: str, subfolders: list[str]) -> str:

@@ -137,6 +137,27 @@ class TestFetching:
         hub.add("ada/one", {f"birds/{p.name}": p.read_bytes() for p in (tmp_path / "local" / "cars").iterdir()})
         assert fetch_task("ada/one", revision=first).name == "cars"
 
+    @pytest.mark.parametrize("is_offline", [True, False])
+    def test_finds_the_only_task_in_the_cache(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool
+    ) -> None:
+        make_model("cars").save_pretrained(tmp_path)
+        task = {p.name: p.read_bytes() for p in (tmp_path / "cars").iterdir()}
+        first = hub.add("ada/one", {f"tasks/cars/{name}": content for name, content in task.items()})
+        expected = fetch_task("ada/one")
+        hub.add("ada/one", {f"birds/{name}": content for name, content in task.items()})
+        fetch_task("ada/one", "birds")
+        options = {} if is_offline else {"local_files_only": True}
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+        with pytest.warns(UserWarning, match=r"the cache holds one task, in 'birds'.*subfolder="):
+            assert fetch_task("ada/one", **options).name == "birds"
+        with pytest.warns(UserWarning, match="tasks/cars"):
+            assert fetch_task("ada/one", revision=first, **options) == expected
+        with pytest.raises(RecastHubError, match="not in the Hub's cache"):
+            fetch_task("ada/other", **options)
+        with pytest.raises(RecastHubError, match="not in the Hub's cache"):
+            fetch_task("ada/one", "fish", **options)
+
     def test_of_several_tasks_asks_which(self, hub: HubServer, tmp_path: Path) -> None:
         model = make_model("cars", "birds")
         push_tasks_to_hub(model, "ada/all")
