@@ -79,7 +79,10 @@ def check_replacement(
         RecastError: as ``hotswap_adapter`` says.
     """
     check_not_merged(backbone, adapter_name)
-    config = under_names_of(backbone, RecastConfig.from_pretrained(path, **kwargs))
+    config = RecastConfig.from_pretrained(path, **kwargs)
+    if not isinstance(config, RecastConfig):
+        raise RecastConfigError(f"{path!r} holds an adapter of the method {config.peft_type.value}; expected a task of RECAST")
+    config = under_names_of(backbone, config)
     _check_alike(path, config, adapter_name, own)
     entries = read_entries(path, kwargs, f"the task at {path!r}", config)
     layers = {name: layer for name, layer in recast_layers(backbone).items() if layer.has_task(adapter_name)}

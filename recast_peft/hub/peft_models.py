@@ -31,6 +31,7 @@ from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
+from ..storage.transfer import fetch_file
 from ..validation import checked_names, did_you_mean, shown
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
@@ -130,9 +131,9 @@ class TaskModel:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         elif os.path.isdir(model_id):
             model_id = str(local_task(model_id, kwargs.pop("subfolder", None)))
-        file = Path(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
-        if file.is_file():
-            RecastConfig.from_json_file(str(file))  # says what is wrong with it before PEFT looks for keys in it
+        hub_kwargs = {**self._split_kwargs(kwargs)[0]}  # type: ignore[attr-defined]
+        file = fetch_file(str(model_id), CONFIG_NAME, hub_kwargs.pop("subfolder", None), hub_kwargs)
+        RecastConfig.from_json_file(file)  # says what is wrong with it before PEFT looks for keys in it
         own = self.peft_config.get(adapter_name)  # type: ignore[attr-defined]
         with modules_called(kwargs.pop("key_mapping", None)):
             if not isinstance(own, RecastConfig):

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import RecastConfigError
+from ..names import METHOD_NAME
 from ..storage.atomic import write_json
 from ..storage.json_reader import parse_json
 from ..storage.pairs import read_companion
@@ -37,7 +38,10 @@ def read_fields(file: str | os.PathLike) -> dict[str, Any]:
         values["results"] = json.loads(json.dumps(values["results"]), parse_constant=lambda name: None)
     method = values.get("peft_type")
     if not isinstance(method, str) or method not in PeftType.__members__ or {"cls", "self"} & values.keys():
-        raise RecastConfigError(f"{path} is no config of a method that PEFT knows: peft_type={shown(method)}")
+        raise RecastConfigError(
+            f"{path} is no config of a method that PEFT knows\n  given:    peft_type={shown(method)}\n"
+            f"  expected: {shown(METHOD_NAME.upper())}, or another of PEFT's\nFetch it again."
+        )
     for where, pattern in _patterns(values):
         check_pattern(pattern, f"{where} of {path}")
     return values

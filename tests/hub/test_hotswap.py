@@ -10,7 +10,7 @@ import torch
 from grown_biases import config as biases
 from grown_biases import source
 from models import converted, layers_of, move, randomise, tiny_vit, vit_input
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap as peft_hotswap
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,6 +145,14 @@ def test_a_classifier_of_modules_to_save_beside_those_of_num_classes(tmp_path: P
     assert torch.equal(output(model), expected)
     model.set_adapter("classes")
     assert output(model).shape == (2, 5)
+
+
+@pytest.mark.parametrize("put_in", [hotswap_adapter, lambda model, *given: model.load_adapter(*given)])
+def test_an_adapter_of_another_method_is_refused(tmp_path: Path, put_in: Any) -> None:
+    get_peft_model(tiny_vit(), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path)
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "cars")
+    with pytest.raises(RecastConfigError, match="method LORA; expected a task of RECAST"):
+        put_in(model, str(tmp_path), "cars")
 
 
 def test_PEFTs_own_refuses_with_a_message(tmp_path: Path) -> None:

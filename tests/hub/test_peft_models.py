@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer
 from models import converted, outputs, randomise, small_transformer, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -37,6 +39,21 @@ class TestTheFolderOfTasks:
         with pytest.raises(RecastLoadError, match="empty holds no task"):
             model.load_adapter(tmp_path / "empty", "more")
         assert list(model.peft_config) == ["cars", "birds", "again"]
+
+
+@pytest.mark.parametrize("config", [{"peft_type": None}, {}, {"peft_type": ["RECAST"]}, {"peft_type": "x" * 10_000}, ["x"]])
+@pytest.mark.parametrize("from_the_hub", [True, False])
+def test_what_is_no_config_of_peft_is_told(hub: HubServer, tmp_path: Path, config: Any, from_the_hub: bool) -> None:
+    content = json.dumps(config).encode()
+    hub.add("ada/odd", {"adapter_config.json": content})
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    model = get_recast_model(tiny_vit(), CONFIG, "cars")
+    for name in ("other", "cars"):
+        expected = "a JSON object" if isinstance(config, list) else r"given: +peft_type=.*\n +expected: 'RECAST'"
+        with pytest.raises(RecastConfigError, match=expected) as caught:
+            model.load_adapter("ada/odd" if from_the_hub else tmp_path, name)
+        assert len(str(caught.value)) < 1000
+    assert list(model.peft_config) == ["cars"]
 
 
 def test_what_is_trained_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
