@@ -25,7 +25,8 @@ from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modul
 from .options.record import BEFORE_LOADING
 from .parts.base import Place
 from .parts.base_biases import train_biases
-from .parts.saved import freeze_running_statistics, saved_by_task_type
+from .parts.head import TaskHead
+from .parts.saved import TaskNorm, freeze_running_statistics, saved_by_task_type
 from .parts.stacking import TaskConfigs
 from .parts.wrapper import ScaledModule
 from .planning.groups import coefficient_owners
@@ -122,6 +123,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
                 share_coefficients(model, adapter_name, owners)
                 active = adapter_name in self.active_adapters
                 prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
+                self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # the parts too
                 for parameter, requires_grad in others:
                     parameter.requires_grad_(requires_grad)
                 if active and not is_first:  # beside tasks of a tuner that is no longer around the model
@@ -182,13 +184,16 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         # coefficients are created in float32, so the only cast is to the dtype of the weights, for those who ask for it
         if autocast_adapter_dtype:
             for layer in modules_of(self.model, BaseTunerLayer):
-                if not isinstance(layer, ScaledModule):  # what a task has of whole modules keeps their dtype
+                if not isinstance(layer, ScaledModule):  # what a task has of whole modules has its dtype
                     cast_adapter_dtype(layer, adapter_name)
             return
         for layer in modules_of(self.model, RecastLayer):
             if adapter_name in layer.recast_coefficients:
                 values = layer.recast_coefficients[adapter_name]
                 values.data = values.data.to(layer.weight_dtype)
+        for module in modules_of(self.model, TaskHead, TaskNorm):
+            if module.has_task(adapter_name):
+                module.modules_to_save[adapter_name].to(module.dtype_of_model)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT asks every module with this verb when a task was loaded by assignment, which puts it where the file was read

@@ -28,9 +28,8 @@ from .head_building import (
     write_labels,
     write_timm_labels,
 )
+from .precision import HALF
 from .wrapper import TaskModule
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class ShownHead(Protocol):
@@ -130,7 +129,9 @@ class TaskHead(TaskModule):
         write_labels(self._owner[0], labels)
         if names:
             write_timm_labels(self._owner[0], labels)
-        return module.as_linear() if isinstance(module, PrototypeHead) else module
+        module = module.as_linear() if isinstance(module, PrototypeHead) else module
+        is_rounded = self.dtype_of_model in HALF and any(p.dtype == torch.float32 for p in module.parameters())
+        return copy.deepcopy(module).to(self.dtype_of_model) if is_rounded else module
 
     def changed(self) -> None:
         """Let the model's config name the classes of the head that is called; prototypes are never trained."""

@@ -22,6 +22,7 @@ from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy
 from .partner import detach_partners
+from .precision import call_rounded, dtypes_of, train_in_float32
 from .wrapper import ScaledModule, TaskModule, task_modules, was_replaced
 
 SAVED_BY_TASK_TYPE = {  # what PEFT's models for a task_type add to modules_to_save
@@ -112,6 +113,8 @@ class SavedPart(TaskPart):
             release_running_statistics(own)
             detach_partners(own)
             own.train(present.training)
+            if isinstance(present, TaskNorm):
+                train_in_float32(own)
             present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
@@ -175,9 +178,14 @@ class TaskNorm(ScaledModule):
     """The norms of all tasks in the place of one of the model's: by its strength a task's output is mixed with the model's."""
 
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        own = module(*args, **kwargs)
+        own = call_rounded(module, dtypes_of(unwrapped_module(self.original_module)), args, kwargs)
         factor = self._factor_of(module)
         return own if factor == 1 else at_strength(self.original_module(*args, **kwargs), own, factor)
+
+    def _getattr_wrapped(self, name: str, modules: Any) -> Any:
+        value = super()._getattr_wrapped(name, modules)
+        dtype = dtypes_of(unwrapped_module(self.original_module)).get(name)
+        return value if dtype is None else value.to(dtype)
 
     def _factor_of(self, module: nn.Module) -> float:
         return next((scale for name, scale in strengths_of_call(self).items() if self.modules_to_save[name] is module), 1.0)
@@ -194,15 +202,17 @@ class TaskNorm(ScaledModule):
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        factor = self._factor_of(module)
-        if factor in (0, 1):
-            return module if factor else self.original_module
+        factor, plain = self._factor_of(module), unwrapped_module(self.original_module)
+        if not factor:
+            return self.original_module
+        if factor == 1 and dtypes_of(module) == dtypes_of(plain):
+            return module
         for refusal in filter(None, map(self.refusal_to_merge, self.scaling)):
             raise RecastBankError(f"nothing can be merged at {self.module_name}: a task has {refusal}")
         mixed = copy.deepcopy(module)
         with torch.no_grad():
-            for own, base in zip(mixed.parameters(), self.original_module.parameters(), strict=True):
-                own.data = at_strength(base, own, factor)
+            for own, base in zip(mixed.parameters(), plain.parameters(), strict=True):
+                own.data = at_strength(base, own, factor).to(base.dtype)
         return mixed
 
 

@@ -31,6 +31,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
     what = "modules_to_save"  # for messages
     other_param_names = ("modules_to_save",)  # what is no weight of the base, for PEFT
     adds_when_merged = False  # whether what several tasks have here adds, once it is merged
+    _owner: tuple[nn.Module, ...] = ()  # the model around it, where that matters; in a tuple, since it is no child
     idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
 
     def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
@@ -137,6 +138,12 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
     def _getattr_wrapped(self, name: str, modules: Any) -> Any:
         task = self.shown_task
         return getattr(self.original_module if task is None else self.modules_to_save[task], name)
+
+    @property
+    def dtype_of_model(self) -> torch.dtype:
+        """That of the model's own module, or near it where that has no numbers."""
+        found = (p.dtype for m in (self.original_module, *self._owner) for p in m.parameters() if p.is_floating_point())
+        return next(found, torch.float32)
 
     # ---------------------------------------------------------------- what a holder can be asked
 

@@ -12,7 +12,7 @@ import torch
 from grown_weights import grown, on
 from llamas import IDS, converted, llama, logits, train
 from models import converted as vit
-from models import layers_of, randomise, tiny_vit, vit_input
+from models import layers_of, move, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from torch import nn
 
@@ -87,6 +87,22 @@ PARTS: dict[str, dict[str, Any]] = {
     "a LoRA": {"lora_config": {"r": 2, "target_modules": ["fc1"]}},
     "main directions": {"num_directions": 2},
 }
+
+
+def test_norms_of_a_model_in_half_precision_are_computed_with_while_they_are_kept_elsewhere(
+    offload: Callable[[nn.Module], None],
+) -> None:
+    """They are trained in float32, and the model's own is what they are rounded to."""
+    model = get_recast_model(tiny_vit().bfloat16(), RecastConfig(train_norms=True, train_coefficients=False), "task").eval()
+    move(model, ".modules_to_save.task.")
+    expected = model(vit_input().bfloat16())
+    offload(model)
+    assert model.get_base_model().blocks[0].norm.modules_to_save["task"].weight.is_meta
+    assert torch.equal(model(vit_input().bfloat16()), expected)
+    model.train()
+    model(vit_input().bfloat16()).square().mean().backward()
+    own = model.get_base_model().blocks[0].norm.modules_to_save["task"].weight
+    assert (own.dtype, own.grad is None) == (torch.float32, False)
 
 
 @pytest.mark.parametrize("fields", PARTS.values(), ids=PARTS)

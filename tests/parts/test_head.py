@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -348,3 +351,15 @@ class TestAModelInHalfPrecision:
         torch.testing.assert_close(outputs(again, x, task_ids=pool.ids(["task", "task"])), alone, rtol=1e-2, atol=1e-2)
         pool.activate("task")
         torch.testing.assert_close(outputs(again, x), alone, rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("backbone", [tiny_vit, partial(timm.create_model, "test_vit", num_classes=0)])
+    def test_a_model_that_tasks_are_merged_into_has_one_dtype(self, backbone: Callable[..., nn.Module], dtype: Any) -> None:
+        """A linear layer in float32 takes no features in half precision."""
+        model = get_recast_model(backbone().to(dtype), RecastConfig(num_classes=3, head_init="fresh"), "task").eval()
+        randomise(model, "task")
+        x = (vit_input() if backbone is tiny_vit else torch.rand(2, 3, 160, 160)).to(dtype)
+        live = outputs(model, x)
+        merged = model.merge_and_unload()
+        assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+        torch.testing.assert_close(outputs(merged, x), live, rtol=2e-2, atol=2e-2)

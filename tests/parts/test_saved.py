@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from models import Around, state, tiny_vit
+from language_models import numbers
+from llamas import llama
+from models import Around, state, tiny_vit, vit_input
 from peft import PeftModel
 from pools import text_model
 from safetensors.torch import load_file
@@ -52,14 +55,64 @@ def test_running_statistics_stay_those_of_the_pretrained_model(way: str) -> None
     assert not any(m._forward_pre_hooks for m in left.modules())
 
 
+def first(output: object) -> torch.Tensor:
+    return getattr(output, "logits", output)  # type: ignore[return-value]
+
+
 class TestNorms:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_have_the_dtype_of_the_models_own(self, dtype: torch.dtype, tmp_path: Path) -> None:
-        model = get_recast_model(tiny_vit().to(dtype), RecastConfig(target_modules=["qkv"], train_norms=True))
-        model.save_pretrained(tmp_path)
-        for one in (model, PeftModel.from_pretrained(tiny_vit().to(dtype), tmp_path)):
-            own = [p.dtype for name, p in one.named_parameters() if "norm.modules_to_save" in name]
-            assert own == [dtype] * 8
+    @pytest.mark.parametrize("backbone", [tiny_vit, llama], ids=["LayerNorm", "LlamaRMSNorm"])
+    def test_are_trained_in_float32_and_computed_with_as_the_models_own(
+        self, backbone: Callable[[], nn.Module], dtype: torch.dtype, tmp_path: Path
+    ) -> None:
+        """A bfloat16 has steps of 1/256 of its size, and a fresh task changes nothing."""
+        plain = backbone().to(dtype)
+        x = torch.arange(12).view(2, 6) if backbone is llama else vit_input().to(dtype)
+        config = RecastConfig(train_norms=True, train_coefficients=False)
+        model = get_recast_model(copy.deepcopy(plain), config, "task").eval()
+        assert torch.equal(first(model(x)), first(plain(x)))
+        own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert {parameter.dtype for parameter in own.values()} == {torch.float32}
+        first(model(x)).float().square().sum().backward()
+        with torch.no_grad():
+            for parameter in own.values():
+                assert parameter.grad is not None
+                before = parameter.clone()
+                parameter.mul_(1 + 1e-4)
+                assert not torch.equal(parameter, before) or not before.any()
+                parameter.add_(0.1)
+            rounded = {
+                key.removeprefix("base_model.model.").replace(".modules_to_save.task", ""): value.to(dtype)
+                for key, value in numbers(model, "task").items()
+            }
+            expected = copy.deepcopy(plain)
+            assert not expected.load_state_dict(rounded, strict=False).unexpected_keys
+            live = first(model(x))
+            assert torch.equal(live, first(expected(x)))
+            assert not torch.equal(live, first(plain(x)))
+            assert torch.equal(first(torch.compile(model, backend="eager")(x)), live)
+            model.save_pretrained(tmp_path)
+            again = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "task", "task").eval()
+            assert all(torch.equal(value, numbers(again, "task")[key]) for key, value in numbers(model, "task").items())
+            assert torch.equal(first(again(x)), live)
+            left = again.merge_and_unload()
+            assert torch.equal(first(left(x)), live)
+            assert {parameter.dtype for parameter in left.parameters()} == {dtype}
+
+    def test_have_the_dtype_of_the_models_own_for_whoever_reads_them(self) -> None:
+        """HF's Mamba gives a norm its input in the dtype of the norm's weight."""
+        model = get_recast_model(tiny_vit().bfloat16(), RecastConfig(train_norms=True)).get_base_model()
+        norm = model.blocks[0].norm
+        own = norm.modules_to_save["default"].weight
+        assert (own.dtype, norm.weight.dtype) == (torch.float32, torch.bfloat16)
+        norm.weight.float().sum().backward()
+        assert own.grad is not None
+
+    def test_stay_in_half_precision_for_who_asks_for_it(self) -> None:
+        """FSDP1 takes one dtype alone."""
+        config = RecastConfig(train_norms=True, num_classes=3)
+        model = get_recast_model(tiny_vit().bfloat16(), config, autocast_adapter_dtype=False)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
     def test_running_statistics_stay_the_pretrained_models(self):
         model = get_recast_model(timm.create_model("resnet10t", num_classes=3), RecastConfig(num_classes=2))

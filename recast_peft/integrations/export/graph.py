@@ -20,7 +20,9 @@ from ...parts.head import TaskHead
 from ...parts.lora import PartLayer
 from ...parts.lora_strength import part_layers
 from ...parts.partner import detach_partners
+from ...parts.precision import dtypes_of
 from ...parts.readout import readout_holders
+from ...parts.saved import TaskNorm
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
 from ...validation import checked_names, shown
@@ -351,7 +353,10 @@ class StandIns:
             return _classifiers(module, self.read, self.given)
         like = self.source.owned_module(module)
         has_classes = isinstance(module, TaskHead) and type(like) is nn.Linear and like.out_features > 1
-        return TaskedModule(module.module_name, like, self.given, has_classes)
+        made = TaskedModule(module.module_name, like, self.given, has_classes)
+        if isinstance(module, TaskNorm):
+            made.dtypes.update(dtypes_of(unwrapped_module(module.original_module)))
+        return made
 
 
 def _classifiers(module: Any, read: list[GraphTask], given: Given) -> ClassifierTable:

@@ -27,7 +27,7 @@ from ...errors import RecastBankError
 from ...layer import RecastLayer
 from ...parts.bias import share_of
 from ...parts.bias_part import TaskBiases
-from ...parts.head import HALF
+from ...parts.precision import HALF
 
 Call = Callable[..., Tensor]
 WEIGHT, OUTPUT, AUTO = WAYS = "weight", "output", "auto"

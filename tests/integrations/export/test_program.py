@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from exported import MODELS, TOLERANCE, backbone, called, distance, header, images, recast, two_tasks
+from exported import (
+    IDS,
+    MASK,
+    MODELS,
+    TOLERANCE,
+    backbone,
+    called,
+    distance,
+    header,
+    images,
+    llama,
+    recast,
+    two_tasks,
+)
 from grown_biases import grown, learn_offsets
 from lora_parts import fill
-from models import converted, randomise, seeded, tiny_vit, vit_input
+from models import converted, move, randomise, seeded, tiny_vit, vit_input
 from peft import LoraConfig
 from safetensors.torch import load_file as load_tensors
 
@@ -109,6 +123,15 @@ class TestHalf:
             export_program(model, x, ["task"]).module()(torch.tensor([0, 0]), x),
         ):
             torch.testing.assert_close(found["output"], expected, rtol=near, atol=near)
+
+    def test_norms_in_float32_in_a_model_in_bfloat16(self, tmp_path: Path) -> None:
+        """They are rounded to the model's dtype, in the graph as in the model: the results are equal."""
+        config = RecastConfig(train_norms=True, train_coefficients=False)
+        model = get_recast_model(llama().bfloat16(), config, "task").eval()
+        move(model, ".modules_to_save.task.")
+        program = export_program(model, {"input_ids": IDS, "attention_mask": MASK})
+        found = program.module()(export_task(model, tmp_path / "task"), input_ids=IDS, attention_mask=MASK)["logits"]
+        assert torch.equal(found, model(input_ids=IDS, attention_mask=MASK).logits)
 
 
 class TestBiases:
