@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import RecastLoadError
+from ..errors import RecastConfigError, RecastLoadError
 from .atomic import staged
 
 CHECKSUM = "recast_checksum"  # the entry of a file's metadata: of its tensors
@@ -27,6 +27,7 @@ TEXTS_CHECKSUM = "recast_texts_checksum"  # the same of its other entries
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 100.0  # of coefficients; 1 moves a weight by as much as the weight itself
 TRIES = 50  # to read a file that is replaced again and again
+_NOT_UTF8 = "its path is not UTF-8, and safetensors opens no such file. Give the folder another name."
 _CHUNK = 1 << 22  # numbers that are looked at in one go
 
 
@@ -55,7 +56,13 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
         path: path of the file; its folder is made if it is missing.
         tensors: by name, on any device; those that share memory are stored one by one.
         metadata: texts by name.
+
+    Raises:
+        RecastConfigError: if the path is not UTF-8, since the file could not be read.
+        OSError: if the disk is full.
     """
+    if not _is_utf8(path):
+        raise RecastConfigError(f"{os.fspath(path)} cannot be written: {_NOT_UTF8}")
     held: set[int] = set()  # memory that is stored already
     plain: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -159,7 +166,17 @@ def _unreadable(what: str, path: str | os.PathLike, reason: Exception) -> Recast
     if not os.path.isfile(path):
         found = "a folder, not a file" if os.path.isdir(path) else "not there"
         return RecastLoadError(f"{what} cannot be read: {os.fspath(path)} is {found}")
+    if not _is_utf8(path):
+        return RecastLoadError(f"{what} cannot be read: {_NOT_UTF8}")
     return RecastLoadError(f"{what} is damaged or incomplete: {reason}\nNothing was loaded; fetch it again.")
+
+
+def _is_utf8(path: str | os.PathLike) -> bool:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_floating(what: str, tensors: Mapping[str, Tensor]) -> None:

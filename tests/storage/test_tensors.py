@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from recast_peft.errors import RecastLoadError
+from recast_peft.errors import RecastConfigError, RecastLoadError
 from recast_peft.storage.tensors import (
     CHECKSUM,
     check_shapes,
@@ -164,3 +166,16 @@ def test_a_write_replaces_the_file_that_tensors_are_read_from(tmp_path: Path) ->
     write_tensors(tmp_path / "x", {key: value + 1 for key, value in held.items()})
     assert torch.equal(held["a"], tensors()["a"])
     assert torch.equal(read_tensors(tmp_path / "x").tensors["a"], tensors()["a"] + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere have no such names")
+def test_a_path_that_is_not_utf8_is_told_and_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9") / "x.safetensors"
+    with pytest.raises(RecastConfigError, match="not UTF-8.*Give the folder another name"):
+        write_tensors(path, {"a": torch.ones(2)})
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    path.write_bytes(save({"a": torch.ones(2)}))
+    for read in (read_tensors, read_shapes):
+        with pytest.raises(RecastLoadError, match="not UTF-8.*Give the folder another name"):
+            read(path)
