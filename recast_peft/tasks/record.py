@@ -13,6 +13,7 @@ from ..banks.directions_bank import DirectionsBank
 from ..banks.template_bank import TemplateBank
 from ..composition.fingerprint import same_weight
 from ..config import RecastConfig
+from ..errors import RecastTargetError
 from ..layer import RecastLayer, fingerprints_of, recast_layers
 from ..names import modules_of
 from ..options.record import TaskRecord, mean_fidelity
@@ -56,10 +57,18 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     """What a model says of a task that it has, for the task's file.
 
     The user of the config may since have put it on another model.
+
+    Raises:
+        RecastTargetError: if the task, or a target of it, is no longer in the model.
     """
     backbone = backbone_of(model)
     layers = {n: layer for n, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}
     banks = task_banks(backbone, adapter_name)
+    if config.groups and not layers:
+        raise RecastTargetError(
+            f"task {adapter_name!r} is no longer in the model, and its file would be empty: unload() or merge_and_unload() "
+            "took it out. Save a task before, and the model that is left by its own save_pretrained."
+        )
     lost = [member for bank in banks.values() for member in bank.members if member not in layers]
     if lost:
         raise was_replaced(f"{lost[0]}, a target of task {adapter_name!r},")

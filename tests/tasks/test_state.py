@@ -153,6 +153,21 @@ def test_a_wrapper_right_around_what_a_task_changes(part: str, wrapper: str, tmp
     assert torch.equal(outputs(model.unload(), vit_input()), outputs(tiny_vit(), vit_input()))
 
 
+@pytest.mark.parametrize("verb", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}, {"train_coefficients": False, "partners": ["bias"]}])
+def test_a_model_whose_tasks_were_taken_out_saves_no_empty_file(fields: dict[str, Any], verb: str, tmp_path: Path) -> None:
+    """It would take the place of the task's file."""
+    model = learned(get_recast_model(tiny_vit(), RecastConfig(**fields), "task"))
+    folder = saved(model, "task", tmp_path)
+    before = load_file(folder / "adapter_model.safetensors")
+    getattr(model, verb)()
+    with pytest.raises(RecastTargetError, match=r"task 'task' is no longer in the model.* took it out"):
+        model.save_pretrained(tmp_path)
+    after = load_file(folder / "adapter_model.safetensors")
+    assert before
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
 def test_values_that_were_gathered_from_several_processes_are_taken() -> None:
     model = learned(get_recast_model(tiny_vit(), RecastConfig(num_classes=5), "task"))
     gathered = {key: value + 1 if "offsets" in key else value for key, value in model.state_dict().items()}
