@@ -285,20 +285,32 @@ def _copy_task(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def _takes_token_ids(model: Any) -> bool:
+    """Whether a model takes ``input_ids``, which PEFT's classes for a ``task_type`` give it; those of sounds do not."""
+    return getattr(model, "main_input_name", "input_ids") == "input_ids" or _has_token_ids(type(model).forward)
+
+
+@functools.cache
+def _has_token_ids(forward: Any) -> bool:
+    return "input_ids" in inspect.signature(forward).parameters
+
+
 def _with_verbs(peft_class: Any) -> type[PeftModel]:
     @functools.wraps(peft_class.forward)  # the Trainer reads the arguments off it
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # classes for a task_type have an argument of this name, which would swallow it
         task_ids = kwargs.pop("task_ids", None)
+        own_class = peft_class if _takes_token_ids(self.get_base_model()) else PeftModel
         if task_ids is None:
-            return peft_class.forward(self, *args, **kwargs)
+            return own_class.forward(self, *args, **kwargs)
         self.base_model.pool_in_use()
         with self._enable_peft_forward_hooks(task_ids=task_ids, adapter_names=kwargs.get("adapter_names")):
-            return peft_class.forward(self, *args, **kwargs)
+            return own_class.forward(self, *args, **kwargs)
 
     @functools.wraps(peft_class.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return peft_class.generate(self, *args, **self.base_model.with_own_repeats(kwargs))
+        own_class = peft_class if _takes_token_ids(self.get_base_model()) else PeftModel
+        return own_class.generate(self, *args, **self.base_model.with_own_repeats(kwargs))
 
     verbs = {"forward": forward, "generate": generate}
     name = f"Recast{peft_class.__name__}"

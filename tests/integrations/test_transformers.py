@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from language_models import IDS, bert, call, gpt2, learn, llama, t5, vit
-from models import layers_of, move, randomise, reference_model
+from models import layers_of, move, randomise, reference_model, seeded
 from packaging.version import Version
 from peft import (
     AutoPeftModelForSequenceClassification,
@@ -21,7 +21,13 @@ from peft import (
     get_peft_model_state_dict,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from recast_peft import RecastBaseMismatchError, RecastConfig, RecastError, RecastLoadError, get_recast_model
@@ -33,7 +39,36 @@ needs_verbs = pytest.mark.skipif(
 )
 
 
+def whisper() -> nn.Module:
+    sides = {
+        f"{side}_{size}": number
+        for side in ("encoder", "decoder")
+        for size, number in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    sizes = {"vocab_size": 20, "num_mel_bins": 8, "d_model": 16, "max_source_positions": 20, "max_target_positions": 20}
+    config = WhisperConfig(**sides, **tokens, **sizes, suppress_tokens=[], begin_suppress_tokens=[])
+    return seeded(lambda: WhisperForConditionalGeneration(config))
+
+
 class TestModels:
+    @pytest.mark.parametrize("task_type", [TaskType.SEQ_2_SEQ_LM, TaskType.FEATURE_EXTRACTION])
+    def test_that_take_no_token_ids_are_called_with_what_they_take(self, task_type: TaskType) -> None:
+        """PEFT's class for the task_type gives every model input_ids, which ends in two values for one argument."""
+        generator = torch.Generator().manual_seed(0)
+        inputs = {"input_features": torch.rand(2, 8, 40, generator=generator), "decoder_input_ids": IDS[:2]}
+        plain = whisper()
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(task_type=task_type)).eval()
+        start = call(plain, **inputs)
+        assert torch.equal(call(model, **inputs), start)
+        randomise(model)
+        live = call(model, **inputs)
+        assert not torch.allclose(live, start, atol=1e-4)
+        mixed = call(model, **inputs, adapter_names=["default", "__base__"])
+        torch.testing.assert_close(mixed, torch.stack([live[0], start[1]]))
+        assert model(inputs["input_features"], labels=IDS[:2]).loss.requires_grad
+        assert len(model.generate(inputs["input_features"], max_new_tokens=2, do_sample=False)) == 2
+
     @pytest.mark.parametrize(
         ("build", "inputs", "task_type"),
         [
