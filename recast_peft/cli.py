@@ -27,7 +27,7 @@ from torch import nn
 from ._version import __version__
 from .auto import AutoRecastModel
 from .config import RecastConfig
-from .errors import RecastConfigError, RecastError
+from .errors import RecastConfigError, RecastError, shortened
 from .hub.backbone import HOW_TO_BUILD, HOW_TO_PASS
 from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
@@ -90,7 +90,7 @@ def _as_options(text: str, options: argparse.Namespace) -> str:
 
 def _printable(value: Any) -> str:
     """A text from a file without what would steer a terminal; the lines stay."""
-    return "\n".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line) for line in str(value).split("\n"))
+    return "\n".join(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", line) for line in shortened(str(value)).split("\n"))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,9 +5,22 @@ Every message says what was given, what was expected, and what to do.
 
 from __future__ import annotations
 
+LONGEST_LINE = 2_000  # characters of a message
+MOST_LINES = 200
+
+
+def shortened(text: str) -> str:
+    """A text without the middle of lines that hold a very long value, and without the end of one with very many lines."""
+    half, lines = LONGEST_LINE // 2, text.split("\n")
+    cut = [line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}" for line in lines[:MOST_LINES]]
+    return "\n".join([*cut, *(["..."] if len(lines) > MOST_LINES else [])])
+
 
 class RecastError(Exception):
     """Base class of every error that this library raises on purpose."""
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())  # values and names from files may be of any length
 
 
 class RecastConfigError(RecastError, ValueError):

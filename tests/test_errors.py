@@ -32,3 +32,13 @@ def test_every_kind_is_public_and_caught_with_the_family_and_with_pythons_own() 
 def test_every_error_of_planning_is_of_one_family() -> None:
     with pytest.raises(RecastError):
         plan_recast(TinyVit(), RecastConfig(target_modules=["nothing"]))
+
+
+@pytest.mark.parametrize("kind", [RecastError, *map(errors.__dict__.get, KINDS)])
+def test_no_message_is_very_long(kind: type[RecastError]) -> None:
+    usual = "this was given\n" + "  a\n" * 100
+    assert str(kind(usual)) == usual
+    text = str(kind("the value is " + "x" * 100_000 + "; expected y\nFetch it again." + "\nz" * 100_000))
+    assert text.startswith("the value is xxx")
+    assert "xxx; expected y\nFetch it again.\nz" in text
+    assert len(text) < 3_000
