@@ -373,7 +373,8 @@ def _check_classifier(request: Request, name: str) -> None:
 
 def fingerprints_of(members: Collection[str], candidates: list[Place]) -> dict[str, str]:
     """Of the members' weights, without those that are not at hand as they were."""
-    at_hand = (c for c in candidates if c.name in members and quantised_by(c.module) is None and not c.weight.is_meta)
+    plain = (c for c in candidates if c.name in members and quantised_by(c.module) is None)
+    at_hand = (c for c in plain if c.weight is None or not c.weight.is_meta)  # None: a compressed bank stands for it
     return {candidate.name: candidate.fingerprint for candidate in at_hand}
 
 

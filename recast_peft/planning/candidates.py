@@ -69,7 +69,8 @@ class Candidate:
         if quantised_by(self.module) is not None:
             return dequantised(self.module)
         kept = kept_tensor(self.module, self.weight_name)
-        return whole(getattr(self.module, self.weight_name)) if kept is None else kept
+        held = getattr(self.module, self.weight_name) if kept is None else None
+        return kept if held is None else whole(held)  # type: ignore[return-value]
 
     @property
     def fingerprint(self) -> str:

@@ -262,6 +262,16 @@ class TestTasks:
             model.set_adapter("task")
             assert torch.equal(model(X), wanted)
 
+    def test_on_layers_that_a_compressed_bank_stands_for(self, bank: StoredBank) -> None:
+        compressed = {"target_modules": ["fc1", "fc2"], "num_templates": 1}
+        model = get_recast_model(vit(), config(bank, **compressed)).eval()
+        model.add_adapter("second", config(bank, seed=1, **compressed))
+        model.set_adapter("second")
+        torch.testing.assert_close(model(X), by_hand(model, bank, "second"))
+        other = get_recast_model(vit(1), RecastConfig(**compressed)).eval()
+        with pytest.raises(RecastBankError, match="fingerprint"):
+            other.add_adapter("second", config(bank, **compressed))
+
     def test_each_sample_reads_as_its_task_does(self, bank: StoredBank) -> None:
         model = get_recast_model(vit(), config(bank), "a")
         model.add_adapter("plain", RecastConfig(init_weights=False, num_classes=5, seed=1))
