@@ -4,7 +4,7 @@
     FOLDER/.versions/<task>/<number>/    what it was before
 
 A task that comes or changes is read and checked whole before anybody sees it; one that cannot be read leaves the former in
-service, and says why in ``problems``.
+service, and says why in ``problems``. Stores of several processes may follow one folder: they take turns where one changes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...hub.peft_models import DEFAULT
 from ...names import check_adapter_name
 from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
-from ...storage.atomic import made_folder
+from ...storage.atomic import locked, made_folder
 from ...storage.versions import VERSIONS, next_version, versions
 from ...validation import check_arguments, listed, number_above, whole
 
@@ -54,7 +54,8 @@ class TaskStore:
         self._missed: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._finish_moves()
+        with locked(self.folder):
+            self._finish_moves()
 
     # ---------------------------------------------------------------- following the folder
 
@@ -68,7 +69,8 @@ class TaskStore:
         """
         changed = []
         with self._lock:
-            found = {path.parent.name: _stamp(path.parent) for path in sorted(self.folder.glob(f"*/{CONFIG_NAME}"))}
+            with locked(self.folder):
+                found = {path.parent.name: _stamp(path.parent) for path in sorted(self.folder.glob(f"*/{CONFIG_NAME}"))}
             for name, stamp in found.items():
                 if self._seen.get(name) != stamp:
                     self._seen[name] = stamp
@@ -93,7 +95,9 @@ class TaskStore:
 
     def _take(self, name: str) -> bool:
         try:
-            self._put(name, self._read(name, self.folder / name))
+            with locked(self.folder):
+                read = self._read(name, self.folder / name)
+            self._put(name, read)
         except Exception as error:  # a bad task never takes the service down
             is_ours = isinstance(error, RecastError)
             self.problems[name] = str(error) if is_ours else f"{type(error).__name__}: {error}"
@@ -147,23 +151,25 @@ class TaskStore:
         """Take a task in from the bytes of a zip file with its config and its tensors; the former becomes a version.
 
         Raises:
-            RecastConfigError: if the name is none of a folder, or a file has it.
+            RecastConfigError: if the name is none of a folder, or a file has it, or a task has one that the file system does
+                not tell from it.
             RecastLoadError: if the bytes are no such file, or one of several tasks.
             RecastError: whatever is wrong with the task; the former stays in service.
         """
         _check_plain(name)
-        if (self.folder / name).is_file():
-            raise RecastConfigError(f"name={name!r}: a file of this name lies in {self.folder}; give the task another")
+        files = _unpacked(content)
         incoming = self.folder / VERSIONS / f".incoming-{uuid.uuid4().hex}"
         task = incoming / name
-        try:
-            task.mkdir(parents=True)
-            for file, data in _unpacked(content).items():
-                (task / file).write_bytes(data)
-            with self._lock:
+        with self._lock, locked(self.folder):
+            if self._holds(name) and not (self.folder / name).is_dir():
+                raise RecastConfigError(f"name={name!r}: a file of this name lies in {self.folder}; give the task another")
+            try:
+                task.mkdir(parents=True)
+                for file, data in files.items():
+                    (task / file).write_bytes(data)
                 self._exchange(name, task, self._read(name, task))
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Take a task out of service; it stays as a version that can be rolled back to.
@@ -171,9 +177,9 @@ class TaskStore:
         Raises:
             RecastConfigError: if there is no such task.
         """
-        with self._lock:
+        with self._lock, locked(self.folder):
             _check_plain(name)
-            if not (self.folder / name).is_dir():
+            if not (self._holds(name) and (self.folder / name).is_dir()):
                 raise RecastConfigError(f"the folder has no task {name!r}")
             former = self._retire(name)
             try:
@@ -200,7 +206,8 @@ class TaskStore:
         Raises:
             RecastConfigError: if there is none.
         """
-        with self._lock:
+        with self._lock, locked(self.folder):
+            self._holds(name)
             known = self.versions(name)
             if not known:
                 raise RecastConfigError(f"the task {name!r} has no version before this one")
@@ -222,17 +229,19 @@ class TaskStore:
 
     def _exchange(self, name: str, new: Path, read: Read) -> None:
         """Put a task that was read into its place and into service; the former becomes a version. All of it or nothing."""
-        place = self.folder / name
+        place, stamp = self.folder / name, _stamp(new)
         former = self._retire(name) if place.is_dir() else None
         try:
             os.replace(new, place)
+            self._put(name, read)
         except BaseException:
+            if not new.exists():
+                os.replace(place, new)
             if former is not None:
                 os.replace(former, place)
             raise
-        self._put(name, read)
         self._prune(name)
-        self._seen[name] = _stamp(place)
+        self._seen[name] = stamp
         self.problems.pop(name, None)
 
     def _finish_moves(self) -> None:
@@ -246,6 +255,17 @@ class TaskStore:
                 elif staged.parent.name.startswith(".back-"):  # the task was not yet taken away: this is its latest version
                     os.replace(staged, next_version(self.folder / name))
                 shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def _holds(self, name: str) -> bool:
+        """Whether the folder has an entry of this name, and not of one that the file system takes for the same."""
+        if not os.path.exists(self.folder / name):
+            return False
+        if name not in os.listdir(self.folder):
+            raise RecastConfigError(
+                f"name={name!r}: the folder has another task, whose name this file system does not tell from it; give the task "
+                "another name"
+            )
+        return True
 
     def _retire(self, name: str) -> Path:
         """Make the present task a version; where it lies then."""

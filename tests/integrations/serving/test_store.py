@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import threading
 import zipfile
 
 import pytest
@@ -156,6 +157,58 @@ class TestStore:
             assert "Too many open files" in store.problems["lions"]
         assert store.refresh() == ["lions"]
         assert not store.problems
+
+    def test_a_name_that_the_file_system_takes_for_anothers(self, store, saved, monkeypatch):
+        """As macOS and Windows do with "Cats" and "cats"; here the names that a folder holds are changed instead."""
+        names = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda folder: [name.replace("cats", "Cats") for name in names(folder)])
+        for verb in (store.remove, store.rollback, lambda name: store.upload(name, packed(saved / "second" / "cats"))):
+            with pytest.raises(RecastConfigError, match="does not tell from it"):
+                verb("cats")
+        monkeypatch.undo()
+        assert (
+            sorted(path.parent.name for path in store.folder.glob("*/adapter_config.json"))
+            == sorted(store.pool.names)
+            == ["cars", "cats", "dogs"]
+        )
+
+    def test_what_the_pool_does_not_take_is_not_left_in_the_folder(self, store, saved, image, monkeypatch):
+        def fail(*args, **kwargs):
+            raise MemoryError
+
+        before, file = alone(store.pool, "cats", image), store.folder / "cats" / "adapter_model.safetensors"
+        content = file.read_bytes()
+        store.upload("dogs", packed(saved / "second" / "dogs"))
+        for verb in (lambda: store.upload("cats", packed(saved / "second" / "cats")), lambda: store.rollback("dogs")):
+            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+                patch.setattr(store.pool, "replace_row", fail)
+                verb()
+        assert file.read_bytes() == content
+        assert (store.versions("cats"), store.versions("dogs")) == ([], [1])
+        assert store.refresh() == []
+        assert torch.equal(alone(store.pool, "cats", image), before)
+
+    @pytest.mark.skipif(os.name == "nt", reason="writers do not take turns there")
+    def test_one_that_is_opened_meanwhile_waits_for_an_upload(self, store, saved, image, monkeypatch):
+        """Another process that looked for what a killed one left behind took the upload's files away."""
+        read, opened = store.pool.read, []
+
+        def read_late(*args, **kwargs):
+            thread = threading.Thread(target=lambda: opened.append(TaskStore(store.folder, store.pool)))
+            thread.start()
+            thread.join(0.5)
+            assert not opened
+            monkeypatch.undo()
+            threads.append(thread)
+            return read(*args, **kwargs)
+
+        threads: list[threading.Thread] = []
+        monkeypatch.setattr(store.pool, "read", read_late)
+        store.upload("lions", packed(saved / "second" / "cats"))
+        threads[0].join()
+        assert len(opened) == 1
+        assert "lions" in store.pool
+        assert (store.folder / "lions").is_dir()
 
 
 class TestFullDisk:
