@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -219,7 +220,7 @@ def load_bank(name: str | Path, *, revision: str | None = None, token: str | Non
 
 def has_bank(folder: Path) -> bool:
     """Whether a folder holds a bank file."""
-    return (folder / BANK_WEIGHTS).is_file()
+    return os.path.isfile(folder / BANK_WEIGHTS)  # False, not an error, for a name that no file can have
 
 
 def _fetched(name: str, revision: str | None, token: str | None) -> Path:
@@ -384,7 +385,7 @@ def _places(name: str | None, task_folder: str | None, refused: list[str]) -> li
             refused.append(str(error))
         # a bank that lies where it was saved beside its tasks, or was moved together with them
         above = [path for path in (folder.absolute().parent, folder.absolute().parent.parent) if own]
-        places += [path / own for path in above if not (path / own).is_symlink()]
+        places += [path / own for path in above if not os.path.islink(path / own)]
     places = [place for place in places if has_bank(Path(place))]
     if name and not places and folder.is_dir() and own:
         refused.append(f"none lies in the task's folder, and no {own!r} beside it or the folder above: lay it there, or")

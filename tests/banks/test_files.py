@@ -27,7 +27,7 @@ from recast_peft import (
     get_recast_model,
     load_bank,
 )
-from recast_peft.banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredGroup
+from recast_peft.banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredGroup, find_bank
 from recast_peft.mimicry import Gradient
 from recast_peft.storage.tensors import checksum
 
@@ -375,3 +375,11 @@ class TestStoredBank:
         config = RecastConfig(bank=bank)
         assert copy.deepcopy(config).bank is bank
         assert config.to_dict()["bank"] == bank.reference
+
+
+@pytest.mark.parametrize("name", ["x" * 50_000, "a/" * 5000 + "b", "nul\0"])
+def test_a_name_that_no_file_has_is_no_bank(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecastBankError, match="no template bank at"):
+        load_bank(name)
+    with pytest.raises(RecastBankError):
+        find_bank({"name": name, "fingerprint": "0" * 16}, str(tmp_path))
