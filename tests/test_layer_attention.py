@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from every_kind import build
 from models import Attention, AttentionNet, Chain, layers_of, outputs, randomise, reference_model, seeded, vit_input
 from torch import nn
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastBankError, RecastConfig, get_recast_model
 
 
 class TestMultiHeadAttention:
@@ -46,6 +47,26 @@ class TestMultiHeadAttention:
         wanted, found = twin.merge_and_unload().state_dict(), model.merge_and_unload(adapter_names=["other"]).state_dict()
         assert wanted.keys() == found.keys()
         assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+    def test_reads_the_output_projection_of_the_tasks_that_are_merged_or_of_the_batch(self) -> None:
+        """It never calls it."""
+        plain = seeded(lambda: nn.Sequential(OrderedDict(body=AttentionNet(True), head=nn.Linear(8, 8))))
+        model = get_recast_model(plain, RecastConfig(target_modules=["head"]), "plain").eval()
+        model.add_adapter("own", RecastConfig(target_modules=["head"], modules_to_save=["attns.0.out_proj"]))
+        x, seen = torch.randn(2, 5, 8), {}
+        model.get_base_model().body.attns[0].out_proj.modules_to_save["own"].weight.data += 0.3
+        for name in ("own", "plain"):
+            model.set_adapter(name)
+            seen[name] = outputs(model, x)
+        assert not torch.allclose(seen["own"], seen["plain"], atol=1e-2)
+        model.merge_adapter(["own"])
+        assert torch.equal(outputs(model, x), seen["own"])
+        model.unmerge_adapter()
+        assert torch.equal(outputs(model, x), seen["plain"])
+        assert torch.equal(outputs(model, x, adapter_names=["own", "own"]), seen["own"])
+        assert torch.equal(outputs(model, x, adapter_names=["plain", "__base__"]), seen["plain"])
+        with pytest.raises(RecastBankError, match=r"the model reads body\.attns\.0\.out_proj instead of calling it"):
+            outputs(model, x, adapter_names=["plain", "own"])
 
     def test_can_leave_out_the_output_projection(self) -> None:
         model = nn.Sequential(nn.MultiheadAttention(8, 2))

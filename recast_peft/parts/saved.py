@@ -185,7 +185,7 @@ class TaskNorm(ScaledModule):
     def _getattr_wrapped(self, name: str, modules: Any) -> Any:
         value = super()._getattr_wrapped(name, modules)
         dtype = dtypes_of(unwrapped_module(self.original_module)).get(name)
-        return value if dtype is None else value.to(dtype)
+        return value if dtype is None or value.dtype == dtype else value.to(dtype)
 
     def _factor_of(self, module: nn.Module) -> float:
         return next((scale for name, scale in strengths_of_call(self).items() if self.modules_to_save[name] is module), 1.0)

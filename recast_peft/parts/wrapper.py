@@ -18,6 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..composition.lazy_weight import LazyWeight
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..composition.recomputation import CallHistory
 from ..composition.strength import Strength
@@ -132,12 +133,36 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         acting = (name for name in names if name in self._adapters and name != self.idle_slot)
         return None if self._disable_adapters else next(acting, None)
 
-    def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
-        return True
+    def __getattr__(self, name: str) -> Any:
+        """What a model reads here is that of the module which it would call; PEFT's asks for the active tasks alone."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if "_disable_adapters" not in self.__dict__:  # on its way into being
+                raise
+        return self._getattr_wrapped(name, self._modules)
 
     def _getattr_wrapped(self, name: str, modules: Any) -> Any:
-        task = self.shown_task
-        return getattr(self.original_module if task is None else self.modules_to_save[task], name)
+        batch = current_batch()
+        if batch is None or (self._disable_adapters and batch.is_off):
+            task = self.shown_task
+            return getattr(self.original_module if task is None else self.modules_to_save[task], name)
+        called = {id(module): module for module in (self._module_of(key, batch) for key in batch.rows(len(batch)))}
+        if len(called) == 1 and isinstance(only := next(iter(called.values())), nn.Module):
+            return getattr(only, name)
+        value = getattr(self.original_module, name)
+        return value if not isinstance(value, Tensor) else self._of_no_sample(value)
+
+    def _of_no_sample(self, value: Tensor) -> Tensor:
+        """A tensor that is read where samples have their own, which may be asked for its dtype alone."""
+
+        def refuse() -> Tensor:
+            raise RecastBankError(
+                f"the model reads {self.module_name} instead of calling it, and tasks of this batch own it whole, so that "
+                "samples cannot have their own: pass one task at a time instead of adapter_names"
+            )
+
+        return refuse() if torch.compiler.is_compiling() else LazyWeight(refuse, value.shape, value.dtype, value.device)
 
     @property
     def dtype_of_model(self) -> torch.dtype:

@@ -108,6 +108,20 @@ class TestNorms:
         norm.weight.float().sum().backward()
         assert own.grad is not None
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_are_asked_for_their_dtype_in_a_batch_of_several_tasks(self, dtype: torch.dtype) -> None:
+        class Asking(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(self.norm(x.to(self.norm.weight.dtype)))
+
+        model = get_recast_model(Asking().to(dtype), RecastConfig(target_modules=["head"], train_norms=True), "task").eval()
+        x = torch.randn(2, 4)
+        assert model(x, adapter_names=["task", "__base__"]).dtype == dtype
+
     def test_stay_in_half_precision_for_who_asks_for_it(self) -> None:
         """FSDP1 takes one dtype alone."""
         config = RecastConfig(train_norms=True, num_classes=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ OWNED: dict[str, dict[str, Any]] = {
     "mask": {"partners": ["piggyback"]},
     "LoRA": {"lora_config": {"r": 2, "target_modules": ["proj"], "init_lora_weights": False}},
 }
+
+MERGEABLE = ["head", "saved module", "norms", "biases", "mask", "LoRA"]
 
 
 def two_tasks(first: dict[str, Any], second: dict[str, Any]) -> tuple[PeftModel, dict[str, torch.Tensor]]:
@@ -41,7 +45,7 @@ def test_deleting_the_active_task_leaves_the_other_one_whole(owned: str) -> None
     assert torch.equal(outputs(model, vit_input()), seen["first"])
 
 
-@pytest.mark.parametrize("owned", ["head", "saved module", "norms", "biases", "mask", "LoRA"])
+@pytest.mark.parametrize("owned", MERGEABLE)
 def test_merging_by_name_shows_the_named_task_alone(owned: str) -> None:
     model, seen = two_tasks({"num_classes": 2}, OWNED[owned])
     model.set_adapter("first")
@@ -51,6 +55,29 @@ def test_merging_by_name_shows_the_named_task_alone(owned: str) -> None:
     assert torch.equal(outputs(model, vit_input()), seen["first"])
     merged = model.merge_and_unload(adapter_names=["second"])
     torch.testing.assert_close(outputs(merged, vit_input()), seen["second"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("of_second", MERGEABLE)
+@pytest.mark.parametrize("of_first", MERGEABLE)
+def test_taken_out_by_name_a_task_is_what_it_was_whichever_is_active(of_first: str, of_second: str) -> None:
+    """Parts of the one lie in and around layers of the other, as a LoRA on proj does that was there before its coefficients."""
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **OWNED[of_first]), "first")
+    model.add_adapter("second", RecastConfig(target_modules=["qkv", "proj"], **OWNED[of_second]))
+    seen = {}
+    for seed, name in enumerate(("first", "second")):
+        model.set_adapter(name)
+        move(model, seed=seed)
+        seen[name] = outputs(model.eval(), vit_input())
+    for active, merged, name in itertools.product(("first", "second"), (None, ["first"], ["second"]), ("first", "second")):
+        twin = copy.deepcopy(model)
+        twin.set_adapter(active)
+        if merged is not None:
+            twin.merge_adapter(merged)
+        if merged in (None, [name]):
+            left = twin.merge_and_unload(adapter_names=[name])
+            torch.testing.assert_close(outputs(left, vit_input()), seen[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(outputs(twin.unload(), vit_input()), outputs(tiny_vit(), vit_input()))
 
 
 @pytest.mark.parametrize("names", [["typo"], ["first", "typo"], ["first", "second"]])
