@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.utils import skip_init
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, plain_place, put_child, unwrapped_module
-from ..names import unwrapped
+from ..names import lies_in, unwrapped
 from ..planning.heads import head_names, named_head, top_level
 from .base import Piece
 from .copies import plain_copy
@@ -104,29 +105,49 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     named = named_head(model, name)
     if named is not None:
         return named
+    heads = head_names(model)
+    linear = {key: module for key, module in modules.items() if lies_in(key, heads) and isinstance(module, nn.Linear)}
+    known = _known_heads(model, modules)
+    found = known or [key for key in linear if key in heads]
+    alike = [key for key, module in linear.items() if len(found) == 1 and _is_as_large(module, linear, found[0])]
+    if len(found) == 1 and len(alike) < 2:
+        return found[0]
+    if alike or known or len({_sizes(linear[key]) for key in found}) == 1:
+        several = alike or found
+        raise RecastTargetError(
+            f"the model has {len(several)} classifiers ({', '.join(several)}): where it averages them, build it with the "
+            f"task's number of classes, and give modules_to_save={several} instead of num_classes; else name the one that the "
+            "task replaces with head_module="
+        )
+    last = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-3:]
+    raise RecastTargetError(
+        f"the model's classifier is not known ({len(found)} modules look like one: {found}): "
+        f"name it with head_module=; last linear layers: {', '.join(last) or 'none'}; top level: {top_level(model)}"
+    )
+
+
+def _known_heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The classifiers that timm's and transformers' conventions tell."""
     # transformers has timm's models inside a model of its own
     get_classifier = getattr(model, "get_classifier", None) or getattr(modules.get("timm_model"), "get_classifier", None)
     if callable(get_classifier):
-        classifier = get_classifier()
-        if isinstance(classifier, (tuple, list)):
-            raise RecastTargetError(
-                f"the model has {len(classifier)} classifiers; name the one that the task replaces with head_module="
-            )
-        place = None if classifier is None else plain_place(model, classifier)  # type: ignore[arg-type]
-        if place is not None:
-            return place
-    for key in TRANSFORMERS_HEADS:
-        if isinstance(modules.get(key), nn.Module):
-            return key
-    heads = head_names(model)
-    found = [key for key in modules if key in heads and isinstance(modules[key], nn.Linear)]
-    if len(found) != 1:
-        last = [key for key, module in modules.items() if isinstance(module, nn.Linear)][-3:]
-        raise RecastTargetError(
-            f"the model's classifier is not known ({len(found)} modules look like one: {found}): "
-            f"name it with head_module=; last linear layers: {', '.join(last) or 'none'}; top level: {top_level(model)}"
-        )
-    return found[0]
+        told = get_classifier()
+        told = told if isinstance(told, (tuple, list)) else [told]
+        told = [part for module in told for part in (module if isinstance(module, nn.ModuleList) else [module])]
+        places = [place for module in told if module is not None and (place := plain_place(model, module)) is not None]
+        if places:
+            return places
+    return [key for key in TRANSFORMERS_HEADS if isinstance(modules.get(key), nn.Module)][:1]
+
+
+def _is_as_large(module: nn.Linear, linear: Mapping[str, nn.Linear], head: str) -> bool:
+    """Whether a layer is the last one of a head, or one of its size."""
+    last = [key for key in linear if lies_in(key, [head])][-1:]
+    return bool(last) and _sizes(module) == _sizes(linear[last[0]])
+
+
+def _sizes(linear: nn.Linear) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
 
 
 def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
@@ -136,6 +157,12 @@ def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
         RecastTargetError: naming that number.
     """
     kind = type(unwrapped(model)).__name__
+    added = getattr(unwrapped(model), "final_logits_bias", None)  # BART and its kin
+    if isinstance(added, Tensor) and added.shape[-1] != num_classes:
+        raise RecastTargetError(
+            f"num_classes={num_classes}: {kind} adds final_logits_bias to {name}, which has {added.shape[-1]} outputs, its "
+            "words\nTo classify, take the model's class for that, such as ...ForSequenceClassification."
+        )
     for ending, (outputs, meaning) in FIXED_OUTPUTS.items():
         if (kind.endswith(ending) or name == ending) and num_classes != outputs:
             raise RecastTargetError(

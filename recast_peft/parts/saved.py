@@ -12,12 +12,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..composition.quantised import quantised_by
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, exchange, other_names, plain_modules, unwrapped_module
 from ..names import lies_in, modules_of, outermost
+from ..placement.offloaded import StaysInMemory
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy
@@ -224,7 +226,8 @@ class KeptStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.kept = {name: buffer.detach().clone() for name, buffer in _statistics(module).items()}
+        is_counted = module._buffers.get("num_batches_tracked") is not None
+        self.kept = {name: buffer.detach().clone() for name, buffer in _statistics(module).items()} if is_counted else {}
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if module.training:
@@ -233,8 +236,7 @@ class KeptStatistics:
     def keep(self, module: nn.Module) -> None:
         """Put a layer in evaluation mode, and its statistics back if they were reset."""
         module.train(False)
-        counted, kept = module._buffers.get("num_batches_tracked"), self.kept.get("num_batches_tracked")
-        if counted is not None and kept is not None and int(counted) == 0 and int(kept) > 0:
+        if self.kept and int(module.num_batches_tracked) == 0 and int(self.kept["num_batches_tracked"]) > 0:  # type: ignore
             with torch.no_grad():
                 for name, buffer in _statistics(module).items():
                     buffer.copy_(self.kept[name])
@@ -242,6 +244,20 @@ class KeptStatistics:
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+
+
+def _moves_statistics(module: nn.Module) -> bool:
+    """Whether calls in training mode may move what a layer has beside its weights.
+
+    Batch norms have such buffers, and so have EvoNorms, spectral norms and the ranges of I-BERT's activations, under other
+    names. Quantised layers have scales in theirs.
+    """
+    if module._buffers.keys() & {"running_mean", "running_var"}:
+        return module.running_var is not None
+    if module._modules or isinstance(module, StaysInMemory) or quantised_by(module) is not None:
+        return False
+    held = (buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set)
+    return any(buffer is not None and buffer.is_floating_point() for buffer in held)
 
 
 def _keepers(module: nn.Module) -> dict[int, KeptStatistics]:
@@ -252,8 +268,7 @@ def keep_running_statistics(model: nn.Module) -> None:
     """Let all layers of the pretrained model keep their running statistics; a task's own go on learning."""
     own = {id(m) for wrapper in modules_of(model, TaskModule) for m in wrapper.modules_to_save.modules()}
     for module in modules_of(model, nn.Module):
-        has_statistics = module._buffers.get("running_mean") is not None and id(module) not in own
-        if has_statistics and not _keepers(module):
+        if id(module) not in own and not _keepers(module) and _moves_statistics(module):
             module.register_forward_pre_hook(KeptStatistics(module))
 
 

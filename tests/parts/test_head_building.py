@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,22 @@ from models import small_transformer, small_vit
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    SwiftFormerConfig,
+    SwiftFormerForImageClassification,
+)
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
 from recast_peft.parts.head_building import classes_of, find_head, prepare_head
+
+
+def small_swiftformer() -> nn.Module:
+    config = SwiftFormerConfig(image_size=64, depths=[1, 1, 2, 1], embed_dims=[8, 16, 16, 24], num_labels=3)
+    return SwiftFormerForImageClassification(config)
 
 
 class TestFinding:
@@ -60,6 +74,48 @@ class TestFinding:
         model = Distilled(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2))
         with pytest.raises(RecastTargetError, match="the model has 2 classifiers"):
             get_recast_model(model, RecastConfig(target_modules=["0"], num_classes=3))
+
+    @pytest.mark.parametrize(
+        ("build", "heads"),
+        [
+            (small_swiftformer, ["head", "dist_head"]),
+            (lambda: timm.create_model("levit_128s", num_classes=3), ["head", "head_dist"]),
+            (lambda: timm.create_model("repvit_m0_9", num_classes=3), ["head.head.l", "head.head_dist.l"]),
+            (lambda: timm.create_model("crossvit_9_240", num_classes=3), ["head.0", "head.1"]),
+        ],
+        ids=["swiftformer", "levit", "repvit", "crossvit"],
+    )
+    def test_a_model_that_averages_several_says_how_a_task_can_own_them_all(self, build, heads, tmp_path) -> None:
+        for num_classes in (3, 5):  # as many as the model's own, too: the average would hold a head that no task trains
+            with pytest.raises(RecastTargetError, match=re.escape(f"give modules_to_save={heads}")):
+                get_recast_model(build(), RecastConfig(num_classes=num_classes))
+        torch.manual_seed(0)
+        plain = build().eval()
+        model = get_recast_model(copy.deepcopy(plain), RecastConfig(modules_to_save=heads))
+        size = getattr(plain, "img_size", (224, 224))
+        x = torch.randn(2, 3, *size)
+
+        def logits(model: nn.Module) -> Tensor:
+            found = model(x)
+            return getattr(found, "logits", found)
+
+        logits(model)[:, 0].sum().backward()
+        own = {name: p for name, p in model.named_parameters() if ".modules_to_save." in name and p.ndim == 2}
+        assert len(own) == 2
+        assert all(p.grad is not None and p.grad[0].abs().sum() > 0 for p in own.values())
+        with torch.no_grad():
+            for parameter in own.values():
+                parameter.add_(1)
+        model.save_pretrained(tmp_path)
+        fresh = PeftModel.from_pretrained(plain, tmp_path).eval()
+        assert torch.equal(logits(fresh), logits(model.eval()))
+
+    def test_words_of_a_model_that_adds_a_bias_to_them_are_no_classes(self) -> None:
+        small = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 8)
+        few = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+        model = BartForConditionalGeneration(BartConfig(vocab_size=20, **small, **few))
+        with pytest.raises(RecastTargetError, match="adds final_logits_bias to lm_head, which has 20 outputs"):
+            get_recast_model(model, RecastConfig(num_classes=3))
 
     def test_copying_needs_the_same_classes(self, images):
         with pytest.raises(RecastTargetError, match=r"head head: 7\n +num_classes: 3"):

@@ -16,8 +16,10 @@ from models import Around, state, tiny_vit, vit_input
 from peft import PeftModel
 from pools import text_model
 from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from transformers import IBertConfig, IBertModel
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 
@@ -57,6 +59,45 @@ def test_running_statistics_stay_those_of_the_pretrained_model(way: str) -> None
 
 def first(output: object) -> torch.Tensor:
     return getattr(output, "logits", output)  # type: ignore[return-value]
+
+
+MOVED_IN_TRAINING = {  # layers that keep more than a batch norm's statistics, under names of their own
+    "EvoNorm": lambda: EvoNorm2dB0(8),
+    "instance norm": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1)),
+    "spectral norm by hooks": lambda: nn.utils.spectral_norm(nn.Conv2d(8, 8, 1)),
+    "batch norm that holds an activation": lambda: BatchNormAct2d(8),
+    "batch norm without affine": lambda: nn.BatchNorm2d(8, affine=False, momentum=None),
+}
+
+
+@pytest.mark.parametrize("kind", MOVED_IN_TRAINING)
+def test_whatever_calls_in_training_would_move_stays_the_pretrained_models(kind: str) -> None:
+    def backbone() -> nn.Module:
+        torch.manual_seed(0)
+        convolutions = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        return nn.Sequential(*convolutions, MOVED_IN_TRAINING[kind](), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    before, plain, x = backbone().state_dict(), backbone().train(), torch.randn(4, 3, 8, 8)
+    plain(x)
+    assert any(not torch.equal(value, before[key]) for key, value in plain.state_dict().items())  # so there is something
+    model = get_recast_model(backbone(), RecastConfig(target_modules=["0", "1"])).train()
+    for _ in range(3):
+        model(x).sum().backward()
+    after = model.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_ranges_of_activations_stay_the_pretrained_models() -> None:
+    config = IBertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30, quant_mode=True
+    )
+    model = get_recast_model(IBertModel(config), RecastConfig()).train()
+    ranges = {name: own.clone() for name, own in model.state_dict().items() if name.endswith(("x_min", "x_max"))}
+    model(input_ids=torch.arange(2, 8)[None])
+    assert len(ranges) > 20
+    assert all(torch.equal(value, ranges[name]) for name, value in model.state_dict().items() if name in ranges)
 
 
 class TestNorms:
