@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import RecastBankError, RecastConfigError
+from ...errors import RecastBankError, RecastConfigError, RecastError
 from ...holders import unwrapped_module
 from ...layer import RecastLayer
 from ...names import PARTNER_CONTAINER, modules_of
@@ -25,13 +25,13 @@ from ...parts.readout import readout_holders
 from ...parts.saved import TaskNorm
 from ...parts.wrapper import TaskModule
 from ...pool.pool import TaskPool
-from ...validation import checked_names, shown
+from ...validation import checked_names
+from .example import ROWS, as_arguments, described, dynamic_dimensions, named_arguments
 from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
 from .lora import TaskedPart
 from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
 
 INPUT, TABLE = "input", "table"
-ROWS = "rows"
 
 
 class TaskGraph(nn.Module):
@@ -141,6 +141,7 @@ class Prepared:
         arguments: names of the model's arguments in the example, positional ones first.
         inputs: the example's tensors by the names that they have as inputs of the graph.
         dynamic: for each of these, and the task's tensors, the names of the dimensions that may differ from call to call.
+        asked: the names of those that the user gave.
         outputs: names of the outputs.
         source: where the tasks come from.
         names: the tasks.
@@ -153,6 +154,7 @@ class Prepared:
     arguments: list[str]
     inputs: dict[str, Tensor]
     dynamic: dict[str, dict[int, str]]
+    asked: set[str]
     outputs: list[str]
     source: Source
     names: list[str]
@@ -206,82 +208,18 @@ def prepare(
             task = torch.arange(len(next(iter(inputs.values()))), device=device) % len(names)
         graph.eval()
         graph.name_arguments(arguments)
-        outputs = list(graph(task, *args, **kwargs))
-    dynamic = _dynamic(inputs, dynamic_shapes or {})
+        try:
+            outputs = list(graph(task, *args, **kwargs))
+        except (RecastError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RecastConfigError(
+                f"the model cannot be called with the example ({described(inputs)}): {type(error).__name__}: {error}"
+            ) from error
+    dynamic = dynamic_dimensions(inputs, dynamic_shapes or {})
     dynamic.update(_dimensions_of_task(graph, task))
-    return Prepared(graph, task, args, kwargs, list(arguments), inputs, dynamic, outputs, source, names)
-
-
-def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as arguments of a call; a lone sample is there twice, since a size of one would be taken for fixed.
-
-    Raises:
-        RecastConfigError: if it is no tensor, tuple or dictionary.
-    """
-    if isinstance(example, Tensor):
-        return (_two(example),), {}
-    if isinstance(example, (tuple, list)):
-        return tuple(_two(value) for value in example), {}
-    if isinstance(example, Mapping):
-        return (), {str(name): _two(value) for name, value in example.items()}
-    raise RecastConfigError(
-        f"example is a {type(example).__name__}: expected a tensor, a tuple of them, or a dictionary by the model's arguments"
-    )
-
-
-def _two(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
-
-
-def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call gives, by the names of the model's arguments; positional ones first.
-
-    Raises:
-        RecastConfigError: if there is none, or one has the name of a task's tensor.
-    """
-    bound = inspect.signature(unwrapped_module(model).forward).bind_partial(*args, **kwargs).arguments
-    flat: dict[str, Any] = {}
-    for name, value in bound.items():
-        nested = isinstance(value, (dict, tuple))
-        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ((name, value),)
-        flat.update({(f"{name}_{key}" if nested and not isinstance(key, str) else str(key)): part for key, part in pairs})
-    tensors = [name for name, value in flat.items() if isinstance(value, Tensor)]
-    if not tensors or {"task", ROWS, COEFFICIENTS} & set(flat):
-        raise RecastConfigError(
-            f"the example's tensors are called {', '.join(tensors) or 'nothing'}: expected at least one, and none that has "
-            f"the name task, {ROWS} or {COEFFICIENTS}"
-        )
-    return flat
-
-
-def _dynamic(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
-    """The dimensions of all inputs that may differ from call to call, by their names.
-
-    Raises:
-        RecastConfigError: if what is given is no names by input and dimension.
-    """
-    if not isinstance(given, Mapping) or not all(isinstance(dims, Mapping) for dims in given.values()):
-        raise RecastConfigError(
-            f"dynamic_shapes={shown(given)}: expected names by input and dimension, {{'x': {{0: 'batch'}}}}"
-        )
-    for name, dims in given.items():
-        if name not in inputs:
-            raise RecastConfigError(f"dynamic_shapes names {name!r}; the example has {', '.join(inputs)}")
-        for dim, called in dims.items():
-            if dim not in range(inputs[name].ndim) or not isinstance(called, str) or not called.isidentifier():
-                raise RecastConfigError(
-                    f"dynamic_shapes: {{{dim!r}: {shown(called)}}} of {name!r}: expected a dimension from 0 to "
-                    f"{inputs[name].ndim - 1}, and a name"
-                )
-    own = {name: dict(dims) for name, dims in given.items()}
-    return {name: own.get(name, default_dimensions(value)) for name, value in inputs.items()}
-
-
-def default_dimensions(value: Tensor) -> dict[int, str]:
-    """The dimensions of an input that may differ from call to call: the samples, and of token ids and masks the positions."""
-    if value.ndim == 2 and not value.is_floating_point():
-        return {0: "batch", 1: "sequence"}
-    return {0: "batch"} if value.ndim else {}
+    asked = {name for dims in (dynamic_shapes or {}).values() for name in dims.values()}
+    return Prepared(graph, task, args, kwargs, list(arguments), inputs, dynamic, asked, outputs, source, names)
 
 
 def _dimensions_of_task(graph: TaskGraph, task: Any) -> dict[str, dict[int, str]]:

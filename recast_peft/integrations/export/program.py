@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
 from ...storage.atomic import staged_folder
 from ...validation import check_is_no_folder
+from .example import described
 from .graph import INPUT, Prepared, prepare
 from .layers import AUTO
 
@@ -95,7 +99,11 @@ def export_aoti(
 
 
 def trace(prepared: Prepared) -> ExportedProgram:
-    """``torch.export`` of a prepared graph."""
+    """``torch.export`` of a prepared graph.
+
+    Raises:
+        RecastConfigError: if torch cannot trace the model, or only with a size that the user wants to differ.
+    """
     from torch._dynamo.exc import UserError
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
@@ -113,7 +121,30 @@ def trace(prepared: Prepared) -> ExportedProgram:
                 )
         except UserError as error:  # a sequence is at most as long as the model's table of positions
             if attempt + 1 == TRIES or "Suggested fixes" not in str(error):
-                raise
+                raise _untraceable(prepared, error) from error
             said = str(error).split("Suggested fixes")[1].split("\n\n")[0]  # what comes behind is no fix
+            _tell_of_fixed(prepared, dict(re.findall(r"^\s*(\w+) = (\d+)$", said, re.MULTILINE)))
             of_call = refine_dynamic_shapes_from_suggested_fixes(f"Suggested fixes{said}", of_call)
+        except (RecastError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise _untraceable(prepared, error) from error
     raise AssertionError
+
+
+def _tell_of_fixed(prepared: Prepared, fixed: Mapping[str, str]) -> None:
+    """Refuse or warn of dimensions that should differ from call to call and have one size in the graph, by their names."""
+    if not fixed:
+        return
+    sizes = ", ".join(f"{name}={size}" for name, size in fixed.items())
+    said = f"the model allows no other size than the example's in some dimensions ({sizes})"
+    if prepared.asked & fixed.keys():
+        raise RecastConfigError(f"{said}: leave these out of dynamic_shapes, and the graph takes inputs of that size alone")
+    warnings.warn(f"{said}: the graph takes inputs of that size alone", stacklevel=4)
+
+
+def _untraceable(prepared: Prepared, error: Exception) -> RecastConfigError:
+    return RecastConfigError(
+        f"torch.export makes no graph of the model with the example ({described(prepared.inputs)}). A graph has no branches "
+        f"that depend on numbers, and its inputs fit each other. {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    )

@@ -1,0 +1,105 @@
+"""The example that a model is exported with: its tensors by name, and the dimensions that may differ from call to call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import RecastConfigError
+from ...holders import unwrapped_module
+from ...validation import shown
+from .tasks import COEFFICIENTS
+
+ROWS = "rows"  # the input of a table
+
+
+def as_arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as arguments of a call; a lone sample is there twice, since a size of one would be taken for fixed.
+
+    Raises:
+        RecastConfigError: if it is no tensor, tuple or dictionary.
+    """
+    if isinstance(example, Tensor):
+        return (_two(example),), {}
+    if isinstance(example, (tuple, list)):
+        return tuple(_two(value) for value in example), {}
+    if isinstance(example, Mapping):
+        return (), {str(name): _two(value) for name, value in example.items()}
+    raise RecastConfigError(
+        f"example is a {type(example).__name__}: expected a tensor, a tuple of them, or a dictionary by the model's arguments"
+    )
+
+
+def _two(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call gives, by the names of the model's arguments; positional ones first.
+
+    Raises:
+        RecastConfigError: if there is none, one has the name of a task's tensor, or the model does not take it.
+    """
+    try:
+        bound = inspect.signature(unwrapped_module(model).forward).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise RecastConfigError(
+            f"the example does not fit what {type(unwrapped_module(model)).__name__} takes: {error}"
+        ) from error
+    flat: dict[str, Any] = {}
+    for name, value in bound.items():
+        nested = isinstance(value, (dict, tuple))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ((name, value),)
+        flat.update({(f"{name}_{key}" if nested and not isinstance(key, str) else str(key)): part for key, part in pairs})
+    tensors = [name for name, value in flat.items() if isinstance(value, Tensor)]
+    if not tensors or {"task", ROWS, COEFFICIENTS} & set(flat):
+        raise RecastConfigError(
+            f"the example's tensors are called {', '.join(tensors) or 'nothing'}: expected at least one, and none that has "
+            f"the name task, {ROWS} or {COEFFICIENTS}"
+        )
+    empty = [name for name in tensors if 0 in flat[name].shape[:1]]
+    if empty:
+        raise RecastConfigError(
+            f"the example has no samples ({empty[0]}: {tuple(flat[empty[0]].shape)}): expected at least one"
+        )
+    return flat
+
+
+def dynamic_dimensions(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
+    """The dimensions of all inputs that may differ from call to call, by their names.
+
+    Raises:
+        RecastConfigError: if what is given is no names by input and dimension.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(dims, Mapping) for dims in given.values()):
+        raise RecastConfigError(
+            f"dynamic_shapes={shown(given)}: expected names by input and dimension, {{'x': {{0: 'batch'}}}}"
+        )
+    for name, dims in given.items():
+        if name not in inputs:
+            raise RecastConfigError(f"dynamic_shapes names {name!r}; the example has {', '.join(inputs)}")
+        for dim, called in dims.items():
+            if dim not in range(inputs[name].ndim) or not isinstance(called, str) or not called.isidentifier():
+                raise RecastConfigError(
+                    f"dynamic_shapes: {{{dim!r}: {shown(called)}}} of {name!r}: expected a dimension from 0 to "
+                    f"{inputs[name].ndim - 1}, and a name"
+                )
+    own = {name: dict(dims) for name, dims in given.items()}
+    return {name: own.get(name, default_dimensions(value)) for name, value in inputs.items()}
+
+
+def described(inputs: Mapping[str, Tensor]) -> str:
+    """The shapes and dtypes of inputs, for messages."""
+    shapes = (f"{name}: {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}" for name, value in inputs.items())
+    return ", ".join(shapes)
+
+
+def default_dimensions(value: Tensor) -> dict[int, str]:
+    """The dimensions of an input that may differ from call to call: the samples, and of token ids and masks the positions."""
+    if value.ndim == 2 and not value.is_floating_point():
+        return {0: "batch", 1: "sequence"}
+    return {0: "batch"} if value.ndim else {}
