@@ -19,7 +19,6 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_model
 from torch import nn
@@ -29,6 +28,7 @@ from .auto import AutoRecastModel
 from .config import RecastConfig
 from .errors import RecastConfigError, RecastError, shortened
 from .hub.backbone import HOW_TO_BUILD, HOW_TO_PASS
+from .hub.sizes import without_numbers
 from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
 from .hub.verify import ERROR, INFO, WARNING, verify_folder
@@ -174,7 +174,7 @@ def _untrained(name: str, *, has_classes: bool) -> nn.Module:
         import timm
 
         if timm.is_model(name):
-            return _without_numbers(timm.create_model, name)
+            return without_numbers(lambda: timm.create_model(name))
         near = did_you_mean(name, timm.list_models())
     except ImportError:
         pass  # transformers alone, then
@@ -194,20 +194,11 @@ def _untrained(name: str, *, has_classes: bool) -> nn.Module:
         fitting = (auto for auto in autos if type(config) in auto._model_mapping)
         build = next(fitting, AutoModel).from_config
     try:
-        return _without_numbers(build, config)
+        return without_numbers(lambda: build(config))
     except Exception as error:  # of its numbers
         raise RecastConfigError(
             f"transformers cannot build the model that the config of {name!r} describes\n{error}"
         ) from error
-
-
-def _without_numbers(build: Callable[[Any], nn.Module], what: Any) -> nn.Module:
-    """A model on the meta device; where it computes something while it is built, with weights of any value."""
-    try:
-        with torch.device("meta"):
-            return build(what)
-    except (NotImplementedError, RuntimeError):  # torch's errors for what needs numbers
-        return build(what)
 
 
 def _hub_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..storage.cards import one_line
 from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
 from ..validation import listed
+from .sizes import HALF, QUARTER, SINGLE, most_numbers, on_meta
 from .trusted import HUB_PREFIX, SIZES, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
 HOW_TO_PASS = "Pass backbone=: the model itself, keyword arguments for building it, or the path of a checkpoint."
@@ -109,10 +111,28 @@ def _build_transformers(
     classes = None if "num_labels" in arguments else class_count(description)
     defaults = {"revision": revision, "num_labels": classes, "ignore_mismatched_sizes": True}
     keywords = {**{k: v for k, v in {**defaults, **hub_kwargs}.items() if v is not None}, **arguments}
+    if not isinstance(given, (str, os.PathLike)) and "device_map" not in arguments:
+        _check_config(model_class, name, keywords)
     loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     model, info = loaded
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info.get("mismatched_keys", ())]
     return model, sorted({*info.get("missing_keys", ()), *mismatched})
+
+
+def _check_config(model_class: type[PreTrainedModel], name: str, keywords: Mapping[str, Any]) -> None:
+    """Refuse a repository whose config asks for more numbers than this machine holds, in half precision.
+
+    What a checkpoint does not have in the config's shapes would be made anew, so that any small repository can ask for it.
+
+    Raises:
+        Untrusted: if it does.
+    """
+    names = ("revision", "num_labels", "token", "cache_dir", "local_files_only")
+    chosen = {key: keywords[key] for key in names if key in keywords}
+    config = model_class.config_class.from_pretrained(name, **chosen)  # type: ignore[union-attr]
+    is_quantised = "quantization_config" in keywords or getattr(config, "quantization_config", None) is not None
+    with suppress(NotImplementedError, RuntimeError):  # of models that compute something while they are built
+        on_meta(lambda: model_class(config), most_numbers(QUARTER if is_quantised else HALF))
 
 
 def _build_timm(
@@ -146,7 +166,8 @@ def _build_timm(
         name = timm_name(description["architecture"], registered)
     else:
         name = timm_name(name, registered)
-    _check_bytes(name, chosen, {key: value for key, value in own.items() if key not in SOURCE_KEYWORDS})
+    cache = {key: value for key, value in keywords.items() if key == "cache_dir"}
+    _check_bytes(name, chosen, {**{key: value for key, value in own.items() if key not in SOURCE_KEYWORDS}, **cache})
     model = _created(name, keywords)
     for key, actual in (("class", type(model).__name__), ("global_pool", getattr(model, "global_pool", None))):
         if key in description and key not in own and description[key] != actual:
@@ -170,18 +191,20 @@ def _check_bytes(name: str, chosen: Mapping[str, Any], own: Mapping[str, Any]) -
         own: the caller's.
 
     Raises:
-        Untrusted: naming the arguments and what they would take.
+        Untrusted: naming the arguments and what they would take, or if that is not known.
     """
-    sizes = {key: value for key, value in chosen.items() if key in SIZES}
-    if not sizes:
-        return
     import timm
 
+    sizes = {key: value for key, value in chosen.items() if key in SIZES}
     try:
+        if name.startswith(HUB_PREFIX):  # a repository's config may choose anything
+            on_meta(lambda: timm.create_model(name, **{**chosen, **own}), most_numbers(SINGLE))
+        if not sizes:
+            return
         with torch.device("meta"):
             usual, asked = (total_bytes(timm.create_model(name, **{**more, **own})) for more in ({}, chosen))
-    except (NotImplementedError, RuntimeError):  # it computes something while it is built
-        return
+    except (NotImplementedError, RuntimeError) as error:  # it computes something while it is built
+        raise Untrusted(f"its size cannot be told before its memory is taken ({type(error).__name__}: {error})") from error
     if asked > 4 * usual + 2**30:
         given = ", ".join(f"{one_line(key)}={one_line(value)}" for key, value in sizes.items())
         raise Untrusted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_backbones import BASE, serve_timm, serve_transformers
+from hub_server import HubServer
 from torch import nn
-from transformers import ViTModel
+from transformers import ViTForImageClassification, ViTModel
 
 from recast_peft import RecastLoadError
 from recast_peft.hub.backbone import build_backbone
+from recast_peft.hub.sizes import without_numbers
+from recast_peft.hub.trusted import Untrusted
 from recast_peft.tasks.backbone import describe_backbone
 
 
@@ -161,3 +166,63 @@ def test_sizes_that_the_caller_gives_or_that_are_small_are_taken() -> None:
     recorded["arguments"] = {"img_size": 4096, "patch_size": 1}
     model, _ = build_backbone(recorded, {"pretrained": False, "img_size": 32, "patch_size": 16})
     assert model.pos_embed.shape[1] == 2 * 2 + 1
+
+
+class TestWhatARepositorysConfigAsksFor:
+    """A small file may describe a model of any size; nothing of it is made."""
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"hidden_size": 1 << 20}, r"[\d,]+ numbers or more, beyond the"),
+            ({"num_hidden_layers": 10**9, "hidden_size": 2, "intermediate_size": 1}, "more than 200,000 tensors"),
+        ],
+    )
+    def test_of_transformers(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], message: str
+    ) -> None:
+        serve_transformers(hub, tmp_path)
+        recorded = {"library": "transformers", "name": BASE, "class": "ViTForImageClassification", "num_classes": 5}
+        before = torch.get_rng_state()
+        assert build_backbone(recorded)[1] == []
+        assert torch.equal(torch.get_rng_state(), before)
+        config = json.loads(hub.repositories[BASE].find("main").files["config.json"])
+        hub.add(BASE, {"config.json": json.dumps({**config, **sizes}).encode()})
+        monkeypatch.setattr("recast_peft.hub.sizes.MOST_TENSORS", 2_000)
+        monkeypatch.setattr(ViTForImageClassification, "from_pretrained", lambda *a, **k: pytest.fail("it is built"))
+        with pytest.raises(RecastLoadError, match=message.replace("200,000", "2,000")):
+            build_backbone(recorded)
+
+    def test_of_timm(self, hub: HubServer, tmp_path: Path) -> None:
+        name = f"hf-hub:{BASE}"
+        serve_timm(hub, tmp_path)
+        recorded = {"library": "timm", "name": name, "architecture": "test_vit", "repository": BASE, "arguments": {}}
+        assert build_backbone(recorded, cache_dir=tmp_path / "mine")[1] == []
+        config = json.loads(hub.repositories[BASE].find("main").files["config.json"])
+        config["model_args"] = {**config["model_args"], "embed_dim": 1 << 20}
+        hub.add(BASE, {"config.json": json.dumps(config).encode()})
+        with pytest.raises(RecastLoadError, match=r"[\d,]+ numbers or more, beyond the"):
+            build_backbone(recorded, cache_dir=tmp_path / "mine")
+
+    def test_is_refused_where_it_cannot_be_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        create = timm.create_model
+
+        def computes(*args: Any, **kwargs: Any) -> nn.Module:
+            torch.ones(1).item()  # which no meta tensor has
+            return create(*args, **kwargs)
+
+        monkeypatch.setattr(timm, "create_model", computes)
+        recorded = {"library": "timm", "name": "test_vit", "architecture": "test_vit", "arguments": {"img_size": 320}}
+        with pytest.raises(RecastLoadError, match="size cannot be told before its memory is taken"):
+            build_backbone(recorded, {"pretrained": False})
+
+
+def test_a_model_that_computes_while_it_is_built_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        torch.ones(1).item()
+        return nn.Linear(1000, 1000)
+
+    assert not without_numbers(build).weight.is_meta
+    monkeypatch.setattr("recast_peft.hub.sizes.most_numbers", lambda bytes_each: 1_000_000)
+    with pytest.raises(Untrusted, match="1,000,001 numbers or more, beyond the 1,000,000"):
+        without_numbers(build)
