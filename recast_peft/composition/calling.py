@@ -66,8 +66,10 @@ def call(
     if is_out_of_reach(layer):
         if len(given := (*args, *kwargs.values())) == 1 and computes_from_outputs(layer, adapters):
             return call_from_outputs(layer, adapters, given[0], values)
-        if not layer.present(adapters):
+        if not layer.present(adapters) and not layer.is_released:
             return layer.base_layer(*args, **kwargs)
+        if direct_call(layer, args, kwargs) is None:
+            _check_reads_weight(layer)
     direct = direct_call(layer, args, kwargs)
     terms: Terms | None = None if direct is None or layer.is_masked(adapters) else layer.terms(adapters, values)
     if direct is None or terms is None:

@@ -12,13 +12,15 @@ from torch import nn
 
 from ..banks.files import StoredBank
 from ..config import RecastConfig, tasks_among
+from ..errors import RecastBankError
 from ..holders import exchange, put_child
+from ..layer import RecastLayer
 from ..names import modules_of
 from ..parts.base_biases import switch_biases
 from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import ScaledModule, TaskModule, check_one_owner
-from ..placement.offloaded import end_offloading
+from ..placement.offloaded import end_offloading, is_offloaded
 from ..validation import check_is_task, checked_names
 from . import verbs
 from .arithmetic import add_combined
@@ -175,6 +177,12 @@ class TaskVerbs:
     ) -> nn.Module:
         names = self._tasks_to_merge(adapter_names, unload=True) if merge else None
         adapter_names = None if adapter_names is None else names
+        for layer in modules_of(self.model, RecastLayer):
+            if layer.is_released and is_offloaded(layer.get_base_layer()):  # PEFT would send away what was never there
+                raise RecastBankError(
+                    f"a compressed bank stands for the weight of {layer.module_name}, which is offloaded: take the "
+                    "offloading off first, accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+                )
         for place in modules_of(self.model, ScaledModule):
             end_offloading(place.original_module)  # PEFT sends it away by two names, and finds no numbers the second time
         with verbs.taken_apart(self, names, safe_merge):

@@ -50,6 +50,30 @@ def test_what_needs_the_weight_in_a_call_is_refused(offload: Callable[[nn.Module
         logits(model)
 
 
+def test_a_weight_that_a_compressed_bank_stands_for_is_back_once_nothing_is_offloaded(
+    offload: Callable[[nn.Module], None],
+) -> None:
+    model = vit(group_size=2, num_templates=1).eval()
+    randomise(model)
+    with model.disable_adapter():
+        expected = model(vit_input())
+    offload(model)
+    with model.disable_adapter(), pytest.raises(RecastBankError, match=r"is offloaded, and what its task has there needs"):
+        model(vit_input())
+    with pytest.raises(RecastBankError, match=r"a compressed bank stands for the weight of .*, which is offloaded"):
+        model.unload()
+    pytest.importorskip("accelerate").hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model.unload()(vit_input()), expected)
+
+
+def test_masks_on_a_model_that_is_offloaded_are_refused(offload: Callable[[nn.Module], None]) -> None:
+    plain = tiny_vit()
+    offload(plain)
+    model = get_recast_model(plain, RecastConfig(target_modules=["qkv"], partners=["piggyback"]))
+    with pytest.raises(RecastBankError, match=r"qkv .* is offloaded, and what its task has there needs the weight"):
+        model(vit_input())
+
+
 @pytest.mark.parametrize("when", ["before the conversion", "after it"])
 def test_tasks_are_trained_saved_and_loaded_while_weights_are_offloaded(
     offload: Callable[[nn.Module], None], when: str, tmp_path: Path
