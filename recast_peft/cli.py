@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
@@ -36,6 +37,7 @@ from .integrations.serving.start import serve_folder
 from .parts import PartnerConfig
 from .planning.roles import SHORTHANDS
 from .pool.files import describe_pool
+from .storage.atomic import staged_folder
 from .storage.cards import one_line
 from .storage.versions import roll_back, version_path, versions
 from .tasks.plan import plan_recast
@@ -275,17 +277,24 @@ def _merge(options: argparse.Namespace) -> None:
         raise RecastConfigError(f"--output {options.output} is {what}; nothing was written. Give a new folder.")
     model = AutoRecastModel.from_pretrained(options.task, backbone=options.backbone, **_hub_options(options))
     plain = model.merge_and_unload(safe_merge=True)
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with staged_folder(options.output) as folder:
+            _save(plain, folder)
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{options.output} could not be written: {error}. Nothing is left in it.") from error
+    print(f"the merged model is in {options.output}")
+
+
+def _save(plain: Any, folder: Path) -> None:
     if hasattr(plain, "save_pretrained"):
-        plain.save_pretrained(options.output)
+        plain.save_pretrained(folder)
     elif (pretrained := getattr(plain, "pretrained_cfg", None)) is not None:
         from timm.models import save_for_hf
 
         named = {key: value for key, value in pretrained.items() if key == "label_names" and value}
-        save_for_hf(plain, str(options.output), model_config=named, safe_serialization=True)
+        save_for_hf(plain, str(folder), model_config=named, safe_serialization=True)
     else:
-        save_model(plain, str(options.output / WEIGHTS_FILE))
-    print(f"the merged model is in {options.output}")
+        save_model(plain, str(folder / WEIGHTS_FILE))
 
 
 if __name__ == "__main__":

@@ -284,6 +284,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = item["value"]
             if item["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, self._snapshot(name, revision).oid):
+                    raise _Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":

@@ -15,6 +15,7 @@ import timm
 import torch
 from models import move
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -359,6 +360,22 @@ class TestMerge:
         assert main([*arguments, "--backbone", str(folder / "lora")]) == 1
         assert "has an adapter in it (adapter_config.json), merge that first" in capsys.readouterr().err
         assert not (folder / "out").exists()
+
+    def test_a_full_disk_leaves_nothing(self, capsys, saved_task, monkeypatch):
+        _, folder = saved_task
+        out = folder / "full"
+
+        def fail(model, path, *args, **kwargs):
+            (Path(path) / "config.json").write_text("{}")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        arguments = ["merge", str(folder / "tasks" / "pets"), "--output", str(out), "--backbone", str(folder / "base")]
+        with monkeypatch.context() as patch:
+            patch.setattr(ViTForImageClassification, "save_pretrained", fail)
+            assert main(arguments) == 1
+        assert "No space left on device" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+        assert main(arguments) == 0
 
     def test_a_folder_with_something_in_it_is_left_alone(self, capsys, saved_task):
         _, folder = saved_task

@@ -99,7 +99,7 @@ class TaskModel:
             )
             return
         with staged_pairs(save_directory, {SAFETENSORS_WEIGHTS_NAME: CONFIG_NAME}) as folder:
-            _make_folders(folder, names)
+            _make_folders(folder, Path(save_directory), names)
             _copy_cards(Path(save_directory), folder, names)
             super().save_pretrained(  # type: ignore[misc]
                 str(folder), safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
@@ -250,9 +250,16 @@ def _check_keywords(given: Mapping[str, Any]) -> None:
         )
 
 
-def _make_folders(folder: Path, names: list[str]) -> None:
+def _make_folders(folder: Path, target: Path, names: list[str]) -> None:
     """A folder for every task; a file system may take two names for one, as "Cat" and "cat"."""
+    present = os.listdir(target)
     for name in dict.fromkeys(names):
+        place = target / name
+        if name != DEFAULT and os.path.lexists(place) and not (place.is_dir() and name in present):
+            raise RecastConfigError(
+                f"task {name!r} cannot be saved to {place}: a file lies there, or the folder of another task, whose name this "
+                "file system does not tell from it. Save it to a folder of its own."
+            )
         try:
             if name != DEFAULT:
                 (folder / name).mkdir()

@@ -11,6 +11,7 @@ moves its files.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -131,7 +132,14 @@ def replace(new: Path, old: Path) -> None:
         os.chmod(new, place.stat().st_mode & 0o7777)  # as the one that it replaces
     if not _is_beside(place):
         flush(new)
-    os.replace(new, place)
+    try:
+        os.replace(new, place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with staged(place) as beside:  # a link leads to another disk
+            shutil.copyfile(new, beside)
+        new.unlink()
 
 
 @contextmanager

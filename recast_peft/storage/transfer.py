@@ -28,6 +28,10 @@ LIBRARY = "recast_peft"
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 
 
+_TOKEN = " The token is not valid for this."
+_SINCE = " Somebody else pushed meanwhile: push again."
+
+
 class NoSuchFile(RecastLoadError):
     """A folder or a repository is there, but not this file in it."""
 
@@ -106,17 +110,19 @@ def commit_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        present = set(api.list_repo_files(repo_id, revision=revision))
+        head = api.model_info(repo_id, revision=revision)
+        present = {file.rfilename for file in head.siblings or ()}
         for place in [folder, *(path for path in folder.iterdir() if path.is_dir())]:
             name = (place / CARD_NAME).relative_to(folder).as_posix()
             if name in present:
-                card = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder.parent / "cards")
+                card = api.hf_hub_download(repo_id, name, revision=head.sha, local_dir=folder.parent / "cards")
                 shutil.copyfile(card, place / CARD_NAME)
         write_card(folder, repo_id, present.__contains__)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         said: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
-        return api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, **said)
+        # what somebody else pushed since is in no card that was written here
+        return api.create_commit(repo_id, operations, revision=revision, create_pr=create_pr, parent_commit=head.sha, **said)
 
 
 @contextmanager
@@ -156,6 +162,6 @@ def _explained(error: BaseException | None, cannot: str) -> RecastError:
         return RecastHubError(f"{cannot}: there is no such folder, and it is no name of a repository ({error})")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else None
-        hint = " The token is not valid for this." if status in (401, 403) else ""
+        hint = {401: _TOKEN, 403: _TOKEN, 412: _SINCE}.get(status or 0, "")
         return RecastHubError(f"{where}: the Hub answered {status}.{hint}\n  {error}")
     return RecastHubError(f"{where}: {type(error).__name__}: {error}\nNothing was loaded or changed here; try again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,23 @@ def test_tasks_do_not_take_each_others_folder_where_names_differ_in_case_alone(
     with pytest.raises(RecastConfigError, match="task 'cat' would lie in the folder of another one"):
         model.save_pretrained(tmp_path / "new")
     assert not [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
+
+
+@pytest.mark.parametrize("lies_there", ["a file", "another task"])
+def test_no_task_is_saved_where_one_of_them_cannot_be(lies_there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_recast_model(tiny_vit(), CONFIG)
+    model.add_adapter("cars", CONFIG)
+    if lies_there == "a file":
+        (tmp_path / "cars").write_text("mine")
+    else:  # as macOS and Windows take "Cars" for "cars"
+        model.save_pretrained(tmp_path, selected_adapters=["cars"])
+        names = os.listdir
+        monkeypatch.setattr(os, "listdir", lambda folder: [name.replace("cars", "Cars") for name in names(folder)])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    randomise(model, "cars", seed=3)
+    with pytest.raises(RecastConfigError, match="task 'cars' cannot be saved to .*of its own"):
+        model.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 class TestNames:

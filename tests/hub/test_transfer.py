@@ -91,6 +91,23 @@ class TestPushingAllTasks:
             push_task_to_hub(model, "ada/none")
         assert hub.requests == []
 
+    def test_that_somebody_else_pushes_to_meanwhile_loses_nothing(
+        self, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        push_tasks_to_hub(make_model("cars", "birds"), "ada/all")
+        write = recast_peft.hub.transfer.write_repository_card
+
+        def someone_pushes_between(*args: Any, **kwargs: Any) -> str:
+            hub.add("ada/all", {"README.md": b"# of somebody else"})
+            return write(*args, **kwargs)
+
+        model = make_model("fish", "cats")
+        with monkeypatch.context() as patch:
+            patch.setattr(recast_peft.hub.transfer, "write_repository_card", someone_pushes_between)
+            with pytest.raises(RecastHubError, match="Somebody else pushed meanwhile: push again"):
+                push_tasks_to_hub(model, "ada/all")
+        assert files_of(hub, "ada/all")["README.md"] == b"# of somebody else"
+
 
 class TestTheClassThatShares:
     def test_is_pefts_own_to_everyone_else(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -28,6 +29,27 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> Non
     assert names(tmp_path) == ["a.txt"]
     write_text(file, "new")
     assert file.read_text() == "new"
+
+
+def test_a_link_to_another_disk_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").symlink_to(tmp_path / "other disk")
+    move = os.replace
+
+    def within_one_disk(old: str | os.PathLike, new: str | os.PathLike) -> None:
+        if ("other disk" in str(old)) != ("other disk" in str(new)):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", within_one_disk)
+    for text in ("old", "new"):
+        with staged_folder(tmp_path / "folder") as folder:
+            (folder / "inside").mkdir()
+            (folder / "inside" / "a.txt").write_text(text)
+            (folder / "b.txt").write_text(text)
+        assert (tmp_path / "other disk" / "a.txt").read_text() == (tmp_path / "folder" / "b.txt").read_text() == text
+        assert names(tmp_path) == ["a.txt", "b.txt"]
 
 
 def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
