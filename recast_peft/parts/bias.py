@@ -8,7 +8,7 @@ templates are those of the bank instead, each of which spans the biases of a who
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..banks.files import StoredBank
+from ..banks.template_bank import follow_device
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError
 from ..options.partner import Candidate
@@ -83,6 +84,13 @@ class BiasCoefficient(StaysInMemory):
     def numbers(self) -> nn.Parameter:
         """The coefficients that it computes with, ``(templates,)``."""
         return self.offset
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiasCoefficient:
+        kept = {name: values.data for name, values in self.named_parameters(recurse=False) if not values.is_meta}
+        super()._apply(fn, recurse)
+        for name, values in kept.items():  # float32 beside weights of any dtype, as coefficients of weights are
+            getattr(self, name).data = follow_device(fn, values)
+        return self
 
     owner: str | None = None  # the place whose coefficients these are; None is its own
 

@@ -34,6 +34,20 @@ def biases(model: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if n.endswith("bias") and not is_partners(n)}
 
 
+@pytest.mark.parametrize("grows", [False, True], ids=["one each", "of a bank"])
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_coefficients_keep_their_precision_in_a_model_of_any_dtype(
+    grows: bool, dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    """As coefficients of weights do: steps below 1/256 would be lost, and what a file holds rounded for good."""
+    model = on(grown()) if grows else learned(ON_BIASES[0])
+    before = {key: value.detach().clone() for key, value in offsets(model).items()}
+    assert before
+    after = offsets(model.to(dtype))
+    assert {value.dtype for value in after.values()} == {expected}
+    assert all(torch.equal(after[key], value.to(expected)) for key, value in before.items())
+
+
 @pytest.mark.parametrize("name", ON_BIASES)
 class TestMergingBiases:
     def test_gives_the_live_output_and_goes_back_to_the_same_tensors(self, name):
