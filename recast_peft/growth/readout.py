@@ -2,7 +2,7 @@
 
 The principal directions of what is read are whitened in part (each is divided by the fourth root of its standard
 deviation): the first few would drown the others (whitening of projected features: Jegou and Chum, ECCV 2012). How far, and how
-large the features are, was chosen on eight tasks of two pretrained models (docs/results/frontier.md).
+large the features are, was chosen on eight tasks of two pretrained models (docs/results/choices.md).
 """
 
 from __future__ import annotations
