@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import re
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
@@ -19,6 +20,7 @@ from ..names import plain_name
 from ..options.partner import Candidate
 
 _METADATA = ("dtype", "device", "shape", "ndim", "requires_grad")
+_ITEM = "*"
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 
 
@@ -41,11 +43,18 @@ def _uses(candidate: Candidate, tensor: str) -> tuple[list[str], list[str]]:
     for depth, (_, holder) in enumerate(candidate.path):
         chain = tuple(plain_name(".".join(names[depth:])).split("."))
         accesses = _accesses(type(holder))  # type: ignore[arg-type]
-        if any(access[: len(chain) + 1] == (*chain, tensor) for access in accesses):
+        if any(_is_of(access[: len(chain) + 1], (*chain, tensor)) for access in accesses):
             reads.append(type(holder).__name__)
-        if chain in accesses:
+        is_passed = chain[-1].isdecimal() and chain[:-1] in accesses  # with the whole list that it is in
+        if is_passed or any(_is_of(access, chain) for access in accesses):
             calls.append(type(holder).__name__)
     return reads, calls
+
+
+def _is_of(access: tuple[str, ...], chain: tuple[str, ...]) -> bool:
+    """Whether what a forward does with attributes is done with these; a loop goes through all items."""
+    pairs = zip(access, chain, strict=False)
+    return len(access) == len(chain) and all(a == b or (a == _ITEM and b.isdecimal()) for a, b in pairs)
 
 
 @functools.cache
@@ -75,17 +84,40 @@ def _codes(code: CodeType | None) -> Iterator[CodeType]:
 
 
 def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """Attributes of attributes that a function uses; not those that it only compares with None or asks for their dtype."""
+    """Attributes of attributes that a function uses; not those that it only compares with None or asks for their dtype.
+
+    Local variables stand for what was put into them, and that of a loop for the items of a list.
+    """
     chain: list[str] = []
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _ATTRIBUTE:
+    named: dict[str, list[str]] = {}
+    following: Any
+    instructions = list(dis.get_instructions(code))
+    for instruction, following in zip(instructions, [*instructions[1:], None], strict=True):
+        name = instruction.opname
+        if name in _ATTRIBUTE:
             chain.append(instruction.argval)
+        elif chain and name == "GET_ITER":
+            chain.append(_ITEM)
+        elif chain and name == "LOAD_CONST" and following.opname == "BINARY_SUBSCR":
+            chain.append(str(instruction.argval))
+        elif not (chain and name in ("BINARY_SUBSCR", "FOR_ITER")):
+            chain = yield from _flushed(chain, instruction, named)
+
+
+def _flushed(chain: list[str], instruction: dis.Instruction, named: dict[str, list[str]]) -> Any:
+    """Give a chain that ends here, unless a local variable takes it; returns the one that a local variable begins."""
+    given = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    variables = list(zip(re.findall("(LOAD|STORE)_FAST", instruction.opname), given, strict=False))
+    for what, variable in variables or [("", None)]:
+        if what == "STORE":
+            named[variable], chain = chain, []
             continue
         if chain and not _asks_only(chain, instruction):
             yield tuple(chain)
-        chain = []
+        chain = [*named.get(variable, ())] if what else []
+    return chain
 
 
 def _asks_only(chain: list[str], following: dis.Instruction) -> bool:
     is_compared: Any = following.opname.endswith("_NONE") or (following.opname == "LOAD_CONST" and following.argval is None)
-    return chain[-1] in _METADATA or is_compared
+    return not set(chain).isdisjoint(_METADATA) or is_compared

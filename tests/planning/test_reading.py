@@ -56,6 +56,51 @@ def test_a_bias_that_the_model_reads_and_never_calls_gets_no_coefficient(wrap: b
     assert places == {"called", "asked", "passed", "both"}
 
 
+class ByOtherNames(nn.Module):
+    """The same by local variables, and in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("read", "called", "both"):
+            self.add_module(name, nn.Linear(4, 4))
+        for name in ("looped", "picked", "run", "given"):
+            self.add_module(name, nn.ModuleList(nn.Linear(4, 4) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.read
+        called = self.called
+        both = self.both
+        dtype = called.bias.dtype
+        x = F.linear(called(x.to(called.bias.dtype).to(dtype)), read.weight, read.bias) + both(x) + both.bias
+        for layer in self.looped:
+            x = F.linear(x, layer.weight, layer.bias)
+        for run in self.run:
+            x = run(x)
+        x = self.picked[1](F.linear(x, self.picked[0].weight, self.picked[0].bias))
+        return self.through(x, self.given)
+
+    def through(self, x: Tensor, layers: nn.ModuleList) -> Tensor:
+        return layers[1](layers[0](x))
+
+
+def on_bias_of(*names: str) -> RecastConfig:
+    return RecastConfig(target_modules=["called"], partners=[BiasConfig(target_modules=list(names))])
+
+
+@pytest.mark.parametrize("name", ["read", "looped.0", "looped.1", "picked.0"])
+def test_a_bias_that_is_read_by_another_name_is_found(name: str) -> None:
+    with pytest.raises(RecastTargetError, match="ByOtherNames reads its bias and never calls it"):
+        get_recast_model(ByOtherNames(), on_bias_of(name))
+
+
+def test_what_is_called_by_another_name_is_found() -> None:
+    with pytest.warns(UserWarning, match=r"the model calls both and also computes"):
+        get_recast_model(ByOtherNames(), on_bias_of("both"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_recast_model(ByOtherNames(), on_bias_of("called", "picked.1", "run.0", "run.1", "given.0", "given.1"))
+
+
 def test_naming_one_is_an_error_that_says_who_reads_it() -> None:
     for name in ("read", "deeper", "linear", "conv"):
         config = RecastConfig(target_modules=["called"], partners=[BiasConfig(target_modules=[name])])
