@@ -252,8 +252,8 @@ def _moves_statistics(module: nn.Module) -> bool:
     Batch norms have such buffers, and so have EvoNorms, spectral norms and the ranges of I-BERT's activations, under other
     names. Quantised layers have scales in theirs.
     """
-    if module._buffers.keys() & {"running_mean", "running_var"}:
-        return module.running_var is not None
+    if any(module._buffers.get(name) is not None for name in ("running_mean", "running_var")):
+        return True
     if module._modules or isinstance(module, StaysInMemory) or quantised_by(module) is not None:
         return False
     held = (buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set)
