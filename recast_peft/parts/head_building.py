@@ -109,7 +109,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     linear = {key: module for key, module in modules.items() if lies_in(key, heads) and isinstance(module, nn.Linear)}
     known = _known_heads(model, modules)
     found = known or [key for key in linear if key in heads]
-    alike = [key for key, module in linear.items() if len(found) == 1 and _is_as_large(module, linear, found[0])]
+    alike = _alike(linear, found[0]) if len(found) == 1 else []
     if len(found) == 1 and len(alike) < 2:
         return found[0]
     if alike or known or len({_sizes(linear[key]) for key in found}) == 1:
@@ -140,10 +140,14 @@ def _known_heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str
     return [key for key in TRANSFORMERS_HEADS if isinstance(modules.get(key), nn.Module)][:1]
 
 
-def _is_as_large(module: nn.Linear, linear: Mapping[str, nn.Linear], head: str) -> bool:
-    """Whether a layer is the last one of a head, or one of its size."""
-    last = [key for key in linear if lies_in(key, [head])][-1:]
-    return bool(last) and _sizes(module) == _sizes(linear[last[0]])
+def _alike(linear: dict[str, nn.Linear], head: str) -> list[str]:
+    """The last layer of a head and others of its size, but for those beside it in one module: a pooling, or an MLP."""
+    last = next((key for key in reversed(linear) if lies_in(key, [head])), None)
+    if last is None:
+        return []
+    beside = last.rpartition(".")[0] if last != head else None
+    same = [key for key, module in linear.items() if _sizes(module) == _sizes(linear[last])]
+    return [key for key in same if key == last or key.rpartition(".")[0] != beside]
 
 
 def _sizes(linear: nn.Linear) -> tuple[int, int]:

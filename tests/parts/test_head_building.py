@@ -20,6 +20,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     SwiftFormerConfig,
     SwiftFormerForImageClassification,
 )
@@ -31,6 +33,9 @@ from recast_peft.parts.head_building import classes_of, find_head, prepare_head
 def small_swiftformer() -> nn.Module:
     config = SwiftFormerConfig(image_size=64, depths=[1, 1, 2, 1], embed_dims=[8, 16, 16, 24], num_labels=3)
     return SwiftFormerForImageClassification(config)
+
+
+BERT_SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
 
 
 class TestFinding:
@@ -109,6 +114,11 @@ class TestFinding:
         model.save_pretrained(tmp_path)
         fresh = PeftModel.from_pretrained(plain, tmp_path).eval()
         assert torch.equal(logits(fresh), logits(model.eval()))
+
+    def test_layers_of_one_size_in_a_head_are_no_classifiers_of_their_own(self) -> None:
+        config = RobertaConfig(**{**BERT_SIZES, "num_labels": 8})  # as many labels as the head is wide
+        model = get_recast_model(RobertaForSequenceClassification(config), RecastConfig(num_classes=3))
+        assert model(input_ids=torch.arange(5)[None]).logits.shape == (1, 3)
 
     def test_words_of_a_model_that_adds_a_bias_to_them_are_no_classes(self) -> None:
         small = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 8)
