@@ -115,7 +115,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
     if alike or known or len({_sizes(linear[key]) for key in found}) == 1:
         several = alike or found
         raise RecastTargetError(
-            f"the model has {len(several)} classifiers ({', '.join(several)}): where it averages them, build it with the "
+            f"the model has {len(several)} classifiers ({', '.join(several)}): where it mixes their scores, build it with the "
             f"task's number of classes, and give modules_to_save={several} instead of num_classes; else name the one that the "
             "task replaces with head_module="
         )
