@@ -74,7 +74,8 @@ class Cards:
         self.model = get_recast_model(tiny_vit(), RecastConfig(**QKV), "task")
 
     def save(self, folder: Path, value: int) -> None:
-        if not (folder / "task").is_dir():
+        whole = ("adapter_config.json", "adapter_model.safetensors")  # another writer may be at it for the first time
+        if not all((folder / "task" / file).is_file() for file in whole):
             self.model.save_pretrained(str(folder))
         results = {"value": value, **{f"more {i}": "x" * 1000 for i in range(value)}}
         write_model_card(folder / "task", results=results)
