@@ -75,6 +75,8 @@ class BiasCoefficient(StaysInMemory):
         ``offset`` ``(1,)``; bias ``(channels,)``.
     """
 
+    owner: str | None = None  # the place whose coefficients these are; None is its own
+
     def __init__(self, channels: int, **like: Any) -> None:
         super().__init__()
         self.channels = channels
@@ -92,48 +94,47 @@ class BiasCoefficient(StaysInMemory):
             getattr(self, name).data = follow_device(fn, values)
         return self
 
-    owner: str | None = None  # the place whose coefficients these are; None is its own
-
     def templates(self, bias: Tensor) -> Tensor:
         """The templates ``(templates, channels)``; here the pretrained bias alone."""
         return bias[None]
-
-    def change(self, bias: Tensor) -> Tensor:
-        """What comes to a bias, in the dtype of the offset."""
-        return self.offset * bias.to(self.offset.dtype)
-
-    def scale_change(self) -> Tensor | None:
-        """What comes to the scale of a norm; None where the task leaves it."""
-        return None
 
     def scale_templates(self) -> Tensor | None:
         """The templates ``(templates, channels)`` of a norm's scale, if the task moves it."""
         return None
 
-    def forward(self, y: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The output ``y`` of the module as it would be with the task's bias (and the task's scale of a norm)."""
-        changed = y + self.along_channels(self.change(bias), y).to(y.dtype)
-        growth = self.scale_change()
-        return changed if growth is None else changed + self._scaled(y, bias, self.along_channels(share_of(growth, scale), y))
+    def change(self, bias: Tensor) -> Tensor:
+        """What comes to a bias, in the dtype of the offset."""
+        return mixed(self.numbers, self.templates(bias))
 
-    def by_sample(self, y: Tensor, bias: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
-        """The same where every sample has offsets of its own, ``(samples, templates)``, in place of this task's."""
-        changes = offsets @ self.templates(bias).to(offsets)
-        ones = [1] * (y.ndim - 2)
-        shape = (len(y), -1, *ones) if self.channels > 0 else (len(y), *ones, changes.shape[1])
-        changed = y + changes.view(shape).to(y.dtype)
+    def scale_change(self) -> Tensor | None:
+        """What comes to the scale of a norm; None where the task leaves it."""
+        templates = self.scale_templates()
+        return None if templates is None else mixed(self.numbers, templates)
+
+    def forward(self, y: Tensor, bias: Tensor, scale: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
+        """The output ``y`` of the module as it would be with the task's bias (and the task's scale of a norm).
+
+        ``offsets`` ``(samples, templates)`` are each sample's own, in place of this task's.
+        """
+        numbers = self.numbers if offsets is None else offsets
+        changed = y + self.along_channels(mixed(numbers, self.templates(bias)), y)
         templates = self.scale_templates()
         if templates is None:
             return changed
-        return changed + self._scaled(y, bias, share_of(offsets @ templates.to(offsets), scale).view(shape))
+        share = self.along_channels(share_of(mixed(numbers, templates), scale), y)
+        return changed + (y - self.along_channels(bias, y)) * share  # the bias is no part of what is scaled
 
     def along_channels(self, values: Tensor, y: Tensor) -> Tensor:
-        """Values ``(channels,)`` shaped so that they can be added to an output."""
-        return values.view(-1, *[1] * (y.ndim - 2)) if self.channels > 0 and y.ndim > 2 else values
+        """Values ``(channels,)``, or ``(samples, channels)``, in the dtype of an output and shaped so that they fit it."""
+        *samples, channels = values.shape
+        ones = [1] * (y.ndim - 2)
+        return values.view(*samples, *((channels, *ones) if self.channels > 0 else (*ones, channels))).to(y.dtype)
 
-    def _scaled(self, y: Tensor, bias: Tensor, share: Tensor) -> Tensor:
-        """What a norm's output grows by where its scale grows by a share of itself: the bias is no part of that."""
-        return (y - self.along_channels(bias, y).to(y.dtype)) * share.to(y.dtype)
+
+def mixed(numbers: Tensor, templates: Tensor) -> Tensor:
+    """Templates ``(templates, channels)`` times numbers ``(templates,)`` or ``(samples, templates)``, in the numbers' dtype."""
+    templates = templates.to(numbers)
+    return numbers * templates[0] if len(templates) == 1 else numbers @ templates  # which autocast rounds
 
 
 def share_of(growth: Tensor, scale: Tensor | None) -> Tensor:
@@ -170,31 +171,21 @@ class BiasMix(BiasCoefficient):
     def __init__(self, channels: int, templates: BiasTemplates, place: str, owner: BiasMix | None, **like: Any) -> None:
         nn.Module.__init__(self)
         self.channels = channels
-        self.shared = (templates,)  # in tuples, since they are no children
-        self.owners = () if owner is None else (owner,)
+        self.shared = templates
+        self.owners = () if owner is None else (owner,)  # in a tuple, since it is no child
         self.owner = place if owner is None else owner.owner
         if owner is None:
             self.offset = nn.Parameter(torch.zeros(len(templates.templates), **like))
-
-    def templates(self, bias: Tensor) -> Tensor:
-        return self.shared[0].templates
-
-    def change(self, bias: Tensor) -> Tensor:
-        return self._mixed(self.shared[0].templates)
-
-    def scale_templates(self) -> Tensor | None:
-        return self.shared[0].scales
-
-    def scale_change(self) -> Tensor | None:
-        scales = self.shared[0].scales
-        return None if scales is None else self._mixed(scales)
 
     @property
     def numbers(self) -> nn.Parameter:
         return (self.owners[0] if self.owners else self).offset
 
-    def _mixed(self, templates: Tensor) -> Tensor:
-        return self.numbers @ templates.to(self.numbers.dtype)
+    def templates(self, bias: Tensor) -> Tensor:
+        return self.shared.templates
+
+    def scale_templates(self) -> Tensor | None:
+        return self.shared.scales
 
 
 def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:

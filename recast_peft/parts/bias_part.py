@@ -45,7 +45,6 @@ class TaskBiases(TaskPartners):
         self.register_buffer("pretrained_bias", None, persistent=False)
         self.register_buffer("pretrained_weight", None, persistent=False)
         self.originals: dict[str, nn.Parameter] = {}  # the model's own, while others are merged in their place
-        self.banks = nn.ModuleDict()  # fingerprint -> templates of this bias
 
     def _coefficient(self, adapter_name: str) -> BiasCoefficient:
         return cast(BiasCoefficient, self.modules_to_save[adapter_name])
@@ -53,18 +52,14 @@ class TaskBiases(TaskPartners):
     def add(self, adapter_name: str, module: nn.Module, active: bool, inference_mode: bool) -> None:
         """Give a task its coefficients; tasks on one bank share its templates."""
         if isinstance(module, BiasMix):
-            fingerprint = module.shared[0].bank.fingerprint
-            if fingerprint not in self.banks:
-                self.banks[fingerprint] = module.shared[0]
-            module.shared = (cast(BiasTemplates, self.banks[fingerprint]),)
+            held = (templates for templates in self.templates if templates.bank.fingerprint == module.shared.bank.fingerprint)
+            module.shared = next(held, module.shared)
         super().add(adapter_name, module, active, inference_mode)
 
-    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
-        """Delete a task, and the templates that no other task uses."""
-        super().delete_adapter(adapter_name, new_active_adapters)
-        used = {id(m.shared[0]) for m in self.modules_to_save.values() if isinstance(m, BiasMix)}
-        for fingerprint in [key for key, templates in self.banks.items() if id(templates) not in used]:
-            del self.banks[fingerprint]
+    @property
+    def templates(self) -> list[BiasTemplates]:
+        """Those of this bias that tasks on banks mix."""
+        return [module.shared for module in self.modules_to_save.values() if isinstance(module, BiasMix)]
 
     # ---------------------------------------------------------------- what a holder can be asked
 
@@ -77,7 +72,7 @@ class TaskBiases(TaskPartners):
 
     def bank_of(self, adapter_name: str) -> Any:
         module = self._coefficient(adapter_name) if self.has_task(adapter_name) else None
-        return module.shared[0] if isinstance(module, BiasMix) else None
+        return module.shared if isinstance(module, BiasMix) else None
 
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
         scales = any(self._coefficient(name).scale_templates() is not None for name in self._adapters)
@@ -133,9 +128,9 @@ class TaskBiases(TaskPartners):
         if self.pretrained_bias is not None:
             module = cast(BiasCoefficient, next(iter(self.modules_to_save.values())))
             if self.pretrained_weight is not None:
-                merged = module.along_channels(self._now(), y).to(y.dtype)
-                y = (y - merged) * module.along_channels(self.pretrained_weight / self._now("weight"), y).to(y.dtype) + merged
-            y = y + module.along_channels(self.pretrained_bias - self._now(), y).to(y.dtype)
+                merged = module.along_channels(self._now(), y)
+                y = (y - merged) * module.along_channels(self.pretrained_weight / self._now("weight"), y) + merged
+            y = y + module.along_channels(self.pretrained_bias - self._now(), y)
         assert batch.pool is not None
         slot = batch.pool.slot
         if not self.has_task(slot):
@@ -144,7 +139,7 @@ class TaskBiases(TaskPartners):
         assert offsets is not None
         module = self._coefficient(slot)
         scale = None if module.scale_templates() is None else self.pretrained("weight")
-        return module.by_sample(y, self.pretrained(), self.scaling.get(slot, 1.0) * offsets, scale)
+        return module(y, self.pretrained(), scale, self.scaling.get(slot, 1.0) * offsets)
 
     # ---------------------------------------------------------------- merging
 
@@ -224,7 +219,7 @@ class BiasPart(PartnerPart):
         return prepared
 
     def _banked(self, request: Request, partner: Any, candidates: list[Candidate]) -> Iterator[PreparedPartner]:
-        banks = [cast(BiasTemplates, t).bank for holder in bias_holders(request.model) for t in holder.banks.values()]
+        banks = [templates.bank for holder in bias_holders(request.model) for templates in holder.templates]
         bank = bank_of_partner(request, partner, banks)
         if not bank.is_of_biases:
             raise refuse_bank(bank, "grow_bias_bank")
