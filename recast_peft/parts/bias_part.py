@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -32,19 +32,15 @@ from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, en
 class TaskBiases(TaskPartners):
     """The coefficients of one bias, by task; they can be merged into it.
 
-    While they are merged the pretrained bias is kept beside it, and comes back as the very tensor that it was.
+    While they are merged the pretrained parameter is kept beside it, and comes back as the very object that it was.
     """
 
     trained_kind = "biases"
     adds_when_merged = True
-    pretrained_bias: Tensor | None
-    pretrained_weight: Tensor | None  # the scale of a norm
 
     def __init__(self, place: str, method: str) -> None:
         super().__init__(place, method)
-        self.register_buffer("pretrained_bias", None, persistent=False)
-        self.register_buffer("pretrained_weight", None, persistent=False)
-        self.originals: dict[str, nn.Parameter] = {}  # the model's own, while others are merged in their place
+        self.kept: dict[str, nn.Parameter] = {}  # the model's own (a norm's scale too) while others are merged in their place
 
     def _coefficient(self, adapter_name: str) -> BiasCoefficient:
         return cast(BiasCoefficient, self.modules_to_save[adapter_name])
@@ -97,8 +93,13 @@ class TaskBiases(TaskPartners):
 
     def pretrained(self, name: str = "bias") -> Tensor:
         """The bias, or a norm's scale (its ``"weight"``), as it was before any task was merged."""
-        kept = self._buffers[f"pretrained_{name}"]
-        return self._now(name) if kept is None else kept
+        return self.kept[name] if name in self.kept else self._now(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TaskBiases:
+        super()._apply(fn, recurse)
+        for parameter in self.kept.values():
+            parameter.data = fn(parameter.data)
+        return self
 
     def attach(self, place: nn.Module, visible: nn.Module) -> None:
         kind = kind_of(place)
@@ -125,12 +126,12 @@ class TaskBiases(TaskPartners):
 
     def _adapted_from_pool(self, batch: MixedBatch, y: Tensor) -> Tensor:
         """The output with every sample's own row of a pool's table; what is merged is no part of any sample's task."""
-        if self.pretrained_bias is not None:
+        if self.kept:
             module = cast(BiasCoefficient, next(iter(self.modules_to_save.values())))
-            if self.pretrained_weight is not None:
+            if "weight" in self.kept:
                 merged = module.along_channels(self._now(), y)
-                y = (y - merged) * module.along_channels(self.pretrained_weight / self._now("weight"), y) + merged
-            y = y + module.along_channels(self.pretrained_bias - self._now(), y)
+                y = (y - merged) * module.along_channels(self.kept["weight"] / self._now("weight"), y) + merged
+            y = y + module.along_channels(self.kept["bias"] - self._now(), y)
         assert batch.pool is not None
         slot = batch.pool.slot
         if not self.has_task(slot):
@@ -155,9 +156,8 @@ class TaskBiases(TaskPartners):
         if safe_merge and not all(torch.isfinite(values).all() for values in composed.values()):
             raise ValueError(f"NaNs detected in the merged biases. The adapter {new[-1]} seems to be broken")
         for name, values in composed.items():
-            if name not in self.originals:  # other modules may have the same parameter
-                self.originals[name] = self._now(name)
-                self._buffers[f"pretrained_{name}"] = self._now(name).data
+            if name not in self.kept:  # other modules may have the same parameter
+                self.kept[name] = self._now(name)
                 self.hosts[0]._parameters[name] = nn.Parameter(values, requires_grad=False)
             self._now(name).data = values
         super().merge(adapter_names)
@@ -165,7 +165,7 @@ class TaskBiases(TaskPartners):
     def merge_in_place(self, adapter_name: str) -> None:
         """Merge a task in place of what is merged now, into the same storage."""
         composed = self._composed([adapter_name] if self.has_task(adapter_name) else [])
-        if not composed or [*composed] != self._kept():
+        if not composed or composed.keys() != self.kept.keys():
             self.unmerge()
             self.merge([adapter_name])
             return
@@ -173,9 +173,6 @@ class TaskBiases(TaskPartners):
             for name, values in composed.items():
                 self._now(name).data.copy_(values)
         self._merged = [adapter_name]
-
-    def _kept(self) -> list[str]:
-        return [name for name in ("bias", "weight") if self._buffers[f"pretrained_{name}"] is not None]
 
     def _composed(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
         """The bias with what tasks add to it, and the scale of a norm if they move it."""
@@ -196,11 +193,9 @@ class TaskBiases(TaskPartners):
                     self._now(name).data = values
 
     def unmerge(self) -> None:
-        """Put the pretrained bias back: the very tensor that was there before."""
-        for name in self._kept():
-            self.originals[name].data = self.pretrained(name)  # which followed the model to another device or dtype
-            self.hosts[0]._parameters[name] = self.originals.pop(name)
-            self._buffers[f"pretrained_{name}"] = None
+        """Put the pretrained bias back: the very parameter that was there before."""
+        for name in [*self.kept]:
+            self.hosts[0]._parameters[name] = self.kept.pop(name)
         super().unmerge()
 
 
