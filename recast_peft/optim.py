@@ -34,6 +34,7 @@ from .layer import RecastLayer
 from .mimicry.features import call_arguments, captured_outputs, device_of, evaluating
 from .model import RecastModel
 from .names import block_of, modules_of, unwrapped
+from .planning.heads import modules_by
 from .tasks.state import keep_trained, task_entries, trained_outside_tasks
 from .validation import check_arguments, check_is_module, number_above, optional, shown
 
@@ -245,11 +246,8 @@ def _warn_of_pretrained(model: nn.Module) -> None:
 def _warn_of_features(model: nn.Module) -> None:
     """Say so where a backbone without a classifier is trained, and the task brings none."""
     backbone = unwrapped(model.get_base_model() if isinstance(model, PeftModel) else model)
-    try:
-        classifier: Any = backbone.get_classifier()  # type: ignore[operator]
-    except (AttributeError, TypeError):
-        return
-    if isinstance(classifier, nn.Identity):
+    heads = modules_by(backbone, "get_classifier")
+    if heads and all(isinstance(head, nn.Identity) for head in heads):
         warnings.warn(
             f"{type(backbone).__name__} has no classifier and the task brings none: what the model gives are features. Give "
             "the task one with RecastConfig(num_classes=...), unless a module of your own takes the features.",

@@ -16,7 +16,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
-from ..planning.heads import head_names
+from ..planning.heads import head_names, modules_by
 from .base import Place, Request, TaskPart
 from .head_building import (
     Labels,
@@ -278,11 +278,11 @@ class HeadPart(TaskPart):
 def _head_trained_outside_tasks(model: nn.Module) -> str | None:
     """The name of a head of the model's own whose weights are trained; biases are a choice of ``bias=``, and PEFT stores what
     reads words out."""
-    modules, embeddings = plain_modules(model), getattr(model, "get_output_embeddings", lambda: None)()
+    modules, embeddings = plain_modules(model), modules_by(model, "get_output_embeddings")
     for head in sorted(head_names(model)):
         within = [module for name, module in modules.items() if lies_in(name, [head])]
         own = [unwrapped_module(m) for m in within if not isinstance(unwrapped(m), TaskHolder)]
-        trained = [p for m in own if m is not embeddings for key, p in m._parameters.items() if p is not None and key != "bias"]
+        trained = [p for m in own if m not in embeddings for key, p in m._parameters.items() if p is not None and key != "bias"]
         if any(parameter.requires_grad for parameter in trained):
             return head
     return None

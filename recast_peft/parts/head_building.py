@@ -16,7 +16,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, plain_place, put_child, unwrapped_module
 from ..names import lies_in, unwrapped
-from ..planning.heads import head_names, named_head, top_level
+from ..planning.heads import head_names, modules_by, named_head, top_level
 from .base import Piece
 from .copies import plain_copy
 
@@ -129,14 +129,10 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
 def _known_heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """The classifiers that timm's and transformers' conventions tell."""
     # transformers has timm's models inside a model of its own
-    get_classifier = getattr(model, "get_classifier", None) or getattr(modules.get("timm_model"), "get_classifier", None)
-    if callable(get_classifier):
-        told = get_classifier()
-        told = told if isinstance(told, (tuple, list)) else [told]
-        told = [part for module in told for part in (module if isinstance(module, nn.ModuleList) else [module])]
-        places = [place for module in told if module is not None and (place := plain_place(model, module)) is not None]
-        if places:
-            return places
+    told = modules_by(model, "get_classifier") or modules_by(modules.get("timm_model"), "get_classifier")
+    parts = [part for module in told for part in (module if isinstance(module, nn.ModuleList) else [module])]
+    if places := [place for part in parts if (place := plain_place(model, part)) is not None]:
+        return places
     return [key for key in TRANSFORMERS_HEADS if isinstance(modules.get(key), nn.Module)][:1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -27,13 +28,7 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     """Names of the modules that turn features into predictions, by timm's and transformers' conventions and by name."""
     model = unwrapped(model)
     modules = [(plain_name(name), module) for name, module in model.named_modules()]
-    found: list[nn.Module] = []
-    for method in ("get_classifier", "get_output_embeddings"):
-        try:
-            result = getattr(model, method)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-        found += [m for m in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(m, nn.Module)]
+    found = (*modules_by(model, "get_classifier"), *modules_by(model, "get_output_embeddings"))
     names = {name for module in found if (name := plain_place(model, module)) is not None}
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(base, nn.Module):  # transformers: a model for a task is the base model with the task's modules beside it
@@ -44,6 +39,15 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     kinds = ((name, type(unwrapped_module(module)).__name__) for name, module in modules)  # ours is called one too
     names.update(name for name, kind in kinds if _is_called_a_head(name.split("."), kind))
     return {name for name in (*names, head_module or "") if name}
+
+
+def modules_by(model: Any, method: str) -> list[nn.Module]:
+    """The modules that a method of a model gives, such as ``get_classifier``; none where it has no such method."""
+    try:
+        given = getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return []
+    return [m for m in (given if isinstance(given, (tuple, list)) else [given]) if isinstance(m, nn.Module)]
 
 
 def _is_called_a_head(parts: list[str], kind: str) -> bool:

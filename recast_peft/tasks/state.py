@@ -26,6 +26,7 @@ from ..parts.base_biases import biased_modules
 from ..parts.wrapper import TaskModule
 from ..placement.offloaded import end_offloading, is_offloaded
 from ..placement.sharded import is_plain, is_sharded, whole
+from ..planning.heads import modules_by
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -210,12 +211,8 @@ def shared_entries(model: nn.Module) -> dict[str, Tensor]:
     """Parameters of the base that PEFT stores once its vocabulary was resized: the embeddings, by the names of a file."""
     backbone = backbone_of(model)
     found: dict[str, Tensor] = {}
-    for method in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(backbone, method)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-        for name, other in backbone.named_modules():
-            if other is module and module is not None:
-                found.update({f"{MODEL_PREFIX}{plain_name(f'{name}.{key}')}": p for key, p in other.named_parameters()})
+    embeddings = (*modules_by(backbone, "get_input_embeddings"), *modules_by(backbone, "get_output_embeddings"))
+    for name, module in backbone.named_modules() if embeddings else ():
+        if module in embeddings:
+            found.update({f"{MODEL_PREFIX}{plain_name(f'{name}.{key}')}": p for key, p in module.named_parameters()})
     return found
