@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..storage.cards import one_line
 from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
 from ..validation import listed
-from .sizes import HALF, QUARTER, SINGLE, most_numbers, on_meta
+from .sizes import HALF, QUARTER, SINGLE, most_numbers, on_meta, told_in_advance
 from .trusted import HUB_PREFIX, SIZES, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
 HOW_TO_PASS = "Pass backbone=: the model itself, keyword arguments for building it, or the path of a checkpoint."
@@ -125,13 +124,13 @@ def _check_config(model_class: type[PreTrainedModel], name: str, keywords: Mappi
     What a checkpoint does not have in the config's shapes would be made anew, so that any small repository can ask for it.
 
     Raises:
-        Untrusted: if it does.
+        Untrusted: if it does, or if that cannot be told.
     """
     names = ("revision", "num_labels", "token", "cache_dir", "local_files_only")
     chosen = {key: keywords[key] for key in names if key in keywords}
     config = model_class.config_class.from_pretrained(name, **chosen)  # type: ignore[union-attr]
     is_quantised = "quantization_config" in keywords or getattr(config, "quantization_config", None) is not None
-    with suppress(NotImplementedError, RuntimeError):  # of models that compute something while they are built
+    with told_in_advance():  # transformers too builds on the meta device what it loads
         on_meta(lambda: model_class(config), most_numbers(QUARTER if is_quantised else HALF))
 
 
@@ -196,15 +195,13 @@ def _check_bytes(name: str, chosen: Mapping[str, Any], own: Mapping[str, Any]) -
     import timm
 
     sizes = {key: value for key, value in chosen.items() if key in SIZES}
-    try:
+    with told_in_advance():
         if name.startswith(HUB_PREFIX):  # a repository's config may choose anything
             on_meta(lambda: timm.create_model(name, **{**chosen, **own}), most_numbers(SINGLE))
         if not sizes:
             return
         with torch.device("meta"):
             usual, asked = (total_bytes(timm.create_model(name, **{**more, **own})) for more in ({}, chosen))
-    except (NotImplementedError, RuntimeError) as error:  # it computes something while it is built
-        raise Untrusted(f"its size cannot be told before its memory is taken ({type(error).__name__}: {error})") from error
     if asked > 4 * usual + 2**30:
         given = ", ".join(f"{one_line(key)}={one_line(value)}" for key, value in sizes.items())
         raise Untrusted(

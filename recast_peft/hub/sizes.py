@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,19 @@ def on_meta(build: Callable[[], nn.Module], most: float = math.inf) -> nn.Module
     """
     with torch.device("meta"), Bounded(most):
         return build()
+
+
+@contextmanager
+def told_in_advance() -> Iterator[None]:
+    """A block that measures models on the meta device, and refuses one that computes something while it is built.
+
+    Raises:
+        Untrusted: if one does.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:  # torch's errors for what needs numbers
+        raise Untrusted(f"its size cannot be told before its memory is taken ({type(error).__name__}: {error})") from error
 
 
 def without_numbers(build: Callable[[], nn.Module]) -> nn.Module:

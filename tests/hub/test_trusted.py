@@ -216,6 +216,17 @@ class TestWhatARepositorysConfigAsksFor:
         with pytest.raises(RecastLoadError, match="size cannot be told before its memory is taken"):
             build_backbone(recorded, {"pretrained": False})
 
+    def test_a_model_of_transformers_is_refused_there_too(
+        self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        serve_transformers(hub, tmp_path)
+        init = ViTForImageClassification.__init__
+        monkeypatch.setattr(ViTForImageClassification, "__init__", lambda *a, **k: (torch.ones(1).item(), init(*a, **k))[1])
+        monkeypatch.setattr(ViTForImageClassification, "from_pretrained", lambda *a, **k: pytest.fail("it is built"))
+        recorded = {"library": "transformers", "name": BASE, "class": "ViTForImageClassification", "num_classes": 5}
+        with pytest.raises(RecastLoadError, match="size cannot be told before its memory is taken"):
+            build_backbone(recorded)
+
 
 def test_a_model_that_computes_while_it_is_built_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def build() -> nn.Module:
