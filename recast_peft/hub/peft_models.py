@@ -31,12 +31,11 @@ from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
-from ..storage.transfer import fetch_file
 from ..validation import checked_names, did_you_mean, shown
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
 from .task_files import has_task_numbers
-from .transfer import local_task, push_tasks_to_hub, task_names
+from .transfer import fetch_config, local_task, push_tasks_to_hub, task_names
 
 OTHER = "others"  # norms, biases and whole modules
 _SHOWN_AS = {
@@ -132,7 +131,8 @@ class TaskModel:
         elif os.path.isdir(model_id):
             model_id = str(local_task(model_id, kwargs.pop("subfolder", None)))
         hub_kwargs = {**self._split_kwargs(kwargs)[0]}  # type: ignore[attr-defined]
-        file = fetch_file(str(model_id), CONFIG_NAME, hub_kwargs.pop("subfolder", None), hub_kwargs)
+        file, subfolder = fetch_config(str(model_id), hub_kwargs.pop("subfolder", None), hub_kwargs)
+        kwargs |= {} if subfolder is None else {"subfolder": subfolder}
         RecastConfig.from_json_file(file)  # says what is wrong with it before PEFT looks for keys in it
         own = self.peft_config.get(adapter_name)  # type: ignore[attr-defined]
         with modules_called(kwargs.pop("key_mapping", None)):

@@ -177,18 +177,7 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
     if os.path.isdir(name):
         folder = local_task(name, subfolder)
     else:
-        try:
-            config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
-        except RecastError as error:
-            if subfolder is not None:
-                raise
-            if isinstance(error, NoSuchFile):
-                subfolder = _only_task(name, _tasks_of_repository(name, hub_kwargs))
-            elif isinstance(error.__cause__, LocalEntryNotFoundError) and (cached := _tasks_in_the_cache(name, hub_kwargs)):
-                subfolder = _only_task(f"the cache of {name}", cached)
-            else:
-                raise
-            config_file = fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs)
+        config_file, subfolder = fetch_config(name, subfolder, hub_kwargs)
         folder = Path(config_file).parent
         pinned = {**hub_kwargs, "revision": commit_of(config_file) or hub_kwargs.get("revision")}
         try:
@@ -201,6 +190,22 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
     read_task_config(folder)
     task_sizes(folder)
     return folder
+
+
+def fetch_config(name: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The config of a task of a repository, and its subfolder; see :func:`fetch_task` for the arguments and what is raised."""
+    try:
+        return fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs), subfolder
+    except RecastError as error:
+        if subfolder is not None or os.path.isdir(name):
+            raise
+        if isinstance(error, NoSuchFile):
+            subfolder = _only_task(name, _tasks_of_repository(name, hub_kwargs))
+        elif isinstance(error.__cause__, LocalEntryNotFoundError) and (cached := _tasks_in_the_cache(name, hub_kwargs)):
+            subfolder = _only_task(f"the cache of {name}", cached)
+        else:
+            raise
+    return fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs), subfolder
 
 
 def local_task(name: str | os.PathLike, subfolder: str | None = None) -> Path:

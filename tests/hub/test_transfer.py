@@ -154,6 +154,17 @@ class TestFetching:
         hub.add("ada/one", {f"birds/{p.name}": p.read_bytes() for p in (tmp_path / "local" / "cars").iterdir()})
         assert fetch_task("ada/one", revision=first).name == "cars"
 
+    def test_finds_it_for_a_model_that_has_tasks(self, hub: HubServer, tmp_path: Path) -> None:
+        learned = make_model("cars")
+        learned.save_pretrained(tmp_path)
+        hub.add("ada/one", {f"cars/{p.name}": p.read_bytes() for p in (tmp_path / "cars").iterdir()})
+        model = get_recast_model(make_backbone(), RecastConfig()).eval()
+        model.load_adapter("ada/one", "cars")
+        assert torch.equal(output(model, "cars"), output(learned))
+        hub.add("ada/one", {f"birds/{p.name}": p.read_bytes() for p in (tmp_path / "cars").iterdir()})
+        with pytest.raises(RecastLoadError, match=r"birds, cars.*subfolder"):
+            model.load_adapter("ada/one", "again")
+
     @pytest.mark.parametrize("is_offline", [True, False])
     def test_finds_the_only_task_in_the_cache(
         self, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool
