@@ -19,7 +19,21 @@ from ..config import RecastConfig
 from ..errors import RecastLoadError
 from ..names import role_of
 from ..options.record import hub_repository
-from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, own_parts, plain, quoted, table
+from ..storage.cards import (
+    CARD_NAME,
+    PAPER,
+    card_data,
+    code,
+    data_of_bases,
+    hub_link,
+    merge_card,
+    one_line,
+    own_parts,
+    plain,
+    quoted,
+    read_card,
+    table,
+)
 from ..storage.json_reader import Fields
 from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
@@ -129,6 +143,7 @@ def write_repository_card(
     folder = Path(folder)
     inside = tasks_inside(folder) if subfolders is None else list(subfolders)
     name = repo_id or folder.resolve().name
+    before = _bases(folder / CARD_NAME)
     for subfolder in inside:
         write_model_card(folder / subfolder, repo_id=name, subfolder=subfolder, license=license)
     card, has_own = folder / CARD_NAME, (folder / CONFIG_NAME).is_file()
@@ -156,11 +171,21 @@ def write_repository_card(
         *(f"model.load_adapter({quoted(name)}, {quoted(o)}, subfolder={quoted(o)})" for o in others[:1]),
         "```",
     ]
+    configs = [read_task_config(folder / place) for place in ([""] if has_own else []) + inside]
+    if not (kept or (has_root and not has_own)):
+        before = []
     if not has_root:
-        config = read_task_config(folder / first)
-        heading = f"# {plain(name.rpartition('/')[2])}\n\nTasks learned with {PAPER} on {_base_link(config)}."
-        merge_card(card, _card_data(config, {}, license, name), heading, license_is_given=license is not None)
-    return merge_card(card, {}, "\n".join(lines), "tasks")
+        links = dict.fromkeys([*map(_base_link, configs), *map(hub_link, before)])
+        heading = f"# {plain(name.rpartition('/')[2])}\n\nTasks learned with {PAPER} on {', '.join(links)}."
+        merge_card(card, _card_data(configs[0], {}, license, name), heading, license_is_given=license is not None)
+    bases = [*filter(is_hub_name, dict.fromkeys([*map(_base, configs), *before]))]
+    return merge_card(card, data_of_bases(bases) if len(bases) > 1 else {}, "\n".join(lines), "tasks")
+
+
+def _bases(card: Path) -> list[str]:
+    """The base models that a card names."""
+    named: Any = read_card(card).data.get("base_model") if card.is_file() else None
+    return [base for base in (named if isinstance(named, list) else [named]) if is_hub_name(base)]
 
 
 def _row(folder: Path, subfolder: str) -> str:
@@ -194,6 +219,10 @@ def _is_made_from_a_path(config: Fields) -> bool:
     name = _backbone(config).get("name")
     is_folder = isinstance(name, str) and bool(name) and not is_hub_name(name)
     return is_folder and _backbone(config).get("library") == "transformers"
+
+
+def _base(config: Fields) -> Any:
+    return hub_repository(_backbone(config)) or config.get("base_model_name_or_path")
 
 
 def _base_link(config: Fields) -> str:
@@ -281,10 +310,9 @@ def _fidelity(config: Fields, groups: Fields) -> str:
 
 def _card_data(config: Fields, results: Mapping[str, Any], license: str | None, name: str) -> dict[str, Any]:
     backbone = _backbone(config)
-    base = hub_repository(backbone) or config.get("base_model_name_or_path")
     library = backbone.get("library")
     own = one_line(backbone["license"]) if backbone.get("license") else None
-    data = card_data(base, license or own, *([one_line(library)] if library else []))
+    data = card_data(_base(config), license or own, *([one_line(library)] if library else []))
     built = str(backbone.get("class") or "")
     pipeline = next((task for ending, task in PIPELINES.items() if built.endswith(ending)), None)
     if library == "timm" and backbone.get("num_classes"):

@@ -76,9 +76,17 @@ def _unmarked(text: str) -> str:
 
 def card_data(base: Any, license: str | None, *tags: str) -> dict[str, Any]:
     """The metadata of every card; a base model is named if it is a repository on the Hub."""
-    of_base = {"base_model": base, "base_model_relation": "adapter"} if is_hub_name(base) else {}
-    named = {METHOD_NAME, "peft", *tags, *([f"base_model:adapter:{base}"] if of_base else [])}
+    of_base = data_of_bases([base] if is_hub_name(base) else [])
+    named = {METHOD_NAME, "peft", *tags, *of_base.get("tags", ())}
     return {"library_name": "peft", **of_base, "tags": sorted(named), **({"license": license} if license else {})}
+
+
+def data_of_bases(bases: Sequence[str]) -> dict[str, Any]:
+    """The metadata that name the base models of a card, repositories on the Hub."""
+    if not bases:
+        return {}
+    tags = [f"base_model:adapter:{base}" for base in bases]
+    return {"base_model": list(bases) if len(bases) > 1 else bases[0], "base_model_relation": "adapter", "tags": tags}
 
 
 def merge_card(path: Path, data: Mapping[str, Any], part: str, kind: str = "task", *, license_is_given: bool = False) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from hub_tasks import files_of, learn, make_backbone, make_model, metadata, output
+from peft import PeftModel
 from torch import nn
 from transformers import ViTForImageClassification
 
@@ -199,6 +200,27 @@ class TestOfARepository:
         assert card.count("A task learned with") == card.count("## More tasks in this repository") == 1
         assert "## Tasks in" not in card
         assert 'from_pretrained("ada/all")' in card
+
+    @pytest.mark.parametrize("names", [("cars", "birds"), ("default", "cars", "birds")])
+    def test_names_the_base_models_of_all(self, hub: HubServer, names: tuple[str, ...]) -> None:
+        def on(base: str, *tasks: str) -> PeftModel:
+            known = {"library": "transformers", "name": base, "class": "ViTForImageClassification"}
+            model = get_recast_model(make_backbone(), RecastConfig(backbone=known), adapter_name=tasks[0])
+            for task in tasks[1:]:
+                model.add_adapter(task, RecastConfig(backbone=known))
+            return model
+
+        for base, tasks in (("google/vit", names), ("meta/deit", ("fish", "cups"))):
+            push_tasks_to_hub(on(base, *tasks), "ada/all")
+        data = metadata(files_of(hub, "ada/all")["README.md"])
+        assert set(data["base_model"]) == {"google/vit", "meta/deit"}
+        assert {"base_model:adapter:google/vit", "base_model:adapter:meta/deit"} <= set(data["tags"])
+        text = files_of(hub, "ada/all")["README.md"].decode()
+        assert "(https://huggingface.co/google/vit)" in text
+        if "default" not in names:
+            assert "(https://huggingface.co/meta/deit), [google/vit]" in text
+        push_tasks_to_hub(on("meta/deit", "one", "two"), "ada/other")
+        assert metadata(files_of(hub, "ada/other")["README.md"])["base_model"] == "meta/deit"
 
     def test_lists_none_that_was_taken_away(self, hub: HubServer) -> None:
         push_tasks_to_hub(make_model("cars", "birds"), "ada/all")
