@@ -4,10 +4,10 @@ A task's coefficients are bound to the weights of its targets, which are compare
 too: other running statistics alone can cost half of a task's accuracy. One fingerprint of samples of all of it says whether it
 is what the task was learned on, up to a change of dtype; a difference is warned of and not refused.
 
-Every tensor counts as much as any other: as a sample of unit length, and as a point on a circle whose angle is the logarithm of
-its size. On an ImageNet EfficientNet-Lite0 and a MobileNetV2 (about 200 tensors beside the targets) that tells a hundredth in
-the size of every norm, or a twentieth in the size of one; a shift within one tensor only where it is large. Of a quantised
-layer the bias alone counts.
+Every tensor counts as much as any other: as a sample of unit length, and as a point on each of two circles whose angle is the
+logarithm of its size; a factor that goes round the one goes round no whole number of times on the other. On an ImageNet
+EfficientNet-Lite0 and a MobileNetV2 (about 200 tensors beside the targets) that tells a hundredth in the size of every norm, or
+a twentieth in the size of one; a shift within one tensor only where it is large. Of a quantised layer the bias alone counts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..planning.heads import head_names
 from .verbs import merged_tasks
 
 SAMPLE = 4096  # numbers of a tensor that are looked at
+PERIODS = torch.tensor([1, math.sqrt(2)])  # logarithms of the factors of a tensor that each of the circles cannot see
 SMALLEST = 1e-4  # root mean square of a tensor that counts: float16 has few bits for smaller numbers
 
 
@@ -47,8 +48,8 @@ def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str 
         length = float(sample.norm())
         size = length / math.sqrt(len(sample))
         if math.isfinite(size) and size > SMALLEST:  # masks hold infinity
-            angle = 2 * math.pi * math.log2(size)
-            parts += [sample / length, sample.new_tensor([math.cos(angle), math.sin(angle)])]
+            angles = 2 * math.pi * math.log2(size) / PERIODS
+            parts += [sample / length, angles.cos(), angles.sin()]
     return weight_fingerprint(torch.cat(parts)) if parts else None
 
 
