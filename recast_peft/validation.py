@@ -247,9 +247,9 @@ def names(value: Any) -> list[str]:
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
-def names_or_text(value: Any) -> list[str] | str:
-    """A list of names, or one text."""
-    return text(value) if isinstance(value, str) else names(value)
+def patterns(value: Any) -> list[str] | str:
+    """A regular expression, or a list of them."""
+    return names_or_pattern(value) if isinstance(value, str) else [str(names_or_pattern(one)) for one in names(value)]
 
 
 def names_or_pattern(value: Any) -> list[str] | str:

@@ -176,11 +176,13 @@ def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -
 
 
 def _is_meant(config: RecastConfig, name: str) -> bool:
-    """PEFT's rule; but it sees no layer index in a list that lies in no other module, such as ``blocks.0.attn.qkv``."""
+    """PEFT's rule; but it sees no layer index in a list that lies in no other module, such as ``blocks.0.attn.qkv``, and none for
+    a regular expression.
+    """
     first = re.match(r"([^.]+)\.\d+\.", name)
     if first and config.layers_to_transform is not None and not config.layers_pattern:
         config = config.as_chosen(layers_pattern=[first.group(1)])
-    return bool(check_target_module_exists(config, name))
+    return _matches(config, name) and not (isinstance(config.target_modules, str) and not _is_in_layers(config, name))
 
 
 def _is_kept(config: RecastConfig, candidate: Candidate) -> bool:
@@ -197,7 +199,13 @@ def _is_in_layers(config: RecastConfig, name: str) -> bool:
 
 def _left_out(config: RecastConfig, *names: str) -> bool:
     """Whether the config leaves a module out, by one of its names."""
-    return not all(check_target_module_exists(config.as_chosen(target_modules=[name]), name) for name in names)
+    return not all(_matches(config.as_chosen(target_modules=[name]), name) for name in names)
+
+
+def _matches(config: RecastConfig, name: str) -> bool:
+    """PEFT's rule, which takes names of modules that are saved whole for regular expressions."""
+    saved = [re.escape(module) for module in config.modules_to_save or ()]
+    return bool(check_target_module_exists(config.as_chosen(modules_to_save=saved), name))
 
 
 def _usable(candidate: Candidate) -> bool:

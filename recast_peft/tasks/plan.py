@@ -8,8 +8,10 @@ from peft import PeftModel
 from torch import nn
 
 from ..config import RecastConfig
+from ..names import lies_in
 from ..parts import pieces_of
 from ..parts.base import Request
+from ..parts.base_biases import biased_modules
 from ..parts.saved import saved_by_task_type
 from ..planning.plan import RecastPlan, plan_layers
 
@@ -35,7 +37,11 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if not config.is_stored_task:
         config = config.as_chosen(modules_to_save=saved_by_task_type(config))
     request = Request(model, config, plan.targets, counting=True)
-    pieces = {part.name: own for part, own in pieces_of(request)}
+    found = pieces_of(request)
+    owned = [piece.place for part, own in found for piece in own if part.owns_modules]
+    pieces = {part.name: own for part, own in found}
     lora = next(iter(pieces.pop("lora")), None)
-    counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items() if own}
-    return replace(plan, lora=lora, parts=counts)
+    counts = {name: {piece.place: piece.num_parameters() for piece in own} for name, own in pieces.items()}
+    biased = biased_modules(model, config.bias, [*plan.targets, *(lora.targets if lora is not None else ())])
+    counts["biases"] = {name: module.bias.numel() for name, module in biased if not lies_in(name, owned)}  # type: ignore
+    return replace(plan, lora=lora, parts={name: places for name, places in counts.items() if places})

@@ -140,6 +140,14 @@ class TestAValueThatCannotBeMeant:
         with pytest.raises(RecastConfigError, match=message):
             RecastConfig(groups=GROUPS, recipes=recipes)
 
+    @pytest.mark.parametrize("pattern", ["(", ["blocks", "["]])
+    def test_is_refused_for_a_list_of_layers_that_is_no_regular_expression(self, pattern: Any) -> None:
+        given = {"layers_to_transform": [0], "layers_pattern": pattern}
+        with pytest.raises(RecastConfigError, match="layers_pattern=.*regular expression, which this is not"):
+            RecastConfig(**given)
+        with pytest.raises(RecastConfigError, match="lora_config.*regular expression, which this is not"):
+            RecastConfig(lora_config={"target_modules": ["qkv"], **given})
+
     def test_is_refused_for_two_ways_to_group(self) -> None:
         with pytest.raises(RecastConfigError, match="group_size=2 and num_groups=3"):
             RecastConfig(group_size=2, num_groups=3)

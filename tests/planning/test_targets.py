@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -28,6 +29,12 @@ timm = pytest.importorskip("timm")
 def test_a_misspelt_target_is_refused_with_what_is_near(targets: Any, message: str) -> None:
     with pytest.raises(RecastTargetError, match=message):
         plan_recast(tiny_vit(), RecastConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("saved", ["norm(", "[head", ".*"])
+def test_a_module_to_save_is_a_name_and_no_regular_expression(saved: str) -> None:
+    with pytest.raises(RecastTargetError, match=rf"modules_to_save names {re.escape(saved)}, which the model does not have"):
+        plan_recast(tiny_vit(), RecastConfig(target_modules=["qkv"], modules_to_save=[saved]))
 
 
 def test_a_shorthand_that_fits_nothing_is_refused_with_those_that_do() -> None:

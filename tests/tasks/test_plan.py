@@ -29,6 +29,23 @@ class TestThePlan:
         with pytest.raises(RecastTargetError, match="clr"):
             plan_recast(backbone, RecastConfig(target_modules=["qkv"], partners=["clr"]))
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"bias": "all"},
+            {"bias": "recast_only"},
+            {"bias": "recast_only", "lora_config": {"r": 2, "target_modules": ["fc1"]}},
+            {"bias": "all", "train_norms": True, "modules_to_save": ["blocks.0.mlp"]},
+        ],
+    )
+    def test_counts_the_models_own_biases_that_are_trained(self, fields: dict) -> None:
+        config = RecastConfig(target_modules=["qkv"], **fields)
+        plan = plan_recast(tiny_vit(), config)
+        trained = sum(p.numel() for p in get_recast_model(tiny_vit(), config).parameters() if p.requires_grad)
+        counts = [sum(places.values()) for places in plan.parts.values()]
+        assert plan.num_coefficients + plan.num_lora_numbers + sum(counts) == trained
+        assert f"{sum(plan.parts['biases'].values()):,} trainable parameters per task" in str(plan)
+
     @pytest.mark.parametrize("templates", [None, 1])
     def test_touches_neither_model_nor_config(self, templates: int | None) -> None:
         model, config = tiny_vit(), RecastConfig(target_modules=["qkv"], num_templates=templates)
