@@ -176,8 +176,8 @@ def _why_left_out(candidate: Candidate, config: RecastConfig, heads: set[str]) -
 
 
 def _is_meant(config: RecastConfig, name: str) -> bool:
-    """PEFT's rule; but it sees no layer index in a list that lies in no other module, such as ``blocks.0.attn.qkv``, and none for
-    a regular expression.
+    """PEFT's rule; but it sees no layer index in a list that lies in no other module, such as ``blocks.0.attn.qkv``, and none
+    for a regular expression.
     """
     first = re.match(r"([^.]+)\.\d+\.", name)
     if first and config.layers_to_transform is not None and not config.layers_pattern:
