@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.tuners.lora.layer import Conv1d, Conv3d
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,13 +32,13 @@ from ..banks.grown_templates import GrownTemplates, principal_mix
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
-from ..names import check_adapter_name
+from ..names import check_adapter_name, plain_name, unwrapped
 from ..options.lora import WRITING_INITS
 from ..planning.groups import PlannedGroup
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, check_arguments, optional
-from .sources import check_bank, check_plain, loaded, origin_of
+from .sources import check_bank, check_layers, check_pretrained, check_same_base, loaded, origin_of, told
 
 Adapter = str | Path | PeftModel | tuple[PeftModel, str]
 Pair = tuple[Tensor, Tensor]  # (rows, rank) and (rank, columns): their product is what comes to a weight as a matrix
@@ -140,9 +140,10 @@ def compress_adapters(
 
     Raises:
         RecastConfigError: if a number is below 1, names are missing or double, or the model is converted already.
-        RecastBankError: if an adapter cannot be read or is no plain LoRA, or none of them moves a target module.
+        RecastBankError: if an adapter cannot be read, is no plain LoRA or stands on other weights than the model's, or none of them
+            moves a target module.
     """
-    check_plain(model, "compress_adapters")
+    check_pretrained(model, "compress_adapters")
     check_arguments(COUNT, num_templates=num_templates)
     check_arguments(optional(COUNT), rank=rank)
     named = _named(adapters)
@@ -283,14 +284,15 @@ def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, _Found]:
     """The low-rank matrices of every adapter; those of files are read onto one copy of the model."""
     holder: PeftModel | None = None
     found: dict[str, _Found] = {}
-    for name, adapter in named.items():
+    for place, (name, adapter) in enumerate(named.items()):
         if isinstance(adapter, PeftModel):
             found[name] = _matrices(model, adapter, _active_of(adapter), name)
         elif isinstance(adapter, tuple):
             found[name] = _matrices(model, *adapter, name)
         else:
-            holder = _load(model if holder is None else holder, str(adapter), name)
-            found[name] = _matrices(model, holder, name, name)
+            # under a name that PEFT takes: those of tasks are free
+            holder = _load(model if holder is None else holder, str(adapter), f"adapter {place}")
+            found[name] = _matrices(model, holder, f"adapter {place}", name)
         beside = ", ".join(found[name].beside)
         if beside:
             warnings.warn(f"the adapter {name!r} has more than low-rank matrices, which is left out: {beside}", stacklevel=4)
@@ -298,18 +300,14 @@ def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, _Found]:
 
 
 def _load(model: nn.Module, path: str, name: str) -> PeftModel:
-    try:
+    with told(f"the source {path!r} cannot be read"):
         config = PeftConfig.from_pretrained(path)
-        if not isinstance(config, LoraConfig):
-            raise RecastBankError(
-                f"the adapter {path!r} is of type {config.peft_type}: compress_adapters reads LoRAs; grow_bank takes whatever "
-                "can be merged"
-            )
-        return loaded(model, path, name, autocast_adapter_dtype=False)
-    except RecastBankError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RecastBankError(f"the adapter {path!r} cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise RecastBankError(
+            f"the adapter {path!r} is of type {config.peft_type}: compress_adapters reads LoRAs; grow_bank takes whatever can "
+            "be merged"
+        )
+    return loaded(model, path, name, autocast_adapter_dtype=False)
 
 
 def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) -> _Found:
@@ -318,16 +316,18 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
     config = _plain_lora(peft_model.peft_config[adapter], name)
     pairs: dict[str, Pair] = {}
     size, beside = 0, [] if config.bias == "none" else [f"biases (bias={config.bias!r})"]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for module, layer in peft_model.get_base_model().named_modules():
+    modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
+    for place, layer in peft_model.get_base_model().named_modules():
+        module = plain_name(place)
         if isinstance(layer, AuxiliaryTrainingWrapper) and adapter in layer._adapters:
             beside.append(module)
         if not isinstance(layer, LoraLayer) or adapter not in (*layer.lora_A, *layer.lora_embedding_A):
             continue
         is_grouped = getattr(layer.get_base_layer(), "groups", 1) > 1  # its product is no matrix product
-        if not isinstance(layer, (Linear, Conv2d)) or is_grouped:
+        if not isinstance(layer, (Linear, Conv1d, Conv2d, Conv3d)) or is_grouped:
             beside.append(module)
             continue
+        check_same_base(layer, modules.get(module), name, module)
         weight = getattr(modules.get(module), "weight", None)
         pairs[module] = _pair(layer, adapter)
         if not all(side.isfinite().all() for side in pairs[module]):
@@ -346,6 +346,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
 
 
 def _plain_lora(config: PeftConfig, name: str) -> LoraConfig:
+    check_layers(config, name)
     if not isinstance(config, LoraConfig):
         what = f"is of type {config.peft_type}"
     elif str(config.init_lora_weights).lower().startswith(WRITING_INITS):

@@ -25,7 +25,7 @@ from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
 from ..validation import COUNT, check_arguments, flag, listed
-from .sources import Source, check_plain, check_sources, moves_by_source, origin_of
+from .sources import Source, check_pretrained, check_sources, moves_by_source, origin_of
 
 
 @torch.inference_mode(False)
@@ -62,7 +62,7 @@ def grow_bias_bank(
         RecastTargetError: if target modules have no bias, or name nothing.
         RecastBankError: if a source cannot be read, or none of them moved a bias.
     """
-    check_plain(model, "grow_bias_bank")
+    check_pretrained(model, "grow_bias_bank")
     check_sources(sources, num_templates=num_templates)
     check_arguments(COUNT, group_size=group_size)
     check_arguments(flag, scales=scales)

@@ -24,7 +24,7 @@ from ..planning.candidates import Candidate
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
 from ..validation import listed
-from .sources import check_plain
+from .sources import check_pretrained
 
 
 @torch.inference_mode(False)
@@ -44,7 +44,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
         RecastConfigError: if the model is converted already, or data are needed and missing.
         RecastBankError: if every bank is exact, so that there is nothing to fit.
     """
-    check_plain(model, "fit_bank")
+    check_pretrained(model, "fit_bank")
     method = config.method
     plan = plan_recast(model, config)
     targets = {target.name: target for target in plan.candidates}

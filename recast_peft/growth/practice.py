@@ -34,7 +34,7 @@ from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
 from .biases import bias_places, grow_bias_bank, is_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, each_tensor, rows_of_inputs
-from .sources import check_plain
+from .sources import check_pretrained
 from .weights import grow_bank
 
 
@@ -88,7 +88,7 @@ def practice_bank(
         RecastConfigError: if an argument cannot be used, the data do not suit a family, or the model is converted already.
         RecastTargetError: if nothing of the model can be trained in this way.
     """
-    check_plain(model, "practice_bank")
+    check_pretrained(model, "practice_bank")
     check_arguments(COUNT, tasks=tasks, group_size=group_size, epochs=epochs)
     check_arguments(whole(2), batch_size=batch_size)
     check_arguments(optional(COUNT), num_templates=num_templates)

@@ -13,7 +13,7 @@ from ..config import RecastConfig
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, optional
-from .sources import check_plain
+from .sources import check_pretrained
 
 RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
 
@@ -44,7 +44,7 @@ def random_bank(
     Raises:
         RecastConfigError: if a number cannot be used, or the model is converted already.
     """
-    check_plain(model, "random_bank")
+    check_pretrained(model, "random_bank")
     check_arguments(COUNT, num_templates=num_templates)
     check_arguments(optional(COUNT), rank=rank)
     check_arguments(flag, plain_templates=plain_templates)

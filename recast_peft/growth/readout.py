@@ -28,7 +28,7 @@ from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
 from ..validation import COUNT, check_arguments
 from .families import Inputs, check_data, rows_of_inputs
-from .sources import check_plain
+from .sources import check_pretrained
 
 MOST_MODULES = 16
 MOST_EXAMPLES = 4096
@@ -74,7 +74,7 @@ def readout_bank(
         RecastConfigError: if an argument cannot be used, there are fewer than two examples, or the model is converted already.
         RecastTargetError: if the classifier or a layer is not found, or inputs do not fit what the classifier reads.
     """
-    check_plain(model, "readout_bank")
+    check_pretrained(model, "readout_bank")
     check_arguments(COUNT, batch_size=batch_size)
     head = find_head(model, head_module)
     drawn = _drawn(data)

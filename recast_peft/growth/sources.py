@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..banks.files import StoredBank
+from ..composition.fingerprint import same_weight, weight_fingerprint
+from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastError
-from ..layer import RecastLayer
-from ..names import modules_of
-from ..planning.candidates import Candidate
+from ..names import modules_of, plain_name, unwrapped
+from ..options.lora import WRITING_INITS
+from ..planning.candidates import Candidate, check_materialised, find_candidates
 from ..validation import COUNT, check_arguments, checked_names, listed, optional
 
 Source = str | Path | nn.Module | tuple[PeftModel, str] | Mapping[str, Tensor]
@@ -26,11 +29,19 @@ CHECKPOINTS = ("model.safetensors", "pytorch_model.safetensors")
 
 
 def check_plain(model: nn.Module, verb: str) -> None:
-    """Refuse a converted model, and what is no model (``RecastConfigError``)."""
+    """Refuse a converted model, one with other adapters, and what is no model (``RecastConfigError``)."""
     if not isinstance(model, nn.Module):
         raise RecastConfigError(f"{verb}: model is a {type(model).__name__}; an nn.Module is expected")
-    if modules_of(model, RecastLayer):
-        raise RecastConfigError(f"{verb} needs the plain pretrained model; this one is converted already (see model.unload())")
+    if isinstance(model, PeftModel) or modules_of(model, BaseTunerLayer):
+        raise RecastConfigError(
+            f"{verb} needs the plain pretrained model; this one is converted already, or has adapters (see model.unload())"
+        )
+
+
+def check_pretrained(model: nn.Module, verb: str) -> None:
+    """Refuse what ``check_plain`` does, and a model without numbers (``RecastTargetError``)."""
+    check_plain(model, verb)
+    check_materialised(find_candidates(model))
 
 
 def check_bank(bank: StoredBank) -> None:
@@ -105,11 +116,16 @@ def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
             raise RecastConfigError(f"a source holds a {type(source[wrong]).__name__} at {wrong!r}: expected tensors by name")
         return source
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], PeftModel):
-        return _merged(*source)
+        return _merged(model, copy.deepcopy(source[0]), source[1])
     if isinstance(source, PeftModel):
-        return _merged(source, source.active_adapters)
+        return _merged(model, copy.deepcopy(source), source.active_adapters)
     if isinstance(source, nn.Module):
-        return source.state_dict()
+        if modules_of(source, BaseTunerLayer):
+            raise RecastBankError(
+                f"a source of type {type(source).__name__} has adapters in it: give the PeftModel around it, or what "
+                "merge_and_unload() gives"
+            )
+        return unwrapped(source).state_dict()
     raise RecastConfigError(
         f"a source is a {type(source).__name__}: expected an adapter (a folder, a repository, a PeftModel, or "
         "(peft_model, name)), or a fine-tuned form of the model (a module, a state dict, or a file)"
@@ -119,36 +135,49 @@ def _weights_of(model: nn.Module, source: Source) -> Mapping[str, Tensor]:
 def _stored_weights(model: nn.Module, name: str) -> Mapping[str, Tensor]:
     path = Path(name)
     files = [path] if path.is_file() else [path / file for file in CHECKPOINTS if (path / file).is_file()]
+    if not files:
+        return _merged(model, loaded(model, name), "default")
+    with told(f"the source {name!r} cannot be read"):
+        return load_file(files[0])
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Inside, an error that is none of ours is raised as a ``RecastBankError`` that begins with ``what``."""
     try:
-        if files:
-            return load_file(files[0])
-        found = loaded(model, name)
+        yield
     except RecastError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # PEFT, torch and pickle meet what a file holds with errors of many kinds
         raise RecastBankError(
-            f"the source {name!r} cannot be read: {error}\nExpected a saved adapter (a folder or a repository), a "
-            f"safetensors file, or a folder with {CHECKPOINTS[0]}."
+            f"{what}: {type(error).__name__}: {error}\nExpected an adapter that can be merged (a folder, a repository, or a "
+            f"PeftModel), a safetensors file, or a folder with {CHECKPOINTS[0]}."
         ) from error
-    return found.merge_and_unload().state_dict()
 
 
 def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options: Any) -> PeftModel:
-    """A saved adapter on a copy of a plain model, or beside the adapters of a model that is one.
+    """A saved adapter on a copy of a plain model, or beside the adapters of a model that is one; no random number is drawn.
 
     A head of its own does not matter, and need not have this model's classes.
 
     Raises:
-        RecastBankError: if something else of it has another shape, or a module that the model lacks.
+        RecastBankError: if it cannot be read, or something else of it has another shape, or a module that the model lacks.
     """
     options["ignore_mismatched_sizes"] = True
-    with warnings.catch_warnings(record=True) as caught:
+    devices = range(torch.cuda.device_count())
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        torch.random.fork_rng(devices),
+        told(f"the source {name!r} cannot be read"),
+    ):
         warnings.simplefilter("always")
         if not isinstance(model, PeftModel):
-            model = PeftModel.from_pretrained(copy.deepcopy(model), name, adapter_name, **options)
-        if adapter_name not in model.peft_config or isinstance(model.peft_config[adapter_name], LoraConfig):
+            model = PeftModel.from_pretrained(copy.deepcopy(unwrapped(model)), name, adapter_name, **options)
+        prefix = getattr(model.base_model, "prefix", None)
+        if prefix is not None and not isinstance(model.peft_config.get(adapter_name), RecastConfig):
             # of a fresh model once more: what from_pretrained left out it does not say
-            left_out = [key for key in model.load_adapter(name, adapter_name, **options).unexpected_keys if ".lora_" in key]
+            unexpected = model.load_adapter(name, adapter_name, **options).unexpected_keys
+            left_out = [key for key in unexpected if f".{prefix}" in key]
             if left_out:
                 raise RecastBankError(f"the source {name!r} does not fit the model, which has no place for {left_out[0]}")
     for warning in caught:
@@ -163,13 +192,66 @@ def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options
     return model
 
 
-def _merged(model: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
+def _merged(model: nn.Module, adapted: PeftModel, names: str | list[str]) -> dict[str, Tensor]:
+    """The weights that adapters make of a model; ``adapted`` is changed."""
     names = checked_names("adapter", names)
-    unknown = [name for name in names if name not in model.peft_config]
+    unknown = [name for name in names if name not in adapted.peft_config]
     if unknown:
-        raise RecastBankError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(model.peft_config)}")
-    with torch.no_grad():
-        return copy.deepcopy(model).merge_and_unload(adapter_names=names).state_dict()
+        raise RecastBankError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(adapted.peft_config)}")
+    merged = {name for layer in modules_of(adapted, BaseTunerLayer) for name in layer.merged_adapters} - {*names}
+    if merged:
+        raise RecastBankError(
+            f"the adapter {min(merged)!r} is merged into the weights that {', '.join(map(repr, names))} is a source on: call "
+            "unmerge_adapter() first"
+        )
+    for name in names:
+        check_layers(adapted.peft_config[name], name)
+    if not any(_writes(config) for config in adapted.peft_config.values()):
+        modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
+        for name, layer in adapted.get_base_model().named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                check_same_base(layer, modules.get(plain_name(name)), names[0], plain_name(name))
+    halves = (torch.float16, torch.bfloat16)
+    adapted._apply(lambda tensor: tensor.float() if tensor.dtype in halves else tensor)  # small moves would be rounded away
+    kind = adapted.peft_config[names[0]].peft_type
+    with torch.no_grad(), told(f"the adapter {names[0]!r} of type {getattr(kind, 'value', kind)} cannot be merged"):
+        return adapted.merge_and_unload(adapter_names=names).state_dict()
+
+
+def _writes(config: PeftConfig) -> bool:
+    """Whether an adapter was started by writing into the weights that it adds to."""
+    start = str(getattr(config, "init_lora_weights", None)).lower()
+    return start.startswith(WRITING_INITS) or getattr(config, "kasa_config", None) is not None
+
+
+def check_layers(config: PeftConfig, name: str) -> None:
+    """Refuse an adapter for which PEFT puts layers of the model at other places (``RecastBankError``)."""
+    replication = getattr(config, "layer_replication", None)
+    if replication:
+        raise RecastBankError(
+            f"the adapter {name!r} has layer_replication={replication}: it is for a model with other layers at these places"
+        )
+
+
+def check_same_base(layer: BaseTunerLayer, module: nn.Module | None, adapter: str, name: str) -> None:
+    """Refuse an adapter whose layer stands on another weight than the model's module (``RecastBankError``).
+
+    What is merged, quantised, or has another shape is not looked at.
+    """
+    own, wanted = getattr(layer.get_base_layer(), "weight", None), getattr(module, "weight", None)
+    if own is None or wanted is None or layer.merged or own.shape != wanted.shape:
+        return
+    if any(tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2 for tensor in (own, wanted)):
+        return
+    if torch.equal(own.to(wanted.device, wanted.dtype), wanted):
+        return
+    first, second = weight_fingerprint(own), weight_fingerprint(wanted)
+    if not same_weight(first, second):
+        raise RecastBankError(
+            f"the adapter {adapter!r} stands on other pretrained weights than the model's: {name} differs\n"
+            f"  fingerprint under the adapter: {first}\n  fingerprint of the model:      {second}\n"
+            "Give the model that the adapter was trained on, or the fine-tuned model that merge_and_unload() gives."
+        )
 
 
 def origin_of(source: Source) -> str:

@@ -21,7 +21,7 @@ from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
 from ..validation import check_arguments, flag, listed
 from .biases import bias_moves
-from .sources import Source, check_bank, check_plain, check_sources, origin_of, task_vectors
+from .sources import Source, check_bank, check_pretrained, check_sources, origin_of, task_vectors
 
 
 @torch.inference_mode(False)
@@ -53,9 +53,10 @@ def grow_bank(
 
     Raises:
         RecastConfigError: if a number is below 1, there is no source, or the model is converted already.
-        RecastBankError: if a source cannot be read, or none of them moved a target module.
+        RecastBankError: if a source cannot be read or merged, an adapter stands on other weights than the model's, or none of the
+            sources moved a target module.
     """
-    check_plain(model, "grow_bank")
+    check_pretrained(model, "grow_bank")
     check_sources(sources, num_templates=num_templates, rank=rank)
     check_arguments(flag, plain_templates=plain_templates)
     plan = plan_recast(model, config or RecastConfig(group_size=1))
@@ -95,12 +96,13 @@ def extend_bank(
         itself, with a warning, if its templates span the sources already.
 
     Raises:
-        RecastConfigError: if a number is below 1, or there is no source.
+        RecastConfigError: if a number is below 1, there is no source, or the model is converted already.
         RecastBankError: if the bank was not grown, stands for other weights, a source cannot be read, or none of them moved
             what the bank has templates for.
     """
-    check_sources(sources, num_templates=num_templates)
     check_bank(bank)
+    check_pretrained(model, "extend_bank")
+    check_sources(sources, num_templates=num_templates)
     if bank.is_readout:
         raise RecastBankError("a readout does not grow: make another one of more data with readout_bank")
     if bank.is_of_biases:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import layers_of, move, outputs, tiny_vit, vit_input
+from models import AttentionNet, layers_of, move, outputs, seeded, tiny_vit, vit_input
 from peft import IA3Config, KasaConfig, LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -100,6 +100,30 @@ class TestWhatIsKept:
         assert not torch.allclose(model(x), net()(x), atol=1e-2)
         torch.testing.assert_close(found.apply_to(net()).eval()(x), model(x), rtol=1e-4, atol=1e-4)
 
+    def test_convolutions_over_one_and_three_dimensions(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.over_time, self.over_space = nn.Conv1d(4, 6, 3), nn.Conv3d(1, 4, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.over_space(self.over_time(x).view(-1, 1, 2, 3, 7)).flatten(1)
+
+        def net() -> nn.Module:
+            torch.manual_seed(0)
+            return Net()
+
+        model, x = lora(0, net(), target_modules=["over_time", "over_space"]), torch.randn(2, 4, 9)
+        found = compress_adapters(net(), [model], num_templates=1, rank=8)
+        assert found.left_out == {"default": ()}
+        torch.testing.assert_close(found.apply_to(net()).eval()(x), model(x), rtol=1e-4, atol=1e-4)
+
+    def test_of_attention_the_projection_of_outputs(self) -> None:
+        model = lora(0, seeded(lambda: AttentionNet(True)), target_modules=["attns.0"])
+        with pytest.warns(UserWarning, match=r"which is left out: attns\.0$"):
+            found = compress_adapters(seeded(lambda: AttentionNet(True)), [model], num_templates=1)
+        assert list(found.coefficients["default"]) == ["attns.0.out_proj"]
+
 
 class TestTasks:
     def test_are_saved_and_loaded_as_any_others(self, folders: list[Path], tmp_path: Path) -> None:
@@ -138,6 +162,13 @@ class TestSources:
         with pytest.warns(UserWarning, match="'default' has more than low-rank matrices, which is left out: head"):
             found = compress_adapters(tiny_vit(), [lora(0, modules_to_save=["head"])], num_templates=1)
         assert found.left_out == {"default": ("head",)}
+
+    def test_any_name_of_a_task_will_do(self, folders: list[Path]) -> None:
+        """Names that PEFT takes for none of its containers: attributes of torch's modules, and parts of names."""
+        found = compress_adapters(
+            tiny_vit(), dict(zip(["half", "a.b", "weight"], folders, strict=True)), num_templates=3, rank=6
+        )
+        assert max(found.errors.values()) < 1e-5
 
     @pytest.mark.parametrize("bias", ["all", "lora_only"])
     def test_biases_that_are_left_out_are_said(self, bias: str, tmp_path: Path) -> None:
