@@ -140,8 +140,8 @@ def compress_adapters(
 
     Raises:
         RecastConfigError: if a number is below 1, names are missing or double, or the model is converted already.
-        RecastBankError: if an adapter cannot be read, is no plain LoRA or stands on other weights than the model's, or none of them
-            moves a target module.
+        RecastBankError: if an adapter cannot be read, is no plain LoRA or stands on other weights than the model's, or none of
+            them moves a target module.
     """
     check_pretrained(model, "compress_adapters")
     check_arguments(COUNT, num_templates=num_templates)

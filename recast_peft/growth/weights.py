@@ -53,8 +53,8 @@ def grow_bank(
 
     Raises:
         RecastConfigError: if a number is below 1, there is no source, or the model is converted already.
-        RecastBankError: if a source cannot be read or merged, an adapter stands on other weights than the model's, or none of the
-            sources moved a target module.
+        RecastBankError: if a source cannot be read or merged, an adapter stands on other weights than the model's, or none of
+            the sources moved a target module.
     """
     check_pretrained(model, "grow_bank")
     check_sources(sources, num_templates=num_templates, rank=rank)
