@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import RecastConfigError
 from ..holders import container_key
 from ..planning.candidates import find_candidates
-from .lora import lora_config_of
 from .lora_plan import these_modules
 from .lora_strength import part_layers
 
@@ -53,8 +52,7 @@ def summed_config(model: nn.Module, adapters: Sequence[str], combination_type: s
     ranks: dict[str, int] = {}
     for name in adapters:
         for layer in part_layers(model, name):
-            key, config = container_key(name), lora_config_of(model, name)
-            assert config is not None
+            key, config = container_key(name), layer._parts.configs[name]
             if key in layer.lora_variant or layer.lora_bias.get(key) or config.target_parameters:
                 raise RecastConfigError(
                     f"task {name!r} cannot be combined with others: its LoRA part at {layer.module_name} is more than two "
@@ -81,9 +79,8 @@ def write_sum(model: nn.Module, adapters: Sequence[str], weights: Sequence[float
         for name, weight in zip(adapters, weights, strict=True):
             # a task that came before RECAST's layer has a layer of its own below it
             for own in (other for other in part_layers(model, name) if other.module_name == layer.module_name):
-                key, config = container_key(name), lora_config_of(model, name)
-                assert config is not None
-                rank = math.sqrt(own.r[key]) if config.use_rslora else own.r[key]
+                key = container_key(name)
+                rank = math.sqrt(own.r[key]) if own._parts.configs[name].use_rslora else own.r[key]
                 factor = weight * own.lora_alpha[key] / rank
                 terms.append((factor, {entry.name: entry.tensor for entry in own.entries(name)}))
         a, b = sorted(layer.entries(adapter_name), key=lambda entry: entry.name)
