@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..composition.fingerprint import weight_fingerprint
 from ..composition.mixed_batch import MixedBatch, current_batch
 from ..composition.quantised import quantised_by
 from ..composition.recomputation import strengths_of_call
@@ -42,13 +41,11 @@ class PreparedPartner(Piece):
         config: config of the partner.
         candidate: the place.
         module: what the task trains there.
-        fingerprint: fingerprint of the pretrained weight, where the partner acts on one that no layer of ours composes yet.
     """
 
     config: PartnerConfig
     candidate: Candidate
     module: nn.Module
-    fingerprint: str | None = None
 
     @property
     def place(self) -> str:  # type: ignore[override]
@@ -107,9 +104,7 @@ class PartnerPart(TaskPart):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.config.seed} {candidate.name}".encode()))
             module = partner.build(candidate.module, shape, generator, **request.like(candidate.module))
             module.train(candidate.module.training)
-            is_new = partner.acts_on == "weight" and layer is None and candidate.name not in request.targets
-            fingerprint = weight_fingerprint(weight) if is_new and weight is not None and not request.counting else None
-            prepared.append(PreparedPartner(partner, candidate, module, fingerprint))
+            prepared.append(PreparedPartner(partner, candidate, module))
         return prepared
 
     def install(self, place: Place, pieces: list[PreparedPartner]) -> None:
@@ -123,8 +118,7 @@ class PartnerPart(TaskPart):
         layer = recast_layers(place.model).get(piece.place)
         if layer is None:  # no target of the task: a layer without coefficients
             assert piece.candidate.weight_name is not None
-            assert piece.fingerprint is not None
-            layer = RecastLayer(piece.candidate.visible, piece.place, piece.candidate.weight_name, piece.fingerprint)
+            layer = RecastLayer(piece.candidate.visible, piece.place, piece.candidate.weight_name, piece.candidate.fingerprint)
             layer.train(piece.candidate.visible.training)
             stack_around(layer, piece.candidate.visible)
             layer._active_adapter = list(place.tuner.active_adapters)
