@@ -120,8 +120,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
 
     def is_off(self, batch: MixedBatch | None) -> bool:
         """Whether a call computes without any task; the tasks of a batch that began before they were switched off stay."""
-        is_off = self._disable_adapters or self._switched_off
-        return is_off and (batch is None or batch.is_off or self._switched_off)
+        return self.disable_adapters and (batch is None or batch.is_off or self._switched_off)
 
     def entries(self, adapter_name: str) -> Iterator[Entry]:
         if adapter_name in self.recast_coefficients:

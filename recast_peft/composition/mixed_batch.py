@@ -66,6 +66,12 @@ class MixedBatch:
     def __len__(self) -> int:
         return len(self.names) if self.task_ids is None else len(self.task_ids)
 
+    @property
+    def slot(self) -> str:
+        """The adapter whose banks the tasks of a pool are on."""
+        assert self.pool is not None
+        return self.pool.slot
+
     def samples_in(self, x: Tensor, holder: Any, *, is_ordered: bool = False) -> int:
         """The samples of an input of a module that holds something of tasks.
 

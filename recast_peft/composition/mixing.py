@@ -56,9 +56,7 @@ def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str
     offsets = batch.offsets(layer.module_name, len(x))  # (samples, templates)
     if offsets is None:
         return call(layer, [], args, kwargs)
-    assert batch.pool is not None
-    bank = layer.recast_bank[batch.pool.slot]
-    factor = layer.scaling.get(batch.pool.slot, 1.0)
+    bank, factor = layer.recast_bank[batch.slot], layer.scaling.get(batch.slot, 1.0)
     offsets = offsets if factor == 1 else factor * offsets
     direct = direct_call(layer, args, kwargs)
     keeps_base = layer.is_compressed and not layer.is_released  # the pretrained weight is no mix of the templates then

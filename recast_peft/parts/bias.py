@@ -63,9 +63,7 @@ class BiasConfig(BankedPartnerConfig, method="bias"):
         return why_unheard(candidate, "bias")
 
     def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
-        channels = channels_of(module)
-        assert channels is not None
-        return BiasCoefficient(channels, **like)
+        return BiasCoefficient(module, **like)
 
 
 class BiasCoefficient(StaysInMemory):
@@ -77,9 +75,9 @@ class BiasCoefficient(StaysInMemory):
 
     owner: str | None = None  # the place whose coefficients these are; None is its own
 
-    def __init__(self, channels: int, **like: Any) -> None:
+    def __init__(self, module: nn.Module, **like: Any) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels: Any = channels_of(module)
         self.offset = nn.Parameter(torch.zeros(1, **like))
 
     @property
@@ -168,9 +166,9 @@ class BiasMix(BiasCoefficient):
         ``offset`` ``(templates,)``, owned by the first bias of the group alone; bias ``(channels,)``.
     """
 
-    def __init__(self, channels: int, templates: BiasTemplates, place: str, owner: BiasMix | None, **like: Any) -> None:
+    def __init__(self, module: nn.Module, templates: BiasTemplates, place: str, owner: BiasMix | None, **like: Any) -> None:
         nn.Module.__init__(self)
-        self.channels = channels
+        self.channels = channels_of(module)
         self.shared = templates
         self.owners = () if owner is None else (owner,)  # in a tuple, since it is no child
         self.owner = place if owner is None else owner.owner

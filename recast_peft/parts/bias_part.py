@@ -25,7 +25,7 @@ from ..planning.reading import is_also_read
 from ..validation import listed
 from .banked import bank_of_partner, refuse_bank
 from .base import Request
-from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, channels_of, scaled_by
+from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix
 
 
@@ -132,8 +132,7 @@ class TaskBiases(TaskPartners):
                 merged = module.along_channels(self._now(), y)
                 y = (y - merged) * module.along_channels(self.kept["weight"] / self._now("weight"), y) + merged
             y = y + module.along_channels(self.kept["bias"] - self._now(), y)
-        assert batch.pool is not None
-        slot = batch.pool.slot
+        slot = batch.slot
         if not self.has_task(slot):
             return y
         offsets = batch.offsets(self.key_of(slot), len(y))
@@ -257,14 +256,12 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
             refusal = partner.refusal(places[member])
             if refusal is not None:
                 raise RecastTargetError(f"partner bias cannot stand at {member}, which its bank names: {refusal}")
-            like = request.like(places[member].module)
-            channels = channels_of(places[member].module)
-            assert channels is not None
-            module = BiasMix(
-                channels, BiasTemplates(bank, templates, like["device"], scales.get(member)), member, owner, **like
-            )
+            host = places[member].module
+            like = request.like(host)
+            shared = BiasTemplates(bank, templates, like["device"], scales.get(member))
+            module = BiasMix(host, shared, member, owner, **like)
             owner = owner or module
-            yield PreparedPartner(partner, places[member], module.train(places[member].module.training))
+            yield PreparedPartner(partner, places[member], module.train(host.training))
 
 
 def bias_holders(model: nn.Module, adapter_name: str | None = None) -> list[TaskBiases]:

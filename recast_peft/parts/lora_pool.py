@@ -51,8 +51,7 @@ class PooledPart:
             RecastBankError: if the module is computed by its weight, or what is merged cannot be left out.
         """
         y = self._call_unmerged(batch, x, args, kwargs)
-        assert batch.pool is not None
-        slot = batch.pool.slot
+        slot = batch.slot
         if not self.has_task(slot) or self._switched_off or (self._disable_adapters and batch.is_off) or not len(x):
             return y
         if self._by_weight:

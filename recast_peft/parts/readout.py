@@ -286,13 +286,11 @@ class TaskReadouts(TaskPartners):
 
     def _read_from_pool(self, batch: MixedBatch, inputs: dict[str, Tensor], y: Tensor) -> Tensor:
         """The features of samples with tasks of a pool, all of which have the readout of its slot."""
-        assert batch.pool is not None
         assert batch.task_ids is not None
-        slot = batch.pool.slot
-        if not self.has_task(slot):
+        if not self.has_task(batch.slot):
             return y
         has_task = (batch.task_ids > NO_TASK).repeat_interleave(batch.repeats(len(y))).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(has_task.to(y.device), self._adapted(slot, inputs, y), y)
+        return torch.where(has_task.to(y.device), self._adapted(batch.slot, inputs, y), y)
 
 
 class _InputHook(PartnerHook):

@@ -148,7 +148,11 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         wanted = _wanted(entries, given, optional)
         check_entries(f"task {adapter_name!r}", given, wanted, {**optional, **{key: e.shape for key, e in entries.items()}})
         _check_shared(f"task {adapter_name!r}", entries, given)
-        values = {key: _unpacked(entries[key], given[key]) for key in given if key in entries}
+        values = {
+            key: given[key] if entry.unpack is None else entry.unpack(given[key])
+            for key, entry in entries.items()
+            if key in given
+        }
         written = put_in(model, entries, values)
     resized = {key: value for key, value in given.items() if key not in entries}
     own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
@@ -244,10 +248,6 @@ def _check_shared(what: str, entries: Mapping[str, Entry], given: Mapping[str, T
                 f"{what} does not fit the model: {other} and {key} are one tensor there, and the file has other numbers for "
                 "each. Nothing was loaded. Fetch the file again, or load it with the coefficient_sharing that it was made for."
             )
-
-
-def _unpacked(entry: Entry, value: Tensor) -> Tensor:
-    return value if entry.unpack is None else entry.unpack(value)
 
 
 def check_entries(what: str, given: Mapping[str, Tensor], wanted: Shapes, optional: Shapes | None = None) -> None:
