@@ -202,15 +202,15 @@ class _Layer:
                 return self._estimated(grad, x)
             if self._product_by_template(grad, x):
                 return self._by_template(grad, x)
-        rules, grad_x, grad_coefficients = self.rules, None, None
-        if needs_x:
-            weight = compose_weight(self.anchor, self.templates, self.coefficients, grad.dtype)
-            grad_x = rules.of_input(self.module, grad, weight, x_shape)
-            del weight
-        if needs_coefficients and x is not None:
-            grad_weight = rules.of_weight(self.module, grad, x, self.templates[0].shape)
-            grad_coefficients = template_inner_products(grad_weight, self.templates)
-        return grad_x, grad_coefficients
+        grad_x = self._of_input(grad, x_shape) if needs_x else None
+        if not needs_coefficients or x is None:
+            return grad_x, None
+        grad_weight = self.rules.of_weight(self.module, grad, x, self.templates[0].shape)
+        return grad_x, template_inner_products(grad_weight, self.templates)
+
+    def _of_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        weight = compose_weight(self.anchor, self.templates, self.coefficients, grad.dtype)
+        return self.rules.of_input(self.module, grad, weight, shape)
 
     def _can_estimate(self, grad: Tensor, x: Tensor) -> bool:
         """Whether the estimate that is asked for saves anything: one template needs no product of its own."""
@@ -228,15 +228,12 @@ class _Layer:
 
     def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The exact gradient of the input, and an estimate of the coefficients' that agrees with it."""
-        rules = self.rules
-        weight = compose_weight(self.anchor, self.templates, self.coefficients, grad.dtype)
-        grad_x = rules.of_input(self.module, grad, weight, x.shape)
-        del weight
+        grad_x = self._of_input(grad, x.shape)
         total = template_inner_products(grad_x, [x])[0]
         terms, factors = list(self.templates), self._factors()
         if self.anchor is not None and not self.places:
             terms, factors = [*terms, self.anchor], torch.cat([factors, torch.ones_like(factors[:1])])
-        grad_weight = rules.of_weight(self.module, grad.bfloat16(), x.bfloat16(), self.templates[0].shape)
+        grad_weight = self.rules.of_weight(self.module, grad.bfloat16(), x.bfloat16(), self.templates[0].shape)
         found = with_known_sum(template_inner_products(grad_weight, terms), factors, total)
         return grad_x, found[: len(self.templates)]
 
