@@ -180,7 +180,7 @@ class TaskHolder:
         return None
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
-        """What a task has here that no row of a pool can hold; None if a row can."""
+        """What a task has here that no row of a pool can hold, where its config does not say so; None if a row can."""
         return None
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -150,9 +150,6 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         yield from (("coefficients", parameter) for parameter in self.recast_coefficients.parameters())
         yield from (("partners", parameter) for parameter in self.recast_masks.parameters())
 
-    def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return "masks on its weights" if adapter_name in self.recast_masks else None
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks, without partners."""
         kind = kind_of(self.base_layer)

@@ -82,9 +82,6 @@ class TaskBiases(TaskPartners):
         is_away = self.has_task(adapter_name) and is_offloaded(self.hosts[0])
         return f"a bias at {self.place}, which is offloaded: nothing can be merged into it" if is_away else None
 
-    def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return None
-
     # ---------------------------------------------------------------- computing
 
     def _now(self, name: str = "bias") -> nn.Parameter:

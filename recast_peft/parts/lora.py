@@ -121,9 +121,6 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         plain = super().get_base_layer()  # type: ignore[misc]
         yield from ((plain, name) for name in ("weight", "bias") if name == "weight" or any(self.lora_bias.values()))
 
-    def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return A_PART if self.has_task(adapter_name) else None
-
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         if not making_part.get():
             raise Adding.refuse(

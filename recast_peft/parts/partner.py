@@ -163,7 +163,7 @@ class TaskPartners(ScaledModule):
         return f"the partner {self.method}, which cannot be merged into a weight" if self.has_task(adapter_name) else None
 
     def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return f"the partner {self.method}" if self.has_task(adapter_name) else None
+        return None  # what a pool cannot hold is known by the config
 
     def merge(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Note the tasks that are merged.

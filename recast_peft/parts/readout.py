@@ -241,9 +241,6 @@ class TaskReadouts(TaskPartners):
     def bank_of(self, adapter_name: str) -> Any:
         return self.modules_to_save[adapter_name] if self.has_task(adapter_name) else None
 
-    def refusal_to_pool(self, adapter_name: str) -> str | None:
-        return None  # all tasks of a pool have the same
-
     def stay(self, model: nn.Module, adapter_name: str) -> None:
         """Hang on a copy of the model that has no place for tasks, with the readout of one of them."""
         self.home, self.idle_slot = (), None

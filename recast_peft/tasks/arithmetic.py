@@ -226,7 +226,7 @@ def refusals_to_combine(model: nn.Module, adapter: str, config: RecastConfig) ->
     """What a task owns that no row of numbers can hold; empty if coefficients and a classifier are all it has."""
     of_parts = [part.refusal_to_combine(config) for part in PARTS]
     of_holders = [holder.refusal_to_pool(adapter) for holder in holders(model, adapter)]
-    return list(dict.fromkeys(text for text in (*of_parts, *of_holders) if text is not None))
+    return [text for text in (*of_parts, *of_holders) if text is not None]
 
 
 def _members(bank: Any) -> str:

@@ -206,14 +206,11 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
     """Refuse what a graph cannot express; nothing has been written yet (``RecastBankError``)."""
     parts = [part.refusal_to_combine(config) for part in PARTS if part.name not in ALLOWED]
     found = holders(model, task)
-    parts += [holder.refusal_to_pool(task) for holder in found if holder.refusal_to_merge(task) is not None]
-    layers = holders(model, task, RecastLayer)
-    parts += [layer.refusal_to_pool(task) for layer in layers]
     parts += [
         f"a strength at the norm {h.module_name}" for h in found if isinstance(h, TaskNorm) and h.scaling.get(task, 1) != 1
     ]
     refused = list(dict.fromkeys(text for text in parts if text not in (None, A_PART))) + refusals_of_part(model, task)
-    compressed = [layer.module_name for layer in layers if layer.is_compressed]
+    compressed = [layer.module_name for layer in holders(model, task, RecastLayer) if layer.is_compressed]
     if compressed:
         refused.append(f"a compressed bank (at {compressed[0]})")
     if refused:

@@ -31,7 +31,7 @@ from recast_peft.integrations.export.graph import prepare
 REFUSED: dict[str, dict[str, Any]] = {
     "a LoRA part that is more than two factors": {"lora_config": LoraConfig(r=2, use_dora=True)},
     "the partner adaptformer": {"partners": ["adaptformer"]},
-    "masks on its weights": {"partners": [PiggybackConfig()]},
+    "the partner piggyback": {"partners": [PiggybackConfig()]},
     "a compressed bank": {"num_templates": 1, "group_size": 2},
     "biases of the model": {"bias": "all"},
 }
