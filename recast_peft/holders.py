@@ -124,8 +124,8 @@ class TaskHolder:
     _trainable: Sequence[nn.Parameter] = ()  # before the tasks were switched off
 
     def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
-        """The numbers of a task that lie here and change nothing if they are all zero; none for what no pool holds."""
-        return ()
+        """The numbers of a task that count here and change nothing if they are all zero; none for what no pool holds."""
+        return tuple(self.coefficients_of(adapter_name).values())
 
     def has_task(self, adapter_name: str) -> bool:
         """Whether a task has something here."""

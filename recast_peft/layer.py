@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     """
 
     adapter_layer_names = ("recast_coefficients", "recast_masks")
-    other_param_names = ("recast_bank", "recast_partners", "coefficient_gradients", "scaling", "without_strength")
+    other_param_names = ("recast_bank", "coefficient_gradients", "scaling", "without_strength")
 
     MASKS = "recast_masks"
 
@@ -71,7 +71,6 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         self.without_strength: dict[str, str] = {}
         self.recast_masks = TaskModules()  # task -> what changes its composed weight; see parts/piggyback.py
         self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
-        self.recast_partners: dict[str, tuple[str, ...]] = {}  # task -> what it has beside its coefficients
         self._disable_adapters = False
         self._switched_off = False  # inside RecastModel.disable_part("recast")
         self._active_adapter = []
@@ -130,9 +129,6 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
             name = f"{self.module_name}.{self.MASKS}.mask"
             yield Entry(name, mask, "scores", mask.pack, mask.unpack, mask.packed_shape)
 
-    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
-        return (self.recast_coefficients[adapter_name],) if adapter_name in self.recast_coefficients else ()
-
     def coefficients_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         has = adapter_name in self.recast_coefficients
         return {self.module_name: self.recast_coefficients[adapter_name]} if has else {}
@@ -151,10 +147,10 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         yield from (("partners", parameter) for parameter in self.recast_masks.parameters())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the task can be written as a LoRA of the plain model: linear layers on exact banks, without partners."""
+        """Whether what the task does here can be written as a LoRA of the plain model: a linear layer on an exact bank."""
         kind = kind_of(self.base_layer)
-        is_alone = not self.is_compressed and adapter_name not in self.recast_partners
-        return is_alone and kind is not None and kind.takes_low_rank
+        is_sum = not self.is_compressed and adapter_name not in self.recast_masks
+        return is_sum and kind is not None and kind.takes_low_rank
 
     def update_layer(
         self,

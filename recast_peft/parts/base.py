@@ -104,9 +104,6 @@ class TaskPart:
     owns_modules = False
     """Whether a piece is a module of the model that the task owns whole."""
 
-    acts_beside_layers = False
-    """Whether what it does is no part of the weights, so that a LoRA cannot say what the task says."""
-
     def prepare(self, request: Request) -> list[Any]:
         """Check everything and say what a task would get, a ``Piece`` for each place; nothing is changed.
 

@@ -74,7 +74,6 @@ class SideContainer(nn.ModuleDict):
 class PartnerPart(TaskPart):
     """One kind of partner, by its options' class."""
 
-    acts_beside_layers = True
     stands_before_copies = False  # whether it acts before its place, whichever copy of the module a task owns there
 
     def __init__(self, config_class: type[PartnerConfig], holder_class: type[TaskPartners] | None = None) -> None:

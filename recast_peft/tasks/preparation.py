@@ -14,8 +14,7 @@ from ..composition.parallel import split_of
 from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastConfigError
-from ..layer import RecastLayer
-from ..names import bank_name, modules_of
+from ..names import bank_name
 from ..parts import pieces_of
 from ..parts.base import Place, Request
 from ..parts.partner import attach_partners
@@ -82,10 +81,6 @@ class PreparedTask:
                 part.install(place, pieces)
         keep_running_statistics(place.model)
         attach_partners(place.model)  # a layer may stand around a module now that had none
-        beside = tuple(part.name for part, pieces in self.pieces if pieces and part.acts_beside_layers)
-        for layer in modules_of(place.model, RecastLayer):
-            if beside and layer.has_task(place.adapter_name):
-                layer.recast_partners[place.adapter_name] = beside
 
 
 def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PreparedTask:
