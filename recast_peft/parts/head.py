@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +30,6 @@ from .head_building import (
 )
 from .precision import HALF
 from .wrapper import TaskModule
-
-
-class ShownHead(Protocol):
-    """A head that is no module yet."""
-
-    labels: Labels
-    stored_dtype: torch.dtype | None
-
-    def state(self) -> dict[str, Tensor]:
-        """Its numbers by their names in the module."""
-
-    def fits(self, module: nn.Module) -> bool:
-        """Whether a module can take over its numbers."""
-
-    def copy(self) -> nn.Module:
-        """A module with its numbers, which are nobody else's."""
 
 
 class TaskHead(TaskModule):
@@ -80,8 +64,8 @@ class TaskHead(TaskModule):
         self._active_adapter = list(wrapper._active_adapter)
         self._disable_adapters = wrapper._disable_adapters
 
-    def show(self, slot: str, head: ShownHead | None) -> None:
-        """Call a head under the name of a slot; None calls the model's own.
+    def show(self, slot: str, head: Any | None) -> None:
+        """Call a head of a pool (``StoredHead``) under the name of its slot; None calls the model's own.
 
         The numbers of a head like the one in the slot are copied into it, so that a compiled model goes on; another one takes
         its place.
