@@ -26,28 +26,24 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device("cpu" if device is None else device)
 
 
-def bring_back(module: nn.Module, name: str) -> None:
-    """Put a parameter that has just been offloaded back where it was, with a storage of its own."""
-    hook, kept = _hook_of(module), kept_tensor(module, name)
-    if kept is not None:
-        there = hook.original_devices[name]
-        needs_gradient = module._parameters[name].requires_grad  # type: ignore[union-attr]
-        module._parameters[name] = nn.Parameter(kept.to(there, copy=True), requires_grad=needs_gradient)
+def bring_back(module: nn.Module, name: str, device: Any) -> None:
+    """Put a tensor of a module, if it is offloaded, on a device, with a storage of its own."""
+    kept = kept_tensor(module, name)
+    if kept is None:
+        return
+    own, held = kept.to(device, copy=True), module._parameters.get(name)
+    if held is None:
+        module._buffers[name] = own
+    else:
+        module._parameters[name] = nn.Parameter(own, requires_grad=held.requires_grad)
 
 
 def end_offloading(module: nn.Module) -> None:
     """Put what an offloaded module has where it computes, for good: elsewhere what is written or trained is lost."""
-    if not is_offloaded(module):
-        return
-    device = execution_device(module)
-    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-    for held in tables:
-        for name, kept in [(name, kept_tensor(module, name)) for name in held]:
-            if kept is None:
-                continue
-            own = kept.to(device, copy=True)
-            held[name] = nn.Parameter(own, held[name].requires_grad) if held is module._parameters else own
-    _hook_of(module).offload = False
+    if is_offloaded(module):
+        for name in [*module._parameters, *module._buffers]:
+            bring_back(module, name, execution_device(module))
+        _hook_of(module).offload = False
 
 
 class StaysInMemory(nn.Module):
@@ -55,9 +51,9 @@ class StaysInMemory(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "_hf_hook":  # accelerate has offloaded every parameter
+        if name == "_hf_hook" and (hook := _hook_of(self)) is not None:  # accelerate has offloaded every parameter
             for held in self._parameters:
-                bring_back(self, held)
+                bring_back(self, held, hook.original_devices.get(held))
 
 
 def _hook_of(module: nn.Module) -> Any:

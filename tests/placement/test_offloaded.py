@@ -54,7 +54,7 @@ def test_the_device_is_that_of_the_hook_or_the_cpu(layer: nn.Linear, device: str
 def test_a_parameter_comes_back_with_a_storage_of_its_own(layer: nn.Linear, trained: bool) -> None:
     layer.weight.requires_grad_(trained)
     offload(layer)
-    bring_back(layer, "weight")
+    bring_back(layer, "weight", "cpu")
     assert layer.weight.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     assert layer.weight.requires_grad == trained
     assert layer.bias.is_meta  # nobody asked for it
@@ -64,7 +64,7 @@ def test_a_parameter_comes_back_with_a_storage_of_its_own(layer: nn.Linear, trai
 
 def test_nothing_is_brought_back_that_was_never_away(layer: nn.Linear) -> None:
     offload(layer)
-    bring_back(layer, "weight")
+    bring_back(layer, "weight", "cpu")
     own = layer.weight
-    bring_back(layer, "weight")
+    bring_back(layer, "weight", "cpu")
     assert layer.weight is own
