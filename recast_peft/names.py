@@ -85,11 +85,17 @@ def plain_name(name: str) -> str:
     return prefix + re.sub(r"\.(base_layer(?!\.\d)|original_module)(?=\.|$)", "", name.removeprefix(prefix))
 
 
+class StandIn(nn.Module):
+    """Takes the place of a module in a graph, and holds it as its child ``base``."""
+
+
 def held_name(module: nn.Module) -> str | None:
     """The name under which a wrapper that adds no weights holds what it wraps; None for a module that is no such wrapper."""
     children = module._modules
     if not children:
         return None
+    if isinstance(module, StandIn):
+        return "base"
     for name in ("module",) if type(module).__name__ in _WRAPPED_BY_CLASS else _WRAPPED:
         if children.get(name) is not None:
             return name

@@ -39,22 +39,39 @@ def _two(value: Any) -> Any:
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call gives, by the names of the model's arguments; positional ones first.
+    """What a call gives, by the names of the model's arguments, in their order.
 
     Raises:
-        RecastConfigError: if there is none, one has the name of a task's tensor, or the model does not take it.
+        RecastConfigError: if there is none, one holds several tensors or has the name of a task's tensor, or the model does not
+            take it.
     """
+    signature = inspect.signature(unwrapped_module(model).forward)
     try:
-        bound = inspect.signature(unwrapped_module(model).forward).bind_partial(*args, **kwargs).arguments
+        bound = signature.bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         raise RecastConfigError(
             f"the example does not fit what {type(unwrapped_module(model)).__name__} takes: {error}"
         ) from error
     flat: dict[str, Any] = {}
     for name, value in bound.items():
-        nested = isinstance(value, (dict, tuple))
-        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ((name, value),)
-        flat.update({(f"{name}_{key}" if nested and not isinstance(key, str) else str(key)): part for key, part in pairs})
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            flat.update({f"{name}_{place}": part for place, part in enumerate(value)})
+        else:
+            flat[name] = value
+    _check_arguments(flat)
+    return flat
+
+
+def _check_arguments(flat: Mapping[str, Any]) -> None:
+    nested = [name for name, value in flat.items() if isinstance(value, (list, tuple, dict))]
+    if nested:
+        raise RecastConfigError(
+            f"the argument {nested[0]!r} of the example is a {type(flat[nested[0]]).__name__}: "
+            "a graph takes one tensor in each argument"
+        )
     tensors = [name for name, value in flat.items() if isinstance(value, Tensor)]
     if not tensors or {"task", ROWS, COEFFICIENTS} & set(flat):
         raise RecastConfigError(
@@ -66,7 +83,6 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         raise RecastConfigError(
             f"the example has no samples ({empty[0]}: {tuple(flat[empty[0]].shape)}): expected at least one"
         )
-    return flat
 
 
 def dynamic_dimensions(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:

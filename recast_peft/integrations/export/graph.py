@@ -119,11 +119,25 @@ class TaskGraph(nn.Module):
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """What a model gives, as tensors by name; caches and whatever else is no tensor is left out."""
+    """What a model gives, as tensors by name; caches and whatever else is no tensor is left out.
+
+    Raises:
+        RecastConfigError: if no tensor is left.
+    """
     if isinstance(output, Tensor):
         return {"output": output}
-    named = output if isinstance(output, Mapping) else {f"output_{i}": value for i, value in enumerate(output)}
-    return {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
+    if isinstance(output, Mapping):
+        named: Mapping[Any, Any] = output
+    elif isinstance(output, (tuple, list)):
+        named = {f"output_{place}": value for place, value in enumerate(output)}
+    else:  # a data class
+        named = getattr(output, "__dict__", {})
+    tensors = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise RecastConfigError(
+            f"the model gives no tensor but a {type(output).__name__}: expected a tensor, or several by name or in a row"
+        )
+    return tensors
 
 
 # ---------------------------------------------------------------- what is exported
@@ -189,6 +203,7 @@ def prepare(
     source = Source(model, given_names[0] if given_names and not isinstance(model, TaskPool) else None)
     args, kwargs = as_arguments(example)
     arguments = named_arguments(source.backbone, args, kwargs)
+    kwargs = {name: kwargs[name] for name in arguments if name in kwargs}  # torch names what a graph takes in this order
     inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     check_exportable(source.backbone, source.adapter, source.config)
     check_model(source.backbone)
@@ -235,7 +250,7 @@ def _dimensions_of_task(graph: TaskGraph, task: Any) -> dict[str, dict[int, str]
 def _tasked_model(source: Source, given: Given, way: str, read: list[GraphTask] | None) -> tuple[nn.Module, list[TaskedBias]]:
     """A copy of the model whose targets, and whose modules that the task owns, look at what is given; and biases, likewise."""
     held = {id(tensor): tensor for tensor in (*source.backbone.parameters(), *source.backbone.buffers())}
-    model: nn.Module = copy.deepcopy(source.backbone, held)
+    model: nn.Module = copy.deepcopy(source.backbone, held).eval()
     holders, readouts = bias_holders(model, source.adapter), readout_holders(model, source.adapter)
     detach_partners(model)
     stand_ins = StandIns(source, model, given, way, read)

@@ -25,6 +25,7 @@ from ...composition.compose import compose_weight
 from ...composition.kinds import CONVOLUTION, LINEAR, add_bias, composes_cheaply, kind_of, positions_of, takes_core
 from ...errors import RecastBankError
 from ...layer import RecastLayer
+from ...names import StandIn
 from ...parts.bias import share_of
 from ...parts.bias_part import TaskBiases
 from ...parts.precision import HALF
@@ -102,7 +103,7 @@ class TemplateStack(nn.Module):
         return torch.matmul(scale.to(self.templates.dtype), self.templates).view(self.shape)
 
 
-class AroundBase(nn.Module):
+class AroundBase(StandIn):
     """Takes the place of a module, ``base``, and has its attributes; for its weight the given task's is shown."""
 
     base: nn.Module

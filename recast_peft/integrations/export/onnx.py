@@ -52,7 +52,8 @@ def export_onnx(
         options: for ``torch.onnx.export``, such as ``opset_version``.
 
     Returns:
-        the path.
+        the path. Outputs have the names that the model gives them (``output`` of one tensor); one that has an input's name has
+        ``_output`` behind it.
 
     Raises:
         RecastConfigError: if an argument cannot be used, or onnx or onnxscript is not installed.
@@ -63,17 +64,17 @@ def export_onnx(
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise RecastConfigError(f"{' and '.join(missing)} is not installed: pip install onnx onnxscript (the extra `export`)")
-    if taken := OURS.intersection(options):
-        raise RecastConfigError(f"{sorted(taken)[0]} is what export_onnx itself gives to torch.onnx.export: leave it out")
+    if ours := OURS.intersection(options):
+        raise RecastConfigError(f"{sorted(ours)[0]} is what export_onnx itself gives to torch.onnx.export: leave it out")
     prepared = prepare(model, example, tasks, way, dynamic_shapes)
     prepared.graph.stack_templates()
     target = Path(path)
-    program = trace(prepared)
+    program, taken = trace(prepared), [*prepared.task_inputs(), *prepared.inputs]
     with torch.no_grad():
         made = torch.onnx.export(
             program,
-            input_names=[*prepared.task_inputs(), *prepared.inputs],
-            output_names=prepared.outputs,
+            input_names=taken,
+            output_names=[f"{name}_output" if name in taken else name for name in prepared.outputs],
             dynamo=True,
             **{"verbose": False, **options},
         )

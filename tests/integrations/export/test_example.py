@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from exported import IDS, MASK, bert
+from exported import IDS, MASK, bert, onnx_tools, session
 from models import converted, vit_input
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, RecastConfigError, export_program, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, export_onnx, export_program, export_task, get_recast_model
 from recast_peft.integrations.export.program import Shapes
 
 X = vit_input()
@@ -78,3 +79,35 @@ def test_one_that_nobody_asked_for_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*the graph takes inputs of that size alone")
         export_program(model, torch.rand(3, 10, 8))
+
+
+class Several(nn.Module):
+    """Takes two tensors, of which the second is optional, or several in one argument; they are told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+        x, y = (x, y) if isinstance(x, Tensor) else x
+        return self.fc(x) if y is None else self.fc(x) + 2 * y
+
+
+def test_a_dictionary_in_whatever_order_gives_each_input_its_own_name(tmp_path: Path) -> None:
+    onnx_tools()
+    model = get_recast_model(Several(), RecastConfig(target_modules=["fc"])).eval()
+    given = {"y": torch.ones(3, 8), "x": torch.randn(3, 8)}
+    graph = session(export_onnx(model, tmp_path / "graph.onnx", given))
+    assert [value.name for value in graph.get_inputs()] == ["coefficients", "x", "y"]
+    task = export_task(model, tmp_path / "task")
+    (found,) = graph.run(None, {name: value.numpy() for name, value in {**task, **given}.items()})
+    torch.testing.assert_close(torch.from_numpy(found), model(**given).detach())
+
+
+def test_tensors_inside_of_an_argument_are_refused_by_its_name() -> None:
+    model = get_recast_model(Several(), RecastConfig(target_modules=["fc"])).eval()
+    pair = (torch.ones(3, 8), torch.ones(3, 8))
+    assert model(pair).shape == (3, 8)
+    for example in ((pair,), ([*pair],), {"x": pair}):
+        with pytest.raises(RecastConfigError, match="argument 'x' of the example is a (tuple|list)"):
+            export_program(model, example)
