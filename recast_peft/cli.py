@@ -44,7 +44,7 @@ from .tasks.plan import plan_recast
 from .validation import did_you_mean
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-PIPE_WAS_CLOSED = 141  # as of programs that a shell stops for it
+PIPE_WAS_CLOSED, INTERRUPTED = 141, 130  # as of programs that a shell stops for it
 WEIGHTS_FILE = "model.safetensors"
 _IN_PYTHON = {  # what a message advises, and what to do instead where there is no Python
     HOW_TO_PASS: "Give the path of a checkpoint with --backbone.",
@@ -59,15 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of this library are printed without a traceback.
 
     Returns:
-        the exit status: 0, 1 after an error, 3 if ``verify`` found nothing worse than warnings, 141 if nobody read the output.
+        the exit status: 0, 1 after an error, 3 if ``verify`` found nothing worse than warnings, 130 after an interruption,
+        141 if nobody read the output.
     """
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # names that its encoding does not have are shown as escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = options.run(options) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:  # who read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes the rest at its end
         return PIPE_WAS_CLOSED

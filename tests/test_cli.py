@@ -411,6 +411,21 @@ def test_output_that_nobody_reads_is_no_error(monkeypatch, capsys, named_otherwi
     assert not capsys.readouterr().err
 
 
+def test_no_output_at_all_is_no_error(monkeypatch, capsys, named_otherwise):
+    monkeypatch.setattr(sys, "stdout", None)  # a shell's >&-
+    assert main(["inspect", named_otherwise]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, capsys, named_otherwise):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recast_peft.cli.describe_pool", interrupted)
+    assert main(["inspect", named_otherwise]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_it_is_a_program(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "recast_peft.cli")
     monkeypatch.setattr(sys, "argv", ["recast-peft", "--help"])

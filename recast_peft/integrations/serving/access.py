@@ -24,7 +24,7 @@ class Tenant:
     Attributes:
         name: for logs.
         tasks: that it sees; None is all of them.
-        admin: whether it may put tasks in and take them out.
+        admin: whether it may put the tasks in that it sees, and take them out.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Tenants:
         by_token: tenants by their tokens, or by ``sha256:<hash of the token>``.
 
     Raises:
-        RecastConfigError: if there is none, a hash is none, or one token is given twice.
+        RecastConfigError: if there is none, one cannot be sent, a hash is none, or one token is given twice.
     """
 
     def __init__(self, by_token: Mapping[str, Tenant]) -> None:
@@ -82,6 +82,11 @@ def _tenant(fields: Fields) -> Tenant:
 
 
 def _stored(token: str) -> str:
+    if not (token and token.isascii() and token.isprintable() and token == token.strip()):  # the message shows no token
+        raise RecastConfigError(
+            "a token is empty, or has spaces around it or characters beside the printable ones of ASCII, which callers cannot "
+            "send: choose another"
+        )
     if not token.startswith(HASHED):
         return _hash(token)
     if not re.fullmatch(r"[0-9a-fA-F]{64}", token.removeprefix(HASHED)):

@@ -21,6 +21,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from safetensors.torch import load as load_tensors
+from starlette.requests import ClientDisconnect
 
 from ..._version import __version__
 from ...errors import RecastConfigError, RecastError
@@ -103,10 +104,13 @@ class _Service:
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
         return found
 
-    def stored(self, request: Request) -> TaskStore:
-        """The store, for an administrator."""
-        if not self.tenant(request).admin or self.store is None:
+    def stored(self, request: Request, task: str) -> TaskStore:
+        """The store, for an administrator who may change a task."""
+        who = self.tenant(request)
+        if not who.admin or self.store is None:
             raise HTTPException(403, "only an administrator's token may change tasks")
+        if not who.sees(task):
+            raise _no_task(task)
         return self.store
 
     async def health(self) -> dict[str, Any]:
@@ -125,7 +129,8 @@ class _Service:
         who = self.tenant(request)
         seen: dict[str, Any] = {"tasks": [name for name in self.server.pool.names if who.sees(name)]}
         if who.admin and self.store is not None:
-            seen["problems"] = dict(self.store.problems)
+            problems = {name: text for name, text in self.store.problems.items() if who.sees(name)}
+            seen["problems"] = {_in_utf8(name): _in_utf8(text) for name, text in problems.items()}
         return seen
 
     async def predict(self, task: str, request: Request) -> dict[str, Any]:
@@ -141,7 +146,7 @@ class _Service:
 
     async def upload(self, task: str, request: Request) -> dict[str, Any]:
         """Put a task in service, or a new version of it; it is checked before anybody sees it."""
-        store = self.stored(request)
+        store = self.stored(request, task)
         content = await _body(request, self.max_upload)
         await asyncio.to_thread(store.upload, task, content)
         return {"task": task, "versions_before": store.versions(task)}
@@ -158,14 +163,23 @@ class _Service:
 
     def _stored_with(self, task: str, request: Request) -> TaskStore:
         """The store, for an administrator, where it has or had a task."""
-        store = self.stored(request)
+        store = self.stored(request, task)
         if task not in store:
-            raise HTTPException(404, f"there is no task {task!r}")
+            raise _no_task(task)
         return store
 
     def _check_seen(self, task: str, who: Tenant) -> None:
         if not who.sees(task) or task not in self.server.pool:
-            raise HTTPException(404, f"there is no task {task!r}")
+            raise _no_task(task)
+
+
+def _no_task(task: str) -> HTTPException:
+    return HTTPException(404, f"there is no task {task!r}")
+
+
+def _in_utf8(text: str) -> str:
+    """A text in which bytes of a file's name that are not UTF-8 are shown as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
@@ -178,11 +192,14 @@ async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse
 async def _body(request: Request, most: int) -> bytes:
     """The body of a request, read no further than it may be long."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise HTTPException(413, f"the body is larger than {most:,} bytes")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise HTTPException(413, f"the body is larger than {most:,} bytes")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the caller went away before the body was whole") from error
     return b"".join(parts)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...errors import RecastConfigError, RecastError
 from ...parts.head import split_logits
 from ...pool.pool import TaskPool
+from ...storage.tensors import FLOATING
 from ...tasks.calls import TASK_ARGUMENTS
 from ...validation import is_int, is_number, shown
 
@@ -108,7 +109,8 @@ class TaskServer:
 
         Args:
             task: name; None is the pretrained model.
-            sample: one sample without a batch dimension: a tensor, or tensors by the names that the model takes.
+            sample: one sample without a batch dimension: a tensor, or tensors by the names that the model takes; floating-point
+                numbers are taken in the dtype of the model's own.
             timeout: seconds for this request, at most the server's own.
 
         Returns:
@@ -127,6 +129,7 @@ class TaskServer:
         odd = sorted(RESERVED.intersection(named)) if isinstance(sample, Mapping) else []
         if odd:  # they would say of which task the sample is
             raise RecastConfigError(f"sample has a tensor called {odd[0]!r}: expected names of the model's own inputs")
+        named = {name: value.to(self._dtype()) if value.is_floating_point() else value for name, value in named.items()}
         signature = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(named.items()))
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):  # NaN is not
             raise RecastConfigError(f"timeout={shown(timeout)}: expected seconds, or None")
@@ -175,6 +178,9 @@ class TaskServer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.pool.model.parameters() if p.dtype in FLOATING), None)
 
     # ---------------------------------------------------------------- the serving thread
 

@@ -29,7 +29,7 @@ def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | N
     reasons = []
     paths = sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))
     # a pool like a task with a LoRA part holds those without one as well
-    for path in sorted(paths, key=lambda path: b'"lora_config"' not in path.read_bytes()):
+    for path in sorted(paths, key=lambda path: not _has_lora(path)):
         try:
             model = AutoRecastModel.from_pretrained(path.parent, backbone=backbone, adapter_name="layout")
         except RecastError as error:
@@ -41,6 +41,13 @@ def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | N
         store.refresh()
         return store
     raise RecastConfigError(f"{folder} holds no task that can be served" + "".join(f"\n  {reason}" for reason in reasons[:5]))
+
+
+def _has_lora(config: Path) -> bool:
+    try:
+        return b'"lora_config"' in config.read_bytes()
+    except OSError:  # whoever reads the task says why
+        return False
 
 
 def serve_folder(

@@ -132,6 +132,7 @@ class TaskStore:
         while not self._stop.wait(seconds):
             try:
                 self.refresh()
+                self.problems.pop("", None)
             except OSError as error:  # the folder cannot be listed now
                 self.problems[""] = str(error)
 

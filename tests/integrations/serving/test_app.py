@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save
@@ -18,7 +24,14 @@ class TestApp:
         from recast_peft.integrations.serving.access import Tenant, Tenants
         from recast_peft.integrations.serving.app import task_app
 
-        tenants = Tenants({"a": Tenant("ada", frozenset({"cats"})), "root": Tenant("root", None, True), "all": Tenant("all")})
+        tenants = Tenants(
+            {
+                "a": Tenant("ada", frozenset({"cats"})),
+                "root": Tenant("root", None, True),
+                "all": Tenant("all"),
+                "of cats": Tenant("of cats", frozenset({"cats"}), True),
+            }
+        )
         app = task_app(TaskServer(store.pool), store, tenants=tenants, max_body=2 << 20)
         with testclient.TestClient(app) as client:
             yield client
@@ -90,6 +103,41 @@ class TestApp:
             response = client.request(verb, f"/v1/tasks/{place}", headers=root)
             assert response.status_code == status, response.text
             assert response.json()["detail"]
+
+    def test_an_administrator_of_some_tasks_changes_no_others(self, client, store, saved):
+        own, content = self.token("of cats"), packed(saved / "second" / "dogs")
+        for name in ("dogs", "birds"):  # one that is there, and one that is not
+            answers = [
+                client.put(f"/v1/tasks/{name}", content=content, headers=own),
+                client.delete(f"/v1/tasks/{name}", headers=own),
+                client.post(f"/v1/tasks/{name}/rollback", headers=own),
+            ]
+            assert [(a.status_code, a.json()["detail"]) for a in answers] == [(404, f"there is no task {name!r}")] * 3
+        store.problems.update(cats="of cats", dogs="of dogs")
+        assert client.get("/v1/tasks", headers=own).json() == {"tasks": ["cats"], "problems": {"cats": "of cats"}}
+        assert client.put("/v1/tasks/cats", content=packed(saved / "second" / "cats"), headers=own).status_code == 200
+        assert client.delete("/v1/tasks/cats", headers=own).status_code == 200
+        assert sorted(store.pool.names) == ["cars", "dogs"]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+    def test_a_folder_whose_name_is_not_utf8_is_listed(self, client, store):
+        folder = Path(os.fsdecode(os.fsencode(store.folder) + b"/b\xffd"))
+        shutil.copytree(store.folder / "cats", folder)
+        assert store.refresh() == []
+        listed = client.get("/v1/tasks", headers=self.token("root"))
+        assert listed.status_code == 200
+        assert "plain name" in listed.json()["problems"]["b\\udcffd"]
+
+    def test_a_client_that_goes_away_while_it_sends_is_no_error_of_the_server(self, client):
+        async def gone():
+            return {"type": "http.disconnect"}
+
+        async def nobody(message):
+            pass
+
+        headers = [(b"authorization", b"Bearer a")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/tasks/cats/predict", "query_string": b"", "headers": headers}
+        asyncio.run(client.app(scope, gone, nobody))
 
     def test_health_metrics_and_the_page_of_the_api(self, client, image):
         client.post("/v1/tasks/cats/predict", json={"inputs": image.tolist()}, headers=self.token("a"))

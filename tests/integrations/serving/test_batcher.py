@@ -50,6 +50,15 @@ class TestServer:
             with pytest.raises(RecastConfigError, match=f"a tensor called '{name}'"):
                 server("cats", sample)
 
+    def test_numbers_are_taken_in_the_model_s_own_kind(self, store, image):
+        store.pool.model.bfloat16()
+        right = alone(store.pool, "cats", image.bfloat16())
+        with TaskServer(store.pool, wait=0.05) as server:
+            futures = [server.submit("cats", sample) for sample in (image, image.double(), image.bfloat16())]
+            for future in futures:
+                torch.testing.assert_close(future.result(30).output, right.float(), atol=0.05, rtol=0.05)
+                assert future.result(30).batch == 3
+
     def test_an_error_of_whatever_kind_fails_its_request_alone(self, store, image):
         def leave(out):
             raise SystemExit("a library that leaves")

@@ -38,6 +38,13 @@ def test_a_pool_for_tasks_with_a_lora_part_and_without(store, image):
         torch.testing.assert_close(futures["cats"].result().output, alone(store.pool, "cats", image), rtol=1e-4, atol=1e-4)
 
 
+def test_what_cannot_be_read_stops_no_other_task(store, image):
+    (store.folder / "a folder" / "adapter_config.json").mkdir(parents=True)
+    opened = open_folder(store.folder, backbone=backbone())
+    assert sorted(opened.pool.names) == ["cars", "cats", "dogs"]
+    assert [*opened.problems] == ["a folder"]
+
+
 @pytest.mark.parametrize("wrong", [{"port": 99_999}, {"port": -1}, {"max_body": -1}, {"reload_seconds": float("nan")}])
 def test_numbers_that_cannot_be_meant_are_refused_before_a_model_is_built(wrong, tmp_path):
     with pytest.raises(RecastConfigError, match=f"{next(iter(wrong))}=.*expected"):

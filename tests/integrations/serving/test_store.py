@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import threading
+import time
 import zipfile
 
 import pytest
@@ -118,6 +119,20 @@ class TestStore:
             with pytest.raises(RecastLoadError):
                 store.upload("birds", bytes(bad))
         assert "birds" not in store
+
+    def test_a_folder_that_could_not_be_listed_for_a_while_is_no_problem_any_more(self, store):
+        def waits_for(found):
+            deadline = time.monotonic() + 30
+            while found() is not True and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert found()
+
+        store.folder.rename(store.folder.with_name("away"))
+        store.follow(0.01)
+        waits_for(lambda: len(store.problems) == 1)
+        store.folder.with_name("away").rename(store.folder)
+        waits_for(lambda: not store.problems)
+        store.close()
 
     @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "5"])
     def test_a_pause_that_is_none_is_refused(self, store, seconds):
