@@ -10,6 +10,10 @@ Source: McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,17 +53,17 @@ class IncrementalClassifier:
         self._sums = torch.zeros(width, 0, dtype=torch.float64)
         self.weight = torch.zeros(width, 0, dtype=torch.float64)
 
-    def learn(self, features: Tensor, labels: Tensor, classes: list[int | str] | None = None) -> None:
+    def learn(self, features: Tensor, labels: Tensor, classes: Sequence[int | str] | None = None) -> None:
         """Add the examples of a task; classes that were seen before may come again.
 
         Args:
             features: ``(examples, features)`` of the frozen model.
             labels: ``(examples,)``, whole numbers.
-            classes: the name of each number; None takes the numbers themselves.
+            classes: the name of each number, a whole number or a string; None takes the numbers themselves.
 
         Raises:
-            RecastSequenceError: if shapes do not fit, a label has no name, or the classifier cannot be solved for; nothing is
-                learned then.
+            RecastSequenceError: if shapes or kinds do not fit, a label has no name, or the classifier cannot be solved for;
+                nothing is learned then.
         """
         hidden = self._hidden(features)
         if not is_whole(labels) or labels.shape != features.shape[:1] or not len(labels):
@@ -68,6 +72,7 @@ class IncrementalClassifier:
                 f"one label for each example is needed, a whole number\n  labels:   {given}\n  examples: {len(features)}"
             )
         numbers = labels.tolist()
+        classes = None if classes is None else _names(classes)
         if classes is not None and not 0 <= min(numbers) <= max(numbers) < len(classes):
             raise RecastSequenceError(f"labels are {min(numbers)} to {max(numbers)}, and classes names {len(classes)}")
         names = numbers if classes is None else [classes[number] for number in numbers]
@@ -100,6 +105,9 @@ class IncrementalClassifier:
         return [self.classes[place] for place in self.logits(features).argmax(1).tolist()]
 
     def _hidden(self, features: Tensor) -> Tensor:
+        if not isinstance(features, Tensor) or features.is_complex():
+            given = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise RecastSequenceError(f"features are {given}: expected a tensor of real numbers (samples, {self.features})")
         if features.ndim != 2 or features.shape[1] != self.features:
             raise RecastSequenceError(f"features have shape {tuple(features.shape)}; expected (samples, {self.features})")
         x = features.detach().cpu().double()
@@ -123,3 +131,13 @@ class IncrementalClassifier:
         ridged.diagonal().add_(ridge * gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(ridged)  # half of what a solver for any matrix takes
         return torch.full_like(sums, torch.nan) if failed else torch.cholesky_solve(sums, factor)
+
+
+def _names(classes: Any) -> list[int | str]:
+    """Names of classes as keys: of a tensor's or an array's numbers the numbers themselves."""
+    try:
+        if isinstance(classes, (str, Mapping)):
+            raise TypeError
+        return [name if isinstance(name, str) else operator.index(name) for name in classes]
+    except TypeError as error:
+        raise RecastSequenceError(f"classes={shown(classes)}: expected a list of whole numbers or strings") from error

@@ -29,8 +29,9 @@ class AccuracyMatrix:
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
-            raise RecastSequenceError(f"tasks={tasks!r}: expected names that differ, at least one")
+        is_list = isinstance(tasks, Sequence) and not isinstance(tasks, str)
+        if not is_list or not tasks or not all(isinstance(name, str) for name in tasks) or len(set(tasks)) < len(tasks):
+            raise RecastSequenceError(f"tasks={shown(tasks)}: expected names that differ, at least one")
         self.tasks = tuple(tasks)
         self.values = np.full((len(self.tasks), len(self.tasks)), np.nan)
         self.baseline = np.full(len(self.tasks), np.nan)
@@ -128,6 +129,8 @@ class AccuracyMatrix:
                 f"the accuracy matrix has another size than there are tasks\n  tasks:  {len(matrix.tasks)}\n"
                 f"  values: {values.shape}, baseline: {baseline.shape}"
             )
+        if np.isinf(values).any() or np.isinf(baseline).any():
+            raise RecastSequenceError("the accuracy matrix holds an infinite accuracy: finite numbers are expected")
         matrix.values, matrix.baseline = values, baseline
         return matrix
 

@@ -29,7 +29,7 @@ from ..config import RecastConfig
 from ..errors import RecastSequenceError
 from ..mimicry.features import device_of, evaluating
 from ..pool.pool import TaskPool
-from ..validation import COUNT, check_arguments, is_count
+from ..validation import COUNT, check_arguments, is_count, shown
 from .class_incremental import IncrementalClassifier
 from .matrix import AccuracyMatrix
 from .sequence import learn_in_sequence
@@ -138,15 +138,14 @@ class Rows(Dataset):
     """
 
     def __init__(self, data: Any, transform: Callable[[Any], Tensor], image: str = "image", label: str = "label") -> None:
-        self._data, self._transform, self._image, self._label = data, transform, image, label
-        self.targets = [int(number) for number in data[label]]
+        self._data, self._transform, self._image = data, transform, image
+        self.targets = _labels(f"the column {label!r}", data[label])
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        row = self._data[number]
-        return self._transform(row[self._image]), int(row[self._label])
+        return self._transform(self._data[number][self._image]), self.targets[number]
 
 
 def split_tasks(protocol: Protocol, train: Any, test: Any) -> dict[str, ClassTask]:
@@ -157,7 +156,8 @@ def split_tasks(protocol: Protocol, train: Any, test: Any) -> dict[str, ClassTas
         train, test: data sets of torchvision (with ``targets``), or ``Rows``.
 
     Raises:
-        RecastSequenceError: if a class has no samples, or there is one that the protocol does not know.
+        RecastSequenceError: if labels are no whole numbers, a class has no samples, or there is one that the protocol does not
+            know.
     """
     parts: list[list[_Part]] = []
     for what, data in (("train", train), ("test", test)):
@@ -165,7 +165,7 @@ def split_tasks(protocol: Protocol, train: Any, test: Any) -> dict[str, ClassTas
             raise RecastSequenceError(
                 f"{what} is a {type(data).__name__} without targets: expected a data set of torchvision, or Rows"
             )
-        labels = [int(label) for label in data.targets]
+        labels = _labels(what, data.targets)
         if {*labels} != {*range(protocol.classes)}:
             raise RecastSequenceError(
                 f"{what} has other classes than the protocol\n"
@@ -178,6 +178,19 @@ def split_tasks(protocol: Protocol, train: Any, test: Any) -> dict[str, ClassTas
         parts.append([_Part(data, [p for number in task for p in by_class[number]], task, labels) for task in protocol.tasks()])
     tasks = zip(protocol.tasks(), *parts, strict=True)
     return {f"task {i}": ClassTask(classes, first, second) for i, (classes, first, second) in enumerate(tasks)}
+
+
+def _labels(what: str, given: Any) -> list[int]:
+    """Labels as whole numbers."""
+    try:
+        found = [(int(label), label) for label in given]
+        if all(bool(number == label) for number, label in found):
+            return [number for number, _ in found]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise RecastSequenceError(
+        f"{what} has labels that are no whole numbers: {shown(given)}\nGive the number of each sample's class, from 0 on."
+    )
 
 
 def open_protocol(name: str, root: str | os.PathLike, transform: Callable[[Any], Tensor]) -> dict[str, ClassTask]:
@@ -228,6 +241,7 @@ def learn_told(
         config: of every task, but for the number of classes; None is ``RecastConfig()``.
         batch_size: samples that are tested together.
     """
+    _check_tasks(tasks)
     configs = {name: (config or RecastConfig()).as_chosen(num_classes=len(task.classes)) for name, task in tasks.items()}
 
     def evaluate(model: nn.Module, task: ClassTask) -> float:
@@ -253,6 +267,7 @@ def learn_untold(
         classifier: to be taught; None is a fresh one with random features.
         batch_size: samples that are computed together.
     """
+    _check_tasks(tasks)
     matrix = AccuracyMatrix(list(tasks))
     tested: dict[str, tuple[Tensor, Tensor]] = {}
     for name, task in tasks.items():
@@ -275,7 +290,11 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
         tasks: as ``split_tasks`` gives them.
         batch_size: samples that are computed together.
     """
+    _check_tasks(tasks)
     matrix = AccuracyMatrix(list(tasks))
+    lacking = [name for name in tasks if isinstance(model, PeftModel) and name not in model.peft_config]
+    if lacking:
+        raise RecastSequenceError(f"the model has no task {lacking[0]!r}; it has {', '.join(model.peft_config)}")
     seen: list[str] = []
     with _pool_for_a_while(model, matrix.tasks[0]) as pool, evaluating(model), torch.no_grad():
         for name, task in tasks.items():
@@ -287,6 +306,11 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
                 own, batches = tasks[other].classes, _batches(tasks[other].test, batch_size, model)
                 matrix.record(name, other, _accuracy(_is_right(pool, x, classes_of, own, y) for x, y in batches))
     return _result(matrix, tasks, model)
+
+
+def _check_tasks(tasks: Any) -> None:
+    if not isinstance(tasks, Mapping):
+        raise RecastSequenceError(f"tasks={shown(tasks)}: expected a dictionary of tasks by name, as split_tasks gives it")
 
 
 @contextmanager
@@ -314,7 +338,7 @@ def _batches(data: Any, size: int, model: nn.Module | None = None) -> Iterator[t
     check_arguments(COUNT, batch_size=size)
     if not len(data):
         raise RecastSequenceError("a task has no samples: expected at least one to learn from, and one to test")
-    for x, y in DataLoader(data, batch_size=size):
+    for x, y in DataLoader(data, batch_size=size, generator=torch.Generator()):  # else it draws from the global one
         yield (x, y) if model is None else (x.to(device_of(model)), y.to(device_of(model)))
 
 
@@ -326,8 +350,16 @@ def _all(data: Any, size: int, model: nn.Module) -> tuple[Tensor, Tensor]:
 def _features(features: Callable[[Tensor], Tensor], data: Any, size: int) -> tuple[Tensor, Tensor]:
     model = features if isinstance(features, nn.Module) else None
     with nullcontext() if model is None else evaluating(model), torch.no_grad():
-        found = [(features(x).cpu(), y) for x, y in _batches(data, size, model)]
+        found = [(_checked(features(x)), y) for x, y in _batches(data, size, model)]
     return torch.cat([x for x, _ in found]), torch.cat([y.cpu() for _, y in found])
+
+
+def _checked(features: Any) -> Tensor:
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        is_tensor = isinstance(features, Tensor)
+        given = f"{features.dtype} of shape {tuple(features.shape)}" if is_tensor else f"a {type(features).__name__}"
+        raise RecastSequenceError(f"features gave {given}: expected a tensor (samples, features)")
+    return features.cpu()
 
 
 def _logits(out: Any) -> Tensor:

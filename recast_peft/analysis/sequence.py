@@ -27,7 +27,7 @@ from ..growth.sources import Source, check_bank
 from ..growth.weights import extend_bank, grow_bank
 from ..holders import plain_modules, unwrapped_module
 from ..layer import RecastLayer
-from ..mimicry.features import evaluating
+from ..mimicry.features import evaluating, modes_kept
 from ..names import check_adapter_name, modules_of
 from ..parts import BiasConfig
 from ..placement.sharded import is_plain
@@ -130,7 +130,8 @@ def learn_in_sequence(
     Args:
         model: a backbone, which is converted, or a model that has tasks already.
         tasks: what ``train`` and ``evaluate`` are given, by the task's name, in the order of learning.
-        train: is called with the model, whose new task is active and alone trainable, and with the task; any training loop.
+        train: is called with the model in training mode, whose new task is active and alone trainable, and with the task; any
+            training loop.
         evaluate: is called with the model and the task, and returns an accuracy. The task's adapter is active, the model in
             evaluation mode, gradients are off.
         config: config of every task, or by name; None is ``RecastConfig()``.
@@ -142,7 +143,8 @@ def learn_in_sequence(
         progress: show a progress bar.
 
     Returns:
-        the model with all tasks, the last of them active, and the accuracy matrix.
+        the model with all tasks, the last of them active and every module in the mode that it was given in, and the accuracy
+        matrix.
 
     Raises:
         RecastSequenceError: if a task's name is taken, an accuracy is not a finite number, or training changed the pretrained
@@ -164,24 +166,27 @@ def learn_in_sequence(
     before = {name: _numbers(model, name) for name in model.peft_config} if isinstance(model, PeftModel) else {}
     earlier: dict[str, dict[str, Tensor]] = {}
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
-    for place, (name, task) in enumerate(bar, start=1):
-        bar.set_postfix_str(name)
-        model = _add_task(model, name, configs[name], None if grow is None else grow.bank)
-        model.train()
-        base = _base_weights(model)
-        train(model, task)
-        _check_base(model, base)
-        _check_untouched(model, before | earlier, name)
-        earlier[name] = _numbers(model, name)
-        for other in tasks if evaluate_unseen else earlier:
-            model.set_adapter(other if other in earlier else name)
-            matrix.record(name, other, _measure(model, evaluate, tasks[other]))
-        model.set_adapter(name)
-        if grow is not None and plain is not None:
-            grow.learn(plain, task, model, name)
-            if place % grow_every == 0:
-                grow.grow(plain)
+    mode = model.training
+    with modes_kept(model):
+        for place, (name, task) in enumerate(bar, start=1):
+            bar.set_postfix_str(name)
+            model = _add_task(model, name, configs[name], None if grow is None else grow.bank)
+            model.train()
+            base = _base_weights(model)
+            train(model, task)
+            _check_base(model, base)
+            _check_untouched(model, before | earlier, name)
+            earlier[name] = _numbers(model, name)
+            for other in tasks if evaluate_unseen else earlier:
+                model.set_adapter(other if other in earlier else name)
+                matrix.record(name, other, _measure(model, evaluate, tasks[other]))
+            model.set_adapter(name)
+            if grow is not None and plain is not None:
+                grow.learn(plain, task, model, name)
+                if place % grow_every == 0:
+                    grow.grow(plain)
     assert isinstance(model, PeftModel)
+    model.training = model.base_model.training = mode
     return model, matrix
 
 

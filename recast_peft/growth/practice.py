@@ -228,6 +228,8 @@ def _train(
             nn.utils.clip_grad_norm_(free, 1.0)
             optimizer.step()
             schedule.step()
+    if not all(parameter.isfinite().all() for parameter in free):
+        raise RecastConfigError(f"practice task {task.name!r} diverged at lr={lr:g}: give a smaller lr")
 
 
 def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -86,10 +86,17 @@ def captured_outputs(model: nn.Module, names: Iterable[str], last: bool = False)
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode; every module has its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module has its own mode, training or evaluation, back afterwards; those that came inside have the model's."""
+    mode, modes = model.training, {module: module.training for module in model.modules()}
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in (*modes, *model.modules()):
+            module.training = modes.get(module, mode)

@@ -82,6 +82,11 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
         ((x, y.double() / 2), "float64 of shape"),
         ((x, y.tolist()), r"a whole number\n  labels:   \[0, "),
         ((x, y, ["cat"]), "names 1"),
+        ((x.numpy(), y), "features are ndarray: expected a tensor"),
+        ((x.to(torch.complex64), y), "features are torch.complex64: expected a tensor"),
+        ((x, y, [["cat"], ["dog"]]), r"classes=\[\['cat'\], .*expected a list of whole numbers or strings"),
+        ((x, y, [None, None]), "expected a list of whole numbers or strings"),
+        ((x, y, {0: "cat", 1: "dog"}), "expected a list of whole numbers or strings"),
     ):
         with pytest.raises(RecastSequenceError, match=message):
             found.learn(*arguments)
@@ -110,3 +115,16 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
     for fields in ({"features": None}, {"projections": 0}, {"ridge": 0.0}, {"ridge": math.inf}, {"seed": 1.5}):
         with pytest.raises(RecastConfigError, match=next(iter(fields))):
             IncrementalClassifier(**{"features": FEATURES, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "names", [torch.arange(3), np.arange(3), list(torch.arange(3))], ids=["tensor", "array", "list of tensors"]
+)
+def test_numbers_of_any_kind_are_the_same_names(names: Any) -> None:
+    """Two tensors are two keys, though they hold one number: a class that came again would be another one."""
+    x, y = examples(0, (0, 1, 2))
+    found = IncrementalClassifier(FEATURES, projections=50)
+    for _ in range(2):
+        found.learn(x, y, names)
+    assert found.classes == [0, 1, 2]
+    assert {type(name) for name in found.predict(x)} == {int}

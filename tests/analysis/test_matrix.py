@@ -80,13 +80,15 @@ class TestTheMatrix:
             {"tasks": ["a"], "values": [[0.1]], "baseline": [0.1, 0.2]},
             {"tasks": ["a", "a"], "values": [[0.1, 0.2], [0.1, 0.2]]},
             {"tasks": ["a"], "values": [["x"]]},
+            {"tasks": ["a"], "values": [[float("inf")]]},
+            {"tasks": [1], "values": [[0.1]]},
         ],
     )
     def test_does_not_come_from_something_else(self, content: dict[str, Any]) -> None:
         with pytest.raises(RecastSequenceError):
             AccuracyMatrix.from_dict(content)
 
-    @pytest.mark.parametrize("tasks", [[], ["a", "a"], "flowers"])
+    @pytest.mark.parametrize("tasks", [[], ["a", "a"], "flowers", [1, 2], 3])
     def test_needs_names(self, tasks: Any) -> None:
         with pytest.raises(RecastSequenceError, match="names that differ"):
             AccuracyMatrix(tasks)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR100, cifar
 from torchvision.transforms.functional import to_tensor
 
-from recast_peft import RecastConfig, RecastConfigError, RecastSequenceError, TaskPool
+from recast_peft import RecastConfig, RecastConfigError, RecastSequenceError, TaskPool, get_recast_model
 from recast_peft.analysis.class_incremental import IncrementalClassifier
 from recast_peft.analysis.protocols import (
     PROTOCOLS,
@@ -244,3 +244,60 @@ def test_rows_of_datasets() -> None:
     image, label = task.train[4]
     assert image.shape == (3, 4, 4)
     assert image[0, 0, 0] == pytest.approx(40 * task.classes[label] / 255)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["cat", "dog"] * 3, [0.5, 1.5] * 3, [None] * 6, [float("nan")] * 6, torch.eye(6), 3],
+    ids=["names", "halves", "none", "nan", "one hot", "no list"],
+)
+def test_labels_that_are_no_whole_numbers_are_refused(labels: Any) -> None:
+    made = Made([1] * 6, 1)
+    made.targets = labels
+    for data in ((made, Made([1] * 6, 1)), (Made([1] * 6, 1), made)):
+        with pytest.raises(RecastSequenceError, match="has labels that are no whole numbers"):
+            split_tasks(Protocol(6, 2), *data)
+    with pytest.raises(RecastSequenceError, match="'label' has labels that are no whole numbers"):
+        Rows({"label": labels}, to_tensor)
+
+
+def test_labels_of_other_kinds_of_whole_numbers() -> None:
+    for labels in (np.arange(6), torch.arange(6), [float(number) for number in range(6)]):
+        made = Made([1] * 6, 1)
+        made.targets = labels  # type: ignore[assignment]
+        found = split_tasks(Protocol(6, 2, seed=None), made, Made([1] * 6, 1))
+        assert [task.train[1][1] for task in found.values()] == [1, 1, 1]
+
+
+def test_features_of_another_form_are_refused() -> None:
+    for given, what in ((lambda x: (x,), "a tuple"), (lambda x: x[:, None], r"torch.float32 of shape \(40, 1, 8\)")):
+        with pytest.raises(RecastSequenceError, match=rf"features gave {what}: expected a tensor \(samples, features\)"):
+            learn_untold(given, tasks())  # type: ignore[arg-type, return-value]
+
+
+def test_what_is_no_dictionary_of_tasks_is_refused() -> None:
+    for run in (
+        lambda: learn_told(backbone(), [1], train),
+        lambda: learn_untold(nn.Identity(), [1]),
+        lambda: answer_routed(backbone(), [1]),
+    ):
+        with pytest.raises(RecastSequenceError, match=r"tasks=\[1\]: expected a dictionary"):
+            run()
+
+
+def test_routing_among_tasks_that_the_model_lacks_is_refused() -> None:
+    found = tasks()
+    model = get_recast_model(backbone(), RecastConfig(target_modules=["0", "2"], head_module="4", num_classes=2), "task 0")
+    with pytest.raises(RecastSequenceError, match="the model has no task 'task 1'"):
+        answer_routed(model, found)
+    assert list(model.peft_config) == ["task 0"]
+
+
+def test_testing_draws_no_random_number() -> None:
+    """Else what later tasks learn would depend on how many samples were tested before."""
+    config = RecastConfig(target_modules=["0"], head_module="4")
+    told = learn_told(backbone(), tasks(), lambda model, task: None, config=config)
+    before = torch.random.get_rng_state()
+    answer_routed(told.model, tasks())  # type: ignore[arg-type]
+    learn_untold(nn.Identity(), tasks())
+    assert torch.equal(torch.random.get_rng_state(), before)

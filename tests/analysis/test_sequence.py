@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,23 @@ class TestLearningInSequence:
         assert matrix.learned == 1
         assert before
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["learned", "interrupted"])
+    def test_leaves_every_module_in_its_mode(self, fails: bool) -> None:
+        """A model that was given in evaluation mode would else drop out what it should not; a frozen norm would be updated."""
+
+        def interrupted(model: PeftModel, task: Any) -> None:
+            assert model.training
+            assert model.get_base_model().layers[1].training
+            if fails:
+                raise KeyboardInterrupt
+
+        model = TinyModel().eval()
+        model.layers[0].train()
+        config = RecastConfig(target_modules=["0", "1"], num_classes=3, head_module="head")
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+            learn_in_sequence(model, make_tasks("a", "b"), interrupted, evaluate, config=config, progress=False)
+        assert {name for name, module in model.named_modules() if module.training} == {"layers.0.base_layer"}
 
     def test_does_not_change_the_config_it_was_given(self) -> None:
         config = RecastConfig(target_modules=["0", "1"])

@@ -175,6 +175,12 @@ class TestTheBank:
         assert losses[0] == pytest.approx(math.log(2))
         assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
+    @pytest.mark.parametrize("of", ["biases", "weights"])
+    def test_training_that_diverges_is_told_as_such(self, of: str) -> None:
+        x = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(RecastConfigError, match=r"practice task 'halves' diverged at lr=1e\+30: give a smaller lr"):
+            practice_bank(tiny_vit(), x, Halves(), tasks=1, of=of, lr=1e30, progress=False)
+
     def test_wrong_arguments(self) -> None:
         family = MissingWords(MASK)
         for fields, message in (
