@@ -20,7 +20,7 @@ from ..composition.kinds import kind_of
 from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, lies_in, role_of
 from ..parts import BiasConfig
-from ..parts.bias import bias_of
+from ..parts.bias import member_parameter
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
@@ -100,7 +100,7 @@ def bias_moves(bank: StoredBank, model: nn.Module, sources: Sequence[Source]) ->
     biases = {}
     for group in bank.groups.values():
         for member, width in zip(group.members, group.widths or (), strict=True):
-            biases[member] = bias_of(places, member, width)
+            biases[member] = member_parameter(places, member, width)
             bank.check_base(member, weight_fingerprint(biases[member]))
     vectors = [_moves(model, source, biases) for source in sources]
     return {name: _joined(group.members, group.widths or (), vectors) for name, group in bank.groups.items()}

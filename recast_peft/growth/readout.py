@@ -23,7 +23,7 @@ from ..holders import plain_modules
 from ..mimicry.features import evaluating, run_on
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
-from ..parts.readout import fingerprints_of, fitted, given_to, mask_of, modules_around, pooled
+from ..parts.readout import fingerprints_at_hand, fitted, given_to, mask_of, modules_around, pooled
 from ..planning.candidates import find_candidates
 from ..planning.heads import head_names
 from ..validation import COUNT, check_arguments
@@ -110,7 +110,7 @@ def readout_bank(
         pools=pools,
     )
     made = {"method": "readout", "examples": len(flat), "variance": round(kept, 4)}
-    return StoredBank({"readout": group}, fingerprints_of(members, find_candidates(model)), made)
+    return StoredBank({"readout": group}, fingerprints_at_hand(members, find_candidates(model)), made)
 
 
 def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: Inputs) -> tuple[list[str], bool]:

@@ -192,7 +192,7 @@ def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:
     return norm if member not in places and norm != member and norm in places else None
 
 
-def bias_of(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
+def member_parameter(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
     """The bias of a bank's member in a model, or the scale of a norm for a member that is one.
 
     Raises:

@@ -25,7 +25,7 @@ from ..planning.reading import is_also_read
 from ..validation import listed
 from .banked import bank_of_partner, refuse_bank
 from .base import Request
-from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, bias_of, scaled_by
+from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, member_parameter, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix
 
 
@@ -240,7 +240,7 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
         owner: BiasMix | None = None
         scales: dict[str, Tensor] = {}
         for member, templates in group.by_member().items():
-            norm, own = scaled_by(member, places), bias_of(places, member, templates.shape[1])
+            norm, own = scaled_by(member, places), member_parameter(places, member, templates.shape[1])
             holder = held.get(norm or member)
             pretrained = own if holder is None else holder.pretrained("bias" if norm is None else "weight")
             if not request.counting and not pretrained.is_meta:

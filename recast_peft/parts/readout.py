@@ -31,7 +31,7 @@ from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import holders, plain_modules, unwrapped_module
 from ..names import lies_in
 from ..options.partner import Candidate, PartnerConfig
-from ..planning.candidates import Candidate as Place
+from ..planning.candidates import Candidate as ModelCandidate
 from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
 from .base import Request
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
@@ -228,7 +228,7 @@ class TaskReadouts(TaskPartners):
         """Of all tasks."""
         return [cast(Readout, module) for module in self.modules_to_save.values()]
 
-    def attach_in(self, model: nn.Module, places: dict[str, Place]) -> None:
+    def attach_in(self, model: nn.Module, places: dict[str, ModelCandidate]) -> None:
         """Hang on the classifier, whosever it is, and on every module that is read."""
         visible = plain_modules(model)
         visible[self.place].register_forward_pre_hook(PartnerHook(self, before=True), with_kwargs=True)
@@ -326,7 +326,7 @@ class ReadoutPart(PartnerPart):
     def __init__(self) -> None:
         super().__init__(ReadoutConfig, TaskReadouts)
 
-    def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Place]) -> list[PreparedPartner]:
+    def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[ModelCandidate]) -> list[PreparedPartner]:
         assert isinstance(partner, ReadoutConfig)
         bank = bank_of_partner(request, partner, [r.bank for holder in readout_holders(request.model) for r in holder.readouts])
         if not bank.is_readout:
@@ -342,7 +342,7 @@ class ReadoutPart(PartnerPart):
             )
         check_not_copied(request.config, list(group.members[:-1]))
         if not request.counting:
-            for name, fingerprint in fingerprints_of(group.members[:-1], candidates).items():
+            for name, fingerprint in fingerprints_at_hand(group.members[:-1], candidates).items():
                 bank.check_base(name, fingerprint)
         partner, place = replace(partner, bank=bank), places[group.members[-1]]
         module = partner.build(place.module, None, torch.Generator(), **request.like(place.module))
@@ -366,7 +366,7 @@ def _check_classifier(request: Request, name: str) -> None:
         )
 
 
-def fingerprints_of(members: Collection[str], candidates: list[Place]) -> dict[str, str]:
+def fingerprints_at_hand(members: Collection[str], candidates: list[ModelCandidate]) -> dict[str, str]:
     """Of the members' weights, without those that are not at hand as they were."""
     plain = (c for c in candidates if c.name in members and quantised_by(c.module) is None)
     at_hand = (c for c in plain if c.weight is None or not c.weight.is_meta)  # None: a compressed bank stands for it
