@@ -108,16 +108,14 @@ class TaskBiases(TaskPartners):
 
     def adapt(self, x: Any, y: Any) -> Any:
         """The output with the bias of the active task; it has it already where that is merged."""
-        if current_batch() is None:
-            if self._merged is not None:
-                return y
-            if not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self):
-                return y
+        batch = current_batch()
+        if self._merged is not None and (batch is None or batch.pool is None):
+            return y
+        if batch is None and not torch.compiler.is_compiling() and self.zeros is not None and self.zeros.are_all(self):
+            return y
         return super().adapt(x, y)
 
     def _adapted(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
-        if self._merged is not None:
-            return y
         module = self._coefficient(adapter_name)
         return module(y, self._now(), None if module.scale_templates() is None else self._now("weight"))
 
