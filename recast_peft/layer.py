@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from .banks.template_bank import TemplateBank, follow_device, move_in_place
 from .composition.calling import call
-from .composition.coefficient_gradients import EXACT
 from .composition.composed import ComposedModule
 from .composition.fingerprint import same_weight, weight_fingerprint
 from .composition.kinds import in_and_out_features, kind_of
@@ -36,6 +35,7 @@ from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
 from .composition.recomputation import call_again, past_state
 from .composition.strength import Strength
+from .config import RecastConfig
 from .errors import RecastConfigError
 from .holders import Entry, TaskHolder, TaskModules, TaskParameters
 from .names import COEFFICIENTS, PREFIX, modules_of
@@ -152,32 +152,23 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         is_sum = not self.is_compressed and adapter_name not in self.recast_masks
         return is_sum and kind is not None and kind.takes_low_rank
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        bank: TemplateBank,
-        num_coefficient_sets: int,
-        init_weights: bool = True,
-        seed: int = 0,
-        inference_mode: bool = False,
-        train_coefficients: bool = True,
-        coefficient_gradient: str = EXACT,
-    ) -> None:
+    def update_layer(self, adapter_name: str, bank: TemplateBank, num_coefficient_sets: int, config: RecastConfig) -> None:
         """Give a task its coefficients ``(sets, templates)`` in this layer: zeros, or random for ``init_weights=False``."""
-        if not train_coefficients:
+        if not config.train_coefficients:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("recast_coefficients",)}
         shape = (num_coefficient_sets, bank.num_templates)
         with torch.inference_mode(False):  # else the task could never be trained
-            if init_weights:
+            if config.init_weights:
                 values = torch.zeros(shape)
             else:
-                generator = torch.Generator().manual_seed(seed ^ zlib.crc32(f"{adapter_name} {self.module_name}".encode()))
+                own = zlib.crc32(f"{adapter_name} {self.module_name}".encode())
+                generator = torch.Generator().manual_seed(config.seed ^ own)
                 values = torch.empty(shape).uniform_(*INIT_RANGE, generator=generator)
                 values *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
             self.recast_bank[adapter_name] = bank
-            self.coefficient_gradients[adapter_name] = coefficient_gradient
+            self.coefficient_gradients[adapter_name] = config.coefficient_gradient
             self.recast_coefficients[adapter_name] = nn.Parameter(values.to(self.weight_device))
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # unlike PEFT's: the device alone, since coefficients stay in float32 beside weights of any dtype, and in place, since

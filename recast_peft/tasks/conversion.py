@@ -21,7 +21,7 @@ from ..composition import merging
 from ..composition.fingerprint import is_coarser_form, is_fingerprint, same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError
-from ..holders import container_key, put_child
+from ..holders import container_key, holders, put_child
 from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX, modules_of
@@ -56,23 +56,13 @@ class PreparedLayer:
         assert self.bank is not None
         if not self.layer.active_adapters:
             self.layer._active_adapter = active
-        self.layer.update_layer(
-            adapter_name,
-            self.bank,
-            num_coefficient_sets,
-            init_weights=config.init_weights,
-            seed=config.seed,
-            inference_mode=config.inference_mode,
-            train_coefficients=config.train_coefficients,
-            coefficient_gradient=config.coefficient_gradient,
-        )
+        self.layer.update_layer(adapter_name, self.bank, num_coefficient_sets, config)
         put_child(self.parent, self.child_name, self.layer)
 
 
-def check_name_is_free(targets: list[Candidate], adapter_name: str) -> None:
-    """Refuse a task name that the targets have already."""
-    layers = {target.name: composed_layer(target.visible) for target in targets}
-    taken = [name for name, layer in layers.items() if layer is not None and adapter_name in layer.recast_coefficients]
+def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a task name that the model has already."""
+    taken = [holder.module_name for holder in holders(model, adapter_name)]
     if taken:
         raise RecastConfigError(
             f"the model is converted already and has a task {adapter_name!r} (on {taken[0]} and {len(taken) - 1} other "

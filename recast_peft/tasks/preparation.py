@@ -95,7 +95,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     plan = plan_layers(model, config)
     targets = list(plan.candidates)
     check_materialised(targets)
-    check_name_is_free(targets, adapter_name)
+    check_name_is_free(model, adapter_name)
     fingerprints = {target.name: target.fingerprint for target in targets}
     # what a file is for is compared with what it holds before anything of that size is built
     request = Request(model, config, plan.targets, counting=True)
