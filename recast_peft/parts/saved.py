@@ -23,7 +23,6 @@ from ..placement.offloaded import StaysInMemory
 from ..validation import did_you_mean
 from .base import Piece, Place, Request, TaskPart
 from .copies import plain_copy
-from .partner import detach_partners
 from .precision import call_rounded, dtypes_of, train_in_float32
 from .wrapper import ScaledModule, TaskModule, task_modules, was_replaced
 
@@ -113,7 +112,6 @@ class SavedPart(TaskPart):
                 exchange(place.model, plain, present)
             own = plain_copy(present.original_module)
             release_running_statistics(own)
-            detach_partners(own)
             own.train(present.training)
             if isinstance(present, TaskNorm):
                 train_in_float32(own)
