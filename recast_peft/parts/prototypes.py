@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError, RecastTargetError
-from ..mimicry.features import device_of, evaluating
+from ..mimicry.features import evaluating, run_on
 from ..validation import is_whole, shown
 from .head import task_heads
 from .head_building import PrototypeHead
@@ -128,11 +128,6 @@ def check_every_class(counts: Tensor) -> None:
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
-    device = device_of(model)
-
-    def here(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
     if isinstance(batch, Mapping):
         batch = {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
     elif not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
@@ -141,8 +136,8 @@ def _run(model: nn.Module, batch: Any) -> Any:
             "them, or of dictionaries with labels; a single batch is given as [(inputs, labels)]"
         )
     inputs, labels = batch
-    if isinstance(inputs, Mapping):
-        model(**{key: here(value) for key, value in inputs.items()})
+    if isinstance(inputs, (Tensor, Mapping)):
+        run_on(model, inputs)
     else:
-        model(here(inputs))
+        model(inputs)
     return labels
