@@ -75,13 +75,6 @@ def take_weight(layer: Any) -> None:
     layer.kept_weight = None
 
 
-def release(layer: Any) -> None:
-    """Give up the pretrained weight of a member of a compressed bank."""
-    assert layer.compressed_bank
-    assert not layer.merged
-    layer.set_weight_parameter(None)
-
-
 def follow(layer: Any, fn: Any) -> None:
     """Let the pretrained weight that is kept follow a ``Module.to`` or its kin.
 

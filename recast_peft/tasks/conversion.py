@@ -17,7 +17,6 @@ from ..banks.directions_bank import DirectionsBank
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_bank import GrownBank
 from ..banks.template_bank import TemplateBank
-from ..composition import merging
 from ..composition.fingerprint import is_coarser_form, is_fingerprint, same_weight
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastBaseMismatchError, RecastConfigError, RecastLoadError
@@ -322,4 +321,4 @@ def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights
         for layer in bank.layers:
             layer.compressed_bank = (bank,)
             if not keep_base_weights:
-                merging.release(layer)
+                layer.set_weight_parameter(None)
