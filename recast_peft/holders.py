@@ -324,7 +324,7 @@ class TaskModules(nn.ModuleDict):
     """Modules by the names of tasks; a name can be any string."""
 
     def __getitem__(self, key: str) -> nn.Module:
-        return self._modules[container_key(key)]  # type: ignore[return-value]
+        return self._modules[container_key(key)]
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules.pop(container_key(key), None)

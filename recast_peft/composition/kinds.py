@@ -35,7 +35,7 @@ def _linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> 
 
 def _quantised_linear(module: nn.Module, weight: Tensor, x: Tensor, bias: bool = True) -> Tensor:
     held = module.bias if bias else None  # it may be in half precision where inputs are not
-    return F.linear(x, weight.to(x.dtype), None if held is None else held.to(x.dtype))  # type: ignore[operator, arg-type]
+    return F.linear(x, weight.to(x.dtype), None if held is None else held.to(x.dtype))  # type: ignore[arg-type]
 
 
 def _linear_into(module: nn.Module, weight: Tensor, x: Tensor, out: Tensor) -> None:
@@ -365,7 +365,7 @@ def add_bias(y: Tensor, module: nn.Module) -> Tensor:
     if bias is None:
         return y
     kind = kind_of(module)
-    return y + (bias if kind is None else kind.along_channels(bias, y)).to(y.dtype)  # type: ignore[union-attr, operator, arg-type]
+    return y + (bias if kind is None else kind.along_channels(bias, y)).to(y.dtype)  # type: ignore[operator, arg-type]
 
 
 def in_and_out_features(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -59,7 +59,7 @@ class LazyWeight(Tensor):
     def __new__(
         cls, compose: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> LazyWeight:
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made._compose, made._composed = compose, None
         return made
 

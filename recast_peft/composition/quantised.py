@@ -53,7 +53,7 @@ def restore_class(module: nn.Module) -> None:
     for name, mark in _MARKS_OF_BITSANDBYTES.items():
         homes = (getattr(sys.modules.get(cls.__module__), name, None) for cls in type(module).__mro__)
         if mark in marks and (known := next(filter(None, homes), None)) is not None:
-            weight.__class__ = known  # type: ignore[assignment]
+            weight.__class__ = known
 
 
 def dequantised(module: Any) -> Tensor:

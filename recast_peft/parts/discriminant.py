@@ -224,5 +224,5 @@ def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
 
 def check_shrinkage(shrinkage: Shrinkage) -> None:
     """Refuse what is neither a share nor "auto"."""
-    if shrinkage != "auto" and not (is_number(shrinkage) and 0 <= shrinkage <= 1):  # type: ignore[operator]
+    if shrinkage != "auto" and not (is_number(shrinkage) and 0 <= shrinkage <= 1):
         raise RecastConfigError(f"shrinkage={shrinkage!r}: expected 'auto', or a number from 0 (none) to 1 (a sphere)")

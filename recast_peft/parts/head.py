@@ -168,7 +168,7 @@ class TaskHead(TaskModule):
 
     def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:
         if isinstance(key, int):
-            return batch.pool.head(key) or self.original_module  # type: ignore[union-attr, return-value]
+            return batch.pool.head(key) or self.original_module  # type: ignore[union-attr]
         return super()._module_of(key, batch)
 
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -261,14 +261,14 @@ def _fresh(layer: nn.Module, config: RecastConfig) -> nn.Module:
     if config.head_type == "prototypes":
         weight: Tensor = layer.weight  # type: ignore[assignment]
         return PrototypeHead(weight.shape[1], weight.shape[0], weight.device, weight.dtype)
-    if layer.weight.is_meta:  # type: ignore[union-attr]
+    if layer.weight.is_meta:
         return layer
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         values = torch.randn(layer.weight.shape, generator=generator) * HEAD_STD  # type: ignore[arg-type]
-        layer.weight.copy_(values)  # type: ignore[operator, union-attr]
+        layer.weight.copy_(values)  # type: ignore[operator]
         if layer.bias is not None:
-            layer.bias.zero_()  # type: ignore[operator, union-attr]
+            layer.bias.zero_()  # type: ignore[operator]
     return layer
 
 

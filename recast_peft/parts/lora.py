@@ -100,7 +100,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task's part; which task is active next says the model's own verb."""
         key = container_key(adapter_name)
-        active = [name for name in self.active_adapters if name != key]  # type: ignore[attr-defined]
+        active = [name for name in self.active_adapters if name != key]
         self._active_adapter = active
         super().delete_adapter(key)  # type: ignore[misc]
         self._active_adapter = active
@@ -168,7 +168,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         if not self.merged:
             return
         with with_variable(_computing, False):
-            super().unmerge()  # type: ignore[misc]
+            super().unmerge()
         self._put_back()
 
     def own_parameters(self) -> list[nn.Parameter]:
@@ -220,12 +220,12 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         if current_batch() is not None:
             raise one_task_for_all(self)
         added = weight
-        for name in self.active_adapters:  # type: ignore[attr-defined]
+        for name in self.active_adapters:
             if name in self.lora_variant:
                 with with_variable(_computing, SimpleNamespace(weight=weight)):
                     added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
             elif name in self._get_available_adapters():  # type: ignore[attr-defined]
-                added = added + self.get_delta_weight(name).to(weight.dtype)  # type: ignore[attr-defined]
+                added = added + self.get_delta_weight(name).to(weight.dtype)
         return added
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -97,7 +97,7 @@ def mix_in(layer: nn.Module, mixin: type[Mixed], outermost: bool = False) -> Non
     cls: Any = type(layer)
     plain, mixins = getattr(cls, "_plain_class", cls), getattr(cls, "_mixins", ())
     if mixin not in mixins:
-        layer.__class__ = _mixed_class(plain, (mixin, *mixins) if outermost else (*mixins, mixin))  # type: ignore[assignment]
+        layer.__class__ = _mixed_class(plain, (mixin, *mixins) if outermost else (*mixins, mixin))
 
 
 class Stacked(Mixed):

@@ -92,7 +92,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         return super().check_set_adapter(adapter_name) if adapter_name else None
 
     @property
-    def active_adapters(self) -> list[str]:  # type: ignore[override]
+    def active_adapters(self) -> list[str]:
         """The active tasks that have something here."""
         return [name for name in self._active_adapter if name in self._adapters]
 

@@ -115,7 +115,7 @@ def check_base_weights(model: Any, state_dict: Mapping[str, Tensor], prefix: str
         and (name != "bias" or id(module) not in trained)
     ]
     others = {(m, name): m._parameters[name] for m, name, t in brought if _is_another(m._parameters.get(name), t, is_assigned)}
-    differ = list(dict.fromkeys(names.get(id(m), name) for (m, name), own in others.items() if not own.is_meta))  # type: ignore
+    differ = list(dict.fromkeys(names.get(id(m), name) for (m, name), own in others.items() if not own.is_meta))
     found = ", ".join(differ[:2])
     what = f"the state dict has other weights or biases than the model at {len(differ)} modules with tasks ({found}, ...)"
     if differ and is_merged:

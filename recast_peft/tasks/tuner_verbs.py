@@ -168,7 +168,7 @@ class TaskVerbs:
             put_child(parent, child_name, new_module)
 
     @waits_for_calls
-    def _unload_and_optionally_merge(  # type: ignore[override]
+    def _unload_and_optionally_merge(
         self,
         merge: bool = True,
         progressbar: bool = False,
