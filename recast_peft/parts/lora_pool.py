@@ -91,15 +91,16 @@ def product_by_sample(module: Any, x: Tensor, weights: Tensor) -> Tensor:
         x: ``(samples, ..., in)``; of a convolution ``(samples, in, ...)``.
         weights: ``(samples, *shape of the layer's weight)``.
     """
+    # by x.shape: len(x) would be a constant of a graph that is traced
     if isinstance(module, nn.Linear):
-        return (x.reshape(len(x), -1, x.shape[-1]) @ weights.mT).view(*x.shape[:-1], weights.shape[1])
+        return (x.reshape(x.shape[0], -1, x.shape[-1]) @ weights.mT).view(*x.shape[:-1], weights.shape[1])
     if is_of_places(module):
-        return (weights.flatten(2) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
+        return (weights.flatten(2) @ x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
     convolution = CONVOLUTIONS[module.weight.ndim]  # all samples as the groups of one
-    groups = len(x) * module.groups
+    groups = x.shape[0] * module.groups
     joined = x.reshape(1, -1, *x.shape[2:])
     y = convolution(joined, weights.flatten(0, 1), None, module.stride, module.padding, module.dilation, groups)
-    return y.view(len(x), -1, *y.shape[2:])
+    return y.view(x.shape[0], -1, *y.shape[2:])
 
 
 def is_of_places(module: Any) -> bool:

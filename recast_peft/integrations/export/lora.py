@@ -96,7 +96,7 @@ class TaskedPart(AroundBase):
                 added = product_by_sample(module, added, factors)
             else:
                 patches = _patches(module, added)
-                added = (factors.flatten(2) @ patches.flatten(2)).view(len(x), -1, *patches.shape[2:])
+                added = (factors.flatten(2) @ patches.flatten(2)).view(x.shape[0], -1, *patches.shape[2:])
         return (y + added).to(y.dtype)
 
     def effective_weight(self) -> Tensor:

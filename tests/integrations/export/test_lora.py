@@ -150,7 +150,8 @@ class TestTable:
         expected, rows, tasks = each_exactly(model, x), torch.tensor([2, 0, -1, 3, 1]), list(NAMES)
         wanted = np.stack([expected[None if row < 0 else tasks[row]][i] for i, row in enumerate(rows)])
         graph = traced(model, example(model, x), tmp_path, case in IN_ONNX, tasks=tasks)
-        assert distance(graph(rows, example(model, x)), wanted) < TOLERANCE
+        for samples in (5, 2):
+            assert distance(graph(rows[:samples], example(model, x[:samples])), wanted[:samples]) < TOLERANCE
         of_pool = prepare(pool_of(model), example(model, x), tasks)  # as it computes before it is traced
         with torch.no_grad():
             found = next(iter(of_pool.graph(rows, *of_pool.args, **of_pool.kwargs).values())).numpy()
