@@ -10,6 +10,7 @@ is in its place.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ VERSIONS = ".versions"
 
 def versions(path: str | os.PathLike) -> list[int]:
     """Numbers of the versions before the present one, the oldest first."""
-    return sorted(int(found.name) for found in _folder(path).glob("*") if found.name.isdigit())
+    return sorted(int(found.name) for found in _folder(path).glob("*") if re.fullmatch("[1-9][0-9]*", found.name))
 
 
 def next_version(path: str | os.PathLike) -> Path:

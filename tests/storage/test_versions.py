@@ -49,6 +49,16 @@ def test_rolling_back_and_forth(file: Path) -> None:
     assert file.read_text() == "a"
 
 
+def test_what_others_put_beside_them_is_no_version(file: Path) -> None:
+    for text in "abc":
+        write(file, text)
+    for name in ("007", "0", "\u00b2", "\u0663", "1.old", ".2"):
+        (file.parent / ".versions" / file.name / name).write_text("not ours")
+    assert versions(file) == [1, 2]
+    assert roll_back(file) == 2
+    assert versions(file) == [1, 3]
+
+
 def test_what_fails_becomes_no_version(file: Path) -> None:
     write(file, "a")
     with pytest.raises(RuntimeError), keeping_version(file, 3):

@@ -209,7 +209,7 @@ def _sample(kind: str, body: bytes) -> Sample:
     Raises:
         RecastConfigError: if it is none.
     """
-    if kind.partition(";")[0].strip() == TENSORS:
+    if kind.partition(";")[0].strip().lower() == TENSORS:
         try:
             tensors = load_tensors(body)
         except Exception as error:  # of many kinds

@@ -43,7 +43,7 @@ class TestApp:
     def test_predicts_from_json_and_safetensors(self, client, store, image):
         expected = alone(store.pool, "cats", image)
         by_json = client.post("/v1/tasks/cats/predict", json={"inputs": image.tolist()}, headers=self.token("a"))
-        headers = {**self.token("a"), "Content-Type": "application/vnd.safetensors"}
+        headers = {**self.token("a"), "Content-Type": "Application/Vnd.SafeTensors; v=1"}
         by_tensors = client.post("/v1/tasks/cats/predict", content=save({"inputs": image}), headers=headers)
         for response in (by_json, by_tensors):
             assert response.status_code == 200, response.text
