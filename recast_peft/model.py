@@ -21,7 +21,7 @@ from .config import RecastConfig
 from .errors import RecastConfigError
 from .holders import holders
 from .layer import RecastLayer
-from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name
+from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modules_of, plain_name, unwrapped
 from .options.record import BEFORE_LOADING
 from .parts.base import Place
 from .parts.base_biases import train_biases
@@ -252,7 +252,16 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         config.record = record_of_task(config, model, adapter_name)
-        return gathered(model, adapter_name, config, state_dict)
+        tensors = gathered(model, adapter_name, config, state_dict)
+        if isinstance(unwrapped(model), PeftModel):
+            return tensors
+        # as PEFT has it: keys are those of the model given, and transformers puts the beginning before them; it saves nothing
+        # where tensors share their memory
+        owners = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+        return {
+            key.removeprefix(MODEL_PREFIX): tensor if owners[tensor.data_ptr()] == key else tensor.clone()
+            for key, tensor in tensors.items()
+        }
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -68,6 +68,14 @@ def spellings(name: str) -> tuple[str, ...]:
     return name, f"{before}.{after}" if found else name, plain_name(name)
 
 
+def entry_key(key: str) -> str:
+    """The key of a task's entry as its file has it, with PEFT's beginning once.
+
+    A state dict of a model without a tuner around it has none, and transformers' ``save_pretrained`` wrote it twice with 0.1.
+    """
+    return f"{MODEL_PREFIX}{key.removeprefix(MODEL_PREFIX).removeprefix(MODEL_PREFIX)}"
+
+
 def plain_name(name: str) -> str:
     """A module's name in the plain model: without what PEFT and wrappers put in.
 

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..config import RecastConfig
 from ..errors import RecastLoadError
-from ..names import COEFFICIENTS, METHOD_NAME, MODEL_PREFIX
+from ..names import COEFFICIENTS, METHOD_NAME, MODEL_PREFIX, entry_key
 from ..options.partner import PARTNERS
 from ..parts.partner import partner_of_entry
 from ..planning.groups import PlannedGroup, coefficient_owners
@@ -82,10 +82,10 @@ def task_entries(folder: str | os.PathLike) -> dict[str, int]:
             "task again."
         )
     if file.name == SAFETENSORS_WEIGHTS_NAME:
-        return {key: torch.Size(shape).numel() for key, shape in read_shapes(file).items()}
+        return {entry_key(key): torch.Size(shape).numel() for key, shape in read_shapes(file).items()}
     try:
         entries: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return {str(key): value.numel() for key, value in entries.items()}
+        return {entry_key(str(key)): value.numel() for key, value in entries.items()}
     except Exception as error:  # pickle has a kind of error for each kind of damage
         raise RecastLoadError(f"{file} is damaged or incomplete: {error}\nNothing was loaded; fetch it again.") from error
 

@@ -140,7 +140,7 @@ CHECKS: dict[str, Check] = {
     "task_type": optional(task_type),
     "peft_version": optional(text),
     "auto_mapping": optional(mapping("a dictionary from names to values")),
-    "base_model_name_or_path": optional(text),
+    "base_model_name_or_path": lambda value: optional(text)(None if value == "" else value),  # transformers' unnamed models
     "revision": optional(text),
     "inference_mode": flag,
     "target_modules": optional(targets),

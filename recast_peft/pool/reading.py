@@ -15,7 +15,7 @@ from ..errors import RecastConfigError, RecastLoadError
 from ..hub.peft_models import DEFAULT, is_checkpoint
 from ..hub.task_files import numbers_file
 from ..hub.transfer import fetch_task
-from ..names import MODEL_PREFIX, check_adapter_name
+from ..names import MODEL_PREFIX, check_adapter_name, entry_key
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
@@ -51,6 +51,7 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
                 f"the state dict of task {name!r} holds {shown(wrong[0])}: {shown(entries[wrong[0]])}; expected "
                 "tensors of torch by name"
             )
+        entries = {entry_key(key): value for key, value in entries.items()}
         return layout.row_of(f"task {name!r}", entries, {}, layout.has_biases(entries)), None
     if isinstance(source, str) and source in configs:
         return layout.row_of_adapter(source, configs[source]), head_of_adapter(layout.backbone, source)

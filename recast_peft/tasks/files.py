@@ -17,7 +17,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..holders import Entry
 from ..layer import RecastLayer
-from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, modules_of, place_key, plain_name, spellings
+from ..names import COEFFICIENTS, MODEL_PREFIX, PARTNER_CONTAINER, entry_key, modules_of, place_key, plain_name, spellings
 from ..parts.base_biases import biased_modules
 from ..planning.plan import RecastPlan
 from ..storage.tensors import FLOATING, outliers, read_tensors
@@ -101,9 +101,10 @@ def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str, config: 
                 f"{what} has other partners in its config than it was saved with\n  config:     {named or 'none'}\n"
                 f"  saved with: {saved or 'none'}\nCopy the whole folder, or save the task again."
             )
-        return content.tensors
+        return {entry_key(key): tensor for key, tensor in content.tensors.items()}
     try:
-        return load_peft_weights(folder, device="cpu", **hub_kwargs)  # an older format
+        weights = load_peft_weights(folder, device="cpu", **hub_kwargs)  # an older format
+        return {entry_key(key): tensor for key, tensor in weights.items()}
     except RecastError:
         raise
     except Exception as error:
@@ -140,7 +141,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         optional = _of_the_base(backbone, "all")  # as PEFT takes them
         known = {**entries, **optional}
         _check_values(f"task {adapter_name!r}", state_dict, is_filled=not any(e.tensor.is_meta for e in entries.values()))
-        given = {_key_of(_prefixed(key), known, renamed): value for key, value in state_dict.items()}
+        given = {_key_of(entry_key(key), known, renamed): value for key, value in state_dict.items()}
         biases = _biases(backbone, config.bias)
         # what is missing would stay what it is in the model
         needed = entries.keys() - biases.keys() if biases.keys().isdisjoint(given) else {*entries, *biases}
@@ -155,7 +156,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         }
         written = put_in(model, entries, values)
     resized = {key: value for key, value in given.items() if key not in entries}
-    own = {_prefixed(plain_name(key)): key for key in model.state_dict()} if resized else {}
+    own = {entry_key(plain_name(key)): key for key in model.state_dict()} if resized else {}
     return {**written, **{own[key]: value for key, value in resized.items()}}
 
 
@@ -225,10 +226,6 @@ def called(key: str, renamed: Callable[[str], str | None] | None) -> str:
         if new is not None:
             return f"{MODEL_PREFIX}{'.'.join([new, *parts[end:]])}"
     return key
-
-
-def _prefixed(key: str) -> str:
-    return key if key.startswith(MODEL_PREFIX) else f"{MODEL_PREFIX}{key}"
 
 
 def _wanted(entries: Mapping[str, Entry], given: Collection[str], optional: Collection[str]) -> Shapes:
