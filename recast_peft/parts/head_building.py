@@ -241,7 +241,7 @@ def classes_of(head: nn.Module) -> int | None:
 
 def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> nn.Module:
     assert config.num_classes is not None
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    like: Any = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
     if config.head_init == "copy":
         if layer.weight.shape[0] != config.num_classes:
             raise RecastTargetError(
@@ -251,24 +251,21 @@ def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> n
         return copy.deepcopy(layer)
     if isinstance(layer, nn.Conv2d):
         kept = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        options: Any = {name: getattr(layer, name) for name in kept}
-        new: nn.Module = nn.Conv2d(layer.in_channels, config.num_classes, bias=layer.bias is not None, **options, **like)  # type: ignore
-        return _fresh(new, config)
-    return _fresh(nn.Linear(layer.in_features, config.num_classes, bias=layer.bias is not None, **like), config)
+        like.update({key: getattr(layer, key) for key in kept})
+        return _fresh(nn.Conv2d(layer.in_channels, config.num_classes, **like), config)
+    return _fresh(nn.Linear(layer.in_features, config.num_classes, **like), config)
 
 
-def _fresh(layer: nn.Module, config: RecastConfig) -> nn.Module:
+def _fresh(layer: nn.Linear | nn.Conv2d, config: RecastConfig) -> nn.Module:
     if config.head_type == "prototypes":
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return PrototypeHead(weight.shape[1], weight.shape[0], weight.device, weight.dtype)
+        return PrototypeHead(layer.weight.shape[1], len(layer.weight), layer.weight.device, layer.weight.dtype)
     if layer.weight.is_meta:
         return layer
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
-        values = torch.randn(layer.weight.shape, generator=generator) * HEAD_STD  # type: ignore[arg-type]
-        layer.weight.copy_(values)  # type: ignore[operator]
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * HEAD_STD)
         if layer.bias is not None:
-            layer.bias.zero_()  # type: ignore[operator]
+            layer.bias.zero_()
     return layer
 
 
