@@ -65,15 +65,7 @@ class TaskCalls:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.calls = Calls()
         self._guards: list[Any] = []  # handles of what refuses arguments that the plain model would swallow
-        held = getattr(args[0] if args else kwargs["model"], "peft_config", None)
-        configs = {} if held is None else held
-        before = dict(configs)
-        try:
-            super().__init__(*args, **kwargs)
-        except BaseException:  # PEFT notes the config in the model before it makes the layers
-            for name in [name for name in configs if name not in before]:
-                del configs[name]
-            raise
+        super().__init__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes; ``adapter_names`` or ``task_ids`` give each sample its own task."""
