@@ -76,7 +76,7 @@ def get_recast_model(
 
 def with_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PeftModel:
     """A model with one more task, which is active: a plain model is converted, one with tasks is used as it is."""
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or not modules_of(model, RecastLayer):
         return get_recast_model(model, config, adapter_name)
     model.add_adapter(adapter_name, config)
     model.set_adapter(adapter_name)

@@ -47,8 +47,10 @@ class IncrementalClassifier:
         self.features, self.ridge = features, ridge
         self.classes: list[int | str] = []
         generator = torch.Generator().manual_seed(seed)
-        self._projection = None if projections is None else torch.randn(features, projections, generator=generator).double()
-        width = features if projections is None else projections
+        width, self._projection = features, None
+        if projections is not None:
+            drawn = torch.randn(features, projections, generator=generator, dtype=torch.float32)
+            width, self._projection = projections, drawn.double()
         self._gram = torch.zeros(width, width, dtype=torch.float64)
         self._sums = torch.zeros(width, 0, dtype=torch.float64)
         self.weight = torch.zeros(width, 0, dtype=torch.float64)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..composition.compose import compose_weight, composition_dtype
+from ..composition.compose import compose_weight, composition_dtype, without_autocast
 from ..composition.composed import ComposedModule
 from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..mimicry import Fidelity, FittedTemplates, Recipe, measure_fidelity
@@ -204,6 +204,7 @@ class BankBeside(TemplateBank):
     is_anchored = True
 
 
+@without_autocast()
 def mix_templates(weights: Sequence[Tensor], mix: Tensor) -> Tensor:
     """Templates as a fixed mix of pretrained weights: T = mix @ W.
 

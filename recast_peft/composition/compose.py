@@ -7,7 +7,8 @@ is written W_l = anchor_l + sum_i d[l, i] * T_i with the trained offsets d, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,26 @@ def is_cast(weight: Tensor) -> bool:
     """Whether autocast would change a tensor's dtype for a product."""
     is_any = weight.dtype == torch.float32 and torch._C._is_any_autocast_enabled()
     return is_any and torch.is_autocast_enabled(weight.device.type)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, a product has the dtype of its factors, whatever autocast is around; also a decorator.
+
+    What is made once and stays, such as templates and fingerprints, would else be another one for who makes it under autocast.
+    """
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def made_to_stay() -> Iterator[None]:
+    """Inside, what is made can be trained, also within ``inference_mode``, and is not rounded by autocast; also a decorator."""
+    with torch.inference_mode(False), without_autocast():
+        yield
 
 
 def marked(weight: Tensor) -> Tensor:

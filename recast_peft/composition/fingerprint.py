@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastLoadError
+from .compose import without_autocast
 
 PROJECTIONS = 4
 BLOCK = 4096  # length of the sign patterns; a weight is cut in blocks of this length
@@ -29,6 +30,7 @@ COARSE_LOG_TOLERANCE = 0.15
 COARSE_PROJECTION_TOLERANCE = 0.4
 
 
+@without_autocast()
 def weight_fingerprint(weight: Tensor) -> str:
     """Fingerprint one weight.
 

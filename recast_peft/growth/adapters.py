@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from ..auto import with_task
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates, principal_mix
+from ..composition.compose import made_to_stay
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
@@ -110,7 +111,7 @@ class CompressedAdapters:
         return f"{table}\n{self.bytes_before:,} bytes of adapters, {self.bytes_after:,} of the bank and the tasks"
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def compress_adapters(
     model: nn.Module,
     adapters: Sequence[Adapter] | Mapping[str, Adapter],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import principal_components
+from ..composition.compose import made_to_stay
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.kinds import kind_of
 from ..errors import RecastBankError, RecastTargetError
@@ -28,7 +29,7 @@ from ..validation import COUNT, check_arguments, flag, listed
 from .sources import Source, check_pretrained, check_sources, moves_by_source, origin_of
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def grow_bias_bank(
     model: nn.Module,
     sources: Sequence[Source],

@@ -180,7 +180,7 @@ class KnownPictures:
 
     def _views(self, image: Tensor, generator: torch.Generator) -> Tensor:
         count, (channels, height, width) = self.views, image.shape
-        draw = torch.rand(4, count, generator=generator).to(image)
+        draw = torch.rand(4, count, generator=generator, dtype=torch.float32).to(image)
         side = self.crop + (1 - self.crop) * draw[0]
         turn = torch.where(draw[1] < 0.5, -1.0, 1.0).to(image)
         zero = torch.zeros_like(side)
@@ -189,9 +189,9 @@ class KnownPictures:
         grid = F.affine_grid(torch.stack(rows, dim=1), [count, channels, height, width], align_corners=False)
         views = F.grid_sample(image.expand(count, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
         spread = image.std()
-        normal = torch.randn(2, count, channels, 1, 1, generator=generator).to(image)
+        normal = torch.randn(2, count, channels, 1, 1, generator=generator, dtype=torch.float32).to(image)
         views = views * (1 + self.colour * normal[0]) + self.colour * spread * normal[1]
-        return views + self.noise * spread * torch.randn(views.shape, generator=generator).to(image)
+        return views + self.noise * spread * torch.randn(views.shape, generator=generator, dtype=torch.float32).to(image)
 
 
 def check_data(data: Any) -> None:

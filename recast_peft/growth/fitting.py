@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.template_bank import mix_templates
+from ..composition.compose import made_to_stay
 from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig
 from ..errors import RecastConfigError
@@ -27,7 +28,7 @@ from ..validation import listed
 from .sources import check_pretrained
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | None = None) -> StoredBank:
     """Fit the template banks of a config without converting the model.
 

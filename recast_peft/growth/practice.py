@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..banks.files import StoredBank
+from ..composition.compose import made_to_stay
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
@@ -38,7 +39,7 @@ from .sources import check_pretrained
 from .weights import grow_bank
 
 
-@torch.inference_mode(False)  # what is made inside inference_mode could never be trained
+@made_to_stay()
 def practice_bank(
     model: nn.Module,
     data: Inputs,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
+from ..composition.compose import made_to_stay
 from ..config import RecastConfig
 from ..planning.groups import PlannedGroup
 from ..tasks.plan import plan_recast
@@ -18,7 +19,7 @@ from .sources import check_pretrained
 RANDOM_SIZE = 0.1  # of a random template, in units of the pretrained weights' root mean square
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def random_bank(
     model: nn.Module,
     config: RecastConfig | None = None,
@@ -75,4 +76,4 @@ def _random_tensors(
         rank = min(rank, rows, columns)
         shapes = ((count, rows, rank), (count, rank, columns))
         scale = (size / math.sqrt(rank)) ** 0.5  # an entry of the product is a sum of ``rank`` products
-    return tuple((torch.randn(shape, generator=generator) * scale).to(planned.dtype) for shape in shapes)
+    return tuple((torch.randn(shape, generator=generator, dtype=torch.float32) * scale).to(planned.dtype) for shape in shapes)

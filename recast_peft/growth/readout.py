@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
+from ..composition.compose import made_to_stay
 from ..composition.kinds import family_of
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import plain_modules
@@ -41,7 +42,7 @@ ROUNDING = 1e-3  # of a layer's templates in half precision, in units of their n
 SMALLEST = 1e-4  # standard deviation of a direction, in units of the first one's; below lies rounding
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def readout_bank(
     model: nn.Module,
     data: Inputs,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import NEGLIGIBLE, as_rows, energy_kept, orthonormal_basis, principal_components
+from ..composition.compose import made_to_stay
 from ..config import RecastConfig
 from ..errors import RecastBankError
 from ..tasks.plan import plan_recast
@@ -24,7 +25,7 @@ from .biases import bias_moves
 from .sources import Source, check_bank, check_pretrained, check_sources, origin_of, task_vectors
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def grow_bank(
     model: nn.Module,
     sources: Sequence[Source],
@@ -77,7 +78,7 @@ def grow_bank(
     return StoredBank(groups, fingerprints, {"method": "grown", "sources": [*map(origin_of, sources)], "rank": rank})
 
 
-@torch.inference_mode(False)
+@made_to_stay()
 def extend_bank(
     bank: StoredBank, model: nn.Module, sources: Sequence[Source], *, num_templates: int | None = None
 ) -> StoredBank:

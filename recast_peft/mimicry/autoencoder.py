@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..composition.compose import without_autocast
 from ..validation import COUNT, SEED, number_above, one_of
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
 from .descent import LOSSES, descend, random_templates
@@ -52,6 +53,7 @@ class AutoEncoder(MimicryMethod):
         self.check(number_above(0), "learning_rate")
         self.check(SEED, "seed")
 
+    @without_autocast()
     @torch.enable_grad()
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..composition.compose import without_autocast
 from ..errors import RecastConfigError
 from ..validation import number_above, whole
 from .base import FittedTemplates, MimicryMethod, scale_templates
@@ -61,6 +62,7 @@ class DataAware(MimicryMethod):
         self.check(number_above(0), "max_moment_bytes", "distill_learning_rate")
         self.check(number_above(0, itself=True), "tolerance", "ridge")
 
+    @without_autocast()
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
     ) -> FittedTemplates:
@@ -87,10 +89,10 @@ class DataAware(MimicryMethod):
         """S_l with the ridge, in float32; scaled so that the error counts relative to the layer's output."""
         size = weight.shape[1]
         if moment is None:
-            moment = torch.eye(size, device=weight.device)
+            moment = torch.eye(size, dtype=torch.float32, device=weight.device)
         moment = moment.to(weight.device, torch.float32)
         floor = (self.ridge * moment.diagonal().mean()).clamp_min(1e-12)
-        moment = moment + floor * torch.eye(size, device=weight.device)
+        moment = moment + floor * torch.eye(size, dtype=torch.float32, device=weight.device)
         return moment / output_error(weight, moment).clamp_min(1e-30) if self.normalize else moment
 
     def _alternate(

@@ -85,7 +85,7 @@ def descend(
 
 def random_templates(weight: Tensor, num_templates: int, generator: torch.Generator) -> Tensor:
     """Kaiming normal templates ``(templates, numbers)`` in float32, each scaled as a weight of this shape."""
-    templates = torch.empty((num_templates, *weight.shape), device=weight.device)
+    templates = torch.empty((num_templates, *weight.shape), dtype=torch.float32, device=weight.device)
     for template in templates:
         torch.nn.init.kaiming_normal_(template, generator=generator)
     return templates.reshape(num_templates, -1)

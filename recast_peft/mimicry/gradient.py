@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..composition.compose import without_autocast
 from ..errors import RecastConfigError
 from ..validation import COUNT, SEED, number_above, one_of, optional
 from .base import FittedTemplates, MimicryMethod, flatten, local_generator
@@ -90,6 +91,7 @@ class Gradient(MimicryMethod):
             raise RecastConfigError(f"Gradient.paper({backbone!r}): expected one of {', '.join(PAPER)}")
         return cls(**{**PAPER[backbone], **options})
 
+    @without_autocast()
     @torch.enable_grad()
     def fit(
         self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
@@ -101,7 +103,8 @@ class Gradient(MimicryMethod):
         optimizer = OPTIMIZERS[self.optimizer]([templates, sets], lr=self.learning_rate)
 
         def noise() -> Tensor:
-            return (torch.randn(sets.shape, generator=generator, device=sets.device) * self.coefficient_noise).mean(dim=0)
+            drawn = torch.randn(sets.shape, generator=generator, dtype=sets.dtype, device=sets.device)
+            return (drawn * self.coefficient_noise).mean(dim=0)
 
         return descend(
             weights,

@@ -128,3 +128,13 @@ def test_numbers_of_any_kind_are_the_same_names(names: Any) -> None:
         found.learn(x, y, names)
     assert found.classes == [0, 1, 2]
     assert {type(name) for name in found.predict(x)} == {int}
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    task = examples(0, (0, 1, 2))
+    wanted = learned(task).weight
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(learned(task).weight, wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -106,3 +106,10 @@ def test_sign_patterns_are_balanced_and_do_not_depend_on_where_one_starts() -> N
     assert whole.mean(dim=0).abs().max() < 0.05  # about 4.5 standard deviations
     correlation = whole.T @ whole / len(whole)
     assert (correlation - torch.eye(PROJECTIONS)).abs().max() < 0.05
+
+
+def test_autocast_around_it_does_not_matter() -> None:
+    weight = draw_weight(0)
+    wanted = weight_fingerprint(weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert weight_fingerprint(weight) == wanted

@@ -147,6 +147,8 @@ class TestTasks:
         model = found.apply_to(tiny_vit())
         with pytest.raises(RecastConfigError, match="has a task 'task0' already"):
             found.apply_to(model)
+        with pytest.raises(RecastConfigError, match="with other methods' adapters"):
+            found.apply_to(lora(0))
 
 
 class TestSources:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from grown_weights import EVERY_FORM, TARGETS, X, composed_by_hand, config, fitted_bank, grown, lora, on
 from hub_server import HubServer
-from models import layers_of, outputs, randomise, seeded, tiny_vit
+from models import layers_of, outputs, randomise, seeded, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from recast_peft import (
     BiasConfig,
+    PracticeTask,
     RecastBankError,
     RecastConfig,
     RecastConfigError,
@@ -33,13 +34,15 @@ from recast_peft import (
     load_bank,
     load_compressed_model,
     plan_recast,
+    practice_bank,
     push_bank_to_hub,
     push_task_to_hub,
     random_bank,
+    readout_bank,
     save_compressed_model,
 )
 from recast_peft.growth.sources import task_vectors
-from recast_peft.mimicry import Gradient
+from recast_peft.mimicry import DataAware, Gradient
 
 
 class TestGrowing:
@@ -280,3 +283,50 @@ def test_a_bank_that_is_made_inside_inference_mode_can_be_trained_on(maker: str)
     task = get_recast_model(model, RecastConfig(**fields))
     task(X).sum().backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in task.parameters())
+
+
+def practised(model: nn.Module) -> StoredBank:
+    class Signs:
+        def make(self, data: Tensor, generator: torch.Generator) -> PracticeTask:
+            return PracticeTask("signs", data, (data.mean((1, 2)) > 0).long())
+
+    return practice_bank(model, vit_input(64), Signs(), tasks=1, epochs=1, progress=False)
+
+
+OTHERS = {
+    "low rank": lambda model: extend_bank(grow_bank(model, [lora(0)], config(), rank=1), model, [lora(1)]),
+    "data_aware": lambda model: fit_bank(
+        model, RecastConfig(num_templates=1, mimicry=DataAware(distill_steps=2, progress=False)), [vit_input(8)]
+    ),
+    "readout_bank": lambda model: readout_bank(model, vit_input(64), progress=False),
+    "practice_bank": practised,
+}
+
+
+@pytest.mark.parametrize("maker", [*MAKERS, *OTHERS])
+def test_autocast_around_it_does_not_matter(maker: str) -> None:
+    make = {**MAKERS, **OTHERS}[maker]
+    wanted = make(tiny_vit())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = make(tiny_vit())
+    assert found.fingerprint == wanted.fingerprint
+    assert found.base_fingerprint == wanted.base_fingerprint
+
+
+def test_a_random_bank_does_not_depend_on_the_default_dtype() -> None:
+    model, wanted = tiny_vit(), random_bank(tiny_vit()).fingerprint
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert random_bank(model).fingerprint == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_compressed_model_that_is_converted_under_autocast_has_the_same_templates() -> None:
+    made = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            made.append(get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], group_size=2, num_templates=1)))
+    first, second = (model.state_dict() for model in made)
+    assert any("templates" in key for key in first)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from models import outputs, tiny_vit, vit_input
+from torch import Tensor
 from weight_groups import QUICK, composed, error, group, moments_for, optimum
 
 from recast_peft import RecastConfig, RecastConfigError, fit_bank, get_recast_model
@@ -128,6 +129,26 @@ class TestEveryMethod:
             results.append(composed(resolve_method({**options, "seed": seed}).fit(weights, 2, label="g"), weights))
         assert torch.equal(results[0], results[1])
         assert not torch.allclose(results[0], results[2])
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_neither_autocast_nor_the_default_dtype_matters(self, name: str) -> None:
+        weights = group()
+        moments = moments_for(weights)
+
+        def made() -> Tensor:
+            found = QUICK[name].fit(weights, 2, label="g", moments=moments)
+            return mix_templates(weights, found.mix) if isinstance(found, Recipe) else found.templates
+
+        wanted = made()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(made(), wanted)
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            try:
+                found = made()
+            finally:
+                torch.set_default_dtype(torch.float32)
+            torch.testing.assert_close(found, wanted)
 
     @pytest.mark.parametrize("name", METHODS)
     def test_gives_templates_the_mean_norm_of_the_layers(self, name: str) -> None:
