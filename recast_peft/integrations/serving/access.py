@@ -87,9 +87,9 @@ def _stored(token: str) -> str:
             "a token is empty, or has spaces around it or characters beside the printable ones of ASCII, which callers cannot "
             "send: choose another"
         )
-    if not token.startswith(HASHED):
+    if not token.lower().startswith(HASHED):
         return _hash(token)
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", token.removeprefix(HASHED)):
+    if not re.fullmatch(r"[0-9a-f]{64}", token.lower().removeprefix(HASHED)):
         raise RecastConfigError(f"{token[:80]!r} is no hash of a token: expected {HASHED} and 64 hexadecimal digits")
     return token.lower()
 

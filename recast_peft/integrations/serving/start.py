@@ -78,6 +78,7 @@ def serve_folder(
     Raises:
         RecastConfigError: if FastAPI, uvicorn or prometheus_client is missing, a number cannot be meant, or nothing can be
             served.
+        OSError: if the port is taken.
     """
     try:
         import uvicorn
@@ -93,4 +94,7 @@ def serve_folder(
     store = open_folder(folder, backbone=backbone, head_dtype=head_dtype)
     server = TaskServer(store.pool, **options)
     app = task_app(server, store, tenants=tenants, max_body=max_body, reload_seconds=reload_seconds)
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
+    try:
+        uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)
+    except SystemExit as error:  # by a status that means something else here
+        raise OSError(f"nothing is served at {host}:{port}; the log above says why") from error

@@ -51,6 +51,18 @@ def test_numbers_that_cannot_be_meant_are_refused_before_a_model_is_built(wrong,
         serve_folder(tmp_path, **wrong)
 
 
+def test_a_port_that_is_taken_is_told(store, monkeypatch):
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setattr("recast_peft.integrations.serving.start.open_folder", lambda folder, **options: store)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"nothing is served at 127.0.0.1:{port}"):
+            serve_folder(store.folder, port=port)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_the_command_serves_a_folder_and_stops_when_told(store, saved, image, tmp_path):
     pytest.importorskip("uvicorn")
