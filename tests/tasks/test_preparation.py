@@ -56,6 +56,7 @@ def test_preparing_a_task_touches_nothing(fields: dict[str, Any]) -> None:
     ("model", "config", "name", "message"),
     [
         (converted, RecastConfig(target_modules=["qkv"]), "default", "has a task 'default'"),
+        (converted, RecastConfig(target_modules=["fc1"]), "default", "has a task 'default'"),
         (tiny_vit, RecastConfig(target_modules=["qkv"], partners=["clr"]), "new", "clr"),
         (tiny_vit, RecastConfig(target_modules=["qkv"], num_classes=2, head_module="nose"), "new", "no such module"),
     ],
