@@ -36,6 +36,7 @@ from recast_peft import (
 )
 from recast_peft.banks.files import BANK_CONFIG
 from recast_peft.composition.kinds import KINDS
+from recast_peft.parts.bias import BiasCoefficient
 
 
 class TestBiases:
@@ -350,3 +351,10 @@ def test_norms_of_timm_may_be_named(name: str, channels: int) -> None:
         offsets(model)["1"].fill_(0.5)
         plain[1].bias *= 1.5
         torch.testing.assert_close(model(x), plain(x))
+
+
+def test_autocast_rounds_no_sample_s_own_coefficient() -> None:
+    module = nn.Linear(3, 4)
+    coefficient, y, offsets = BiasCoefficient(module), torch.zeros(2, 4), torch.tensor([[0.1], [0.3]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(coefficient(y, module.bias, offsets=offsets), offsets * module.bias)
