@@ -105,7 +105,10 @@ def dynamic_dimensions(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping
                     f"{inputs[name].ndim - 1}, and a name"
                 )
     own = {name: dict(dims) for name, dims in given.items()}
-    return {name: own.get(name, default_dimensions(value)) for name, value in inputs.items()}
+    texts = {name: value.shape[1] for name, value in inputs.items() if _is_text(value)}
+    first = next(iter(texts.values()), 0)  # what has another length than the first, as of a decoder, is another text
+    positions = {name: "sequence" if size == first else f"{name}_sequence" for name, size in texts.items()}
+    return {name: own.get(name, default_dimensions(value, positions.get(name))) for name, value in inputs.items()}
 
 
 def described(inputs: Mapping[str, Tensor]) -> str:
@@ -114,8 +117,12 @@ def described(inputs: Mapping[str, Tensor]) -> str:
     return ", ".join(shapes)
 
 
-def default_dimensions(value: Tensor) -> dict[int, str]:
+def default_dimensions(value: Tensor, positions: str | None) -> dict[int, str]:
     """The dimensions of an input that may differ from call to call: the samples, and of token ids and masks the positions."""
-    if value.ndim == 2 and not value.is_floating_point():
-        return {0: "batch", 1: "sequence"}
+    if positions is not None:
+        return {0: "batch", 1: positions}
     return {0: "batch"} if value.ndim else {}
+
+
+def _is_text(value: Tensor) -> bool:
+    return value.ndim == 2 and not value.is_floating_point()

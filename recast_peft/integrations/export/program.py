@@ -46,7 +46,8 @@ def export_program(
         way: how targets with several templates compute: ``"weight"`` composes the weight in each call, ``"output"`` mixes
             products, ``"auto"`` takes what costs less for inputs like the example.
         dynamic_shapes: names of the dimensions that may differ from call to call, by argument and dimension. Left out, an
-            argument has ``{0: "batch"}``, and token ids and masks ``{0: "batch", 1: "sequence"}``.
+            argument has ``{0: "batch"}``, and token ids and masks ``{0: "batch", 1: "sequence"}``; those of another length than
+            the first, as of a decoder, ``{1: "<argument>_sequence"}``.
 
     Returns:
         the program, whose outputs are a dictionary of tensors by name (``"output"`` of a model that gives one tensor).

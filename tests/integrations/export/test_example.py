@@ -104,6 +104,27 @@ def test_a_dictionary_in_whatever_order_gives_each_input_its_own_name(tmp_path: 
     torch.testing.assert_close(torch.from_numpy(found), model(**given).detach())
 
 
+def test_texts_of_another_length_have_one_of_their_own() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1, 4)
+
+        def forward(self, ids: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+            return self.fc((ids * mask)[..., None].float()).sum(1, keepdim=True) + self.fc(words[..., None].float())
+
+    model = get_recast_model(Pair(), RecastConfig(target_modules=["fc"])).eval()
+    task = {"coefficients": torch.zeros(1)}
+
+    def given(samples: int, length: int, words: int) -> tuple[Tensor, ...]:
+        return tuple(torch.randint(1, 9, (samples, size)) for size in (length, length, words))
+
+    graph = export_program(model, given(2, 7, 4)).module()
+    for sizes in ((2, 7, 4), (3, 5, 6), (3, 5, 5)):
+        inputs = given(*sizes)
+        torch.testing.assert_close(graph(task, *inputs)["output"], model(*inputs))
+
+
 def test_tensors_inside_of_an_argument_are_refused_by_its_name() -> None:
     model = get_recast_model(Several(), RecastConfig(target_modules=["fc"])).eval()
     pair = (torch.ones(3, 8), torch.ones(3, 8))
