@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import converted, layers_of, outputs, randomise, tiny_vit, vit_input
+from models import converted, layers_of, move, outputs, randomise, tiny_vit, vit_input
+from peft import LoraConfig
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, TaskPool, get_recast_model
 
 
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged")
@@ -41,6 +42,24 @@ class TestMerging:
             model.unmerge_adapter()
         base = model.unload()
         assert all(torch.equal(value, pristine[name]) for name, value in base.state_dict().items())
+
+    @pytest.mark.parametrize("way", ["merge", "pool", "unload"])
+    @pytest.mark.parametrize("fields", [{"num_directions": 4}, {"lora_config": LoraConfig(r=2, target_modules=["fc1"])}])
+    def test_is_not_rounded_by_autocast(self, way: str, fields: dict[str, Any]) -> None:
+        """What is merged stays, where the block of autocast ends."""
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **fields)).eval()
+        randomise(model, size=0.3)
+        move(model, "lora_", size=0.3)
+        live, pool = outputs(model, vit_input()), TaskPool(model)
+        pool.add("task", "default")
+        with torch.autocast("cpu", torch.bfloat16):
+            if way == "pool":
+                pool.activate("task", merge=True)
+            elif way == "unload":
+                model = model.merge_and_unload()
+            else:
+                model.merge_adapter()
+        torch.testing.assert_close(outputs(model, vit_input()), live, rtol=1e-5, atol=1e-5)
 
     @given(st.lists(st.sampled_from(["one", "two", "three"]), min_size=1, max_size=5), st.booleans())
     def test_adds_tasks_one_by_one_or_together(self, order: list[str], at_once: bool) -> None:

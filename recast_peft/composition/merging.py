@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import RecastBankError
 from ..placement.sharded import is_sharded
 from .calling import STANDS_FOR
-from .compose import weighted_sum
+from .compose import weighted_sum, without_autocast
 from .known import know
 from .outputs import is_out_of_reach
 from .quantised import dequantised, packed_since, quantised_by
@@ -94,7 +94,7 @@ def refresh(layer: Any) -> None:
     """Compose what is merged once more, after pretrained weights were rounded."""
     layer.is_stale = False
     if layer.merged and layer.held is None:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             layer.weight_parameter.data = layer.compose(layer.merged_adapters)
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from ..composition.compose import without_autocast
 from ..composition.merging import check_writable, held_error, layers_on_top
 from ..composition.zeros import Zeros
 from ..errors import RecastBankError, RecastConfigError
@@ -168,6 +169,7 @@ class Slot:
         return row
 
     @torch.no_grad()
+    @without_autocast()
     def _merge(self, row: Tensor) -> None:
         """Merge what a row was written into, in place of what is merged now."""
         parts, slices, layers = self.layout.lora.layers, self.layout.slices, self.layout.layers

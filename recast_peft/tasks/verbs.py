@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
+from ..composition.compose import without_autocast
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskHolder, holders
 from ..layer import RecastLayer
@@ -125,6 +126,7 @@ def merge(model: nn.Module, adapter_names: Sequence[str], safe_merge: bool, othe
         raise
 
 
+@without_autocast()
 def _merge_all(model: nn.Module, wanted: list[str], safe_merge: bool) -> None:
     for layer in (*modules_of(model, RecastLayer), *part_layers(model)):
         _let_stand_aside(layer, not any(map(layer.has_task, wanted)))
@@ -173,7 +175,7 @@ def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -
     model.
     """
     model = tuner.model
-    with undone_on_failure(model):
+    with undone_on_failure(model), without_autocast():
         if adapter_names and part_layers(model):  # a LoRA part is merged on top of the coefficients of the active tasks
             tuner.unmerge_adapter()
             tuner.set_adapter(adapter_names, inference_mode=True)
