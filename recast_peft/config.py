@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
@@ -299,6 +300,23 @@ def _check_spelling(given: Mapping[str, Any]) -> None:
         hint = did_you_mean(name, known)
         if hint:
             raise RecastConfigError(f"from_pretrained(..., {name}={shown(given[name])}): there is no such argument{hint}")
+
+
+def check_again(config: RecastConfig) -> None:
+    """Check the fields of a config that is about to be used: they may have been set since it was made.
+
+    Raises:
+        RecastConfigError: naming the field and its value.
+    """
+    if config.is_stored_task:
+        return
+    record, config.record = config.record, None  # of an earlier use
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were said when it was made
+            check_config(config)
+    finally:
+        config.record = record
 
 
 def tasks_among(configs: dict[str, Any]) -> dict[str, RecastConfig]:

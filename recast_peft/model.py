@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .banks.template_bank import move_in_place
 from .composition.merging import refresh
-from .config import RecastConfig
+from .config import RecastConfig, check_again
 from .errors import RecastConfigError
 from .holders import holders
 from .layer import RecastLayer
@@ -100,6 +100,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         check_adapter_name(adapter_name)
         check_not_wrapped(model, bool(modules_of(model, RecastModel)))
         config = cast(RecastConfig, self.peft_config[adapter_name])
+        check_again(config)
         before = config.record
         # PEFT's models for a task_type add classifiers to what a file names, and want to find some of the first task
         if before is not None and before.origin is not None and (before.saved or len(self.peft_config) > 1):

@@ -11,7 +11,7 @@ import pytest
 from models import converted, tiny_vit
 from peft import PeftConfig, PeftType, get_peft_model
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
 
 GROUPS = {"bank": ["a", "b"]}
 
@@ -80,6 +80,15 @@ class TestAConfig:
         get_peft_model(tiny_vit(0, depth=2), config)
         second = get_peft_model(tiny_vit(1, depth=4), config)
         assert sum(map(len, second.peft_config["default"].groups.values())) == 4
+
+    @pytest.mark.parametrize("use", [plan_recast, get_recast_model, get_peft_model])
+    @pytest.mark.parametrize(("field", "value"), [("partners", ["biass"]), ("num_classes", "3"), ("target_modules", "(")])
+    def test_is_checked_again_where_fields_were_set_since(self, use: Any, field: str, value: Any) -> None:
+        config, model = RecastConfig(), tiny_vit()
+        setattr(config, field, value)
+        with pytest.raises(RecastConfigError, match=field):
+            use(model, config)
+        assert type(model.blocks[0].attn.qkv).__name__ == "Linear"
 
     def test_keeps_groups_that_were_given(self) -> None:
         groups = {"mine": ["blocks.0.attn.qkv", "blocks.3.attn.qkv"]}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import filecmp
 import functools
 import inspect
@@ -149,13 +150,15 @@ class TaskModel:
             take_over(backbone, config, adapter_name, own)
             return loaded
 
-    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig | None = None, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; a task may have any name, and in a model whose tasks were all deleted it is active, as a first one is.
+
+        The model keeps a copy of a ``RecastConfig``, so that the object can be changed and used for the next task.
 
         Raises:
             RecastConfigError: if the config is none, such as a dictionary or the folder of a task.
         """
-        config = args[0] if args else kwargs.get("peft_config")
+        config = copy.deepcopy(peft_config) if isinstance(peft_config, RecastConfig) else peft_config
         if not isinstance(config, PeftConfig):
             raise RecastConfigError(
                 f"add_adapter({shown(adapter_name)}, {shown(config)}): expected a name and a RecastConfig; a saved task is "
@@ -165,7 +168,7 @@ class TaskModel:
             check_adapter_name(adapter_name)
         is_first = not self.peft_config  # type: ignore[attr-defined]
         with any_name():
-            super().add_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+            super().add_adapter(adapter_name, config, *args, **kwargs)  # type: ignore[misc]
         if is_first:
             self.set_adapter(adapter_name, config.inference_mode)  # type: ignore[attr-defined]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from peft import PeftModel
 from torch import nn
 
-from ..config import RecastConfig
+from ..config import RecastConfig, check_again
 from ..names import lies_in
 from ..parts import pieces_of
 from ..parts.base import Request
@@ -33,6 +33,9 @@ def plan_recast(model: nn.Module, config: RecastConfig) -> RecastPlan:
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
+    if isinstance(config, RecastConfig):
+        config = config.as_chosen()
+        check_again(config)
     plan = plan_layers(model, config)
     if not config.is_stored_task:
         config = config.as_chosen(modules_to_save=saved_by_task_type(config))

@@ -57,6 +57,31 @@ def test_what_is_no_config_of_peft_is_told(hub: HubServer, tmp_path: Path, confi
     assert list(model.peft_config) == ["cars"]
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("num_classes", [3, 4]),
+        ("partners", [["adaptformer"], None]),
+        ("modules_to_save", [["blocks.0.mlp"], None]),
+        ("results", [{"accuracy": 0.5}, {"accuracy": 0.25}]),
+    ],
+)
+def test_a_config_is_used_again_with_another_value(tmp_path: Path, field: str, values: list[Any]) -> None:
+    config = RecastConfig(target_modules=["qkv"], init_weights=False)
+    model, expected = get_recast_model(tiny_vit(), CONFIG, "first"), {}
+    for name, value in zip(("cars", "birds"), values, strict=True):
+        setattr(config, field, value)
+        model.add_adapter(name, config)
+        model.set_adapter(name)
+        expected[name] = model.eval()(vit_input())
+    model.save_pretrained(tmp_path)
+    for name, value in zip(("cars", "birds"), values, strict=True):
+        loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / name).eval()
+        assert torch.equal(loaded(vit_input()), expected[name])
+        if field == "results":
+            assert loaded.peft_config["default"].results == value
+
+
 def test_what_is_trained_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     config = RecastConfig(target_modules=["qkv"], num_classes=5, train_norms=True, head_module="head")
     model = get_recast_model(tiny_vit(), config, "cars")
