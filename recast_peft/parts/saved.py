@@ -30,6 +30,7 @@ SAVED_BY_TASK_TYPE = {  # what PEFT's models for a task_type add to modules_to_s
     **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
     "QUESTION_ANS": ("qa_outputs",),
 }
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 ADDED_BY_TASK_TYPE = {name for names in SAVED_BY_TASK_TYPE.values() for name in names}
 
 
@@ -92,6 +93,13 @@ class SavedPart(TaskPart):
     def prepare(self, request: Request) -> list[SavedModule]:
         places = self.places(request)
         modules = plain_modules(request.model) if places else {}
+        for name in places:
+            kind = type(unwrapped_module(modules[name]))
+            if issubclass(kind, CONTAINERS):
+                raise RecastTargetError(
+                    f"{self.name} names {name}, a {kind.__name__}, which the model asks for its items and never calls: name "
+                    "modules that it calls, such as those in it"
+                )
         return [SavedModule(name, plain_copy(modules[name], with_numbers=False)) for name in places]
 
     def check(self, request: Request, pieces: list[SavedModule], owned: Collection[str], compressed: Collection[str]) -> None:

@@ -18,8 +18,8 @@ from ..banks.template_bank import PLACEHOLDER
 from ..composition.fingerprint import weight_fingerprint
 from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
-from ..holders import TaskHolder, other_names
-from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name
+from ..holders import TaskHolder, other_names, plain_place
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name, modules_of
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..placement.sharded import whole, whole_shape
 
@@ -87,7 +87,16 @@ def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[
     Args:
         model: a plain model, or one with tasks.
         parameters: names, or endings of names, of parameters that are composed in modules which have no weight.
+
+    Raises:
+        RecastTargetError: if a part of the model is compiled by TorchScript.
     """
+    scripted = modules_of(model, torch.jit.ScriptModule)
+    if scripted:
+        raise RecastTargetError(
+            f"{plain_place(model, scripted[0])} is compiled by TorchScript, which lets nobody look into its parameters: "
+            "convert the model before torch.jit.script, or compile with torch.compile"
+        )
     owners, places = _places(model, "_parameters"), _places(model, "_modules")
     further: dict[str, list[str]] = defaultdict(list)
     for other, name in other_names(model).items():
@@ -177,6 +186,8 @@ def _named_parameter(
     if len(own) > 1 or held != own[0]:
         both = " and ".join(dict.fromkeys((*own, held)))
         return own[0], f"{both} are of one module, of which one can be composed: name one of them in target_parameters"
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return held, f"it is a {type(module).__name__}: the model asks for its items and never calls it"
     weight = module._parameters[held]
     return held, _why_packed(module) or (None if weight is None else _why_unfit(weight, type(module).__name__))
 

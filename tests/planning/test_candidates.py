@@ -108,3 +108,42 @@ def test_weights_without_numbers_or_that_calls_change_are_no_targets(odd: Callab
     assert {layer for group in plan_recast(model, RecastConfig()).groups for layer in group.members} == {"one", "two"}
     with pytest.raises(RecastTargetError, match=reason):
         plan_recast(model, RecastConfig(target_modules=["odd", "one"]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_model_with_a_part_in_torchscript_is_refused_with_its_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(torch.jit.script(nn.Linear(8, 8))))
+    for use in (plan_recast, get_recast_model):
+        with pytest.raises(RecastTargetError, match=r"^1\.0 is compiled by TorchScript.*convert the model before"):
+            use(model, RecastConfig())
+
+
+class Holds(nn.Module):
+    """Items of lists and dictionaries that are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.list = nn.ParameterList([nn.Parameter(torch.eye(8)) for _ in range(2)])
+        self.dict = nn.ParameterDict({"w": nn.Parameter(torch.eye(8))})
+        self.modules_ = nn.ModuleList([nn.Linear(8, 8)])
+        self.named = nn.ModuleDict({"a": nn.Linear(8, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.named["a"](self.modules_[0](self.layer(x) @ self.list[0] @ self.list[1] @ self.dict["w"]))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("list.0", "ParameterList"), ("dict.w", "ParameterDict"), ("w", "ParameterDict")])
+def test_an_item_of_a_list_of_parameters_is_no_target(name: str, kind: str) -> None:
+    with pytest.raises(RecastTargetError, match=rf"it is a {kind}: the model asks for its items"):
+        plan_recast(Holds(), RecastConfig(target_parameters=[name]))
+
+
+@pytest.mark.parametrize("name", ["list", "dict", "modules_", "named"])
+def test_a_list_of_modules_is_not_saved_whole(name: str) -> None:
+    config = RecastConfig(target_modules=["layer"], modules_to_save=[name])
+    for use in (plan_recast, get_recast_model):
+        with pytest.raises(
+            RecastTargetError, match=rf"modules_to_save names {name}, a (Module|Parameter)(List|Dict), which the"
+        ):
+            use(Holds(), config)
