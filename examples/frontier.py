@@ -180,7 +180,12 @@ METHODS: dict[str, Method] = {
         lambda w: peft.FourierFTConfig(n_frequency=100, scaling=100.0, target_modules=w.lora_targets), {"text": 3e-2}
     ),
     "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 1e-2}),
-    "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-3}),
+    "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-3, "vit": 3e-3}),
+    "LoKr": Method(
+        lambda w: peft.LoKrConfig(r=1, alpha=1, decompose_factor=8, use_effective_conv2d=True, target_modules=w.lora_targets),
+        dict.fromkeys(ALL_WORLDS, 3e-2),
+    ),
+    "OFT": Method(lambda w: peft.OFTConfig(r=0, oft_block_size=4, target_modules=w.lora_targets), {"text": 2.7e-2, "pictures": 9e-3, "vit": 9e-3}),
     "IA3": Method(ia3, {"text": 1e-2, "pictures": 1e-2, "vit": 1e-2}),
     "LN tuning": Method(
         lambda w: peft.LNTuningConfig(target_modules=w.norm_targets), {"text": 3e-3, "pictures": 3e-3, "vit": 3e-3}
