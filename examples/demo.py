@@ -40,7 +40,7 @@ from recast_peft.analysis.sequence import learn_in_sequence
 
 RECAST = "RECAST"
 RIVALS = (PROBE, "readout alone", "LoRA r=1", "LoRA r=8")
-RATES = {PROBE: 0.0, "readout alone": 0.0, "LoRA r=1": 5e-3, "LoRA r=8": 3e-3}
+RATES = {PROBE: 0.0, "readout alone": 0.0, "LoRA r=1": 1.5e-2, "LoRA r=8": 3e-3}
 SHORT = {"text": ("field", "type", "kind"), "pictures": ("digits", "icons", "scripts")}  # tasks of the demo
 EPOCHS = {"text": 3, "pictures": 5}
 # glibc keeps the memory of tensors that are freed, up to these bytes: else a tenth of the time goes into asking for it anew

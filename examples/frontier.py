@@ -171,26 +171,29 @@ METHODS: dict[str, Method] = {
     ),
     "RECAST, biases trained": Method(recast(bias="all", train_coefficients=False), {"text": 3e-3}),
     "TinyLoRA": Method(lambda w: peft.TinyLoraConfig(r=2, u=2, target_modules=["query", "key", "value"]), {"text": 3e-2}),
-    "Uni-LoRA": Method(lambda w: peft.UniLoraConfig(r=4, theta_d_length=512, target_modules=everything(w)), {"text": 3e-2}),
+    "Uni-LoRA": Method(lambda w: peft.UniLoraConfig(r=4, theta_d_length=512, target_modules=everything(w)), {"text": 1e-1}),
     "VB-LoRA": Method(
         lambda w: peft.VBLoRAConfig(r=2, num_vectors=16, vector_length=96, topk=2, target_modules=w.lora_targets),
         {"text": 1e-2},
     ),
     "FourierFT": Method(
-        lambda w: peft.FourierFTConfig(n_frequency=100, scaling=100.0, target_modules=w.lora_targets), {"text": 3e-2}
+        lambda w: peft.FourierFTConfig(n_frequency=100, scaling=100.0, target_modules=w.lora_targets), {"text": 1e-1}
     ),
-    "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 1e-2}),
-    "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-3, "vit": 3e-3}),
+    "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 3e-2}),
+    "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-2, "vit": 3e-3}),
     "LoKr": Method(
         lambda w: peft.LoKrConfig(r=1, alpha=1, decompose_factor=8, use_effective_conv2d=True, target_modules=w.lora_targets),
         dict.fromkeys(ALL_WORLDS, 3e-2),
     ),
-    "OFT": Method(lambda w: peft.OFTConfig(r=0, oft_block_size=4, target_modules=w.lora_targets), {"text": 2.7e-2, "pictures": 9e-3, "vit": 9e-3}),
-    "IA3": Method(ia3, {"text": 1e-2, "pictures": 1e-2, "vit": 1e-2}),
-    "LN tuning": Method(
-        lambda w: peft.LNTuningConfig(target_modules=w.norm_targets), {"text": 3e-3, "pictures": 3e-3, "vit": 3e-3}
+    "OFT": Method(
+        lambda w: peft.OFTConfig(r=0, oft_block_size=4, target_modules=w.lora_targets),
+        {"text": 2.7e-2, "pictures": 9e-3, "vit": 9e-3},
     ),
-    "LoRA r=1": Method(lora(1), {"text": 5e-3, "pictures": 1.5e-2, "vit": 3e-3}),
+    "IA3": Method(ia3, {"text": 3e-2, "pictures": 1e-2, "vit": 1e-2}),
+    "LN tuning": Method(
+        lambda w: peft.LNTuningConfig(target_modules=w.norm_targets), {"text": 1e-2, "pictures": 3e-3, "vit": 3e-3}
+    ),
+    "LoRA r=1": Method(lora(1), {"text": 1.5e-2, "pictures": 1.5e-2, "vit": 3e-3}),
     REFERENCE: Method(lora(8), {"text": 3e-3, "pictures": 3e-3, "vit": 1e-3}),
 }
 PROBE = "probe"
