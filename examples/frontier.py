@@ -179,7 +179,7 @@ METHODS: dict[str, Method] = {
     "FourierFT": Method(
         lambda w: peft.FourierFTConfig(n_frequency=100, scaling=100.0, target_modules=w.lora_targets), {"text": 1e-1}
     ),
-    "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 3e-2}),
+    "VeRA": Method(lambda w: peft.VeraConfig(r=64, target_modules=["query", "value"]), {"text": 1e-1}),
     "PSOFT (r x r)": Method(lambda w: peft.PsoftConfig(r=16, target_modules=w.lora_targets), {"text": 3e-2, "vit": 3e-3}),
     "LoKr": Method(
         lambda w: peft.LoKrConfig(r=1, alpha=1, decompose_factor=8, use_effective_conv2d=True, target_modules=w.lora_targets),
