@@ -27,7 +27,7 @@ from ..planning.heads import head_names
 from .verbs import merged_tasks
 
 SAMPLE = 4096  # numbers of a tensor that are looked at
-PERIODS = torch.tensor([1, math.sqrt(2)])  # logarithms of the factors of a tensor that each of the circles cannot see
+PERIODS = (1, math.sqrt(2))  # logarithms of the factors of a tensor that each of the circles cannot see
 SMALLEST = 1e-4  # root mean square of a tensor that counts: float16 has few bits for smaller numbers
 
 
@@ -48,8 +48,8 @@ def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str 
         length = float(sample.norm())
         size = length / math.sqrt(len(sample))
         if math.isfinite(size) and size > SMALLEST:  # masks hold infinity
-            angles = 2 * math.pi * math.log2(size) / PERIODS
-            parts += [sample / length, angles.cos(), angles.sin()]
+            angles = [2 * math.pi * math.log2(size) / period for period in PERIODS]
+            parts += [sample / length, sample.new_tensor([*map(math.cos, angles), *map(math.sin, angles)])]
     return weight_fingerprint(torch.cat(parts)) if parts else None
 
 

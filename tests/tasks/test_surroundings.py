@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +124,20 @@ def test_tasks_on_a_model_do_not_change_it() -> None:
     assert surroundings_fingerprint(targets.get_base_model(), []) == plain
     targets.merge_adapter()
     assert surroundings_fingerprint(targets.get_base_model(), []) is None
+
+
+def test_does_not_depend_on_where_the_library_was_imported() -> None:
+    code = """
+import sys, torch
+device, dtype = sys.argv[1:]
+torch.set_default_dtype(getattr(torch, dtype))
+with torch.device(device):
+    import recast_peft.tasks.surroundings as surroundings
+norm = torch.nn.LayerNorm(4, device="cpu", dtype=torch.float32)
+print(surroundings.surroundings_fingerprint(norm, []))
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", code, *how], check=True, capture_output=True, text=True).stdout
+        for how in (("cpu", "float32"), ("meta", "float64"))
+    ]
+    assert found[0] == found[1]
