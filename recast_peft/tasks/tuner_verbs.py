@@ -84,9 +84,14 @@ class TaskVerbs:
 
         Args:
             adapter_name: name of the task.
+
+        Raises:
+            ValueError: if there is no such task.
+            RecastConfigError: if it is merged; nothing is changed then.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        verbs.check_deletable(self.model, adapter_name)
         was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name]
         inference_mode = verbs.is_frozen(self.model, self.active_adapters)

@@ -43,14 +43,7 @@ def is_frozen(model: nn.Module, adapter_names: Sequence[str]) -> bool:
 
 
 def delete(model: nn.Module, adapter_name: str) -> None:
-    """Take a task out of every module that holds something of it.
-
-    Raises:
-        RecastConfigError: if it is merged.
-    """
-    if adapter_name in merged_tasks(model):
-        said = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."  # PEFT's words
-        raise RecastConfigError(f"{said} (Call unmerge_adapter().)")
+    """Take a task out of every module that holds something of it."""
     for holder in holders(model):
         if isinstance(holder, RecastLayer):  # PEFT would choose the next active task here, layer by layer
             holder._active_adapter = [name for name in holder.active_adapters if name != adapter_name]
@@ -60,6 +53,13 @@ def delete(model: nn.Module, adapter_name: str) -> None:
     for key, bank in list(container.items()):
         if bank.is_anchored and id(bank) not in used:  # a compressed one is what the model is made of
             del container[key]
+
+
+def check_deletable(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to delete a task that is merged (``RecastConfigError``)."""
+    if adapter_name in merged_tasks(model):
+        said = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."  # PEFT's words
+        raise RecastConfigError(f"{said} (Call unmerge_adapter().)")
 
 
 # ---------------------------------------------------------------- merging

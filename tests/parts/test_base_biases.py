@@ -10,7 +10,7 @@ from models import seeded
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, get_recast_model
 
 
 class ThreeLayers(nn.Module):
@@ -90,6 +90,17 @@ def test_they_learn_only_while_their_task_is_active() -> None:
     with pytest.warns(UserWarning, match="has trained them, and plain computes with them"):
         model.delete_adapter("with_biases")
     assert trained(model) == set()
+
+
+def test_a_task_that_is_merged_is_not_deleted_and_learns_on(recwarn: pytest.WarningsRecorder) -> None:
+    model = get_recast_model(three_layers(), config("recast_only"), "with_biases")
+    model.add_adapter("plain", config("none"))
+    model.merge_adapter()
+    with pytest.raises(RecastConfigError, match="merged"):
+        model.delete_adapter("with_biases")
+    model.unmerge_adapter()
+    assert trained(model) == {"first.bias", "second.bias"}
+    assert not [warning for warning in recwarn if "deleted" in str(warning.message)]  # nothing was
 
 
 def test_those_of_a_frozen_task_do_not_learn() -> None:
