@@ -39,7 +39,7 @@ class ResidentTasks(TaskTable):
         serial: int,
     ) -> None:
         self._layout, self._configs, self._make_place_for = layout, configs, make_place_for
-        self._kinds = HeadKinds(_head_dtype(head_dtype))
+        self._kinds = HeadKinds(check_head_dtype(head_dtype))
         super().__init__(layout.width, next(iter(layout.layers.values())).weight_device, serial)
 
     # ---------------------------------------------------------------- what is in it
@@ -272,7 +272,8 @@ class ResidentTasks(TaskTable):
             return self._put_in(read_pool(path, self._layout, self._kinds, skip_damaged), path)
 
 
-def _head_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+def check_head_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype in which classifiers are kept, as it is named or given; None is that of each (``RecastConfigError``)."""
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
     if given is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise RecastConfigError(f"head_dtype={given!r}: expected a floating-point dtype such as 'float16', or None")

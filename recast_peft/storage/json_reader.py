@@ -65,7 +65,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        latest = {name: place for place, name in enumerate(names)}
+        place = next(place for place, name in enumerate(names) if latest[name] != place)
+        raise ValueError(f"of an object's {len(names)} keys, number {place + 1} stands in it twice")  # it may be a secret
     return content
 
 

@@ -17,7 +17,7 @@ BAD = {  # with what is said of it
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "not valid JSON: 'utf-8'"),
     "deep lists": (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "more than 64 deep"),
     "so deep that Python gives up": (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
-    "a key twice": (b'{"a": 1, "a": 2}', "'a' stands twice"),
+    "a key twice": (b'{"a": 1, "a": 2}', "of an object's 2 keys, number 1 stands in it twice"),
     "half a surrogate pair": (b'{"a": "\\ud800"}', "not UTF-8"),
     "half a surrogate pair in a key": (b'{"\\ud800": 1}', "not UTF-8"),
     "digits without end": (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON: Exceeds the limit"),

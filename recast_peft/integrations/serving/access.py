@@ -61,10 +61,10 @@ class Tenants:
         """Read tenants from JSON: ``{"sha256:...": {"name": "ada", "tasks": ["cats"], "admin": false}}``.
 
         Raises:
-            RecastConfigError: if the file cannot be read, or has other fields or values than these.
+            RecastConfigError: if the file cannot be read, or has other fields or values than these; no token is shown.
         """
         fields = read_json(path, error=RecastConfigError)
-        return cls({token: _tenant(fields.object(token)) for token in fields})
+        return cls({token: _tenant(fields[token], f"entry {n} of {path}") for n, token in enumerate(fields, start=1)})
 
     def of(self, authorization: str | None) -> Tenant | None:
         """The tenant of a request's ``Authorization`` header; None if its token is nobody's."""
@@ -74,7 +74,10 @@ class Tenants:
         return self._by_hash.get(_hash(token.strip()))
 
 
-def _tenant(fields: Fields) -> Tenant:
+def _tenant(content: Any, what: str) -> Tenant:
+    if not isinstance(content, dict):
+        raise RecastConfigError(f'{what} holds no object; expected tenants by their tokens, as {{"token": {{"name": "ada"}}}}')
+    fields = Fields(content, what, RecastConfigError)
     for key in fields.keys() - set(FIELDS):  # a misspelt "tasks" would show all of them
         raise RecastConfigError(f"{fields.what} has {key!r}: expected {', '.join(FIELDS)}{did_you_mean(key, FIELDS)}")
     tasks: Any = fields.texts("tasks", None)
@@ -90,7 +93,7 @@ def _stored(token: str) -> str:
     if not token.lower().startswith(HASHED):
         return _hash(token)
     if not re.fullmatch(r"[0-9a-f]{64}", token.lower().removeprefix(HASHED)):
-        raise RecastConfigError(f"{token[:80]!r} is no hash of a token: expected {HASHED} and 64 hexadecimal digits")
+        raise RecastConfigError(f"a token begins with {HASHED} and is no hash of one: expected 64 hexadecimal digits behind it")
     return token.lower()
 
 

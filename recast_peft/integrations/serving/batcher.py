@@ -8,6 +8,7 @@ input that the model refuses, a deadline that is over) is said to it alone.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
 from collections import deque
@@ -17,14 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import RecastConfigError, RecastError
 from ...parts.head import split_logits
 from ...pool.pool import TaskPool
 from ...storage.tensors import FLOATING
 from ...tasks.calls import TASK_ARGUMENTS
-from ...validation import is_int, is_number, shown
+from ...validation import check_arguments, function, is_int, is_number, is_whole, optional, shown
 
 Sample = Tensor | Mapping[str, Tensor]
 RESERVED = {"", *TASK_ARGUMENTS}  # names that no tensor of a sample may have
@@ -64,6 +65,24 @@ class _Request:
     future: Future[Answer] = field(default_factory=Future)
 
 
+def check_server_options(
+    *,
+    max_batch: Any = 32,
+    wait: Any = 0.002,
+    max_queue: Any = 1024,
+    timeout: Any = 30.0,
+    output_of: Any = None,
+) -> None:
+    """Hold options of ``TaskServer`` against what they may be (``RecastConfigError``)."""
+    are_times = is_number(wait) and isinstance(timeout, (int, float)) and wait >= 0 and timeout > 0
+    if not are_times or not all(is_int(n) and n > 0 for n in (max_batch, max_queue)):
+        raise RecastConfigError(
+            f"max_batch={shown(max_batch)}, max_queue={shown(max_queue)}, wait={shown(wait)}, timeout={shown(timeout)}: "
+            "expected at least one request, and times that are not negative"
+        )
+    check_arguments(optional(function), output_of=output_of)
+
+
 class TaskServer:
     """A front of a pool for many clients at once; use it as a context manager, or close it.
 
@@ -86,14 +105,10 @@ class TaskServer:
         timeout: float = 30.0,
         output_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        are_times = is_number(wait) and isinstance(timeout, (int, float)) and wait >= 0 and timeout > 0
-        if not are_times or not all(is_int(n) and n > 0 for n in (max_batch, max_queue)):
-            raise RecastConfigError(
-                f"max_batch={max_batch}, max_queue={max_queue}, wait={wait}, timeout={timeout}: expected at least one request, "
-                "and times that are not negative"
-            )
+        check_server_options(max_batch=max_batch, wait=wait, max_queue=max_queue, timeout=timeout, output_of=output_of)
         self.pool, self.max_batch, self.wait, self.max_queue, self.timeout = pool, max_batch, wait, max_queue, timeout
         self._output_of = output_of or _output_of
+        self._measured = _measured_inputs(pool.model.get_base_model())
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -110,7 +125,7 @@ class TaskServer:
         Args:
             task: name; None is the pretrained model.
             sample: one sample without a batch dimension: a tensor, or tensors by the names that the model takes; floating-point
-                numbers are taken in the dtype of the model's own.
+                numbers are taken in the dtype of the model's own, and so are whole ones of pictures and sounds.
             timeout: seconds for this request, at most the server's own.
 
         Returns:
@@ -129,7 +144,8 @@ class TaskServer:
         odd = sorted(RESERVED.intersection(named)) if isinstance(sample, Mapping) else []
         if odd:  # they would say of which task the sample is
             raise RecastConfigError(f"sample has a tensor called {odd[0]!r}: expected names of the model's own inputs")
-        named = {name: value.to(self._dtype()) if value.is_floating_point() else value for name, value in named.items()}
+        measured = {name for name, v in named.items() if v.is_floating_point() or (is_whole(v) and name in self._measured)}
+        named = {name: value.to(self._dtype()) if name in measured else value for name, value in named.items()}
         signature = tuple((name, tuple(value.shape), value.dtype) for name, value in sorted(named.items()))
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout == timeout):  # NaN is not
             raise RecastConfigError(f"timeout={shown(timeout)}: expected seconds, or None")
@@ -268,6 +284,13 @@ class TaskServer:
 def _answer(task: str | None, row: Tensor, id2label: Mapping[int, str] | None, batch: int) -> Answer:
     label = None if id2label is None or row.ndim != 1 or not len(row) else id2label.get(int(row.argmax()))
     return Answer(task, row.clone(), label, batch)
+
+
+def _measured_inputs(model: Any) -> set[str]:
+    """Names of what holds pictures, sounds and the like, whose numbers JSON may write as whole ones; "" is a bare tensor."""
+    name = getattr(model, "main_input_name", None)  # of transformers
+    reads_ids = name == "input_ids" if name else any(isinstance(module, nn.Embedding) for module in model.modules())
+    return set() if reads_ids else {"", name or next(iter(inspect.signature(model.forward).parameters), "")}
 
 
 def _output_of(out: Any) -> Tensor:

@@ -16,8 +16,9 @@ from starlette.requests import Request
 from torch import Tensor
 
 from ...errors import RecastConfigError
+from ...pool.resident import check_head_dtype
 from ...storage.json_reader import parse_json
-from .batcher import TaskServer
+from .batcher import TaskServer, check_server_options
 from .start import open_folder
 
 
@@ -98,6 +99,8 @@ def ray_application(
         deployment: options of ``serve.deployment``: ``num_replicas``, ``autoscaling_config``, ``ray_actor_options`` and so on.
         options: options of ``TaskServer``.
     """
+    check_server_options(**options)
+    check_head_dtype(head_dtype)
     chosen = {"max_ongoing_requests": 2 * options.get("max_batch", 32), **(deployment or {})}
     replica = serve.deployment(**chosen)(TaskReplica)
     return replica.bind(str(folder), backbone, head_dtype, reload_seconds, options)

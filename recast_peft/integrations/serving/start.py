@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from peft.utils import CONFIG_NAME
 from ...auto import AutoRecastModel
 from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
-from ...validation import COUNT, check_arguments, number_above, whole
-from .batcher import TaskServer
+from ...pool.resident import check_head_dtype
+from ...validation import COUNT, check_arguments, number_above, text, whole
+from .batcher import TaskServer, check_server_options
 from .store import TaskStore
 
 
@@ -26,6 +28,7 @@ def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | N
     Raises:
         RecastConfigError: if no task in the folder can be read; the reasons are in the message.
     """
+    check_head_dtype(head_dtype)
     reasons = []
     paths = sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))
     # a pool like a task with a LoRA part holds those without one as well
@@ -79,6 +82,7 @@ def serve_folder(
         RecastConfigError: if FastAPI, uvicorn or prometheus_client is missing, a number cannot be meant, or nothing can be
             served.
         OSError: if the port is taken.
+        TypeError: if ``TaskServer`` has no such option. All of this is told before a model is built.
     """
     try:
         import uvicorn
@@ -87,10 +91,14 @@ def serve_folder(
         from .app import task_app
     except ImportError as error:
         raise RecastConfigError(f"serving needs more packages ({error}): pip install 'recast_peft[serving]'") from error
+    check_arguments(text, host=host)
     check_arguments(whole(0, 65535), port=port)
     check_arguments(COUNT, max_body=max_body)
     check_arguments(number_above(0), reload_seconds=reload_seconds)
+    check_server_options(**options)
     tenants = None if tokens is None else Tenants.from_file(tokens)
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+        pass  # a port that is taken is told now, not when a large model is in memory
     store = open_folder(folder, backbone=backbone, head_dtype=head_dtype)
     server = TaskServer(store.pool, **options)
     app = task_app(server, store, tenants=tenants, max_body=max_body, reload_seconds=reload_seconds)

@@ -50,6 +50,10 @@ class TestTenants:
         [
             ({"secret": {"name": "ada", "task": ["cats"]}}, "'task'.*did you mean 'tasks'"),
             ({"secret": {"tasks": ["cats"], "Admin": True}}, "'Admin'.*did you mean 'admin'"),
+            ({"ada": "secret"}, "entry 1 of .* holds no object"),
+            ({"one": {}, "secret": None}, "entry 2 of .* holds no object"),
+            ({"secret": {"name": 3}}, "'name' of entry 1 of .* is 3; expected a text"),
+            ({"sha256:secret": {}}, "64 hexadecimal digits"),
             ({"sha256:2bb8": {}}, "64 hexadecimal digits"),
             ({f"sha256:{'g' * 64}": {}}, "64 hexadecimal digits"),
             ({"": {"admin": True}}, "cannot send"),
@@ -62,8 +66,16 @@ class TestTenants:
     def test_what_would_open_more_than_was_meant_is_refused(self, content, said, tmp_path):
         path = tmp_path / "tokens.json"
         path.write_text(json.dumps(content))
-        with pytest.raises(RecastConfigError, match=said):
+        with pytest.raises(RecastConfigError, match=said) as told:
             Tenants.from_file(path)
+        assert "secret" not in str(told.value)  # logs are read by more people than tokens are for
+
+    def test_a_token_that_stands_twice_is_not_shown(self, tmp_path):
+        path = tmp_path / "tokens.json"
+        path.write_text('{"one": {}, "secret": {}, "secret": {"admin": true}}')
+        with pytest.raises(RecastConfigError, match="number 2 stands in it twice") as told:
+            Tenants.from_file(path)
+        assert "secret" not in str(told.value)
 
     def test_a_hash_in_capital_letters_is_one_too(self):
         for token in (SECRET.upper().replace("SHA", "sha"), SECRET.upper()):

@@ -50,6 +50,14 @@ class TestApp:
             torch.testing.assert_close(torch.tensor(response.json()["output"]), expected, atol=1e-4, rtol=1e-4)
             assert response.json()["label"] == CLASSES["cats"][int(expected.argmax())]
 
+    def test_a_sample_of_whole_numbers_is_a_picture_too(self, client, store, image):
+        black = torch.zeros(image.shape, dtype=torch.int64)
+        expected = alone(store.pool, "cats", black.float())
+        for inputs in (black.tolist(), {"x": black.tolist()}):
+            answer = client.post("/v1/tasks/cats/predict", json={"inputs": inputs}, headers=self.token("a"))
+            assert answer.status_code == 200, answer.text
+            torch.testing.assert_close(torch.tensor(answer.json()["output"]), expected, atol=1e-4, rtol=1e-4)
+
     def test_tenants_see_their_tasks_alone(self, client, image):
         body = {"inputs": [1.0]}
         assert client.post("/v1/tasks/cats/predict", json=body).status_code == 401

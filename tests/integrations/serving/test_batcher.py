@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from models import small_transformer
 from served import CLASSES, alone, packed
 
-from recast_peft import RecastConfig, RecastConfigError
+from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
 from recast_peft.integrations.serving import Answer, ServerBusyError, TaskServer, TaskServerError
 
 
@@ -58,6 +59,17 @@ class TestServer:
             for future in futures:
                 torch.testing.assert_close(future.result(30).output, right.float(), atol=0.05, rtol=0.05)
                 assert future.result(30).batch == 3
+
+    def test_whole_numbers_stay_what_they_are_where_a_model_reads_ids(self):
+        model = get_recast_model(small_transformer("bert"), RecastConfig(target_modules=["query"]), "texts").eval()
+        pool = TaskPool(model)
+        pool.add("cats", RecastConfig())
+        ids = torch.arange(3, 9)
+        with torch.no_grad():
+            expected = model.get_base_model()(ids[None]).logits[0]
+        with TaskServer(pool) as server:
+            for sample in (ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+                torch.testing.assert_close(server("cats", sample).output, expected, atol=1e-5, rtol=1e-4)
 
     def test_an_error_of_whatever_kind_fails_its_request_alone(self, store, image):
         def leave(out):

@@ -45,21 +45,50 @@ def test_what_cannot_be_read_stops_no_other_task(store, image):
     assert [*opened.problems] == ["a folder"]
 
 
-@pytest.mark.parametrize("wrong", [{"port": 99_999}, {"port": -1}, {"max_body": -1}, {"reload_seconds": float("nan")}])
-def test_numbers_that_cannot_be_meant_are_refused_before_a_model_is_built(wrong, tmp_path):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": 3},
+        {"port": 99_999},
+        {"port": -1},
+        {"max_body": -1},
+        {"reload_seconds": float("nan")},
+        {"max_batch": 0},
+        {"timeout": "soon"},
+        {"output_of": "logits"},
+        {"head_dtype": "int8"},
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_before_a_model_is_built(wrong, store, monkeypatch):
+    monkeypatch.setattr("recast_peft.integrations.serving.start.AutoRecastModel", None)
     with pytest.raises(RecastConfigError, match=f"{next(iter(wrong))}=.*expected"):
-        serve_folder(tmp_path, **wrong)
+        serve_folder(store.folder, **wrong)
+
+
+def test_an_option_that_there_is_not_is_refused_before_a_model_is_built(store, monkeypatch):
+    monkeypatch.setattr("recast_peft.integrations.serving.start.AutoRecastModel", None)
+    with pytest.raises(TypeError, match="max_bach"):
+        serve_folder(store.folder, max_bach=3)
 
 
 def test_a_port_that_is_taken_is_told(store, monkeypatch):
     pytest.importorskip("uvicorn")
     pytest.importorskip("prometheus_client")
-    monkeypatch.setattr("recast_peft.integrations.serving.start.open_folder", lambda folder, **options: store)
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(OSError, match=f"nothing is served at 127.0.0.1:{port}"):
+
+        def take(*args, **options):
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+            return store
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        monkeypatch.setattr("recast_peft.integrations.serving.start.open_folder", take)
+        with pytest.raises(OSError, match=f"nothing is served at 127.0.0.1:{port}"):  # taken while the model was built
+            serve_folder(store.folder, port=port)
+        monkeypatch.setattr("recast_peft.integrations.serving.start.open_folder", None)
+        with pytest.raises(OSError, match=f"127.0.0.1.*{port}"):  # before
             serve_folder(store.folder, port=port)
 
 
