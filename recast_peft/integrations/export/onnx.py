@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ...composition.compose import without_autocast
 from ...errors import RecastConfigError
 from ...pool.pool import TaskPool
 from ...storage.atomic import staged_folder
@@ -24,6 +25,7 @@ NEEDED = ("onnx", "onnxscript")
 OURS = {"args", "kwargs", "f", "input_names", "output_names", "dynamo", "dynamic_axes", "external_data"}
 
 
+@without_autocast()
 def export_onnx(
     model: PeftModel | TaskPool,
     path: str | Path,

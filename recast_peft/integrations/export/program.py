@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 
+from ...composition.compose import without_autocast
 from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
 from ...storage.atomic import staged_folder
@@ -27,6 +28,7 @@ TRIES = 3  # of a trace: torch says what bounds a dimension needs
 Shapes = Mapping[str, Mapping[int, str]]
 
 
+@without_autocast()
 def export_program(
     model: PeftModel | TaskPool,
     example: Any,
@@ -59,6 +61,7 @@ def export_program(
     return trace(prepare(model, example, tasks, way, dynamic_shapes))
 
 
+@without_autocast()
 def export_aoti(
     model: PeftModel | TaskPool,
     path: str | Path,
@@ -141,7 +144,7 @@ def _tell_of_fixed(prepared: Prepared, fixed: Mapping[str, str]) -> None:
     said = f"the model allows no other size than the example's in some dimensions ({sizes})"
     if prepared.asked & fixed.keys():
         raise RecastConfigError(f"{said}: leave these out of dynamic_shapes, and the graph takes inputs of that size alone")
-    warnings.warn(f"{said}: the graph takes inputs of that size alone", stacklevel=4)
+    warnings.warn(f"{said}: the graph takes inputs of that size alone", stacklevel=5)
 
 
 def _untraceable(prepared: Prepared, error: Exception) -> RecastConfigError:

@@ -19,7 +19,9 @@ from exported import (
     header,
     images,
     llama,
+    onnx_tools,
     recast,
+    traced,
     two_tasks,
 )
 from grown_biases import grown, learn_offsets
@@ -55,6 +57,19 @@ class TestProgram:
             for inputs in samples:
                 found = module(load_tensors(tmp_path / task), **inputs)["logits"]
                 assert distance(found.numpy(), called(model, inputs)) < TOLERANCE
+
+    @pytest.mark.parametrize("in_onnx", [False, True], ids=["torch", "onnx"])
+    def test_autocast_around_the_export_does_not_round_the_graph(self, in_onnx, tmp_path):
+        if in_onnx:
+            onnx_tools()
+        build, config, samples = MODELS["bert"]
+        model = two_tasks(build, config)
+        model.set_adapter("first")
+        with torch.autocast("cpu", torch.bfloat16):
+            task = export_task(model, tmp_path / "first")
+            graph = traced(model, samples[0], tmp_path, in_onnx)
+        found = graph({name: value.numpy() for name, value in task.items()}, samples[0])
+        assert distance(found, called(model, samples[0])) < TOLERANCE
 
     def test_a_fresh_task_changes_nothing_to_the_last_bit(self):
         model = get_recast_model(backbone("test_vit", depth=2), RecastConfig()).eval()
