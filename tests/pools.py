@@ -24,14 +24,8 @@ from transformers import (
 from recast_peft import RecastConfig, RecastLayer, TaskPool, get_recast_model
 
 TARGETS = ["qkv", "fc1"]
-
-
 TOKENS = torch.arange(1, 9).reshape(2, 4)
-
-
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-
-
 TEXT_MODELS = {  # by PEFT's task types
     "SEQ_CLS": (BertForSequenceClassification, BertConfig(**SMALL)),
     "TOKEN_CLS": (BertForTokenClassification, BertConfig(**SMALL)),

@@ -192,12 +192,10 @@ class Slot:
 
     def _show(self, head: StoredHead | None) -> None:
         """Make a classifier active; at every other place the model's own."""
-        shown = None
-        if head is not None:  # a search through the model would take longer than all the rest
-            shown = next((wrapper for wrapper in self._heads if wrapper.module_name == head.kind.name), None)
-            shown = task_head(self.layout.backbone, head.kind.name) if shown is None else shown
+        # make_place_for has seen to it; a search through the model would take longer than all the rest
+        shown = None if head is None else next(w for w in self._heads if w.module_name == head.kind.name)
         for wrapper in self._heads:
             if wrapper is not shown and self.name in wrapper._active_adapter:
                 wrapper.show(self.name, None)
-        if head is not None and shown is not None:
+        if shown is not None:
             shown.show(self.name, head)

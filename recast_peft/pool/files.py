@@ -134,8 +134,8 @@ def _head_tensors(heads: Mapping[int, StoredHead]) -> tuple[dict[str, Tensor], l
         by_kind.setdefault((id(head.kind), head.stored_dtype), []).append(place)
     tensors: dict[str, Tensor] = {}
     kinds = []
-    labels: dict[str, int] = {}
-    all_labels: list[Any] = []
+    all_labels = {repr(head.labels): head.labels for head in heads.values()}
+    numbers = {text: number for number, text in enumerate(all_labels)}
     for number, places in enumerate(by_kind.values()):
         first = heads[places[0]]
         kinds.append(
@@ -146,19 +146,16 @@ def _head_tensors(heads: Mapping[int, StoredHead]) -> tuple[dict[str, Tensor], l
                 "classes": first.labels.num_classes,
             }
         )
-        own = []
-        for place in places:
-            given = heads[place].labels
-            if repr(given) not in labels:
-                labels[repr(given)] = len(all_labels)
-                kind = {} if given.problem_type is None else {"problem_type": given.problem_type}
-                all_labels.append({"classes": given.num_classes, "id2label": given.id2label, **kind})
-            own.append(labels[repr(given)])
         for key, rows in _stacked([heads[place] for place in places]).items():
             tensors[f"heads.{number}.{key}"] = rows
         tensors[f"heads.{number}.places"] = torch.tensor(places)
-        tensors[f"heads.{number}.labels"] = torch.tensor(own)
-    return tensors, kinds, all_labels
+        tensors[f"heads.{number}.labels"] = torch.tensor([numbers[repr(heads[place].labels)] for place in places])
+    return tensors, kinds, [_saved_labels(labels) for labels in all_labels.values()]
+
+
+def _saved_labels(labels: Labels) -> dict[str, Any]:
+    kind = {} if labels.problem_type is None else {"problem_type": labels.problem_type}
+    return {"classes": labels.num_classes, "id2label": labels.id2label, **kind}
 
 
 def _stacked(heads: Sequence[StoredHead]) -> dict[str, Tensor]:

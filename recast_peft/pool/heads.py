@@ -92,7 +92,7 @@ class StoredHead:
     def state(self) -> dict[str, Tensor]:
         """Its tensors by their names in the module, in the dtypes of the computation."""
         if self.live is not None:
-            return {key: value.detach() for key, value in self.live.state_dict().items()}
+            return self.live.state_dict()
         return dict(zip(self.kind.keys, self._as_computed(), strict=True))
 
     def call(self) -> Call:
@@ -170,10 +170,8 @@ class HeadKinds:
 
     def stored(self, head: PreparedHead) -> StoredHead:
         """A classifier as a pool keeps it."""
-        state = {key: value.detach() for key, value in head.module.state_dict().items()}
-        kind = self.kind_of(head)
-        tensors = tuple(self.kept(value, head.stored_dtype) for value in state.values())
-        return StoredHead(kind, tensors, self.labels(head.labels), head.stored_dtype)
+        tensors = tuple(self.kept(value, head.stored_dtype) for value in head.module.state_dict().values())
+        return StoredHead(self.kind_of(head), tensors, self.labels(head.labels), head.stored_dtype)
 
     def kind_of(self, head: PreparedHead) -> HeadKind:
         """What a classifier is."""

@@ -124,11 +124,7 @@ class TaskPool(ResidentTasks):
         return self._slot.active
 
     def remove(self, name: str) -> None:
-        """Take a task out; if it was active, the pretrained model is. Calls that hold it compute with it to their end.
-
-        Args:
-            name: name of the task.
-        """
+        """Take a task out; if it was active, the pretrained model is. Calls that hold it compute with it to their end."""
         row = self.row(name)
         if self.active == name:
             self.deactivate()

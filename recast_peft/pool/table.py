@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..banks.template_bank import follow_device
@@ -238,20 +239,18 @@ class TaskTable:
                 "before would go on with the former table, and train nothing. Make it again, from pool.parameters().",
                 stacklevel=2,
             )
-        capacity = max(rows, 2 * len(self.table))
+        more = max(rows - len(self.table), len(self.table))
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could never be trained
-            grown = torch.zeros(capacity, self.table.shape[1], device=self.table.device, dtype=self.table.dtype)
-            grown[: len(self.table)] = self.table.detach()
-            numbers = torch.full((capacity,), NOBODY, device=self.table.device)
-            numbers[: len(self._numbers)] = self._numbers
-            self._numbers = numbers
-            self.table = nn.Parameter(grown, requires_grad=self.table.requires_grad)
+            self._numbers = F.pad(self._numbers, (0, more), value=NOBODY)
+            self.table = nn.Parameter(F.pad(self.table, (0, 0, 0, more)), requires_grad=self.table.requires_grad)
 
     def follow_table(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Do with the table what ``nn.Module.to`` and its kin do with the model, but for less precision."""
-        with self.lock:
-            self.table.data = follow_device(fn, self.table.data)
-            self._numbers = self._numbers.to(self.table.device)
+        """Do with the table what ``nn.Module.to`` and its kin do with the model, but for less precision.
+
+        The caller holds the lock.
+        """
+        self.table.data = follow_device(fn, self.table.data)
+        self._numbers = self._numbers.to(self.table.device)
 
 
 def check_finite(name: str, values: Tensor, head: StoredHead | None) -> None:

