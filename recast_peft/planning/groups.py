@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from ..banks.files import StoredBank
@@ -193,14 +194,8 @@ def _chunks(run: list[Candidate], config: RecastConfig) -> list[list[Candidate]]
         size = config.effective_group_size
         assert size is not None
         return [run[i : i + size] for i in range(0, len(run), size)]
-    count = min(config.num_groups, len(run))
-    small, larger = divmod(len(run), count)
-    chunks, start = [], 0
-    for i in range(count):
-        size = small + (1 if i < larger else 0)
-        chunks.append(run[start : start + size])
-        start += size
-    return chunks
+    places = np.array_split(np.arange(len(run)), min(config.num_groups, len(run)))
+    return [[run[place] for place in chunk] for chunk in places]
 
 
 def _planned(members: list[Candidate], config: RecastConfig, name: str | None = None) -> PlannedGroup:

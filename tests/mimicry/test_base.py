@@ -13,7 +13,7 @@ from weight_groups import QUICK, composed, error, group, moments_for, optimum
 
 from recast_peft import RecastConfig, RecastConfigError, fit_bank, get_recast_model
 from recast_peft.banks.template_bank import mix_templates
-from recast_peft.mimicry import METHODS, ClosedForm, Gradient, Recipe, resolve_method
+from recast_peft.mimicry import METHODS, Recipe, resolve_method
 from recast_peft.mimicry.base import flatten, local_generator, scale_templates
 from recast_peft.tasks.plan import plan_recast
 
@@ -59,14 +59,6 @@ def test_rows_are_the_weights_in_float32() -> None:
     assert rows.tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
-def test_a_value_that_is_refused_is_named_with_what_was_expected() -> None:
-    with pytest.raises(RecastConfigError, match=r"Gradient\(steps=0\): expected a whole number of at least 1"):
-        Gradient(steps=0)
-    with pytest.raises(RecastConfigError, match=r"Gradient\(steps=True\)"):
-        Gradient(steps=True)
-    assert ClosedForm().to_dict() == {"method": "closed_form"}
-
-
 class TestRegistry:
     @pytest.mark.parametrize("name", METHODS)
     def test_names_every_method(self, name: str) -> None:
@@ -85,15 +77,7 @@ class TestRegistry:
             ("closedform", "did you mean 'closed_form'"),
             ({"steps": 3}, "'method'"),
             ({"method": "gradient", "step": 3}, "no option 'step'; its options: steps"),
-            ({"method": "gradient", "loss": "huber"}, "loss='huber'"),
-            ({"method": "gradient", "steps": 0}, "steps=0"),
-            ({"method": "gradient", "learning_rate": "fast"}, "learning_rate=.fast..: expected a number above 0"),
-            ({"method": "gradient", "clip_norm": -1.0}, "clip_norm"),
-            ({"method": "gradient", "coefficient_noise": -1.0}, "coefficient_noise"),
-            ({"method": "autoencoder", "hidden_size": 0}, "hidden_size"),
-            ({"method": "autoencoder", "learning_rate": 0}, "learning_rate"),
-            ({"method": "data_aware", "sweeps": -1}, "sweeps"),
-            ({"method": "data_aware", "ridge": -0.1}, "ridge"),
+            ({"method": "gradient", "steps": 0}, r"Gradient\(steps=0\): expected a whole number of at least 1"),
             (3, "mimicry=3"),
         ],
     )
@@ -181,20 +165,28 @@ def test_works_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
+        ("gradient", {"steps": True}),
         ("gradient", {"learning_rate": "a"}),
         ("gradient", {"learning_rate": float("inf")}),
         ("gradient", {"loss": []}),
+        ("gradient", {"loss": "huber"}),
         ("gradient", {"clip_norm": "a"}),
+        ("gradient", {"clip_norm": -1.0}),
         ("gradient", {"coefficient_noise": None}),
+        ("gradient", {"coefficient_noise": -1.0}),
         ("gradient", {"seed": "a"}),
+        ("autoencoder", {"hidden_size": 0}),
         ("autoencoder", {"learning_rate": None}),
+        ("autoencoder", {"learning_rate": 0}),
         ("autoencoder", {"loss": {}}),
         ("autoencoder", {"seed": 1.5}),
+        ("data_aware", {"sweeps": -1}),
         ("data_aware", {"ridge": "a"}),
+        ("data_aware", {"ridge": -0.1}),
         ("data_aware", {"distill_learning_rate": float("nan")}),
     ],
 )
-def test_a_value_of_another_type_is_named_however_it_is_given(method: str, options: dict) -> None:
+def test_a_value_that_cannot_be_used_is_named_however_it_is_given(method: str, options: dict) -> None:
     (option,) = options
     for make in (lambda: METHODS[method](**options), lambda: resolve_method({"method": method, **options})):
         with pytest.raises(RecastConfigError, match=rf"{METHODS[method].__name__}\({option}="):

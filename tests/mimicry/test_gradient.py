@@ -45,12 +45,6 @@ def test_every_coefficient_of_every_set_has_noise_of_its_own(monkeypatch: pytest
     torch.testing.assert_close(drawn.std(dim=0), torch.full((4, 2), 0.5 / 2), rtol=0.2, atol=0)  # of a mean of four
 
 
-def test_never_finite_is_refused() -> None:
-    weights = [torch.full((3, 3), 1e38) for _ in range(2)]
-    with pytest.raises(RecastConfigError, match="never had a finite loss"):
-        Gradient(steps=2, loss="mse", progress=False).fit(weights, 1, label="g")
-
-
 def test_paper_settings() -> None:
     assert Gradient.paper() == Gradient()
     resnet = Gradient.paper("resnet", seed=4)
