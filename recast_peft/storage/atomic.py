@@ -107,7 +107,7 @@ def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Pa
     inside = outer / (target.resolve().name or "root")  # cards name a task by its folder
     try:
         inside.mkdir(parents=True)
-        with _held(outer):
+        with locked(outer, wait=False):  # says that this process is alive
             yield inside
             files = sorted(path.relative_to(inside) for path in inside.rglob("*") if path.is_file())
             with locked(target):
@@ -143,17 +143,11 @@ def replace(new: Path, old: Path) -> None:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike) -> Iterator[None]:
+def locked(folder: str | os.PathLike, wait: bool = True) -> Iterator[None]:
     """A block that no other process is in for the same folder; where the system has no such locks it is an ordinary block.
 
     The lock lies on the folder itself and leaves no file behind; it ends with the process, however that ends.
     """
-    with _held(Path(folder), wait=True):
-        yield
-
-
-@contextmanager
-def _held(folder: Path, wait: bool = False) -> Iterator[None]:
     if fcntl is None:
         yield
         return

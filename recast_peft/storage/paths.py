@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -33,11 +33,7 @@ def inside(folder: str | os.PathLike, name: str, what: str) -> Path:
 
 def is_absolute(name: str) -> bool:
     """Whether a name is a whole path, here or on another system, or begins at somebody's home."""
-    return (
-        PurePosixPath(name).is_absolute()
-        or bool(PureWindowsPath(name).anchor or PureWindowsPath(name).drive)
-        or name[:1] == "~"
-    )
+    return bool(PureWindowsPath(name).anchor) or name.startswith("~")  # to Windows, "/etc" has an anchor too
 
 
 def goes_up(name: str) -> bool:

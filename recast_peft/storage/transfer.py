@@ -26,8 +26,6 @@ from .cards import CARD_NAME
 
 LIBRARY = "recast_peft"
 _COMMIT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
-
-
 _TOKEN = " The token is not valid for this."
 _SINCE = " Somebody else pushed meanwhile: push again."
 
