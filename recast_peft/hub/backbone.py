@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..planning.candidates import total_bytes
+from ..planning.heads import timm_classifiers
 from ..storage.cards import one_line
 from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
@@ -175,10 +176,12 @@ def _build_timm(
                 f"  built: {actual}\nPass backbone={{{key!r}: {description[key]!r}}}, or the model itself."
             )
     pretrained: Any = model.pretrained_cfg
-    classifier = pretrained.get("classifier")
     is_new = "checkpoint_path" not in keywords and getattr(model, "num_classes", None) not in (0, pretrained.get("num_classes"))
-    prefixes = ([classifier] if isinstance(classifier, str) else list(classifier or ())) if is_new else []
-    return model, [key for key in model.state_dict() if any(key.startswith(f"{prefix}.") for prefix in prefixes)]
+    return model, [key for key in model.state_dict() if is_new and key.startswith(_prefixes_of_classifiers(model))]
+
+
+def _prefixes_of_classifiers(model: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in timm_classifiers(model))
 
 
 def _check_bytes(name: str, chosen: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -218,9 +221,7 @@ def _created(name: str, keywords: dict[str, Any]) -> nn.Module:
         return timm.create_model(name, **keywords)
     file = str(keywords["checkpoint_path"])
     model = timm.create_model(name, **{key: value for key, value in keywords.items() if key != "checkpoint_path"})
-    config: Any = model.pretrained_cfg
-    classifier = config.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    heads = _prefixes_of_classifiers(model)
     keys = timm.models.load_checkpoint(model, file, strict=False)
     odd = [] if keys is None else [*keys.missing_keys, *(k for k in keys.unexpected_keys if not k.startswith(heads))]
     if odd:

@@ -260,11 +260,9 @@ def _facts(config: Fields, sizes: TaskSizes) -> list[tuple[str, str]]:
 
 def _templates(config: Fields) -> str:
     directions = config.get("num_directions")
-    return (
-        "on frozen, shared weight templates"
-        if directions is None
-        else f"between {plain(directions)} main directions of weights"
-    )
+    if directions is None:
+        return "on frozen, shared weight templates"
+    return f"between {plain(directions)} main directions of weights"
 
 
 def _partner_banks(config: Fields) -> Iterator[tuple[str, str | None]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,7 +99,7 @@ def take_over(backbone: nn.Module, config: RecastConfig, adapter_name: str, own:
 
 def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:
     alike = {field: (_plain(getattr(config, field)), _plain(getattr(own, field))) for field in _ALIKE}
-    for what, given, expected in [("bank", *_banks(config, own)), *((field, *both) for field, both in alike.items())]:
+    for what, (given, expected) in {"bank": (_banks(config), _banks(own)), **alike}.items():
         if given != expected:
             raise RecastConfigError(
                 f"the task at {path!r} cannot take the place of {adapter_name!r}: {what} differs\n  given:    {given}\n"
@@ -108,11 +107,10 @@ def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: Recast
             )
 
 
-def _banks(*configs: RecastConfig) -> Iterator[dict[str, str | None]]:
-    """Fingerprints of the banks that coefficients, biases and readouts of tasks are on, wherever these banks lie."""
-    for config in configs:
-        named = {"coefficients": config.bank_reference, **{method: config.partner_bank(method) for method in PARTNERS}}
-        yield {what: reference["fingerprint"] for what, reference in named.items() if reference is not None}
+def _banks(config: RecastConfig) -> dict[str, str | None]:
+    """Fingerprints of the banks that a task's coefficients, biases and readout are on, wherever these banks lie."""
+    named = {"coefficients": config.bank_reference, **{method: config.partner_bank(method) for method in PARTNERS}}
+    return {what: reference["fingerprint"] for what, reference in named.items() if reference is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -256,7 +256,7 @@ def _check_keywords(given: Mapping[str, Any]) -> None:
 def _make_folders(folder: Path, target: Path, names: list[str]) -> None:
     """A folder for every task; a file system may take two names for one, as "Cat" and "cat"."""
     present = os.listdir(target)
-    for name in dict.fromkeys(names):
+    for name in names:
         place = target / name
         if name != DEFAULT and os.path.lexists(place) and not (place.is_dir() and name in present):
             raise RecastConfigError(

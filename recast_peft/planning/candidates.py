@@ -284,5 +284,4 @@ def check_materialised(targets: list[Candidate]) -> None:
 
 def total_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers, each counted once."""
-    tensors: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())

@@ -33,12 +33,17 @@ def head_names(model: nn.Module, head_module: str | None = None) -> set[str]:
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(base, nn.Module):  # transformers: a model for a task is the base model with the task's modules beside it
         names.update(name for name, child in model.named_children() if child is not base)
-    convention = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    classifier = convention.get("classifier") if isinstance(convention, dict) else None
-    names.update([classifier] if isinstance(classifier, str) else classifier or ())
+    names.update(timm_classifiers(model))
     kinds = ((name, type(unwrapped_module(module)).__name__) for name, module in modules)  # ours is called one too
     names.update(name for name, kind in kinds if _is_called_a_head(name.split("."), kind))
     return {name for name in (*names, head_module or "") if name}
+
+
+def timm_classifiers(model: nn.Module) -> list[str]:
+    """Names of a model's classifiers by timm's config of it; none of another library's model."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    named = config.get("classifier") if isinstance(config, dict) else None
+    return [named] if isinstance(named, str) else list(named or ())
 
 
 def modules_by(model: Any, method: str) -> list[nn.Module]:

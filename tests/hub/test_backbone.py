@@ -13,7 +13,7 @@ from hub_tasks import make_backbone
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from recast_peft import RecastConfig, RecastConfigError, RecastLoadError
+from recast_peft import RecastConfigError, RecastLoadError
 from recast_peft.hub.backbone import build_backbone
 from recast_peft.tasks.backbone import describe_backbone
 
@@ -127,10 +127,3 @@ class TestTheDescription:
         description = describe_backbone(ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
         with pytest.raises(RecastLoadError, match="without pretrained weights"):
             build_backbone(description)
-
-    @pytest.mark.parametrize("value", ["vit", {"name": "x"}])
-    def test_of_another_form_is_refused(self, value: Any) -> None:
-        with pytest.raises(RecastConfigError, match="backbone="):
-            RecastConfig(backbone=value)
-        with pytest.raises(RecastConfigError, match="results="):
-            RecastConfig(results=[1])

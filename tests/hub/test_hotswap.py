@@ -147,7 +147,7 @@ def test_a_classifier_of_modules_to_save_beside_those_of_num_classes(tmp_path: P
     assert output(model).shape == (2, 5)
 
 
-@pytest.mark.parametrize("put_in", [hotswap_adapter, lambda model, *given: model.load_adapter(*given)])
+@pytest.mark.parametrize("put_in", [hotswap_adapter, load_adapter])
 def test_an_adapter_of_another_method_is_refused(tmp_path: Path, put_in: Any) -> None:
     get_peft_model(tiny_vit(), LoraConfig(target_modules=["qkv"])).save_pretrained(tmp_path)
     model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "cars")

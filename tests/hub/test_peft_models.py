@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import replace
@@ -42,15 +41,31 @@ class TestTheFolderOfTasks:
         assert list(model.peft_config) == ["cars", "birds", "again"]
 
 
-@pytest.mark.parametrize("config", [{"peft_type": None}, {}, {"peft_type": ["RECAST"]}, {"peft_type": "x" * 10_000}, ["x"]])
+OTHER_TYPE = r"given: +peft_type=.*\n +expected: 'RECAST'"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"peft_type": null}', OTHER_TYPE),
+        (b"{}", OTHER_TYPE),
+        (b'{"peft_type": ["RECAST"]}', OTHER_TYPE),
+        (b'{"peft_type": "' + b"x" * 10_000 + b'"}', OTHER_TYPE),
+        (b'["x"]', "a JSON object"),
+        (b"", "not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
 @pytest.mark.parametrize("from_the_hub", [True, False])
-def test_what_is_no_config_of_peft_is_told(hub: HubServer, tmp_path: Path, config: Any, from_the_hub: bool) -> None:
-    content = json.dumps(config).encode()
+def test_what_is_no_config_of_peft_is_told(
+    hub: HubServer, tmp_path: Path, content: bytes, expected: str, from_the_hub: bool
+) -> None:
     hub.add("ada/odd", {"adapter_config.json": content})
     (tmp_path / "adapter_config.json").write_bytes(content)
     model = get_recast_model(tiny_vit(), CONFIG, "cars")
     for name in ("other", "cars"):
-        expected = "a JSON object" if isinstance(config, list) else r"given: +peft_type=.*\n +expected: 'RECAST'"
         with pytest.raises(RecastConfigError, match=expected) as caught:
             model.load_adapter("ada/odd" if from_the_hub else tmp_path, name)
         assert len(str(caught.value)) < 1000

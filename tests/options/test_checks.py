@@ -59,6 +59,7 @@ class TestAValueThatCannotBeMeant:
             ("id2label", {"-1": "a"}),
             ("fidelity", 3),
             ("fidelity", {"mean_cosine": "high"}),
+            ("backbone", "vit"),
             ("backbone", {"library": None}),
             ("backbone", {"name": "vit"}),
             ("results", [0.9]),
@@ -84,8 +85,6 @@ class TestAValueThatCannotBeMeant:
             ("num_classes", 0),
             ("num_coefficient_sets", 10**6),
             ("seed", 2**70),
-            ("coefficient_sharing", "rows"),
-            ("coefficient_sharing", 1),
             ("head_init", "old"),
             ("head_type", None),
             ("head_dtype", "int8"),
@@ -98,6 +97,8 @@ class TestAValueThatCannotBeMeant:
             ("layers_to_transform", [10**6] * 200_001),
             ("coefficient_gradient", 2.0),
             ("max_coefficients", 0),
+            ("max_coefficients", 2.5),
+            ("max_coefficients", "48"),
         ],
     )
     def test_is_refused_by_name(self, field: str, value: Any) -> None:
