@@ -22,6 +22,8 @@ from ..validation import is_count, shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Grams = dict[tuple[str, ...], Tensor]  # inner products of groups' weights, by their members; each is computed once
+
 
 @dataclass(frozen=True)
 class ScalingRow:
@@ -138,10 +140,10 @@ def scaling_table(
     rows: list[ScalingRow] = []
     for target in listed:
         config = target if isinstance(target, RecastConfig) else RecastConfig(target_modules=cast(Any, target))
-        inner = _Inner() if fidelity else None
+        grams: Grams | None = {} if fidelity else None
         for size in group_sizes:
             for count in sorted({1, max(1, size // 2), size} if templates is None else {n for n in templates if n <= size}):
-                rows += _alternatives(model, config, size, count, coefficient_sets, inner)
+                rows += _alternatives(model, config, size, count, coefficient_sets, grams)
     if not rows:
         raise RecastConfigError("no group size that was given fits the model: give smaller group_sizes")
     return ScalingTable(tuple(sorted(rows, key=lambda row: (row.num_coefficients, row.model_bytes))))
@@ -160,7 +162,7 @@ def _is_names(targets: Sequence[Any]) -> bool:
 
 
 def _alternatives(
-    model: nn.Module, config: RecastConfig, size: int, count: int, sets: Iterable[int], inner: _Inner | None
+    model: nn.Module, config: RecastConfig, size: int, count: int, sets: Iterable[int], grams: Grams | None
 ) -> list[ScalingRow]:
     sizes = {"group_size": size, "num_groups": None, "num_templates": None, "num_coefficient_sets": 1}
     unset = dict.fromkeys(("groups", "recipes", "bank", "num_directions", "max_coefficients", "coefficient_sharing"))
@@ -169,29 +171,23 @@ def _alternatives(
         return []
     groups = tuple(replace(group, num_templates=min(count, len(group.members))) for group in full.groups)
     plan = replace(full, groups=groups)
-    error = None if inner is None else inner.error(plan)
+    error = None if grams is None else _error_of(plan, grams)
     shown = config.target_modules if isinstance(config.target_modules, (str, type(None))) else ", ".join(config.target_modules)
     one = ScalingRow(shown or "default", size, len(groups), count, 1, plan.num_coefficients, plan.model_bytes_after, error)
     return [replace(one, num_coefficient_sets=k, num_coefficients=one.num_coefficients * k) for k in sorted(set(sets))]
 
 
-class _Inner:
-    """Inner products of the weights, each group's computed once."""
-
-    def __init__(self) -> None:
-        self.grams: dict[tuple[str, ...], Tensor] = {}
-
-    def error(self, plan: RecastPlan) -> float:
-        """Relative error of the closed form over all groups of a plan: what the smallest eigenvalues leave out."""
-        weights = {candidate.name: candidate.weight for candidate in plan.candidates}
-        lost = total = 0.0
-        for group in plan.groups:
-            if group.members not in self.grams:
-                self.grams[group.members] = gram_matrix([weights[name] for name in group.members])
-            gram = self.grams[group.members]
-            total += float(gram.diagonal().sum())
-            values = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
-            lost += float(values[: len(group.members) - group.num_templates].sum())
-        if not math.isfinite(total):
-            raise RecastBankError("the target modules hold numbers that are not finite: load the pretrained weights anew")
-        return math.sqrt(lost / total) if total > 0 else 0.0
+def _error_of(plan: RecastPlan, grams: Grams) -> float:
+    """Relative error of the closed form over all groups of a plan: what the smallest eigenvalues leave out."""
+    weights = {candidate.name: candidate.weight for candidate in plan.candidates}
+    lost = total = 0.0
+    for group in plan.groups:
+        if group.members not in grams:
+            grams[group.members] = gram_matrix([weights[name] for name in group.members])
+        gram = grams[group.members]
+        total += float(gram.diagonal().sum())
+        values = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
+        lost += float(values[: len(group.members) - group.num_templates].sum())
+    if not math.isfinite(total):
+        raise RecastBankError("the target modules hold numbers that are not finite: load the pretrained weights anew")
+    return math.sqrt(lost / total) if total > 0 else 0.0

@@ -340,7 +340,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
                 f"the adapter {name!r} does not fit the model at {module}\n  adapter: {given}\n  model:   {wanted}"
             )
         both: Any = (layer.lora_A[adapter], layer.lora_B[adapter])
-        size += sum(part.weight.numel() * part.weight.element_size() for part in both)
+        size += sum(part.weight.nbytes for part in both)
         if layer.lora_B[adapter].bias is not None:
             beside.append(f"the bias of {module}")
     return _Found({module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside))

@@ -133,8 +133,7 @@ def practice_bank(
         bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
     else:
         bank = grow_bank(model, moved, config, num_templates=num_templates)
-    made = dict(bank.mimicry) if isinstance(bank.mimicry, Mapping) else {}
-    return replace(bank, mimicry={**made, "sources": names})
+    return replace(bank, mimicry={**bank.mimicry, "sources": names})  # type: ignore[dict-item]
 
 
 def _lora_targets(model: nn.Module, config: RecastConfig | None) -> list[str]:

@@ -116,11 +116,6 @@ class TestBudget:
         stored = loaded.peft_config["default"]
         assert (stored.num_coefficient_sets, stored.coefficient_sharing) == (1, "roles")
 
-    @pytest.mark.parametrize("value", [0, -1, 2.5, "48"])
-    def test_of_no_number_is_refused(self, value: object) -> None:
-        with pytest.raises(RecastConfigError, match="max_coefficients"):
-            RecastConfig(max_coefficients=value)  # type: ignore[arg-type]
-
 
 class TestSharing:
     # 4 blocks, groups of 2 (2 templates), qkv and fc1: 8 layers x 2 numbers alone
@@ -162,10 +157,6 @@ class TestSharing:
         assert trainable(copy.deepcopy(loaded).to(torch.bfloat16)) == trainable(loaded) == trainable(model)
         assert torch.equal(outputs(loaded, X), outputs(model, X))
         assert loaded.peft_config["default"].coefficient_sharing == sharing
-
-    def test_an_unknown_way_is_refused(self) -> None:
-        with pytest.raises(RecastConfigError, match="coefficient_sharing='layers'"):
-            RecastConfig(coefficient_sharing="layers")
 
 
 class TestTable:
