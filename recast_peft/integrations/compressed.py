@@ -153,10 +153,8 @@ def _with_tied(file: TensorFile, what: str) -> dict[str, Tensor]:
 
 def _placeholders(backbone: nn.Module, bank: StoredBank, rest: Mapping[str, Tensor], path: str) -> dict[str, nn.Parameter]:
     """Parameters without memory of their own for the weights that the bank stands for, by name; nothing is changed."""
-    released: dict[str, Tensor] = {}
-    for group in bank.groups.values():
-        if group.templates is not None:
-            released.update(dict.fromkeys(group.members, group.templates))
+    fitted = [(group.members, group.templates) for group in bank.groups.values() if group.templates is not None]
+    released = {member: templates for members, templates in fitted for member in members}
     empty = {}
     for name, parameter in backbone.named_parameters():
         if name in rest:

@@ -321,7 +321,7 @@ def _classifiers(module: Any, read: list[GraphTask], given: Given) -> Classifier
     place = module.module_name
     base = module.original_module
     states = [{k.removeprefix(f"{place}."): v for k, v in task.owned.items() if k.startswith(f"{place}.")} for task in read]
-    own = {key: value.detach() for key, value in base.state_dict().items()} if type(base) is nn.Linear else {}
+    own = base.state_dict() if type(base) is nn.Linear else {}
     states = [state or own for state in states]
     for task, state in zip(read, states, strict=True):
         if "weight" not in state or set(state) - {"weight", "bias"} or state["weight"].ndim != 2:

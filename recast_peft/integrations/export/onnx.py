@@ -94,7 +94,7 @@ def export_onnx(
     for node in made.model.graph:  # where in whose files it was traced
         node.metadata_props.clear()
     made.model.metadata_props.update(metadata(prepared.source, prepared.names))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
     with staged_folder(target.parent) as folder:
         made.save(folder / target.name, external_data=size > LARGEST)
     return target

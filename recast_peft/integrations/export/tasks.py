@@ -120,8 +120,8 @@ class Source:
         if self.pool is not None:
             return self.pool.names
         slots = {pool.slot for pool in self.tuner.task_pool}
-        configs = {name: c for name, c in self.tuner.peft_config.items() if isinstance(c, RecastConfig) and name not in slots}
-        return [name for name, config in configs.items() if same_layout(config, self.config)]
+        configs = tasks_among(self.tuner.peft_config)
+        return [name for name, config in configs.items() if name not in slots and same_layout(config, self.config)]
 
     def task(self, name: str) -> GraphTask:
         """A task by its name.

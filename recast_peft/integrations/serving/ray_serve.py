@@ -25,25 +25,15 @@ from .start import open_folder
 class TaskReplica:
     """One replica; by handle: ``await handle.predict.remote("cats", sample)``, over HTTP: ``{"task": ..., "inputs": ...}``.
 
-    Args:
-        folder: folder of saved tasks.
-        backbone: as for ``open_folder``; None finds the one that the tasks name.
-        head_dtype: dtype in which classifiers are kept.
-        reload_seconds: how often the folder is looked at; None never does.
-        options: options of ``TaskServer``.
+    For the arguments see ``ray_application``.
     """
 
     def __init__(
-        self,
-        folder: str,
-        backbone: Any = None,
-        head_dtype: str | None = None,
-        reload_seconds: float | None = 5.0,
-        options: dict[str, Any] | None = None,
+        self, folder: str, backbone: Any, head_dtype: str | None, reload_seconds: float | None, options: dict[str, Any]
     ) -> None:
         made = backbone() if callable(backbone) and not isinstance(backbone, torch.nn.Module) else backbone
         self.store = open_folder(folder, backbone=made, head_dtype=head_dtype)
-        self.server = TaskServer(self.store.pool, **(options or {}))
+        self.server = TaskServer(self.store.pool, **options)
         if reload_seconds is not None:
             self.store.follow(reload_seconds)
 
@@ -95,7 +85,7 @@ def ray_application(
         folder: folder of saved tasks, readable wherever a replica runs.
         backbone: as for ``open_folder``, or a function that makes it in the replica.
         head_dtype: dtype in which classifiers are kept.
-        reload_seconds: how often each replica looks at the folder.
+        reload_seconds: how often each replica looks at the folder; None never does.
         deployment: options of ``serve.deployment``: ``num_replicas``, ``autoscaling_config``, ``ray_actor_options`` and so on.
         options: options of ``TaskServer``.
     """

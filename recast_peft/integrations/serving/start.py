@@ -69,11 +69,9 @@ def serve_folder(
 
     Args:
         folder: folder of saved tasks.
-        host: to listen at.
-        port: to listen at.
+        host, port: to listen at.
         tokens: a file of tenants, see ``Tenants.from_file``; without one anybody sees all tasks, and nobody changes them.
-        backbone: as for ``open_folder``.
-        head_dtype: as for ``open_folder``.
+        backbone, head_dtype: as for ``open_folder``.
         reload_seconds: how often the folder is looked at for tasks that came, changed or went.
         max_body: bytes of a request.
         options: options of ``TaskServer``.

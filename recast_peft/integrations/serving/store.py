@@ -270,9 +270,7 @@ class TaskStore:
 
     def _retire(self, name: str) -> Path:
         """Make the present task a version; where it lies then."""
-        version = next_version(self.folder / name)
-        os.replace(self.folder / name, version)
-        return version
+        return (self.folder / name).replace(next_version(self.folder / name))
 
     def _prune(self, name: str) -> None:
         for old in self.versions(name)[: -self.keep or None]:
