@@ -269,6 +269,7 @@ class TestAModelWhoseTasksWereAllDeleted:
             assert torch.equal(outputs(model, vit_input()), plain)
         assert torch.equal(model(vit_input(), adapter_names=["__base__"] * len(vit_input())), plain)
         assert model.active_adapters == []
+        assert not any("recast_coefficients" in name for name in model.state_dict())
         assert model.get_nb_trainable_parameters()[0] == 0
         assert model.get_base_model() is model.base_model.model
         model.merge_adapter()

@@ -19,7 +19,7 @@ from torch import nn
 
 import recast_peft.layer
 import recast_peft.model
-from recast_peft import PiggybackConfig, RecastBankError, RecastConfig, get_recast_model
+from recast_peft import PiggybackConfig, RecastConfig, get_recast_model
 from recast_peft.banks.template_bank import move_in_place
 
 
@@ -117,18 +117,6 @@ class TestSeveralTasks:
             model.delete_adapter("cars")
         assert model.active_adapters == ["birds"]
         assert torch.equal(outputs(model, vit_input()), expected["birds"])
-
-    def test_that_are_all_deleted_leave_the_base(self) -> None:
-        model = with_tasks()
-        expected = alone(model)["__base__"]
-        for name in ("birds", "flowers"):
-            model.delete_adapter(name)
-        model.delete_adapter("cars")
-        assert not model.peft_config
-        assert not any("recast_coefficients" in name for name in model.state_dict())
-        # PEFT's own wrapper can no longer be called then, whatever the method
-        assert torch.equal(outputs(model.base_model.model, vit_input()), expected)
-        assert torch.equal(outputs(model.unload(), vit_input()), expected)
 
     @pytest.mark.parametrize("verb", ["set_adapter", "delete_adapter"])
     def test_of_which_none_has_the_name_is_PEFT_s_error(self, verb: str) -> None:
@@ -310,25 +298,3 @@ def test_offsets_of_the_helper_are_means_of_the_sets() -> None:
     first, second = (block.attn.qkv.weight for block in plain.blocks)
     expected = reference_model(plain, model)
     torch.testing.assert_close(expected.blocks[1].attn.qkv.weight, second + 2 * first + 4 * second)
-
-
-class TestCompressingLater:
-    """A later task must not change what the earlier ones compute."""
-
-    def test_releasing_weights_under_another_task_is_refused(self):
-        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first").eval()
-        x = vit_input()
-        before = model(x)
-        with pytest.raises(RecastBankError, match=r"tasks first of this model.*keep_base_weights=True"):
-            model.add_adapter("second", RecastConfig(target_modules=["fc1"], num_templates=1))
-        assert list(model.peft_config) == ["first"]
-        assert torch.equal(model(x), before)
-
-    def test_with_the_weights_kept_the_first_task_stays_as_it_was(self):
-        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first").eval()
-        x = vit_input()
-        before = model(x)
-        model.add_adapter("second", RecastConfig(target_modules=["fc1"], num_templates=1, keep_base_weights=True))
-        assert torch.equal(model(x), before)
-        model.set_adapter("second")
-        assert not torch.allclose(model(x), before, atol=1e-4)

@@ -31,10 +31,7 @@ class TestATaskForEachSample:
         for i, name in enumerate(("cars", "birds")):
             randomise(model, name, seed=i)
             model.base_model.model.head.modules_to_save[name].bias.data += i + 1
-        expected = {}
-        for name in ("cars", "birds"):
-            model.set_adapter(name)
-            expected[name] = outputs(model, vit_input())
+        expected = alone(model, ["cars", "birds"])
         result = outputs(model, vit_input(), adapter_names=["birds", "cars"])
         torch.testing.assert_close(result[0], expected["birds"][0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result[1], expected["cars"][1], rtol=1e-4, atol=1e-5)
@@ -45,10 +42,7 @@ class TestATaskForEachSample:
         model.get_submodule("base_model.model.head").modules_to_save["cars"].weight.data += 0.5
         for seed, name in enumerate(("cars", "birds")):
             randomise(model, name, seed)
-        expected = {}
-        for name in ("cars", "birds"):
-            model.set_adapter(name)
-            expected[name] = outputs(model, vit_input())
+        expected = alone(model, ["cars", "birds"])
         mixed = outputs(model, vit_input(), adapter_names=["cars", "birds"])
         torch.testing.assert_close(mixed[0], expected["cars"][0])
         torch.testing.assert_close(mixed[1], expected["birds"][1])

@@ -230,8 +230,8 @@ class TestALaterAdapter:
         model.add_adapter("second", RecastConfig(**{"target_modules": ["qkv"], **second}))
         assert torch.equal(outputs(model, vit_input()), kept)
         model.set_adapter("second")
-        if "keep_base_weights" not in second:  # such a bank approximates, and stands for the weights of its own task alone
-            assert torch.equal(outputs(model, vit_input()), kept)
+        # such a bank approximates, and stands for the weights of its own task alone
+        assert torch.equal(outputs(model, vit_input()), kept) == ("keep_base_weights" not in second)
 
     @pytest.mark.parametrize(
         ("first", "second"),
@@ -260,6 +260,7 @@ class TestALaterAdapter:
             ({"num_templates": 1}, {"group_size": 1}, "does not share"),
             ({"num_templates": 1}, {"layers_to_transform": [1, 2], "num_templates": 1}, "does not share"),
             ({}, {"group_size": 4, "num_templates": 1}, "cannot be compressed"),
+            ({}, {"target_modules": ["fc1"], "num_templates": 1}, "tasks default of this model.*keep_base_weights=True"),
         ],
     )
     def test_that_cannot_be_combined_is_refused_with_the_reason(
@@ -268,7 +269,7 @@ class TestALaterAdapter:
         model = converted(**first)
         shown, before = str(model), outputs(model, vit_input())
         with pytest.raises(RecastBankError, match=message):
-            model.add_adapter("second", RecastConfig(target_modules=["qkv"], **second))
+            model.add_adapter("second", RecastConfig(**{"target_modules": ["qkv"], **second}))
         assert str(model) == shown
         assert list(model.peft_config) == ["default"]
         assert torch.equal(outputs(model, vit_input()), before)
