@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from .banks.files import BANK_CONFIG, BANK_WEIGHTS, StoredBank, load_bank
-from .config import RecastConfig
+from .config import RecastConfig, checked_config
 from .errors import RecastBaseMismatchError, RecastConfigError
 from .hub.backbone import build_backbone
 from .hub.peft_models import any_name, with_task_verbs
@@ -57,9 +57,7 @@ def get_recast_model(
     Raises:
         RecastError: saying what is wrong, before the model is changed.
     """
-    config = RecastConfig() if config is None else config
-    if not isinstance(config, RecastConfig):
-        raise RecastConfigError(f"config is a {type(config).__name__}; a RecastConfig is expected")
+    config = checked_config(config)
     check_is_module(model)
     check_adapter_name(adapter_name)
     check_not_wrapped(model, bool(modules_of(model, RecastLayer)))
@@ -133,6 +131,7 @@ class AutoRecastModel:
             RecastLoadError: if there is no task, a file is damaged, or the backbone cannot be found or built.
             RecastBaseMismatchError: if the backbone's weights are not those that the task was learned on.
         """
+        check_adapter_name(adapter_name)
         unknown = sorted(set(kwargs) - set(PEFT_KEYWORDS))
         if unknown:
             own = [p.name for p in inspect.signature(cls.from_pretrained).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -319,6 +319,13 @@ def check_again(config: RecastConfig) -> None:
         config.record = record
 
 
+def checked_config(config: Any) -> RecastConfig:
+    """The config that a verb was given; None is ``RecastConfig()``, and what is none is refused (``RecastConfigError``)."""
+    if config is not None and not isinstance(config, RecastConfig):
+        raise RecastConfigError(f"config is a {type(config).__name__}; a RecastConfig is expected")
+    return RecastConfig() if config is None else config
+
+
 def tasks_among(configs: dict[str, Any]) -> dict[str, RecastConfig]:
     """The RECAST tasks among a model's adapters, by name."""
     return {name: config for name, config in configs.items() if isinstance(config, RecastConfig)}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .errors import RecastConfigError
+from .validation import check_is_module
 
 METHOD_NAME = "recast"
 PREFIX = "recast_"
@@ -116,6 +117,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
     """
+    check_is_module(module)
     while (name := held_name(module)) is not None:
         module = module._modules[name]  # type: ignore[assignment]
     return module
@@ -126,6 +128,7 @@ def modules_of(model: nn.Module, *kinds: type) -> list[Any]:
 
     A verb goes through its model many times, and torch makes a name for every module on the way, which takes most of its time.
     """
+    check_is_module(model)
     found: dict[nn.Module, None] = {}
     ahead: list[nn.Module | None] = [model]
     while ahead:

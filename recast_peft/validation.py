@@ -298,6 +298,17 @@ def number_above(least: float, itself: bool = False) -> Check:
     return check
 
 
+def of_type(kind: type) -> Check:
+    """An object of a class."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise Unexpected(f"an instance of {kind.__name__}")
+        return value
+
+    return check
+
+
 def function(value: Any) -> Any:
     """What can be called."""
     if not callable(value):

@@ -25,11 +25,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import RecastConfig
+from ..config import RecastConfig, checked_config
 from ..errors import RecastSequenceError
 from ..mimicry.features import device_of, evaluating
 from ..pool.pool import TaskPool
-from ..validation import COUNT, check_arguments, is_count, shown
+from ..validation import COUNT, check_arguments, function, is_count, of_type, optional, shown
 from .class_incremental import IncrementalClassifier
 from .matrix import AccuracyMatrix
 from .sequence import learn_in_sequence
@@ -242,7 +242,7 @@ def learn_told(
         batch_size: samples that are tested together.
     """
     _check_tasks(tasks)
-    configs = {name: (config or RecastConfig()).as_chosen(num_classes=len(task.classes)) for name, task in tasks.items()}
+    configs = {name: checked_config(config).as_chosen(num_classes=len(task.classes)) for name, task in tasks.items()}
 
     def evaluate(model: nn.Module, task: ClassTask) -> float:
         return _accuracy((_logits(model(x)).argmax(1) == y) for x, y in _batches(task.test, batch_size, model))
@@ -268,6 +268,8 @@ def learn_untold(
         batch_size: samples that are computed together.
     """
     _check_tasks(tasks)
+    check_arguments(function, features=features)
+    check_arguments(optional(of_type(IncrementalClassifier)), classifier=classifier)
     matrix = AccuracyMatrix(list(tasks))
     tested: dict[str, tuple[Tensor, Tensor]] = {}
     for name, task in tasks.items():
@@ -311,6 +313,8 @@ def answer_routed(model: PeftModel, tasks: Mapping[str, ClassTask], *, batch_siz
 def _check_tasks(tasks: Any) -> None:
     if not isinstance(tasks, Mapping):
         raise RecastSequenceError(f"tasks={shown(tasks)}: expected a dictionary of tasks by name, as split_tasks gives it")
+    for name, task in tasks.items():
+        check_arguments(of_type(ClassTask), **{f"tasks[{name!r}]": task})
 
 
 @contextmanager

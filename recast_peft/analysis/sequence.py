@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..auto import with_task
 from ..banks.files import StoredBank
-from ..config import RecastConfig
+from ..config import RecastConfig, checked_config
 from ..errors import RecastConfigError, RecastSequenceError
 from ..growth.biases import grow_bias_bank
 from ..growth.sources import Source, check_bank
@@ -32,7 +32,7 @@ from ..names import check_adapter_name, modules_of
 from ..parts import BiasConfig
 from ..placement.sharded import is_plain
 from ..planning.plan import SAID_BY_BANK
-from ..validation import COUNT, check_arguments, flag, function, listed, optional, shown
+from ..validation import COUNT, check_arguments, check_is_module, flag, function, listed, of_type, optional, shown
 from .matrix import AccuracyMatrix
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
@@ -72,6 +72,7 @@ class Growth:
     def __post_init__(self) -> None:
         if self.of not in ("weights", "biases"):
             raise RecastConfigError(f"Growth(of={self.of!r}): expected 'weights' or 'biases'")
+        checked_config(self.config)
         check_arguments(optional(COUNT), num_templates=self.num_templates, rank=self.rank)
         check_arguments(flag, plain_templates=self.plain_templates)
         check_arguments(optional(function), source=self.source)
@@ -152,12 +153,14 @@ def learn_in_sequence(
         RecastConfigError: if ``grow_every`` is below 1, or a config names a bank of its own beside ``grow``.
         RecastError: if a task cannot be made.
     """
+    check_is_module(model)
     check_arguments(function, train=train, evaluate=evaluate)
+    check_arguments(optional(of_type(Growth)), grow=grow)
     if not isinstance(tasks, Mapping):
         raise RecastSequenceError(f"tasks={shown(tasks)}: expected a dictionary of what train and evaluate are given, by name")
     matrix = AccuracyMatrix(list(tasks))
     _check_names(model, tasks, config)
-    configs = {name: config[name] if isinstance(config, Mapping) else config for name in tasks}
+    configs = {name: checked_config(config[name] if isinstance(config, Mapping) else config) for name in tasks}
     plain = None if grow is None else _checked_plain(model, configs, grow, grow_every)
     if evaluate_unseen:
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
@@ -190,16 +193,16 @@ def learn_in_sequence(
     return model, matrix
 
 
-def _checked_plain(model: nn.Module, configs: Mapping[str, RecastConfig | None], grow: Growth, grow_every: int) -> nn.Module:
+def _checked_plain(model: nn.Module, configs: Mapping[str, RecastConfig], grow: Growth, grow_every: int) -> nn.Module:
     """A plain copy of the backbone, to grow a bank for."""
     check_arguments(COUNT, grow_every=grow_every)
-    if grow.source is None and not any(own is not None and own.lora_config is not None for own in configs.values()):
+    if grow.source is None and not any(own.lora_config is not None for own in configs.values()):
         raise RecastConfigError(
             "there is nothing that a bank could grow from: none of the tasks has a LoRA part. Give Growth(source=...), or some "
             "of the tasks RecastConfig(lora_config=...)"
         )
     for name, own in configs.items():
-        named = None if own is None else own.partner_bank("bias") if grow.of == "biases" else own.bank
+        named = own.partner_bank("bias") if grow.of == "biases" else own.bank
         if named is not None:
             raise RecastConfigError(
                 f"the config of task {name!r} names the bank {named}, and grow= is given too: start from it with "
@@ -221,8 +224,8 @@ def _check_names(model: nn.Module, tasks: Mapping[str, Any], config: Any) -> Non
         raise RecastSequenceError(f"config names no configuration for task {without[0]!r}")
 
 
-def _add_task(model: nn.Module, name: str, config: RecastConfig | None, bank: StoredBank | None) -> PeftModel:
-    own = RecastConfig() if config is None else copy.deepcopy(config)
+def _add_task(model: nn.Module, name: str, config: RecastConfig, bank: StoredBank | None) -> PeftModel:
+    own = copy.deepcopy(config)
     if bank is not None and bank.is_of_biases:
         others = [partner for partner in own.partners or () if partner is not own.partner("bias")]
         own.partners = [*others, BiasConfig(bank=bank)]

@@ -152,7 +152,7 @@ def compress_adapters(
     moved = sorted({module for own in found.values() for module in own.pairs})
     if not moved:
         raise RecastBankError(f"none of the adapters {', '.join(named)} moves a module of the model")
-    plan = plan_recast(model, config or RecastConfig(target_modules=moved, group_size=1))
+    plan = plan_recast(model, RecastConfig(target_modules=moved, group_size=1) if config is None else config)
     rank = rank or max(left.shape[1] for own in found.values() for left, _ in own.pairs.values())
     groups: dict[str, StoredGroup] = {}
     coefficients: dict[str, dict[str, Tensor]] = {name: {} for name in found}

@@ -16,7 +16,7 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.template_bank import mix_templates
 from ..composition.compose import made_to_stay
 from ..composition.kinds import family_of, rows_of
-from ..config import RecastConfig
+from ..config import RecastConfig, checked_config
 from ..errors import RecastConfigError
 from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
 from ..mimicry.features import captured_outputs, evaluating, main_tensor, run_on
@@ -46,7 +46,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
         RecastBankError: if every bank is exact, so that there is nothing to fit.
     """
     check_pretrained(model, "fit_bank")
-    method = config.method
+    method = checked_config(config).method
     plan = plan_recast(model, config)
     targets = {target.name: target for target in plan.candidates}
     groups = [group for group in plan.groups if not group.is_exact and not group.is_grown]

@@ -138,7 +138,7 @@ def practice_bank(
 
 def _lora_targets(model: nn.Module, config: RecastConfig | None) -> list[str]:
     """The target modules that a LoRA can be trained on."""
-    candidates = plan_recast(model, config or RecastConfig(group_size=1)).candidates
+    candidates = plan_recast(model, RecastConfig(group_size=1) if config is None else config).candidates
     targets = [target.name for target in candidates if takes_lora(target)]
     if not targets:
         raise RecastTargetError(

@@ -50,7 +50,7 @@ def random_bank(
     check_arguments(optional(COUNT), rank=rank)
     check_arguments(flag, plain_templates=plain_templates)
     check_arguments(SEED, seed=seed)
-    plan = plan_recast(model, config or RecastConfig(group_size=1))
+    plan = plan_recast(model, RecastConfig(group_size=1) if config is None else config)
     targets = {target.name: target for target in plan.candidates}
     generator = torch.Generator().manual_seed(seed)
     groups = {}

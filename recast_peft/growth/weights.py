@@ -60,7 +60,7 @@ def grow_bank(
     check_pretrained(model, "grow_bank")
     check_sources(sources, num_templates=num_templates, rank=rank)
     check_arguments(flag, plain_templates=plain_templates)
-    plan = plan_recast(model, config or RecastConfig(group_size=1))
+    plan = plan_recast(model, RecastConfig(group_size=1) if config is None else config)
     targets = {target.name: target for target in plan.candidates}
     vectors = [task_vectors(model, source, targets) for source in sources]
     groups: dict[str, StoredGroup] = {}

@@ -17,7 +17,7 @@ from ..tasks.conversion import check_fingerprints
 from ..tasks.files import check_not_merged, load_into, read_entries
 from ..tasks.preparation import under_names_of
 from ..tasks.state import backbone_of
-from ..validation import check_is_task
+from ..validation import check_is_peft_model, check_is_task
 
 # what two tasks have to have in common
 _SIZES = ("num_directions", "num_coefficient_sets", "coefficient_sharing")
@@ -49,6 +49,7 @@ def hotswap_adapter(
     """
     del torch_device
     inner: Any = unwrapped(model)
+    check_is_peft_model(inner)
     tasks = tasks_among(inner.peft_config)
     check_is_task(adapter_name, tasks)
     own = tasks[adapter_name]

@@ -126,6 +126,7 @@ class TaskModel:
         Raises:
             RecastConfigError: for a keyword that PEFT would swallow.
         """
+        check_adapter_name(adapter_name)
         _check_keywords(self._split_kwargs(kwargs)[1])  # type: ignore[attr-defined]
         if is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)

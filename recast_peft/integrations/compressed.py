@@ -20,7 +20,7 @@ from ..auto import get_recast_model
 from ..banks.card import BANK_WEIGHTS, REST_WEIGHTS
 from ..banks.files import StoredBank, load_bank
 from ..banks.template_bank import PLACEHOLDER, BankBeside
-from ..config import RecastConfig
+from ..config import RecastConfig, checked_config
 from ..errors import RecastBankError, RecastConfigError, RecastLoadError
 from ..layer import recast_layers
 from ..names import BANK_CONTAINER, PREFIX, plain_name
@@ -107,7 +107,7 @@ def load_compressed_model(
     bank, rest = _read(Path(path))
     empty = _placeholders(backbone, bank, rest, str(path))
     _check_fit(backbone, rest, {*rest, *empty}, str(path))
-    config = RecastConfig() if config is None else copy.deepcopy(config)
+    config = copy.deepcopy(checked_config(config))
     config.bank = bank  # type: ignore[assignment]
     config.keep_base_weights = False
     with undone_on_failure(backbone):

@@ -17,6 +17,7 @@ from ..errors import RecastTargetError
 from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
 from ..planning.heads import head_names, modules_by
+from ..validation import check_arguments, of_type
 from .base import Place, Request, TaskPart
 from .head_building import (
     Labels,
@@ -190,6 +191,7 @@ def split_logits(logits: Tensor) -> list[Tensor]:
     Returns:
         one tensor ``(..., classes)`` a sample, as wide as its task's classifier.
     """
+    check_arguments(of_type(Tensor), logits=logits)
     real = logits != -math.inf  # what overflowed, or is no number, is a logit
     real = real.flatten(1, -2).any(dim=1) if logits.ndim > 2 else real
     widths = (real * torch.arange(1, logits.shape[-1] + 1, device=logits.device)).amax(dim=-1)

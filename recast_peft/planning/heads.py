@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import RecastTargetError
 from ..holders import other_names, plain_modules, plain_place, unwrapped_module
 from ..names import plain_name, unwrapped
+from ..validation import check_arguments, optional, text
 
 _HEAD_FIRST = re.compile(
     r"^(head|heads|head_dist|classifier|cls_classifier|distillation_classifier|fc|score|lm_head|qa_outputs|logits|logits_proj"
@@ -72,6 +73,7 @@ def named_head(model: nn.Module, name: str | None) -> str | None:
     Raises:
         RecastTargetError: if the model does not have it, naming what it has.
     """
+    check_arguments(optional(text), head_module=name)
     if name is None or name in plain_modules(model):
         return name
     first = other_names(model).get(name)

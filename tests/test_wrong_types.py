@@ -1,0 +1,95 @@
+"""Values of another kind than a verb takes: each is told by what was given and what was expected, whatever verb it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import tiny_vit
+from torch import nn
+
+import recast_peft
+from recast_peft import AutoRecastModel, RecastConfigError
+from recast_peft.analysis import protocols, sequence
+
+NO_MODEL = {
+    "collapse_coefficient_sets": (),
+    "export_program": (torch.zeros(1),),
+    "export_task": ("task",),
+    "find_coefficient_lr": (torch.zeros(1),),
+    "fit_bank": (recast_peft.RecastConfig(),),
+    "fit_discriminant_head": ([],),
+    "fit_prototypes": ([],),
+    "get_recast_model": (),
+    "hotswap_adapter": ("folder", "task"),
+    "mimicry_report": (),
+    "plan_recast": (recast_peft.RecastConfig(),),
+    "random_bank": (),
+    "save_compressed_model": ("folder",),
+}
+NO_CONFIG = ("fit_bank", "get_recast_model", "plan_recast", "random_bank")
+
+
+def nothing(*args: object) -> None:
+    raise AssertionError("nothing is trained or measured")
+
+
+@pytest.mark.parametrize("given", [None, 3, "x", [], {}], ids=repr)
+@pytest.mark.parametrize("verb", NO_MODEL)
+def test_what_is_no_model(verb, given):
+    with pytest.raises(RecastConfigError, match=rf"\b{type(given).__name__}\b.*expected"):
+        getattr(recast_peft, verb)(given, *NO_MODEL[verb])
+
+
+def test_a_plain_model_has_no_task_to_exchange():
+    with pytest.raises(RecastConfigError, match="a TinyVit: expected one with RECAST tasks"):
+        recast_peft.hotswap_adapter(tiny_vit(), "folder", "task")
+
+
+@pytest.mark.parametrize("given", [3, "x", [], {}], ids=repr)
+@pytest.mark.parametrize("verb", NO_CONFIG)
+def test_what_is_no_config(verb, given):
+    with pytest.raises(RecastConfigError, match=rf"\b{type(given).__name__}\b.*a RecastConfig"):
+        getattr(recast_peft, verb)(tiny_vit(), config=given)
+
+
+@pytest.mark.parametrize("given", [None, 3, [], {}, ""], ids=repr)
+def test_what_is_no_name(given, tmp_path):
+    for name_it in (
+        lambda: AutoRecastModel.from_pretrained(tmp_path, adapter_name=given),
+        lambda: recast_peft.get_recast_model(tiny_vit(), adapter_name=given),
+        lambda: recast_peft.get_recast_model(tiny_vit()).load_adapter(tmp_path, given),
+    ):
+        with pytest.raises(RecastConfigError, match="adapter_name=.*expected a name"):
+            name_it()
+
+
+class TestSequences:
+    def test_what_learn_in_sequence_does_not_take(self):
+        tasks = {"first": 1}
+        for wrong in ({"model": "x"}, {"config": "x"}, {"config": {"first": 3}}, {"grow": "x"}):
+            given = {"model": tiny_vit(), "tasks": tasks, "train": nothing, "evaluate": nothing, **wrong}
+            with pytest.raises(RecastConfigError, match=rf"({next(iter(wrong))} is a|{next(iter(wrong))}=).*expected"):
+                sequence.learn_in_sequence(**given)
+        with pytest.raises(RecastConfigError, match="config is a str; a RecastConfig is expected"):
+            sequence.Growth(config="x")
+
+    def test_what_the_protocols_do_not_take(self):
+        data = torch.utils.data.TensorDataset(torch.zeros(2, 5, 8), torch.zeros(2, dtype=torch.long))
+        tasks = {"first": protocols.ClassTask([0, 1], data, data)}
+        with pytest.raises(RecastConfigError, match="config is a str; a RecastConfig is expected"):
+            protocols.learn_told(tiny_vit(), tasks, nothing, config="x")
+        with pytest.raises(RecastConfigError, match="model is a str; an nn.Module is expected"):
+            protocols.learn_told("x", tasks, nothing)
+        with pytest.raises(RecastConfigError, match=r"tasks\['first'\]=3: expected an instance of ClassTask"):
+            protocols.learn_told(tiny_vit(), {"first": 3}, nothing)
+        with pytest.raises(RecastConfigError, match="features='x': expected a function"):
+            protocols.learn_untold("x", tasks)
+        with pytest.raises(RecastConfigError, match="classifier=3: expected an instance of IncrementalClassifier"):
+            protocols.learn_untold(nn.Flatten(), tasks, classifier=3)
+
+
+def test_what_is_no_tensor_and_no_name_of_a_head():
+    with pytest.raises(RecastConfigError, match=r"logits=\[\]: expected an instance of Tensor"):
+        recast_peft.split_logits([])
+    with pytest.raises(RecastConfigError, match=r"head_module=\[\]: expected a text"):
+        recast_peft.readout_bank(tiny_vit(), torch.zeros(2, 5, 8), head_module=[])
