@@ -146,8 +146,6 @@ class TestSources:
             grow_bank(tiny_vit(), [lora(0), state], config())
         with pytest.raises(RecastConfigError, match="grow_bank: model is a str; an nn.Module is expected"):
             grow_bank("vit", [lora(0)], config())  # type: ignore[arg-type]
-        with pytest.raises(RecastConfigError, match="plain pretrained model"):
-            grow_bank(on(grown()), [lora(0)], config())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_small_moves_survive_a_model_in_half_precision(self, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -278,7 +276,11 @@ class TestSources:
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("adapted", [lambda: lora(1), lambda: lora(1).get_base_model()], ids=["peft model", "module"])
+@pytest.mark.parametrize(
+    "adapted",
+    [lambda: lora(1), lambda: lora(1).get_base_model(), lambda: on(grown())],
+    ids=["peft model", "module", "model with a task"],
+)
 def test_a_model_with_adapters_is_not_plain(adapted: Any, tmp_path: Path) -> None:
     lora(0).save_pretrained(tmp_path)
     model, bank = adapted(), grown()
