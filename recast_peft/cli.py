@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
@@ -280,11 +279,8 @@ def _merge(options: argparse.Namespace) -> None:
         raise RecastConfigError(f"--output {options.output} is {what}; nothing was written. Give a new folder.")
     model = AutoRecastModel.from_pretrained(options.task, backbone=options.backbone, **_hub_options(options))
     plain = model.merge_and_unload(safe_merge=True)
-    try:
-        with staged_folder(options.output) as folder:
-            _save(plain, folder)
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{options.output} could not be written: {error}. Nothing is left in it.") from error
+    with staged_folder(options.output) as folder:
+        _save(plain, folder)
     print(f"the merged model is in {options.output}")
 
 

@@ -255,18 +255,24 @@ def _check_keywords(given: Mapping[str, Any]) -> None:
 
 
 def _make_folders(folder: Path, target: Path, names: list[str]) -> None:
-    """A folder for every task; a file system may take two names for one, as "Cat" and "cat"."""
+    """A folder for every task; a file system may take two names for one, as "Cat" and "cat", and a link may lead to another."""
     present = os.listdir(target)
-    for name in names:
+    taken = {os.path.realpath(target): DEFAULT}
+    for name in (name for name in names if name != DEFAULT):  # that one lies in the folder itself
         place = target / name
-        if name != DEFAULT and os.path.lexists(place) and not (place.is_dir() and name in present):
+        other = taken.setdefault(os.path.realpath(place), name)
+        if other != name:
+            raise RecastConfigError(
+                f"task {name!r} cannot be saved to {place}: a link leads from there to the folder of task {other!r}. Take it "
+                "away, or save the task to a folder of its own."
+            )
+        if os.path.lexists(place) and not (place.is_dir() and name in present):
             raise RecastConfigError(
                 f"task {name!r} cannot be saved to {place}: a file lies there, or the folder of another task, whose name this "
                 "file system does not tell from it. Save it to a folder of its own."
             )
         try:
-            if name != DEFAULT:
-                (folder / name).mkdir()
+            (folder / name).mkdir()
         except FileExistsError as error:
             raise RecastConfigError(
                 f"task {name!r} would lie in the folder of another one, whose name this file system does not tell from it: "

@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows: files are still replaced in one step each, but writers do not take turns
@@ -31,6 +33,8 @@ PART = ".part"  # ending of what is not yet in its place
 SAVING = ".saving-"  # start of the names of folders that files are written to before they are moved
 ABANDONED_AFTER = 60.0  # seconds after which a file that no process holds a lock on belongs to a killed one
 ABANDONED_WITHOUT_LOCKS = 24 * 3600.0
+# what torch.save says where a disk is full or broken, in a RuntimeError
+_TORCH_CANNOT_WRITE = ("iostream error", "PytorchStreamWriter", "unexpected pos")
 
 
 # ---------------------------------------------------------------- one file
@@ -41,16 +45,21 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside ``path`` to write to; when the block ends well it takes the place of ``path`` in one step.
 
     The folder is made if it is missing. Where ``path`` is a link, what it points to is replaced.
+
+    Raises:
+        OSError: if it cannot be written, whichever library writes.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent, f".{target.name}.")
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex}{PART}"
     try:
-        with ExitStack() as stack:
+        with ExitStack() as stack, _errors_of_the_disk(target):
             file = stack.enter_context(open(beside, "xb"))
             _lock(file.fileno())  # says that this process is alive; safetensors writes by the name
             yield beside
+            if not _is_beside(target):
+                flush(beside)
             replace(beside, target)
         if not _is_beside(target):
             flush(target.parent)
@@ -91,7 +100,8 @@ def made_folder(path: str | os.PathLike) -> Path:
 def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Path]], None] | None = None) -> Iterator[Path]:
     """A folder to write to, whose files take their places in ``folder`` one by one when the block ends well.
 
-    Whatever fails in the block, or a kill, leaves ``folder`` as it was. Other files in ``folder`` stay.
+    Whatever fails in the block, or a kill, leaves ``folder`` as it was. Other files in ``folder`` stay. All files are on the
+    disk, and all places are looked at, before the first one is moved.
 
     Args:
         folder: made if it is missing.
@@ -100,6 +110,9 @@ def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Pa
 
     Yields:
         an empty folder of the same name, inside of ``folder``.
+
+    Raises:
+        OSError: if a file cannot be written or moved, whichever library writes.
     """
     target = made_folder(folder)
     _remove_abandoned(target, SAVING)
@@ -107,10 +120,14 @@ def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Pa
     inside = outer / (target.resolve().name or "root")  # cards name a task by its folder
     try:
         inside.mkdir(parents=True)
-        with locked(outer, wait=False):  # says that this process is alive
+        with locked(outer, wait=False), _errors_of_the_disk(target):  # the lock says that this process is alive
             yield inside
             files = sorted(path.relative_to(inside) for path in inside.rglob("*") if path.is_file())
+            for path in files:
+                flush(inside / path)  # where a full disk may tell of it only now
             with locked(target):
+                for path in files:
+                    _check_place(target / path)
                 (move or move_files)(inside, target, files)
     finally:
         shutil.rmtree(outer, ignore_errors=True)
@@ -125,13 +142,11 @@ def move_files(source: Path, target: Path, files: Sequence[Path]) -> None:
 
 
 def replace(new: Path, old: Path) -> None:
-    """Put a file in the place of another one in one step; where that is a link, what it points to is replaced."""
+    """Put a file that is on the disk in the place of another one in one step; a link's is that which it points to."""
     place = Path(os.path.realpath(old))
     place.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
         os.chmod(new, place.stat().st_mode & 0o7777)  # as the one that it replaces
-    if not _is_beside(place):
-        flush(new)
     try:
         os.replace(new, place)
     except OSError as error:
@@ -140,6 +155,21 @@ def replace(new: Path, old: Path) -> None:
         with staged(place) as beside:  # a link leads to another disk
             shutil.copyfile(new, beside)
         new.unlink()
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a place that a file cannot be moved to (``OSError``)."""
+    place = Path(os.path.realpath(path))
+    folder = next(parent for parent in place.parents if os.path.lexists(parent))
+    if place.is_dir():
+        code, where = errno.EISDIR, place
+    elif not folder.is_dir():
+        code, where = errno.ENOTDIR, folder
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        code, where = errno.EACCES, folder
+    else:
+        return
+    raise OSError(code, os.strerror(code), os.fspath(where))
 
 
 @contextmanager
@@ -185,6 +215,17 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _errors_of_the_disk(path: Path) -> Iterator[None]:
+    """A block that writes for ``path``, in which a full or broken disk is an ``OSError`` whichever library writes."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(said in str(error) for said in _TORCH_CANNOT_WRITE):
+            raise
+        raise OSError(f"{path} could not be written: {error}. What was there before is as it was.") from error
 
 
 def _is_beside(path: Path) -> bool:

@@ -92,17 +92,20 @@ def staged_pairs(folder: str | os.PathLike, pairs: Mapping[str, str]) -> Iterato
     """
 
     def move(source: Path, target: Path, files: list[Path]) -> None:
-        for path in [path for path in files if path.name in pairs]:
-            companion = path.with_name(pairs[path.name])
-            if companion not in files:
-                continue
-            seal(source / path, source / companion)
+        for path, companion in _pairs_in(source, pairs):
             replace_pair(source / path, target / path, source / companion, target / companion)
             files = [other for other in files if other not in (path, companion)]
         move_files(source, target, files)
 
     with staged_folder(folder, move) as inside:
         yield inside
+        for path, companion in _pairs_in(inside, pairs):
+            seal(inside / path, inside / companion)
+
+
+def _pairs_in(folder: Path, pairs: Mapping[str, str]) -> list[tuple[Path, Path]]:
+    found = [(file, file.with_name(pairs[file.name])) for file in sorted(folder.rglob("*")) if file.name in pairs]
+    return [(a.relative_to(folder), b.relative_to(folder)) for a, b in found if a.is_file() and b.is_file()]
 
 
 def seal(file: Path, companion: Path, texts: Mapping[str, str] | None = None) -> None:

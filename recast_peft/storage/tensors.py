@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,11 +73,8 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
     texts = {"format": "pt", **(metadata or {}), CHECKSUM: checksum(plain)}
     texts[TEXTS_CHECKSUM] = _texts_checksum(texts)
     with staged(path) as beside:
-        try:
-            save_file(plain, beside, metadata=texts)
-            _sort_metadata(beside)
-        except SafetensorError as error:  # a full disk
-            raise OSError(f"{os.fspath(path)} could not be written: {error}. What was there before is as it was.") from error
+        save_file(plain, beside, metadata=texts)
+        _sort_metadata(beside)
 
 
 def _sort_metadata(path: Path) -> None:

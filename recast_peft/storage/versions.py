@@ -9,11 +9,12 @@ is in its place.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import RecastConfigError
@@ -59,13 +60,8 @@ def keeping_version(path: str | os.PathLike, keep: int) -> Iterator[None]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.parent):
-        kept = _keep(target)
-        try:
+        with _kept(target):
             yield
-        except BaseException:
-            if kept is not None:
-                kept.unlink(missing_ok=True)
-            raise
         for old in versions(target)[:-keep]:
             (_folder(target) / str(old)).unlink(missing_ok=True)
 
@@ -90,10 +86,23 @@ def roll_back(path: str | os.PathLike, version: int | None = None) -> int:
     with locked(target.parent):
         number = known[-1] if version is None else version
         chosen = version_path(target, number)
-        _keep(target)
-        replace(chosen, target)
+        with _kept(target):
+            replace(chosen, target)
         flush(target.parent)
     return number
+
+
+@contextmanager
+def _kept(target: Path) -> Iterator[None]:
+    """A block that replaces the present file, which becomes a version; it does not if the block fails before."""
+    kept = _keep(target)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if kept is not None and filecmp.cmp(kept, target, shallow=False):
+                kept.unlink()
+        raise
 
 
 def _keep(target: Path) -> Path | None:

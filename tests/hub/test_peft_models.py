@@ -211,6 +211,20 @@ def test_tasks_do_not_take_each_others_folder_where_names_differ_in_case_alone(
     assert not [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
 
 
+@pytest.mark.parametrize("leads_to", ["first", "."])
+def test_tasks_whose_folders_a_link_makes_one_are_not_saved_over_each_other(leads_to: str, tmp_path: Path) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"]), "first")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "second").symlink_to(leads_to)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    randomise(model)
+    for name in ("second", "default"):
+        model.add_adapter(name, RecastConfig(target_modules=["qkv"]))
+    with pytest.raises(RecastConfigError, match="task 'second' .*a link leads from there to the folder of task"):
+        model.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("lies_there", ["a file", "another task"])
 def test_no_task_is_saved_where_one_of_them_cannot_be(lies_there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_recast_model(tiny_vit(), CONFIG)

@@ -7,9 +7,11 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import converted
+from safetensors import SafetensorError
 
 from recast_peft.storage import atomic
 from recast_peft.storage.atomic import locked, staged, staged_folder, write_text
@@ -84,6 +86,48 @@ def test_what_takes_its_place_is_on_the_disk_before(tmp_path: Path, monkeypatch:
         last = max(i for i, event in enumerate(events) if event == ("moved", own))
         assert ("flushed", own) in events[:last]
         assert ("flushed", folder) in events[last:]  # the new entry of the folder too
+
+
+@pytest.mark.parametrize("fails", ["flush", "folder in the place", "file in the place of a folder", "not writable"])
+def test_no_file_is_moved_where_one_cannot_be(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    write_text(folder / "a.txt", "old")
+    if fails == "folder in the place":
+        (folder / "b" / "b.txt").mkdir()
+    if fails == "file in the place of a folder":
+        (folder / "b").rmdir()
+        write_text(folder / "b", "old")
+    fsync, access = os.fsync, os.access
+
+    def full(handle: int) -> None:  # network file systems and quotas tell of a full disk here
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("b.txt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        if fails == "flush":
+            if not Path("/proc/self/fd").is_dir():
+                pytest.skip("the system does not tell which file is flushed")
+            patch.setattr(os, "fsync", full)
+        if fails == "not writable":  # the tests may run as a user who may write everywhere
+            patch.setattr(os, "access", lambda path, mode: Path(path).name != "b" and access(path, mode))
+        with pytest.raises(OSError), staged_folder(folder) as inside:
+            (inside / "b").mkdir()
+            for file in ("a.txt", "b/b.txt"):
+                (inside / file).write_text("new")
+    assert (folder / "a.txt").read_text() == "old"
+    assert names(folder) == [file for file in ("a.txt", "b") if (folder / file).is_file()]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: full"), RuntimeError("basic_ios::clear: iostream error")])
+@pytest.mark.parametrize("block", [staged, staged_folder])
+def test_a_full_disk_is_the_same_error_whichever_library_writes(block: Any, error: Exception, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="out could not be written: .*What was there before is as it was"),
+        block(tmp_path / "out"),
+    ):
+        raise error
 
 
 def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:

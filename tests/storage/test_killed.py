@@ -220,6 +220,22 @@ def test_a_full_disk_leaves_the_old_one(name: str, tmp_path: Path) -> None:
     assert kind.read(tmp_path / "out") == {2}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sizes of files are limited by the operating system's own means")
+@pytest.mark.parametrize("safe_serialization", [True, False])
+def test_a_full_disk_is_an_error_of_the_system_in_either_format(safe_serialization: bool, tmp_path: Path) -> None:
+    import resource
+
+    model = get_recast_model(tiny_vit(), RecastConfig(**QKV, num_classes=1000))  # 36,000 bytes, more than the card
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        with pytest.raises(OSError, match="could not be written"):
+            model.save_pretrained(str(tmp_path), safe_serialization=safe_serialization)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(os.name == "nt", reason="processes are killed by signals")
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "upload"])  # a folder has one store
 def test_two_writers_do_not_mix(name: str, tmp_path: Path) -> None:

@@ -69,6 +69,30 @@ def test_what_fails_becomes_no_version(file: Path) -> None:
         roll_back(file)
 
 
+def test_going_back_that_fails_becomes_no_version(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(file, "a")
+    write(file, "b")
+
+    def refuse(*args: object) -> None:
+        raise OSError
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", refuse)
+        roll_back(file)
+    assert versions(file) == [1]  # else the next one would go back to what is there
+    assert file.read_text() == "b"
+    roll_back(file)
+    assert file.read_text() == "a"
+
+
+def test_what_is_interrupted_once_the_new_file_is_there_keeps_the_former(file: Path) -> None:
+    write(file, "a")
+    with pytest.raises(KeyboardInterrupt), keeping_version(file, 3):
+        write_text(file, "b")
+        raise KeyboardInterrupt  # while the folder is brought to the disk
+    assert (file.read_text(), version_path(file, 1).read_text()) == ("b", "a")
+
+
 def test_a_version_does_not_change_with_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(file, "a")
     write(file, "b")
