@@ -61,15 +61,19 @@ def get_recast_model(
     check_is_module(model)
     check_adapter_name(adapter_name)
     check_not_wrapped(model, bool(modules_of(model, RecastLayer)))
+    _check_task_type(model, config)
+    with any_name():
+        made = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs)
+    return with_task_verbs(made)
+
+
+def _check_task_type(model: nn.Module, config: RecastConfig) -> None:
     needed = NEEDED_BY_TASK_TYPE.get(str(config.task_type))
     if needed is not None and not hasattr(model, needed):
         raise RecastConfigError(
             f"task_type={str(config.task_type)!r} is for models of transformers with {needed!r}, which {type(model).__name__} "
             "has not: leave task_type out"
         )
-    with any_name():
-        made = get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs)
-    return with_task_verbs(made)
 
 
 def with_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PeftModel:
@@ -145,6 +149,7 @@ class AutoRecastModel:
             config = RecastConfig.from_pretrained(folder)
         _fetch_banks(config, folder, hub)
         model, missing = build_backbone(config.backbone, backbone, **hub)
+        _check_task_type(model, config)
         uncovered = _uncovered(missing, folder)
         try:
             result = PeftModel.from_pretrained(

@@ -250,7 +250,7 @@ class RecastConfig(PeftConfig):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         with TemporaryDirectory() as folder:
             super().save_pretrained(folder, **kwargs)
-            write_fields(save_directory, json.loads(Path(folder, CONFIG_NAME).read_text()))
+            write_fields(save_directory, _readable(folder))
         for hook in AFTER_SAVING:
             hook(save_directory)
 
@@ -291,6 +291,24 @@ class RecastConfig(PeftConfig):
         for name, value in fields.items():
             setattr(chosen, name, value)
         return chosen
+
+
+def _readable(folder: str) -> dict[str, Any]:
+    """The fields that a config was written with, which can be read again: some may have been set since the task was made.
+
+    Raises:
+        RecastConfigError: naming the field.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were said when it was made
+            RecastConfig.from_pretrained(folder)
+    except RecastConfigError as error:
+        raise RecastConfigError(
+            f"{error}\nThe task's config was changed since it was made (model.peft_config[name]) and could not be read again. "
+            "Nothing of it was written: put back what it was."
+        ) from error
+    return json.loads(Path(folder, CONFIG_NAME).read_text())
 
 
 def _check_spelling(given: Mapping[str, Any]) -> None:

@@ -391,3 +391,14 @@ def test_a_task_type_that_the_model_is_not_made_for_is_refused_before_anything_c
     with pytest.raises(RecastConfigError, match=f"task_type='{task_type}' is for models of transformers with '{needed}'"):
         get_recast_model(model, RecastConfig(task_type=task_type))
     assert state(model) == before
+
+
+def test_a_file_with_the_task_type_of_other_models_is_refused_likewise(tmp_path: Path) -> None:
+    get_recast_model(tiny_vit(), RecastConfig()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"task_type": null', '"task_type": "CAUSAL_LM"'))
+    model = tiny_vit()
+    before = state(model)
+    with pytest.raises(RecastConfigError, match="task_type='CAUSAL_LM' is for models of transformers"):
+        AutoRecastModel.from_pretrained(tmp_path, backbone=model)
+    assert state(model) == before

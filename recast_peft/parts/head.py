@@ -90,6 +90,10 @@ class TaskHead(TaskModule):
         self._active_adapter = [slot]
         self._write_labels()
 
+    def num_classes(self, adapter_name: str) -> int | None:
+        """Of how many classes a task's head was made; None if it is one of ``modules_to_save``, and the model does not say."""
+        return self._labels.get(adapter_name, self._base_labels).num_classes
+
     def prepared(self, name: str, adapter_name: str) -> PreparedHead:
         """A copy of a task's head, to be put elsewhere."""
         module = copy.deepcopy(self.modules_to_save[adapter_name]).requires_grad_(False)
@@ -242,7 +246,7 @@ class HeadPart(TaskPart):
         """None beside those of ``TaskHead``; a head that was replaced since, or is trained and no task's, is refused.
 
         Raises:
-            RecastTargetError: if the task's head is no longer in the model, or the model's own is trained.
+            RecastTargetError: if the task's head is no longer in the model or not of its config, or the model's own is trained.
         """
         if config.num_classes is not None and not task_heads(model, adapter_name):
             raise RecastTargetError(
@@ -251,6 +255,13 @@ class HeadPart(TaskPart):
                 "would not be saved. Change the head before the model is converted, or add a task with the head that you want: "
                 "add_adapter(name, RecastConfig(num_classes=...))."
             )
+        for head in task_heads(model, adapter_name):
+            found = head.num_classes(adapter_name)
+            if None not in (found, config.num_classes) and found != config.num_classes:
+                raise RecastTargetError(
+                    f"the config of task {adapter_name!r} was changed since it was made\n"
+                    f"  its num_classes: {config.num_classes}\n  of its head:     {found}\nPut back what it was, or add a task: add_adapter(name, RecastConfig(...))."
+                )
         name = _head_trained_outside_tasks(model)
         if name is not None:
             raise RecastTargetError(

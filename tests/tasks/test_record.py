@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import outputs, randomise, tiny_vit, vit_input
+from models import converted, outputs, randomise, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
-from recast_peft import RecastBankError, RecastBaseMismatchError, RecastConfig, RecastConfigError, TaskPool, get_recast_model
+from recast_peft import (
+    AutoRecastModel,
+    RecastBankError,
+    RecastBaseMismatchError,
+    RecastConfig,
+    RecastConfigError,
+    RecastError,
+    TaskPool,
+    get_recast_model,
+)
 from recast_peft.options.record import DECIDED, TaskRecord
 
 
@@ -192,3 +201,27 @@ class TestAfterAStateDictOfAnotherBase:
             model.save_pretrained(tmp_path)
         with pytest.raises(RecastBankError, match="came with a state dict"):
             model.add_adapter("second", RecastConfig(**config))
+
+
+class TestAConfigThatWasChangedSince:
+    @pytest.mark.parametrize(
+        ("field", "value", "said"),
+        [
+            ("head_dtype", "int8", "head_dtype='int8'"),
+            ("mimicry", "guess", "mimicry='guess'"),
+            ("id2label", {0: "one"}, "id2label must name every class"),
+            ("num_classes", 7, r"its num_classes: 7\s+of its head:     3"),
+        ],
+    )
+    def test_is_not_written_where_it_could_not_be_read(self, field, value, said, tmp_path):
+        model = converted(num_classes=3)
+        randomise(model)
+        kept = getattr(model.peft_config["default"], field)
+        setattr(model.peft_config["default"], field, value)
+        with pytest.raises(RecastError, match=rf"(?s){said}.*[Pp]ut back what it was"):
+            model.save_pretrained(tmp_path / "task")
+        assert not list(tmp_path.rglob("*.*"))
+        setattr(model.peft_config["default"], field, kept)
+        model.save_pretrained(tmp_path / "task")
+        loaded = AutoRecastModel.from_pretrained(tmp_path / "task", backbone=tiny_vit())
+        assert torch.equal(loaded(vit_input()), model(vit_input()))
