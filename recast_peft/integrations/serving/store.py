@@ -26,7 +26,7 @@ from ...hub.peft_models import DEFAULT
 from ...names import check_adapter_name
 from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
-from ...storage.atomic import locked, made_folder
+from ...storage.atomic import flush, locked, made_folder, write_bytes
 from ...storage.versions import VERSIONS, next_version, versions
 from ...validation import check_arguments, listed, number_above, whole
 
@@ -152,8 +152,8 @@ class TaskStore:
         """Take a task in from the bytes of a zip file with its config and its tensors; the former becomes a version.
 
         Raises:
-            RecastConfigError: if the name is none of a folder, or a file has it, or a task has one that the file system does
-                not tell from it.
+            RecastConfigError: if the name is none of a folder, a file or a link has it, or a task has one that the file system
+                does not tell from it.
             RecastLoadError: if the bytes are no such file, or one of several tasks.
             RecastError: whatever is wrong with the task; the former stays in service.
         """
@@ -167,7 +167,7 @@ class TaskStore:
             try:
                 task.mkdir(parents=True)
                 for file, data in files.items():
-                    (task / file).write_bytes(data)
+                    write_bytes(task / file, data)
                 self._exchange(name, task, self._read(name, task))
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
@@ -176,7 +176,7 @@ class TaskStore:
         """Take a task out of service; it stays as a version that can be rolled back to.
 
         Raises:
-            RecastConfigError: if there is no such task.
+            RecastConfigError: if there is no such task, or it is a link.
         """
         with self._lock, locked(self.folder):
             _check_plain(name)
@@ -205,7 +205,7 @@ class TaskStore:
             the number of the version that is in service now.
 
         Raises:
-            RecastConfigError: if there is none.
+            RecastConfigError: if there is none, or the task is a link.
         """
         with self._lock, locked(self.folder):
             self._holds(name)
@@ -234,6 +234,7 @@ class TaskStore:
         former = self._retire(name) if place.is_dir() else None
         try:
             os.replace(new, place)
+            flush(self.folder)
             self._put(name, read)
         except BaseException:
             if not new.exists():
@@ -258,7 +259,12 @@ class TaskStore:
                 shutil.rmtree(staged.parent, ignore_errors=True)
 
     def _holds(self, name: str) -> bool:
-        """Whether the folder has an entry of this name, and not of one that the file system takes for the same."""
+        """Whether the folder has an entry of this name that is no link, and not of one that the file system takes for it."""
+        if os.path.islink(self.folder / name):
+            raise RecastConfigError(
+                f"name={name!r}: the task in {self.folder} is a link, of which no version can be kept. Let it lead to another "
+                "folder, or take it away: the store follows."
+            )
         if not os.path.exists(self.folder / name):
             return False
         if name not in os.listdir(self.folder):

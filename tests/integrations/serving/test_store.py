@@ -187,6 +187,40 @@ class TestStore:
             == ["cars", "cats", "dogs"]
         )
 
+    @pytest.mark.parametrize("target", ["../elsewhere", "nowhere"])
+    def test_a_task_that_is_a_link_is_changed_where_it_lies(self, store, saved, image, target):
+        """A version of it would be a link that leads nowhere, or to what somebody else changes."""
+        elsewhere, link = store.folder.parent / "elsewhere", store.folder / "cats"
+        link.rename(elsewhere)
+        link.symlink_to(target, target_is_directory=True)
+        before = alone(store.pool, "cats", image)
+        for verb in (store.remove, store.rollback, lambda name: store.upload(name, packed(saved / "second" / "cats"))):
+            with pytest.raises(RecastConfigError, match="'cats': the task in .* is a link"):
+                verb("cats")
+        assert link.is_symlink()
+        assert store.versions("cats") == []
+        assert torch.equal(alone(store.pool, "cats", image), before)
+
+    def test_an_upload_is_on_the_disk_before_it_takes_the_place(self, store, saved, monkeypatch):
+        flushed, moved = [], []
+        fsync, move = os.fsync, os.replace
+
+        def flushes(handle):
+            flushed.append(os.fstat(handle).st_ino)
+            fsync(handle)
+
+        def moves(old, new):
+            if new == store.folder / "cats":
+                moved.extend(flushed)
+            move(old, new)
+
+        monkeypatch.setattr(os, "fsync", flushes)
+        monkeypatch.setattr(os, "replace", moves)
+        store.upload("cats", packed(saved / "second" / "cats"))
+        files = [store.folder / "cats" / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        assert {file.stat().st_ino for file in files} <= {*moved}
+        assert store.folder.stat().st_ino in flushed[len(moved) :]
+
     def test_what_the_pool_does_not_take_is_not_left_in_the_folder(self, store, saved, image, monkeypatch):
         def fail(*args, **kwargs):
             raise MemoryError
