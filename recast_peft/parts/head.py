@@ -260,7 +260,9 @@ class HeadPart(TaskPart):
             if None not in (found, config.num_classes) and found != config.num_classes:
                 raise RecastTargetError(
                     f"the config of task {adapter_name!r} was changed since it was made\n"
-                    f"  its num_classes: {config.num_classes}\n  of its head:     {found}\nPut back what it was, or add a task: add_adapter(name, RecastConfig(...))."
+                    f"  its num_classes: {config.num_classes}\n"
+                    f"  of its head:     {found}\n"
+                    "Put back what it was, or add a task: add_adapter(name, RecastConfig(...))."
                 )
         name = _head_trained_outside_tasks(model)
         if name is not None:
