@@ -16,7 +16,6 @@ from urllib.parse import unquote
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..config import RecastConfig
-from ..errors import RecastLoadError
 from ..names import role_of
 from ..options.record import hub_repository
 from ..storage.cards import (
@@ -125,7 +124,7 @@ def write_repository_card(
     license: str | None = None,
     lies: Callable[[str], bool] | None = None,
 ) -> str:
-    """Write the cards of a folder that holds several tasks, one in each subfolder (and one in the folder itself, perhaps).
+    """Write the cards of a folder of tasks, one in each subfolder, in the folder itself, or both.
 
     Args:
         folder: a folder as ``PeftModel.save_pretrained`` writes it.
@@ -136,9 +135,6 @@ def write_repository_card(
 
     Returns:
         the path of the folder's own card.
-
-    Raises:
-        RecastLoadError: if there is no task in the folder.
     """
     folder = Path(folder)
     inside = tasks_inside(folder) if subfolders is None else list(subfolders)
@@ -149,8 +145,6 @@ def write_repository_card(
     card, has_own = folder / CARD_NAME, (folder / CONFIG_NAME).is_file()
     if has_own:
         write_model_card(folder, repo_id=repo_id, license=license)
-    elif not inside:
-        raise RecastLoadError(f"{folder} holds no task: there is no {CONFIG_NAME} in it or in its subfolders")
     kept = _listed(card, lambda subfolder: lies is not None and lies(f"{subfolder}/{CONFIG_NAME}"))
     rows = {**kept, **{subfolder: _row(folder, subfolder) for subfolder in inside}}
     if not rows:
