@@ -20,7 +20,8 @@ from ..tasks.state import backbone_of
 from ..validation import check_is_peft_model, check_is_task
 
 # what two tasks have to have in common
-_ALIKE = ("groups", "recipes", "num_directions", "num_coefficient_sets", "coefficient_sharing", "bias", "partners", "lora_config")
+_SIZES = ("num_directions", "num_coefficient_sets", "coefficient_sharing")
+_ALIKE = ("groups", "recipes", *_SIZES, "bias", "partners", "lora_config")
 # of a LoRA part and of partners: what decides how their numbers act
 _OF_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 _NOT_OF_PARTNERS = ("target_modules", "dropout", "bank")
