@@ -26,7 +26,7 @@ from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
-from .validation import did_you_mean, shown
+from .validation import check_is_device, did_you_mean, shown
 
 DEFAULT_GROUP_SIZE = 2
 
@@ -196,7 +196,7 @@ class RecastConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> RecastConfig:
         """Read the config of a saved task from a folder or a repository on the Hub; its record says where it came from."""
         hub_kwargs, _, others = cls._split_kwargs(kwargs)
-        _check_spelling(others)
+        _check_keywords(others)
         try:
             config: RecastConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, KeyError, AttributeError) as error:  # PEFT looks for its own keys first
@@ -311,8 +311,12 @@ def _readable(folder: str) -> dict[str, Any]:
     return json.loads(Path(folder, CONFIG_NAME).read_text())
 
 
-def _check_spelling(given: Mapping[str, Any]) -> None:
-    """Refuse what is nearly a keyword of ``PeftModel.from_pretrained``, which passes on those that it does not know."""
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    """Refuse what is nearly a keyword of ``PeftModel.from_pretrained``, which passes on those that it does not know.
+
+    And a device that is not here, which PEFT asks for when the model is converted already.
+    """
+    check_is_device(given.get("torch_device"))
     known = signature(PeftModel.from_pretrained).parameters
     for name in given.keys() - known.keys():
         hint = did_you_mean(name, known)

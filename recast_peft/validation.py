@@ -135,6 +135,16 @@ def check_is_module(model: Any) -> None:
         raise RecastConfigError(f"model is a {type(model).__name__}; an nn.Module is expected")
 
 
+def check_is_device(torch_device: Any) -> None:
+    """Refuse a device that this machine does not have, or that holds no numbers; None is any (``RecastConfigError``)."""
+    try:
+        if torch_device is not None and torch.empty(0, device=torch_device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has a kind for each reason
+        said = str(error).partition("\n")[0]
+        raise RecastConfigError(f"torch_device={shown(torch_device)}: expected a device that is here ({said})") from error
+
+
 def check_is_no_folder(path: Any, example: str) -> None:
     """Refuse a folder where the name of a file is meant (``RecastConfigError``)."""
     if Path(path).is_dir():

@@ -32,7 +32,7 @@ from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
-from ..validation import checked_names, did_you_mean, shown
+from ..validation import check_is_device, checked_names, did_you_mean, shown
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
 from .task_files import has_task_numbers
@@ -128,6 +128,7 @@ class TaskModel:
         """
         check_adapter_name(adapter_name)
         _check_keywords(self._split_kwargs(kwargs)[1])  # type: ignore[attr-defined]
+        check_is_device(kwargs.get("torch_device"))
         if is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         elif os.path.isdir(model_id):

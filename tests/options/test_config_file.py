@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import tiny_vit
+from models import converted, tiny_vit
 from peft import LoraConfig, PeftConfig, PeftModel
 
 from recast_peft import RecastConfig, RecastConfigError, RecastError
@@ -141,3 +141,17 @@ def test_a_misspelt_keyword_of_a_model_is_told(keyword: str) -> None:
     with pytest.raises(RecastConfigError, match=rf"{keyword}=True\): there is no such argument; did you mean"):
         PeftModel.from_pretrained(tiny_vit(), FIXTURES / "plain", **{keyword: True})
     RecastConfig.from_pretrained(FIXTURES / "plain", torch_dtype=torch.float32)  # PEFT passes on whatever it was given
+
+
+@pytest.mark.parametrize("device", ["gpux", "meta", "cuda:99", 99, 1.5])
+def test_a_device_that_is_not_here_is_told_before_a_model_is_converted(device: Any, tmp_path: Path) -> None:
+    converted().save_pretrained(tmp_path)
+    model = tiny_vit()
+    names = [*model.state_dict()]
+    with pytest.raises(RecastConfigError, match=f"torch_device='?{device}'?: expected a device that is here"):
+        PeftModel.from_pretrained(model, tmp_path, torch_device=device)
+    assert [*model.state_dict()] == names
+    loaded = PeftModel.from_pretrained(model, tmp_path, torch_device="cpu")
+    with pytest.raises(RecastConfigError, match="torch_device="):
+        loaded.load_adapter(tmp_path, "second", torch_device=device)
+    assert [*loaded.peft_config] == ["default"]
