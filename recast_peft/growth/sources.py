@@ -165,6 +165,7 @@ def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options
     """
     options["ignore_mismatched_sizes"] = True
     devices = range(torch.cuda.device_count())
+    lacking: list[str] = []
     with (
         warnings.catch_warnings(record=True) as caught,
         torch.random.fork_rng(devices),
@@ -176,10 +177,12 @@ def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options
         prefix = getattr(model.base_model, "prefix", None)
         if prefix is not None and not isinstance(model.peft_config.get(adapter_name), RecastConfig):
             # of a fresh model once more: what from_pretrained left out it does not say
-            unexpected = model.load_adapter(name, adapter_name, **options).unexpected_keys
-            left_out = [key for key in unexpected if f".{prefix}" in key]
+            result = model.load_adapter(name, adapter_name, **options)
+            left_out = [key for key in result.unexpected_keys if f".{prefix}" in key]
             if left_out:
                 raise RecastBankError(f"the source {name!r} does not fit the model, which has no place for {left_out[0]}")
+            # of a LoRA; other methods make some of their tensors again
+            lacking = [key for key in result.missing_keys if prefix == "lora_" and f".{prefix}" in key]
     for warning in caught:
         lines = str(warning.message).splitlines()
         misshaped = [line for line in lines if "found shape" in line]
@@ -187,8 +190,10 @@ def loaded(model: nn.Module, name: str, adapter_name: str = "default", **options
         wrong = [line for line in misshaped if ".modules_to_save." not in line]
         if wrong:
             raise RecastBankError(f"the source {name!r} does not fit the model: {wrong[0]}")
-        if not misshaped:
+        if not misshaped and not lacking:
             warnings.warn(warning.message, stacklevel=2)
+    if lacking:
+        raise RecastBankError(f"the source {name!r} lacks {lacking[0]}: it is damaged, or made for another model")
     return model
 
 

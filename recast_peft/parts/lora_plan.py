@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -185,12 +185,13 @@ def rank_and_alpha(lora: Any, module_name: str) -> tuple[int, float]:
 
 
 def _shapes_of(target: Candidate, lora: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of what PEFT would make for a module, from a layer made on the meta device."""
+    """Shapes of what PEFT would make for a module, from a layer made on the meta device; where it makes none, an error."""
     name = "task"
     rank, alpha = rank_and_alpha(lora, target.name)
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # they come again when the layer is made
+            LoraModel._check_target_module_compatiblity(cast(Any, None), lora, target.path[0][1], target.slot)
             layer = LoraModel._create_new_module(
                 lora, name, _stand_in(target), device_map=None, r=rank, lora_alpha=alpha, target_name=target.name
             )

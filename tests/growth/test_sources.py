@@ -13,7 +13,7 @@ from grown_weights import TARGETS, config, grown, lora, on
 from llamas import llama
 from models import TinyVit, layers_of, move, randomise, seeded, tiny_vit
 from peft import IA3Config, LoHaConfig, LoraConfig, PolyConfig, get_peft_model, inject_adapter_in_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recast_peft import (
@@ -106,6 +106,19 @@ class TestSources:
         plain = nn.ModuleDict({"fc1": nn.Linear(7, 5)})
         with pytest.raises(RecastBankError, match="does not fit the model"):
             grow_bank(plain, [tmp_path], RecastConfig(target_modules=["fc1"], group_size=1))
+
+    @pytest.mark.parametrize("missing", ["lora_A", "lora_B", "blocks.1.attn.qkv.lora_A", ""])
+    def test_a_lora_of_which_a_part_is_missing_is_refused(self, missing: str, tmp_path: Path) -> None:
+        lora(0).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        kept = {key: tensor for key, tensor in load_file(file).items() if missing not in key}
+        save_file(kept or {"nothing": torch.zeros(1)}, file)
+        for make in (
+            lambda: grow_bank(tiny_vit(), [tmp_path], config()),
+            lambda: compress_adapters(tiny_vit(), [tmp_path], num_templates=1),
+        ):
+            with pytest.raises(RecastBankError, match=rf"lacks .*{missing or 'lora_'}"):
+                make()
 
     def test_an_adapter_for_more_layers_is_refused(self, tmp_path: Path) -> None:
         for name, depth in (("right", 1), ("wrong", 2)):

@@ -10,6 +10,7 @@ from lora_parts import fill, lora, lora_parameters
 from models import KINDS, Repeated, layers_of, seeded, tiny_vit
 from peft import PeftModel
 from timm.models.resnet import BasicBlock, ResNet
+from transformers import MambaConfig, MambaForCausalLM
 
 from recast_peft import RecastConfig, RecastTargetError, get_recast_model, plan_recast
 from recast_peft.parts.lora_strength import part_layers
@@ -93,6 +94,14 @@ class TestVariants:
         with pytest.raises(RecastTargetError, match=message):
             get_recast_model(model, RecastConfig(target_modules=targets, lora_config=lora()))
         assert list(model.state_dict()) == before
+
+    @pytest.mark.parametrize("verb", [plan_recast, get_recast_model])
+    def test_modules_of_mamba_that_peft_refuses(self, verb):
+        sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16, "state_size": 4, "num_hidden_layers": 2}
+        model = seeded(lambda: MambaForCausalLM(MambaConfig(**sizes)))
+        with pytest.raises(RecastTargetError, match=r"(?s)layers\.0\.mixer\.out_proj.*Mamba.*exclude_modules"):
+            verb(model, RecastConfig(target_modules=["in_proj"], lora_config=lora(target_modules=["out_proj"])))
+        verb(model, RecastConfig(target_modules=["in_proj"], lora_config=lora(target_modules=["in_proj"])))
 
 
 class TestPlan:
