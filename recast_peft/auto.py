@@ -6,7 +6,8 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,10 @@ class AutoRecastModel:
         _check_task_type(model, config)
         uncovered = _uncovered(missing, folder)
         try:
-            result = PeftModel.from_pretrained(
-                model, folder, adapter_name=adapter_name, config=config, is_trainable=is_trainable, key_mapping={}, **kwargs
-            )
+            with _left_where_it_is(model):
+                result = PeftModel.from_pretrained(
+                    model, folder, adapter_name=adapter_name, config=config, is_trainable=is_trainable, key_mapping={}, **kwargs
+                )
         except RecastBaseMismatchError as error:
             raise RecastBaseMismatchError(f"{error}\n{_why_other_weights(config, backbone)}") from error
         if uncovered:
@@ -165,6 +167,17 @@ class AutoRecastModel:
                 stacklevel=2,
             )
         return result
+
+
+@contextmanager
+def _left_where_it_is(model: nn.Module) -> Iterator[None]:
+    """A block in which PEFT does not spread an offloaded model anew: it loses what lies on disk, and a task needs no move."""
+    spread = vars(model).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if spread is not None:
+            model.hf_device_map = spread
 
 
 def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None:

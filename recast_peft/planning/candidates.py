@@ -278,7 +278,9 @@ def check_materialised(targets: list[Candidate]) -> None:
     if empty:
         raise RecastTargetError(
             f"{len(empty)} target modules are on the meta device and hold no numbers ({', '.join(empty[:3])}, ...): "
-            "load the pretrained weights before the model is converted (low_cpu_mem_usage is for the adapter alone)."
+            "load the pretrained weights before the model is converted (low_cpu_mem_usage is for the adapter alone). "
+            "PeftModel.from_pretrained takes a model apart that device_map has put on disk: load that model again, and give it "
+            "to AutoRecastModel.from_pretrained(task, backbone=model)."
         )
 
 

@@ -15,8 +15,17 @@ from models import converted as vit
 from models import layers_of, move, randomise, tiny_vit, vit_input
 from peft import PeftModel
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from recast_peft import AdaptFormerConfig, RecastBankError, RecastConfig, get_recast_model, random_bank
+from recast_peft import (
+    AdaptFormerConfig,
+    AutoRecastModel,
+    RecastBankError,
+    RecastConfig,
+    RecastTargetError,
+    get_recast_model,
+    random_bank,
+)
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -205,3 +214,32 @@ def test_trained_norms_are_taken_out(offload: Callable[[nn.Module], None]) -> No
     model = vit(train_norms=True, num_classes=3)
     offload(model.get_base_model())
     assert torch.equal(model.unload()(vit_input()), tiny_vit()(vit_input()))
+
+
+def test_a_task_is_loaded_on_a_sharded_model_that_device_map_has_put_on_disk(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, folder = converted(), tmp_path / "task"
+    expected = logits(model)
+    model.save_pretrained(folder)
+    llama().save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    assert len([*(tmp_path / "base").glob("*.safetensors")]) > 1
+    places = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", *(f"model.layers.{i}" for i in range(4)))
+    spread = {place: "disk" if place in ("model.layers.1", "model.layers.2") else "cpu" for place in places}
+    backbone = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=spread, offload_folder=str(tmp_path / "disk"))
+    assert backbone.model.layers[1].mlp.up_proj.weight.is_meta
+    loaded = AutoRecastModel.from_pretrained(folder / "task", backbone=backbone, is_trainable=True)
+    torch.testing.assert_close(logits(loaded), expected)
+    assert backbone.model.layers[1].mlp.up_proj.base_layer.weight.is_meta
+    assert backbone.hf_device_map == spread
+    losses = train(loaded, IDS)
+    assert losses[-1] < losses[0]
+
+
+def test_what_pefts_own_verb_takes_away_from_a_model_on_disk_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    converted().save_pretrained(tmp_path / "task")
+    llama().save_pretrained(tmp_path / "base")
+    spread = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "disk")}
+    backbone = LlamaForCausalLM.from_pretrained(tmp_path / "base", **spread)
+    with pytest.raises(RecastTargetError, match=r"device_map .*load that model again, .*AutoRecastModel\.from_pretrained"):
+        PeftModel.from_pretrained(backbone, tmp_path / "task" / "task")
