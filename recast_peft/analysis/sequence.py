@@ -46,6 +46,9 @@ class Growth:
     grow from. So a source is a task with a LoRA part (``RecastConfig(lora_config=...)``), or ``source`` learns the task a
     second time by freer means.
 
+    An object is for one sequence, also for one that goes on in a later call: sources since the bank grew last are for its next
+    growth. For another sequence, or for the same one from its start again after an error, make a new one.
+
     Attributes:
         source: is called with a plain copy of the backbone and the task, and returns what moved the weights (an adapter such
             as a LoRA, a fine-tuned copy: a source of ``grow_bank``), or None if the task is to add nothing. Without it the

@@ -27,7 +27,7 @@ from .backbone import describe_backbone
 from .banks import recipes_of, reference_of, task_banks
 from .preparation import PreparedTask
 from .state import backbone_of, trained_outside_tasks
-from .surroundings import surroundings_fingerprint
+from .surroundings import surroundings_fingerprint, warn_of_difference
 
 
 def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
@@ -98,6 +98,8 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
             "that, and says that the task belongs to the model as it is now. Change a model before it is converted.",
             stacklevel=2,
         )
+    if is_own and config.is_stored_task and config.bias == "none" and surroundings == config.surroundings_fingerprint:
+        warn_of_difference(surroundings, surroundings_fingerprint(backbone, layers), f"task {adapter_name!r}")
     return TaskRecord(
         groups={name: list(bank.members) for name, bank in banks.items()},
         base_fingerprint=fingerprints,

@@ -86,6 +86,17 @@ class TestOfAConversion:
         assert loaded.peft_config["default"].is_stored_task
         assert RecastConfig.from_pretrained(str(tmp_path / "again")).fidelity == measured
 
+    def test_of_a_stored_task_says_that_the_model_was_changed_beside_its_targets(self, tmp_path: Path) -> None:
+        get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"])).save_pretrained(tmp_path / "made")
+        loaded = PeftModel.from_pretrained(tiny_vit(), str(tmp_path / "made"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded.save_pretrained(tmp_path / "same")
+        with torch.no_grad():
+            loaded.get_base_model().blocks[0].norm.weight.add_(0.5)
+        with pytest.warns(UserWarning, match="task 'default' was learned on, but other weights, norms"):
+            loaded.save_pretrained(tmp_path / "other")
+
     def test_results_stay_the_users(self, tmp_path: Path) -> None:
         model = get_recast_model(tiny_vit(), RecastConfig(results={"accuracy": 0.5}))
         model.peft_config["default"].results = {"accuracy": 0.9}
