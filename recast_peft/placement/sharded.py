@@ -67,6 +67,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_spread_in_calls(tensor) or _piece_of(tensor) is not None or id(tensor) in _fsdp2_parameters()
 
 
+def holds_parts(module: nn.Module) -> bool:
+    """Whether a process has a part of a module's own parameters alone; those of FSDP2 that are whole for a call are whole."""
+    in_front = (held for held in vars(module).values() if isinstance(held, Tensor))  # where FSDP1 puts what it gathered
+    tensors = (tensor for tensor in (*module._parameters.values(), *module._buffers.values(), *in_front) if tensor is not None)
+    return any(is_spread_in_calls(tensor) or _piece_of(tensor) is not None for tensor in tensors)
+
+
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of the whole of a tensor; no process waits for another one."""
     if is_partitioned(tensor):

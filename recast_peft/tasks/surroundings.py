@@ -23,6 +23,7 @@ from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..composition.quantised import quantised_by
 from ..holders import plain_modules, unwrapped_module
 from ..names import lies_in
+from ..placement.sharded import holds_parts
 from ..planning.heads import head_names
 from .verbs import merged_tasks
 
@@ -39,9 +40,11 @@ def surroundings_fingerprint(model: nn.Module, targets: Collection[str]) -> str 
     """
     if merged_tasks(model):
         return None
+    if any(holds_parts(unwrapped_module(module)) for module in (model, *plain_modules(model).values())):
+        return None
     parts = []
     for tensor in _tensors(model, targets):
-        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+        if tensor.is_meta:
             return None
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().cpu()

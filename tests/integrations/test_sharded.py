@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 import warnings
@@ -287,6 +288,7 @@ def test_two_processes_do_what_one_process_does(results: Path, name: str) -> Non
         assert given.keys() == wanted.keys()
         for key, value in wanted.items():
             torch.testing.assert_close(given[key], value, rtol=1e-4, atol=1e-6)
+    check_surroundings(expected, results / name / "by all", results / name / "by one")
     loaded = PeftModel.from_pretrained(llama(), results / name / "by all" / "task", "task")
     trained = logits(expected)
     assert not torch.allclose(trained, start, atol=1e-4)
@@ -296,6 +298,14 @@ def test_two_processes_do_what_one_process_does(results: Path, name: str) -> Non
         torch.testing.assert_close(rank["loaded"], trained, rtol=1e-4, atol=1e-5)
         with expected.disable_adapter():
             torch.testing.assert_close(rank["without"], logits(expected))
+
+
+def check_surroundings(expected: PeftModel, *folders: Path) -> None:
+    """What lay beside the targets is told by the whole of it, though a process saves a task from its part."""
+    wanted = expected.peft_config["task"].surroundings_fingerprint
+    assert wanted is not None
+    for folder in folders:
+        assert json.loads((folder / "task" / "adapter_config.json").read_text())["surroundings_fingerprint"] == wanted
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +327,7 @@ def test_ZeRO_3_does_what_one_process_does(by_deepspeed: Path, name: str) -> Non
     for loss, one, two in zip(losses, first["losses"], second["losses"], strict=True):
         assert (one + two) / 2 == pytest.approx(loss, rel=1e-5)
     trained = logits(expected)
+    check_surroundings(expected, folder / "by all")
     loaded = PeftModel.from_pretrained(llama(), folder / "by all" / "task", "task")
     torch.testing.assert_close(logits(loaded), trained, rtol=1e-4, atol=1e-5)
     for rank in (first, second):
@@ -330,6 +341,7 @@ def test_ZeRO_3_does_what_one_process_does(by_deepspeed: Path, name: str) -> Non
 def test_what_shards_cannot_do_is_refused_and_changes_nothing(results: Path, name: str) -> None:
     found = torch.load(results / name / "0.pt")
     assert all("spread over processes" in found[way] for way in ("merge", "merge at once", "unload at once"))
+    check_surroundings(converted(**CASES[name][1]), results / name / "at once")
     for way in ("by all", "at once"):
         given = load_file(results / name / way / "task" / "adapter_model.safetensors")
         torch.testing.assert_close(given, load_file(results / name / "by one" / "task" / "adapter_model.safetensors"))
