@@ -226,6 +226,17 @@ def problem_type_of(model: nn.Module, adapter_name: str) -> str | None:
     return next((head.problem_type(adapter_name) for head in task_heads(model, adapter_name)), None)
 
 
+def check_head(model: nn.Module, adapter_name: str, config: RecastConfig) -> None:
+    """Refuse a config that was changed since the task's head was made by it (``RecastTargetError``)."""
+    for head in task_heads(model, adapter_name):
+        found = head.num_classes(adapter_name)
+        if None not in (found, config.num_classes) and found != config.num_classes:
+            raise RecastTargetError(
+                f"the config of task {adapter_name!r} was changed since it was made\n  its num_classes: {config.num_classes}\n"
+                f"  of its head:     {found}\nPut back what it was, or add a task: add_adapter(name, RecastConfig(...))."
+            )
+
+
 class HeadPart(TaskPart):
     """A classifier of the task's own (``num_classes``)."""
 
@@ -246,7 +257,7 @@ class HeadPart(TaskPart):
         """None beside those of ``TaskHead``; a head that was replaced since, or is trained and no task's, is refused.
 
         Raises:
-            RecastTargetError: if the task's head is no longer in the model or not of its config, or the model's own is trained.
+            RecastTargetError: if the task's head is no longer in the model, or the model's own is trained.
         """
         if config.num_classes is not None and not task_heads(model, adapter_name):
             raise RecastTargetError(
@@ -255,15 +266,6 @@ class HeadPart(TaskPart):
                 "would not be saved. Change the head before the model is converted, or add a task with the head that you want: "
                 "add_adapter(name, RecastConfig(num_classes=...))."
             )
-        for head in task_heads(model, adapter_name):
-            found = head.num_classes(adapter_name)
-            if None not in (found, config.num_classes) and found != config.num_classes:
-                raise RecastTargetError(
-                    f"the config of task {adapter_name!r} was changed since it was made\n"
-                    f"  its num_classes: {config.num_classes}\n"
-                    f"  of its head:     {found}\n"
-                    "Put back what it was, or add a task: add_adapter(name, RecastConfig(...))."
-                )
         name = _head_trained_outside_tasks(model)
         if name is not None:
             raise RecastTargetError(

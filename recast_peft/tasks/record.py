@@ -17,7 +17,7 @@ from ..errors import RecastTargetError
 from ..layer import RecastLayer, fingerprints_of, recast_layers
 from ..names import modules_of
 from ..options.record import TaskRecord, mean_fidelity
-from ..parts.head import problem_type_of
+from ..parts.head import check_head, problem_type_of
 from ..parts.lora import lora_config_of
 from ..parts.wrapper import was_replaced
 from ..placement.sharded import whole_shape
@@ -72,6 +72,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     lost = [member for bank in banks.values() for member in bank.members if member not in layers]
     if lost:
         raise was_replaced(f"{lost[0]}, a target of task {adapter_name!r},")
+    check_head(backbone, adapter_name, config)
     reference = reference_of(banks)
     if reference is not None and reference["name"] is None:
         warnings.warn(
