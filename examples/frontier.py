@@ -187,7 +187,7 @@ METHODS: dict[str, Method] = {
     ),
     "OFT": Method(
         lambda w: peft.OFTConfig(r=0, oft_block_size=4, target_modules=w.lora_targets),
-        {"text": 2.7e-2, "pictures": 9e-3, "vit": 9e-3},
+        {"text": 2.7e-2, "pictures": 9e-3, "vit": 2.7e-2},
     ),
     "IA3": Method(ia3, {"text": 3e-2, "pictures": 1e-2, "vit": 1e-2}),
     "LN tuning": Method(
