@@ -112,42 +112,29 @@ def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[Rec
     budget, longest = config.max_coefficients, max(map(len, runs))
     fixed_size = config.group_size is not None or config.num_groups is not None
     sizes: list[int | None] = [None] if fixed_size else list(range(longest, (config.num_templates or 1) - 1, -1)) or [longest]
-    sharings: list[Any] = (
-        [None, *SHARING, *_counts(runs)] if config.coefficient_sharing is None else [config.coefficient_sharing]
-    )
-    all_sets = sorted({config.num_coefficient_sets, 1}, reverse=True)
-    smallest = None
+    how_many = range(2, sum(map(len, runs)) + 1)  # consecutive banks may share their offsets
+    sharings: list[Any] = [None, *SHARING, *how_many] if config.coefficient_sharing is None else [config.coefficient_sharing]
+    counts: list[int] = []
     for sharing in sharings:
-        for sets in all_sets:
-            options = []
-            for size in sizes:
-                choice = config.as_chosen(num_coefficient_sets=sets, coefficient_sharing=sharing)
-                if size is not None:
-                    choice.group_size = size
-                options.append((count_coefficients(plan_groups(runs, choice), sharing), choice))
-            least = min(count for count, _ in options)
-            smallest = least if smallest is None else min(smallest, least)
-            fitting = [option for option in options if option[0] <= budget]
-            if fitting:
+        for sets in sorted({config.num_coefficient_sets, 1}, reverse=True):
+            options = {"num_coefficient_sets": sets, "coefficient_sharing": sharing}
+            choices = [config.as_chosen(group_size=size or config.group_size, **options) for size in sizes]
+            counted = [(count_coefficients(plan_groups(runs, choice), sharing), choice) for choice in choices]
+            if fitting := [(count, choice) for count, choice in counted if count <= budget]:
                 count, choice = max(fitting, key=lambda option: option[0])
                 return choice, _explain(budget, count, choice, config)
+            counts += [count for count, _ in counted]
     raise RecastConfigError(
-        f"max_coefficients={budget} cannot be kept with what the config gives\n  numbers of the smallest choice: {smallest}\n"
+        f"max_coefficients={budget} cannot be kept with what the config gives\n"
+        f"  numbers of the smallest choice: {min(counts)}\n"
         "Give fewer target_modules, or leave group_size, num_templates and coefficient_sharing open."
     )
 
 
-def _counts(runs: list[list[Candidate]]) -> range:
-    """How many consecutive banks may share their offsets."""
-    return range(2, sum(map(len, runs)) + 1)
-
-
 def _explain(budget: int, count: int, choice: RecastConfig, config: RecastConfig) -> str:
-    parts = [
-        f"num_groups={choice.num_groups}" if choice.num_groups is not None else f"group_size={choice.effective_group_size}"
-    ]
-    parts.append(f"num_templates={choice.num_templates or 'as many as layers (exact)'}")
-    parts.append(f"num_coefficient_sets={choice.num_coefficient_sets}")
+    size = f"group_size={choice.effective_group_size}" if choice.num_groups is None else f"num_groups={choice.num_groups}"
+    templates = f"num_templates={choice.num_templates or 'as many as layers (exact)'}"
+    parts = [size, templates, f"num_coefficient_sets={choice.num_coefficient_sets}"]
     if choice.num_coefficient_sets < config.num_coefficient_sets:
         parts[-1] += f" (down from {config.num_coefficient_sets}, which describes the same weights)"
     if choice.coefficient_sharing is not None:

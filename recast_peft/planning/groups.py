@@ -68,9 +68,7 @@ class PlannedGroup:
     @property
     def template_bytes(self) -> int:
         """Bytes of the templates; for an exact bank these are the pretrained weights, of a grown one those beside them."""
-        if self.grown_bytes is not None:
-            return self.grown_bytes
-        return self.num_templates * self._one
+        return self.num_templates * self._one if self.grown_bytes is None else self.grown_bytes
 
     @property
     def _one(self) -> int:

@@ -30,18 +30,15 @@ _POSITION_MLP = re.compile(r"(^|_)(cpb_mlp|meta_mlp|rel_?pos|position_bias_mlp)$
 _MLP_LEAF = re.compile(
     r"^(ffn(_output)?|fc_?[12]|w[io](_\d)?|w[123]|lin[12]|linear[12]|pwconv[12]|(gate|up|down|gate_up)_proj|c_fc|dense_h_to_4h|dense_4h_to_h)$"
 )
+_EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|embeddings?|embed_tokens|stem|conv_stem)(\.|$)")
 _POSITION = re.compile(r"(^|_)(pos|rel|relative|bias|cpb|rope|rotary|norm|gate)(_|$)|^norm|^(r|pos)_(net|proj)$|cpb")
-
-
-def _is_embedding(candidate: Candidate) -> bool:
-    return bool(re.search(r"(^|\.)(patch_embed\w*|embeddings?|embed_tokens|stem|conv_stem)(\.|$)", candidate.name))
 
 
 def is_minor_convolution(candidate: Candidate) -> bool:
     """Whether it is there beside layers that do the work: it makes patches or joins them, or is a short filter in time."""
     module = candidate.module
     is_depthwise_filter = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
-    return is_depthwise_filter or _is_embedding(candidate) or ".downsample." in candidate.name
+    return is_depthwise_filter or bool(_EMBEDDING.search(candidate.name)) or ".downsample." in candidate.name
 
 
 def is_linear(candidate: Candidate) -> bool:
