@@ -234,43 +234,32 @@ def _rounded(moves: Sequence[Pair], weights: Tensor, rank: int) -> list[Pair]:
 # ---------------------------------------------------------------- reading adapters
 
 
-def _named(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> dict[str, Adapter]:
+def _named(adapters: Sequence[Adapter] | Mapping[str, Adapter]) -> dict[str, str | Path | tuple[PeftModel, str]]:
+    """The adapters by the names that their tasks are to have; those of a loaded model with the name that they have there."""
     if isinstance(adapters, (str, Path, PeftModel)) or not isinstance(adapters, Collection) or not len(adapters):
         raise RecastConfigError("adapters: expected a list of LoRAs, or a mapping of names to LoRAs, at least one")
-    if isinstance(adapters, Mapping):
-        named = dict(adapters)
-    else:
-        names = [_name_of(adapter) for adapter in adapters]
-        double = [name for name in names if names.count(name) > 1]
-        if double:
-            raise RecastConfigError(f"two adapters would be called {double[0]!r}: give a mapping of names to adapters")
-        named = dict(zip(names, adapters, strict=True))
-    for name, adapter in named.items():
-        check_adapter_name(name)
-        if not isinstance(adapter, (str, Path, PeftModel)) and not _is_named(adapter):
+    named: dict[str, Any] = {}
+    for name, adapter in adapters.items() if isinstance(adapters, Mapping) else [(None, adapter) for adapter in adapters]:
+        if isinstance(adapter, PeftModel):
+            active = list(adapter.active_adapters)
+            if len(active) != 1:
+                raise RecastConfigError(
+                    f"the model has {len(active)} active adapters: give (model, name) for each that is meant"
+                )
+            adapter = adapter, active[0]
+        is_loaded = isinstance(adapter, tuple) and [*map(type, adapter[1:])] == [str] and isinstance(adapter[0], PeftModel)
+        if not is_loaded and not isinstance(adapter, (str, Path)):
+            which = type(adapter).__name__ if name is None else name
             raise RecastConfigError(
-                f"the adapter {name!r} is a {type(adapter).__name__}: expected a LoRA's folder, a PeftModel, or (model, name)"
+                f"the adapter {which!r} is a {type(adapter).__name__}: expected a LoRA's folder, a PeftModel, or (model, name)"
             )
+        if name is None:
+            name = adapter[1] if isinstance(adapter, tuple) else Path(adapter).name
+        if name in named:
+            raise RecastConfigError(f"two adapters would be called {name!r}: give a mapping of names to adapters")
+        check_adapter_name(name)
+        named[name] = adapter
     return named
-
-
-def _is_named(adapter: Any) -> bool:
-    return isinstance(adapter, tuple) and [type(part) for part in adapter[1:]] == [str] and isinstance(adapter[0], PeftModel)
-
-
-def _name_of(adapter: Adapter) -> str:
-    if _is_named(adapter):
-        return adapter[1]  # type: ignore[index, return-value]
-    if isinstance(adapter, PeftModel):
-        return _active_of(adapter)
-    return Path(adapter).name if isinstance(adapter, (str, Path)) else type(adapter).__name__
-
-
-def _active_of(model: PeftModel) -> str:
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise RecastConfigError(f"the model has {len(active)} active adapters: give (model, name) for each that is meant")
-    return active[0]
 
 
 class _Found(NamedTuple):
@@ -281,14 +270,12 @@ class _Found(NamedTuple):
     beside: tuple[str, ...]
 
 
-def _read(model: nn.Module, named: Mapping[str, Adapter]) -> dict[str, _Found]:
+def _read(model: nn.Module, named: Mapping[str, str | Path | tuple[PeftModel, str]]) -> dict[str, _Found]:
     """The low-rank matrices of every adapter; those of files are read onto one copy of the model."""
     holder: PeftModel | None = None
     found: dict[str, _Found] = {}
     for place, (name, adapter) in enumerate(named.items()):
-        if isinstance(adapter, PeftModel):
-            found[name] = _matrices(model, adapter, _active_of(adapter), name)
-        elif isinstance(adapter, tuple):
+        if isinstance(adapter, tuple):
             found[name] = _matrices(model, *adapter, name)
         else:
             # under a name that PEFT takes: those of tasks are free
