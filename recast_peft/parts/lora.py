@@ -197,8 +197,6 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         """Give back the innermost module: with everything that stands on it merged, or with nothing."""
         above = super()
         if hasattr(above, "unload_and_optionally_merge_module"):
-            if not merge:
-                self.unmerge()
             return above.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -296,10 +294,7 @@ class _PartMaker(LoraModel):
 
 def lora_config_of(model: nn.Module, adapter_name: str) -> LoraConfig | None:
     """The config of a task's LoRA part, as the model has it; None if the task has none."""
-    for layer in part_layers(model):
-        if adapter_name in layer._parts.configs:
-            return layer._parts.configs[adapter_name]
-    return None
+    return next((layer._parts.configs[adapter_name] for layer in part_layers(model, adapter_name)), None)
 
 
 class LoraPart(TaskPart):

@@ -234,9 +234,9 @@ class TaskReadouts(TaskPartners):
         visible[self.place].register_forward_pre_hook(PartnerHook(self, before=True), with_kwargs=True)
         read = list(dict.fromkeys(name for readout in self.readouts for name in readout.members[:-1]))
         for name in read:
-            visible[name].register_forward_pre_hook(_InputHook(self, name), with_kwargs=True)
+            visible[name].register_forward_pre_hook(_NoteHook(self, name), with_kwargs=True)
         for module in modules_around(model, read):
-            module.register_forward_pre_hook(_MaskHook(self, is_first=module is model), with_kwargs=True)
+            module.register_forward_pre_hook(_NoteHook(self, MASK, is_first=module is model), with_kwargs=True)
 
     def bank_of(self, adapter_name: str) -> Any:
         return self.modules_to_save[adapter_name] if self.has_task(adapter_name) else None
@@ -290,32 +290,20 @@ class TaskReadouts(TaskPartners):
         return torch.where(has_task.to(y.device), self._adapted(batch.slot, inputs, y), y)
 
 
-class _InputHook(PartnerHook):
-    """Stands before a layer whose input is read."""
+class _NoteHook(PartnerHook):
+    """Stands before a layer whose input is read, or a module around it, which may be told the positions that count."""
 
     partners: TaskReadouts
 
-    def __init__(self, partners: TaskReadouts, name: str) -> None:
+    def __init__(self, partners: TaskReadouts, name: str, is_first: bool = False) -> None:
         super().__init__(partners)
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
-        self.partners.note(self.name, given_to(module, args, kwargs))
-
-
-class _MaskHook(PartnerHook):
-    """Stands before the modules that the layers lie in, one of which is told the positions that count."""
-
-    partners: TaskReadouts
-
-    def __init__(self, partners: TaskReadouts, is_first: bool) -> None:
-        super().__init__(partners)
-        self.is_first = is_first
+        self.name, self.is_first = name, is_first
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         if self.is_first:  # a call before this one may never have come to the classifier
             self.partners.seen.take()
-        self.partners.note(MASK, mask_of(module, args, kwargs))
+        read = mask_of if self.name == MASK else given_to
+        self.partners.note(self.name, read(module, args, kwargs))
 
 
 class ReadoutPart(PartnerPart):

@@ -328,15 +328,12 @@ def joined(parts: list[tuple[list[int], Any]], samples: int) -> Any:
 def _joined(rows: Sequence[list[int]], values: Sequence[Any], samples: int) -> Any:
     if not isinstance(values[0], Tensor):
         return values[0]
-    widest = max(part.shape[-1] for part in values)
-    result = None
+    widest = max(values, key=lambda part: part.shape[-1])
+    result = widest.new_empty((samples, *widest.shape[1:]))
     for own, part in zip(rows, values, strict=True):
-        if part.ndim > 1 and part.shape[-1] < widest:
-            part = nn.functional.pad(part, (0, widest - part.shape[-1]), value=float("-inf"))
-        if result is None:
-            result = part.new_empty((samples, *part.shape[1:]))
-        result = result.index_copy(0, torch.tensor(own, device=part.device), part)
-    assert result is not None
+        missing = widest.shape[-1] - part.shape[-1] if part.ndim > 1 else 0
+        padded = nn.functional.pad(part, (0, missing), value=float("-inf")) if missing else part
+        result = result.index_copy(0, torch.tensor(own, device=part.device), padded)
     return result
 
 
