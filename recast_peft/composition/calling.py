@@ -39,14 +39,9 @@ _EXCHANGE = threading.RLock()
 def call(
     layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any], values: Mapping[str, Tensor] | None = None
 ) -> Any:
-    """What the wrapped module computes with the weight of the given tasks.
+    """What the wrapped module computes with the weight of the given tasks; those without coefficients here add nothing.
 
-    Args:
-        layer: the layer.
-        adapters: the tasks; those without coefficients here add nothing.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-        values: coefficients by task in place of those that the layer holds now.
+    ``values`` are coefficients by task in place of those that the layer holds now.
 
     Raises:
         RecastBankError: where a quantised module cannot be called with another weight.
@@ -132,11 +127,7 @@ def call_with(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -
 
 
 def _check_reads_weight(layer: Any) -> None:
-    """Refuse to exchange the weight of a module that would compute with its packed one all the same, or gets it in the call.
-
-    Raises:
-        RecastBankError: naming the module.
-    """
+    """Refuse (``RecastBankError``) another weight for a module that computes with its packed one, or gets one in the call."""
     inner = layer.get_base_layer()
     if is_offloaded(inner):
         raise RecastBankError(

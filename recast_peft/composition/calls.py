@@ -128,11 +128,7 @@ class Calls:
         return self._counted("_blocks")
 
     def check_no_block_elsewhere(self) -> None:
-        """Refuse a call that has no tasks of its own while a block is open in another thread or context.
-
-        Raises:
-            RecastConfigError: saying how a call gets its tasks in any thread.
-        """
+        """Refuse a call without tasks of its own while a block is open in another thread or context (``RecastConfigError``)."""
         if torch.compiler.is_compiling() or not self._blocks:
             return
         if current_batch() is None and self not in (*_ACTIVE_TASK.get(), *_NO_TASK_AT_ALL.get()):
@@ -155,9 +151,5 @@ class Calls:
             yield
 
     def is_off(self, disabled: bool) -> bool:
-        """Whether a mixed batch that begins now is without tasks.
-
-        Args:
-            disabled: whether the model's tasks are switched off now, by whomever.
-        """
+        """Whether a mixed batch that begins now is without tasks; ``disabled``: the model's are switched off, by whomever."""
         return self in _NO_TASK_AT_ALL.get() or (disabled and not self._off)

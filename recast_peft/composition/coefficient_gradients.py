@@ -37,13 +37,7 @@ def processor_multiplies_bfloat16() -> bool:
 
 
 def is_faster_in_bfloat16(device: torch.device, rows: int, multiplications: int) -> bool:
-    """Whether the product for the coefficients is formed faster in bfloat16 than in float32.
-
-    Args:
-        device: device of the layer.
-        rows: tokens; of a convolution, positions of its output.
-        multiplications: number of multiplications of the product.
-    """
+    """Whether the product for the coefficients is faster in bfloat16; rows: tokens, or positions of an output."""
     is_large = rows >= FASTER_ROWS and multiplications >= FASTER_MULTIPLICATIONS
     return is_large and device.type == "cpu" and processor_multiplies_bfloat16()
 

@@ -68,13 +68,9 @@ def marked(weight: Tensor) -> Tensor:
 
 
 def average_sets(coefficients: Tensor) -> Tensor:
-    """Mean over the coefficient sets (paper, section 3.1: the weight is the mean of its K reconstructions).
+    """Mean over the coefficient sets ``(sets, templates)`` (paper, section 3.1: the mean of K reconstructions of the weight).
 
-    Args:
-        coefficients: ``(sets, templates)``.
-
-    Returns:
-        ``(templates,)``. The composition is linear, so this mean describes the same weight as all the sets do.
+    The composition is linear, so this mean, ``(templates,)``, describes the same weight as all the sets do.
     """
     return coefficients.squeeze(0) if coefficients.shape[0] == 1 else coefficients.mean(dim=0)
 
@@ -193,11 +189,7 @@ class _Compose(torch.autograd.Function):
 
 
 def template_inner_products(gradient: Tensor, templates: Sequence[Tensor]) -> Tensor:
-    """Inner product of one tensor with each template: the gradient of the coefficients.
-
-    Args:
-        gradient: shaped like a template.
-        templates: n tensors of one shape.
+    """Inner product of one tensor with each of n templates of its shape: the gradient of the coefficients.
 
     Returns:
         ``(n,)`` in float32 (float64 if an argument is).

@@ -90,11 +90,7 @@ class ComposedModule(nn.Module):
 
     @property
     def pretrained_weight(self) -> Tensor:
-        """The pretrained weight, also while something is merged into the wrapped module.
-
-        Raises:
-            RecastBankError: if it was released when the bank was compressed.
-        """
+        """The pretrained weight, also while something is merged; ``RecastBankError`` if it was released for a bank."""
         return whole(self._pretrained_here())
 
     def _pretrained_here(self) -> Tensor:
@@ -161,11 +157,7 @@ class ComposedModule(nn.Module):
         return self.effective_weight() if lazy is None else lazy
 
     def effective_weight(self) -> Tensor:
-        """The weight that a call would use now.
-
-        Raises:
-            RecastBankError: inside a mixed batch, in which there is no one weight for all samples.
-        """
+        """The weight that a call would use now; in a mixed batch there is none for all samples (``RecastBankError``)."""
         if current_batch() is not None:
             raise RecastBankError(
                 f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
@@ -257,11 +249,7 @@ class ComposedModule(nn.Module):
         return [] if self.disable_adapters else self.present(self.merged_adapters or self.acting_adapters)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What a task adds to the weight without it, shaped like the weight, in its dtype.
-
-        Raises:
-            RecastConfigError: if the task has nothing here.
-        """
+        """What a task adds to the weight, shaped like it, in its dtype; ``RecastConfigError`` if it has nothing here."""
         if adapter in self.recast_masks:
             return self.compose([adapter]) - self.compose([])
         if adapter not in self.recast_coefficients:

@@ -70,11 +70,7 @@ def is_coarser_form(first: str, second: str) -> bool:
 
 
 def same_weight(first: str, second: str) -> bool:
-    """Whether two fingerprints are of the same weight, up to a change of floating dtype.
-
-    Raises:
-        RecastLoadError: if one of them is not a fingerprint.
-    """
+    """Whether two fingerprints (``RecastLoadError`` for others) are of one weight, up to a change of floating dtype."""
     return first == second or _are_close(first, second, LOG_TOLERANCE, PROJECTION_TOLERANCE)
 
 

@@ -115,11 +115,7 @@ def with_parts_inside(layer: Any, weight: Any) -> Any:
 
 
 def check_held(layer: Any, wanted: Sequence[str] | None = None) -> None:
-    """Refuse to compute with a weight into which others were merged on top of other tasks than the wanted ones.
-
-    Raises:
-        RecastBankError: naming both.
-    """
+    """Refuse (``RecastBankError``) a weight into which others were merged on top of other tasks than the wanted ones."""
     layers_on_top(layer)
     wanted = layer.tasks_in_force() if wanted is None else wanted
     if layer.held is not None and set(layer.held) != set(wanted):

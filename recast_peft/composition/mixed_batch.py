@@ -24,42 +24,25 @@ NO_TASK = -1  # the number that stands for the pretrained model
 
 @dataclass(frozen=True)
 class PoolTasks:
-    """What a call holds of a pool: as it was when the call began, whatever becomes of the pool meanwhile.
+    """What a call holds of a pool: as it was when the call began, whatever becomes of the pool meanwhile."""
 
-    Attributes:
-        slot: the adapter whose banks the tasks are on.
-        slices: columns of a task's coefficients, by target module and by the names of biases and LoRA factors.
-        head: the classifier of a task of the batch by its number; None if it has none.
-    """
-
-    slot: str
-    slices: Mapping[str, slice]
-    head: Callable[[int], Any]
+    slot: str  # the adapter whose banks the tasks are on
+    slices: Mapping[str, slice]  # columns of a task's coefficients, by the names of targets, biases and LoRA factors
+    head: Callable[[int], Any]  # the classifier of a task of the batch by its number; None if it has none
 
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """The tasks of one call.
+    """The tasks of one call."""
 
-    Attributes:
-        names: a task for each sample; empty when tasks are given by number.
-        task_ids: ``(samples,)`` numbers of a pool's tasks, or None.
-        pool: what the call holds of the pool that ``task_ids`` refer to.
-        coefficients: ``(samples, numbers per task)`` gathered from the pool's table.
-        keys: ``task_ids`` as whole numbers, read once; None where they are only known as a tensor.
-        beams: how often generation repeats each sample in the decoder.
-        is_off: whether all samples are the pretrained model's, since tasks were switched off where the call began.
-        positions_first: a module of the model that may take positions before samples; None without.
-    """
-
-    names: tuple[str, ...] = ()
-    task_ids: Tensor | None = None
-    pool: PoolTasks | None = None
-    coefficients: Tensor | None = None
-    keys: tuple[int, ...] | None = None
-    beams: int = 1
-    is_off: bool = False
-    positions_first: str | None = None
+    names: tuple[str, ...] = ()  # a task for each sample; empty when tasks are given by number
+    task_ids: Tensor | None = None  # ``(samples,)`` numbers of a pool's tasks, or None
+    pool: PoolTasks | None = None  # what the call holds of the pool that ``task_ids`` refer to
+    coefficients: Tensor | None = None  # ``(samples, numbers per task)`` gathered from the pool's table
+    keys: tuple[int, ...] | None = None  # ``task_ids`` as whole numbers, read once; None where they are only known as a tensor
+    beams: int = 1  # how often generation repeats each sample in the decoder
+    is_off: bool = False  # whether all samples are the pretrained model's, since tasks were switched off where the call began
+    positions_first: str | None = None  # a module of the model that may take positions before samples
     _rows: dict[int, dict[str | int, list[int]]] = field(default_factory=dict, repr=False, compare=False)
     _indices: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -91,8 +74,7 @@ class MixedBatch:
     def repeats(self, samples: int, module_name: str | None = None) -> int:
         """How often each entry stands for a sample in an input of ``samples`` rows (of a module): once, or once a beam.
 
-        Raises:
-            RecastConfigError: if the input does not fit the batch.
+        Others are refused (``RecastConfigError``).
         """
         if samples == len(self):
             return 1

@@ -26,11 +26,7 @@ PRODUCT_LIMIT = 64
 
 
 def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What the wrapped module computes with each sample's own weight.
-
-    Raises:
-        RecastBankError: if the module cannot be called so.
-    """
+    """What the wrapped module computes with each sample's own weight; ``RecastBankError`` if it cannot be called so."""
     if isinstance(layer.base_layer, nn.MultiheadAttention) or not args or not isinstance(args[0], Tensor):
         raise RecastBankError(
             f"{layer.module_name} ({type(layer.base_layer).__name__}) cannot have another task for each sample: "

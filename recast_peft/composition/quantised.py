@@ -86,11 +86,7 @@ def _unpacked(module: Any, dtype: torch.dtype) -> Tensor:
 
 
 def device_of_weight(module: Any) -> torch.device:
-    """Where a quantised weight lies.
-
-    Raises:
-        RecastBankError: if the module holds no tensor at all.
-    """
+    """Where a quantised weight lies; ``RecastBankError`` if the module holds no tensor at all."""
     weight = module._parameters.get("weight")
     held = next(chain(module.parameters(), module.buffers()), None) if weight is None else weight
     if held is None:

@@ -89,18 +89,10 @@ def call_recomposed(
     coefficients: Tensor,
     way: str = EXACT,
 ) -> Tensor:
-    """What a module computes with the weight ``anchor + sum_i coefficients[i] * templates[i]``.
+    """What a module, for which ``can_recompose`` holds, computes with ``anchor + sum_i coefficients[i] * templates[i]``.
 
-    Args:
-        module: a linear layer or convolution for which ``can_recompose`` holds.
-        x: its input.
-        anchor: shaped like the weight, or None for zero.
-        templates: n tensors shaped like the weight.
-        coefficients: ``(n,)``.
-        way: how the gradient of the coefficients is formed, as ``RecastConfig.coefficient_gradient`` says.
-
-    Returns:
-        the module's output, differentiable in the input, the coefficients and the module's bias.
+    ``way`` is how the gradient of the coefficients is formed, as ``RecastConfig.coefficient_gradient`` says. The output is
+    differentiable in the input, the coefficients and the module's bias.
     """
     # as the product sees it: what is kept has half the size under autocast
     x = _cast_for_autocast(x)

@@ -34,29 +34,17 @@ _NO_GRAPH = -1  # the number of a backward pass where none is running
 
 
 class CallState(NamedTuple):
-    """With what a layer computes in a call.
+    """With what a layer computes in a call."""
 
-    Attributes:
-        tasks: whose weight it is.
-        merged: whether they are merged.
-        held: the tasks below what another method merged.
-        mixed: whether every sample has its own task.
-        batch: that says which; None where it was not kept.
-        versions: how often each of the tasks' parameters was written to, and whether it is trained.
-        recorded: whether gradients were recorded, so that those of the forward pass are the ones that flow.
-        values: the tasks' coefficients at that time, where they were kept.
-        strengths: the tasks' factors, where one was set.
-    """
-
-    tasks: tuple[str, ...]
-    merged: bool = False
-    held: tuple[str, ...] | None = None
-    mixed: bool = False
-    batch: MixedBatch | None = None
-    versions: tuple[tuple[int, bool], ...] = ()
-    recorded: bool = False
-    values: Mapping[str, Tensor] = MappingProxyType({})
-    strengths: tuple[tuple[str, float], ...] = ()
+    tasks: tuple[str, ...]  # whose weight it is
+    merged: bool = False  # whether they are merged
+    held: tuple[str, ...] | None = None  # the tasks below what another method merged
+    mixed: bool = False  # whether every sample has its own task
+    batch: MixedBatch | None = None  # that says which; None where it was not kept
+    versions: tuple[tuple[int, bool], ...] = ()  # how often each of their parameters was written to, and if it is trained
+    recorded: bool = False  # whether gradients were recorded, so that those of the forward pass are the ones that flow
+    values: Mapping[str, Tensor] = MappingProxyType({})  # the tasks' coefficients at that time, where they were kept
+    strengths: tuple[tuple[str, float], ...] = ()  # the tasks' factors, where one was set
 
     def is_same(self, other: CallState) -> bool:
         """Whether a call computes the same in both states."""
@@ -124,11 +112,7 @@ class CallHistory:
         return True
 
     def recall(self) -> CallState | None:
-        """The state of the call that is being computed again; None if nothing was noted.
-
-        Raises:
-            RecastBankError: if too much has changed since.
-        """
+        """The state of the call that is computed again; None if none was noted, ``RecastBankError`` if too much changed."""
         node = torch._C._current_autograd_node()
         if not self._notes or node is None:
             return None
@@ -179,10 +163,7 @@ def may_be_recomputed() -> bool:
 def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
     """The state in which a call has to be computed again; None for any call that computes with what the layer holds now.
 
-    What the layer computes with is noted where it may be needed.
-
-    Raises:
-        RecastBankError: if it cannot be computed as in the forward pass.
+    What the layer computes with is noted where it may be needed. ``RecastBankError`` if the state cannot be had again.
     """
     if torch.compiler.is_compiling():
         return None

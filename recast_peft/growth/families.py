@@ -195,11 +195,7 @@ class KnownPictures:
 
 
 def check_data(data: Any) -> None:
-    """Refuse unlabelled data that are no tensors with as many examples each, or hold numbers that are not finite.
-
-    Raises:
-        RecastConfigError: saying what was given.
-    """
+    """Refuse (``RecastConfigError``) data that are no tensors with as many examples each, or not finite."""
     tensors = [*data.values()] if isinstance(data, Mapping) else [data]
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim for tensor in tensors):
         kinds = ", ".join(type(tensor).__name__ for tensor in tensors) or "an empty dictionary"

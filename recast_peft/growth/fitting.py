@@ -119,13 +119,9 @@ def _in_shape(target: Candidate, found: Recipe | FittedTemplates, weights: Seque
 
 
 def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Iterable[Any]) -> dict[str, Tensor | None]:
-    """The second moment of every target's input: mean of x x^T over all samples and places.
+    """The second moment of every target's input: mean of x x^T over all samples and places of the batches, in evaluation mode.
 
-    Args:
-        model: it is run in evaluation mode on every batch.
-        targets: linear layers and convolutions; of a convolution x is the patch under the kernel, and the groups of a
-            grouped one are averaged.
-        batches: batches of inputs.
+    Targets are linear layers and convolutions. Of a convolution x is the patch under the kernel; groups are averaged.
 
     Returns:
         ``(fan_in, fan_in)`` in float32 by name; None, with a warning, for a module that is never called or of another kind.

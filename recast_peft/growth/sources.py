@@ -60,11 +60,7 @@ def check_sources(sources: Sequence[Source], **sizes: int | None) -> None:
 
 
 def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candidate]) -> dict[str, Tensor]:
-    """How far a source moved every target's weight, ``(*weight_shape)`` in float32 by module name.
-
-    Raises:
-        RecastBankError: if the source cannot be read or does not fit the model.
-    """
+    """How far a source moved every target's weight, ``(*weight_shape)`` in float32 by module name; see ``moves_by_source``."""
     vectors = moves_by_source(model, source, {n: (f"{n}.{t.weight_name}", t.weight) for n, t in targets.items()})
     if not vectors:
         raise RecastBankError(
@@ -74,15 +70,9 @@ def task_vectors(model: nn.Module, source: Source, targets: Mapping[str, Candida
 
 
 def moves_by_source(model: nn.Module, source: Source, parameters: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """How far a source moved parameters.
+    """How far a source (see ``grow_bank``) moved parameters, in float32 by module name; those that it lacks are left out.
 
-    Args:
-        model: plain model with its pretrained weights.
-        source: see ``grow_bank``.
-        parameters: by module name: the parameter's name in the plain model, and its pretrained value.
-
-    Returns:
-        the difference in float32 by module name, of those that the source has.
+    ``parameters`` has by module name the parameter's name in the plain model, and its pretrained value.
 
     Raises:
         RecastBankError: if the source cannot be read or does not fit the model.
