@@ -36,11 +36,7 @@ PARTS: list[TaskPart] = [
 
 
 def pieces_of(request: Request) -> list[tuple[TaskPart, list[Any]]]:
-    """What every part would give a task; a module that several name whole is given once, by the first of them.
-
-    Raises:
-        RecastError: saying what cannot be.
-    """
+    """What every part would give a task (``RecastError`` if it cannot); what several name whole the first of them gives."""
     found: list[tuple[TaskPart, list[Any]]] = []
     owned: list[str] = []
     for part in PARTS:

@@ -56,16 +56,7 @@ def partner_bank(model: nn.Module, adapter_name: str, kind: type[TaskPartners]) 
 
 
 def bank_of_partner(request: Request, partner: BankedPartnerConfig, held: Iterable[StoredBank]) -> StoredBank:
-    """The bank that a partner names, from memory, from the model or from its file.
-
-    Args:
-        request: of the task.
-        partner: its partner.
-        held: banks that the model has for partners of this kind.
-
-    Raises:
-        RecastBankError: if it is not found.
-    """
+    """The bank that a partner names: from memory, from the model (``held``) or from its file (else ``RecastBankError``)."""
     record = request.config.record
     named = bank_to_use(partner.bank, record, partner.method)
     if named is None:

@@ -20,15 +20,10 @@ from ..names import lies_in, without_wrappers
 
 
 class Piece:
-    """What a task gets at one place, ready to be put in.
+    """What a task gets at one place, ready to be put in."""
 
-    Attributes:
-        place: the module of the plain model that it belongs to.
-        module: what holds its tensors.
-    """
-
-    place: str
-    module: nn.Module
+    place: str  # the module of the plain model that it belongs to
+    module: nn.Module  # what holds its tensors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of its entries by the names that a task's file has."""
@@ -49,19 +44,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Request:
-    """What a task asks of a model.
+    """What a task asks of a model."""
 
-    Attributes:
-        model: the backbone, with or without other tasks; it is not touched.
-        config: config of the task.
-        targets: names of the modules that get coefficients.
-        counting: whether the pieces are only counted: then they are made on the meta device.
-    """
-
-    model: nn.Module
+    model: nn.Module  # the backbone, with or without other tasks; it is not touched
     config: RecastConfig
-    targets: tuple[str, ...]
-    counting: bool = False
+    targets: tuple[str, ...]  # names of the modules that get coefficients
+    counting: bool = False  # whether the pieces are only counted: then they are made on the meta device
 
     def like(self, module: nn.Module) -> dict[str, Any]:
         """Device of what stands at a place, and its dtype, but float32 beside half precision, as PEFT's adapters have it."""
@@ -73,21 +61,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Place:
-    """Where pieces are put: the tuner, and how its task begins.
+    """Where pieces are put: the tuner, and how its task begins."""
 
-    Attributes:
-        tuner: the ``RecastModel``.
-        adapter_name: the task.
-        active: whether the task is active at once.
-        inference_mode: whether it is frozen.
-        low_cpu_mem_usage: whether its parameters hold no numbers until a file is loaded.
-    """
-
-    tuner: Any
+    tuner: Any  # the ``RecastModel``
     adapter_name: str
-    active: bool
-    inference_mode: bool
-    low_cpu_mem_usage: bool = False
+    active: bool  # whether the task is active at once
+    inference_mode: bool  # whether it is frozen
+    low_cpu_mem_usage: bool = False  # whether its parameters hold no numbers until a file is loaded
 
     @property
     def model(self) -> nn.Module:
@@ -105,24 +85,13 @@ class TaskPart:
     """Whether a piece is a module of the model that the task owns whole."""
 
     def prepare(self, request: Request) -> list[Any]:
-        """Check everything and say what a task would get, a ``Piece`` for each place; nothing is changed.
-
-        Raises:
-            RecastError: saying what cannot be.
-        """
+        """Check everything (``RecastError``) and say what a task would get, a ``Piece`` for each place; nothing is changed."""
         return []
 
     def check(self, request: Request, pieces: list[Any], owned: Collection[str], compressed: Collection[str]) -> None:
-        """Check the pieces beside what else the task gets.
+        """Check the pieces of this part beside what else the task gets (``RecastError``).
 
-        Args:
-            request: what the task asks for.
-            pieces: pieces of this part.
-            owned: names of the modules that the task owns whole.
-            compressed: names of the modules for whose weight a compressed bank stands.
-
-        Raises:
-            RecastError: saying what cannot be.
+        ``owned`` are the modules that the task owns whole, ``compressed`` those for whose weight a compressed bank stands.
         """
 
     def install(self, place: Place, pieces: list[Any]) -> None:

@@ -40,10 +40,8 @@ class BaseBiasesPart(TaskPart):
 def biased_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules whose bias belongs to a task, by their names in the plain model.
 
-    Args:
-        model: the backbone.
-        bias: ``"none"``, ``"all"`` or ``"recast_only"``: those of the modules that have coefficients or a LoRA part.
-        targets: names of modules that are going to have some.
+    ``bias`` is ``"none"``, ``"all"`` or ``"recast_only"``: those of the modules that have coefficients or a LoRA part, and of
+    ``targets``, which are going to have some.
     """
     for name, module in _own_modules(model, bias, targets):
         if module._parameters.get("bias") is not None:

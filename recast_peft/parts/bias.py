@@ -142,15 +142,10 @@ def share_of(growth: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class BiasTemplates(StaysInMemory):
-    """The templates of one bias, ``(templates, channels)``, which all tasks on one bank share.
+    """The templates of one bias, which all tasks on one bank share."""
 
-    Attributes:
-        bank: that they are from.
-        scales: scales of a norm whose scale the bank moves too: its templates, ``(templates, channels)``.
-    """
-
-    templates: Tensor
-    scales: Tensor | None
+    templates: Tensor  # ``(templates, channels)``
+    scales: Tensor | None  # likewise of a norm whose scale the bank moves too
 
     def __init__(self, bank: StoredBank, templates: Tensor, device: torch.device, scales: Tensor | None = None) -> None:
         super().__init__()
@@ -193,11 +188,7 @@ def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:
 
 
 def member_parameter(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
-    """The bias of a bank's member in a model, or the scale of a norm for a member that is one.
-
-    Raises:
-        RecastBankError: if there is none, or it has another width.
-    """
+    """The bias of a bank's member in a model, or the scale of a norm; ``RecastBankError`` if there is none of this width."""
     norm = scaled_by(member, places)
     if norm is not None:
         bias = places[norm].module._parameters.get("weight")

@@ -158,11 +158,7 @@ def _constant(features: Tensor) -> Tensor:
 
 
 def _solved(covariance: Tensor, right: Tensor, examples: int, classes: int, shrinkage: Shrinkage) -> Tensor:
-    """``covariance^-1 right``; features may be of very different sizes.
-
-    Raises:
-        RecastTargetError: if there is no feature, or the covariance has no inverse.
-    """
+    """``covariance^-1 right``, whatever the features' sizes; ``RecastTargetError`` if there is no feature, or no inverse."""
     if not len(covariance):
         raise RecastTargetError("all features are the same in all examples: look at what reaches the classifier")
     size = covariance.diagonal().sqrt()
@@ -198,11 +194,7 @@ def _share_right(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor)
 
 
 def linear_head(model: nn.Module, adapter_name: str | None = None) -> nn.Linear:
-    """The linear layer that gives a task's logits.
-
-    Raises:
-        RecastTargetError: if the task has none of its own with biases, is not active or is frozen.
-    """
+    """The layer of a task's logits; ``RecastTargetError`` if it has none of its own with biases, is not active or is frozen."""
     wrappers = [m for m in modules_of(model, ModulesToSaveWrapper) if not isinstance(m, ScaledModule)]  # no partners
     wrappers = [m for m in wrappers if isinstance(m, TaskHead)] or wrappers
     name, holding = wrappers_of_task(wrappers, adapter_name)

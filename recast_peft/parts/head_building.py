@@ -72,19 +72,12 @@ class Labels:
 
 @dataclass
 class PreparedHead(Piece):
-    """A task's head, ready to be put in.
+    """A task's head, ready to be put in."""
 
-    Attributes:
-        place: the module of the plain model whose place it takes.
-        module: the new head.
-        labels: labels of the task.
-        stored_dtype: dtype in which the head is saved; None is the dtype it is trained in.
-    """
-
-    place: str
+    place: str  # the module of the plain model whose place it takes
     module: nn.Module
     labels: Labels
-    stored_dtype: torch.dtype | None
+    stored_dtype: torch.dtype | None  # in which the head is saved; None is the dtype it is trained in
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
@@ -151,11 +144,7 @@ def _sizes(linear: nn.Linear) -> tuple[int, int]:
 
 
 def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
-    """Refuse a number of classes where what the classifier gives are no classes, and as many as the model's class says.
-
-    Raises:
-        RecastTargetError: naming that number.
-    """
+    """Refuse (``RecastTargetError``) a number of classes where the classifier gives none, but what the model's class says."""
     kind = type(unwrapped(model)).__name__
     added = getattr(unwrapped(model), "final_logits_bias", None)  # BART and its kin
     if isinstance(added, Tensor) and added.shape[-1] != num_classes:
@@ -173,10 +162,7 @@ def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
 
 
 def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False) -> PreparedHead | None:
-    """Build the head that a config asks for; the model is not touched. If it is only counted, it holds no numbers.
-
-    Returns:
-        None if the config asks for none.
+    """Build the head that a config asks for, if any; the model is not touched. If it is only counted, it holds no numbers.
 
     Raises:
         RecastTargetError: if the model's classifier cannot be found or replaced.

@@ -40,17 +40,11 @@ A_PART = "a LoRA part"  # as messages call it
 
 @dataclass
 class LoraParts:
-    """What the layers of all LoRA parts of a model share.
+    """What the layers of all LoRA parts of a model share."""
 
-    Attributes:
-        tasks: the configs of the model's adapters by name: the very dictionary of the tuner.
-        configs: configs of the parts, by the name of the task, with their targets named.
-        beside: a layer of the tasks' coefficients.
-    """
-
-    tasks: Mapping[str, PeftConfig]
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
-    beside: RecastLayer | None = None
+    tasks: Mapping[str, PeftConfig]  # the configs of the model's adapters by name: the very dictionary of the tuner
+    configs: dict[str, LoraConfig] = field(default_factory=dict)  # of the parts by task, with their targets named
+    beside: RecastLayer | None = None  # a layer of the tasks' coefficients
 
     @property
     def are_left_out(self) -> bool:

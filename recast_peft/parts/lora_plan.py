@@ -29,17 +29,11 @@ from .base import Piece
 
 @dataclass(frozen=True)
 class LoraPlan(Piece):
-    """The LoRA part to be.
+    """The LoRA part to be."""
 
-    Attributes:
-        targets: names of its target modules in the plain model.
-        entry_shapes: shapes of its parameters, by the keys under which a task's file holds them.
-        config: with its targets named, as it is stored with the task.
-    """
-
-    targets: tuple[str, ...]
-    entry_shapes: dict[str, tuple[int, ...]] = field(repr=False)
-    config: LoraConfig = field(repr=False)
+    targets: tuple[str, ...]  # names of its target modules in the plain model
+    entry_shapes: dict[str, tuple[int, ...]] = field(repr=False)  # of its parameters, by the keys of a task's file
+    config: LoraConfig = field(repr=False)  # with its targets named, as it is stored with the task
 
     @property
     def place(self) -> str:  # type: ignore[override]
@@ -54,15 +48,9 @@ class LoraPlan(Piece):
 
 
 def plan_lora_part(model: nn.Module, config: RecastConfig, recast_targets: Sequence[str]) -> LoraPlan | None:
-    """Say what the LoRA part of a task would be, without touching the model.
+    """Say what the LoRA part of a task would be, without touching the model; None for a task without one.
 
-    Args:
-        model: a plain model, or one with tasks.
-        config: config of the task.
-        recast_targets: names of the modules that get coefficients; the LoRA part's targets too, unless it names others.
-
-    Returns:
-        the plan; None for a task without a LoRA part.
+    ``recast_targets`` are the modules that get coefficients; they are the LoRA part's targets too, unless it names others.
 
     Raises:
         RecastTargetError: if its targets are not found, or PEFT has no LoRA layer for one of them.

@@ -26,11 +26,7 @@ class PartStrength:
     """The verbs of strength of a LoRA part's layer; a mixin of PEFT's layers, which hold a task under ``container_key``."""
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        """What a task's part adds to the weight; PEFT's own verbs ask with the key of a task.
-
-        Raises:
-            RecastConfigError: if the task has no part here.
-        """
+        """What a task's part adds to the weight; PEFT's verbs ask by its key. ``RecastConfigError`` if it has none here."""
         known = self._get_available_adapters()
         key = adapter if adapter in known else container_key(str(adapter))
         if key not in known:

@@ -39,12 +39,9 @@ def nearest_pair(first: Tensor, second: Tensor, rank: int) -> tuple[Tensor, Tens
 
 
 def summed_config(model: nn.Module, adapters: Sequence[str], combination_type: str) -> LoraConfig | None:
-    """Options of a LoRA part for the sum of several tasks' parts, with a factor of one.
+    """Options of a LoRA part for the sum of several tasks' parts, with a factor of one; None if no task has one.
 
     Its rank at a module is the sum of theirs; of ``"svd"`` the largest of them.
-
-    Returns:
-        None if no task has one.
 
     Raises:
         RecastConfigError: if what a part adds is no product of two factors alone.

@@ -35,17 +35,11 @@ from .wrapper import ScaledModule, was_replaced
 
 @dataclass
 class PreparedPartner(Piece):
-    """A task's partner at one place, ready to be put in.
-
-    Attributes:
-        config: config of the partner.
-        candidate: the place.
-        module: what the task trains there.
-    """
+    """A task's partner at one place, ready to be put in."""
 
     config: PartnerConfig
-    candidate: Candidate
-    module: nn.Module
+    candidate: Candidate  # the place
+    module: nn.Module  # what the task trains there
 
     @property
     def place(self) -> str:  # type: ignore[override]
@@ -289,11 +283,7 @@ def _is_under(place: str, saved: tuple[str, ...]) -> bool:
 
 
 def partner_of_entry(key: str, numbers: int) -> tuple[str, int] | None:
-    """The partner that an entry of a task's file belongs to, and how many numbers (of a mask: bits) it holds.
-
-    Returns:
-        None if the entry is no partner's.
-    """
+    """The partner that an entry of a task's file belongs to, and its numbers (of a mask: bits); None if it is no partner's."""
     name = key.removeprefix(MODEL_PREFIX)
     if name.startswith(f"{PARTNER_CONTAINER}."):
         return name.split(".")[2], numbers  # container, place, kind

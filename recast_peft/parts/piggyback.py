@@ -89,11 +89,7 @@ class WeightMask(nn.Module):
         return sum(kept[:, place].to(torch.uint8) << place for place in _PLACES)  # type: ignore[return-value]
 
     def unpack(self, bits: Tensor) -> Tensor:
-        """Scores that give a stored mask: the initial score where an entry is kept, else as far below the threshold.
-
-        Raises:
-            RecastLoadError: if the bits are not those of a mask of this shape.
-        """
+        """Scores of a stored mask: the initial score, or as far below the threshold; ``RecastLoadError`` if it does not fit."""
         if bits.dtype != torch.uint8 or tuple(bits.shape) != self.packed_shape:
             raise RecastLoadError(
                 f"a mask does not fit its weight\n  given:    {bits.dtype} {tuple(bits.shape)}\n"

@@ -77,13 +77,12 @@ def read_head_inputs(
         model: as it stands.
         head: the module whose input, ``(examples, features)``, counts.
         shape: classes of the task, and features that reach the head.
-        batches: ``(inputs, labels)`` pairs, or dictionaries with ``labels`` in them (dictionaries are given by name).
+        batches: as ``fit_prototypes`` takes them.
         take: is called with ``(examples, features)`` and ``(examples,)`` labels, both on the CPU.
 
     Raises:
         RecastConfigError: if a batch is no pair and no dictionary.
-        RecastTargetError: if a label is none of the classes, or the head sees more than one vector an example, or
-            numbers that are not finite.
+        RecastTargetError: for labels that are no classes; if the head sees several vectors an example, or numbers not finite.
     """
     classes, features = shape
     seen: list[Tensor] = []
@@ -103,11 +102,7 @@ def read_head_inputs(
 
 
 def whole_labels(labels: Any, classes: int) -> Tensor:
-    """Labels ``(examples,)`` of any whole numbers, as they are counted: in 64 bits, on the CPU.
-
-    Raises:
-        RecastTargetError: if they are no numbers of the classes, naming both.
-    """
+    """Labels ``(examples,)`` in 64 bits on the CPU; ``RecastTargetError`` if they are no whole numbers of the classes."""
     if not is_whole(labels) or labels.ndim != 1:
         found = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else shown(labels)
     elif not len(labels) or labels.min() < 0 or labels.max() >= classes:

@@ -42,15 +42,10 @@ def saved_by_task_type(config: RecastConfig) -> list[str] | None:
 
 @dataclass(frozen=True)
 class SavedModule(Piece):
-    """A module of the model of which a task gets a copy.
-
-    Attributes:
-        place: its name in the plain model.
-        module: the model's own, without its numbers.
-    """
+    """A module of the model of which a task gets a copy."""
 
     place: str
-    module: nn.Module
+    module: nn.Module  # the model's own, without its numbers
 
     def beside(self, owned: Collection[str]) -> list[SavedModule]:
         if lies_in(self.place, owned) or not any(lies_in(name, [self.place]) for name in owned):
@@ -126,11 +121,7 @@ class SavedPart(TaskPart):
             present.add(place.adapter_name, own.requires_grad_(True), place.active, place.inference_mode)
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterable[Entry]:
-        """None beside those of ``TaskModule``; a module that was replaced since is refused.
-
-        Raises:
-            RecastTargetError: if another module is in the place of the task's.
-        """
+        """None beside those of ``TaskModule``; a module that was replaced since is refused (``RecastTargetError``)."""
         held = [m.module_name for m in task_modules(model, adapter_name)]
         for place in self.places(Request(model, config, ())):
             # another part may own it, a module around it or the modules in it

@@ -274,11 +274,7 @@ class Adding:
 def stack_around(outer: nn.Module, inner: nn.Module) -> list[RecastLayer]:
     """Let layers of other methods, around or inside a RecastLayer, merge into tensors of their own from now on.
 
-    Returns:
-        the layer of RECAST among them, if there is one.
-
-    Raises:
-        RecastTargetError: if another method cannot stand there.
+    Gives RECAST's layer among them, if there is one; where another method cannot stand there, ``RecastTargetError``.
     """
     chain = [outer, *inner_layers(inner)]
     recast = [layer for layer in chain if isinstance(layer, RecastLayer)]

@@ -203,11 +203,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         return self._mixed(batch, *args, **kwargs)
 
     def _mixed(self, batch: MixedBatch, *args: Any, **kwargs: Any) -> Any:
-        """Every sample with its own task's module.
-
-        Raises:
-            RecastBankError: if what is called keeps something of the call, which several modules would write into.
-        """
+        """Every sample with its own task's module; not (``RecastBankError``) where what is called writes into a cache."""
         given = [*args, *kwargs.values()]
         lengths = [batch.samples_in(value, self) for value in given if isinstance(value, Tensor) and value.ndim]
         fitting = [length for length in lengths if length in (len(batch), batch.beams * len(batch))]
@@ -354,12 +350,9 @@ def several_owners(owners: Sequence[str], place: str) -> RecastConfigError:
 
 
 def check_one_owner(model: nn.Module, adapter_names: Sequence[str], merging: bool = False) -> None:
-    """Refuse several tasks at once that own the same module, such as a classifier each.
+    """Refuse several tasks at once that own the same module, such as a classifier each (``RecastConfigError``).
 
     Where tasks are merged (``merging``) their changes of biases add.
-
-    Raises:
-        RecastConfigError: naming the tasks and the module.
     """
     for module in model.modules() if len(adapter_names) > 1 else ():
         if isinstance(module, ModulesToSaveWrapper) and not (merging and getattr(module, "adds_when_merged", False)):
