@@ -21,17 +21,11 @@ DEFAULT_BUDGET = 48
 
 @dataclass(frozen=True)
 class Sizes:
-    """A way to fit a budget.
+    """A way to fit a budget."""
 
-    Attributes:
-        group_size: layers that share a bank.
-        leaves_out_minor: without the convolutions that make patches or join stages, unless the config names them.
-        shares: consecutive layers of a role share their offsets, as few of them as will do.
-    """
-
-    group_size: int
-    leaves_out_minor: bool = False
-    shares: bool = False
+    group_size: int  # layers that share a bank
+    leaves_out_minor: bool = False  # without the convolutions that make patches or join stages, unless the config names them
+    shares: bool = False  # consecutive layers of a role share their offsets, as few of them as will do
 
 
 DEFAULT_SIZES = (Sizes(2), Sizes(1), Sizes(1, leaves_out_minor=True), Sizes(1, shares=True))

@@ -84,9 +84,7 @@ class Candidate:
 def find_candidates(model: nn.Module, parameters: Collection[str] = ()) -> list[Candidate]:
     """All modules of a model in the order of their definition, each with the reason why it cannot be a target, if any.
 
-    Args:
-        model: a plain model, or one with tasks.
-        parameters: names, or endings of names, of parameters that are composed in modules which have no weight.
+    ``parameters`` are names, or endings of names, of parameters that are composed in modules which have no weight.
 
     Raises:
         RecastTargetError: if a part of the model is compiled by TorchScript.

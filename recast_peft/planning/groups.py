@@ -126,12 +126,9 @@ def _shared_by_neighbours(groups: Sequence[PlannedGroup], count: int) -> dict[st
 
 
 def sharing_of(groups: Sequence[PlannedGroup], owned: Mapping[str, int]) -> str | int | None:
-    """Which way of sharing explains the parameters that a task's layers have in common.
+    """Which way of sharing explains the parameters that layers have in common; None if none is shared, or no way does.
 
     ``owned`` has for each target module something that says which parameter it uses.
-
-    Returns:
-        None if nothing is shared, or no way explains it.
     """
     different = len(set(owned.values()))
     for sharing in (*SHARING, *range(2, len(groups) + 1)) if different < len(owned) else ():

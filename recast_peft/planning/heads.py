@@ -68,11 +68,7 @@ def top_level(model: nn.Module) -> str:
 
 
 def named_head(model: nn.Module, name: str | None) -> str | None:
-    """The first name of the classifier that is named, which a model may hold at several places; None if none is.
-
-    Raises:
-        RecastTargetError: if the model does not have it, naming what it has.
-    """
+    """The first name of the classifier that is named; None if none is, ``RecastTargetError`` if the model does not have it."""
     check_arguments(optional(text), head_module=name)
     if name is None or name in plain_modules(model):
         return name

@@ -79,8 +79,8 @@ def find_renamed(
 
     Args:
         model: a plain model, or one with tasks.
-        groups: groups of the task: the modules that it composes.
-        base_fingerprint: fingerprints of the task: a fingerprint of each module's pretrained weight.
+        groups: the modules that the task composes, by group.
+        base_fingerprint: that of each module's pretrained weight.
         key_mapping: regular expressions and what replaces them; they go first.
 
     Returns:

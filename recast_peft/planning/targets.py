@@ -19,11 +19,7 @@ from .roles import SHORTHANDS, default_shorthands, in_shape, is_convolution, is_
 
 
 def find_targets(model: nn.Module, config: RecastConfig) -> tuple[list[Candidate], dict[str, str]]:
-    """The modules that a config means.
-
-    Args:
-        model: a plain model, or one that already has tuner layers.
-        config: its ``groups`` are used by name if given, else ``target_modules`` and what restricts it.
+    """The modules that a config means: its ``groups`` by name if given, else ``target_modules`` and what restricts it.
 
     Returns:
         the targets in the order of their definition, and for each module that matched but was left out the reason; where the

@@ -51,11 +51,7 @@ def check_combination(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> None:
-    """Check the arguments of a combination before anything is done.
-
-    Raises:
-        RecastConfigError: naming the argument and its value.
-    """
+    """Check the arguments of a combination before anything is done (``RecastConfigError``)."""
     if not isinstance(adapters, Sequence) or isinstance(adapters, (str, bytes)) or not adapters:
         raise RecastConfigError(f"adapters={adapters!r}: expected a list of at least one task")
     checked_names("adapters", adapters, once=True)

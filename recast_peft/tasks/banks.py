@@ -42,11 +42,7 @@ def reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
 
 
 def recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]] | None:
-    """How the templates of compressed banks were mixed, as a task stores it; None without any.
-
-    Raises:
-        RecastBankError: if a state dict brought other templates than those.
-    """
+    """How a task stores the mixes of compressed banks; None without any, ``RecastBankError`` if a state dict brought others."""
     foreign = next((name for name, bank in banks.items() if bank.is_foreign), None)
     if foreign is not None:
         raise RecastBankError(
@@ -57,11 +53,7 @@ def recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[
 
 
 def _bank_of_weights(model: nn.Module, adapter_name: str, method: dict[str, Any]) -> StoredBank:
-    """The banks of a task as they are stored; ``method`` is the config's.
-
-    Raises:
-        RecastBankError: if every one of them follows from the pretrained weights.
-    """
+    """The banks of a task as they are stored (``RecastBankError`` if all follow from the model); ``method`` is the config's."""
     banks = task_banks(model, adapter_name)
     layers = recast_layers(model)
     version = 1
@@ -137,11 +129,7 @@ def stored_bank(tuner: Any, adapter_name: str | None, of: str) -> StoredBank:
 
 
 def remember_stored_bank(tuner: Any, stored: StoredBank) -> StoredBank:
-    """Note where a bank was stored, for the tasks that are saved from now on.
-
-    Returns:
-        the bank.
-    """
+    """Note where a bank was stored, for the tasks that are saved from now on; gives the bank back."""
     versions = versions_of(stored)
     if not (stored.is_of_biases or stored.is_readout):
         for bank in recast_banks(tuner.model).values():

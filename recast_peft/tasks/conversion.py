@@ -34,21 +34,13 @@ from ..validation import listed, shown
 
 @dataclass
 class PreparedLayer:
-    """A layer that is ready to be put in its place.
+    """A layer that is ready to be put in its place."""
 
-    Attributes:
-        layer: new, or the one that is there already.
-        parent: the module that holds the target, or the layer that is there already.
-        child_name: its name in it.
-        visible_key: the module name at which PEFT's loop comes by.
-        bank: bank of the new task.
-    """
-
-    layer: RecastLayer
-    parent: nn.Module
-    child_name: str
-    visible_key: str
-    bank: TemplateBank | None = None
+    layer: RecastLayer  # new, or the one that is there already
+    parent: nn.Module  # the module that holds the target, or the layer that is there already
+    child_name: str  # its name in it
+    visible_key: str  # the module name at which PEFT's loop comes by
+    bank: TemplateBank | None = None  # of the new task
 
     def put_in(self, adapter_name: str, config: RecastConfig, num_coefficient_sets: int, active: list[str]) -> None:
         """Put the layer in its place, with the task's coefficients."""
@@ -70,11 +62,7 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_recorded(config: RecastConfig) -> None:
-    """Refuse a stored task whose fingerprints are none.
-
-    Raises:
-        RecastLoadError: naming the task, the field and the value.
-    """
+    """Refuse a stored task whose fingerprints are none (``RecastLoadError``)."""
     fields: dict[str, Any] = {f"base_fingerprint[{name!r}]": value for name, value in (config.base_fingerprint or {}).items()}
     if config.surroundings_fingerprint is not None:
         fields["surroundings_fingerprint"] = config.surroundings_fingerprint
@@ -260,11 +248,7 @@ def _found_templates(
 
 
 def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastLayer]) -> TemplateBank | None:
-    """The bank of an earlier task that this group shares, or None for a new one.
-
-    Raises:
-        RecastBankError: if the group cannot stand beside the banks that exist.
-    """
+    """The bank of an earlier task that this group shares; None for a new one, ``RecastBankError`` if they cannot be beside."""
     compressed = {id(layer.compressed_bank[0]): layer.compressed_bank[0] for layer in layers if layer.is_compressed}
     if not compressed:
         if not group.is_exact and any(layer.recast_bank for layer in layers):

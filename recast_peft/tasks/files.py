@@ -31,14 +31,12 @@ SAVED_PARTNERS = "recast_partners"  # the entry of a file's metadata: of some pa
 
 
 def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, own: Shapes) -> dict[str, Tensor] | None:
-    """Check the file of a config that was read from a saved task, before the model is touched.
+    """Check the file of a config that ``from_pretrained`` read from a saved task, before the model is touched.
 
     ``own`` has the shapes of what the task brings beside its coefficients, by the names of the plain model.
 
-    Does nothing for a config that was not read by ``from_pretrained``, or that belongs to no saved task.
-
     Returns:
-        the file's entries, or None if there is no file to check.
+        the file's entries; None for any other config, which has no file to check.
 
     Raises:
         RecastLoadError: if the file cannot be read, or entries are missing, unexpected, wrongly shaped, of another kind of
@@ -72,11 +70,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
 def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str, config: RecastConfig) -> dict[str, Tensor]:
     """The entries of a task's file, whose checksum is looked at.
 
-    Args:
-        folder: where it lies, or its repository on the Hub.
-        hub_kwargs: for a task on the Hub.
-        what: it is called in messages.
-        config: of the task.
+    It lies in a folder, or in a repository on the Hub (``hub_kwargs``); ``what`` it is called in messages.
 
     Raises:
         RecastLoadError: if it cannot be read, its numbers are not those that were written, or the config names other partners
@@ -191,8 +185,7 @@ def filling(adapter_name: str, filled: Callable[..., None] | None) -> Iterator[N
 def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
     """Refuse to exchange the numbers of a task that is merged: what is merged would stay what it was.
 
-    Raises:
-        RecastConfigError: if it is, or an adapter of another method is merged on top of it.
+    So (``RecastConfigError``) of one on top of which an adapter of another method is merged.
     """
     held = {name for layer in modules_of(backbone, RecastLayer) for name in layer.held or ()}
     if adapter_name in {*merged_tasks(backbone), *held}:
@@ -207,11 +200,9 @@ def _key_of(key: str, known: Collection[str], renamed: Callable[[str], str | Non
 
 
 def called(key: str, renamed: Callable[[str], str | None] | None) -> str:
-    """The key of an entry as a model has it whose modules have other names than the task's file gives them.
+    """The key of an entry of a task's file as the model has it.
 
-    Args:
-        key: key of the entry in the file.
-        renamed: how a module is called in the model; None if all have the names of the file.
+    ``renamed`` says how a module is called there; None: all have the names of the file.
     """
     if renamed is None:
         return key
@@ -248,11 +239,7 @@ def _check_shared(what: str, entries: Mapping[str, Entry], given: Mapping[str, T
 
 
 def check_entries(what: str, given: Mapping[str, Tensor], wanted: Shapes, optional: Shapes | None = None) -> None:
-    """Raise an error that lists what is wrong with a task's entries; return if nothing is.
-
-    Raises:
-        RecastLoadError: if something is wrong.
-    """
+    """Raise a ``RecastLoadError`` that lists what is wrong with a task's entries; return if nothing is."""
     known = {**(optional or {}), **wanted}
     misshaped = [
         f"{key}: {tuple(value.shape)} given, {tuple(known[key])} expected"

@@ -38,27 +38,16 @@ from .surroundings import surroundings_fingerprint, warn_of_difference
 
 @dataclass
 class PreparedTask:
-    """A task that is ready to be put on a model.
+    """A task that is ready to be put on a model."""
 
-    Attributes:
-        plan: what it targets, in which groups.
-        layers: by module name.
-        banks: the compressed and grown banks that are new.
-        pieces: pieces of every part, what it gets.
-        fingerprints: fingerprints of the pretrained weights of its target modules.
-        surroundings: a fingerprint of what the model has beside the targets.
-        renamed: how a module that the task's file names is called in the model, where that has other names.
-        is_same_base: whether these are the weights that the task was made for.
-    """
-
-    plan: RecastPlan
-    layers: dict[str, PreparedLayer]
-    banks: list[TemplateBank]
-    pieces: list[tuple[Any, list[Any]]]
-    fingerprints: dict[str, str]
-    surroundings: str | None = None
-    renamed: Callable[[str], str | None] | None = None
-    is_same_base: bool = True
+    plan: RecastPlan  # what it targets, in which groups
+    layers: dict[str, PreparedLayer]  # by module name
+    banks: list[TemplateBank]  # the compressed and grown banks that are new
+    pieces: list[tuple[Any, list[Any]]]  # of every part, what it gets
+    fingerprints: dict[str, str]  # of the pretrained weights of its target modules
+    surroundings: str | None = None  # a fingerprint of what the model has beside the targets
+    renamed: Callable[[str], str | None] | None = None  # how a module that its file names is called in the model, if otherwise
+    is_same_base: bool = True  # whether these are the weights that the task was made for
 
     @property
     def partner_banks(self) -> dict[str, Any]:
@@ -84,11 +73,7 @@ class PreparedTask:
 
 
 def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> PreparedTask:
-    """Plan, check and build a task; the model is not touched.
-
-    Raises:
-        RecastError: saying what is wrong.
-    """
+    """Plan, check (``RecastError``) and build a task; the model is not touched."""
     check_may_be_added_to(model, config.inference_mode)
     check_recorded(config)
     config = under_names_of(model, config)

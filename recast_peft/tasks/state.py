@@ -38,8 +38,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> dict[str, Entry]:
     """All tensors of a task by the names that its file has; what several modules share is listed for each of them.
 
-    Raises:
-        RecastError: if something that the task owns is no longer in the model.
+    Where something that the task owns is no longer in the model, a ``RecastError``.
     """
     backbone = backbone_of(model)
     entries = {entry.key: entry for part in PARTS for entry in part.entries(backbone, adapter_name, config)}
@@ -85,16 +84,11 @@ def _within(key: str) -> str:
 def check_base_weights(model: Any, state_dict: Mapping[str, Tensor], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
     """Look at the weights and biases below tasks in a state dict that is about to be loaded into a whole model.
 
-    A hook of the backbone, which is the same model with a tuner around it or without one.
+    A hook of the backbone, which is the same model with a tuner around it or without one. torch's ``metadata`` says whether
+    tensors take the places of the model's, also where these hold no numbers.
 
     Layers and banks learn that their weight is about to be another one. A state dict that was made while tasks were merged
     holds the merged weights in the place of the pretrained ones.
-
-    Args:
-        model: the backbone.
-        state_dict: what is loaded.
-        prefix: of the backbone's keys in it.
-        metadata: torch's, which says whether tensors take the places of the model's, also where these hold no numbers.
 
     Raises:
         RecastConfigError: if tasks are merged in the model, and what is loaded is another weight or bias than lies there.
@@ -144,11 +138,7 @@ def _is_another(own: Tensor | None, given: Tensor, is_assigned: bool) -> bool:
 def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Put an adapter's own numbers into a state dict that is about to be loaded into a whole model, so that they stay.
 
-    Args:
-        tuner: the ``RecastModel``.
-        adapter_name: the adapter.
-        state_dict: what is loaded.
-        prefix: of the tuner's keys in it.
+    ``prefix`` is that of the tuner's keys in it.
     """
     paths = {id(module): path for path, module in tuner.named_modules()}
     for entry in chain.from_iterable(holder.entries(adapter_name) for holder in holders(tuner.model, adapter_name)):
