@@ -15,21 +15,21 @@ from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskHolder, holders
 from ..layer import RecastLayer
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, modules_of
-from ..parts.lora_strength import part_layers
+from ..parts.lora_strength import PartStrength, part_layers
 from ..parts.partner import detach_partners
 from ..parts.saved import release_running_statistics
-from ..parts.wrapper import task_modules
+from ..parts.wrapper import TaskModule, task_modules
 from .undo import undone_on_failure
 
 
 def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: bool) -> None:
     """Make the tasks' parts active beside their coefficients, which PEFT's own verb reaches."""
-    _bring_back(model)
-    for module in task_modules(model):
-        module.set_adapter(list(adapter_names), inference_mode)
-    for layer in part_layers(model):
-        layer.unmerge()
-        layer.set_adapter(list(adapter_names), inference_mode)
+    found = holders(model)  # a walk passes the modules of every task: one for all
+    _bring_back(found)
+    beside: list[Any] = [holder for holder in found if isinstance(holder, (TaskModule, PartStrength))]
+    for holder in beside:
+        holder.unmerge()
+        holder.set_adapter(list(adapter_names), inference_mode)
 
 
 def is_frozen(model: nn.Module, adapter_names: Sequence[str]) -> bool:
@@ -142,16 +142,17 @@ def unmerge(model: nn.Module) -> None:
     """Put everything back that was there before tasks were merged, to the last bit."""
     for module in task_modules(model):
         module.unmerge()
-    _bring_back(model)
+    _bring_back(holders(model))
     for layer in (*part_layers(model), *_layers_of_others(model), *modules_of(model, RecastLayer)):
         if layer.merged:
             with onload_layer(layer):
                 layer.unmerge()
 
 
-def _bring_back(model: nn.Module) -> None:
-    for layer in (*part_layers(model), *modules_of(model, RecastLayer)):
-        _let_stand_aside(layer, False)
+def _bring_back(found: list[Any]) -> None:
+    for layer in found:
+        if isinstance(layer, (PartStrength, RecastLayer)):
+            _let_stand_aside(layer, False)
 
 
 def _let_stand_aside(layer: Any, aside: bool) -> None:
