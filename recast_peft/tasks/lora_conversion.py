@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -144,8 +143,9 @@ def convert_to_lora(
     if config.bias != "none":
         raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
     owned = _owned_modules(model, adapter_name)
-    with _targets_named(model, adapter_name, sorted(layers)), at_full_strength(model):
-        lora_config, state = peft_convert_to_lora(cast(Any, _WeightsAlone(model)), rank, adapter_name, progressbar)
+    seen: Any = _WeightsAlone(model, adapter_name, sorted(layers))
+    with at_full_strength(model):
+        lora_config, state = peft_convert_to_lora(seen, rank, adapter_name, progressbar)
         measured = tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items())
     lora_config.target_modules = these_modules(sorted(layers), find_candidates(model.get_base_model()))
     parts = ((*key.rpartition(".lora_"), value) for key, value in state.items())
@@ -196,23 +196,13 @@ def _check_rank(rank: int | float, full_rank: int) -> None:
         raise RecastConfigError(f"rank={rank!r}: expected 1 to {full_rank}, the full rank of the smallest target")
 
 
-@contextmanager
-def _targets_named(model: PeftModel, adapter_name: str, names: list[str]) -> Iterator[None]:
-    """Let PEFT read a config of the task that lists its targets by name for a while."""
-    config = cast(RecastConfig, model.peft_config[adapter_name])
-    fields = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None, "modules_to_save": None}
-    try:
-        model.peft_config[adapter_name] = config.as_chosen(**fields)
-        yield
-    finally:
-        model.peft_config[adapter_name] = config
-
-
 class _WeightsAlone:
-    """A model as PEFT's conversion is to see it: without what tasks have beside weights, which it would refuse."""
+    """A model as PEFT's conversion is to see it: targets by name, without what tasks have beside weights, which it refuses."""
 
-    def __init__(self, model: PeftModel) -> None:
-        self.peft_config, self._model = model.peft_config, model
+    def __init__(self, model: PeftModel, adapter_name: str, targets: list[str]) -> None:
+        config, left_out = cast(RecastConfig, model.peft_config[adapter_name]), ("layers_to_transform", "layers_pattern")
+        named = config.as_chosen(target_modules=targets, modules_to_save=None, **dict.fromkeys(left_out))
+        self.peft_config, self._model = {adapter_name: named}, model
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, module) for name, module in self._model.named_modules() if not isinstance(module, ScaledModule))
