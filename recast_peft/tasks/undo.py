@@ -40,19 +40,16 @@ class Snapshot:
 
 
 def _content(held: Any) -> Any:
-    for kind in (dict, list, set):
-        if isinstance(held, kind):
-            return kind(held)
-    return None
+    return next((kind(held) for kind in (dict, list, set) if isinstance(held, kind)), None)
 
 
 def _put_back(held: Any, content: Any) -> None:
     if isinstance(held, dict) and [*held] == [*content] and all(held[key] is content[key] for key in content):
         return  # a dictionary may refuse to be written to, as those of diffusers do
-    if isinstance(held, (dict, set)) and content is not None:
+    if isinstance(held, (dict, set)):
         held.clear()
         held.update(content)
-    elif isinstance(held, list) and content is not None:
+    elif isinstance(held, list):
         held[:] = content
 
 
