@@ -21,7 +21,7 @@ from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import Entry, module_entries
-from ..planning.candidates import Candidate, composed_layer, find_candidates
+from ..planning.candidates import Candidate, find_candidates
 from ..planning.roles import SHORTHANDS
 from ..planning.targets import find_targets
 from .base import Piece
@@ -206,10 +206,8 @@ def _stand_in(target: Candidate) -> nn.Module:
     }
     assert target.weight_name is not None
     if twin._parameters.get(target.weight_name) is None:  # a compressed bank stands for it
-        layer = composed_layer(target.visible)
-        assert layer is not None
-        weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
-        twin._parameters[target.weight_name] = nn.Parameter(weight, requires_grad=False)
+        shape, dtype = target.weight_like
+        twin._parameters[target.weight_name] = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
     return twin
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch, current_batch
-from ..composition.quantised import quantised_by
 from ..composition.recomputation import strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
@@ -29,7 +28,7 @@ from ..planning.candidates import Candidate, composed_layer, find_candidates
 from ..planning.heads import head_names
 from .base import Piece, Place, Request, TaskPart
 from .places import places_of
-from .stacking import stack_around
+from .stacking import layer_around
 from .wrapper import ScaledModule, was_replaced
 
 
@@ -89,11 +88,7 @@ class PartnerPart(TaskPart):
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
         prepared = []
         for candidate in places_of(partner, candidates, head_names(request.model), request.targets):
-            layer = composed_layer(candidate.visible)
-            weight = None if candidate.weight_name is None else candidate.module._parameters.get(candidate.weight_name)
-            if candidate.weight_name is not None and quantised_by(candidate.module) is not None:  # packed, it has another shape
-                weight = candidate.weight  # type: ignore[assignment]
-            shape = layer.weight_shape if layer is not None else None if weight is None else tuple(weight.shape)
+            shape = candidate.weight_like and candidate.weight_like[0]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.config.seed} {candidate.name}".encode()))
             module = partner.build(candidate.module, shape, generator, **request.like(candidate.module))
             module.train(candidate.module.training)
@@ -110,10 +105,7 @@ class PartnerPart(TaskPart):
     def _mask(self, place: Place, piece: PreparedPartner) -> None:
         layer = recast_layers(place.model).get(piece.place)
         if layer is None:  # no target of the task: a layer without coefficients
-            assert piece.candidate.weight_name is not None
-            layer = RecastLayer(piece.candidate.visible, piece.place, piece.candidate.weight_name, piece.candidate.fingerprint)
-            layer.train(piece.candidate.visible.training)
-            stack_around(layer, piece.candidate.visible)
+            layer = layer_around(piece.candidate, piece.candidate.fingerprint)
             layer._active_adapter = list(place.tuner.active_adapters)
             put_at(place.model, piece.place, layer)
         layer.recast_masks[place.adapter_name] = piece.module

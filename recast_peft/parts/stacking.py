@@ -271,6 +271,14 @@ class Adding:
         self.configs.pop(self.adapter_name, None)
 
 
+def layer_around(candidate: Any, fingerprint: str) -> RecastLayer:
+    """A layer without any task, ready to be put around a module, and around other methods' layers of it."""
+    layer = RecastLayer(candidate.visible, candidate.name, candidate.weight_name, fingerprint)
+    layer.train(candidate.visible.training)
+    stack_around(layer, candidate.visible)
+    return layer
+
+
 def stack_around(outer: nn.Module, inner: nn.Module) -> list[RecastLayer]:
     """Let layers of other methods, around or inside a RecastLayer, merge into tensors of their own from now on.
 

@@ -73,6 +73,16 @@ class Candidate:
         return kept if held is None else whole(held)  # type: ignore[return-value]
 
     @property
+    def weight_like(self) -> Any:
+        """Shape and dtype of its weight, whatever stands for that; None for a module that has none."""
+        is_packed = self.weight_name is not None and quantised_by(self.module) is not None  # it has another shape then
+        weight = self.weight if is_packed else self.module._parameters.get(self.weight_name or "")
+        if weight is not None:
+            return whole_shape(weight), weight.dtype
+        layer = composed_layer(self.visible)
+        return None if layer is None else (layer.weight_shape, layer.weight_dtype)
+
+    @property
     def fingerprint(self) -> str:
         """That of its pretrained weight, whatever holds the weight's place now."""
         layer = composed_layer(self.visible)

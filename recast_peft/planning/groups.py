@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from ..banks.files import StoredBank
-from ..composition.quantised import quantised_by
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, role_of
 from ..options.checks import SHARING
-from ..placement.sharded import whole_shape
 from .candidates import Candidate, composed_layer
 
 
@@ -144,16 +142,6 @@ def count_coefficients(groups: Sequence[PlannedGroup], sharing: str | int | None
     return sum(g.num_templates * g.num_coefficient_sets for g in groups for member in g.members if owners[member] == member)
 
 
-def _weight_like(target: Candidate) -> tuple[tuple[int, ...], torch.dtype]:
-    weight = target.module._parameters.get(target.weight_name or "")
-    if quantised_by(target.module) is not None:  # packed, it has another shape
-        weight = target.weight  # type: ignore[assignment]
-    if weight is None:  # a compressed bank stands for it
-        layer = composed_layer(target.visible)
-        return layer.weight_shape, layer.weight_dtype
-    return whole_shape(weight), weight.dtype
-
-
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """The sides of a weight as a matrix: the first dimension, and the others together."""
     return shape[0], torch.Size(shape[1:]).numel()
@@ -161,7 +149,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def most_directions(targets: Sequence[Candidate], budget: int) -> int:
     """The most directions of each weight for which a task keeps a budget; 0 where even one is too many."""
-    ranks = [min(as_matrix(_weight_like(target)[0])) for target in targets]
+    ranks = [min(as_matrix(target.weight_like[0])) for target in targets]
     count = 0
     while count < max(ranks, default=0) and sum(min(count + 1, rank) ** 2 for rank in ranks) <= budget:
         count += 1
@@ -176,7 +164,7 @@ def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:
     runs = []
     for members in roles.values():
         members = sorted(members, key=lambda target: _depth(target.name))
-        runs += [list(run) for _, run in groupby(members, key=lambda t: (_weight_like(t), type(t.module)))]
+        runs += [list(run) for _, run in groupby(members, key=lambda t: (t.weight_like, type(t.module)))]
     return runs
 
 
@@ -195,7 +183,7 @@ def _chunks(run: list[Candidate], config: RecastConfig) -> list[list[Candidate]]
 
 def _planned(members: list[Candidate], config: RecastConfig, name: str | None = None) -> PlannedGroup:
     names = [member.name for member in members]
-    shape, dtype = _weight_like(members[0])
+    shape, dtype = members[0].weight_like
     if config.num_directions is not None:
         rows, columns = as_matrix(shape)
         r = min(config.num_directions, rows, columns)
@@ -212,9 +200,9 @@ def given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBan
     groups = []
     for name, names in (config.groups or {}).items():
         members = [by_name[member] for member in names]
-        kinds = {_weight_like(member) for member in members}
+        kinds = {member.weight_like for member in members}
         if len(kinds) > 1:
-            shown = "\n".join(f"  {m.name}: {'x'.join(map(str, _weight_like(m)[0]))} {_weight_like(m)[1]}" for m in members)
+            shown = "\n".join(f"  {m.name}: {'x'.join(map(str, m.weight_like[0]))} {m.weight_like[1]}" for m in members)
             raise RecastTargetError(f"the members of group {name!r} differ in shape or dtype:\n{shown}")
         planned = _planned(members, config, name)
         held = getattr(composed_layer(members[0].visible), "compressed_bank", ())

@@ -25,7 +25,7 @@ from ..layer import RecastLayer, recast_layers
 from ..mimicry import FittedTemplates, Recipe
 from ..names import BANK_CONTAINER, PREFIX, modules_of
 from ..parts.partner import SideContainer
-from ..parts.stacking import stack_around
+from ..parts.stacking import layer_around
 from ..planning.candidates import Candidate, composed_layer
 from ..planning.groups import PlannedGroup
 from ..planning.plan import RecastPlan
@@ -125,10 +125,7 @@ def prepare_layers(targets: list[Candidate], fingerprints: dict[str, str]) -> di
     for target in targets:
         layer, parent, child_name = composed_layer(target.visible), target.path[-1][1], target.slot
         if layer is None:
-            assert target.weight_name is not None
-            layer = RecastLayer(target.visible, target.name, target.weight_name, fingerprints[target.name])
-            layer.train(target.visible.training)
-            stack_around(layer, target.visible)
+            layer = layer_around(target, fingerprints[target.name])
         else:
             while getattr(parent, child_name) is not layer:  # another tuner's layer stands around it
                 parent, child_name = getattr(parent, child_name), "base_layer"
