@@ -26,7 +26,7 @@ from .options.lora import stored_lora_config
 from .options.partner import PartnerConfig
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
-from .validation import check_is_device, did_you_mean, shown
+from .validation import a_path, check_arguments, check_is_device, did_you_mean, shown
 
 DEFAULT_GROUP_SIZE = 2
 
@@ -216,11 +216,7 @@ class RecastConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read ``adapter_config.json``.
-
-        Raises:
-            RecastConfigError: if the file holds no JSON object with texts for its keys, is too large or nested too deeply.
-        """
+        """Read ``adapter_config.json`` (``RecastConfigError`` if it holds none, is too large or nested too deeply)."""
         return read_fields(path_json_file)
 
     def to_dict(self) -> dict[str, Any]:
@@ -246,6 +242,7 @@ class RecastConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` without the fields of RECAST that are None, then call ``AFTER_SAVING``."""
+        check_arguments(a_path, save_directory=save_directory)
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         with TemporaryDirectory() as folder:

@@ -21,8 +21,9 @@ BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 BANK_CONTAINER, PARTNER_CONTAINER = "recast_banks", "recast_partners"
 
 
-# Files that lie beside the folders of tasks: a task of such a name could not be saved there.
-_TAKEN_FILES = ("readme.md", "adapter_config.json", "adapter_model.safetensors")
+# What lies beside the folders of tasks, for good or for a moment: a task of such a name could not be saved there, or is taken
+# for what a killed process left and removed.
+_TAKEN = re.compile(r"readme\.md|adapter_config\.json|adapter_model\.(safetensors|bin)|\.versions|\..*\.(part|waiting)", re.I)
 MOST_BYTES = 255  # of a file's name
 
 # Children by which wrappers hold what they wrap: torch.compile, activation checkpointing and offloading, FSDP.
@@ -45,7 +46,7 @@ def check_adapter_name(name: str) -> None:
         raise RecastConfigError(f"adapter_name={name[:20]!r}...: a name has at most {MOST_BYTES} bytes")
     if name == BASE_ADAPTER:
         raise RecastConfigError(f"adapter_name={name!r}: this is the name of the model without any task")
-    if name.lower() in _TAKEN_FILES:  # some file systems do not tell them apart
+    if _TAKEN.fullmatch(name):  # some file systems do not tell upper case from lower
         raise RecastConfigError(f"adapter_name={name!r}: a file of this name lies beside the folders of tasks")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -147,6 +148,7 @@ def check_is_device(torch_device: Any) -> None:
 
 def check_is_no_folder(path: Any, example: str) -> None:
     """Refuse a folder where the name of a file is meant (``RecastConfigError``)."""
+    check_arguments(a_path, path=path)
     if Path(path).is_dir():
         raise RecastConfigError(f"path={str(path)!r} is a folder; expected the name of a file, such as {example}")
 
@@ -218,6 +220,13 @@ def text(value: Any) -> str:
     """A text that is no document."""
     if not isinstance(value, str) or not value or len(value) > LONGEST_NAME:
         raise Unexpected(f"a text of 1 to {LONGEST_NAME:,} characters")
+    return value
+
+
+def a_path(value: Any) -> Any:
+    """What names a file or a folder."""
+    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
+        raise Unexpected("a path, as a text or a pathlib.Path")
     return value
 
 

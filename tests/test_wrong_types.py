@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import tiny_vit
 from torch import nn
 
 import recast_peft
-from recast_peft import AutoRecastModel, RecastConfigError
+from recast_peft import AutoRecastModel, RecastConfigError, RecastError
 from recast_peft.analysis import protocols, sequence
 
 NO_MODEL = {
@@ -93,3 +95,83 @@ def test_what_is_no_tensor_and_no_name_of_a_head():
         recast_peft.split_logits([])
     with pytest.raises(RecastConfigError, match=r"head_module=\[\]: expected a text"):
         recast_peft.readout_bank(tiny_vit(), torch.zeros(2, 5, 8), head_module=[])
+
+
+@pytest.fixture(scope="module")
+def verbs(tmp_path_factory):
+    """Verbs that take a path, with nothing else wrong."""
+    from recast_peft.integrations.serving.access import Tenants
+    from recast_peft.integrations.serving.start import open_folder
+    from recast_peft.storage import versions
+
+    config = recast_peft.RecastConfig(target_modules=["qkv"])
+    bank = recast_peft.random_bank(tiny_vit(), config, num_templates=1)
+    model = recast_peft.get_recast_model(tiny_vit(), recast_peft.RecastConfig(bank=bank), "task")
+    saved = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(saved)
+    pool = recast_peft.TaskPool(model)
+    matrix = recast_peft.analysis.matrix.AccuracyMatrix(["task"])
+    return {
+        "save": model.save_pretrained,
+        "load": lambda path: model.load_adapter(path, "other"),
+        "load from a subfolder": lambda path: model.load_adapter(saved, "other", subfolder=path or 0),
+        "build": AutoRecastModel.from_pretrained,
+        "build from a subfolder": lambda path: AutoRecastModel.from_pretrained(saved, subfolder=path or 0),
+        "save a config": config.save_pretrained,
+        "read a config": config.from_json_file,
+        "load a bank": recast_peft.load_bank,
+        "save a bank": bank.save,
+        "save a model's bank": model.base_model.save_bank,
+        "write a card": recast_peft.write_model_card,
+        "save as a LoRA": lambda path: recast_peft.save_as_lora(path, model, 2, "task"),
+        "load a compressed model": lambda path: recast_peft.load_compressed_model(tiny_vit(), path),
+        "write a graph": lambda path: recast_peft.export_onnx(model, path, torch.zeros(2, 5, 8)),
+        "write a task": lambda path: recast_peft.export_task(model, path, "task"),
+        "save a pool": pool.save,
+        "load a pool": pool.load,
+        "load a pool's folder": pool.load_folder,
+        "draw": lambda path: matrix.plot(path or 0),
+        "list versions": versions.versions,
+        "go back": versions.roll_back,
+        "serve": open_folder,
+        "read tenants": Tenants.from_file,
+    }
+
+
+@pytest.mark.parametrize("given", [None, 3, b"folder", ["folder"], "a\0b"], ids=repr)
+def test_what_is_no_path(verbs, given):
+    for name, verb in verbs.items():
+        with pytest.raises(RecastError) as refused:
+            verb(given)
+        assert "expected a path" in str(refused.value) or isinstance(given, str), name
+
+
+class TestNames:
+    @pytest.mark.parametrize("given", [None, 3, ["a"], ["a", ["b"]], {}, ""], ids=repr)
+    def test_what_is_no_name_of_one_task(self, given):
+        model = recast_peft.get_recast_model(tiny_vit(), adapter_name="a")
+        for verb in (model.set_adapter, model.delete_adapter, model.base_model.delete_adapter):
+            with pytest.raises(RecastConfigError, match="adapter_name=.*expected a text"):
+                verb(given)
+        assert list(model.peft_config) == model.active_adapters == ["a"]
+
+    def test_what_is_no_name_of_a_bank(self):
+        bank = recast_peft.random_bank(tiny_vit(), num_templates=1)
+        for given in (3, ["bank"], Path("bank")):
+            with pytest.raises(RecastConfigError, match="name=.*expected a text"):
+                bank.under(given)
+        with pytest.raises(RecastConfigError, match="bank is a str: expected a StoredBank"):
+            recast_peft.push_bank_to_hub("bank", "some/where")
+
+
+class TestCards:
+    @pytest.mark.parametrize("given", [3, ["a"], "x", {"accuracy": object()}], ids=["3", "list", "text", "object"])
+    def test_what_is_no_result(self, given, tmp_path):
+        recast_peft.get_recast_model(tiny_vit()).save_pretrained(tmp_path)
+        before = (tmp_path / "README.md").read_bytes()
+        with pytest.raises(RecastConfigError, match="results=.*expected"):
+            recast_peft.write_model_card(tmp_path, results=given)
+        for argument in ("repo_id", "subfolder", "license"):
+            with pytest.raises(RecastConfigError, match=f"{argument}=3: expected a text"):
+                recast_peft.write_model_card(tmp_path, **{argument: 3})
+        assert (tmp_path / "README.md").read_bytes() == before

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import RecastSequenceError
 from ..planning.table import aligned
-from ..validation import shown
+from ..storage.atomic import staged_folder
+from ..validation import check_arguments, check_is_no_folder, shown, whole
 from .metrics import average_accuracy, average_incremental_accuracy, backward_transfer, forgetting, forward_transfer
 
 
@@ -148,6 +150,9 @@ class AccuracyMatrix:
         Raises:
             ImportError: if matplotlib is not installed.
         """
+        if path is not None:
+            check_is_no_folder(path, "matrix.png")
+        check_arguments(whole(0), digits=digits)
         from matplotlib.figure import Figure
 
         count = len(self.tasks)
@@ -164,7 +169,8 @@ class AccuracyMatrix:
         axes.set_ylabel("after learning")
         figure.colorbar(image, ax=axes)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            with staged_folder(Path(path).parent) as folder:
+                figure.savefig(folder / Path(path).name, dpi=150)
         return axes
 
     def _index(self, task: str) -> int:

@@ -26,6 +26,7 @@ from ..growth.biases import grow_bias_bank
 from ..growth.sources import Source, check_bank
 from ..growth.weights import extend_bank, grow_bank
 from ..holders import plain_modules, unwrapped_module
+from ..hub.transfer import task_names
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating, modes_kept
 from ..names import check_adapter_name, modules_of
@@ -169,7 +170,7 @@ def learn_in_sequence(
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             for name, task in tasks.items():
                 matrix.record(None, name, _measure(model, evaluate, task))
-    before = {name: _numbers(model, name) for name in model.peft_config} if isinstance(model, PeftModel) else {}
+    before = {name: _numbers(model, name) for name in task_names(model)} if isinstance(model, PeftModel) else {}
     earlier: dict[str, dict[str, Tensor]] = {}
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
     mode = model.training

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import CommitInfo
 
-from ..errors import RecastLoadError
+from ..errors import RecastConfigError, RecastLoadError
 from ..names import role_of
 from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, plain, table
 from ..storage.json_reader import Fields, read_json
@@ -46,6 +46,8 @@ def push_bank_to_hub(
     Raises:
         RecastHubError: if the Hub refuses, or cannot be reached; nothing is committed then.
     """
+    if not hasattr(bank, "save"):
+        raise RecastConfigError(f"bank is a {type(bank).__name__}: expected a StoredBank, as load_bank(name) reads it")
     with TemporaryDirectory() as folder:
         saved = Path(folder, "saved")
         bank.save(saved)

@@ -27,6 +27,7 @@ from ..storage.json_reader import Fields, parse_json, read_json
 from ..storage.paths import goes_up, inside, is_hub_name
 from ..storage.tensors import TensorFile, checksum, read_tensors, write_tensors
 from ..storage.transfer import NoSuchFile, fetch_together
+from ..validation import a_path, check_arguments, optional, text
 from .card import BANK_CONFIG, BANK_WEIGHTS, push_bank_to_hub
 from .stored_group import StoredGroup, read_group
 
@@ -190,6 +191,7 @@ class StoredBank:
         Args:
             name: folder or repository where it is stored; None while it is in memory alone.
         """
+        check_arguments(optional(text), name=name)
         return replace(self, name=name)
 
 
@@ -207,12 +209,10 @@ def load_bank(name: str | Path, *, revision: str | None = None, token: str | Non
 
     Raises:
         RecastBankError: if there is none.
-        RecastLoadError: if it is damaged, is not the bank that it says it is, or is of a format that this version does not
-            know.
+        RecastLoadError: if it is damaged, is not the bank that it says it is, or is of a format not known here.
     """
-    folder = Path(name)
-    if not has_bank(folder):
-        folder = _fetched(str(name), revision, token)
+    check_arguments(a_path, name=name)
+    folder = Path(name) if has_bank(Path(name)) else _fetched(str(name), revision, token)
     what = f"the bank file at {str(name)!r}"
     file = read_tensors(folder / BANK_WEIGHTS, what)
     return _assemble(str(name), what, _header(folder, file, what), file)

@@ -37,7 +37,7 @@ from ..storage.json_reader import Fields
 from ..storage.pairs import seal
 from ..storage.paths import is_hub_name
 from ..tasks.files import SAVED_PARTNERS
-from ..validation import is_number
+from ..validation import a_path, check_arguments, is_number, optional, text
 from .task_files import TaskSizes, has_task_numbers, read_task_config, task_sizes, tasks_inside
 
 PIPELINES = {
@@ -83,10 +83,12 @@ def write_model_card(
         RecastLoadError: if the folder holds no task.
         RecastConfigError: if a result is neither a finite number nor a text, nor made of these.
     """
+    check_arguments(a_path, folder=folder)
+    check_arguments(optional(text), repo_id=repo_id, subfolder=subfolder, license=license)
     folder = Path(folder)
     config = read_task_config(folder)
     sizes = task_sizes(folder)
-    given = RecastConfig(results=None if results is None else dict(results)).results
+    given = RecastConfig(results=results).results  # type: ignore[arg-type]
     measured = {**dict(config.object("results", None) or {}), **(given or {})}
     name = repo_id or folder.resolve().name
     where = quoted(name) + (f", subfolder={quoted(subfolder)}" if subfolder else "")

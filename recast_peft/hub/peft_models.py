@@ -32,7 +32,7 @@ from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
-from ..validation import check_is_device, checked_names, did_you_mean, shown
+from ..validation import a_path, check_arguments, check_is_device, checked_names, did_you_mean, shown, text
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
 from .task_files import has_task_numbers
@@ -84,6 +84,7 @@ class TaskModel:
         them. In a checkpoint of the Trainer (a folder named ``checkpoint-<step>``) the active task's files are also put in the
         root, where the Trainer looks for the best model.
         """
+        check_arguments(a_path, save_directory=save_directory)
         if save_embedding_layers == "auto" and not hasattr(self, "get_input_embeddings"):
             save_embedding_layers = False  # PEFT would ask the Hub for a vocabulary that the model does not have
         if isinstance(selected_adapters, str):
@@ -129,6 +130,7 @@ class TaskModel:
         check_adapter_name(adapter_name)
         _check_keywords(self._split_kwargs(kwargs)[1])  # type: ignore[attr-defined]
         check_is_device(kwargs.get("torch_device"))
+        check_arguments(a_path, model_id=model_id)
         if is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         elif os.path.isdir(model_id):
@@ -176,6 +178,7 @@ class TaskModel:
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; what is interrupted before it began leaves the task active that was."""
+        check_arguments(text, adapter_name=adapter_name)
         active = self.active_adapter  # type: ignore[has-type]
         try:
             super().set_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
@@ -186,6 +189,7 @@ class TaskModel:
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; what is interrupted once it began is finished before."""
+        check_arguments(text, adapter_name=adapter_name)
         try:
             super().delete_adapter(adapter_name)  # type: ignore[misc]
         except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from ..config import tasks_among
 from ..errors import RecastConfigError, RecastError, RecastLoadError
 from ..storage.paths import goes_up
 from ..storage.transfer import LIBRARY, NoSuchFile, commit_folder, commit_of, fetch_file, hub_errors
-from ..validation import check_is_peft_model, check_is_task, checked_names, listed, shown
+from ..validation import a_path, check_arguments, check_is_peft_model, check_is_task, checked_names, listed, optional, shown
 from .cards import write_repository_card
 from .task_files import read_task_config, task_sizes, tasks_inside
 
@@ -169,6 +169,7 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
         RecastHubError: if the repository cannot be reached or read.
         RecastLoadError: if there is no task in it, or a file is damaged.
     """
+    check_arguments(a_path, name=name)
     name = os.fspath(name)
     if os.path.isfile(name):
         raise RecastLoadError(
@@ -194,6 +195,7 @@ def fetch_task(name: str | os.PathLike, subfolder: str | None = None, **hub_kwar
 
 def fetch_config(name: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> tuple[str, str | None]:
     """The config of a task of a repository, and its subfolder; see :func:`fetch_task` for the arguments and what is raised."""
+    check_arguments(optional(a_path), subfolder=subfolder)
     try:
         return fetch_file(name, CONFIG_NAME, subfolder, hub_kwargs), subfolder
     except RecastError as error:
@@ -214,6 +216,7 @@ def local_task(name: str | os.PathLike, subfolder: str | None = None) -> Path:
     Raises:
         RecastLoadError: if there is no task, or several.
     """
+    check_arguments(optional(a_path), subfolder=subfolder)
     folder = Path(name, subfolder or "")
     if subfolder is not None or (folder / CONFIG_NAME).is_file():
         return folder

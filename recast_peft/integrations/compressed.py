@@ -29,6 +29,7 @@ from ..storage.pairs import TRIES, companion_of, staged_pairs
 from ..storage.tensors import FLOATING, TensorFile, checksum, read_tensors, write_tensors
 from ..tasks.banks import stored_bank
 from ..tasks.undo import undone_on_failure
+from ..validation import a_path, check_arguments
 
 BANK = "recast_bank_checksum"  # the entry of its metadata that says which bank it belongs to
 
@@ -104,6 +105,7 @@ def load_compressed_model(
     Raises:
         RecastLoadError: if the files are damaged or do not fit, or a tensor of the backbone stays without numbers.
     """
+    check_arguments(a_path, path=path)
     bank, rest = _read(Path(path))
     empty = _placeholders(backbone, bank, rest, str(path))
     _check_fit(backbone, rest, {*rest, *empty}, str(path))

@@ -14,11 +14,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import RecastConfigError
 from ..names import METHOD_NAME
-from ..storage.atomic import write_json
+from ..storage.atomic import made_folder, write_json
 from ..storage.json_reader import parse_json
 from ..storage.pairs import read_companion
 from ..storage.patterns import check_pattern
-from ..validation import Unexpected, plain, shown
+from ..validation import Unexpected, a_path, check_arguments, plain, shown
 
 
 def read_fields(file: str | os.PathLike) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def read_fields(file: str | os.PathLike) -> dict[str, Any]:
     Raises:
         RecastConfigError: if it holds no JSON object, is too large or nested too deeply, or is of a method that PEFT lacks.
     """
+    check_arguments(a_path, file=file)
     path = Path(file)
     try:
         content = read_companion(path.with_name(SAFETENSORS_WEIGHTS_NAME), path)
@@ -68,7 +69,7 @@ def _patterns(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def write_fields(folder: str | os.PathLike, values: Mapping[str, Any]) -> None:
     """Write the fields of a config, without those of RECAST's own that are None: they would outweigh a task's numbers."""
     kept = {name: value for name, value in values.items() if value is not None or name in PeftConfig.__dataclass_fields__}
-    write_json(Path(folder, CONFIG_NAME), kept, sort_keys=True)
+    write_json(made_folder(folder) / CONFIG_NAME, kept, sort_keys=True)
 
 
 def writable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -227,8 +227,14 @@ def problem_type_of(model: nn.Module, adapter_name: str) -> str | None:
 
 
 def check_head(model: nn.Module, adapter_name: str, config: RecastConfig) -> None:
-    """Refuse a config that was changed since the task's head was made by it (``RecastTargetError``)."""
+    """Refuse a config that does not speak of the task's head, or was changed since (``RecastTargetError``)."""
     for head in task_heads(model, adapter_name):
+        if config.num_classes is None and adapter_name in head._labels:
+            raise RecastTargetError(
+                f"{adapter_name!r} holds the classifier of a pool's task, of which its config does not say, so that its file "
+                "would not load: make a task of it and save that, "
+                f"model.base_model.add_weighted_adapter([{adapter_name!r}], [1.0], name, heads='first')"
+            )
         found = head.num_classes(adapter_name)
         if None not in (found, config.num_classes) and found != config.num_classes:
             raise RecastTargetError(

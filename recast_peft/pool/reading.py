@@ -19,7 +19,7 @@ from ..names import MODEL_PREFIX, check_adapter_name, entry_key
 from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
-from ..validation import listed, shown
+from ..validation import a_path, check_arguments, listed, shown
 from .layout import PoolLayout, readout_fingerprint, refuse_parts
 from .lora import modules_of
 
@@ -88,6 +88,7 @@ def read_folder(layout: PoolLayout, configs: Mapping[str, Any], folder: str | Pa
         RecastLoadError: if there is none, saying where they may lie instead.
         RecastConfigError: if a folder has a name that no task can have, or there are two tasks named ``"default"``.
     """
+    check_arguments(a_path, folder=folder)
     root = Path(folder)
     paths = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
     if not paths:

@@ -24,6 +24,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..validation import a_path, check_arguments
+
 try:
     import fcntl
 except ImportError:  # Windows: files are still replaced in one step each, but writers do not take turns
@@ -49,6 +51,7 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         OSError: if it cannot be written, whichever library writes.
     """
+    check_arguments(a_path, path=path)
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent, f".{target.name}.")
@@ -92,6 +95,7 @@ def made_folder(path: str | os.PathLike) -> Path:
     Raises:
         OSError: if it cannot be made.
     """
+    check_arguments(a_path, path=path)
     os.makedirs(path, exist_ok=True)
     return Path(path)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import RecastError, RecastLoadError
-from ..validation import is_int, is_number, shown
+from ..validation import a_path, check_arguments, is_int, is_number, shown
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 64
@@ -30,6 +30,7 @@ def read_json(path: str | os.PathLike, what: str | None = None, *, error: type[R
     Raises:
         RecastLoadError: (or ``error``) if the file cannot be read, is too large, or is no JSON object as described above.
     """
+    check_arguments(a_path, path=path)
     what = what or str(path)
     try:
         with open(path, "rb") as file:

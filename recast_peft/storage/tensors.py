@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import RecastConfigError, RecastLoadError
+from ..validation import a_path, check_arguments
 from .atomic import staged
 
 CHECKSUM = "recast_checksum"  # the entry of a file's metadata: of its tensors
@@ -102,6 +103,7 @@ def read_tensors(path: str | os.PathLike, what: str | None = None, *, floating: 
         RecastLoadError: if the file cannot be read, does not hold what is expected, or its checksum is of
             another content. A file without a checksum (of earlier versions) is read.
     """
+    check_arguments(a_path, path=path)
     what = what or str(path)
     try:
         tensors, metadata = _of_one_moment(path)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import RecastConfigError
-from ..validation import check_arguments, whole
+from ..validation import a_path, check_arguments, whole
 from .atomic import flush, locked, replace, staged
 
 VERSIONS = ".versions"
@@ -79,8 +79,8 @@ def roll_back(path: str | os.PathLike, version: int | None = None) -> int:
     Raises:
         RecastConfigError: if there is no such version; nothing changes then.
     """
+    known = versions(path)
     target = Path(path)
-    known = versions(target)
     if not known:
         raise RecastConfigError(f"{target} has no version before this one: it keeps some if it is saved with keep=")
     with locked(target.parent):
@@ -119,4 +119,5 @@ def _keep(target: Path) -> Path | None:
 
 
 def _folder(path: str | os.PathLike) -> Path:
+    check_arguments(a_path, path=path)
     return Path(path).parent / VERSIONS / Path(path).name

@@ -21,7 +21,7 @@ from ..parts.lora_strength import switched_off
 from ..parts.stacking import Adding
 from ..parts.wrapper import ScaledModule, TaskModule, check_one_owner
 from ..placement.offloaded import end_offloading, is_offloaded
-from ..validation import check_is_task, checked_names
+from ..validation import check_arguments, check_is_task, checked_names, text
 from . import verbs
 from .arithmetic import add_combined
 from .banks import remember_stored_bank, stored_bank
@@ -89,6 +89,7 @@ class TaskVerbs:
             ValueError: if there is no such task.
             RecastConfigError: if it is merged; nothing is changed then.
         """
+        check_arguments(text, adapter_name=adapter_name)
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
         verbs.check_deletable(self.model, adapter_name)

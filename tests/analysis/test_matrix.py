@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recast_peft import RecastSequenceError
+from recast_peft import RecastConfigError, RecastSequenceError
 from recast_peft.analysis.matrix import AccuracyMatrix
 
 FORGETFUL = [[0.90, 0.30, 0.20], [0.95, 0.80, 0.45], [0.70, 0.60, 0.80]]  # measures by hand in test_metrics.py
@@ -101,9 +101,24 @@ class TestTheMatrix:
             with pytest.raises(RecastSequenceError, match="a finite number is expected"):
                 matrix.record("cars", "cars", wrong)  # type: ignore[arg-type]
 
-    def test_is_drawn(self, tmp_path: Path) -> None:
+    def test_is_drawn(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("matplotlib")
         axes = filled(LOWER).plot(str(tmp_path / "matrix.png"))
+        before = (tmp_path / "matrix.png").read_bytes()
+
+        def broken(figure: Any, path: str | Path, **options: Any) -> None:
+            Path(path).write_bytes(b"half of a pict")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+        with pytest.raises(OSError, match="disk full"):
+            filled(LOWER).plot(tmp_path / "matrix.png")
+        assert [path.name for path in tmp_path.iterdir()] == ["matrix.png"]
+        with pytest.raises(RecastConfigError, match=r"is a folder; expected the name of a file, such as matrix\.png"):
+            filled(LOWER).plot(tmp_path)
+        with pytest.raises(RecastConfigError, match="digits='x': expected a whole number"):
+            filled(LOWER).plot(digits="x")  # type: ignore[arg-type]
+        assert (tmp_path / "matrix.png").read_bytes() == before
         assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
         assert sorted(text.get_text() for text in axes.texts) == ["0.50", "0.80", "0.80", "0.90", "0.90", "0.90"]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["flowers", "cars", "birds"]

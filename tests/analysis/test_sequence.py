@@ -20,6 +20,7 @@ from recast_peft import (
     RecastConfigError,
     RecastLayer,
     RecastSequenceError,
+    TaskPool,
     get_recast_model,
     grow_bias_bank,
 )
@@ -93,6 +94,22 @@ class TestLearningInSequence:
         assert dict(zip(matrix.tasks, matrix.baseline, strict=True)) == expected
         assert not np.isnan(matrix.values).any()
         assert "forward_transfer" in matrix.summary()
+
+    def test_a_pool_beside_it_may_be_used_meanwhile(self) -> None:
+        model = get_recast_model(TinyModel(), CONFIG, "zero")
+        pool = TaskPool(get_recast_model(model.unload(), RecastConfig(target_modules=["0", "1"]), "zero"))
+        pool.add("other", RecastConfig(target_modules=["0", "1"], num_classes=2))
+        pool.activate("other")
+
+        def measure(model: nn.Module, task: tuple[Tensor, Tensor]) -> float:
+            pool.deactivate()
+            model.set_adapter("two" if "two" in model.peft_config else "one")
+            return evaluate(model, task)
+
+        model, matrix = learn_in_sequence(
+            pool.model, make_tasks("one", "two"), train, measure, config=RecastConfig(num_classes=3), progress=False
+        )
+        assert matrix.learned == 2
 
     def test_evaluates_unseen_tasks_with_the_last_one_learned(self) -> None:
         seen: list[tuple[str, bool, bool]] = []

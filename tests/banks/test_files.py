@@ -21,6 +21,7 @@ from recast_peft import (
     RecastBaseMismatchError,
     RecastConfig,
     RecastConfigError,
+    RecastError,
     RecastLoadError,
     StoredBank,
     fit_bank,
@@ -379,7 +380,7 @@ class TestStoredBank:
 
 @pytest.mark.parametrize("name", ["x" * 50_000, "a/" * 5000 + "b", "nul\0"])
 def test_a_name_that_no_file_has_is_no_bank(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RecastBankError, match="no template bank at"):
+    with pytest.raises(RecastError, match="no template bank at|expected a path"):
         load_bank(name)
     with pytest.raises(RecastBankError):
         find_bank({"name": name, "fingerprint": "0" * 16}, str(tmp_path))

@@ -12,7 +12,7 @@ from pools import TARGETS, TEXT_MODELS, TOKENS, by_adapter, model_with_pool, ran
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from recast_peft import RecastConfig, RecastConfigError, TaskPool, get_recast_model
+from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, TaskPool, get_recast_model
 from recast_peft.composition import mixed_batch, mixing
 from recast_peft.composition.mixed_batch import FOLLOWS_CONTEXT, MixedBatch
 from recast_peft.parts.head import split_logits
@@ -269,6 +269,23 @@ class TestSavingTheModel:
         task = PeftModel.from_pretrained(small_vit(), tmp_path / "slot" / "task_pool").eval()
         assert torch.equal(task(images), model(images))
         assert not torch.allclose(small_vit()(images), model(images), atol=1e-3)
+
+    def test_a_task_with_a_classifier_is_saved_as_a_task_of_its_own(self, tmp_path, images):
+        model, pool = model_with_pool()
+        pool.add("pets", RecastConfig(num_classes=2, id2label={0: "cat", 1: "dog"}))
+        pool.activate("pets")
+        with pytest.raises(RecastTargetError, match="'task_pool' holds the classifier of a pool's task.*make a task of it"):
+            model.save_pretrained(tmp_path / "slot", selected_adapters=["task_pool"])
+        assert not list((tmp_path / "slot").glob("*"))
+        model.base_model.add_weighted_adapter(["task_pool"], [1.0], "pets", heads="first")
+        model.save_pretrained(tmp_path, selected_adapters=["pets"])
+        task = PeftModel.from_pretrained(small_vit(), tmp_path / "pets").eval()
+        assert torch.equal(task(images), model(images))
+        assert task(images).shape[1] == 2
+        pool.deactivate()
+        model.save_pretrained(tmp_path, selected_adapters=["task_pool"])
+        task = PeftModel.from_pretrained(small_vit(), tmp_path / "task_pool").eval()
+        assert torch.equal(task(images), small_vit()(images))
 
     def test_of_a_model_that_peft_made_as_well(self, tmp_path):
         model = get_peft_model(small_vit(), RecastConfig(target_modules=TARGETS))

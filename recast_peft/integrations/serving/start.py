@@ -12,7 +12,7 @@ from ...auto import AutoRecastModel
 from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
 from ...pool.resident import check_head_dtype
-from ...validation import COUNT, check_arguments, number_above, text, whole
+from ...validation import COUNT, a_path, check_arguments, number_above, text, whole
 from .batcher import TaskServer, check_server_options
 from .store import TaskStore
 
@@ -29,6 +29,7 @@ def open_folder(folder: str | Path, *, backbone: Any = None, head_dtype: str | N
         RecastConfigError: if no task in the folder can be read; the reasons are in the message.
     """
     check_head_dtype(head_dtype)
+    check_arguments(a_path, folder=folder)
     reasons = []
     paths = sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))
     # a pool like a task with a LoRA part holds those without one as well
