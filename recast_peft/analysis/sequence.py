@@ -102,18 +102,16 @@ class Growth:
 
     def grow(self, plain: nn.Module) -> None:
         """Grow the bank from the sources since it grew last, or extend it by them; without any it stays."""
-        sources, self._sources = self._sources, []
+        sources, sizes = self._sources, {"num_templates": self.num_templates}
         if not sources:
             return
         if self.bank is not None:
-            self.bank = extend_bank(self.bank, plain, sources, num_templates=self.num_templates)
-            return
-        if self.of == "biases":
-            self.bank = grow_bias_bank(plain, sources, num_templates=self.num_templates)
-            return
-        self.bank = grow_bank(
-            plain, sources, self.config, num_templates=self.num_templates, rank=self.rank, plain_templates=self.plain_templates
-        )
+            self.bank = extend_bank(self.bank, plain, sources, **sizes)
+        elif self.of == "biases":
+            self.bank = grow_bias_bank(plain, sources, **sizes)
+        else:
+            self.bank = grow_bank(plain, sources, self.config, rank=self.rank, plain_templates=self.plain_templates, **sizes)
+        self._sources = []  # after an error they are for the next call
 
 
 def learn_in_sequence(
@@ -130,7 +128,8 @@ def learn_in_sequence(
 ) -> tuple[PeftModel, AccuracyMatrix]:
     """Learn tasks one after the other, and measure after each of them.
 
-    Each task becomes an adapter of its own. Nothing of the earlier ones may change; that is checked.
+    Each task becomes an adapter of its own. Nothing of the earlier ones may change; that is checked. After an error the tasks
+    that were put in stay: give a model of ``get_recast_model``, so that you still hold it then.
 
     Args:
         model: a backbone, which is converted, or a model that has tasks already.

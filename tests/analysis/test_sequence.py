@@ -361,6 +361,22 @@ class TestGrowingInSequence:
         assert growth.bank is None
         assert model.peft_config["two"].bank is None
 
+    def test_what_interrupts_the_growth_leaves_its_sources_for_the_next_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*args: Any, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+        growth, plain, tasks = Growth(plain_lora, CONFIG), TinyModel(), make_tasks("one")
+        model, _ = learn_in_sequence(TinyModel(), tasks, train, evaluate, config=CONFIG, progress=False)
+        growth.learn(plain, tasks["one"], model, "one")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("recast_peft.analysis.sequence.grow_bank", interrupted)
+            growth.grow(plain)
+        assert growth.bank is None
+        growth.grow(plain)
+        assert growth.bank is not None
+        growth.grow(plain)  # there is nothing new
+        assert growth.bank.version == 1
+
     def test_the_source_is_learned_on_a_plain_copy(self) -> None:
         backbone = TinyModel()
         weights = {name: value.clone() for name, value in backbone.state_dict().items()}
