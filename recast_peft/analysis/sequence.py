@@ -102,7 +102,8 @@ class Growth:
 
     def grow(self, plain: nn.Module) -> None:
         """Grow the bank from the sources since it grew last, or extend it by them; without any it stays."""
-        sources, sizes = self._sources, {"num_templates": self.num_templates}
+        sources = self._sources
+        sizes: dict[str, Any] = {"num_templates": self.num_templates}
         if not sources:
             return
         if self.bank is not None:
