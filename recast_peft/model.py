@@ -133,6 +133,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
             config.record = record
             if not is_guarded:
                 self.guard(check_base_weights)
+            prepared.rename(config)
         except BaseException:
             config.record = before
             raise

@@ -24,6 +24,7 @@ from .head_building import (
     PreparedHead,
     PrototypeHead,
     classes_of,
+    owner_of,
     prepare_head,
     read_labels,
     write_labels,
@@ -41,7 +42,7 @@ class TaskHead(TaskModule):
 
     def __init__(self, module_to_save: nn.Module, module_name: str, owner: nn.Module) -> None:
         super().__init__(module_to_save, module_name)
-        self._owner = (unwrapped_module(owner),)  # in a tuple: the head is a part of its owner, not the other way round
+        self._owner = (owner,)  # in a tuple: the head is a part of its owner, not the other way round
         self._labels: dict[str, Labels] = {}
         self._base_labels = read_labels(owner)
         self._named: str | None = None  # the task whose labels the model shows; None for its own
@@ -212,11 +213,12 @@ def task_head(model: nn.Module, name: str) -> TaskHead:
     present = plain_modules(model)[name]
     if isinstance(present, TaskHead):
         return present
+    owner = owner_of(model, name)
     if isinstance(present, TaskModule):
-        wrapper = TaskHead(present.original_module, name, model)
+        wrapper = TaskHead(present.original_module, name, owner)
         wrapper.adopt(present)
     else:
-        wrapper = TaskHead(present, name, model)
+        wrapper = TaskHead(present, name, owner)
     put_at(model, name, wrapper)
     return wrapper
 

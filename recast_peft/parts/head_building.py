@@ -122,7 +122,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str:
 def _known_heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """The classifiers that timm's and transformers' conventions tell."""
     # transformers has timm's models inside a model of its own
-    told = modules_by(model, "get_classifier") or modules_by(modules.get("timm_model"), "get_classifier")
+    told = modules_by(unwrapped(model), "get_classifier") or modules_by(modules.get("timm_model"), "get_classifier")
     parts = [part for module in told for part in (module if isinstance(module, nn.ModuleList) else [module])]
     if places := [place for part in parts if (place := plain_place(model, part)) is not None]:
         return places
@@ -141,6 +141,16 @@ def _alike(linear: dict[str, nn.Linear], head: str) -> list[str]:
 
 def _sizes(linear: nn.Linear) -> tuple[int, int]:
     return linear.in_features, linear.out_features
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The model that says how many classes its head ``name`` has: the outermost, or one inside a wrapper or a user's module."""
+    modules = plain_modules(model)
+    around = [model, *(modules[name[:i]] for i, letter in enumerate(name) if letter == ".")]
+    inner = [unwrapped_module(module) for module in around]
+    told = [m for m in inner if hasattr(getattr(m, "config", None), "id2label")]
+    told += [m for m in inner if isinstance(getattr(m, "num_classes", None), int)]
+    return next(iter(told), inner[0])
 
 
 def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
@@ -170,11 +180,12 @@ def prepare_head(model: nn.Module, config: RecastConfig, counting: bool = False)
     if config.num_classes is None:
         return None
     name = find_head(model, config.head_module)
-    check_outputs(model, name, config.num_classes)
+    owner = owner_of(model, name)
+    check_outputs(owner, name, config.num_classes)
     original = plain_copy(plain_modules(model)[name], with_numbers=not counting)
     device = torch.device("meta") if counting else None
     with device or nullcontext():
-        module = build_head(model, original, name, config, device)
+        module = build_head(owner, original, name, config, device)
     module.train(original.training)
     stored = None if config.head_dtype is None else getattr(torch, config.head_dtype)
     return PreparedHead(name, module, Labels(config.num_classes, config.id2label, config.problem_type), stored)

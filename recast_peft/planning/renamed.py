@@ -11,14 +11,18 @@ Nothing is guessed: a weight that several modules have, or none, leaves the task
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..composition.fingerprint import same_weight
+from ..config import RecastConfig
 from ..names import block_of, plain_name, unwrapped
 from .candidates import Candidate, composed_layer, find_candidates
 
@@ -105,6 +109,32 @@ def find_renamed(
         stacklevel=2,
     )
     return renamed
+
+
+def renamed_fields(config: RecastConfig, called: Renaming) -> dict[str, Any]:
+    """The fields of a task's config that name modules, for a model that calls these otherwise.
+
+    A name that is the ending of one in the model, and a pattern, stays as it is.
+    """
+
+    def new(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {new(name): kept for name, kept in value.items()}
+        if isinstance(value, (list, tuple, set)):
+            return type(value)(new(name) for name in value)
+        is_there = not isinstance(value, str) or any(f".{name}".endswith(f".{value}") for name in called.known)
+        return value if is_there else called(value) or value
+
+    lora: Any = copy.deepcopy(config.lora_config)
+    for name in () if lora is None else ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        setattr(lora, name, new(getattr(lora, name)))
+    head, partners = config.head_module, config.partners
+    return {
+        "record": replace(config.record, lora_config=lora),  # type: ignore[type-var]
+        "head_module": head and (called(head) or head),
+        "modules_to_save": new(config.modules_to_save),
+        "partners": partners and [replace(p, target_modules=new(p.target_modules)) for p in partners],  # type: ignore
+    }
 
 
 def _by_weight(model: nn.Module, wanted: dict[str, str], candidates: dict[str, Candidate]) -> dict[str, str] | None:

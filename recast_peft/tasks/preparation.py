@@ -22,7 +22,7 @@ from ..parts.saved import keep_running_statistics
 from ..placement.sharded import check_may_be_added_to
 from ..planning.candidates import check_materialised
 from ..planning.plan import RecastPlan, plan_layers
-from ..planning.renamed import Renaming, find_renamed
+from ..planning.renamed import Renaming, find_renamed, renamed_fields
 from .conversion import (
     PreparedLayer,
     check_fingerprints,
@@ -48,6 +48,7 @@ class PreparedTask:
     surroundings: str | None = None  # a fingerprint of what the model has beside the targets
     renamed: Callable[[str], str | None] | None = None  # how a module that its file names is called in the model, if otherwise
     is_same_base: bool = True  # whether these are the weights that the task was made for
+    config: RecastConfig | None = None  # the task's, its modules called as they are in the model
 
     @property
     def partner_banks(self) -> dict[str, Any]:
@@ -62,6 +63,11 @@ class PreparedTask:
         for layer in self.layers.values():
             found.setdefault(layer.visible_key, []).append(layer)
         return found
+
+    def rename(self, config: RecastConfig) -> None:
+        """Let the config of the task, which is in the model now, call modules as the model does."""
+        for name in () if self.renamed is None else ("head_module", "modules_to_save", "partners"):
+            setattr(config, name, getattr(self.config, name))
 
     def install_parts(self, place: Place) -> None:
         """Put in what the task gets beside its coefficients."""
@@ -109,7 +115,8 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
     pieces = pieces_of(replace(request, counting=False))
     lora = next((piece for part, own in pieces for piece in own if part.name == "lora"), None)
     renamed = None if config.record is None else config.record.renamed
-    return PreparedTask(replace(plan, lora=lora), layers, banks, pieces, fingerprints, surroundings, renamed, is_same_base)
+    plan = replace(plan, lora=lora)
+    return PreparedTask(plan, layers, banks, pieces, fingerprints, surroundings, renamed, is_same_base, config)
 
 
 def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
@@ -132,4 +139,4 @@ def under_names_of(model: nn.Module, config: RecastConfig) -> RecastConfig:
     fingerprints = {found.get(name, name): value for name, value in record.base_fingerprint.items()}
     called = Renaming(model, pairs, record.key_mapping)
     renamed = replace(record, groups=groups, recipes=recipes, base_fingerprint=fingerprints, renamed=called)
-    return config.as_chosen(record=renamed)
+    return config.as_chosen(**renamed_fields(config.as_chosen(record=renamed), called))

@@ -14,7 +14,8 @@ import transformers
 from models import small_transformer, small_vit
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -246,6 +247,38 @@ class TestTheKindOfLoss:
             RecastConfig(problem_type="regression")
         with pytest.raises(RecastConfigError, match="problem_type='ranking'"):
             RecastConfig(num_classes=3, problem_type="ranking")
+
+
+class Around(nn.Module):
+    """A user's module around a model, which says nothing of classes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+class TestAModelInsideAnother:
+    @pytest.mark.parametrize(("wrap", "head"), [(nn.DataParallel, "{}"), (Around, "inner.{}"), (AveragedModel, "{}")])
+    def test_the_model_that_has_the_head_counts_the_classes_of_its_loss(self, wrap, head):
+        model = wrap(BertForSequenceClassification(BertConfig(**BERT_SIZES, num_labels=3)).eval())
+        config = RecastConfig(num_classes=5, head_module=head.format("classifier"))
+        task = get_recast_model(model, config).eval()
+        ids, labels = torch.arange(8).reshape(4, 2), torch.tensor([4, 0, 3, 1])
+        output = task(input_ids=ids, labels=labels)
+        torch.testing.assert_close(output.loss, cross_entropy(output.logits, labels))
+        with task.disable_adapter():
+            output = task(input_ids=ids, labels=labels % 3)
+            torch.testing.assert_close(output.loss, cross_entropy(output.logits, labels % 3))
+        output = task.merge_and_unload()(input_ids=ids, labels=labels)
+        torch.testing.assert_close(output.loss, cross_entropy(output.logits, labels))
+
+    @pytest.mark.parametrize(("wrap", "head"), [(nn.DataParallel, "head"), (Around, "inner.head"), (AveragedModel, "head")])
+    def test_a_backbone_without_a_classifier_says_its_features(self, wrap, head):
+        task = get_recast_model(wrap(small_vit(num_classes=0)), RecastConfig(num_classes=5, head_module=head))
+        assert task(torch.randn(1, 1, 16, 16)).shape == (1, 5)
 
 
 class TestOutputsThatAreNoClasses:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_vit
+from peft import PeftModel
 from sweep.transformers_cases import transformers_cases
 from torch import nn
 
-from recast_peft import RecastConfig, get_recast_model
+from recast_peft import BiasConfig, RecastConfig, get_recast_model
 from recast_peft.planning.renamed import Renaming, find_renamed, mapped
 
 
@@ -109,6 +112,38 @@ def test_a_backbone_inside_of_a_module_and_the_reverse() -> None:
         other = find_renamed(Outer("trunk"), *stored(Outer()))
     assert Renaming(Outer("trunk"), other)("encoder.blocks.1.norm") == "trunk.blocks.1.norm"
     assert Renaming(Outer("trunk"), other)("norm") == "norm"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda at: {"num_classes": 2, "head_module": f"{at}head"},
+        lambda at: {"modules_to_save": [f"{at}blocks.1.norm"]},
+        lambda at: {"partners": [BiasConfig(target_modules=[f"{at}blocks.1.mlp.fc1"])]},
+        lambda at: {"lora_config": {"r": 1, "target_modules": [f"{at}blocks.0.attn.qkv"]}},
+        lambda at: {"lora_config": {"r": 1, "rank_pattern": {f"{at}blocks.0.mlp.fc1": 2}}},
+    ],
+)
+@pytest.mark.parametrize(("trained", "used"), [("outside", "alone"), ("alone", "outside")])
+@pytest.mark.filterwarnings("ignore:.*have other names in this model")
+def test_what_the_config_names_has_another_name_too(
+    options: Callable[[str], dict], trained: str, used: str, tmp_path: Path
+) -> None:
+    build = {"alone": lambda: tiny_vit().eval(), "outside": lambda: nn.Sequential(OrderedDict(body=tiny_vit())).eval()}
+    at = "body." if trained == "outside" else ""
+    x = torch.randn(2, 5, 8)
+    model = get_recast_model(build[trained](), RecastConfig(**options(at), init_weights=False), "t").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.requires_grad
+        expected = model(x)
+        model.save_pretrained(str(tmp_path / "first"))
+        other = PeftModel.from_pretrained(build[used](), str(tmp_path / "first" / "t"), "t").eval()
+        assert torch.equal(other(x), expected)
+        other.save_pretrained(str(tmp_path / "second"))  # under the names that it has there
+        for place in build:
+            again = PeftModel.from_pretrained(build[place](), str(tmp_path / "second" / "t")).eval()
+            assert torch.equal(again(x), expected)
 
 
 def test_a_users_module_around_the_blocks() -> None:
