@@ -56,7 +56,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
     optional = _of_the_base(model, config.bias, plan.targets)
     known = {**shapes, **optional}
     entries = read_entries(folder, hub_kwargs, what, config)
-    given = {_key_of(key, known, record.renamed): value for key, value in entries.items()}
+    given = _by_key(entries, known, record.renamed)
     check_entries(what, given, shapes, optional)
     for key, value in outliers({key: tensor for key, tensor in given.items() if COEFFICIENTS in key}).items():
         warnings.warn(
@@ -135,7 +135,7 @@ def load_into(model: nn.Module, config: RecastConfig, adapter_name: str, state_d
         optional = _of_the_base(backbone, "all")  # as PEFT takes them
         known = {**entries, **optional}
         _check_values(f"task {adapter_name!r}", state_dict, is_filled=not any(e.tensor.is_meta for e in entries.values()))
-        given = {_key_of(entry_key(key), known, renamed): value for key, value in state_dict.items()}
+        given = _by_key(state_dict, known, renamed)
         biases = _biases(backbone, config.bias)
         # what is missing would stay what it is in the model
         needed = entries.keys() - biases.keys() if biases.keys().isdisjoint(given) else {*entries, *biases}
@@ -191,6 +191,15 @@ def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
     if adapter_name in {*merged_tasks(backbone), *held}:
         what = f"task {adapter_name!r} is merged" + (", or others on top of it" if adapter_name in held else "")
         raise RecastConfigError(f"{what}: call unmerge_adapter(), load, and merge again")
+
+
+def _by_key(
+    state_dict: Mapping[str, Tensor], known: Collection[str], renamed: Callable[[str], str | None] | None
+) -> dict[str, Tensor]:
+    """Entries by the keys of the model. Embeddings that a task owns, PEFT may store again with their container: those go."""
+    ordered = sorted(state_dict, key=lambda key: ".original_module." not in key)  # the task's own come last, and stay
+    given = {_key_of(entry_key(key), known, renamed): state_dict[key] for key in ordered}
+    return {key: value for key, value in given.items() if key in known or ".modules_to_save." not in key}
 
 
 def _key_of(key: str, known: Collection[str], renamed: Callable[[str], str | None] | None) -> str:

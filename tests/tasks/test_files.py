@@ -207,8 +207,9 @@ def test_many_entries_at_fault_are_counted(tmp_path: Path) -> None:
         PeftModel.from_pretrained(tiny_vit(depth=6), tmp_path)
 
 
+@pytest.mark.parametrize("owned", [None, ["word_embeddings"]])
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-def test_resized_embeddings_are_stored_with_the_task_and_come_back(tmp_path: Path) -> None:
+def test_resized_embeddings_are_stored_with_the_task_and_come_back(owned: list[str] | None, tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -221,13 +222,21 @@ def test_resized_embeddings_are_stored_with_the_task_and_come_back(tmp_path: Pat
         model.resize_token_embeddings(24)
         return model
 
-    model = get_recast_model(resized(), RecastConfig(target_modules=["query"])).eval()
+    model = get_recast_model(resized(), RecastConfig(target_modules=["query"], modules_to_save=owned)).eval()
+    model.add_adapter("v1.2", RecastConfig(target_modules=["query"]))
     randomise(model)
-    model.save_pretrained(tmp_path, save_embedding_layers=True)
-    loaded = PeftModel.from_pretrained(resized(), tmp_path).eval()
-    ids = torch.arange(8)[None]
+    ids = torch.arange(16, 24)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
+        for parameter in model.parameters():
+            parameter += 0.5 * parameter.requires_grad
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+        for name, folder in {"default": tmp_path, "v1.2": tmp_path / "v1.2"}.items():
+            model.set_adapter(name)
+            loaded = PeftModel.from_pretrained(resized(), folder).eval()
+            loaded.load_adapter(folder, "again")
+            for again in ("default", "again"):
+                loaded.set_adapter(again)
+                assert torch.equal(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
 def test_numbers_are_not_put_into_a_task_that_is_merged(tmp_path: Path) -> None:
