@@ -74,7 +74,7 @@ class MixedBatch:
     def repeats(self, samples: int, module_name: str | None = None) -> int:
         """How often each entry stands for a sample in an input of ``samples`` rows (of a module): once, or once a beam.
 
-        Others are refused (``RecastConfigError``).
+        An input with any other number of rows is refused (``RecastConfigError``).
         """
         if samples == len(self):
             return 1

@@ -30,6 +30,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..mimicry.features import call_arguments, device_of, evaluating, main_tensor
 from ..parts.lora_plan import takes_lora, these_modules
+from ..parts.precision import HALF
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
@@ -113,7 +114,7 @@ def practice_bank(
         raise RecastTargetError(
             "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
         )
-    in_half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+    in_half = any(parameter.dtype in HALF for parameter in model.parameters())
     generator = torch.Generator().manual_seed(seed)
     how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features, "generator": generator}
     if in_half:

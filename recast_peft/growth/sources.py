@@ -21,6 +21,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastError
 from ..names import modules_of, plain_name, unwrapped
 from ..options.lora import WRITING_INITS
+from ..parts.precision import HALF
 from ..planning.candidates import Candidate, check_materialised, find_candidates
 from ..validation import COUNT, check_arguments, checked_names, listed, optional
 
@@ -206,8 +207,7 @@ def _merged(model: nn.Module, adapted: PeftModel, names: str | list[str]) -> dic
         for name, layer in adapted.get_base_model().named_modules():
             if isinstance(layer, BaseTunerLayer):
                 check_same_base(layer, modules.get(plain_name(name)), names[0], plain_name(name))
-    halves = (torch.float16, torch.bfloat16)
-    adapted._apply(lambda tensor: tensor.float() if tensor.dtype in halves else tensor)  # small moves would be rounded away
+    adapted._apply(lambda tensor: tensor.float() if tensor.dtype in HALF else tensor)  # small moves would be rounded away
     kind = adapted.peft_config[names[0]].peft_type
     with torch.no_grad(), told(f"the adapter {names[0]!r} of type {getattr(kind, 'value', kind)} cannot be merged"):
         return adapted.merge_and_unload(adapter_names=names).state_dict()

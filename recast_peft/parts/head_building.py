@@ -154,7 +154,7 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_outputs(model: nn.Module, name: str, num_classes: int) -> None:
-    """Refuse (``RecastTargetError``) a number of classes where the classifier gives none, but what the model's class says."""
+    """Refuse a number of classes (``RecastTargetError``) where outputs are no classes, and the model's class says how many."""
     kind = type(unwrapped(model)).__name__
     added = getattr(unwrapped(model), "final_logits_bias", None)  # BART and its kin
     if isinstance(added, Tensor) and added.shape[-1] != num_classes:

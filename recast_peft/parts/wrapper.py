@@ -203,7 +203,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         return self._mixed(batch, *args, **kwargs)
 
     def _mixed(self, batch: MixedBatch, *args: Any, **kwargs: Any) -> Any:
-        """Every sample with its own task's module; not (``RecastBankError``) where what is called writes into a cache."""
+        """Every sample with its own task's module; ``RecastBankError`` where what is called writes into a cache of the call."""
         given = [*args, *kwargs.values()]
         lengths = [batch.samples_in(value, self) for value in given if isinstance(value, Tensor) and value.ndim]
         fitting = [length for length in lengths if length in (len(batch), batch.beams * len(batch))]

@@ -124,7 +124,7 @@ def _shared_by_neighbours(groups: Sequence[PlannedGroup], count: int) -> dict[st
 
 
 def sharing_of(groups: Sequence[PlannedGroup], owned: Mapping[str, int]) -> str | int | None:
-    """Which way of sharing explains the parameters that layers have in common; None if none is shared, or no way does.
+    """Which way of sharing explains the parameters that layers have in common; None if nothing is, or no way does.
 
     ``owned`` has for each target module something that says which parameter it uses.
     """

@@ -156,7 +156,6 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
         raise RecastConfigError(
             f"plan_recast({type(model).__name__}, {type(config).__name__}): expected an nn.Module and a RecastConfig"
         )
-    config = config.as_chosen()
     bank = _bank_of(model, config)
     if bank is not None and (bank.is_of_biases or bank.is_readout):
         raise RecastBankError(f"the bank {bank.name or 'in memory'} holds no templates of weights: give it as {bank.field}")

@@ -42,7 +42,7 @@ def reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
 
 
 def recipes_of(banks: dict[str, TemplateBank]) -> dict[str, dict[str, list[list[float]]]] | None:
-    """How a task stores the mixes of compressed banks; None without any, ``RecastBankError`` if a state dict brought others."""
+    """How a task stores the mixes of compressed banks, None without any; ``RecastBankError`` if a state dict brought others."""
     foreign = next((name for name, bank in banks.items() if bank.is_foreign), None)
     if foreign is not None:
         raise RecastBankError(

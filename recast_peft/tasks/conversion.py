@@ -245,7 +245,7 @@ def _found_templates(
 
 
 def _bank_in_use(group: PlannedGroup, config: RecastConfig, layers: list[RecastLayer]) -> TemplateBank | None:
-    """The bank of an earlier task that this group shares; None for a new one, ``RecastBankError`` if they cannot be beside."""
+    """The bank of an earlier task that this group shares, or None; ``RecastBankError`` if it cannot stand beside those."""
     compressed = {id(layer.compressed_bank[0]): layer.compressed_bank[0] for layer in layers if layer.is_compressed}
     if not compressed:
         if not group.is_exact and any(layer.recast_bank for layer in layers):

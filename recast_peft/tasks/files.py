@@ -70,7 +70,7 @@ def check_task_file(model: nn.Module, config: RecastConfig, plan: RecastPlan, ow
 def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str, config: RecastConfig) -> dict[str, Tensor]:
     """The entries of a task's file, whose checksum is looked at.
 
-    It lies in a folder, or in a repository on the Hub (``hub_kwargs``); ``what`` it is called in messages.
+    It lies in a folder, or in a repository on the Hub (``hub_kwargs``); messages call it ``what``.
 
     Raises:
         RecastLoadError: if it cannot be read, its numbers are not those that were written, or the config names other partners
@@ -185,7 +185,7 @@ def filling(adapter_name: str, filled: Callable[..., None] | None) -> Iterator[N
 def check_not_merged(backbone: nn.Module, adapter_name: str) -> None:
     """Refuse to exchange the numbers of a task that is merged: what is merged would stay what it was.
 
-    So (``RecastConfigError``) of one on top of which an adapter of another method is merged.
+    ``RecastConfigError`` also where an adapter of another method is merged on top of it.
     """
     held = {name for layer in modules_of(backbone, RecastLayer) for name in layer.held or ()}
     if adapter_name in {*merged_tasks(backbone), *held}:
@@ -256,8 +256,8 @@ def check_entries(what: str, given: Mapping[str, Tensor], wanted: Shapes, option
         if key in known and tuple(value.shape) != tuple(known[key])
     ]
     packed = {key for key, value in given.items() if key.endswith(".mask") and value.dtype == torch.uint8}
-    counts = {key for key, value in given.items() if not value.ndim}  # of batches that a norm has seen
-    odd = [f"{k}: {v.dtype}" for k, v in given.items() if v.dtype not in FLOATING and k not in packed and k not in counts]
+    # a number without a dimension counts the batches that a norm has seen
+    odd = [f"{k}: {v.dtype}" for k, v in given.items() if v.dtype not in FLOATING and k not in packed and v.ndim]
     broken = [k for k, v in given.items() if v.is_floating_point() and not v.is_meta and not torch.isfinite(v.float()).all()]
     lists = {
         "missing": [key for key in wanted if key not in given],
@@ -266,14 +266,13 @@ def check_entries(what: str, given: Mapping[str, Tensor], wanted: Shapes, option
         "of another kind than floating numbers": odd,
         "not finite": broken,
     }
-    found = {kind: entries for kind, entries in lists.items() if entries}
-    if not found:
-        return
-    lines = []
-    for kind, entries in found.items():
-        more = f", ... ({len(entries)} in all)" if len(entries) > 4 else ""
-        lines.append(f"  {kind}: {', '.join(entries[:4])}{more}")
-    raise RecastLoadError(
-        f"{what} does not fit the model:\n" + "\n".join(lines) + "\nNothing was loaded. Fetch the file again, or load it on "
-        "the architecture and with the groups that it was made for."
-    )
+    lines = [
+        f"  {kind}: {', '.join(entries[:4])}" + (f", ... ({len(entries)} in all)" if len(entries) > 4 else "")
+        for kind, entries in lists.items()
+        if entries
+    ]
+    if lines:
+        raise RecastLoadError(
+            f"{what} does not fit the model:\n" + "\n".join(lines) + "\nNothing was loaded. Fetch the file again, or load it "
+            "on the architecture and with the groups that it was made for."
+        )

@@ -38,7 +38,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> dict[str, Entry]:
     """All tensors of a task by the names that its file has; what several modules share is listed for each of them.
 
-    Where something that the task owns is no longer in the model, a ``RecastError``.
+    ``RecastError`` if something that the task owns is no longer in the model.
     """
     backbone = backbone_of(model)
     entries = {entry.key: entry for part in PARTS for entry in part.entries(backbone, adapter_name, config)}
