@@ -24,25 +24,15 @@ from .placement.sharded import whole_shape, write
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One tensor of a task: what its file calls it, and where it lies.
+    """One tensor of a task: what its file calls it, and where it lies."""
 
-    Attributes:
-        name: in the file, without PEFT's prefix: the plain model's name of the module, and what the part calls the tensor.
-        module: that holds the tensor.
-        attribute: its name in the module.
-        pack: what is stored in place of the tensor; None stores it as it is.
-        unpack: the inverse of ``pack``.
-        packed_shape: shape of what ``pack`` gives.
-        file_name: what a file calls it, where that is not its name in the plain model; reading takes both.
-    """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    pack: Callable[[Tensor], Tensor] | None = None
-    unpack: Callable[[Tensor], Tensor] | None = None
-    packed_shape: tuple[int, ...] | None = None
-    file_name: str | None = None
+    name: str  # in the file: the plain model's name of the module, and what the part calls the tensor; without PEFT's prefix
+    module: nn.Module  # that holds the tensor
+    attribute: str  # its name in the module
+    pack: Callable[[Tensor], Tensor] | None = None  # what is stored in place of the tensor; None stores it as it is
+    unpack: Callable[[Tensor], Tensor] | None = None  # the inverse of ``pack``
+    packed_shape: tuple[int, ...] | None = None  # of what ``pack`` gives
+    file_name: str | None = None  # what a file calls it, if that is not its name in the plain model; reading takes both
 
     @property
     def tensor(self) -> Tensor:
@@ -93,10 +83,7 @@ class Entry:
 def module_entries(name: str, module: nn.Module, **options: Any) -> Iterator[Entry]:
     """The entries of a module that a task owns whole: its parameters and the buffers that a state dict has.
 
-    Args:
-        name: name of the module in the plain model.
-        module: that the task owns.
-        options: for every entry, such as ``pack``.
+    ``name`` is that of the module in the plain model, ``options`` are for every entry, such as ``pack``.
     """
     for path, owner in module.named_modules(remove_duplicate=False):
         held = [*owner._parameters.items(), *owner._buffers.items()]
@@ -109,12 +96,9 @@ class TaskHolder:
     """What a module that holds parts of tasks can be asked; a mixin of modules.
 
     A kind of part says here what is different about it; whoever goes through a model asks every holder the same.
-
-    Attributes:
-        module_name: name of its place in the plain model.
     """
 
-    module_name: str
+    module_name: str  # of its place in the plain model
     zeros: Any = None  # those of a pool's slot while no task is in it; see composition/zeros.py
     trained_kind: str | None = None  # ``create_recast_optimizer`` has a group for it; None is for all others
     stands_aside = False  # tasks are merged that have nothing here, so that the active ones do not act

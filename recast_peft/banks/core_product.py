@@ -19,19 +19,12 @@ def _groups_of(module: Any) -> int:
 
 @dataclass(frozen=True, eq=False)
 class CoreProduct:
-    """What the templates together add to a module's output: a narrow product, the core, and a product that widens again.
+    """What the templates together add to a module's output: a narrow product, the core, and a product that widens again."""
 
-    Attributes:
-        module: linear layer or convolution for which ``takes_core`` holds.
-        narrow: shaped like the module's weight, with r in place of its outputs.
-        wide: ``(outputs, r)``.
-        scale: coefficients ``(1 or samples, r * r)``, row by row of the core; the core is turned where the weight is.
-    """
-
-    module: nn.Module
-    narrow: Tensor
-    wide: Tensor
-    scale: Tensor
+    module: nn.Module  # linear layer or convolution for which ``takes_core`` holds
+    narrow: Tensor  # shaped like the module's weight, with r in place of its outputs
+    wide: Tensor  # ``(outputs, r)``
+    scale: Tensor  # coefficients ``(1 or samples, r * r)``, row by row of the core, which is turned where the weight is
 
     def scaled_by(self, scale: Tensor) -> CoreProduct:
         """The same with other coefficients."""
@@ -92,13 +85,9 @@ class CoreProduct:
 
 @dataclass(frozen=True, eq=False)
 class SplitCoreProduct(CoreProduct):
-    """The same where each process has a part of the inputs, or of the outputs; what they tell each other is as narrow as r.
+    """The same where each process has a part of the inputs, or of the outputs; what they tell each other is as narrow as r."""
 
-    Attributes:
-        weight: the module's, as tensor parallelism has it.
-    """
-
-    weight: Any
+    weight: Any  # the module's, as tensor parallelism has it
 
     def _core(self, kind: LayerKind) -> Tensor:
         return for_neighbour(super()._core(kind), self.weight)

@@ -79,17 +79,11 @@ def energy_kept(moves: Sequence[Tensor], grown: GrownTemplates) -> tuple[float, 
 
 @dataclass(frozen=True, eq=False)
 class LowRankSum:
-    """What all low-rank pairs together add to a linear layer's output: one pair of products, however many pairs there are.
+    """What all low-rank pairs together add to a linear layer's output: one pair of products, however many pairs there are."""
 
-    Attributes:
-        first: ``(inputs, numbers)``, the first factors side by side; each pair has rank numbers.
-        second: ``(numbers, outputs)``.
-        scale: ``(samples, numbers)``, each sample's coefficients, every one rank times.
-    """
-
-    first: Tensor
-    second: Tensor
-    scale: Tensor
+    first: Tensor  # ``(inputs, numbers)``, the first factors side by side; each pair has rank numbers
+    second: Tensor  # ``(numbers, outputs)``
+    scale: Tensor  # ``(samples, numbers)``, each sample's coefficients, every one rank times
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """The output ``(samples, ..., outputs)`` for the input ``(samples, ..., inputs)``; ``y`` is written to."""

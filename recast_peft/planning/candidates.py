@@ -30,26 +30,15 @@ _DEQUANTIZE = "transformers: dequantize=True in its quantization config"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module whose weight could be composed.
+    """A module whose weight could be composed."""
 
-    Attributes:
-        name: its name in the plain model (no ``base_layer`` of a tuner in it).
-        module: the plain module, whatever tuner layers are around it.
-        visible: the module that stands in the model now (a tuner layer, or the module itself).
-        weight_name: the name of the parameter that is composed; None for a module that has none.
-        reason: why the module cannot be a target; None if it can.
-        path: the modules from the root down to the one that holds it, wrappers among them, each with its name in the one
-            before it: ``((name, module), ...)``.
-        names: all of its names, of which there are several where the model holds it, or a module around it, at several places.
-    """
-
-    name: str
-    module: nn.Module
-    visible: nn.Module
-    weight_name: str | None
-    reason: str | None
-    path: tuple[tuple[str, nn.Module], ...]
-    names: tuple[str, ...]
+    name: str  # in the plain model (no ``base_layer`` of a tuner in it)
+    module: nn.Module  # the plain module, whatever tuner layers are around it
+    visible: nn.Module  # the module that stands in the model now (a tuner layer, or the module itself)
+    weight_name: str | None  # of the parameter that is composed; None for a module that has none
+    reason: str | None  # why the module cannot be a target; None if it can
+    path: tuple[tuple[str, nn.Module], ...]  # modules from the root to its holder, each with its name in the one before it
+    names: tuple[str, ...]  # all of its names: several where the model holds it, or a module around it, at several places
 
     @property
     def slot(self) -> str:

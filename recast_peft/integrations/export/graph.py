@@ -145,33 +145,19 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
 
 @dataclass
 class Prepared:
-    """Everything that an exporter needs.
+    """Everything that an exporter needs."""
 
-    Attributes:
-        graph: the module to trace.
-        task: what stands for a task in the example: tensors by name, or rows.
-        args: positional arguments of the example.
-        kwargs: keyword arguments of the example.
-        arguments: names of the model's arguments in the example, positional ones first.
-        inputs: the example's tensors by the names that they have as inputs of the graph.
-        dynamic: for each of these, and the task's tensors, the names of the dimensions that may differ from call to call.
-        asked: the names of those that the user gave.
-        outputs: names of the outputs.
-        source: where the tasks come from.
-        names: the tasks.
-    """
-
-    graph: TaskGraph
-    task: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    arguments: list[str]
-    inputs: dict[str, Tensor]
-    dynamic: dict[str, dict[int, str]]
-    asked: set[str]
-    outputs: list[str]
-    source: Source
-    names: list[str]
+    graph: TaskGraph  # the module to trace
+    task: Any  # what stands for a task in the example: tensors by name, or rows
+    args: tuple[Any, ...]  # positional arguments of the example
+    kwargs: dict[str, Any]  # keyword arguments of the example
+    arguments: list[str]  # names of the model's arguments in the example, positional ones first
+    inputs: dict[str, Tensor]  # the example's tensors by the names that they have as inputs of the graph
+    dynamic: dict[str, dict[int, str]]  # of these and the task's tensors: names of the dimensions that may differ by call
+    asked: set[str]  # the names of those that the user gave
+    outputs: list[str]  # names of the outputs
+    source: Source  # where the tasks come from
+    names: list[str]  # the tasks
 
     def task_inputs(self) -> dict[str, Tensor]:
         """The task's tensors by the names of the graph's inputs."""

@@ -41,19 +41,12 @@ PROPORTIONAL = ("Conv2dSame",)  # of no kind that is known, but without a bias t
 
 
 class Given:
-    """The task of the call that is on its way; no part of the graph, only how its modules find their inputs.
+    """The task of the call that is on its way; no part of the graph, only how its modules find their inputs."""
 
-    Attributes:
-        row: coefficients ``(1, numbers per task)``, or one row a sample.
-        factors: by target or bias, what its templates are multiplied by, ``(1, n)`` or ``(samples, n)``.
-        owned: tensors of the modules that the task owns.
-        rows: ``(samples,)`` rows of a table; None where one task is given.
-    """
-
-    row: Tensor
-    factors: dict[str, Tensor]
-    owned: dict[str, Tensor]
-    rows: Tensor | None = None
+    row: Tensor  # coefficients ``(1, numbers per task)``, or one row a sample
+    factors: dict[str, Tensor]  # by target or bias, what its templates are multiplied by, ``(1, n)`` or ``(samples, n)``
+    owned: dict[str, Tensor]  # tensors of the modules that the task owns
+    rows: Tensor | None = None  # ``(samples,)`` rows of a table; None where one task is given
 
     def factors_for(self, name: str, place: str, x: Tensor) -> Tensor:
         """The factors for a tensor ``(rows, ...)``.

@@ -47,17 +47,11 @@ ALLOWED = ("norms", "modules_to_save")  # parts that are inputs of a graph, whic
 
 @dataclass(frozen=True)
 class GraphTask:
-    """A task as plain tensors.
-
-    Attributes:
-        name: of the task.
-        row: coefficients and the factors of a LoRA part, ``(numbers per task,)``.
-        owned: tensors of the modules that it owns, by the plain model's names.
-    """
+    """A task as plain tensors."""
 
     name: str
-    row: Tensor
-    owned: dict[str, Tensor] = field(default_factory=dict)
+    row: Tensor  # coefficients and the factors of a LoRA part, ``(numbers per task,)``
+    owned: dict[str, Tensor] = field(default_factory=dict)  # tensors of the modules that it owns, by the plain model's names
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by the names of a graph's inputs, in alphabetical order."""
