@@ -78,13 +78,17 @@ class Slot:
     def activate(self, name: str, row: Tensor, head: StoredHead | None, merge: bool) -> None:
         """Make a task active; see ``TaskPool.activate``."""
         self._check_writable(name, merge)
-        self._make_active()
-        if not merge:
-            self._unmerge()
-        row = self._write(row)
-        if merge:
-            self._merge(row)
-        self._show(head)
+        try:
+            self._make_active()
+            if not merge:
+                self._unmerge()
+            row = self._write(row)
+            if merge:
+                self._merge(row)
+            self._show(head)
+        except BaseException:  # a part of the one task and a part of the other are no task
+            self.deactivate()
+            raise
         self.holds = name
 
     def deactivate(self) -> None:
@@ -147,8 +151,8 @@ class Slot:
 
     def _make_active(self) -> None:
         if not self.is_active():
-            self.tuner.set_adapter(self.name, inference_mode=True)
             self.model.active_adapter = self.name
+            self.tuner.set_adapter(self.name, inference_mode=True)
         self._zeros.forget()
         for layer in self._idle:
             layer.idle_slot = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -72,28 +72,31 @@ class TaskPool(ResidentTasks):
         part = poolable_part(tuner.model, like)
         layout = layout_of(cast(RecastConfig, tuner.peft_config[like]), inference_mode=True, lora_config=part)
         was_there = slot in tuner.peft_config
-        if not was_there:
-            with torch.inference_mode(False):
-                model.add_adapter(slot, layout)
-        elif all(pool.slot != slot for pool in tuner.task_pool):
+        if was_there and all(pool.slot != slot for pool in tuner.task_pool):
             raise RecastConfigError(
                 f"slot={slot!r}: the model has a task of this name, and the pool would write its tasks over it: give the slot "
                 "another name"
             )
-        config = cast(RecastConfig, tuner.peft_config[slot])
-        pool_layout = PoolLayout(tuner.model, config, slot)
-        part_of_like = LoraColumns(tuner.model, like, layout)
-        if not same_layout(layout, config) or pool_layout.lora.parts != part_of_like.parts:
-            raise RecastConfigError(
-                f"slot={slot!r}: the model has such an adapter already, with other target modules, banks or another LoRA part "
-                f"than {like!r}: give the slot another name"
-            )
-        pool_layout.lora.compute_as(part_of_like)
-        self._slot = Slot(model, slot, pool_layout)
-        serial = tuner.pools_made % LAST_SERIAL
-        super().__init__(pool_layout, tuner.peft_config, self._slot.make_place_for, head_dtype, serial)
-        tuner.pools_made += 1
-        tuner.task_pool = (self, *(pool for pool in tuner.task_pool if pool.slot != slot))
+        with ExitStack() as undo:
+            if not was_there:
+                with torch.inference_mode(False):
+                    model.add_adapter(slot, layout)
+                undo.callback(model.delete_adapter, slot)
+            config = cast(RecastConfig, tuner.peft_config[slot])
+            pool_layout = PoolLayout(tuner.model, config, slot)
+            part_of_like = LoraColumns(tuner.model, like, layout)
+            if not same_layout(layout, config) or pool_layout.lora.parts != part_of_like.parts:
+                raise RecastConfigError(
+                    f"slot={slot!r}: the model has such an adapter already, with other target modules, banks or another LoRA "
+                    f"part than {like!r}: give the slot another name"
+                )
+            pool_layout.lora.compute_as(part_of_like)
+            self._slot = Slot(model, slot, pool_layout)
+            serial = tuner.pools_made % LAST_SERIAL
+            super().__init__(pool_layout, tuner.peft_config, self._slot.make_place_for, head_dtype, serial)
+            tuner.pools_made += 1
+            tuner.task_pool = (self, *(pool for pool in tuner.task_pool if pool.slot != slot))
+            undo.pop_all()
         if was_there and self._slot.is_active():
             self.deactivate()  # what another pool left in it is no task of this one
         self._let_calls_name_tasks()
@@ -137,7 +140,7 @@ class TaskPool(ResidentTasks):
     # ---------------------------------------------------------------- one active task
 
     def activate(self, name: str, merge: bool = False) -> None:
-        """Make a task active, in all threads; calls that are on their way end first.
+        """Make a task active, in all threads; calls that are on their way end first. What fails leaves the pretrained model.
 
         Args:
             name: name of the task.
@@ -154,7 +157,11 @@ class TaskPool(ResidentTasks):
         """Make the pretrained model active, to the last bit (the slot's coefficients are zero)."""
         with self._tuner.calls.change(), self.lock:
             self._slot.check(self)
-            self._slot.deactivate()
+            try:
+                self._slot.deactivate()
+            except KeyboardInterrupt:
+                self._slot.deactivate()
+                raise
 
     @contextmanager
     def use(self, name: str, merge: bool = False) -> Iterator[None]:

@@ -188,11 +188,16 @@ class TaskTable:
         with self.lock:
             self.check_new_names(names)
             start = self._new_rows(len(names))
-            with torch.no_grad():
-                self.table[start : start + len(names)] = values.to(self.table.device)
-            for place, name in enumerate(names):
-                self._occupy(start + place, name, heads.get(place), number=False)
-            self._numbers[start : start + len(names)] = torch.tensor(self._ids[start:], dtype=torch.int64)
+            try:
+                with torch.no_grad():
+                    self.table[start : start + len(names)] = values.to(self.table.device)
+                for place, name in enumerate(names):
+                    self._occupy(start + place, name, heads.get(place), number=False)
+                self._numbers[start : start + len(names)] = torch.tensor(self._ids[start:], dtype=torch.int64)
+            except BaseException:  # the user may interrupt what takes a while
+                for name in self._rows.keys() & {*names}:
+                    self.remove_row(self._rows[name])
+                raise
         return start
 
     def remove_row(self, row: int) -> None:
@@ -214,13 +219,13 @@ class TaskTable:
             self.table[row].zero_()
 
     def _occupy(self, row: int, name: str, head: StoredHead | None, number: bool = True) -> None:
-        self._names[row] = name
-        self._rows[name] = row
         self._ids[row] = (self.serial << USE_BITS | self._uses[row]) << ROW_BITS | row
         if number:
             self._numbers[row] = self._ids[row]
         if head is not None:
             self._heads[row] = head
+        self._names[row] = name
+        self._rows[name] = row  # last: a task that is interrupted before is in the pool with all it has, or not at all
 
     def _new_rows(self, count: int) -> int:
         start = len(self._names)

@@ -18,6 +18,10 @@ from torch._dynamo.testing import CompileCounter
 from recast_peft import RecastBankError, RecastConfig, RecastConfigError, TaskPool, get_recast_model, mimicry_report
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class TestOneTask:
     def test_an_activated_task_gives_what_its_adapter_gives(self, images):
         model, pool = model_with_pool(3)
@@ -69,6 +73,46 @@ class TestOneTask:
         assert pool.active == "task0"
         assert torch.equal(model(images), before)
         assert model.get_base_model().blocks[0].attn.qkv.merged
+
+    @pytest.mark.parametrize("fails", [KeyboardInterrupt, torch.OutOfMemoryError])
+    @pytest.mark.parametrize("where", ["set_adapter", "_unmerge", "_write", "_merge", "_show"])
+    def test_what_fails_half_way_leaves_the_pretrained_model(self, images, monkeypatch, where, fails):
+        model, pool = model_with_pool(2)
+        pool.add("headed", RecastConfig(num_classes=5))
+        pool.activate("task0", merge=where == "_unmerge")
+        if where == "set_adapter":
+            model.set_adapter("first")
+        calls, slot = [], pool._slot
+        owner = slot if where != "set_adapter" else model.base_model
+        verb = getattr(owner, where)
+
+        def half_done(*args, **options):
+            result = verb(*args, **options)
+            if not calls:
+                calls.append(where)
+                raise fails
+            return result
+
+        with monkeypatch.context() as patch, pytest.raises(fails):
+            patch.setattr(owner, where, half_done)
+            pool.activate("headed", merge=where == "_merge")
+        assert calls
+        assert pool.active is None
+        assert model.active_adapter == pool.slot
+        assert model.active_adapters == [pool.slot]
+        assert torch.equal(model(images), small_vit()(images))
+        pool.activate("task1")
+        assert torch.equal(model(images), by_adapter(random_state(pool, 1), images))
+
+    def test_deactivating_is_done_once_it_was_begun(self, images, monkeypatch):
+        model, pool = model_with_pool(1)
+        pool.activate("task0")
+        show = pool._slot._show
+        monkeypatch.setattr(pool._slot, "_show", lambda head: (show(head), monkeypatch.undo(), _interrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            pool.deactivate()
+        assert pool.active is None
+        assert torch.equal(model(images), small_vit()(images))
 
     def test_activating_trains_nothing_and_makes_no_new_parameter(self):
         model, pool = model_with_pool(2)

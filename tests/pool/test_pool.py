@@ -27,6 +27,10 @@ def text_pool(task_type: str) -> tuple[PeftModel, TaskPool]:
     return model, pool
 
 
+def _no_memory(*args: object, **options: object) -> None:
+    raise torch.OutOfMemoryError
+
+
 class TestMixedBatch:
     @pytest.mark.parametrize("limit", [0, 10**9], ids=["composed for each task", "products of the whole batch"])
     def test_every_sample_gets_its_own_task(self, images, monkeypatch, limit):
@@ -300,6 +304,19 @@ class TestSavingTheModel:
         with pytest.raises(RecastConfigError, match="slot='trained'.*write its tasks over it"):
             TaskPool(model, slot="trained")
         assert torch.equal(outputs(model, images), before)
+
+    def test_a_pool_that_cannot_be_made_leaves_no_slot(self, images, monkeypatch):
+        model = get_recast_model(small_vit(), RecastConfig(init_weights=False), "trained").eval()
+        before = outputs(model, images)
+        with pytest.raises(RecastConfigError, match="head_dtype='int8'"):
+            TaskPool(model, head_dtype="int8")
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr("recast_peft.pool.table.nn.Parameter", _no_memory)
+            TaskPool(model)
+        assert list(model.peft_config) == model.active_adapters == ["trained"]
+        assert not model.base_model.task_pool
+        assert torch.equal(outputs(model, images), before)
+        assert TaskPool(model).slot == "task_pool"
 
     def test_pools_of_two_layouts_need_two_slots(self, tmp_path, images):
         model, pool = model_with_pool(1)

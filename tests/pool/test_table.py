@@ -49,6 +49,39 @@ class TestRows:
                 verb(["task0"])
         assert len(pool) == 1
 
+    def test_what_is_interrupted_puts_all_tasks_in_or_none(self, monkeypatch, tmp_path):
+        _, pool = model_with_pool(3)
+        pool.add("headed", RecastConfig(num_classes=2))
+        pool.save(tmp_path / "pool")
+        _, other = model_with_pool(1)
+        other.remove("task0")
+        other.add("mine")
+        calls = []
+
+        def interrupted(row, name, *args, **options):
+            calls.append(name)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            occupy(row, name, *args, **options)
+
+        occupy = other._occupy
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(other, "_occupy", interrupted)
+            other.load(tmp_path / "pool")
+        assert other.names == ["mine"]
+        assert len(other) == 1
+        assert "task0" not in other
+        other.save(tmp_path / "other")
+        assert other.load(tmp_path / "pool") == ["task0", "task1", "task2", "headed"]
+        assert torch.equal(other.ids(["task2"]) >= 0, torch.tensor([True]))
+        for name in ("task0", "task2"):
+            assert all(torch.equal(value, other.coefficients(name)[key]) for key, value in pool.coefficients(name).items())
+        assert other.labels("headed") == pool.labels("headed")
+        with pytest.raises(RuntimeError, match="memory"), monkeypatch.context() as patch:
+            patch.setattr(type(other._numbers), "__setitem__", lambda *args: (_ for _ in ()).throw(RuntimeError("memory")))
+            other.add("late")
+        assert "late" not in other
+
     def test_a_task_that_another_thread_activates_as_it_is_removed(self, monkeypatch):
         _, pool = model_with_pool(2)
         remove = pool.remove_row
