@@ -183,18 +183,29 @@ def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
     return None
 
 
+def state_of_call(holder: Any) -> CallState:
+    """The state in which what holds no weight computes a call: that of the forward pass if it is computed again.
+
+    ``RecastBankError`` if that of other tasks.
+    """
+    state = CallState(holder.tasks_of_call(), strengths=_strengths(holder))
+    if torch.compiler.is_compiling():
+        return state
+    if is_recomputing():
+        past = holder.history.recall() or state
+        if past.tasks != state.tasks:
+            raise _has_changed(holder, "other tasks were activated, merged or switched off")
+        holder.history.note_again(past)
+        return past
+    if may_be_recomputed() and holder.history.is_news(state):
+        holder.history.note(state)
+    return state
+
+
 def strengths_of_call(holder: Any) -> dict[str, float]:
     """The tasks' factors in a call, which are those of the forward pass if it is computed again; for what holds no weight."""
-    if torch.compiler.is_compiling():
-        return holder.scaling
-    if is_recomputing():
-        past = holder.history.recall()
-        return holder.scaling if past is None else dict(past.strengths)
-    if may_be_recomputed():
-        state = CallState((), strengths=_strengths(holder))
-        if holder.history.is_news(state):
-            holder.history.note(state)
-    return holder.scaling
+    strengths = state_of_call(holder).strengths
+    return holder.scaling if strengths == _strengths(holder) else dict(strengths)
 
 
 def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -234,7 +245,8 @@ def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
 
 
 def _strengths(layer: Any) -> tuple[tuple[str, float], ...]:
-    return tuple(layer.scaling.items()) if layer.scaling else ()
+    scaling = vars(layer).get("scaling")  # what a task owns whole reads as the module that it is
+    return tuple(scaling.items()) if scaling else ()
 
 
 def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...]:
@@ -263,9 +275,12 @@ def _check(layer: Any, past: CallState) -> None:
         what = f"the task {min(set(past.tasks) - known)!r} was deleted"
     elif past.versions != _versions(layer, past.tasks) and set(past.values) != set(past.tasks):
         what = "parameters of the task were written to, or frozen"
-    if what is None:
-        return
-    raise RecastBankError(
+    if what is not None:
+        raise _has_changed(layer, what)
+
+
+def _has_changed(layer: Any, what: str) -> RecastBankError:
+    return RecastBankError(
         f"{layer.module_name} is computed again in the backward pass (gradient checkpointing), but since its forward pass "
         f"{what}. Call backward() before anything is changed, or turn gradient checkpointing off"
     )

@@ -106,6 +106,9 @@ class TaskBiases(TaskPartners):
         else:
             super().attach(place, visible)
 
+    def tasks_of_call(self) -> tuple[str, ...]:
+        return () if self._merged is not None else super().tasks_of_call()
+
     def adapt(self, x: Any, y: Any) -> Any:
         """The output with the bias of the active task; it has it already where that is merged."""
         batch = current_batch()

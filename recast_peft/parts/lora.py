@@ -106,6 +106,11 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def entries(self, adapter_name: str) -> Iterator[Entry]:
         yield from lora_entries(self.module_name, self, container_key(adapter_name))
 
+    def tasks_of_call(self) -> tuple[str, ...]:
+        """The tasks whose part is computed in a call, but for those of a batch, as PEFT calls them."""
+        acting = () if self.disable_adapters or self.merged else self.active_adapters
+        return tuple(name for name in acting if name in self.scaling)
+
     def refusal_to_merge(self, adapter_name: str) -> str | None:
         library = quantised_by(super().get_base_layer())  # type: ignore[misc]
         said = f"a LoRA part on {self.module_name}, whose weight is quantised by {library} and cannot hold it"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch, current_batch
-from ..composition.recomputation import strengths_of_call
+from ..composition.recomputation import state_of_call, strengths_of_call
 from ..composition.strength import at_strength
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
@@ -230,6 +230,7 @@ class PartnerHook:
         if self.before:
             adapted = self.partners.adapt(x, x)
             return ((adapted, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs), ""): adapted})
+        state_of_call(self.partners)
         return self.partners.adapt(x, output)
 
 

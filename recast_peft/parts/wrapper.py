@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..composition.lazy_weight import LazyWeight
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
-from ..composition.recomputation import CallHistory
+from ..composition.recomputation import CallHistory, state_of_call
 from ..composition.strength import Strength
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, TaskModules, holders, module_entries, plain_modules, put_child, unwrapped_module
@@ -44,6 +44,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         self._active_adapter: list[str] = []  # the model's active tasks, whether they have something here or not
         self._merged: list[str] | None = None  # the tasks that are merged, likewise
         self._disable_adapters = False
+        self.history = CallHistory()
         self.train(module_to_save.training)
         self.check_module()
 
@@ -132,6 +133,10 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         names = self._active_adapter if self._merged is None else self._merged
         acting = (name for name in names if name in self._adapters and name != self.idle_slot)
         return None if self._disable_adapters else next(acting, None)
+
+    def tasks_of_call(self) -> tuple[str, ...]:
+        """The tasks whose module is called in a call, but for those of a batch."""
+        return () if self.shown_task is None else (self.shown_task,)
 
     def __getattr__(self, name: str) -> Any:
         """What a model reads here is that of the module which it would call; PEFT's asks for the active tasks alone."""
@@ -233,6 +238,7 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
 
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a module gives that is called here."""
+        state_of_call(self)
         return module(*args, **kwargs)
 
     def _module_of(self, key: str | int, batch: MixedBatch) -> nn.Module:
@@ -253,7 +259,6 @@ class ScaledModule(Strength, TaskModule):
     def __init__(self, module_to_save: nn.Module, module_name: str) -> None:
         super().__init__(module_to_save, module_name)
         self.scaling = {}
-        self.history = CallHistory()
 
     @property
     def base_layer(self) -> nn.Module:

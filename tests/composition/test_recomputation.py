@@ -184,6 +184,47 @@ def test_of_a_deleted_task_nothing_is_computed_again(reentrant: bool) -> None:
         loss.backward()
 
 
+PARTS: dict[str, dict[str, Any]] = {
+    "LoRA": {"lora_config": {"r": 1}},
+    "norms": {"train_norms": True},
+    "biases": {"partners": ["bias"]},
+    "adaptformer": {"partners": ["adaptformer"]},
+    "whole modules": {"modules_to_save": ["mlp"]},
+}
+
+
+@both_ways
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_beside_the_coefficients_are_those_of_the_forward_pass_or_refused(part: str, reentrant: bool) -> None:
+    model = converted("one", depth=2, **PARTS[part]).train()
+    model.add_adapter("two", RecastConfig(target_modules=["qkv"]))
+    randomise(model, "one")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.requires_grad
+
+    def step(way: bool | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)  # of the dropout
+        loss = call(model, way).square().sum()
+        with torch.no_grad():  # evaluated in between
+            model.set_adapter("two")
+            call(model, way)
+            model.set_adapter("one")
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    expected, found = step(None), step(reentrant)
+    assert len(expected) > 2
+    torch.testing.assert_close(found, expected)
+    loss = call(model, reentrant).square().sum()
+    model.set_adapter("two")
+    model.set_requires_grad("one", True)
+    with pytest.raises(RecastBankError, match="since its forward pass other tasks were activated, merged or switched off"):
+        loss.backward()
+
+
 def test_after_too_many_changes_it_is_refused() -> None:
     model = model_with_tasks()
     loss = call(model, False).square().sum()
