@@ -88,7 +88,7 @@ class PartnerPart(TaskPart):
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
         prepared = []
         for candidate in places_of(partner, candidates, head_names(request.model), request.targets):
-            shape = candidate.weight_like and candidate.weight_like[0]
+            shape, _ = candidate.weight_like or (None, None)
             generator = torch.Generator().manual_seed(zlib.crc32(f"{request.config.seed} {candidate.name}".encode()))
             module = partner.build(candidate.module, shape, generator, **request.like(candidate.module))
             module.train(candidate.module.training)
