@@ -119,8 +119,8 @@ class Slot:
         finally:
             known = self.tuner.peft_config.keys()
             if ordinary is not None and known >= set(ordinary[0]):  # not deleted in the block
-                self.tuner.set_adapter(ordinary[0])
                 self.model.active_adapter = ordinary[1]
+                self.tuner.set_adapter(ordinary[0])
                 for parameter, requires_grad in trainable:
                     parameter.requires_grad_(requires_grad)
                 merged_before = [name for name in merged_before if name in known]

@@ -97,15 +97,11 @@ def collapse_coefficient_sets(model: nn.Module, adapter_name: str | None = None)
         check_is_task(adapter_name, sorted(tasks))
     configs = getattr(model, "peft_config", {})
     for task in sorted(tasks) if adapter_name is None else [adapter_name]:
-        collapsed: dict[int, nn.Parameter] = {}  # shared coefficients stay shared
-        for layer in layers.values():
-            if task not in layer.recast_coefficients:
-                continue
-            old = layer.recast_coefficients[task]
-            if id(old) not in collapsed:
-                mean = average_sets(old.detach()).unsqueeze(0).clone()
-                collapsed[id(old)] = nn.Parameter(mean, requires_grad=old.requires_grad)
-            layer.recast_coefficients[task] = collapsed[id(old)]
+        held = [(layer, layer.recast_coefficients[task]) for layer in layers.values() if task in layer.recast_coefficients]
+        means = {id(old): average_sets(old.detach()).unsqueeze(0).clone() for _, old in held}  # while all of them are held
+        collapsed = {id(old): nn.Parameter(means[id(old)], requires_grad=old.requires_grad) for _, old in held}
+        for layer, old in held:
+            layer.recast_coefficients[task] = collapsed[id(old)]  # shared coefficients stay shared
         if task in configs:
             configs[task].record = replace(configs[task].record, num_coefficient_sets=1)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
-from models import converted, layers_of, outputs, randomise, tiny_vit, vit_input
+from models import converted, layers_of, offsets_of, outputs, randomise, tiny_vit, vit_input
 
 from recast_peft import RecastConfig, RecastConfigError, collapse_coefficient_sets
 from recast_peft.tasks.banks import recast_banks, recipes_of, reference_of, task_banks
@@ -22,6 +24,27 @@ class TestCollapsingCoefficientSets:
         assert torch.equal(outputs(model, vit_input()), before)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) * 3 == numbers
         assert model.peft_config["default"].num_coefficient_sets == 1
+
+    def test_groups_that_share_their_coefficients_keep_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[weakref.ref] = []
+
+        def reused(one: object) -> int:
+            """An ``id``: that of an object that is gone is the next one's, which in Python happens now and then."""
+            known = [other() for other in asked]
+            place = next((n for n, other in enumerate(known) if other is one), None)
+            if place is None:
+                place = next((n for n, other in enumerate(known) if other is None), len(asked))
+                asked[place : place + 1] = [weakref.ref(one)]
+            return place
+
+        monkeypatch.setattr("recast_peft.tasks.banks.id", reused, raising=False)
+        model = converted(num_coefficient_sets=2, coefficient_sharing=2)
+        randomise(model)
+        with torch.no_grad():  # a graph would hold the coefficients
+            before = offsets_of(model)
+        collapse_coefficient_sets(model)
+        assert all(torch.equal(value, before[name]) for name, value in offsets_of(model).items())
+        assert len([p for p in model.parameters() if p.requires_grad]) == 2
 
     def test_of_one_task_leaves_the_others(self) -> None:
         model = converted("first", num_coefficient_sets=3)
