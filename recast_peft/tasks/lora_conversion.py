@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert_to_lora
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
@@ -148,8 +149,6 @@ def convert_to_lora(
         lora_config, state = peft_convert_to_lora(seen, rank, adapter_name, progressbar)
         measured = tuple(_measure(name, layer, adapter_name, state) for name, layer in layers.items())
     lora_config.target_modules = these_modules(sorted(layers), find_candidates(model.get_base_model()))
-    parts = ((*key.rpartition(".lora_"), value) for key, value in state.items())
-    state = {f"{plain_name(module)}{dot}{rest}": value for module, dot, rest, value in parts}
     lora_config.modules_to_save = sorted(owned) or None
     for name, module in owned.items():
         state.update({f"{MODEL_PREFIX}{name}.{key}": v.detach().clone() for key, v in module.state_dict().items()})
@@ -205,7 +204,9 @@ class _WeightsAlone:
         self.peft_config, self._model = {adapter_name: named}, model
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, module) for name, module in self._model.named_modules() if not isinstance(module, ScaledModule))
+        """By the names of the plain model; the LoRA parts are those of other tasks."""
+        named = self._model.named_modules()
+        return ((plain_name(name), module) for name, module in named if not isinstance(module, (ScaledModule, LoraLayer)))
 
     def modules(self) -> Iterator[nn.Module]:
         return (module for _, module in self.named_modules())

@@ -41,6 +41,16 @@ class TestLora:
         torch.testing.assert_close(outputs(lora, vit_input()), expected, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(outputs(tiny_vit(), vit_input()), expected, rtol=1e-2)
 
+    @pytest.mark.parametrize("place", ["qkv", "fc1"])
+    def test_another_task_may_have_a_lora_part(self, tmp_path, place):
+        model = task()
+        expected = outputs(model, vit_input())
+        beside = LoraConfig(r=2, target_modules=[place], init_lora_weights=False)
+        model.add_adapter("other", RecastConfig(target_modules=["qkv"], lora_config=beside))
+        assert save_as_lora(tmp_path, model, 8).worst_relative_error < 1e-5
+        lora = PeftModel.from_pretrained(tiny_vit(), tmp_path).eval()
+        torch.testing.assert_close(outputs(lora, vit_input()), expected, rtol=1e-4, atol=1e-5)
+
     def test_the_errors_are_those_of_the_best_approximation(self):
         model = task()
         _, state, report = convert_to_lora(model, 3)
