@@ -99,8 +99,6 @@ def read_entries(folder: str, hub_kwargs: Mapping[str, Any], what: str, config: 
     try:
         weights = load_peft_weights(folder, device="cpu", **hub_kwargs)  # an older format
         return {entry_key(key): tensor for key, tensor in weights.items()}
-    except RecastError:
-        raise
     except Exception as error:
         raise RecastLoadError(f"the coefficients of {what} cannot be read: {error}") from error
 
