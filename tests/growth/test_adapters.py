@@ -236,6 +236,17 @@ class TestSources:
             compress_adapters(tiny_vit(), [fresh], num_templates=1)
         with pytest.raises(RecastConfigError, match="the adapter 'a' is a TinyVit: expected a LoRA's folder"):
             compress_adapters(tiny_vit(), {"a": tiny_vit()}, num_templates=1)  # type: ignore[dict-item]
+        both = lora(0)
+        both.add_adapter("other", LoraConfig(target_modules=["qkv"]))
+        both.base_model.set_adapter(["default", "other"])
+        for adapters in ([both], {"a": both}):
+            with pytest.raises(RecastConfigError, match=r"has 2 active adapters: give \(model, name\)"):
+                compress_adapters(tiny_vit(), adapters, num_templates=1)
+        with pytest.raises(RecastBankError, match="no adapter 'third'; it has default, other"):
+            compress_adapters(tiny_vit(), {"a": (both, "third")}, num_templates=1)
+        with pytest.raises(RecastBankError, match="none of the adapters moves a target module of the config"):
+            elsewhere = lora(0, target_modules=["qkv"])
+            compress_adapters(tiny_vit(), [elsewhere], RecastConfig(target_modules=["fc1"]), num_templates=1)
         diverged = lora(0)
         next(p for n, p in diverged.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
         with pytest.raises(RecastBankError, match="the adapter 'a' holds numbers that are not finite"):

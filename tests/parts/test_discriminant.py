@@ -139,6 +139,10 @@ class TestDiscriminants:
             discriminants(features[rows], labels[rows], 3, 0.0)
         assert all(part.isfinite().all() for part in discriminants(features[rows], labels[rows], 3, 0.1))
 
+    def test_without_examples_there_is_nothing_to_fit(self):
+        with pytest.raises(RecastTargetError, match="batches hold no example"):
+            fit_discriminant_head(task(), [])
+
     @pytest.mark.parametrize("shrinkage", [-0.1, 1.1, "most", None, True, float("nan")])
     def test_a_share_is_expected(self, shrinkage):
         with pytest.raises(RecastConfigError, match="shrinkage="):
