@@ -112,7 +112,12 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         return tuple(name for name in acting if name in self.scaling)
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
-        library = quantised_by(super().get_base_layer())  # type: ignore[misc]
+        plain = super().get_base_layer()  # type: ignore[misc]
+        if container_key(adapter_name) in self.lora_variant:  # DoRA scales what is put out, with what a partner adds to it
+            hooks = (*self.base_layer._forward_hooks.values(), *plain._forward_hooks.values())
+            if any(hook.partners.has_task(adapter_name) for hook in hooks if hasattr(hook, "partners")):
+                return f"a LoRA part on {self.module_name} that scales its output, with the coefficient of its bias in it"
+        library = quantised_by(plain)
         said = f"a LoRA part on {self.module_name}, whose weight is quantised by {library} and cannot hold it"
         return said if library is not None and self.has_task(adapter_name) else None
 

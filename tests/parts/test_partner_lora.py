@@ -9,7 +9,7 @@ import torch
 from models import move, outputs, tiny_vit, vit_input
 from peft import LoraConfig, PeftModel
 
-from recast_peft import AdaptFormerConfig, RecastBankError, RecastConfig, create_recast_optimizer, get_recast_model
+from recast_peft import AdaptFormerConfig, BiasConfig, RecastBankError, RecastConfig, create_recast_optimizer, get_recast_model
 
 
 class TestBesideALoraPart:
@@ -59,3 +59,20 @@ class TestBesideALoraPart:
         for name, parameter in task.named_parameters():
             if parameter.requires_grad:
                 assert rates[id(parameter)] == next(rate for key, rate in expected.items() if key in name)
+
+
+@pytest.mark.parametrize("place", ["fc2", "qkv"])
+@pytest.mark.parametrize("is_dora", [True, False])
+def test_coefficients_of_biases_are_merged_only_where_the_merged_model_is_the_live_one(place, is_dora):
+    """DoRA scales what its module puts out but for the pretrained bias, and no weight and bias say the same."""
+    lora = LoraConfig(r=2, target_modules=[place], use_dora=is_dora)
+    config = RecastConfig(target_modules=["qkv"], lora_config=lora, partners=[BiasConfig()])
+    model = get_recast_model(tiny_vit(), config).eval()
+    move(model)
+    live = outputs(model, vit_input())
+    if is_dora:
+        with pytest.raises(RecastBankError, match="that scales its output, with the coefficient of its bias in it"):
+            model.merge_adapter()
+    else:
+        model.merge_adapter()
+    torch.testing.assert_close(outputs(model, vit_input()), live, rtol=1e-4, atol=1e-5)
