@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from ..layer import RecastLayer
 from ..names import lies_in, modules_of
 from ..validation import listed
 from .base import TaskPart
+from .bias_part import bias_holders
 from .lora_strength import part_layers
 from .wrapper import task_modules
 
@@ -27,14 +29,27 @@ class BaseBiasesPart(TaskPart):
     name = "biases"
 
     def entries(self, model: nn.Module, adapter_name: str, config: RecastConfig) -> Iterator[Entry]:
-        composed = _with_layers(model)
+        composed, kept = _with_layers(model), _kept_biases(model)
         for name, module in biased_modules(model, config.bias):
             # PEFT's files name the bias of a target as it lies in the tuner's layer
             file_name = f"{name}.base_layer.bias" if name in composed else None
-            yield Entry(f"{name}.bias", module, "bias", file_name=file_name)
+            own = kept.get(id(module._parameters["bias"]))  # while what tasks add to it is merged
+            before = None if own is None else partial(_value, kept.get(id(own), own))
+            yield Entry(f"{name}.bias", module, "bias", before, file_name=file_name)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return None if config.bias == "none" else f"biases of the model (bias={config.bias!r})"
+
+
+def _value(before: Tensor, _: Tensor) -> Tensor:
+    return before.detach()
+
+
+def _kept_biases(model: nn.Module) -> dict[int, Tensor]:
+    """What parameters were before something was merged into them, or put in their place, by the id of the parameter now."""
+    kept = {id(parameter): values for layer in part_layers(model) for parameter, values in layer._kept}
+    holders = (holder for holder in bias_holders(model) if "bias" in holder.kept)
+    return {**kept, **{id(holder.hosts[0]._parameters["bias"]): holder.kept["bias"] for holder in holders}}
 
 
 def biased_modules(model: nn.Module, bias: str, targets: Collection[str] = ()) -> Iterator[tuple[str, nn.Module]]:

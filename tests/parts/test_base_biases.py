@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from models import seeded
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from models import move, seeded
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model
@@ -117,3 +118,24 @@ def test_of_a_module_that_the_task_owns_whole_are_trained_in_its_copy_alone(save
     }
     model(torch.randn(3, 8)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("order", [("adds", "part"), ("adds",), ("part",)])
+def test_saved_while_the_task_is_merged_they_are_without_what_is_merged_into_them(
+    order: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A file with the merged biases would add the same once more when it is loaded."""
+    lora = LoraConfig(r=2, target_modules=["second"], lora_bias="part" in order)
+    fields = {"partners": ["bias"]} if "adds" in order else {}
+    model = get_recast_model(three_layers(), RecastConfig(target_modules=["first"], lora_config=lora, bias="all", **fields))
+    move(model.eval())
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    live, own = model(x), {name: p.clone() for name, p in model.named_parameters() if name.endswith("third.bias")}
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), live)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(three_layers(), tmp_path).eval()
+    torch.testing.assert_close(loaded(x), live)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), live)
+    assert all(torch.equal(dict(loaded.named_parameters())[name], value) for name, value in own.items())
