@@ -101,6 +101,15 @@ class TestACompressedBank:
         scale = bank.base_coefficients[1] + sum(c.mean(dim=0) for c in layer.recast_coefficients.values())
         torch.testing.assert_close(layer.weight, scale[0] * bank.templates[0])
 
+    def test_comes_from_the_meta_device_as_a_whole_state_dict_has_it(self) -> None:
+        def task() -> nn.Module:
+            return get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_templates=1)).eval()
+
+        model, other = task(), task().to("meta").to_empty(device="cpu")
+        randomise(model)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(outputs(other, vit_input()), outputs(model, vit_input()))
+
     def test_is_stored_as_a_recipe_and_rebuilt_to_the_last_bit(self, tmp_path: Any) -> None:
         from peft import PeftModel
 

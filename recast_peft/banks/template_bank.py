@@ -231,7 +231,10 @@ def mix_templates(weights: Sequence[Tensor], mix: Tensor) -> Tensor:
 def follow_device(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What ``fn`` (from ``nn.Module.to`` and its kin) makes of coefficients: moved, but never to less than float32."""
     probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-    return tensor.to(probe.device, composition_dtype(tensor.dtype, probe.dtype))
+    dtype = composition_dtype(tensor.dtype, probe.dtype)
+    if tensor.is_meta:  # to_empty() gives it a place, and a state dict its numbers
+        return torch.empty_like(tensor, device=probe.device, dtype=dtype)
+    return tensor.to(probe.device, dtype)
 
 
 def move_in_place(tensors: Iterable[Tensor], device: torch.device) -> None:
