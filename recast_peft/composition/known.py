@@ -36,7 +36,10 @@ class Known:
         self.coefficients = layer.recast_coefficients[self.task]
         self.written, self.trained = self.coefficients._version, self.coefficients.requires_grad
         self.base, self.weight = layer.base_layer, layer.pretrained
-        self.kind: Any = kind_of(self.base)
+        kind = kind_of(self.base)
+        assert kind is not None
+        assert kind.call is not None
+        self.kind, self.product = kind, kind.call
         self.templates = [other.pretrained for other in self.bank.layers]
         # what is merged is not held on to
         found = {id(one): (one, one.base_layer, one.pretrained, one.kept_weight) for one in (layer, *self.bank.layers)}
@@ -64,7 +67,7 @@ class Known:
         if self.bank.is_factored:
             return self.bank.core_product(average_sets(self.coefficients)[None]).add_to(layer.base_layer(x), x)
         terms = self.weight, self.templates, average_sets(self.coefficients)
-        return call_composed(layer, self.kind.call, x, terms, self.active)
+        return call_composed(layer, self.product, x, terms, self.active)
 
     def is_merged(self, layer: Any, tasks: list[str]) -> bool:
         """Whether the task alone is merged into a layer, on the same templates, which are weights."""

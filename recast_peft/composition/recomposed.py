@@ -25,7 +25,7 @@ from .compose import (
     needs_plain_operations,
     template_inner_products,
 )
-from .kinds import Gradients, bias_of, kind_of
+from .kinds import Gradients, LayerKind, bias_of, kind_of
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -62,7 +62,9 @@ def product_of_one(
     """
     if x.is_nested or anchor is None or len(templates) != 1 or templates[0] is not anchor:
         return None
-    kind: Any = kind_of(module)
+    kind = kind_of(module)
+    assert kind is not None
+    assert kind.call is not None
     if kind.call_scaled is not None and _takes_a_number(x, anchor):
         return kind.call_scaled(module, anchor.detach(), x, 1 + float(coefficients))
     if x.numel() >= anchor.numel():
@@ -114,7 +116,7 @@ class _Recomposed(torch.autograd.Function):
     def forward(
         ctx: Any,
         module: nn.Module,
-        kind: Any,
+        kind: LayerKind,
         places: list[int],
         way: str,
         shards: list[Tensor | None],
@@ -130,6 +132,7 @@ class _Recomposed(torch.autograd.Function):
         terms = _templates(anchor, weights, places)
         y = product_of_one(module, x, anchor, terms, coefficients)
         if y is None:
+            assert kind.call is not None
             weight = compose_weight(anchor, terms, coefficients)
             y = kind.call(module, weight if is_cast(weight) else weight.requires_grad_(), x)  # see ``marked``
         # a product over several dimensions may come as a view of the one over two, which nobody could then change in place
@@ -145,7 +148,7 @@ class _Recomposed(torch.autograd.Function):
         if needs_bias:
             channels = ctx.kind.channels % grad.ndim
             grad_bias = grad.sum([d for d in range(grad.ndim) if d != channels]).to(ctx.module.bias.dtype)
-        layer = _Layer(ctx.module, ctx.kind, templates, coefficients, anchor, ctx.places)
+        layer = _Layer(ctx.module, ctx.kind.gradients, ctx.kind.channels, templates, coefficients, anchor, ctx.places)
         if not torch.is_grad_enabled():  # an estimate is not differentiated again
             layer.way = ctx.way
         rows = _rows_with_gradient(ctx.kind.gradients, grad)
@@ -169,7 +172,8 @@ class _Layer:
     """A layer in its backward pass: y is linear in the weight, and the weight is ``anchor + sum_i coefficients[i] T_i``."""
 
     module: nn.Module
-    kind: Any  # a ``LayerKind`` with gradients
+    rules: Gradients
+    channels: int  # the dimension of the output's features
     templates: list[Tensor]
     coefficients: Tensor
     anchor: Tensor | None
@@ -188,12 +192,12 @@ class _Layer:
         grad_x = self._of_input(grad, x_shape) if needs_x else None
         if not needs_coefficients or x is None:
             return grad_x, None
-        grad_weight = self.kind.gradients.of_weight(self.module, grad, x, self.templates[0].shape)
+        grad_weight = self.rules.of_weight(self.module, grad, x, self.templates[0].shape)
         return grad_x, template_inner_products(grad_weight, self.templates)
 
     def _of_input(self, grad: Tensor, shape: torch.Size) -> Tensor:
         weight = compose_weight(self.anchor, self.templates, self.coefficients, grad.dtype)
-        return self.kind.gradients.of_input(self.module, grad, weight, shape)
+        return self.rules.of_input(self.module, grad, weight, shape)
 
     def _can_estimate(self, grad: Tensor, x: Tensor) -> bool:
         """Whether the estimate that is asked for saves anything: one template needs no product of its own."""
@@ -203,10 +207,9 @@ class _Layer:
 
     def _is_faster(self, grad: Tensor) -> bool:
         weight = self.templates[0]
-        channels = grad.shape[self.kind.channels]
         if getattr(self.module, "groups", 1) != 1:
             return False
-        rows = grad.numel() // channels
+        rows = grad.numel() // grad.shape[self.channels]
         return is_faster_in_bfloat16(grad.device, rows, rows * weight.numel())
 
     def _estimated(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +219,7 @@ class _Layer:
         terms, factors = list(self.templates), self._factors()
         if self.anchor is not None and not self.places:
             terms, factors = [*terms, self.anchor], torch.cat([factors, torch.ones_like(factors[:1])])
-        grad_weight = self.kind.gradients.of_weight(self.module, grad.bfloat16(), x.bfloat16(), self.templates[0].shape)
+        grad_weight = self.rules.of_weight(self.module, grad.bfloat16(), x.bfloat16(), self.templates[0].shape)
         found = with_known_sum(template_inner_products(grad_weight, terms), factors, total)
         return grad_x, found[: len(self.templates)]
 
@@ -247,13 +250,13 @@ class _Layer:
         on_cpu, is_wide = grad.device.type == "cpu", grad.dtype.itemsize >= 4
         if len(self.templates) == 1:
             return on_cpu or is_wide or small
-        return len(self.templates) == 2 and small and self.kind.gradients.by_row and is_wide and on_cpu
+        return len(self.templates) == 2 and small and self.rules.by_row and is_wide and on_cpu
 
     def _by_template(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        rules, scale = self.kind.gradients, self._factors()
+        scale = self._factors()
         total, inner = None, []
         for i, template in enumerate(self.templates):
-            part = rules.of_input(self.module, grad, in_dtype(grad.dtype, template), x.shape)
+            part = self.rules.of_input(self.module, grad, in_dtype(grad.dtype, template), x.shape)
             inner.append(template_inner_products(part, [x]))
             total = part * scale[i] if total is None else total.addcmul_(part, scale[i])
             del part

@@ -72,7 +72,7 @@ def grow_bias_bank(
         raise RecastTargetError("no layer or norm in the model's numbered blocks has a bias: name target_modules, or grow_bank")
     biases = {place.name: cast(Tensor, place.module.bias) for place in places}
     if scales:
-        biases |= {f"{place.name}.weight": place.module.weight for place in places if is_norm(place.module)}  # type: ignore[misc]
+        biases |= {f"{place.name}.weight": place.module.weight for place in places if is_affine_norm(place.module)}  # type: ignore[misc]
     vectors = [_moves(model, source, biases) for source in sources]
     moved = {name for vector in vectors for name, move in vector.items() if bool(move.any())}
     if not moved:
@@ -117,7 +117,7 @@ def bias_places(model: nn.Module, target_modules: Sequence[str] | str | None = N
     return [c for c in numbered if not lies_in(c.name, heads) and partner.refusal(c) is None]
 
 
-def is_norm(module: nn.Module) -> bool:
+def is_affine_norm(module: nn.Module) -> bool:
     """Whether a module is a norm whose scale multiplies what it puts out, channel by channel, before its bias is added."""
     kind, scale, bias = kind_of(module), module._parameters.get("weight"), module._parameters.get("bias")
     if kind is None or scale is None or bias is None:

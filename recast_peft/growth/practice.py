@@ -34,7 +34,7 @@ from ..parts.precision import HALF
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
-from .biases import bias_places, grow_bias_bank, is_norm
+from .biases import bias_places, grow_bias_bank, is_affine_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, each_tensor, rows_of_inputs
 from .sources import check_pretrained
 from .weights import grow_bank
@@ -177,7 +177,7 @@ def _trained(
     else:
         for place in bias_places(model):
             place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
-            if scales and is_norm(place.module):
+            if scales and is_affine_norm(place.module):
                 place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
     free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     with evaluating(trained):

@@ -36,7 +36,7 @@ def task_banks(model: nn.Module, adapter_name: str) -> dict[str, TemplateBank]:
     return {bank.name: bank for bank in (layer.recast_bank[adapter_name] for layer in layers)}
 
 
-def reference_of(banks: dict[str, TemplateBank]) -> Reference | None:
+def task_bank_reference(banks: dict[str, TemplateBank]) -> Reference | None:
     """The stored bank that a task is on, if its banks are no mix of the pretrained weights."""
     return next((dict(bank.stored) for bank in banks.values() if bank.stored is not None and bank.recipe is None), None)
 
@@ -68,7 +68,7 @@ def _bank_of_weights(model: nn.Module, adapter_name: str, method: dict[str, Any]
             groups[name] = StoredGroup(bank.members)
         else:
             groups[name] = StoredGroup(bank.members, bank.templates.data, bank.base_coefficients, bank.recipe)
-    reference = reference_of(banks) or {"name": None, "fingerprint": ""}
+    reference = task_bank_reference(banks) or {"name": None, "fingerprint": ""}
     fingerprints = {member: layers[member].fingerprint for bank in banks.values() for member in bank.members}
     fingerprint = reference["fingerprint"] or ""
     return StoredBank(groups, fingerprints, made, reference["name"], version, fingerprint, history)

@@ -24,7 +24,7 @@ from ..placement.sharded import whole_shape
 from ..planning.groups import PlannedGroup, sharing_of
 from ..validation import listed
 from .backbone import describe_backbone
-from .banks import recipes_of, reference_of, task_banks
+from .banks import recipes_of, task_bank_reference, task_banks
 from .preparation import PreparedTask
 from .state import backbone_of, trained_outside_tasks
 from .surroundings import surroundings_fingerprint, warn_of_difference
@@ -39,7 +39,7 @@ def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[
         base_fingerprint=prepared.fingerprints,
         surroundings_fingerprint=prepared.surroundings,
         recipes=recipes_of(banks),
-        bank=reference_of(banks),
+        bank=task_bank_reference(banks),
         partner_banks=prepared.partner_banks,
         num_directions=plan.num_directions,
         num_coefficient_sets=plan.num_coefficient_sets,
@@ -73,7 +73,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
     if lost:
         raise was_replaced(f"{lost[0]}, a target of task {adapter_name!r},")
     check_head(backbone, adapter_name, config)
-    reference = reference_of(banks)
+    reference = task_bank_reference(banks)
     if reference is not None and reference["name"] is None:
         warnings.warn(
             f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "

@@ -9,7 +9,7 @@ import torch
 from models import converted, layers_of, offsets_of, outputs, randomise, tiny_vit, vit_input
 
 from recast_peft import RecastConfig, RecastConfigError, collapse_coefficient_sets
-from recast_peft.tasks.banks import recast_banks, recipes_of, reference_of, task_banks
+from recast_peft.tasks.banks import recast_banks, recipes_of, task_bank_reference, task_banks
 
 
 class TestCollapsingCoefficientSets:
@@ -83,9 +83,9 @@ class TestTheBanksOfAModel:
 
     def test_that_follow_from_the_weights_have_neither_a_recipe_nor_a_file(self) -> None:
         banks = task_banks(converted(), "default")
-        assert (recipes_of(banks), reference_of(banks)) == (None, None)
+        assert (recipes_of(banks), task_bank_reference(banks)) == (None, None)
         mixed = task_banks(converted(num_templates=1), "default")
-        assert reference_of(mixed) is None
+        assert task_bank_reference(mixed) is None
         recipes = recipes_of(mixed)
         assert recipes is not None
         assert {name: (len(r["mix"]), len(r["mix"][0]), len(r["base"])) for name, r in recipes.items()} == {
