@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..layer import RecastLayer, fingerprints_of, recast_layers
 from ..names import modules_of
-from ..options.record import TaskRecord, mean_fidelity
+from ..options.record import Reference, TaskRecord, mean_fidelity
 from ..parts.head import check_head, problem_type_of
 from ..parts.lora import lora_config_of
 from ..parts.wrapper import was_replaced
@@ -62,49 +62,18 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         RecastTargetError: if the task, or a target of it, is no longer in the model.
     """
     backbone = backbone_of(model)
-    layers = {n: layer for n, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}
+    layers = {name: layer for name, layer in recast_layers(backbone).items() if adapter_name in layer.recast_bank}
     banks = task_banks(backbone, adapter_name)
-    if config.groups and not layers:
-        raise RecastTargetError(
-            f"task {adapter_name!r} is no longer in the model, and its file would be empty: unload() or merge_and_unload() "
-            "took it out. Save a task before, and the model that is left by its own save_pretrained."
-        )
-    lost = [member for bank in banks.values() for member in bank.members if member not in layers]
-    if lost:
-        raise was_replaced(f"{lost[0]}, a target of task {adapter_name!r},")
+    _check_is_there(config, adapter_name, layers, banks)
     check_head(backbone, adapter_name, config)
     reference = task_bank_reference(banks)
-    if reference is not None and reference["name"] is None:
-        warnings.warn(
-            f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
-            "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
-            stacklevel=2,
-        )
-    outside = trained_outside_tasks(model)
-    if outside:
-        warnings.warn(
-            f"{len(outside)} parameters of the pretrained model are trained and belong to no task ({listed(outside)}): they "
-            "are not saved. Give the task modules_to_save=, train_norms=True or bias=, or freeze them: requires_grad_(False).",
-            stacklevel=2,
-        )
+    _warn_of_what_is_not_saved(model, adapter_name, reference)
     sets = {whole_shape(layer.recast_coefficients[adapter_name])[0] for layer in layers.values()}
     measured = [fidelity for bank in banks.values() for fidelity in bank.fidelity.values()]
-    fingerprints, surroundings = fingerprints_of(layers), _surroundings_of(model, config, layers)
-    written = [name for name, layer in layers.items() if layer.is_written_to]
-    is_own = config.base_fingerprint == fingerprints  # else the config says of another model what lay beside its targets
-    if written or (is_own and _differ(surroundings, config.surroundings_fingerprint)):
-        where = listed(written) or "beside its targets"
-        warnings.warn(
-            f"the pretrained model was changed since task {adapter_name!r} was put in ({where}): the task's file does not hold "
-            "that, and says that the task belongs to the model as it is now. Change a model before it is converted.",
-            stacklevel=2,
-        )
-    if is_own and config.is_stored_task and config.bias == "none" and surroundings == config.surroundings_fingerprint:
-        warn_of_difference(surroundings, surroundings_fingerprint(backbone, layers), f"task {adapter_name!r}")
-    return TaskRecord(
+    record = TaskRecord(
         groups={name: list(bank.members) for name, bank in banks.items()},
-        base_fingerprint=fingerprints,
-        surroundings_fingerprint=surroundings,
+        base_fingerprint=fingerprints_of(layers),
+        surroundings_fingerprint=_surroundings_of(model, config, layers),
         recipes=recipes_of(banks),
         bank=reference,
         partner_banks={} if config.record is None else config.record.partner_banks,
@@ -117,6 +86,56 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
         is_stored=config.is_stored_task,
     )
+    _warn_of_a_changed_model(backbone, adapter_name, layers, config, record)
+    return record
+
+
+def _check_is_there(
+    config: RecastConfig, adapter_name: str, layers: Collection[str], banks: Mapping[str, TemplateBank]
+) -> None:
+    if config.groups and not layers:
+        raise RecastTargetError(
+            f"task {adapter_name!r} is no longer in the model, and its file would be empty: unload() or merge_and_unload() "
+            "took it out. Save a task before, and the model that is left by its own save_pretrained."
+        )
+    lost = next((member for bank in banks.values() for member in bank.members if member not in layers), None)
+    if lost is not None:
+        raise was_replaced(f"{lost}, a target of task {adapter_name!r},")
+
+
+def _warn_of_what_is_not_saved(model: nn.Module, adapter_name: str, reference: Reference | None) -> None:
+    """Warn of a bank that is not stored yet, and of trained parameters that belong to no task."""
+    if reference is not None and reference["name"] is None:
+        warnings.warn(
+            f"Task {adapter_name!r} was trained on a template bank that is not stored yet ({reference['fingerprint']}): "
+            "save it once with model.save_bank(folder) before its tasks, or they cannot find it.",
+            stacklevel=3,
+        )
+    outside = trained_outside_tasks(model)
+    if outside:
+        warnings.warn(
+            f"{len(outside)} parameters of the pretrained model are trained and belong to no task ({listed(outside)}): they "
+            "are not saved. Give the task modules_to_save=, train_norms=True or bias=, or freeze them: requires_grad_(False).",
+            stacklevel=3,
+        )
+
+
+def _warn_of_a_changed_model(
+    backbone: nn.Module, adapter_name: str, layers: dict[str, RecastLayer], config: RecastConfig, record: TaskRecord
+) -> None:
+    """Warn if the model is not the one that the task was put in; ``config`` says what that was, ``record`` what it is now."""
+    written = [name for name, layer in layers.items() if layer.is_written_to]
+    before, now = config.surroundings_fingerprint, record.surroundings_fingerprint
+    is_own = config.base_fingerprint == record.base_fingerprint  # else the config says of another model what lay there
+    if written or (is_own and _differ(before, now)):
+        where = listed(written) or "beside its targets"
+        warnings.warn(
+            f"the pretrained model was changed since task {adapter_name!r} was put in ({where}): the task's file does not hold "
+            "that, and says that the task belongs to the model as it is now. Change a model before it is converted.",
+            stacklevel=3,
+        )
+    if is_own and config.is_stored_task and config.bias == "none" and before == now:
+        warn_of_difference(before, surroundings_fingerprint(backbone, layers), f"task {adapter_name!r}")
 
 
 def _surroundings_of(model: nn.Module, config: RecastConfig, targets: Collection[str]) -> str | None:
