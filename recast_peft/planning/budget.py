@@ -31,7 +31,26 @@ class Sizes:
 DEFAULT_SIZES = (Sizes(2), Sizes(1), Sizes(1, leaves_out_minor=True), Sizes(1, shares=True))
 
 
-def names_a_size(config: RecastConfig) -> bool:
+def fit_budget(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str]:
+    """Choose what a config leaves open so that a task keeps its budget, or the default one.
+
+    Returns:
+        the targets that stay, the config with its choices, and a sentence that says what was chosen; empty where nothing was.
+
+    Raises:
+        RecastConfigError: if nothing fits.
+    """
+    if not _names_a_size(config):
+        return default_sizes(targets, config)
+    directions = _choose_directions(targets, config)
+    if directions is not None:
+        return directions
+    if config.max_coefficients is not None and config.num_directions is None:
+        return targets, *_choose_sizes(layer_runs(targets), config)
+    return targets, config, ""
+
+
+def _names_a_size(config: RecastConfig) -> bool:
     """Whether a config says how many numbers a task trains, by a size, by sharing or by a budget."""
     sizes = (*_sizes_of(config), config.coefficient_sharing, config.max_coefficients)
     return config.num_coefficient_sets > 1 or any(size is not None for size in sizes) or not config.train_coefficients
@@ -41,7 +60,7 @@ def _sizes_of(config: RecastConfig) -> tuple[int | None, ...]:
     return config.group_size, config.num_groups, config.num_templates, config.num_directions
 
 
-def choose_directions(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str] | None:
+def _choose_directions(targets: list[Candidate], config: RecastConfig) -> tuple[list[Candidate], RecastConfig, str] | None:
     """Give a budget from ``DEFAULT_BUDGET`` on to the main directions of each weight, as many as it keeps.
 
     Returns:
@@ -88,7 +107,7 @@ def default_sizes(targets: list[Candidate], config: RecastConfig) -> tuple[list[
     raise AssertionError("one number for all layers fits every budget")
 
 
-def choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[RecastConfig, str]:
+def _choose_sizes(runs: list[list[Candidate]], config: RecastConfig) -> tuple[RecastConfig, str]:
     """Choose what a config leaves open so that a task needs at most ``max_coefficients`` numbers.
 
     What was given is kept: ``group_size`` or ``num_groups``, ``num_templates``, ``coefficient_sharing``. Of the rest, the

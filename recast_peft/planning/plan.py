@@ -13,7 +13,7 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..options.record import bank_to_use
 from ..validation import listed
-from .budget import DEFAULT_BUDGET, choose_directions, choose_sizes, default_sizes, names_a_size
+from .budget import DEFAULT_BUDGET, fit_budget
 from .candidates import Candidate, total_bytes
 from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
 from .table import text_table
@@ -167,15 +167,11 @@ def plan_layers(model: nn.Module, config: RecastConfig) -> RecastPlan:
     if config.groups is not None:
         groups = given_groups(targets, config, bank)
     else:
-        chosen = choose_directions(targets, config) if names_a_size(config) else default_sizes(targets, config)
-        if chosen is not None:
-            kept, config, reason = chosen
-            kept_to = f"{config.max_coefficients or f'the default of {DEFAULT_BUDGET}'} numbers"
-            left_out = f"it is left out to keep {kept_to}; target_modules would name it"
-            skipped.update({target.name: left_out for target in targets if target not in kept})
-            targets = kept
-        elif config.max_coefficients is not None and config.num_directions is None:
-            config, reason = choose_sizes(layer_runs(targets), config)
+        found = targets
+        targets, config, reason = fit_budget(found, config)
+        kept_to = f"{config.max_coefficients or f'the default of {DEFAULT_BUDGET}'} numbers"
+        left_out = f"it is left out to keep {kept_to}; target_modules would name it"
+        skipped.update({target.name: left_out for target in found if target not in targets})
         groups = plan_groups(layer_runs(targets), config)
         largest = max(len(group.members) for group in groups)
         if config.num_templates is not None and config.num_templates > largest:
