@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..banks.files import StoredBank, find_bank, how_to_load
 from ..errors import RecastBankError, RecastConfigError
@@ -14,6 +15,7 @@ from ..holders import holders
 from ..options.checks import bank
 from ..options.partner import PartnerConfig
 from ..options.record import Reference, bank_to_use, reference_of
+from ..placement.offloaded import StaysInMemory
 from .base import Request
 from .partner import TaskPartners
 
@@ -47,6 +49,30 @@ class BankedPartnerConfig(PartnerConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "bank": self.bank_reference}
+
+
+class OfBank(StaysInMemory):
+    """A module with tensors of a bank, which no state dict holds: wherever it goes they come from the bank.
+
+    ``to_empty`` would leave it without numbers; and they keep their dtype, whatever that of the weights becomes.
+
+    Args:
+        bank: the bank.
+        device: where they lie at first.
+        tensors: the bank's, by the names of the buffers.
+    """
+
+    def __init__(self, bank: StoredBank, device: torch.device, **tensors: Tensor) -> None:
+        super().__init__()
+        self.bank, self.of_bank = bank, tensors
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OfBank:
+        super()._apply(fn, recurse)
+        for name, tensor in self.of_bank.items():
+            self._buffers[name] = tensor.to(getattr(self, name).device)
+        return self
 
 
 def partner_bank(model: nn.Module, adapter_name: str, kind: type[TaskPartners]) -> StoredBank | None:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..banks.files import StoredBank
 from ..banks.template_bank import follow_device
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError
 from ..options.partner import Candidate
 from ..placement.offloaded import StaysInMemory
 from ..planning.reading import why_unheard
-from .banked import BankedPartnerConfig
+from .banked import BankedPartnerConfig, OfBank
 
 
 def channels_of(module: nn.Module) -> int | None:
@@ -73,6 +72,7 @@ class BiasCoefficient(StaysInMemory):
         ``offset`` ``(1,)``; bias ``(channels,)``.
     """
 
+    is_called = True
     owner: str | None = None  # the place whose coefficients these are; None is its own
 
     def __init__(self, module: nn.Module, **like: Any) -> None:
@@ -141,17 +141,11 @@ def share_of(growth: Tensor, scale: Tensor | None) -> Tensor:
     return growth / torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-class BiasTemplates(StaysInMemory):
+class BiasTemplates(OfBank):
     """The templates of one bias, which all tasks on one bank share."""
 
     templates: Tensor  # ``(templates, channels)``
-    scales: Tensor | None  # likewise of a norm whose scale the bank moves too
-
-    def __init__(self, bank: StoredBank, templates: Tensor, device: torch.device, scales: Tensor | None = None) -> None:
-        super().__init__()
-        self.bank = bank
-        self.register_buffer("templates", templates.to(device), persistent=False)
-        self.register_buffer("scales", None if scales is None else scales.to(device), persistent=False)
+    scales: Tensor  # likewise of a norm, where the bank moves its scale too
 
 
 class BiasMix(BiasCoefficient):
@@ -178,7 +172,7 @@ class BiasMix(BiasCoefficient):
         return self.shared.templates
 
     def scale_templates(self) -> Tensor | None:
-        return self.shared.scales
+        return self.shared._buffers.get("scales")
 
 
 def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:

@@ -256,7 +256,8 @@ def _on_bank(request: Request, partner: BiasConfig, bank: StoredBank, candidates
                 raise RecastTargetError(f"partner bias cannot stand at {member}, which its bank names: {refusal}")
             host = places[member].module
             like = request.like(host)
-            shared = BiasTemplates(bank, templates, like["device"], scales.get(member))
+            of_norm = {"scales": scales[member]} if member in scales else {}
+            shared = BiasTemplates(bank, like["device"], templates=templates, **of_norm)
             module = BiasMix(host, shared, member, owner, **like)
             owner = owner or module
             yield PreparedPartner(partner, places[member], module.train(host.training))

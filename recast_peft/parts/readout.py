@@ -32,7 +32,7 @@ from ..holders import holders, plain_modules, unwrapped_module
 from ..names import lies_in
 from ..options.partner import Candidate, PartnerConfig
 from ..planning.candidates import Candidate as ModelCandidate
-from .banked import BankedPartnerConfig, bank_of_partner, refuse_bank
+from .banked import BankedPartnerConfig, OfBank, bank_of_partner, refuse_bank
 from .base import Request
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
 
@@ -70,7 +70,7 @@ class ReadoutConfig(BankedPartnerConfig, method="readout"):
         return Readout(self.bank, like["device"])
 
 
-class Readout(nn.Module):
+class Readout(OfBank):
     """The templates of a readout; one module for all tasks on one bank.
 
     Shapes:
@@ -81,13 +81,12 @@ class Readout(nn.Module):
     offset: Tensor
 
     def __init__(self, bank: StoredBank, device: torch.device) -> None:
-        super().__init__()
         (group,) = bank.groups.values()
         assert group.grown is not None
+        assert group.offset is not None
         assert group.widths is not None
-        self.bank, self.members, self.widths, self.pools = bank, group.members, list(group.widths), bool(group.pools)
-        self.register_buffer("templates", group.grown.tensors[0].to(device, torch.float32), persistent=False)
-        self.register_buffer("offset", cast(Tensor, group.offset).to(device, torch.float32), persistent=False)
+        super().__init__(bank, device, templates=group.grown.tensors[0].float(), offset=group.offset.float())
+        self.members, self.widths, self.pools = group.members, list(group.widths), bool(group.pools)
 
     def forward(self, inputs: dict[str, Tensor], x: Tensor) -> Tensor:
         """The features for the classifier.

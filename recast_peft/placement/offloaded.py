@@ -49,9 +49,13 @@ def end_offloading(module: nn.Module) -> None:
 class StaysInMemory(nn.Module):
     """A module whose parameters others read: no call of its own would bring them from where accelerate keeps them."""
 
+    is_called = False  # whether it has calls too, which would take them away again
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "_hf_hook" and (hook := _hook_of(self)) is not None:  # accelerate has offloaded every parameter
+        if name == "_hf_hook" and self.is_called:
+            end_offloading(self)
+        elif name == "_hf_hook" and (hook := _hook_of(self)) is not None:  # accelerate has offloaded every parameter
             for held in self._parameters:
                 bring_back(self, held, hook.original_devices.get(held))
 
