@@ -100,6 +100,8 @@ def take_over(backbone: nn.Module, config: RecastConfig, adapter_name: str, own:
 
 def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: RecastConfig) -> None:
     alike = {field: (_plain(getattr(config, field)), _plain(getattr(own, field))) for field in _ALIKE}
+    if None not in (config.num_classes, own.num_classes):  # modules_to_save has classifiers of no number
+        alike["num_classes"] = (config.num_classes, own.num_classes)
     for what, (given, expected) in {"bank": (_banks(config), _banks(own)), **alike}.items():
         if given != expected:
             raise RecastConfigError(

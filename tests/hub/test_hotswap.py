@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from recast_peft import (
     RecastBaseMismatchError,
     RecastConfig,
     RecastConfigError,
-    RecastLoadError,
     get_recast_model,
     grow_bias_bank,
     hotswap_adapter,
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     with pytest.raises(RecastConfigError, match=r"(?s)groups differs.*given.*expected.*load_adapter"):
         hotswap_adapter(model, other_groups, "default")
     more_classes, _ = stored(tmp_path / "classes", num_classes=5)
-    with pytest.raises(RecastLoadError, match="wrongly shaped"):
+    with pytest.raises(RecastConfigError, match=r"(?s)num_classes differs.*given: +5.*expected: 3"):
         hotswap_adapter(model, more_classes, "default")
     good, _ = stored(tmp_path / "good")
     with pytest.raises(RecastConfigError, match="no RECAST task 'other'"):
@@ -145,6 +145,19 @@ def test_a_classifier_of_modules_to_save_beside_those_of_num_classes(tmp_path: P
     assert torch.equal(output(model), expected)
     model.set_adapter("classes")
     assert output(model).shape == (2, 5)
+
+
+@pytest.mark.parametrize("put_in", [hotswap_adapter, load_adapter])
+def test_a_config_that_names_other_classes_than_its_numbers_have_is_refused(tmp_path: Path, put_in: Any) -> None:
+    folder, _ = stored(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_classes": 5, "id2label": dict(enumerate("abcde"))}))
+    model = fresh()
+    before = output(model)
+    with pytest.raises(RecastConfigError, match=r"(?s)num_classes differs.*given: +5.*expected: 3"):
+        put_in(model, folder, "default")
+    assert torch.equal(output(model), before)
+    assert model.peft_config["default"].id2label is None
 
 
 @pytest.mark.parametrize("put_in", [hotswap_adapter, load_adapter])
