@@ -126,12 +126,14 @@ class AutoRecastModel:
             local_files_only: take what the cache holds and ask no server.
             force_download: fetch again what the cache holds already.
             is_trainable: whether the task can be trained on.
-            kwargs: ``autocast_adapter_dtype``, ``low_cpu_mem_usage``, ``key_mapping``, ``torch_device`` of PEFT.
+            kwargs: ``autocast_adapter_dtype``, ``low_cpu_mem_usage``, ``key_mapping``, ``torch_device`` and
+                ``ignore_mismatched_sizes`` of PEFT.
 
         Returns:
             a ``PeftModel`` (for a ``task_type``, the ``PeftModelFor...`` of it) in evaluation mode, unless it is trainable.
 
         Raises:
+            RecastConfigError: if an argument, or the task's config, cannot be used.
             RecastHubError: if a repository cannot be reached or read.
             RecastLoadError: if there is no task, a file is damaged, or the backbone cannot be found or built.
             RecastBaseMismatchError: if the backbone's weights are not those that the task was learned on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ class TestSequences:
 def test_what_is_no_tensor_and_no_name_of_a_head():
     with pytest.raises(RecastConfigError, match=r"logits=\[\]: expected an instance of Tensor"):
         recast_peft.split_logits([])
+    for shape in ((), (3,), (2, 0)):
+        with pytest.raises(RecastConfigError, match=rf"(?s)logits.*{re.escape(str(shape))}.*expected.*samples"):
+            recast_peft.split_logits(torch.zeros(shape))
     with pytest.raises(RecastConfigError, match=r"head_module=\[\]: expected a text"):
         recast_peft.readout_bank(tiny_vit(), torch.zeros(2, 5, 8), head_module=[])
 

@@ -208,7 +208,7 @@ def load_bank(name: str | Path, *, revision: str | None = None, token: str | Non
         the bank, under this name.
 
     Raises:
-        RecastBankError: if there is none.
+        RecastBankError: if there is none, or its repository cannot be reached.
         RecastLoadError: if it is damaged, is not the bank that it says it is, or is of a format not known here.
     """
     check_arguments(a_path, name=name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastConfigError
 from ..names import modules_of
-from ..validation import check_arguments, number, optional
+from ..validation import Unexpected, check_arguments, number, optional
 from .blocks import with_attribute
 
 
@@ -48,7 +48,7 @@ class Strength:
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the factors of the active tasks; None sets them to 1."""
-        check_arguments(optional(_factor), scale=scale)
+        check_arguments(optional(_divisor), scale=scale)
         for name in self.active_adapters:
             self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
 
@@ -59,6 +59,12 @@ class Strength:
 def _factor(value: Any) -> Any:
     """A finite number; a tensor of one is not looked at, since a device would be waited for."""
     return value if isinstance(value, Tensor) else number(value)
+
+
+def _divisor(value: Any) -> Any:
+    if not isinstance(value, Tensor) and number(value) == 0:
+        raise Unexpected("another number than 0")
+    return value
 
 
 def at_strength(base: Tensor, changed: Tensor, factor: float) -> Tensor:

@@ -44,6 +44,7 @@ def hotswap_adapter(
 
     Raises:
         RecastConfigError: if the model has no such task, it is merged, or the two are not alike.
+        ValueError: (PEFT's) if nothing is stored there.
         RecastBaseMismatchError: if the stored task was learned on other pretrained weights.
         RecastLoadError: if its file is damaged, or has other entries.
     """

@@ -103,6 +103,7 @@ def load_compressed_model(
         the model, as ``get_recast_model`` returns it.
 
     Raises:
+        RecastBankError: if the folder holds no bank.
         RecastLoadError: if the files are damaged or do not fit, or a tensor of the backbone stays without numbers.
     """
     check_arguments(a_path, path=path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..composition.mixed_batch import MixedBatch
 from ..config import RecastConfig
-from ..errors import RecastTargetError
+from ..errors import RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
 from ..planning.heads import head_names, modules_by
@@ -195,8 +195,13 @@ def split_logits(logits: Tensor) -> list[Tensor]:
 
     Returns:
         one tensor ``(..., classes)`` a sample, as wide as its task's classifier.
+
+    Raises:
+        RecastConfigError: if they are no such tensor.
     """
     check_arguments(of_type(Tensor), logits=logits)
+    if logits.ndim < 2 or not logits.shape[-1]:
+        raise RecastConfigError(f"logits of shape {tuple(logits.shape)} were given: expected (samples, ..., classes)")
     real = logits != -math.inf  # what overflowed, or is no number, is a logit
     real = real.flatten(1, -2).any(dim=1) if logits.ndim > 2 else real
     widths = (real * torch.arange(1, logits.shape[-1] + 1, device=logits.device)).amax(dim=-1)

@@ -141,7 +141,7 @@ class TaskCalls:
         if task_ids is None:
             return MixedBatch(names=self._checked_names(adapter_names), beams=repeats)
         if adapter_names is not None:
-            raise ValueError("adapter_names and task_ids were both given; give one of them")
+            raise RecastConfigError("adapter_names and task_ids were both given; give one of them")
         return self.pool_in_use(task_ids).mixed_batch_of(task_ids, repeats)
 
     def pool_in_use(self, task_ids: Any = None) -> Any:

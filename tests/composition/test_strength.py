@@ -407,6 +407,8 @@ def test_a_strength_that_is_no_number_is_refused_before_anything_changes():
         for verb in (lambda scale: layer.set_scale("default", scale), layer.scale_layer, layer.unscale_layer):
             with pytest.raises(RecastConfigError, match="scale=.*expected a finite number"):
                 verb(wrong)
+    with pytest.raises(RecastConfigError, match="scale=0: expected another number than 0"):
+        layer.unscale_layer(0)
     with pytest.raises(RecastConfigError, match="multiplier=nan"), rescale_adapter_scale(model, math.nan):
         pass
     assert torch.equal(outputs(model, vit_input()), before)

@@ -64,6 +64,8 @@ class TestOtherMethods:
         for tasks in ({"adapter_names": ["one", "two"]}, {"task_ids": pool.ids(["one", "two"])}, {"task_ids": ["one", "two"]}):
             for of in (model, model.base_model):
                 torch.testing.assert_close(features(of, self.images, **tasks), expected)
+        with pytest.raises(RecastConfigError, match="adapter_names and task_ids were both given"):
+            features(model, self.images, adapter_names=["one", "two"], task_ids=["one", "two"])
         with pytest.raises(ValueError, match="typo"):
             features(model, self.images, adapter_names=["one", "typo"])
         with pytest.raises(ValueError, match=r"number of inputs, but got 1 and 2 respectively at .*\.fc1\. .*exclude_modules"):
