@@ -129,8 +129,9 @@ def learn_in_sequence(
 ) -> tuple[PeftModel, AccuracyMatrix]:
     """Learn tasks one after the other, and measure after each of them.
 
-    Each task becomes an adapter of its own. Nothing of the earlier ones may change; that is checked. After an error the tasks
-    that were put in stay: give a model of ``get_recast_model``, so that you still hold it then.
+    Each task becomes an adapter of its own. Nothing of the earlier ones may change; that is checked. What is raised while tasks
+    are learned has the model, with the tasks that were put in so far, as its attribute ``model``; of a backbone that was given,
+    ``error.model.unload()`` is the plain model again.
 
     Args:
         model: a backbone, which is converted, or a model that has tasks already.
@@ -174,24 +175,28 @@ def learn_in_sequence(
     earlier: dict[str, dict[str, Tensor]] = {}
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
     mode = model.training
-    with modes_kept(model):
-        for place, (name, task) in enumerate(bar, start=1):
-            bar.set_postfix_str(name)
-            model = _add_task(model, name, configs[name], None if grow is None else grow.bank)
-            model.train()
-            base = _base_weights(model)
-            train(model, task)
-            _check_base(model, base)
-            _check_untouched(model, before | earlier, name)
-            earlier[name] = _numbers(model, name)
-            for other in tasks if evaluate_unseen else earlier:
-                model.set_adapter(other if other in earlier else name)
-                matrix.record(name, other, _measure(model, evaluate, tasks[other]))
-            model.set_adapter(name)
-            if grow is not None and plain is not None:
-                grow.learn(plain, task, model, name)
-                if place % grow_every == 0:
-                    grow.grow(plain)
+    try:
+        with modes_kept(model):
+            for place, (name, task) in enumerate(bar, start=1):
+                bar.set_postfix_str(name)
+                model = _add_task(model, name, configs[name], None if grow is None else grow.bank)
+                model.train()
+                base = _base_weights(model)
+                train(model, task)
+                _check_base(model, base)
+                _check_untouched(model, before | earlier, name)
+                earlier[name] = _numbers(model, name)
+                for other in tasks if evaluate_unseen else earlier:
+                    model.set_adapter(other if other in earlier else name)
+                    matrix.record(name, other, _measure(model, evaluate, tasks[other]))
+                model.set_adapter(name)
+                if grow is not None and plain is not None:
+                    grow.learn(plain, task, model, name)
+                    if place % grow_every == 0:
+                        grow.grow(plain)
+    except BaseException as error:
+        error.model = model  # type: ignore[attr-defined]
+        raise
     assert isinstance(model, PeftModel)
     model.training = model.base_model.training = mode
     return model, matrix

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import layers_of as named_layers
+from models import outputs, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -162,6 +163,25 @@ class TestLearningInSequence:
         with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
             learn_in_sequence(model, make_tasks("a", "b"), interrupted, evaluate, config=config, progress=False)
         assert {name for name, module in model.named_modules() if module.training} == {"layers.0.base_layer"}
+
+    def test_an_error_has_the_model_whose_tasks_were_learned(self) -> None:
+        def second_fails(model: PeftModel, task: Any) -> None:
+            if model.active_adapter == "two":
+                raise KeyboardInterrupt
+            randomise(model, "one")
+
+        backbone, tasks = TinyModel(), make_tasks("one", "two")
+        names, x = list(backbone.state_dict()), tasks["one"][0]
+        plain = outputs(backbone, x)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            learn_in_sequence(backbone, tasks, second_fails, evaluate, config=CONFIG, progress=False)
+        model = caught.value.model  # type: ignore[attr-defined]
+        model.set_adapter("one")
+        assert not torch.equal(outputs(model, x), plain)
+        model.delete_adapter("two")
+        learn_in_sequence(model, {"two": tasks["two"]}, lambda m, t: None, evaluate, config=CONFIG, progress=False)
+        assert torch.equal(outputs(model.unload(), x), plain)
+        assert list(backbone.state_dict()) == names
 
     def test_does_not_change_the_config_it_was_given(self) -> None:
         config = RecastConfig(target_modules=["0", "1"])
