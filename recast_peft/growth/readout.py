@@ -7,8 +7,9 @@ large the features are, was chosen on eight tasks of two pretrained models (docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..mimicry.features import evaluating, run_on
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
 from ..parts.readout import fingerprints_at_hand, fitted, given_to, mask_of, modules_around, pooled
-from ..planning.candidates import find_candidates
+from ..planning.candidates import Candidate, find_candidates
 from ..planning.heads import head_names
 from ..validation import COUNT, check_arguments
 from .families import Inputs, check_data, rows_of_inputs
@@ -82,17 +83,11 @@ def readout_bank(
     some = rows_of_inputs(drawn, torch.arange(min(_count(drawn), MOST_TRIED)))
     members, pools = _members(model, head, target_modules, some)
     found = _features(model, drawn, members, head, pools, batch_size, progress)
-    centred, means, sizes = [], [], []
-    for depth, (name, values) in enumerate(zip((*members, head), found, strict=True)):
-        if not values.isfinite().all():
-            raise RecastConfigError(f"{name} reads numbers that are not finite: its weights are damaged, or take float32")
-        mean = values.mean(0)
-        centred.append(values - mean)
-        means.append(mean)
-        size = centred[-1].norm(dim=1).mean()
-        is_rounding = size <= SMALLEST_SPREAD * values.norm(dim=1).mean()
-        counts = FIRST_LAYERS if depth < len(members) // 3 else 1.0
-        sizes.append(torch.full_like(size, torch.inf) if is_rounding else size / counts)  # it would count as much as others
+    means = [values.mean(0) for values in found]
+    centred = [values - mean for values, mean in zip(found, means, strict=True)]
+    sizes = [_size(around, values) for around, values in zip(centred, found, strict=True)]
+    third = len(members) // 3
+    sizes[:third] = [size / FIRST_LAYERS for size in sizes[:third]]
     flat = torch.cat([values / size for values, size in zip(centred, sizes, strict=True)], dim=1)
     if not flat.any():
         raise RecastConfigError("the model gives the same for all examples: give examples that differ, two or more")
@@ -120,30 +115,51 @@ def _members(model: nn.Module, head: str, wanted: Sequence[str] | None, some: In
     candidates = [c for c in find_candidates(model) if c.weight_name is not None and not lies_in(c.name, heads)]
     kinds = ((c.name, family_of(c.module)) for c in candidates)
     layers = [name for name, kind in kinds if kind is not None and kind.rows is not None]
+    blocks: list[str] = []
     if wanted is not None:
-        known = {other: c.name for c in candidates for other in c.names}
-        if not isinstance(wanted, list | tuple) or not wanted or any(known.get(name) not in layers for name in wanted):
-            raise RecastTargetError(
-                f"readout_bank(target_modules={wanted!r}): expected a list of names of linear layers or convolutions"
-            )
-        layers = [name for name in layers if name in [known[one] for one in wanted]]
-        with _reading(model, layers, head) as read:
-            return layers, read(some)[1].ndim == 2
+        layers = _named(layers, candidates, wanted)
+    else:
+        blocks = _blocks(layers)
+        chosen = _evenly_spaced(blocks, MOST_MODULES)
+        layers = [name for name in layers if lies_in(name, chosen)]
+    with _reader(model, layers, head) as reader:
+        inputs, x, _ = reader.read(some)
+    return (_widest_by_block(layers, blocks, inputs, x) if wanted is None else layers), x.ndim == 2
+
+
+def _named(layers: Sequence[str], candidates: Sequence[Candidate], wanted: Sequence[str]) -> list[str]:
+    """The layers that a user names, by any name that they have in the model."""
+    known = {name: candidate.name for candidate in candidates for name in candidate.names}
+    if not isinstance(wanted, list | tuple) or not wanted or any(known.get(name) not in layers for name in wanted):
+        raise RecastTargetError(
+            f"readout_bank(target_modules={wanted!r}): expected a list of names of linear layers or convolutions"
+        )
+    named = {known[name] for name in wanted}
+    return [name for name in layers if name in named]
+
+
+def _blocks(layers: Sequence[str]) -> list[str]:
+    """The innermost numbered blocks that hold layers; in a model without any, the layers themselves."""
     blocks = list(dict.fromkeys(block_of(name) for name in layers if block_of(name) != name))
-    blocks = [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)] or layers
-    count = min(MOST_MODULES, len(blocks))
-    chosen = {blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)}
-    layers = [name for name in layers if lies_in(name, chosen)]
-    with _reading(model, layers, head) as read:
-        inputs, x, _ = read(some)
-    widest: dict[str, str] = {}  # by block
+    return [block for block in blocks if not any(other != block and lies_in(other, {block}) for other in blocks)] or [*layers]
+
+
+def _evenly_spaced(blocks: Sequence[str], most: int) -> set[str]:
+    """At most so many of the blocks, the last one among them."""
+    count = min(most, len(blocks))
+    return {blocks[(i + 1) * len(blocks) // count - 1] for i in range(count)}
+
+
+def _widest_by_block(layers: Sequence[str], blocks: Sequence[str], inputs: Mapping[str, Tensor], x: Tensor) -> list[str]:
+    """In each block the layer that reads most features and fits the classifier, and of equals the last."""
+    widest: dict[str, str] = {}
     for name in layers:
         block = next(b for b in blocks if lies_in(name, {b}))
         if name in inputs and _fits(inputs[name], x) and inputs[name].shape[-1] >= inputs[widest.get(block, name)].shape[-1]:
             widest[block] = name
     if not widest:
         raise RecastTargetError("no layer of the model reads what its classifier could: name layers with target_modules")
-    return [name for name in layers if name in widest.values()], x.ndim == 2
+    return [name for name in layers if name in widest.values()]
 
 
 def _fits(given: Tensor, x: Tensor) -> bool:
@@ -174,9 +190,9 @@ def _features(
 ) -> list[Tensor]:
     """What every member reads, and last what the classifier does: ``(examples, width)`` each, in float32 on the CPU."""
     found: list[list[Tensor]] = []
-    with _reading(model, members, head, pools) as read:
+    with _reader(model, members, head, pools) as reader:
         for rows in tqdm(torch.arange(_count(data)).split(batch_size), desc="readout", disable=not progress):
-            inputs, x, mask = read(rows_of_inputs(data, rows))
+            inputs, x, mask = reader.read(rows_of_inputs(data, rows))
             silent = next((name for name in members if name not in inputs), None)
             if silent is not None:
                 raise RecastTargetError(f"{silent} is not called when the model is, or with no tensor: name other layers")
@@ -185,57 +201,65 @@ def _features(
             if x.ndim == 3 and mask is not None and mask.shape == x.shape[:2]:
                 flat = [v[mask.flatten().bool().cpu()] for v in flat]
             found.append(flat)
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+    features = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    for name, values in zip((*members, head), features, strict=True):
+        if not values.isfinite().all():
+            raise RecastConfigError(f"{name} reads numbers that are not finite: its weights are damaged, or take float32")
+    return features
+
+
+class _Reader:
+    """Calls a model and notes what layers and the classifier read; ``_reader`` puts its hooks into the model.
+
+    What layers read is pooled where that is asked for: as a whole it may not fit in memory.
+    """
+
+    def __init__(self, model: nn.Module, head: str, pools: bool) -> None:
+        self.model, self.head, self.pools = model, head, pools
+        self.inputs: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None  # the last one that a module was given
+
+    def note(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = given_to(module, args, kwargs)
+        if x is not None:
+            self.inputs[name] = pooled(x, self.mask) if self.pools and name != self.head else x
+
+    def note_mask(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = mask_of(module, args, kwargs)
+        self.mask = self.mask if given is None else given
+
+    @torch.no_grad()
+    def read(self, examples: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """Call the model; what the layers that were called read, by name, what the classifier reads, and the mask."""
+        self.inputs, self.mask = {}, None
+        run_on(self.model, examples)
+        x = self.inputs.pop(self.head, None)
+        if x is None:
+            raise RecastTargetError(f"{self.head} is not called when the model is, or with no tensor: name another head_module")
+        if x.ndim not in (2, 3):
+            raise RecastTargetError(
+                f"{self.head} reads {tuple(x.shape)}: expected (samples, features) or (samples, positions, features). Name the "
+                "layer in it that reads these with head_module"
+            )
+        return self.inputs, x, self.mask
 
 
 @contextmanager
-def _reading(
-    model: nn.Module, members: list[str], head: str, pools: bool = False
-) -> Iterator[Callable[[Inputs], tuple[dict[str, Tensor], Tensor, Tensor | None]]]:
-    """Inside, a function calls the model on examples and gives what the members and the classifier read, and the mask.
-
-    What members read is pooled where it is asked for: as a whole it may not fit in memory.
-    """
-    inputs: dict[str, Tensor] = {}
-    mask: Tensor | None = None  # the last one that a module was given
-    modules = plain_modules(model)
-
-    def note(name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = given_to(module, args, kwargs)
-            if x is not None:
-                inputs[name] = pooled(x, mask) if pools and name != head else x
-
-        return hook
-
-    def note_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        nonlocal mask
-        given = mask_of(module, args, kwargs)
-        mask = mask if given is None else given
-
-    @torch.no_grad()
-    def read(some: Inputs) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        nonlocal mask
-        inputs.clear()
-        mask = None
-        run_on(model, some)
-        x = inputs.pop(head, None)
-        if x is None:
-            raise RecastTargetError(f"{head} is not called when the model is, or with no tensor: name another head_module")
-        if x.ndim not in (2, 3):
-            raise RecastTargetError(
-                f"{head} reads {tuple(x.shape)}: expected (samples, features) or (samples, positions, features). Name the "
-                "layer in it that reads these with head_module"
-            )
-        return dict(inputs), x, mask
-
-    noted = [(modules[name], note(name)) for name in (*members, head)]
-    # a module inside may be given fewer positions than the model
-    noted += [(module, note_mask) for module in modules_around(model, members)]
+def _reader(model: nn.Module, layers: Sequence[str], head: str, pools: bool = False) -> Iterator[_Reader]:
+    """A reader of layers and of the classifier; the model is in evaluation mode until the block ends."""
+    reader, modules = _Reader(model, head, pools), plain_modules(model)
     with ExitStack() as hooks, evaluating(model):
-        for module, hook in noted:
-            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield read
+        for name in (*layers, head):
+            hooks.enter_context(modules[name].register_forward_pre_hook(partial(reader.note, name), with_kwargs=True))
+        for module in modules_around(model, layers):  # one inside may be given fewer positions than the model
+            hooks.enter_context(module.register_forward_pre_hook(reader.note_mask, with_kwargs=True))
+        yield reader
+
+
+def _size(around: Tensor, values: Tensor) -> Tensor:
+    """Mean norm of features about their mean; infinite where they hold rounding alone, which would count as much as others."""
+    size = around.norm(dim=1).mean()
+    return torch.full_like(size, torch.inf) if size <= SMALLEST_SPREAD * values.norm(dim=1).mean() else size
 
 
 def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:
