@@ -260,7 +260,9 @@ def _check_recipes(recipes: Mapping[str, Any], groups: Mapping[str, list[str]]) 
             raise RecastConfigError(f"recipes[{shown(bank)}]: there is no such bank in groups")
         if not isinstance(recipe, Mapping) or set(recipe) != {"mix", "base"}:
             raise RecastConfigError(f"recipes[{bank!r}]={shown(recipe)}: a dictionary with 'mix' and 'base' is expected")
-        layers, templates = len(groups[bank]), len(recipe["mix"]) if isinstance(recipe["mix"], list) else 0
+        layers = len(groups[bank])
+        # no more templates than layers: what is longer is refused before its numbers are looked at
+        templates = min(layers, len(recipe["mix"])) if isinstance(recipe["mix"], list) else 0
         for key, rows, columns in (("mix", templates, layers), ("base", layers, templates)):
             if rows == 0 or not is_matrix(recipe[key], rows, columns):
                 raise RecastConfigError(

@@ -131,6 +131,8 @@ class TestAValueThatCannotBeMeant:
             ({"bank": {"mix": [], "base": [[], []]}}, "mix"),
             ({"bank": {"mix": [[1, 0, 0]], "base": [[1], [0]]}}, "1 rows of 2"),
             ({"bank": {"mix": [[1, 0]], "base": [[1]]}}, "2 rows of 1"),
+            # templates that would take any amount of memory
+            ({"bank": {"mix": [[1, 0]] * 3, "base": [[1] * 3] * 2}}, "'mix'.: 2 rows of 2"),
             ({"bank": {"mix": [[1, "0"]], "base": [[1], [0]]}}, "finite numbers"),
             ({"bank": {"mix": [[1, math.nan]], "base": [[1], [0]]}}, "finite numbers"),
             ({"bank": {"mix": [[1, math.inf]], "base": [[1], [0]]}}, "finite numbers"),
