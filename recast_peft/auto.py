@@ -20,7 +20,7 @@ from .config import RecastConfig, checked_config
 from .errors import RecastBaseMismatchError, RecastConfigError
 from .hub.backbone import build_backbone
 from .hub.peft_models import any_name, with_task_verbs
-from .hub.task_files import task_entries
+from .hub.task_files import numbers_by_key
 from .hub.transfer import fetch_task
 from .layer import RecastLayer
 from .model import check_not_wrapped
@@ -207,7 +207,7 @@ def _uncovered(missing: list[str], folder: str) -> list[str]:
     """Parameters that no checkpoint gave and that the task does not bring either."""
     if not missing:
         return []
-    brought = {plain_name(key.removeprefix(MODEL_PREFIX)) for key in task_entries(folder)}
+    brought = {plain_name(key.removeprefix(MODEL_PREFIX)) for key in numbers_by_key(folder)}
     owners = {key.rpartition(".")[0] for key in brought}
     return [key for key in missing if key not in brought and key.rpartition(".")[0] not in owners]
 

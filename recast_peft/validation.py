@@ -230,7 +230,7 @@ def a_path(value: Any) -> Any:
     return value
 
 
-def whole(least: int, most: int = 2**31 - 1) -> Check:
+def whole_number(least: int, most: int = 2**31 - 1) -> Check:
     """A whole number within bounds."""
 
     def check(value: Any) -> int:
@@ -242,8 +242,8 @@ def whole(least: int, most: int = 2**31 - 1) -> Check:
     return check
 
 
-COUNT = whole(1)
-SEED = whole(-(2**63), 2**63 - 1)
+COUNT = whole_number(1)
+SEED = whole_number(-(2**63), 2**63 - 1)
 
 
 def one_of(*choices: Any) -> Check:

@@ -1,6 +1,6 @@
 """Imports run one way: from the outer rooms of the house to the inner ones, without exception and without a circle.
 
-No file and no class is longer than a reader can keep in mind.
+No file and no class is longer than a reader can keep in mind, and no name means two things.
 """
 
 from __future__ import annotations
@@ -72,3 +72,13 @@ def test_no_class_has_more_than_250_lines() -> None:
     classes = {f"{path.name}: {node.name}": node for path, node in found if isinstance(node, ast.ClassDef)}
     lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in classes.items()}
     assert {name: lines for name, lines in lengths.items() if lines > 250} == {}
+
+
+def test_no_two_files_define_one_name() -> None:
+    files = {name: ast.parse(path.read_text()).body for name, path in FILES.items()}
+    found: dict[str, list[str]] = {}
+    for name, body in files.items():
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    assert {name: homes for name, homes in found.items() if len(homes) > 1} == {}

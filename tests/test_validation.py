@@ -40,7 +40,7 @@ from recast_peft.validation import (
     share,
     shown,
     text,
-    whole,
+    whole_number,
 )
 
 
@@ -57,7 +57,7 @@ def nested(depth: int) -> list:
         (optional(text), None, None),
         (flag, False, False),
         (text, "a", "a"),
-        (whole(0, 3), 3, 3),
+        (whole_number(0, 3), 3, 3),
         (one_of(None, "a"), None, None),
         (names, {"b", "a"}, ["a", "b"]),
         (names, ("b", "a"), ["b", "a"]),
@@ -80,7 +80,7 @@ def test_what_is_kept(check: Any, value: Any, kept: Any) -> None:
         (text, ""),
         (text, "a" * (LONGEST_NAME + 1)),
         (text, 3),
-        *((whole(1, 3), value) for value in (0, 4, True, 1.0, "1", None)),
+        *((whole_number(1, 3), value) for value in (0, 4, True, 1.0, "1", None)),
         (one_of(1, "a"), True),
         (one_of(1, "a"), [1]),
         *((names, value) for value in ("a", {"a": 1}, [1], [""], ["a" * (LONGEST_NAME + 1)])),

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import RecastSequenceError
 from ..planning.table import aligned
 from ..storage.atomic import staged_folder
-from ..validation import check_arguments, check_is_no_folder, shown, whole
+from ..validation import check_arguments, check_is_no_folder, shown, whole_number
 from .metrics import average_accuracy, average_incremental_accuracy, backward_transfer, forgetting, forward_transfer
 
 
@@ -152,7 +152,7 @@ class AccuracyMatrix:
         """
         if path is not None:
             check_is_no_folder(path, "matrix.png")
-        check_arguments(whole(0), digits=digits)
+        check_arguments(whole_number(0), digits=digits)
         from matplotlib.figure import Figure
 
         count = len(self.tasks)

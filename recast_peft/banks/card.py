@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo
 
 from ..errors import RecastConfigError, RecastLoadError
 from ..names import role_of
-from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, plain, table
+from ..storage.cards import CARD_NAME, PAPER, card_data, code, hub_link, merge_card, one_line, plain_text, table
 from ..storage.json_reader import Fields, read_json
 from ..storage.transfer import commit_folder
 
@@ -88,14 +88,14 @@ def write_bank_card(
         ("Base model", hub_link(base_model) if base_model else "a model that is not named"),
         ("Targets", f"{len(members)} modules: {roles}"),
         ("Banks", f"{len(groups)}, with {sum(group.integer('templates', 0, 1 << 40) for group in groups.values())} templates"),
-        ("Made by", plain(made_by(header.get("mimicry")))),
+        ("Made by", plain_text(made_by(header.get("mimicry")))),
         ("Size", f"{size:,} bytes"),
-        ("Version", plain(header.get("version"))),
-        ("Fingerprint", plain(header.get("fingerprint"))),
+        ("Version", plain_text(header.get("version"))),
+        ("Fingerprint", plain_text(header.get("fingerprint"))),
         *(("Holds version", _earlier(entry)) for entry in header.objects("history", [])),
     ]
     lines = [
-        f"# {plain((repo_id or folder.resolve().name).rpartition('/')[2])}",
+        f"# {plain_text((repo_id or folder.resolve().name).rpartition('/')[2])}",
         "",
         f"{PAPER} template banks. Tasks name the banks that they were learned on, and fetch them from here.",
         "",
@@ -106,7 +106,7 @@ def write_bank_card(
 
 
 def _earlier(entry: Fields) -> str:
-    return f"{plain(entry.get('version'))}, fingerprint {plain(entry.get('fingerprint'))}"
+    return f"{plain_text(entry.get('version'))}, fingerprint {plain_text(entry.get('fingerprint'))}"
 
 
 def made_by(mimicry: Any) -> str:

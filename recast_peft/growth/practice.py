@@ -33,7 +33,7 @@ from ..parts.lora_plan import takes_lora, these_modules
 from ..parts.precision import HALF
 from ..planning.candidates import find_candidates
 from ..tasks.plan import plan_recast
-from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole
+from ..validation import COUNT, SEED, check_arguments, flag, function, number_above, one_of, optional, shown, whole_number
 from .biases import bias_places, grow_bias_bank, is_affine_norm
 from .families import Inputs, PracticeFamily, PracticeTask, check_data, each_tensor, rows_of_inputs
 from .sources import check_pretrained
@@ -92,7 +92,7 @@ def practice_bank(
     """
     check_pretrained(model, "practice_bank")
     check_arguments(COUNT, tasks=tasks, group_size=group_size, epochs=epochs)
-    check_arguments(whole(2), batch_size=batch_size)
+    check_arguments(whole_number(2), batch_size=batch_size)
     check_arguments(optional(COUNT), num_templates=num_templates)
     check_arguments(flag, scales=scales)
     check_arguments(one_of("biases", "weights"), of=of)

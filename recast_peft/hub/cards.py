@@ -28,7 +28,7 @@ from ..storage.cards import (
     merge_card,
     one_line,
     own_parts,
-    plain,
+    plain_text,
     quoted,
     read_card,
     table,
@@ -95,14 +95,14 @@ def write_model_card(
     if _is_made_from_a_path(config):
         where += f", backbone={quoted(_backbone(config).get('name'))}"
     lines = [
-        f"# {plain(name.rpartition('/')[2] if repo_id else name)}{f': {plain(subfolder)}' if subfolder else ''}",
+        f"# {plain_text(name.rpartition('/')[2] if repo_id else name)}{f': {plain_text(subfolder)}' if subfolder else ''}",
         "",
         f"A task learned with {PAPER}: {sizes.coefficients:,} numbers {_templates(config)} of "
         f"{_base_link(config)}{f', with a LoRA part of {sizes.lora:,} numbers' if sizes.lora else ''}"
         f"{f', and {sizes.beside:,} numbers of its own head or other modules' if sizes.beside else ''}.",
         "",
         *table(_facts(config, sizes)),
-        *(["", "## Results", "", *table([(plain(k), plain(v)) for k, v in measured.items()])] if measured else []),
+        *(["", "## Results", "", *table([(plain_text(k), plain_text(v)) for k, v in measured.items()])] if measured else []),
         "",
         "## How to load",
         "",
@@ -172,7 +172,7 @@ def write_repository_card(
         before = []
     if not has_root:
         links = dict.fromkeys([*map(_base_link, configs), *map(hub_link, before)])
-        heading = f"# {plain(name.rpartition('/')[2])}\n\nTasks learned with {PAPER} on {', '.join(links)}."
+        heading = f"# {plain_text(name.rpartition('/')[2])}\n\nTasks learned with {PAPER} on {', '.join(links)}."
         merge_card(card, _card_data(configs[0], {}, license, name), heading, license_is_given=license is not None)
     bases = [*filter(is_hub_name, dict.fromkeys([*map(_base, configs), *before]))]
     return merge_card(card, data_of_bases(bases) if len(bases) > 1 else {}, "\n".join(lines), "tasks")
@@ -187,9 +187,9 @@ def _bases(card: Path) -> list[str]:
 def _row(folder: Path, subfolder: str) -> str:
     """A task in the list of a repository."""
     results: Any = read_task_config(folder / subfolder).object("results", None) or {}
-    measured = ", ".join(f"{plain(key)} {plain(value)}" for key, value in results.items())
+    measured = ", ".join(f"{plain_text(key)} {plain_text(value)}" for key, value in results.items())
     link = f"({subfolder}/{CARD_NAME})" if _link(subfolder) == subfolder else f"(<{_link(subfolder)}/{CARD_NAME}>)"
-    return f"| [{plain(subfolder)}]{link} | {task_sizes(folder / subfolder).all:,} | {measured or '-'} |"
+    return f"| [{plain_text(subfolder)}]{link} | {task_sizes(folder / subfolder).all:,} | {measured or '-'} |"
 
 
 def _listed(card: Path, still_lies: Callable[[str], bool]) -> dict[str, str]:
@@ -233,10 +233,10 @@ def _facts(config: Fields, sizes: TaskSizes) -> list[tuple[str, str]]:
     members = [member for bank in groups for member in groups.texts(bank)]
     roles = ", ".join(code(role) for role in dict.fromkeys(map(role_of, members)))
     revision = backbone.get("revision") or config.get("revision")
-    built = " ".join(plain(backbone[key]) for key in ("library", "class") if backbone.get(key))
+    built = " ".join(plain_text(backbone[key]) for key in ("library", "class") if backbone.get(key))
     size = backbone.get("input_size")
     if isinstance(size, list) and size:
-        built += f", input {'x'.join(map(plain, size))}"
+        built += f", input {'x'.join(map(plain_text, size))}"
     facts = [
         ("Base model", _base_link(config) + (f", revision {code(revision)}" if revision else "")),
         ("Built as", built or None),
@@ -258,7 +258,7 @@ def _templates(config: Fields) -> str:
     directions = config.get("num_directions")
     if directions is None:
         return "on frozen, shared weight templates"
-    return f"between {plain(directions)} main directions of weights"
+    return f"between {plain_text(directions)} main directions of weights"
 
 
 def _partner_banks(config: Fields) -> Iterator[tuple[str, str | None]]:
@@ -267,8 +267,8 @@ def _partner_banks(config: Fields) -> Iterator[tuple[str, str | None]]:
     for partner in partners if isinstance(partners, list) else ():
         bank = partner.get("bank") if isinstance(partner, Mapping) else None
         if isinstance(bank, Mapping):
-            kind = "Bank of biases" if partner.get("method") == "bias" else f"Bank of the {plain(partner.get('method'))}"
-            yield kind, f"{code(bank.get('name'))}, fingerprint {plain(bank.get('fingerprint'))}"
+            kind = "Bank of biases" if partner.get("method") == "bias" else f"Bank of the {plain_text(partner.get('method'))}"
+            yield kind, f"{code(bank.get('name'))}, fingerprint {plain_text(bank.get('fingerprint'))}"
 
 
 def _lora_facts(lora: Fields | None) -> str | None:
@@ -276,7 +276,7 @@ def _lora_facts(lora: Fields | None) -> str | None:
         return None
     targets = lora.get("target_modules")
     names = ", ".join(map(code, targets)) if isinstance(targets, list) else code(targets)
-    return f"{'DoRA' if lora.get('use_dora') else 'LoRA'} of rank {plain(lora.get('r'))} on {names}"
+    return f"{'DoRA' if lora.get('use_dora') else 'LoRA'} of rank {plain_text(lora.get('r'))} on {names}"
 
 
 def _fidelity(config: Fields, groups: Fields) -> str:

@@ -69,7 +69,7 @@ class TaskSizes:
         return ", ".join(f"{m} {count:,} {'bits' if m in masks else 'numbers'}" for m, count in self.partners.items())
 
 
-def task_entries(folder: str | os.PathLike) -> dict[str, int]:
+def numbers_by_key(folder: str | os.PathLike) -> dict[str, int]:
     """The keys of a saved task's file, with how many numbers each has.
 
     Raises:
@@ -92,7 +92,7 @@ def task_entries(folder: str | os.PathLike) -> dict[str, int]:
 
 def task_sizes(folder: Path) -> TaskSizes:
     """Numbers and bytes of a saved task."""
-    counts = task_entries(folder)
+    counts = numbers_by_key(folder)
     config = read_task_config(folder)
     for key in _shared_entries(folder, counts) if config.get("coefficient_sharing") is not None else ():
         counts.pop(key, None)

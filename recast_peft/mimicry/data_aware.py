@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..composition.compose import without_autocast
 from ..errors import RecastConfigError
-from ..validation import number_above, whole
+from ..validation import number_above, whole_number
 from .base import FittedTemplates, MimicryMethod, scale_templates
 from .closed_form import recipe_from_gram
 
@@ -58,7 +58,7 @@ class DataAware(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check(whole(0), "sweeps", "distill_steps", "select_batches")
+        self.check(whole_number(0), "sweeps", "distill_steps", "select_batches")
         self.check(number_above(0), "max_moment_bytes", "distill_learning_rate")
         self.check(number_above(0, itself=True), "tolerance", "ridge")
 

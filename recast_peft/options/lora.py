@@ -20,7 +20,7 @@ from ..validation import (
     patterns,
     share,
     shown,
-    whole,
+    whole_number,
 )
 
 MOST_RANK = 65_536
@@ -133,14 +133,14 @@ def _flag_or_text(value: Any) -> bool | str:
 
 _CHECKS: dict[str, Check] = {
     "init_lora_weights": _flag_or_text,
-    "r": whole(1, MOST_RANK),
+    "r": whole_number(1, MOST_RANK),
     "lora_alpha": number,
     "lora_dropout": share,
     "target_modules": optional(names_or_pattern),
     "exclude_modules": optional(names_or_pattern),
     "layers_to_transform": optional(indices),
     "layers_pattern": optional(patterns),
-    "rank_pattern": _by_pattern(whole(1, MOST_RANK)),
+    "rank_pattern": _by_pattern(whole_number(1, MOST_RANK)),
     "alpha_pattern": _by_pattern(number),
     "use_dora": flag,
     "use_rslora": flag,

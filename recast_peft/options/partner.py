@@ -14,10 +14,10 @@ from ..errors import RecastConfigError
 from ..validation import Options, optional, resolve_options, shown, targets
 from .record import Reference
 
-__all__ = ["PARTNERS", "Candidate", "PartnerConfig", "resolve_partners"]
+__all__ = ["PARTNERS", "PartnerCandidate", "PartnerConfig", "resolve_partners"]
 
 
-class Candidate(Protocol):
+class PartnerCandidate(Protocol):
     """A module of a model as a partner is shown it (the plan's own candidates are such)."""
 
     @property
@@ -89,14 +89,14 @@ class PartnerConfig(Options, ABC):
             object.__setattr__(self, "target_modules", tuple(targets(self.target_modules)))
 
     @abstractmethod
-    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+    def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         """Whether the partner stands here if no target modules are named; ``targets`` are those of the task.
 
         It is asked of places that ``refusal`` does not refuse.
         """
 
     @abstractmethod
-    def refusal(self, candidate: Candidate) -> str | None:
+    def refusal(self, candidate: PartnerCandidate) -> str | None:
         """Why the partner cannot stand here; None if it can."""
 
     @abstractmethod

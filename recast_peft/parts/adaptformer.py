@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..composition.kinds import CONVOLUTION, family_of, in_and_out_features
-from ..options.partner import Candidate, PartnerConfig
+from ..options.partner import PartnerCandidate, PartnerConfig
 from ..validation import COUNT, flag, number, share
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|Mlp|MLP|FFN|FeedForward|GLU|Glu")
@@ -50,11 +50,11 @@ class AdaptFormerConfig(PartnerConfig, method="adaptformer"):
         self.check(share, "dropout")
         self.check(flag, "layer_norm")
 
-    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+    def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         words = (candidate.name.rpartition(".")[2], type(candidate.module).__name__)
         return any(map(_MLP.search, words))
 
-    def refusal(self, candidate: Candidate) -> str | None:
+    def refusal(self, candidate: PartnerCandidate) -> str | None:
         layers = _layers(candidate.module)
         if len(layers) < 2:
             return "it holds no two layers, so it is no whole MLP (name the module from the MLP's input to its output)"

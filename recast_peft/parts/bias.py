@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..banks.template_bank import follow_device
 from ..composition.kinds import family_of, kind_of
 from ..errors import RecastBankError
-from ..options.partner import Candidate
+from ..options.partner import PartnerCandidate
 from ..placement.offloaded import StaysInMemory
 from ..planning.reading import why_unheard
 from .banked import BankedPartnerConfig, OfBank
@@ -45,13 +45,13 @@ class BiasConfig(BankedPartnerConfig, method="bias"):
 
     acts_on = "bias"
 
-    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+    def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         family = family_of(candidate.module)
         is_layer = family is not None and family.call is not None
         is_numbered = any(part.isdecimal() for part in candidate.name.split(".")) or candidate.name in targets
         return is_layer and is_numbered
 
-    def refusal(self, candidate: Candidate) -> str | None:
+    def refusal(self, candidate: PartnerCandidate) -> str | None:
         module = candidate.module
         if not isinstance(module._parameters.get("bias"), Tensor):
             return f"{type(module).__name__} has no bias"
@@ -175,13 +175,13 @@ class BiasMix(BiasCoefficient):
         return self.shared._buffers.get("scales")
 
 
-def scaled_by(member: str, places: Mapping[str, Candidate]) -> str | None:
+def scaled_by(member: str, places: Mapping[str, PartnerCandidate]) -> str | None:
     """The norm whose scale a bank's member is; None for a member that is a module, of whose bias the templates are."""
     norm = member.removesuffix(".weight")
     return norm if member not in places and norm != member and norm in places else None
 
 
-def member_parameter(places: Mapping[str, Candidate], member: str, width: int) -> Tensor:
+def member_parameter(places: Mapping[str, PartnerCandidate], member: str, width: int) -> Tensor:
     """The bias of a bank's member in a model, or the scale of a norm; ``RecastBankError`` if there is none of this width."""
     norm = scaled_by(member, places)
     if norm is not None:

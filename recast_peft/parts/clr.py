@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..options.partner import Candidate, PartnerConfig
+from ..options.partner import PartnerCandidate, PartnerConfig
 from ..planning.reading import why_unheard
 from ..validation import Unexpected, is_count, optional
 
@@ -47,10 +47,10 @@ class CLRConfig(PartnerConfig, method="clr"):
         self.check(_odd, "kernel_size")
         self.check(optional(_odd), "pointwise_kernel_size")
 
-    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+    def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         return True
 
-    def refusal(self, candidate: Candidate) -> str | None:
+    def refusal(self, candidate: PartnerCandidate) -> str | None:
         if not isinstance(candidate.module, nn.Conv2d):
             return f"{type(candidate.module).__name__} is no two-dimensional convolution"
         if self._size_after(candidate.module) is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RecastLoadError
-from ..options.partner import Candidate, PartnerConfig
+from ..options.partner import PartnerCandidate, PartnerConfig
 from ..validation import number, number_above
 
 # Bit i of a byte stands for the i-th of eight entries.
@@ -45,10 +45,10 @@ class PiggybackConfig(PartnerConfig, method="piggyback"):
         self.check(number, "threshold")
         self.check(number_above(self.threshold), "initial_score")
 
-    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+    def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         return candidate.name in targets
 
-    def refusal(self, candidate: Candidate) -> str | None:
+    def refusal(self, candidate: PartnerCandidate) -> str | None:
         if candidate.weight_name is None:
             return candidate.reason or f"{type(candidate.module).__name__} has no weight of its own"
         return candidate.reason

@@ -30,8 +30,8 @@ from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastTargetError
 from ..holders import holders, plain_modules, unwrapped_module
 from ..names import lies_in
-from ..options.partner import Candidate, PartnerConfig
-from ..planning.candidates import Candidate as ModelCandidate
+from ..options.partner import PartnerCandidate, PartnerConfig
+from ..planning.candidates import Candidate
 from .banked import BankedPartnerConfig, OfBank, bank_of_partner, refuse_bank
 from .base import Request
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
@@ -59,10 +59,10 @@ class ReadoutConfig(BankedPartnerConfig, method="readout"):
                 f"ReadoutConfig(target_modules={self.target_modules!r}): expected None: the bank says which modules are read"
             )
 
-    def is_default_place(self, candidate: Candidate, targets: Collection[str]) -> bool:
+    def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         return False
 
-    def refusal(self, candidate: Candidate) -> str | None:
+    def refusal(self, candidate: PartnerCandidate) -> str | None:
         return "its bank says where it stands"
 
     def build(self, module: nn.Module, shape: tuple[int, ...] | None, generator: torch.Generator, **like: Any) -> nn.Module:
@@ -227,7 +227,7 @@ class TaskReadouts(TaskPartners):
         """Of all tasks."""
         return [cast(Readout, module) for module in self.modules_to_save.values()]
 
-    def attach_in(self, model: nn.Module, places: dict[str, ModelCandidate]) -> None:
+    def attach_in(self, model: nn.Module, places: dict[str, Candidate]) -> None:
         """Hang on the classifier, whosever it is, and on every module that is read."""
         visible = plain_modules(model)
         visible[self.place].register_forward_pre_hook(PartnerHook(self, before=True), with_kwargs=True)
@@ -313,7 +313,7 @@ class ReadoutPart(PartnerPart):
     def __init__(self) -> None:
         super().__init__(ReadoutConfig, TaskReadouts)
 
-    def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[ModelCandidate]) -> list[PreparedPartner]:
+    def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
         assert isinstance(partner, ReadoutConfig)
         bank = bank_of_partner(request, partner, [r.bank for holder in readout_holders(request.model) for r in holder.readouts])
         if not bank.is_readout:
@@ -353,7 +353,7 @@ def _check_classifier(request: Request, name: str) -> None:
         )
 
 
-def fingerprints_at_hand(members: Collection[str], candidates: list[ModelCandidate]) -> dict[str, str]:
+def fingerprints_at_hand(members: Collection[str], candidates: list[Candidate]) -> dict[str, str]:
     """Of the members' weights, without those that are not at hand as they were."""
     plain = (c for c in candidates if c.name in members and quantised_by(c.module) is None)
     at_hand = (c for c in plain if c.weight is None or not c.weight.is_meta)  # None: a compressed bank stands for it

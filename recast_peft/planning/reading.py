@@ -17,26 +17,26 @@ from typing import Any
 from torch import nn
 
 from ..names import plain_name
-from ..options.partner import Candidate
+from ..options.partner import PartnerCandidate
 
 _METADATA = ("dtype", "device", "shape", "ndim", "requires_grad")
 _ITEM = "*"
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 
 
-def why_unheard(candidate: Candidate, tensor: str) -> str | None:
+def why_unheard(candidate: PartnerCandidate, tensor: str) -> str | None:
     """Why nothing that hangs on a module has an effect: the model reads its tensor and never calls the module; else None."""
     reads, calls = _uses(candidate, tensor)
     return f"{reads[0]} reads its {tensor} and never calls it" if reads and not calls else None
 
 
-def is_also_read(candidate: Candidate, tensor: str) -> bool:
+def is_also_read(candidate: PartnerCandidate, tensor: str) -> bool:
     """Whether the model both calls a module and computes with its tensor by itself."""
     reads, calls = _uses(candidate, tensor)
     return bool(reads and calls)
 
 
-def _uses(candidate: Candidate, tensor: str) -> tuple[list[str], list[str]]:
+def _uses(candidate: PartnerCandidate, tensor: str) -> tuple[list[str], list[str]]:
     """The classes of the modules around one that read its tensor, and of those that call it or pass it on."""
     names = [name for name, _ in candidate.path[1:]] + [candidate.slot]
     reads, calls = [], []

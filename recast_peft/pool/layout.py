@@ -35,7 +35,7 @@ from ..tasks.files import check_entries
 from ..tasks.plan import plan_recast
 from ..tasks.surroundings import surroundings_fingerprint, warn_of_difference
 from ..validation import listed
-from .lora import LoraColumns, modules_of, refusal_of, unlike_pool
+from .lora import LoraColumns, lora_modules, refusal_of, unlike_pool
 
 CHOICES = (*SAID_BY_BANK, "max_coefficients", "bank")  # by which a config says where its coefficients are, and how many
 OF_EVERY_ROW = {"coefficient_sharing": None, "init_weights": True, "train_coefficients": True}  # choices a fresh row lacks
@@ -269,7 +269,7 @@ class PoolLayout:
             raise _other_layout(f"task {adapter!r} of the model", config, self.config)
         refuse(adapter, refusals_to_combine(self.backbone, adapter, config), config.lora_config)
         factors = self.lora.entries_of(adapter)
-        self.lora.check(f"task {adapter!r} of the model", config.lora_config, modules_of(factors))
+        self.lora.check(f"task {adapter!r} of the model", config.lora_config, lora_modules(factors))
         self._check_bank(f"task {adapter!r} of the model", config)
         self.check_readout(f"task {adapter!r} of the model", readout_fingerprint(config))
         row = torch.zeros(self.width)

@@ -45,7 +45,7 @@ def refusal_of(lora: Any) -> str | None:
     return MORE if has_more else None
 
 
-def modules_of(names: Iterable[str]) -> list[str]:
+def lora_modules(names: Iterable[str]) -> list[str]:
     """The modules of a LoRA part by the names of its factors."""
     return [name.removesuffix(FACTORS[0]) for name in names if name.endswith(FACTORS[0])]
 

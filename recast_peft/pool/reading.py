@@ -21,7 +21,7 @@ from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
 from ..validation import a_path, check_arguments, listed, shown
 from .layout import PoolLayout, readout_fingerprint, refuse_parts
-from .lora import modules_of
+from .lora import lora_modules
 
 Read = tuple[Tensor, PreparedHead | None]
 HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")  # of a saved task
@@ -70,7 +70,7 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     what = f"the task at {str(source)!r}"
     layout.check_config(what, config)
     entries = read_entries(folder, {}, what, config)
-    layout.lora.check(what, config.lora_config, modules_of(key.removeprefix(MODEL_PREFIX) for key in entries))
+    layout.lora.check(what, config.lora_config, lora_modules(key.removeprefix(MODEL_PREFIX) for key in entries))
     head = prepare_head(layout.backbone, config)
     shapes = {} if head is None else head.shapes()
     values = layout.row_of(what, entries, shapes, config.partner("bias") is not None)

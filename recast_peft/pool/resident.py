@@ -21,7 +21,7 @@ from .files import PackedTasks, read_pool, write_pool
 from .heads import HeadKinds, StoredHead, bytes_of
 from .layout import PoolLayout
 from .reading import read_folder, read_task
-from .table import TaskTable, check_finite
+from .table import TaskTable, check_not_diverged
 
 
 class ResidentTasks(TaskTable):
@@ -132,7 +132,7 @@ class ResidentTasks(TaskTable):
         with torch.inference_mode(False), torch.no_grad():
             values, head = read_task(self._layout, self._configs, name, source, hub_kwargs)
             stored = self._stored(name, head)
-        check_finite(name, values, stored)
+        check_not_diverged(name, values, stored)
         return values, stored
 
     def _stored(self, name: str, head: Any) -> StoredHead | None:
@@ -178,7 +178,7 @@ class ResidentTasks(TaskTable):
                 prepared = {name: None if head is None else head.prepared() for name, head in stored.items()}
                 numbers = {name: self.table.detach()[row].clone() for name, row in rows.items()}
                 for name, values in numbers.items():
-                    check_finite(name, values, stored[name])
+                    check_not_diverged(name, values, stored[name])
             values = self._layout.lora.combine(numbers, weights, combination_type, **options)
             head = combine_heads(prepared, weights, heads)
             return self.add_row(adapter_name, values, self._stored(adapter_name, head))

@@ -141,7 +141,7 @@ class TaskTable:
         Raises:
             RecastConfigError: if the name is taken, or a number is not finite.
         """
-        check_finite(name, values, head)
+        check_not_diverged(name, values, head)
         with self.lock:
             self.check_new_names([name])
             return self._put(name, values, head)
@@ -155,7 +155,7 @@ class TaskTable:
         Raises:
             RecastConfigError: if there is no such task, or a number is not finite; the former stays.
         """
-        check_finite(name, values, head)
+        check_not_diverged(name, values, head)
         with self.lock:
             former = self.row(name)
             row = self._put(name, values, head)  # who asks for the name meanwhile gets the one or the other
@@ -258,7 +258,7 @@ class TaskTable:
         self._numbers = self._numbers.to(self.table.device)
 
 
-def check_finite(name: str, values: Tensor, head: StoredHead | None) -> None:
+def check_not_diverged(name: str, values: Tensor, head: StoredHead | None) -> None:
     """Refuse the numbers of a task that diverged (``RecastConfigError``)."""
     bad = "coefficients" if not torch.isfinite(values).all() else None
     if head is not None and not all(torch.isfinite(tensor).all() for tensor in head.held()):

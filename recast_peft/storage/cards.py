@@ -40,7 +40,7 @@ def one_line(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """A value as text of a card that is nothing but text."""
     text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKUP.sub(r"\\\1", text)

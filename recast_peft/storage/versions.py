@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import RecastConfigError
-from ..validation import a_path, check_arguments, whole
+from ..validation import a_path, check_arguments, whole_number
 from .atomic import flush, locked, replace, staged
 
 VERSIONS = ".versions"
@@ -53,7 +53,7 @@ def keeping_version(path: str | os.PathLike, keep: int) -> Iterator[None]:
 
     If the block fails nothing becomes a version. Two writers take turns.
     """
-    check_arguments(whole(0), keep=keep)
+    check_arguments(whole_number(0), keep=keep)
     if not keep:
         yield
         return

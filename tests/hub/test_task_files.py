@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import PeftType
 
 from recast_peft import PiggybackConfig, RecastLoadError
-from recast_peft.hub.task_files import has_task_numbers, read_task_config, task_entries, task_sizes, tasks_inside
+from recast_peft.hub.task_files import has_task_numbers, numbers_by_key, read_task_config, task_sizes, tasks_inside
 from recast_peft.hub.transfer import fetch_task
 
 
@@ -60,17 +60,17 @@ class TestSizes:
         model.save_pretrained(tmp_path)
         model.save_pretrained(tmp_path / "old", safe_serialization=False)
         for folder in (tmp_path, tmp_path / "old"):
-            assert task_sizes(folder).coefficients == trained < sum(task_entries(folder).values()) - 27
+            assert task_sizes(folder).coefficients == trained < sum(numbers_by_key(folder).values()) - 27
         assert f" ({trained} coefficients)" in (tmp_path / "README.md").read_text()
 
     def test_an_old_pickle_is_counted_alike(self, tmp_path: Path) -> None:
         model = converted(num_classes=3)
         model.save_pretrained(tmp_path / "new")
         model.save_pretrained(tmp_path / "old", safe_serialization=False)
-        assert task_entries(tmp_path / "old") == task_entries(tmp_path / "new")
+        assert numbers_by_key(tmp_path / "old") == numbers_by_key(tmp_path / "new")
         (tmp_path / "old" / "adapter_model.bin").write_bytes(b"no pickle")
         with pytest.raises(RecastLoadError, match=r"adapter_model\.bin is damaged or incomplete"):
-            task_entries(tmp_path / "old")
+            numbers_by_key(tmp_path / "old")
 
 
 def test_a_folder_of_tasks_and_one_without_numbers(tmp_path: Path) -> None:
@@ -82,6 +82,6 @@ def test_a_folder_of_tasks_and_one_without_numbers(tmp_path: Path) -> None:
     assert tasks_inside(tmp_path / "a" / "adapter_config.json") == tasks_inside(tmp_path / "missing") == []
     assert not has_task_numbers(tmp_path / "a")
     with pytest.raises(RecastLoadError, match=r"holds no adapter_model\.safetensors.*Copy the whole folder"):
-        task_entries(tmp_path / "a")
+        numbers_by_key(tmp_path / "a")
     with pytest.raises(RecastLoadError, match="it is no saved task"):
         read_task_config(tmp_path)

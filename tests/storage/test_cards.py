@@ -8,7 +8,7 @@ import pytest
 from models import tiny_vit
 
 from recast_peft import RecastConfig, get_recast_model, write_model_card
-from recast_peft.storage.cards import BEGIN, END, code, hub_link, merge_card, one_line, own_parts, plain, quoted
+from recast_peft.storage.cards import BEGIN, END, code, hub_link, merge_card, one_line, own_parts, plain_text, quoted
 
 EVIL = [
     END,
@@ -27,11 +27,11 @@ EVIL = [
 
 @pytest.mark.parametrize("value", EVIL)
 def test_a_value_is_text_in_one_line(value: str) -> None:
-    for shown in (plain(value), code(value), quoted(value), one_line(value)):
+    for shown in (plain_text(value), code(value), quoted(value), one_line(value)):
         assert "\n" not in shown
         assert not any(ord(c) < 32 for c in shown)
-    assert "<" not in plain(value)
-    assert not [c for place, c in enumerate(plain(value)) if c in "[]|`" and plain(value)[place - 1] != "\\"]
+    assert "<" not in plain_text(value)
+    assert not [c for place, c in enumerate(plain_text(value)) if c in "[]|`" and plain_text(value)[place - 1] != "\\"]
     assert code(value).count("`") == 2
     assert END not in code(value)
 

@@ -12,7 +12,7 @@ from ...auto import AutoRecastModel
 from ...errors import RecastConfigError, RecastError
 from ...pool.pool import TaskPool
 from ...pool.resident import check_head_dtype
-from ...validation import COUNT, a_path, check_arguments, number_above, text, whole
+from ...validation import COUNT, a_path, check_arguments, number_above, text, whole_number
 from .batcher import TaskServer, check_server_options
 from .store import TaskStore
 
@@ -91,7 +91,7 @@ def serve_folder(
     except ImportError as error:
         raise RecastConfigError(f"serving needs more packages ({error}): pip install 'recast_peft[serving]'") from error
     check_arguments(text, host=host)
-    check_arguments(whole(0, 65535), port=port)
+    check_arguments(whole_number(0, 65535), port=port)
     check_arguments(COUNT, max_body=max_body)
     check_arguments(number_above(0), reload_seconds=reload_seconds)
     check_server_options(**options)

@@ -28,7 +28,7 @@ from ...pool.heads import StoredHead
 from ...pool.pool import TaskPool
 from ...storage.atomic import flush, locked, made_folder, write_bytes
 from ...storage.versions import VERSIONS, next_version, versions
-from ...validation import check_arguments, listed, number_above, whole
+from ...validation import check_arguments, listed, number_above, whole_number
 
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 MAX_TASK_BYTES = 256 << 20
@@ -46,7 +46,7 @@ class TaskStore:
     """
 
     def __init__(self, folder: str | os.PathLike, pool: TaskPool, keep: int = 5) -> None:
-        check_arguments(whole(0), keep=keep)
+        check_arguments(whole_number(0), keep=keep)
         self.folder, self.pool, self.keep = made_folder(folder), pool, keep
         self.problems: dict[str, str] = {}  # tasks that could not be read, and why
         self._lock = threading.RLock()
