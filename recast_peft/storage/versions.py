@@ -25,8 +25,12 @@ VERSIONS = ".versions"
 
 
 def versions(path: str | os.PathLike) -> list[int]:
-    """Numbers of the versions before the present one, the oldest first."""
-    return sorted(int(found.name) for found in _folder(path).glob("*") if re.fullmatch("[1-9][0-9]*", found.name))
+    """Numbers of the versions before the present one, the oldest first.
+
+    A process that was killed while it saved may have left the present file under its next number, which is none before it.
+    """
+    named = [found for found in _folder(path).glob("*") if re.fullmatch("[1-9][0-9]*", found.name)]
+    return sorted(int(found.name) for found in named if not _is_same(found, path))
 
 
 def next_version(path: str | os.PathLike) -> Path:
@@ -116,6 +120,14 @@ def _keep(target: Path) -> Path | None:
         with staged(kept) as beside:
             shutil.copyfile(target, beside)
     return kept
+
+
+def _is_same(one: Path, other: str | os.PathLike) -> bool:
+    """Whether two names are of one file on the disk."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is gone
+        return False
 
 
 def _folder(path: str | os.PathLike) -> Path:

@@ -93,6 +93,19 @@ def test_what_is_interrupted_once_the_new_file_is_there_keeps_the_former(file: P
     assert (file.read_text(), version_path(file, 1).read_text()) == ("b", "a")
 
 
+def test_what_a_killed_writer_left_is_no_version(file: Path) -> None:
+    write(file, "a")
+    write(file, "b")
+    os.link(file, file.parent / ".versions" / file.name / "2")  # killed before the new file took the place of this one
+    assert versions(file) == [1]
+    assert roll_back(file) == 1
+    assert (file.read_text(), version_path(file, 2).read_text()) == ("a", "b")
+    os.link(file, file.parent / ".versions" / file.name / "3")
+    write(file, "c")
+    assert [version_path(file, number).read_text() for number in versions(file)] == ["b", "a"]
+    assert not [*file.parent.rglob("*.part")]
+
+
 def test_a_version_does_not_change_with_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(file, "a")
     write(file, "b")
