@@ -28,6 +28,7 @@ from ..parts.bias_part import TaskBiases, bias_coefficients, bias_entry, bias_ow
 from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig, readout_holders
+from ..parts.saved import saved_by_task_type
 from ..planning.plan import SAID_BY_BANK
 from ..tasks.arithmetic import refusals_to_combine
 from ..tasks.banks import versions_of
@@ -126,8 +127,7 @@ class PoolLayout:
         Returns:
             whether it has the LoRA part of the pool.
         """
-        modules = pieces_of(Request(self.backbone, config, tuple(self.layers), counting=True)) if config.modules_to_save else ()
-        refuse(name, [part.name for part, own in modules if own and part.name == "modules_to_save"])
+        self.check_modules(name, config.as_chosen(modules_to_save=saved_by_task_type(config)))
         idle = [f"{field}={value!r}" for field, usual in OF_EVERY_ROW.items() if (value := getattr(config, field)) != usual]
         most = config.max_coefficients
         if most is not None and most < self.width - self.lora.width:
@@ -152,6 +152,11 @@ class PoolLayout:
             asked = config.as_chosen(groups=groups, num_directions=plan.num_directions)
             raise _other_layout(f"task {name!r}", asked, self.config)
         return self.lora.check_plan(name, plan.lora)
+
+    def check_modules(self, name: str, config: RecastConfig) -> None:
+        """Refuse a task that owns modules whole (``modules_to_save``, also those that PEFT adds for a ``task_type``)."""
+        modules = pieces_of(Request(self.backbone, config, tuple(self.layers), counting=True)) if config.modules_to_save else ()
+        refuse(name, [part.name for part, own in modules if own and part.name == "modules_to_save"])
 
     def check_surroundings(self, what: str, recorded: str | None) -> None:
         """Warn of what was learned where the model has other weights or norms beside the targets."""

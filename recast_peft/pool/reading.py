@@ -73,7 +73,11 @@ def _read_saved(layout: PoolLayout, name: str, source: str | Path, hub_kwargs: d
     layout.lora.check(what, config.lora_config, lora_modules(key.removeprefix(MODEL_PREFIX) for key in entries))
     head = prepare_head(layout.backbone, config)
     shapes = {} if head is None else head.shapes()
-    values = layout.row_of(what, entries, shapes, config.partner("bias") is not None)
+    try:
+        values = layout.row_of(what, entries, shapes, config.partner("bias") is not None)
+    except RecastLoadError:
+        layout.check_modules(name, config)  # whose entries no row has
+        raise
     if head is not None:
         prefix = f"{MODEL_PREFIX}{head.place}."
         head.module.load_state_dict({k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)})

@@ -7,7 +7,7 @@ import torch
 from grown_biases import config, grown
 from models import layers_of, tiny_vit
 from peft import PeftModel
-from pools import TARGETS, model_with_pool, small_vit
+from pools import TARGETS, model_with_pool, small_vit, text_model
 
 from recast_peft import (
     RecastBankError,
@@ -46,6 +46,22 @@ class TestBesideOrdinaryTasks:
         model.add_adapter("more", RecastConfig(target_modules=TARGETS, **owned))
         with pytest.raises(RecastConfigError, match="a pool cannot hold task 'more': it owns"):
             TaskPool(model).add("more", "more")
+
+    @pytest.mark.parametrize("owned", [{"modules_to_save": ["pooler"]}, {"task_type": "SEQ_CLS"}])
+    def test_a_saved_or_fresh_one_as_well(self, owned, tmp_path):
+        model = get_recast_model(text_model("SEQ_CLS"), RecastConfig(**owned), "more")
+        model.save_pretrained(tmp_path)
+        pool = TaskPool(get_recast_model(text_model("SEQ_CLS"), RecastConfig()))
+        for source in (tmp_path / "more", RecastConfig(**owned)):
+            with pytest.raises(RecastConfigError, match="a pool cannot hold task 'more': it owns modules_to_save"):
+                pool.add("more", source)
+
+    def test_a_classifier_that_the_task_gives_a_size_is_none_of_the_task_types(self, tmp_path):
+        own = RecastConfig(task_type="SEQ_CLS", num_classes=3)
+        get_recast_model(text_model("SEQ_CLS"), own, "own").save_pretrained(tmp_path)
+        pool = TaskPool(get_recast_model(text_model("SEQ_CLS"), RecastConfig()))
+        for name, source in (("saved", tmp_path / "own"), ("fresh", own)):
+            assert pool.head(pool.add(name, source)).weight.shape[0] == 3
 
 
 class TestOtherBanks:
