@@ -81,3 +81,16 @@ class LazyWeight(Tensor):
         """The same for calls that come from C++."""
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.composed, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def of_no_sample(value: Tensor, error: Exception) -> Tensor:
+    """What a model reads where each sample has its own: it has the dtype, shape and device of ``value``, and no numbers.
+
+    Raises:
+        error: as soon as its numbers are needed; at once in compiled code.
+    """
+
+    def refuse() -> Tensor:
+        raise error
+
+    return refuse() if torch.compiler.is_compiling() else LazyWeight(refuse, value.shape, value.dtype, value.device)

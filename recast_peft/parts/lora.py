@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..composition.blocks import with_attribute, with_variable
+from ..composition.lazy_weight import of_no_sample
 from ..composition.mixed_batch import current_batch
 from ..composition.quantised import quantised_by
 from ..composition.recomputation import CallHistory, strengths_of_call
@@ -220,7 +221,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         if self.disable_adapters or self.merged:
             return weight
         if current_batch() is not None:
-            raise one_task_for_all(self)
+            return of_no_sample(weight, one_task_for_all(self))  # T5 reads its dtype
         added = weight
         for name in self.active_adapters:
             if name in self.lora_variant:

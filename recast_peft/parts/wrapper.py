@@ -18,7 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..composition.lazy_weight import LazyWeight
+from ..composition.lazy_weight import of_no_sample
 from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..composition.recomputation import CallHistory, state_of_call
 from ..composition.strength import Strength
@@ -156,18 +156,11 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
         if len(called) == 1 and isinstance(only := next(iter(called.values())), nn.Module):
             return getattr(only, name)
         value = getattr(self.original_module, name)
-        return value if not isinstance(value, Tensor) else self._of_no_sample(value)
-
-    def _of_no_sample(self, value: Tensor) -> Tensor:
-        """A tensor that is read where samples have their own, which may be asked for its dtype alone."""
-
-        def refuse() -> Tensor:
-            raise RecastBankError(
-                f"the model reads {self.module_name} instead of calling it, and tasks of this batch own it whole, so that "
-                "samples cannot have their own: pass one task at a time instead of adapter_names"
-            )
-
-        return refuse() if torch.compiler.is_compiling() else LazyWeight(refuse, value.shape, value.dtype, value.device)
+        error = RecastBankError(
+            f"the model reads {self.module_name} instead of calling it, and tasks of this batch own it whole, so that "
+            "samples cannot have their own: pass one task at a time instead of adapter_names"
+        )
+        return value if not isinstance(value, Tensor) else of_no_sample(value, error)
 
     @property
     def dtype_of_model(self) -> torch.dtype:

@@ -8,9 +8,9 @@ import pytest
 import quantised_models
 import torch
 from lora_parts import fill
-from models import layers_of, seeded, small_vit
+from models import layers_of, seeded, small_transformer, small_vit
 from peft import IA3Config, LoraConfig, get_peft_model
-from pooled_parts import CASES, IMAGES, NAMES, PART, answer, assert_mixed, each_alone, pool_of, with_tasks
+from pooled_parts import CASES, IMAGES, NAMES, PART, WORDS, answer, assert_mixed, each_alone, pool_of, with_tasks
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -160,6 +160,28 @@ class TestAsAlone:
         for row, name in zip(mixed, ("t1", "t2"), strict=True):
             pool.activate(name)
             assert torch.equal(model.generate(input_ids=x[:2], **options)[["t1", "t2"].index(name)], row)
+
+    def test_a_model_that_reads_the_dtype_of_a_weight(self):
+        config = RecastConfig(target_modules=["wo"], lora_config=LoraConfig(r=2))
+        model = get_recast_model(small_transformer("t5"), config, "t0").eval()
+        model.add_adapter("t1", config)
+        tasks, x = ["t1", None, "t0"], WORDS[:3]
+        for seed, name in enumerate(("t0", "t1")):
+            fill(model, name, seed)
+        pool = TaskPool(model)
+        for name in ("t0", "t1"):
+            pool.add(name, name)
+        mixed = model(input_ids=x, decoder_input_ids=x, task_ids=pool.ids(tasks)).logits
+        by_name = model(input_ids=x, decoder_input_ids=x, adapter_names=["t1", "__base__", "t0"]).logits
+        for row, task in enumerate(tasks):
+            pool.deactivate() if task is None else pool.activate(task)
+            alone = model(input_ids=x[row : row + 1], decoder_input_ids=x[row : row + 1]).logits[0]
+            torch.testing.assert_close(mixed[row], alone, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(by_name[row], alone, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(mixed[0], alone, rtol=1e-2)
+        weight = model.get_base_model().encoder.block[0].layer[1].DenseReluDense.wo
+        with pool.batch(tasks), pytest.raises(RecastBankError, match="one for all samples"):
+            weight.weight.sum()
 
     def test_a_module_that_is_computed_by_its_weight(self):
         dilated = lambda: nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=2, dilation=2) for _ in range(2))).eval()  # noqa: E731
