@@ -60,7 +60,11 @@ def summed_config(model: nn.Module, adapters: Sequence[str], combination_type: s
     if not ranks:
         return None
     most = max(ranks.values())
-    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}  # PEFT takes a name for an ending
+    # PEFT takes a name for an ending; a pattern is not found again where the module lies deeper, or less deep
+    keys = {
+        n: n if sum(f".{o}".endswith(f".{n}") for o in ranks) == 1 else f"^{re.escape(n)}" for n in ranks if ranks[n] != most
+    }
+    others = {key: ranks[name] for name, key in keys.items()}
     wanted = these_modules(list(ranks), find_candidates(model))
     return LoraConfig(r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others), target_modules=wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def test_what_is_added_is_the_weighted_sum(model: PeftModel, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "sum", "sum").eval()
     assert torch.equal(outputs(loaded, vit_input()), y)
+
+
+@pytest.mark.filterwarnings("ignore:.*have other names in this model")
+@pytest.mark.parametrize(("trained", "used"), [("outside", "alone"), ("alone", "outside")])
+def test_the_sum_of_parts_fits_a_model_around_its_own_and_back(trained: str, used: str, tmp_path: Path) -> None:
+    build = {"alone": lambda: tiny_vit().eval(), "outside": lambda: nn.Sequential(OrderedDict(body=tiny_vit())).eval()}
+    model = get_recast_model(build[trained](), RecastConfig(target_modules=["qkv"], lora_config=TASKS["wide"]), "one").eval()
+    model.add_adapter("two", RecastConfig(target_modules=["qkv"], lora_config=TASKS["scaled by the root"]))
+    for seed, name in enumerate(("one", "two")):
+        fill(model, name, seed + 1)
+    model.add_weighted_adapter(["one", "two"], [0.5, -1.5], "sum")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path)
+    other = PeftModel.from_pretrained(build[used](), tmp_path / "sum").eval()
+    assert torch.equal(outputs(other, vit_input()), outputs(model, vit_input()))
 
 
 def nearest(weight: Tensor, rank: int) -> Tensor:
