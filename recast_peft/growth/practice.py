@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,42 +99,55 @@ def practice_bank(
     check_arguments(optional(function), features=features)
     check_arguments(number_above(0), lr=lr)
     check_arguments(SEED, seed=seed)
-    families: list[Any] = list(family) if isinstance(family, Sequence) else [family]
+    families = _families(family)
+    check_data(data)
+    _check_fits(of, config, group_size, scales)
+    targets = _lora_targets(model, config) if of == "weights" else None
+    if targets is None and not bias_places(model):
+        raise RecastTargetError(
+            "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    training = _Training(targets, scales, epochs, batch_size, lr, features or mean_features, seed, generator)
+    in_half = any(parameter.dtype in HALF for parameter in model.parameters())
+    if in_half:
+        data = each_tensor(data, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    moved, names = [], []
+    for index in tqdm(range(tasks), desc="practice", disable=not progress):
+        task = _made(families[index % len(families)], data, generator)
+        names.append(task.name)
+        copied = copy.deepcopy(model)
+        if in_half:
+            copied = copied.float()  # small steps would be rounded away
+        moved.append(training.moved_by(task, copied))
+    if targets is None:
+        bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
+    else:
+        bank = grow_bank(model, moved, config, num_templates=num_templates)
+    return replace(bank, mimicry={**bank.mimicry, "sources": names})  # type: ignore[dict-item]
+
+
+def _families(family: Any) -> list[PracticeFamily]:
+    families = list(family) if isinstance(family, Sequence) else [family]
     if not families or any(isinstance(one, type) or not callable(getattr(one, "make", None)) for one in families):
         raise RecastConfigError(f"family={shown(family)}: expected an object with a method make, such as KnownPictures()")
-    check_data(data)
+    return families
+
+
+def _check_fits(of: str, config: RecastConfig | None, group_size: int, scales: bool) -> None:
     if of == "biases" and config is not None:
         raise RecastConfigError("practice_bank(of='biases') trains all biases and takes no config")
     if of == "weights" and (group_size != 1 or scales):
         raise RecastConfigError(
             "practice_bank(of='weights') takes no group_size and no scales: give config=RecastConfig(group_size=...)"
         )
-    targets = _lora_targets(model, config) if of == "weights" else None
-    if targets is None and not bias_places(model):
-        raise RecastTargetError(
-            "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
-        )
-    in_half = any(parameter.dtype in HALF for parameter in model.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    how = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "features": features or mean_features, "generator": generator}
-    if in_half:
-        data = each_tensor(data, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-    moved, names = [], []
-    for index in tqdm(range(tasks), desc="practice", disable=not progress):
-        one = families[index % len(families)]
-        task = one.make(data, generator)
-        if not isinstance(task, PracticeTask):
-            raise RecastConfigError(f"{type(one).__name__}.make gave a {type(task).__name__}: expected a PracticeTask")
-        names.append(task.name)
-        copied = copy.deepcopy(model)
-        if in_half:
-            copied = copied.float()  # small steps would be rounded away
-        moved.append(_trained(task, copied, targets, scales, seed, how))
-    if targets is None:
-        bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
-    else:
-        bank = grow_bank(model, moved, config, num_templates=num_templates)
-    return replace(bank, mimicry={**bank.mimicry, "sources": names})  # type: ignore[dict-item]
+
+
+def _made(family: PracticeFamily, data: Inputs, generator: torch.Generator) -> PracticeTask:
+    task = family.make(data, generator)
+    if not isinstance(task, PracticeTask):
+        raise RecastConfigError(f"{type(family).__name__}.make gave a {type(task).__name__}: expected a PracticeTask")
+    return task
 
 
 def _lora_targets(model: nn.Module, config: RecastConfig | None) -> list[str]:
@@ -163,74 +176,75 @@ def mean_features(model: nn.Module, inputs: Any) -> Tensor:
     return found.mean(1) if found.ndim == 3 else found.flatten(2).mean(2)
 
 
-def _trained(
-    task: PracticeTask, model: nn.Module, targets: list[str] | None, scales: bool, seed: int, how: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The parameters that training on a task moved, by the names of the plain model."""
-    model.requires_grad_(False)
-    trained: nn.Module = model
-    if targets is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            wanted = these_modules(targets, find_candidates(model))
-            trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=wanted))
-    else:
-        for place in bias_places(model):
-            place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
-            if scales and is_affine_norm(place.module):
-                place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
-    free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    with evaluating(trained):
-        _train(task, trained, free, **how)
-    if targets is not None:
-        state = trained.merge_and_unload().state_dict()  # type: ignore[operator]
-        return {f"{name}.weight": state[f"{name}.weight"] for name in targets if f"{name}.weight" in state}
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+@dataclass(frozen=True)
+class _Training:
+    """How practice tasks are trained; ``targets`` of LoRAs are None where biases are trained."""
 
+    targets: list[str] | None
+    scales: bool
+    epochs: int
+    batch_size: int
+    lr: float
+    features: Callable[[nn.Module, Any], Tensor]
+    seed: int
+    generator: torch.Generator
 
-def _train(
-    task: PracticeTask,
-    model: nn.Module,
-    free: list[nn.Parameter],
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    features: Callable[[nn.Module, Any], Tensor],
-    generator: torch.Generator,
-) -> None:
-    with torch.no_grad():
-        first = features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
-    if not isinstance(first, Tensor) or first.ndim != 2 or not first.is_floating_point():
-        given = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
-        raise RecastConfigError(f"features gave {given}: expected floating numbers (batch, features)")
-    device = device_of(model)
-    # the scale of features differs from model to model: a classifier of standardised ones has one learning rate for all
-    scale = nn.BatchNorm1d(first.shape[1], affine=False).to(device)
-    head = nn.utils.skip_init(nn.Linear, first.shape[1], task.num_classes).to(device)  # draws no random numbers
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.AdamW(
-        [{"params": head.parameters(), "lr": 1e-2, "weight_decay": 0.01}, {"params": free, "lr": lr, "weight_decay": 0.0}]
-    )
-    batches = math.ceil(len(task.labels) / batch_size)
-    if epochs * batches < 2:
-        raise RecastConfigError(
-            f"practice task {task.name!r} has {len(task.labels)} examples, one step of batch_size={batch_size}: the first step "
-            "moves the classifier alone. Expected more: give more examples, a smaller batch_size, or more epochs."
-        )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, lr], total_steps=epochs * batches, pct_start=0.1)
-    with torch.enable_grad():
-        for rows in _batches(len(task.labels), batch_size, epochs, generator):
-            logits = head(scale(features(model, rows_of_inputs(task.inputs, rows)).float()))
-            loss = F.cross_entropy(logits, task.labels[rows].to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(free, 1.0)
-            optimizer.step()
-            schedule.step()
-    if not all(parameter.isfinite().all() for parameter in free):
-        raise RecastConfigError(f"practice task {task.name!r} diverged at lr={lr:g}: give a smaller lr")
+    def moved_by(self, task: PracticeTask, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters that training on a task moved, by the names of the plain model."""
+        model.requires_grad_(False)
+        trained: nn.Module = model
+        if self.targets is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                wanted = these_modules(self.targets, find_candidates(model))
+                trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=wanted))
+        else:
+            for place in bias_places(model):
+                place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
+                if self.scales and is_affine_norm(place.module):
+                    place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
+        free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+        with evaluating(trained):
+            self._fit(task, trained, free)
+        if self.targets is not None:
+            state = trained.merge_and_unload().state_dict()  # type: ignore[operator]
+            return {f"{name}.weight": state[f"{name}.weight"] for name in self.targets if f"{name}.weight" in state}
+        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def _fit(self, task: PracticeTask, model: nn.Module, free: list[nn.Parameter]) -> None:
+        """Train free parameters of a model, and a classifier of its features that is then forgotten."""
+        with torch.no_grad():
+            first = self.features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
+        if not isinstance(first, Tensor) or first.ndim != 2 or not first.is_floating_point():
+            given = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+            raise RecastConfigError(f"features gave {given}: expected floating numbers (batch, features)")
+        device = device_of(model)
+        # the scale of features differs from model to model: of standardised ones, all learn at one rate
+        scale = nn.BatchNorm1d(first.shape[1], affine=False).to(device)
+        head = nn.utils.skip_init(nn.Linear, first.shape[1], task.num_classes).to(device)  # draws no random numbers
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        of_head = {"params": head.parameters(), "lr": 1e-2, "weight_decay": 0.01}
+        optimizer = torch.optim.AdamW([of_head, {"params": free, "lr": self.lr, "weight_decay": 0.0}])
+        steps = self.epochs * math.ceil(len(task.labels) / self.batch_size)
+        if steps < 2:
+            raise RecastConfigError(
+                f"practice task {task.name!r} has {len(task.labels)} examples, one step of batch_size={self.batch_size}: the "
+                "first step moves the classifier alone. Expected more: give more examples, a smaller batch_size, or more "
+                "epochs."
+            )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, self.lr], total_steps=steps, pct_start=0.1)
+        with torch.enable_grad():
+            for rows in _batches(len(task.labels), self.batch_size, self.epochs, self.generator):
+                logits = head(scale(self.features(model, rows_of_inputs(task.inputs, rows)).float()))
+                loss = F.cross_entropy(logits, task.labels[rows].to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(free, 1.0)
+                optimizer.step()
+                schedule.step()
+        if not all(parameter.isfinite().all() for parameter in free):
+            raise RecastConfigError(f"practice task {task.name!r} diverged at lr={self.lr:g}: give a smaller lr")
 
 
 def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
