@@ -106,30 +106,12 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         if before is not None and before.origin is not None and (before.saved or len(self.peft_config) > 1):
             config.modules_to_save = list(before.saved) or None
         is_first, is_guarded = not modules_of(model, BaseTunerLayer), bool(modules_of(model, RecastLayer))
-        chosen = config.as_chosen()  # what an earlier use of the object decided is not for this task
-        if is_first and not config.is_stored_task and config.task_type in ADDED_LATE:
-            chosen.modules_to_save = saved_by_task_type(config)
-        if state_dict is not None and chosen.groups is None:
-            names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}
-            chosen = config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
+        chosen = _chosen_for_task(config, is_first, state_dict)
         prepared = prepare_task(model, chosen, adapter_name)
         record = planned_record(chosen, prepared, describe_backbone(model, config.revision))
-        # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
-        others = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with undone_on_failure(model) as snapshot:
-                self._put_layers(model, adapter_name, prepared, autocast_adapter_dtype, low_cpu_mem_usage)
-                install_banks(model, prepared.banks, config.keep_base_weights)
-                owners = coefficient_owners(prepared.plan.groups, prepared.plan.coefficient_sharing)
-                share_coefficients(model, adapter_name, owners)
-                active = adapter_name in self.active_adapters
-                prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
-                self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # the parts too
-                for parameter, requires_grad in others:
-                    parameter.requires_grad_(requires_grad)
-                if active and not is_first:  # beside tasks of a tuner that is no longer around the model
-                    self.set_adapter(self.active_adapters, config.inference_mode)
-                train_biases(model, adapter_name, config.bias, config.inference_mode or not active)
+                self._install(model, adapter_name, prepared, autocast_adapter_dtype, low_cpu_mem_usage)
             config.record = record
             if not is_guarded:
                 self.guard(check_base_weights)
@@ -143,6 +125,27 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
             self._unfilled = {**self._unfilled, adapter_name: snapshot}
         if record.is_stored:
             take_over_loading(model, config, adapter_name, self.forget_unfilled)
+
+    def _install(
+        self, model: nn.Module, adapter_name: str, prepared: PreparedTask, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
+    ) -> None:
+        """Put what was prepared into the model: layers, banks, coefficients, parts; the caller undoes what fails."""
+        config = cast(RecastConfig, self.peft_config[adapter_name])
+        is_first = not modules_of(model, BaseTunerLayer)
+        # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
+        others = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._put_layers(model, adapter_name, prepared, autocast_adapter_dtype, low_cpu_mem_usage)
+        install_banks(model, prepared.banks, config.keep_base_weights)
+        owners = coefficient_owners(prepared.plan.groups, prepared.plan.coefficient_sharing)
+        share_coefficients(model, adapter_name, owners)
+        active = adapter_name in self.active_adapters
+        prepared.install_parts(Place(self, adapter_name, active, config.inference_mode, low_cpu_mem_usage))
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # the parts too
+        for parameter, requires_grad in others:
+            parameter.requires_grad_(requires_grad)
+        if active and not is_first:  # beside tasks of a tuner that is no longer around the model
+            self.set_adapter(self.active_adapters, config.inference_mode)
+        train_biases(model, adapter_name, config.bias, config.inference_mode or not active)
 
     def _put_layers(
         self, model: nn.Module, adapter_name: str, prepared: PreparedTask, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
@@ -280,6 +283,17 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         for hook in BEFORE_LOADING:
             hook(model)
         return load_into(model, config, adapter_name, state_dict)
+
+
+def _chosen_for_task(config: RecastConfig, is_first: bool, state_dict: Mapping[str, Tensor] | None) -> RecastConfig:
+    """What a config chooses for a new task; what an earlier use of the object decided is not for this one."""
+    chosen = config.as_chosen()
+    if state_dict is not None and chosen.groups is None:
+        names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}
+        return config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
+    if is_first and not config.is_stored_task and config.task_type in ADDED_LATE:
+        chosen.modules_to_save = saved_by_task_type(config)
+    return chosen
 
 
 def check_not_wrapped(model: nn.Module, is_converted: bool) -> None:
