@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..composition.blocks import with_attribute
 from ..composition.compose import compose_weight
+from ..composition.fingerprint import same_weight, weight_fingerprint
 from ..errors import RecastBankError, RecastConfigError
 from ..growth.sources import check_plain
 from ..layer import RecastLayer, recast_layers
@@ -192,6 +193,11 @@ def _check_reference(reference: nn.Module, layers: dict[str, RecastLayer]) -> No
             raise RecastConfigError(
                 f"reference= is another model: its weight of {name} is not that of the model before it was converted\n"
                 f"  given:    {'none' if weight is None else tuple(weight.shape)}\n  expected: {tuple(layer.weight_shape)}"
+            )
+        if layer.is_released and weight.is_floating_point() and not same_weight(weight_fingerprint(weight), layer.fingerprint):
+            raise RecastConfigError(
+                f"reference= has other weights than the model had before it was converted: {name} differs\n"
+                f"  given:    {weight_fingerprint(weight)}\n  expected: {layer.fingerprint}"
             )
 
 

@@ -33,7 +33,7 @@ def random_bank(
 
     Args:
         model: plain model with its pretrained weights; it is not changed.
-        config: its targets and groups are used; None takes a group for each module.
+        config: its targets and groups are used; None takes the default targets, each in a group of its own.
         num_templates: random templates of each group.
         rank: stores each template as a low-rank pair; None stores them dense.
         plain_templates: keep the members' pretrained weights as templates beside the random ones.

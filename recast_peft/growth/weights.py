@@ -42,7 +42,8 @@ def grow_bank(
         sources: each of them an adapter of PEFT that can be merged (a folder or a repository, or a loaded model with the
             adapter's name: ``(peft_model, "name")``; RECAST tasks are adapters too), or a fine-tuned form of the model (a
             module, a state dict, a safetensors file or a folder with ``model.safetensors``).
-        config: its targets and groups are used; the members of a group share templates. None takes a group for each module.
+        config: its targets and groups are used; the members of a group share templates. None takes the default targets,
+            each in a group of its own.
         num_templates: grown templates of a group at most; None takes all principal components.
         rank: stores each template as a low-rank pair; None stores them dense.
         plain_templates: keep the members' pretrained weights as templates beside the grown ones. Without them a task has

@@ -27,6 +27,14 @@ def reproduced(model: nn.Module) -> nn.Module:
     return changed
 
 
+def scaled(factor: float) -> nn.Module:
+    """The plain model with another first target."""
+    model = tiny_vit()
+    with torch.no_grad():
+        model.get_submodule("blocks.0.attn.qkv").weight.mul_(factor)  # type: ignore[operator, union-attr]
+    return model
+
+
 class TestWeights:
     @pytest.mark.parametrize("fields", [{}, {"mimicry": Gradient(steps=5, progress=False)}, {"keep_base_weights": True}])
     def test_of_compressed_banks(self, fields: dict) -> None:
@@ -100,10 +108,11 @@ class TestFeatures:
         [
             (lambda: tiny_vit(width=32), r"given:    \(96, 32\)"),
             (lambda: nn.Linear(2, 2), "given:    none"),
+            (lambda: scaled(1.05), "(?s)other weights.*blocks.0.attn.qkv.*given:.*expected:"),
             (lambda: converted(num_templates=1), "converted already"),
             (lambda: tiny_vit(classes=7), "another shape for output"),
         ],
-        ids=["wider", "of another class", "converted", "with another head"],
+        ids=["wider", "of another class", "with other weights", "converted", "with another head"],
     )
     def test_refuse_another_model_as_reference(self, reference: Callable[[], nn.Module], said: str) -> None:
         with pytest.raises(RecastConfigError, match=said):

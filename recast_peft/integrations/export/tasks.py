@@ -208,9 +208,11 @@ def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
     if compressed:
         refused.append(f"a compressed bank (at {compressed[0]})")
     if refused:
+        can_merge = not any(holder.refusal_to_merge(task) or holder.refusal_to_unload(task) for holder in found)
+        instead = "the merged model instead (merge_and_unload), one graph a task, or " if can_merge else ""
         raise RecastBankError(
-            f"task {task!r} cannot be an input of a graph: it has {', '.join(refused)}. Nothing was written. Export the merged "
-            "model instead (merge_and_unload), one graph a task, or a task without it."
+            f"task {task!r} cannot be an input of a graph: it has {', '.join(refused)}. Nothing was written. Export {instead}a "
+            "task without it."
         )
 
 
