@@ -46,7 +46,7 @@ class Answer:
     Attributes:
         task: that answered; None is the pretrained model.
         output: output of the sample, without a batch dimension and without padding to other tasks' classes.
-        label: name of the most likely class, if the task names its classes.
+        label: name of the most likely class, if the task names its classes and all outputs are numbers.
         batch: how many requests were computed together.
     """
 
@@ -282,7 +282,8 @@ class TaskServer:
 
 
 def _answer(task: str | None, row: Tensor, id2label: Mapping[int, str] | None, batch: int) -> Answer:
-    label = None if id2label is None or row.ndim != 1 or not len(row) else id2label.get(int(row.argmax()))
+    has_likeliest = row.ndim == 1 and len(row) > 0 and not row.isnan().any()
+    label = id2label.get(int(row.argmax())) if id2label is not None and has_likeliest else None
     return Answer(task, row.clone(), label, batch)
 
 

@@ -31,6 +31,11 @@ class TestServer:
         assert stats["batches"] == 2
         assert [len(right[task]) for task in right] == [3, 2, 4, 4]
 
+    def test_no_class_is_the_most_likely_one_of_no_numbers(self, store, image):
+        with TaskServer(store.pool, wait=0.05) as server:
+            answers = [server.submit("cats", sample) for sample in (image, image * float("nan"))]
+            assert [answer.result(30).label is None for answer in answers] == [False, True]
+
     def test_what_is_wrong_with_one_request_is_said_to_it_alone(self, store, image):
         with TaskServer(store.pool, wait=0.05) as server:
             with pytest.raises(RecastConfigError, match="no task 'birds'"):
