@@ -83,10 +83,7 @@ def export_onnx(
     assert made is not None
     wanted, written = options.get("opset_version"), made.model.graph.opset_imports.get("")
     if wanted not in (None, written):  # torch logs it, and gives what it has
-        raise RecastConfigError(
-            f"opset_version={wanted}: this graph can only be written in version {written}. Nothing was written; take a version "
-            "that torch.onnx.export knows, or leave it out."
-        )
+        raise _cannot_be(wanted, f"this graph can only be written in version {written}")
     if hasattr(made, "rename_axes"):  # torch names them s0, s1, ...
         inputs: dict[Any, Any] = {value.name: value for value in made.model.graph.inputs}
         axes = [(inputs[name].shape[dim], new) for name, dims in prepared.dynamic.items() for dim, new in dims.items()]
@@ -97,4 +94,22 @@ def export_onnx(
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     with staged_folder(target.parent) as folder:
         made.save(folder / target.name, external_data=size > LARGEST)
+        if wanted is not None:
+            _check(folder / target.name, wanted)
     return target
+
+
+def _check(path: Path, version: int) -> None:
+    """Refuse a graph in another version than torch's own, which was converted to no valid one."""
+    from onnx import checker
+
+    try:
+        checker.check_model(str(path))
+    except checker.ValidationError as error:
+        raise _cannot_be(version, f"this graph cannot be written in it ({str(error).partition(chr(10))[0]})") from error
+
+
+def _cannot_be(version: int, why: str) -> RecastConfigError:
+    return RecastConfigError(
+        f"opset_version={version}: {why}. Nothing was written; take a version that torch.onnx.export knows, or leave it out."
+    )

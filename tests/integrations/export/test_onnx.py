@@ -27,7 +27,7 @@ from exported import (
     texts,
     two_tasks,
 )
-from models import KINDS, seeded
+from models import KINDS, seeded, small_vit
 from peft import PeftModel
 from safetensors.numpy import load_file
 
@@ -160,6 +160,13 @@ class TestRefusals:
         model = get_recast_model(seeded(kind.build), RecastConfig(target_modules=kind.targets)).eval()
         with pytest.raises(RecastConfigError, match=message):
             export_onnx(model, tmp_path / "graph.onnx", kind.inputs(), **options)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_graph_that_is_none_in_the_version_that_was_asked(self, tmp_path):
+        onnx_tools()
+        model = get_recast_model(small_vit(depth=2), RecastConfig(target_modules=["qkv"])).eval()
+        with pytest.raises(RecastConfigError, match="opset_version=17: this graph cannot be written in it .*Split"):
+            export_onnx(model, tmp_path / "graph.onnx", torch.randn(2, 1, 16, 16), tasks="table", opset_version=17)
         assert list(tmp_path.iterdir()) == []
 
 
