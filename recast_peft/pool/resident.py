@@ -98,8 +98,9 @@ class ResidentTasks(TaskTable):
 
         Args:
             name: name of the task.
-            source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as a task file holds
-                it, or a config for a fresh task (with a head, if it says so); None is a fresh task without a head.
+            source: a saved task (a folder or a name on the Hub), a task that the model has, a state dict as the file of a
+                task without a head holds it, or a config for a fresh task (with a head, if it says so); None is a fresh task
+                without a head.
             hub_kwargs: ``revision``, ``subfolder``, ``token`` and their like, as for ``AutoRecastModel.from_pretrained``.
 
         Returns:
