@@ -25,7 +25,7 @@ from .names import COEFFICIENTS, MODEL_PREFIX, PREFIX, check_adapter_name, modul
 from .options.record import BEFORE_LOADING
 from .parts.base import Place
 from .parts.base_biases import train_biases
-from .parts.head import TaskHead
+from .parts.head import TaskHead, labels_of
 from .parts.saved import TaskNorm, freeze_running_statistics, saved_by_task_type
 from .parts.stacking import TaskConfigs
 from .parts.wrapper import ScaledModule
@@ -257,6 +257,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         config.record = record_of_task(config, model, adapter_name)
+        config.id2label = labels_of(model, adapter_name).id2label or config.id2label
         tensors = gathered(model, adapter_name, config, state_dict)
         if isinstance(unwrapped(model), PeftModel):
             return tensors

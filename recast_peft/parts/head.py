@@ -23,7 +23,9 @@ from .head_building import (
     Labels,
     PreparedHead,
     PrototypeHead,
+    class_names,
     classes_of,
+    names_every_class,
     owner_of,
     prepare_head,
     read_labels,
@@ -72,7 +74,7 @@ class TaskHead(TaskModule):
         The numbers of a head like the one in the slot are copied into it, so that a compiled model goes on; another one takes
         its place.
         """
-        self._note_problem_type()
+        self._note_labels()
         self._merged = None
         if head is None:
             self._adapters.discard(slot)  # its module waits for the next head like it, and is no task's until then
@@ -98,7 +100,7 @@ class TaskHead(TaskModule):
     def prepared(self, name: str, adapter_name: str) -> PreparedHead:
         """A copy of a task's head, to be put elsewhere."""
         module = copy.deepcopy(self.modules_to_save[adapter_name]).requires_grad_(False)
-        self._note_problem_type()
+        self._note_labels()
         labels = self._labels.get(adapter_name, self._base_labels)
         if not labels.num_classes:  # one of ``modules_to_save``, and the model does not say
             labels = dataclasses.replace(labels, num_classes=classes_of(module))
@@ -113,7 +115,7 @@ class TaskHead(TaskModule):
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        self._note_problem_type()
+        self._note_labels()
         names = [name for name in self._adapters if self.modules_to_save[name] is module]
         labels = self._labels.get(names[0], self._base_labels) if names else self._base_labels
         write_labels(self._owner[0], labels)
@@ -128,7 +130,7 @@ class TaskHead(TaskModule):
         for module in self.modules_to_save.values():
             if isinstance(module, PrototypeHead):
                 module.prototypes.requires_grad_(False)
-        self._note_problem_type()
+        self._note_labels()
         self._write_labels()
 
     def relabel(self, adapter_name: str, id2label: dict[int, str] | None, problem_type: str | None) -> None:
@@ -138,20 +140,21 @@ class TaskHead(TaskModule):
             self._labels[adapter_name] = dataclasses.replace(labels, id2label=id2label, problem_type=problem_type)
             self._write_labels()
 
-    def problem_type(self, adapter_name: str) -> str | None:
-        """The kind of loss of a task, as it was given, found on the model, or set in the model's config since."""
-        self._note_problem_type()
-        return self._labels[adapter_name].problem_type if adapter_name in self._labels else None
+    def labels_of(self, adapter_name: str) -> Labels | None:
+        """Kind of loss and names of classes of a task's own head: given, found, or set in the model's config since."""
+        self._note_labels()
+        return self._labels.get(adapter_name)
 
-    def _note_problem_type(self) -> None:
-        """Keep the kind of loss that the model's config says now, a user's or a guess, for the head that is shown."""
+    def _note_labels(self) -> None:
+        """Keep what the model's config says now, a user's or a guess, for the head that is shown."""
         if not hasattr(getattr(self._owner[0], "config", None), "id2label"):
             return
         now = read_labels(self._owner[0])
         shown = self._base_labels if self._named is None else self._labels.get(self._named)
         if shown is None or now.num_classes != shown.num_classes:
             return  # the task was deleted
-        shown = dataclasses.replace(shown, problem_type=now.problem_type)
+        is_renamed = now.id2label != class_names(shown) and names_every_class(now)
+        shown = dataclasses.replace(now, id2label=now.id2label if is_renamed else shown.id2label)
         if self._named is None:
             self._base_labels = shown
         else:
@@ -228,9 +231,10 @@ def task_head(model: nn.Module, name: str) -> TaskHead:
     return wrapper
 
 
-def problem_type_of(model: nn.Module, adapter_name: str) -> str | None:
-    """The kind of loss that a task's own classifier is trained with; None if it has none, or transformers is to guess."""
-    return next((head.problem_type(adapter_name) for head in task_heads(model, adapter_name)), None)
+def labels_of(model: nn.Module, adapter_name: str) -> Labels:
+    """Names of classes and kind of loss of a task's own classifier, as far as they are known; nothing if it has none."""
+    found = (head.labels_of(adapter_name) for head in task_heads(model, adapter_name))
+    return next((labels for labels in found if labels is not None), Labels(None))
 
 
 def check_head(model: nn.Module, adapter_name: str, config: RecastConfig) -> None:

@@ -274,6 +274,17 @@ def read_labels(model: nn.Module) -> Labels:
     return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
 
 
+def class_names(labels: Labels) -> dict[int, str]:
+    """The names of classes by number, those of transformers where a task has none of its own."""
+    return dict(labels.id2label or {i: f"LABEL_{i}" for i in range(labels.num_classes or 0)})
+
+
+def names_every_class(labels: Labels) -> bool:
+    """Whether names that a user has set are such as a task may have: a text for each class."""
+    names = labels.id2label or {}
+    return set(names) == set(range(labels.num_classes or 0)) and all(isinstance(name, str) for name in names.values())
+
+
 def write_labels(model: nn.Module, labels: Labels) -> None:
     """Make a model say of its classes what ``labels`` says: transformers' config and ``num_labels``, timm's ``num_classes``."""
     if labels.num_classes is None:
@@ -283,8 +294,8 @@ def write_labels(model: nn.Module, labels: Labels) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "id2label"):
         return
-    names = labels.id2label or {i: f"LABEL_{i}" for i in range(labels.num_classes)}
-    config.id2label = dict(names)
+    names = class_names(labels)
+    config.id2label = names
     config.label2id = {name: i for i, name in names.items()}
     # transformers guesses the kind of loss at the first batch and keeps the guess in the config: each task has its own
     config.problem_type = labels.problem_type

@@ -17,7 +17,7 @@ from ..errors import RecastTargetError
 from ..layer import RecastLayer, fingerprints_of, recast_layers
 from ..names import modules_of
 from ..options.record import Reference, TaskRecord, mean_fidelity
-from ..parts.head import check_head, problem_type_of
+from ..parts.head import check_head, labels_of
 from ..parts.lora import lora_config_of
 from ..parts.wrapper import was_replaced
 from ..placement.sharded import whole_shape
@@ -81,7 +81,7 @@ def record_of_task(config: RecastConfig, model: nn.Module, adapter_name: str) ->
         num_coefficient_sets=max(sets, default=config.num_coefficient_sets),
         coefficient_sharing=_sharing_of(layers, banks, adapter_name),
         lora_config=lora_config_of(backbone, adapter_name),
-        problem_type=problem_type_of(backbone, adapter_name),
+        problem_type=labels_of(backbone, adapter_name).problem_type,
         backbone=config.as_chosen().backbone or describe_backbone(backbone, config.revision),
         fidelity=mean_fidelity(measured) or config.as_chosen().fidelity,
         is_stored=config.is_stored_task,

@@ -220,6 +220,30 @@ class TestTheKindOfLoss:
         assert model.config.problem_type == "multi_label_classification"
         assert model.unload().config.problem_type is None
 
+    def test_names_of_classes_set_on_the_model_stay_with_the_active_task_too(self, tmp_path: Path) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=2), "one").eval()
+        model.config.id2label = {0: "no", 1: "yes"}
+        model.config.label2id = {"no": 0, "yes": 1}
+        model.add_adapter("two", RecastConfig(num_classes=2))
+        model.set_adapter("two")
+        assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+        model.set_adapter("one")
+        assert model.config.id2label == {0: "no", 1: "yes"}
+        with model.disable_adapter():
+            model.config.id2label = {0: "a", 1: "b", 2: "c"}
+        model.save_pretrained(tmp_path)
+        for name, names in (("one", {0: "no", 1: "yes"}), ("two", {0: "LABEL_0", 1: "LABEL_1"})):
+            loaded = PeftModel.from_pretrained(self.bert(), tmp_path / name, name)
+            assert loaded.config.id2label == names
+        assert model.unload().config.id2label == {0: "a", 1: "b", 2: "c"}
+
+    @pytest.mark.parametrize("names", [{0: "no", 2: "yes"}, {0: 1, 1: 2}, {"0": "no", "1": "yes"}])
+    def test_names_that_no_task_may_have_are_not_taken(self, names: Any, tmp_path: Path) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=2, id2label={0: "a", 1: "b"}))
+        model.config.id2label = names
+        model.save_pretrained(tmp_path)
+        assert RecastConfig.from_pretrained(tmp_path).id2label == {0: "a", 1: "b"}
+
     def test_goes_with_a_merged_model(self) -> None:
         model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"))
         assert self.loss_of(model.merge_and_unload().eval()) == "regression"
