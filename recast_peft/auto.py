@@ -137,6 +137,7 @@ class AutoRecastModel:
             RecastHubError: if a repository cannot be reached or read.
             RecastLoadError: if there is no task, a file is damaged, or the backbone cannot be found or built.
             RecastBaseMismatchError: if the backbone's weights are not those that the task was learned on.
+            RecastTargetError: if the backbone has not the modules of the task, or has several of the same weights.
         """
         check_adapter_name(adapter_name)
         unknown = sorted(set(kwargs) - set(PEFT_KEYWORDS))
