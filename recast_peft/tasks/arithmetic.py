@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 from torch import Tensor, nn
 
@@ -287,22 +288,8 @@ def add_combined(
     own = {name: head_of_adapter(model, name) for name in adapters}
     head = combine_heads(own, weights, heads)
     row = combine_rows([task_row(model, name) for name in adapters], weights, combination_type, **options)
-    sharing = {config.coefficient_sharing for config in configs.values()}
-    first = configs[adapters[0]]
     reads_as_model = head is None and any(each is not None for each in own.values())  # by the model's own classifier
-    kept: Any = {"partners": [p for p in first.partners or () if p.acts_on == "bias"]} if reads_as_model else {}  # type: ignore
-    config = layout_of(
-        first,
-        **kept,
-        coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
-        task_type=first.task_type,
-        base_model_name_or_path=first.base_model_name_or_path,
-        lora_config=part,
-        head_type=first.head_type if head is not None else "linear",
-        head_dtype=next((config.head_dtype for config in configs.values() if head is not None), None),
-        **({} if head is None else dataclasses.asdict(head.labels)),
-    )
-    tuner.peft_config[adapter_name] = config
+    tuner.peft_config[adapter_name] = _combined_config(list(configs.values()), part, head, reads_as_model)
     try:
         with undone_on_failure(model):
             tuner.inject_adapter(model, adapter_name)
@@ -314,3 +301,23 @@ def add_combined(
     except BaseException:
         tuner.peft_config.pop(adapter_name, None)
         raise
+
+
+def _combined_config(
+    configs: Sequence[RecastConfig], part: LoraConfig | None, head: PreparedHead | None, reads_as_model: bool
+) -> RecastConfig:
+    """The config of a task that is combined of others: the layout of the first, with what the combined LoRA and head are."""
+    first, sharing = configs[0], {config.coefficient_sharing for config in configs}
+    fields: dict[str, Any] = {} if head is None else dataclasses.asdict(head.labels)
+    if reads_as_model:
+        fields["partners"] = [partner for partner in first.partners or () if partner.acts_on == "bias"]  # type: ignore[union-attr]
+    return layout_of(
+        first,
+        coefficient_sharing=sharing.pop() if len(sharing) == 1 else None,
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        lora_config=part,
+        head_type="linear" if head is None else first.head_type,
+        head_dtype=None if head is None else first.head_dtype,
+        **fields,
+    )

@@ -70,34 +70,23 @@ def _describe_timm(model: nn.Module, pretrained: dict[str, Any], revision: str |
     arguments = {key: value for key, value in arguments.items() if key not in SOURCE_KEYWORDS}
     left_out = sorted(key for key, value in arguments.items() if not _fits_json(value))
     arguments = {key: value for key, value in arguments.items() if key not in left_out}
-    source = pretrained.get("source") or "timm"
-    repository, _, recorded = str(pretrained.get("hf_hub_id") or "").partition("@")
+    name, repository, recorded = _timm_origin(pretrained)
     revision = recorded or revision
-    tag = pretrained.get("tag") or None
-    if source == "hf-hub":
-        name = f"hf-hub:{repository}"
-    elif source == "local-dir":
-        name, repository = f"local-dir:{pretrained.get('file')}", ""
-    else:
-        name = f"{pretrained['architecture']}.{tag}" if tag else pretrained["architecture"]
-    channels, *size = pretrained.get("input_size") or (3,)
-    given = arguments.get("img_size")
-    size = size if given is None else [given, given] if isinstance(given, int) else list(given)
     description = {
         "library": "timm",
         "name": name,
         "architecture": pretrained["architecture"],
-        "tag": tag,
+        "tag": pretrained.get("tag") or None,
         "repository": repository or None,
         "revision": _cached_commit(repository, revision) or revision,
         "class": type(model).__name__,
-        "input_size": [arguments.get("in_chans") or channels, *size],
+        "input_size": _timm_input_size(pretrained, arguments),
         "mean": list(pretrained.get("mean") or ()),
         "std": list(pretrained.get("std") or ()),
         "num_classes": num_classes,
         "arguments": arguments,
     }
-    if pretrained.get("file") and source != "local-dir":
+    if pretrained.get("file") and pretrained.get("source") != "local-dir":
         description["file"] = str(pretrained["file"])
     if pretrained.get("license"):
         description["license"] = pretrained["license"]
@@ -106,6 +95,25 @@ def _describe_timm(model: nn.Module, pretrained: dict[str, Any], revision: str |
     if left_out:
         description["arguments_left_out"] = left_out
     return description
+
+
+def _timm_origin(pretrained: dict[str, Any]) -> tuple[str, str, str]:
+    """The name that timm builds a model by, and the repository and revision of its weights; empty where there is none."""
+    repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
+    source, tag = pretrained.get("source"), pretrained.get("tag")
+    if source == "hf-hub":
+        return f"hf-hub:{repository}", repository, revision
+    if source == "local-dir":
+        return f"local-dir:{pretrained.get('file')}", "", revision
+    return f"{pretrained['architecture']}.{tag}" if tag else pretrained["architecture"], repository, revision
+
+
+def _timm_input_size(pretrained: dict[str, Any], arguments: dict[str, Any]) -> list[int]:
+    channels, *size = pretrained.get("input_size") or (3,)
+    given = arguments.get("img_size")
+    if given is not None:
+        size = [given, given] if isinstance(given, int) else list(given)
+    return [arguments.get("in_chans") or channels, *size]
 
 
 def _own_classes(model: nn.Module, shown: int | None) -> int | None:

@@ -209,18 +209,23 @@ def prepare(
             task = torch.arange(len(next(iter(inputs.values()))), device=device) % len(names)
         graph.eval()
         graph.name_arguments(arguments)
-        try:
-            outputs = list(graph(task, *args, **kwargs))
-        except (RecastError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise RecastConfigError(
-                f"the model cannot be called with the example ({described(inputs)}): {type(error).__name__}: {error}"
-            ) from error
+        outputs = _outputs_of(graph, task, args, kwargs, inputs)
     dynamic = dynamic_dimensions(inputs, dynamic_shapes or {})
     dynamic.update(_dimensions_of_task(graph, task))
     asked = {name for dims in (dynamic_shapes or {}).values() for name in dims.values()}
     return Prepared(graph, task, args, kwargs, list(arguments), inputs, dynamic, asked, outputs, source, names)
+
+
+def _outputs_of(graph: TaskGraph, task: Any, args: tuple, kwargs: dict[str, Any], inputs: Mapping[str, Tensor]) -> list[str]:
+    """The names of a graph's outputs, by a call with the example."""
+    try:
+        return list(graph(task, *args, **kwargs))
+    except (RecastError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RecastConfigError(
+            f"the model cannot be called with the example ({described(inputs)}): {type(error).__name__}: {error}"
+        ) from error
 
 
 def _dimensions_of_task(graph: TaskGraph, task: Any) -> dict[str, dict[int, str]]:
