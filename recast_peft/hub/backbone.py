@@ -144,28 +144,12 @@ def _build_timm(
         raise _no_weights(description, "timm is not installed (pip install timm)") from error
 
     own = dict(given) if isinstance(given, Mapping) else {}
-    registered = timm.list_models()
-    name = str(description["name"])
     missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
     if missing:
         raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
     chosen = timm_arguments(description, own)
-    keywords = {**chosen, **own}
-    if isinstance(given, (str, os.PathLike)):
-        path = Path(given)
-        if not path.exists():
-            raise _no_weights(description, f"there is no checkpoint at backbone={os.fspath(given)!r}")
-        name = f"local-dir:{path}" if path.is_dir() else timm_name(description["architecture"], registered)
-        keywords.update({"pretrained": True} if path.is_dir() else {"checkpoint_path": str(path)})
-    elif not (SOURCE_KEYWORDS - {"cache_dir"}) & set(own):
-        name, found = _timm_source(description, timm_name(name, registered), hub_kwargs)
-        keywords.update(found, pretrained=True)
-        if hub_kwargs.get("cache_dir") is not None:
-            keywords["cache_dir"] = hub_kwargs["cache_dir"]
-    elif "pretrained" not in own and "checkpoint_path" in own:
-        name = timm_name(description["architecture"], registered)
-    else:
-        name = timm_name(name, registered)
+    name, source = _timm_weights(description, given, own, timm.list_models(), hub_kwargs)
+    keywords = {**chosen, **own, **source}
     cache = {key: value for key, value in keywords.items() if key == "cache_dir"}
     _check_bytes(name, chosen, {**{key: value for key, value in own.items() if key not in SOURCE_KEYWORDS}, **cache})
     model = _created(name, keywords)
@@ -178,6 +162,29 @@ def _build_timm(
     pretrained: Any = model.pretrained_cfg
     is_new = "checkpoint_path" not in keywords and getattr(model, "num_classes", None) not in (0, pretrained.get("num_classes"))
     return model, [key for key in model.state_dict() if is_new and key.startswith(_prefixes_of_classifiers(model))]
+
+
+def _timm_weights(
+    description: dict[str, Any],
+    given: Mapping[str, Any] | str | os.PathLike | None,
+    own: Mapping[str, Any],
+    registered: list[str],
+    hub_kwargs: dict[str, Any],
+) -> tuple[str, dict[str, Any]]:
+    """The name for ``timm.create_model``, and the keywords that say where the weights come from beside the caller's own."""
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given)
+        if not path.exists():
+            raise _no_weights(description, f"there is no checkpoint at backbone={os.fspath(given)!r}")
+        if path.is_dir():
+            return f"local-dir:{path}", {"pretrained": True}
+        return timm_name(description["architecture"], registered), {"checkpoint_path": str(path)}
+    if not (SOURCE_KEYWORDS - {"cache_dir"}) & set(own):
+        name, found = _timm_source(description, timm_name(str(description["name"]), registered), hub_kwargs)
+        cache = {} if hub_kwargs.get("cache_dir") is None else {"cache_dir": hub_kwargs["cache_dir"]}
+        return name, {**found, "pretrained": True, **cache}
+    from_file = "pretrained" not in own and "checkpoint_path" in own
+    return timm_name(description["architecture"] if from_file else str(description["name"]), registered), {}
 
 
 def _prefixes_of_classifiers(model: nn.Module) -> tuple[str, ...]:

@@ -59,16 +59,9 @@ class TaskPool(ResidentTasks):
     def __init__(
         self, model: PeftModel, like: str | None = None, slot: str = SLOT, head_dtype: torch.dtype | str | None = None
     ) -> None:
-        tuner = getattr(model, "base_model", None)
-        if not isinstance(tuner, RecastModel):
-            raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
-        names = list(tasks_among(tuner.peft_config))
-        like = next(iter(names), None) if like is None else like
-        if like not in names:
-            raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names) or '(none)'}")
+        self.model, self._tuner = model, _tuner_of(model)
+        tuner, like = self._tuner, _task_like(self._tuner, like)
         check_adapter_name(slot)
-        self.model = model
-        self._tuner = tuner
         part = poolable_part(tuner.model, like)
         layout = layout_of(cast(RecastConfig, tuner.peft_config[like]), inference_mode=True, lora_config=part)
         was_there = slot in tuner.peft_config
@@ -278,6 +271,22 @@ class TaskPool(ResidentTasks):
             return self.held(self.mixed_batch_of([None] * samples))
 
         return base_features(self._tuner, self._layout.config.head_module, inputs, without_tasks)
+
+
+def _tuner_of(model: PeftModel) -> RecastModel:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, RecastModel):
+        raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
+    return tuner
+
+
+def _task_like(tuner: RecastModel, like: str | None) -> str:
+    """The task whose layout a pool's tasks have: the first, unless one is named."""
+    names = list(tasks_among(tuner.peft_config))
+    like = next(iter(names), None) if like is None else like
+    if like not in names:
+        raise RecastConfigError(f"like={like!r}: the model has the tasks {', '.join(names) or '(none)'}")
+    return like
 
 
 def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
