@@ -25,6 +25,7 @@ from .head_building import (
     PrototypeHead,
     class_names,
     classes_of,
+    guessed_problem_type,
     names_every_class,
     owner_of,
     prepare_head,
@@ -144,6 +145,28 @@ class TaskHead(TaskModule):
         """Kind of loss and names of classes of a task's own head: given, found, or set in the model's config since."""
         self._note_labels()
         return self._labels.get(adapter_name)
+
+    def check_loss(self, batch: MixedBatch, labels: Tensor) -> None:
+        """Refuse a loss that transformers would compute as that of the active task, if it is another one's.
+
+        Raises:
+            RecastConfigError: if tasks of the batch have another kind of loss or number of classes than the model shows.
+        """
+        owner = self._owner[0]
+        if batch.is_off or not hasattr(getattr(owner, "config", None), "id2label"):
+            return
+        pooled = batch.pool.labels if batch.pool is not None else self._labels.get
+        called = [pooled(key) or self._base_labels for key in batch.rows(len(batch))]  # type: ignore[arg-type]
+        now = read_labels(owner)
+        shown = (now.problem_type or guessed_problem_type(now, labels), now.num_classes)
+        kinds = sorted({found.problem_type for found in called if found.problem_type is not None})
+        widest = max(found.num_classes or 0 for found in called)
+        if set(kinds) - {shown[0]} or widest != shown[1]:
+            raise RecastConfigError(
+                "labels were given to a batch of several tasks, whose loss the model would compute as the active task's\n"
+                f"  its kind and classes:   {shown[0]}, {shown[1]}\n  those of the batch:     {', '.join(kinds)}, {widest}\n"
+                "Leave labels out and compute the loss from the logits, or call one task at a time with set_adapter."
+            )
 
     def _note_labels(self) -> None:
         """Keep what the model's config says now, a user's or a guess, for the head that is shown."""

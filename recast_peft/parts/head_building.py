@@ -285,6 +285,13 @@ def names_every_class(labels: Labels) -> bool:
     return set(names) == set(range(labels.num_classes or 0)) and all(isinstance(name, str) for name in names.values())
 
 
+def guessed_problem_type(labels: Labels, targets: Tensor) -> str:
+    """The kind of loss that transformers guesses from what a model is trained on, where its config says none."""
+    if labels.num_classes == 1:
+        return "regression"
+    return "multi_label_classification" if targets.is_floating_point() else "single_label_classification"
+
+
 def write_labels(model: nn.Module, labels: Labels) -> None:
     """Make a model say of its classes what ``labels`` says: transformers' config and ``num_labels``, timm's ``num_classes``."""
     if labels.num_classes is None:

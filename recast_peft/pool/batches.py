@@ -28,11 +28,13 @@ def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, b
         numbers = as_numbers(table, tasks)
         keys = tuple(numbers.tolist())
         rows = table.rows_of(keys)
-        heads = {key: table._heads[row].call() for key, row in zip(keys, rows, strict=True) if row in table._heads}
+        stored = {key: table._heads[row] for key, row in zip(keys, rows, strict=True) if row in table._heads}
+        heads = {key: head.call() for key, head in stored.items()}
+        labels = {key: head.labels for key, head in stored.items()}
         where = torch.tensor(rows, dtype=torch.int64, device=table.table.device)
         coefficients = _gathered(table.table, where)
     return MixedBatch(
-        task_ids=numbers, keys=keys, pool=PoolTasks(slot, slices, heads.get), coefficients=coefficients, beams=beams
+        task_ids=numbers, keys=keys, pool=PoolTasks(slot, slices, heads.get, labels.get), coefficients=coefficients, beams=beams
     )
 
 

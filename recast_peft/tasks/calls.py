@@ -19,6 +19,7 @@ from ..composition.mixed_batch import MixedBatch, current_batch, mixed_batch
 from ..errors import RecastConfigError
 from ..layer import RecastLayer
 from ..names import BASE_ADAPTER, modules_of, plain_name
+from ..parts.head import task_heads
 from ..parts.stacking import Adding
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")
@@ -188,6 +189,10 @@ class _Guard:
                 "with it (model(...), model.generate(...), or another method by way of the PEFT model)"
             )
         self.calls.check_no_block_elsewhere()
+        batch, labels = current_batch(), kwargs.get("labels")
+        if batch is not None and isinstance(labels, torch.Tensor) and not torch.compiler.is_compiling():
+            for head in task_heads(module):
+                head.check_loss(batch, labels)
 
 
 def _may_exchange(module: nn.Module) -> bool:

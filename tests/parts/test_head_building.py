@@ -244,6 +244,27 @@ class TestTheKindOfLoss:
         model.save_pretrained(tmp_path)
         assert RecastConfig.from_pretrained(tmp_path).id2label == {0: "a", 1: "b"}
 
+    @pytest.mark.parametrize("by_number", [False, True])
+    def test_of_other_tasks_than_the_active_one_is_refused_in_a_batch(self, by_number: bool) -> None:
+        model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="multi_label_classification"), "one")
+        for name, classes in (("two", 3), ("few", 2)):
+            model.add_adapter(name, RecastConfig(num_classes=classes, problem_type="regression"))
+        model.eval()
+        if by_number:
+            pool = TaskPool(model, slot="pool")
+            for name in ("one", "two", "few"):
+                pool.add(f"{name}_", name)
+            pool.activate("one_")
+        key, suffix = ("task_ids", "_") if by_number else ("adapter_names", "")
+        alike = {"input_ids": self.IDS, "labels": self.TARGETS, key: [f"one{suffix}"] * 4}
+        wanted = binary_cross_entropy_with_logits(model(**alike).logits, self.TARGETS)
+        torch.testing.assert_close(model(**alike).loss, wanted)
+        for names in (["two"] * 4, ["one", "two", "one", "one"], ["few"] * 4):
+            tasks = [name + suffix for name in names]
+            with pytest.raises(RecastConfigError, match="labels were given to a batch of several tasks"):
+                model(input_ids=self.IDS, labels=self.TARGETS, **{key: tasks})
+            assert model(input_ids=self.IDS, **{key: tasks}).logits.shape[0] == 4
+
     def test_goes_with_a_merged_model(self) -> None:
         model = get_recast_model(self.bert(), RecastConfig(num_classes=3, problem_type="regression"))
         assert self.loss_of(model.merge_and_unload().eval()) == "regression"
