@@ -1,6 +1,6 @@
 """Files that are written beside their place and moved into it: a reader, a kill or a full disk finds the old or the new one.
 
-    with staged(path) as beside:      # .NAME.<random>.part in the same folder
+    with staged(path) as beside:      # .NAME.<random>.part/file in the same folder
         write(beside)                 # whatever fails here leaves ``path`` as it was
                                       # flushed to the disk, then moved: os.replace is one step for every reader
 
@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,24 @@ def staged(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent, f".{target.name}.")
-    beside = target.parent / f".{target.name}.{uuid.uuid4().hex}{PART}"
+    outer = target.parent / f".{target.name}.{uuid.uuid4().hex}{PART}"
+    beside = outer / "file"
     try:
-        with ExitStack() as stack, _errors_of_the_disk(target):
-            file = stack.enter_context(open(beside, "xb"))
-            _lock(file.fileno())  # says that this process is alive; safetensors writes by the name
+        outer.mkdir()
+        # the lock says that this process is alive; safetensors moves files of its own there, which nobody else may read
+        with locked(outer, wait=False), _errors_of_the_disk(target):
+            beside.touch(exist_ok=False)
+            mode = beside.stat().st_mode & 0o7777
             yield beside
+            with suppress(OSError):
+                os.chmod(beside, mode)
             if not _is_beside(target):
                 flush(beside)
             replace(beside, target)
         if not _is_beside(target):
             flush(target.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(outer, ignore_errors=True)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

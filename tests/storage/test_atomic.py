@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import converted
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from recast_peft.storage import atomic
 from recast_peft.storage.atomic import locked, staged, staged_folder, write_text
+from recast_peft.storage.tensors import write_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -139,6 +142,43 @@ def test_permissions_stay_and_links_are_followed(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert file.read_text() == "new"
     assert file.stat().st_mode & 0o777 == 0o640
+
+
+def grow_old(folder: Path) -> None:
+    for path in [*folder.rglob("*")]:
+        os.utime(path, (time.time() - 1000, time.time() - 1000))
+
+
+def test_permissions_of_a_new_file_are_the_usual_ones_whoever_writes(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_living_writer_that_moves_a_file_of_its_own_keeps_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    with staged(file) as beside:
+        save_file({"x": torch.ones(2)}, beside)
+        grow_old(tmp_path)
+        write_text(file, "of another one, sooner")
+    assert torch.equal(load_file(file)["x"], torch.ones(2))
+    assert names(tmp_path) == [file.name]
+
+
+def test_what_a_killed_writer_left_beside_its_file_is_removed_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    if (child := os.fork()) == 0:
+        with staged(file) as beside:
+            beside.with_name(".tmp5fT1x8").write_text("half")  # as safetensors does
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert names(tmp_path)
+    grow_old(tmp_path)
+    write_text(file, "whole")
+    assert names(tmp_path) == [file.name]
 
 
 def test_writers_at_the_same_time_leave_one_of_the_contents(tmp_path: Path) -> None:
