@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,6 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
     blocks = dict.fromkeys(block_of(names[id(layer)]) for layer in layers)
     args, kwargs = call_arguments(batch, device_of(model))
     generator = torch.Generator().manual_seed(0)
-    before = [parameter.detach().clone() for parameter in parameters]
 
     def features() -> Tensor:
         model(*args, **kwargs)
@@ -115,22 +115,34 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
         return next(iter(outputs.values())).double()  # the head behind the last block may be zero
 
     changes = []
-    eager = torch.compiler.set_stance  # a compiled graph would call no hook
-    with evaluating(model), torch.no_grad(), eager("force_eager"), captured_outputs(model, blocks, last=True) as outputs:
-        try:
-            wanted = features()
-            for _ in range(_PROBES):
-                for parameter, value in zip(parameters, before, strict=True):
-                    signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-                    parameter.copy_(value + _PROBE_RATE * signs.to(value))
-                changes.append(float((features() - wanted).norm() / wanted.norm()))
-        finally:
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # a compiled graph would call no hook
+        captured_outputs(model, blocks, last=True) as outputs,
+        _put_back(parameters) as before,
+    ):
+        wanted = features()
+        for _ in range(_PROBES):
             for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+                signs = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+                parameter.copy_(value + _PROBE_RATE * signs.to(value))
+            changes.append(float((features() - wanted).norm() / wanted.norm()))
     mean = sum(changes) / len(changes)
     if not mean > 0 or not math.isfinite(mean):
         raise RecastConfigError(f"the coefficients move the features of this batch by {mean}: no rate can be found by it")
     return change * _PROBE_RATE / mean
+
+
+@contextmanager
+def _put_back(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """What parameters hold, which is in them again when the block ends."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield before
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[RecastLayer, TemplateBank, nn.Parameter]]:
