@@ -120,7 +120,7 @@ class DirectionsBank(BankBeside):
 
     @property
     def num_templates(self) -> int:
-        """r * r."""
+        """One for each pair of an input and an output direction: r * r."""
         return self.num_directions**2
 
     def get_templates(self, device: torch.device) -> list[Tensor]:

@@ -68,7 +68,7 @@ def check_recorded(config: RecastConfig) -> None:
         fields["surroundings_fingerprint"] = config.surroundings_fingerprint
     for field, value in fields.items():
         if not is_fingerprint(value):
-            folder = None if config.record is None or config.record.origin is None else config.record.origin[0]
+            folder = None if config.record is None else config.record.folder
             where = "the task" if folder is None else f"the task at {folder!r}"
             raise RecastLoadError(f"{where}: {field}={shown(value)} is not a fingerprint. Fetch the file again.")
 

@@ -107,7 +107,7 @@ class TaskGraph(nn.Module):
         self.forward = named  # type: ignore[method-assign]
 
     def layers(self) -> list[TaskedLayer]:
-        """The targets."""
+        """The target modules as the graph has them."""
         return modules_of(self, TaskedLayer)
 
     def stack_templates(self) -> None:
