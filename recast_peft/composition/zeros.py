@@ -14,7 +14,8 @@ class Zeros:
 
     What outlives a call multiplies by them all the same, so that a task that is written there later is seen: graphs that are
     compiled, exported, traced or captured, and calls whose gradients are recorded, which may be computed again. Numbers that
-    somebody wrote or exchanged since count as any others. A copy begins with nothing noted.
+    somebody wrote or exchanged since count as any others; but torch counts no write in place by way of ``.data``: call
+    ``forget`` then. A copy begins with nothing noted.
 
     Args:
         adapter_name: the adapter.
@@ -22,7 +23,8 @@ class Zeros:
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
-        self._noted: dict[int, tuple[list[str], list[tuple[Tensor, int]]]] = {}  # holder -> what was active, and the numbers
+        # holder -> what was active, and the numbers with what is known of each
+        self._noted: dict[int, tuple[list[str], list[tuple[Tensor, tuple[int, int]]]]] = {}
 
     def __reduce__(self) -> tuple[type[Zeros], tuple[str]]:
         return Zeros, (self.adapter_name,)
@@ -32,7 +34,7 @@ class Zeros:
         for holder in holders:
             numbers = holder.numbers_of(self.adapter_name)
             if numbers and not any(number.is_inference() for number in numbers):
-                self._noted[id(holder)] = list(holder.active_adapters), [(number, number._version) for number in numbers]
+                self._noted[id(holder)] = list(holder.active_adapters), [(n, _state_of(n)) for n in numbers]
 
     def forget(self) -> None:
         """Other numbers may be written from now on."""
@@ -46,9 +48,14 @@ class Zeros:
         active, numbers = noted
         now: Sequence[Tensor] = holder.numbers_of(self.adapter_name) if holder.active_adapters == active else ()
         are_same = len(now) == len(numbers) and all(
-            number is old and number._version == version for number, (old, version) in zip(now, numbers, strict=True)
+            number is old and _state_of(number) == state for number, (old, state) in zip(now, numbers, strict=True)
         )
         return are_same and not _may_be_captured(now[0].device.type)
+
+
+def _state_of(number: Tensor) -> tuple[int, int]:
+    """What is another one where other numbers lie; an exchange of ``.data``, as by ``vector_to_parameters``, is no write."""
+    return number._version, number.data_ptr()
 
 
 def _may_be_captured(device: str) -> bool:

@@ -44,6 +44,14 @@ def exchange(holder: Holder) -> None:
     holder.numbers = nn.Parameter(torch.ones(3))
 
 
+def exchange_data(holder: Holder) -> None:
+    nn.utils.vector_to_parameters(torch.ones(3), [holder.numbers])
+
+
+def swap(holder: Holder) -> None:
+    torch.utils.swap_tensors(holder.numbers, nn.Parameter(torch.ones(3)))
+
+
 def load(holder: Holder) -> None:
     holder.load_state_dict({"numbers": torch.ones(3)}, assign=True)
 
@@ -63,7 +71,7 @@ def test_are_passed_over_where_they_are_all_that_is_active(holder: Holder) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [write, exchange, load, activate, forget])
+@pytest.mark.parametrize("change", [write, exchange, exchange_data, swap, load, activate, forget])
 def test_count_again_after_any_change(holder: Holder, change: Any) -> None:
     change(holder)
     assert not holder.zeros.are_all(holder)
