@@ -258,6 +258,9 @@ class ResidentTasks(TaskTable):
     def load(self, path: str | Path, skip_damaged: bool = False) -> list[str]:
         """Put in all tasks of a file that ``save`` wrote.
 
+        Classifiers stay in the file, which is mapped into memory: another file may take its place, but nothing may be written
+        over it while the pool is in use.
+
         Args:
             path: path of the file.
             skip_damaged: leave out tasks with numbers that are not finite, where otherwise nothing is put in.
