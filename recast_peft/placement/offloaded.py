@@ -35,7 +35,8 @@ def bring_back(module: nn.Module, name: str, device: Any) -> None:
     if held is None:
         module._buffers[name] = own
     else:
-        module._parameters[name] = nn.Parameter(own, requires_grad=held.requires_grad)
+        # the parameter stays the same object: an optimizer may have it already
+        torch.utils.swap_tensors(held, nn.Parameter(own, requires_grad=held.requires_grad))
 
 
 def end_offloading(module: nn.Module) -> None:

@@ -122,6 +122,21 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_an_optimizer_from_before_the_training_mode_trains_every_part(
+    part: dict[str, Any], offload: Callable[[nn.Module], None]
+) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **part), "task").eval()
+    offload(model.get_base_model())
+    given = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.SGD(given.values(), lr=1.0)
+    model.train()
+    model(vit_input()).square().sum().backward()
+    optimizer.step()
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter and parameter.grad is not None for name, parameter in given.items())
+
+
 def test_norms_of_a_model_in_half_precision_are_computed_with_while_they_are_kept_elsewhere(
     offload: Callable[[nn.Module], None],
 ) -> None:
