@@ -79,6 +79,11 @@ def is_matrix(value: Any, rows: int, columns: int) -> bool:
     return all(isinstance(row, list) and len(row) == columns and all(map(is_number, row)) for row in value)
 
 
+def plain_number(value: Any) -> Any:
+    """One number of NumPy or torch as one of Python; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def checked_names(argument: str, given: Any, once: bool = False) -> list[str]:
     """The names of tasks that a verb was given: one, or several in a list.
 
@@ -116,9 +121,10 @@ class Options:
     def check(self, check: Check, *options: str) -> None:
         """Hold options against what they may be (``RecastConfigError``)."""
         for option in options:
-            value = getattr(self, option)
+            value = plain_number(getattr(self, option))
             try:
                 check(value)
+                object.__setattr__(self, option, value)
             except Unexpected as error:
                 raise RecastConfigError(f"{type(self).__name__}({option}={shown(value)}): expected {error}") from error
 
@@ -344,8 +350,7 @@ def share(value: Any) -> float:
 
 def plain(value: Any, depth: int = DEEPEST) -> Any:
     """A value that JSON can hold, as a copy; one number of NumPy or torch becomes a plain one."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = plain_number(value)
     if isinstance(value, Mapping) and depth:
         if not all(isinstance(key, str) for key in value):
             raise Unexpected("texts as the keys of dictionaries")

@@ -32,6 +32,7 @@ from ..validation import (
     optional,
     patterns,
     plain,
+    plain_number,
     shown,
     targets,
     text,
@@ -195,7 +196,7 @@ def check_config(config: Any) -> None:
     for name, check in CHECKS.items():
         value = getattr(config, name)
         try:
-            setattr(config, name, check(value))
+            setattr(config, name, check(plain_number(value)))
         except Unexpected as error:
             raise RecastConfigError(f"RecastConfig({name}={shown(value)}): expected {error}") from error
     is_stored = config.base_fingerprint is not None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from models import tiny_vit
 from peft import PeftConfig
 
-from recast_peft import RecastConfig, RecastConfigError, RecastError, get_recast_model
+from recast_peft import AdaptFormerConfig, RecastConfig, RecastConfigError, RecastError, get_recast_model
 
 GROUPS = {"bank": ["a", "b"]}
 
@@ -205,6 +207,27 @@ class TestAValueThatCannotBeMeant:
 def test_sharing_of_no_kind_is_refused(value: Any) -> None:
     with pytest.raises(RecastConfigError, match="coefficient_sharing"):
         RecastConfig(coefficient_sharing=value)
+
+
+def test_numbers_of_numpy_and_torch_are_kept_as_plain_ones(tmp_path: Path) -> None:
+    labels = np.array([0, 4, 2])
+    partner = AdaptFormerConfig(bottleneck=np.int64(8), scale=np.float32(0.5))
+    config = RecastConfig(
+        num_classes=labels.max() + 1,
+        max_coefficients=torch.tensor(2_000),
+        train_coefficients=np.bool_(True),
+        partners=[partner],
+    )
+    kept = config.num_classes, config.max_coefficients, config.train_coefficients, partner.bottleneck, partner.scale
+    assert [(type(value), value) for value in kept] == [(int, 5), (int, 2_000), (bool, True), (int, 8), (float, 0.5)]
+    config.save_pretrained(tmp_path)
+    assert RecastConfig.from_pretrained(tmp_path).num_classes == 5
+
+
+@pytest.mark.parametrize("wrong", [np.bool_(True), np.float64(3.5), np.array([3]), torch.tensor(0)])
+def test_numbers_of_numpy_and_torch_are_held_to_the_same_bounds(wrong: Any) -> None:
+    with pytest.raises(RecastConfigError, match="num_classes"):
+        RecastConfig(num_classes=wrong)
 
 
 @pytest.mark.parametrize("field", [{"head_type": "prototypes"}, {"head_init": "copy"}, {"head_dtype": "float16"}])
