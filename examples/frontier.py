@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -311,8 +312,11 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(tables), figsize=(7 * len(tables), 6), squeeze=False)
-    for panel, (world, table) in zip(panels[0], tables.items(), strict=True):
+    down, across = math.ceil(len(tables) / 2), min(len(tables), 2)
+    figure, panels = plt.subplots(down, across, figsize=(7 * across, 6 * down), squeeze=False)
+    for panel in panels.flat[len(tables) :]:
+        panel.set_axis_off()
+    for panel, (world, table) in zip(panels.flat, tables.items(), strict=False):
         most = max(len(row.accuracies) for row in table)
         whole = [row for row in table if len(row.accuracies) == most]
         where, heights = [max(row.trainable, 1) for row in whole], [mean(row.accuracies.values()) for row in whole]
