@@ -63,7 +63,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str, fingerprint: str) -> None:
         super().__init__(base_layer, module_name, weight_name)
         self._fingerprint: str | None = fingerprint
-        self._seen = self._sample()
+        self._seen = self.weight_sample()
         self.is_written_to = False  # whether the pretrained weight was found to be another one than it was
         self.has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
@@ -85,7 +85,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
     @property
     def fingerprint(self) -> str:
         """That of the pretrained weight; taken again after ``forget_fingerprint``, and where someone wrote into the weight."""
-        before, sample = self._fingerprint, self._sample()
+        before, sample = self._fingerprint, self.weight_sample()
         is_known = sample is None or self._seen is None or torch.equal(sample, self._seen.to(sample))
         if before is None or not is_known:
             self._fingerprint, self._seen = weight_fingerprint(self.pretrained_weight), sample
@@ -96,7 +96,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         """Other pretrained weights are put in."""
         self._fingerprint = None
 
-    def _sample(self) -> Tensor | None:
+    def weight_sample(self) -> Tensor | None:
         """A few numbers of the pretrained weight, by which what is written into it is seen; None where it is not at hand."""
         weight = pretrained_parameter(self)
         if weight is None or not is_plain(weight) or weight.is_meta or weight.shape != self.weight_shape:

@@ -9,7 +9,7 @@ and in every precision. So they come from a few steps of subspace iteration from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ class DirectionsBank(BankBeside):
     left: Tensor
     right: Tensor
     is_factored = True
+    _seen: Tensor | None = None  # a few numbers of the weight that they were found from
 
     def __init__(self, name: str, members: Sequence[str], layers: Sequence[ComposedModule], num_directions: int) -> None:
         super().__init__(name, members, layers)
@@ -106,12 +107,24 @@ class DirectionsBank(BankBeside):
             # set in place of register_buffer, which low_cpu_mem_usage may redirect to the meta device
             self._buffers[side] = tensor.to(weight.device, weight.dtype)
             self._non_persistent_buffers_set.add(side)
+        self._seen, self.is_outdated = self.layers[0].weight_sample(), False
+
+    def _follow(self) -> None:
+        """Find the directions of the weight that lies there now, if it is another one; banks are a model's last module."""
+        now, seen = self.layers[0].weight_sample(), self._seen
+        is_another = now is not None and (self.left.is_meta or (seen is not None and not torch.equal(now, seen.to(now))))
+        if is_another or self.is_outdated:
+            self._find()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if self.is_outdated:  # the weight was loaded before: banks are a model's last module
-            self._find()
-            self.is_outdated = False
+        self._follow()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DirectionsBank:
+        if not self.left.is_meta:  # else they have no numbers that could be moved
+            super()._apply(fn, recurse)
+        self._follow()
+        return self
 
     @property
     def key(self) -> str:

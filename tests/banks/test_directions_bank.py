@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from models import KINDS, Kind, converted, layers_of, outputs, randomise, seeded, state, tiny_vit, vit_input, weight_names
@@ -425,6 +426,20 @@ class TestTasks:
         left = layers_of(inner)["blocks.0.attn.qkv"].recast_bank["default"].left
         model.load_state_dict(model.state_dict())
         assert layers_of(inner)["blocks.0.attn.qkv"].recast_bank["default"].left is left  # the weights are those that it was of
+
+    @pytest.mark.filterwarnings("ignore:the state dict has other weights")
+    def test_weights_that_came_another_way_bring_their_directions(self, tmp_path: Path) -> None:
+        other = get_recast_model(tiny_vit(seed=1), RecastConfig(target_modules=["qkv"], num_directions=2, init_weights=False))
+        wanted = outputs(other.eval(), vit_input())
+        written = converted(num_directions=2)  # as torch.distributed.checkpoint loads
+        for key, tensor in written.state_dict().items():
+            tensor.copy_(other.state_dict()[key])
+        written.load_state_dict(written.state_dict())
+        assert torch.equal(outputs(written, vit_input()), wanted)
+        accelerate.Accelerator().save_model(other, tmp_path)
+        for model in (converted(num_directions=2), converted(num_directions=2).to("meta")):
+            found = accelerate.load_checkpoint_and_dispatch(model, tmp_path, device_map={"": "cpu"})
+            assert torch.equal(outputs(found, vit_input()), wanted)
 
     def test_training_moves_the_core_alone(self) -> None:
         model = converted("task", num_directions=2).train()
