@@ -29,7 +29,7 @@ class PoolTasks:
     slot: str  # the adapter whose banks the tasks are on
     slices: Mapping[str, slice]  # columns of a task's coefficients, by the names of targets, biases and LoRA factors
     head: Callable[[int], Any]  # the classifier of a task of the batch by its number; None if it has none
-    labels: Callable[[int], Any] = lambda task: None  # what is said of its classes; None if it has no classifier
+    labels: Mapping[int, Any] = field(default_factory=dict)  # what is said of the classes of tasks with a classifier
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,8 @@ class TaskHead(TaskModule):
         owner = self._owner[0]
         if batch.is_off or not hasattr(getattr(owner, "config", None), "id2label"):
             return
-        pooled = batch.pool.labels if batch.pool is not None else self._labels.get
-        called = [pooled(key) or self._base_labels for key in batch.rows(len(batch))]  # type: ignore[arg-type]
+        known = batch.pool.labels if batch.pool is not None else self._labels
+        called = [known.get(key) or self._base_labels for key in batch.rows(len(batch))]  # type: ignore[arg-type]
         now = read_labels(owner)
         shown = (now.problem_type or guessed_problem_type(now, labels), now.num_classes)
         kinds = sorted({found.problem_type for found in called if found.problem_type is not None})

@@ -34,7 +34,7 @@ def hold(table: TaskTable, slot: str, slices: Mapping[str, slice], tasks: Any, b
         where = torch.tensor(rows, dtype=torch.int64, device=table.table.device)
         coefficients = _gathered(table.table, where)
     return MixedBatch(
-        task_ids=numbers, keys=keys, pool=PoolTasks(slot, slices, heads.get, labels.get), coefficients=coefficients, beams=beams
+        task_ids=numbers, keys=keys, pool=PoolTasks(slot, slices, heads.get, labels), coefficients=coefficients, beams=beams
     )
 
 
