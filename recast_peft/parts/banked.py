@@ -69,6 +69,8 @@ class OfBank(StaysInMemory):
             self.register_buffer(name, tensor.to(device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OfBank:
+        for name in [name for name in self.of_bank if getattr(self, name).is_meta]:  # from where nothing can be moved
+            self._buffers[name] = self.of_bank[name]
         super()._apply(fn, recurse)
         for name, tensor in self.of_bank.items():
             self._buffers[name] = tensor.to(getattr(self, name).device)

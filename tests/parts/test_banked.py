@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,16 @@ def test_templates_that_no_state_dict_holds_come_from_the_bank(build: Callable, 
     model, other = build(1), way(build(2))
     assert not torch.equal(outputs(build(2), vit_input()), outputs(model, vit_input()))
     other.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(other, vit_input()), outputs(model, vit_input()))
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+@pytest.mark.filterwarnings("ignore")  # accelerate's, on the one file
+def test_accelerate_loads_a_checkpoint_into_a_model_on_meta(build: Callable, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build(1)
+    accelerate.Accelerator().save_model(model, tmp_path)
+    other = accelerate.load_checkpoint_and_dispatch(build(2).to("meta"), tmp_path, device_map={"": "cpu"})
     assert torch.equal(outputs(other, vit_input()), outputs(model, vit_input()))
 
 
