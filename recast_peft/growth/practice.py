@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def practice_bank(
             "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
         )
     generator = torch.Generator().manual_seed(seed)
-    training = _Training(targets, scales, epochs, batch_size, lr, features or mean_features, seed, generator)
+    seen = features or mean_features
+    train = partial(_train, epochs=epochs, batch_size=batch_size, lr=lr, features=seen, generator=generator)
     in_half = any(parameter.dtype in HALF for parameter in model.parameters())
     if in_half:
         data = each_tensor(data, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
@@ -116,10 +118,13 @@ def practice_bank(
     for index in tqdm(range(tasks), desc="practice", disable=not progress):
         task = _made(families[index % len(families)], data, generator)
         names.append(task.name)
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model).requires_grad_(False)
         if in_half:
             copied = copied.float()  # small steps would be rounded away
-        moved.append(training.moved_by(task, copied))
+        if targets is None:
+            moved.append(_moved_biases(copied, scales, partial(train, task)))
+        else:
+            moved.append(_moved_weights(copied, targets, seed, partial(train, task)))
     if targets is None:
         bank = grow_bias_bank(model, moved, num_templates=num_templates, group_size=group_size, scales=scales)
     else:
@@ -176,75 +181,74 @@ def mean_features(model: nn.Module, inputs: Any) -> Tensor:
     return found.mean(1) if found.ndim == 3 else found.flatten(2).mean(2)
 
 
-@dataclass(frozen=True)
-class _Training:
-    """How practice tasks are trained; ``targets`` of LoRAs are None where biases are trained."""
+def _moved_biases(model: nn.Module, scales: bool, train: Callable[[nn.Module], None]) -> dict[str, Tensor]:
+    """The biases, and perhaps the scales of norms, of a frozen model after training, by their names."""
+    for place in bias_places(model):
+        place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
+        if scales and is_affine_norm(place.module):
+            place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
+    train(model)
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    targets: list[str] | None
-    scales: bool
-    epochs: int
-    batch_size: int
-    lr: float
-    features: Callable[[nn.Module, Any], Tensor]
-    seed: int
-    generator: torch.Generator
 
-    def moved_by(self, task: PracticeTask, model: nn.Module) -> dict[str, Tensor]:
-        """The parameters that training on a task moved, by the names of the plain model."""
-        model.requires_grad_(False)
-        trained: nn.Module = model
-        if self.targets is not None:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                wanted = these_modules(self.targets, find_candidates(model))
-                trained = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=wanted))
-        else:
-            for place in bias_places(model):
-                place.module.bias.requires_grad_(True)  # type: ignore[union-attr]
-                if self.scales and is_affine_norm(place.module):
-                    place.module.weight.requires_grad_(True)  # type: ignore[union-attr]
-        free = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-        with evaluating(trained):
-            self._fit(task, trained, free)
-        if self.targets is not None:
-            state = trained.merge_and_unload().state_dict()  # type: ignore[operator]
-            return {f"{name}.weight": state[f"{name}.weight"] for name in self.targets if f"{name}.weight" in state}
-        return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _moved_weights(model: nn.Module, targets: list[str], seed: int, train: Callable[[nn.Module], None]) -> dict[str, Tensor]:
+    """The weights that LoRAs on targets give after training, by their names; the model is changed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wanted = these_modules(targets, find_candidates(model))
+        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=wanted))
+    train(adapted)
+    state = adapted.merge_and_unload().state_dict()  # type: ignore[operator]
+    return {f"{name}.weight": state[f"{name}.weight"] for name in targets if f"{name}.weight" in state}
 
-    def _fit(self, task: PracticeTask, model: nn.Module, free: list[nn.Parameter]) -> None:
-        """Train free parameters of a model, and a classifier of its features that is then forgotten."""
-        with torch.no_grad():
-            first = self.features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
-        if not isinstance(first, Tensor) or first.ndim != 2 or not first.is_floating_point():
-            given = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
-            raise RecastConfigError(f"features gave {given}: expected floating numbers (batch, features)")
-        device = device_of(model)
-        # the scale of features differs from model to model: of standardised ones, all learn at one rate
-        scale = nn.BatchNorm1d(first.shape[1], affine=False).to(device)
-        head = nn.utils.skip_init(nn.Linear, first.shape[1], task.num_classes).to(device)  # draws no random numbers
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        of_head = {"params": head.parameters(), "lr": 1e-2, "weight_decay": 0.01}
-        optimizer = torch.optim.AdamW([of_head, {"params": free, "lr": self.lr, "weight_decay": 0.0}])
-        steps = self.epochs * math.ceil(len(task.labels) / self.batch_size)
+
+def _train(
+    task: PracticeTask,
+    model: nn.Module,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    features: Callable[[nn.Module, Any], Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Train the free parameters of a model on a task, with a classifier of its features that is then forgotten."""
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    steps = epochs * math.ceil(len(task.labels) / batch_size)
+    with evaluating(model), torch.enable_grad():
+        classifier = _fresh_classifier(task, model, features)
         if steps < 2:
             raise RecastConfigError(
-                f"practice task {task.name!r} has {len(task.labels)} examples, one step of batch_size={self.batch_size}: the "
-                "first step moves the classifier alone. Expected more: give more examples, a smaller batch_size, or more "
-                "epochs."
+                f"practice task {task.name!r} has {len(task.labels)} examples, one step of batch_size={batch_size}: the first "
+                "step moves the classifier alone. Expected more: give more examples, a smaller batch_size, or more epochs."
             )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, self.lr], total_steps=steps, pct_start=0.1)
-        with torch.enable_grad():
-            for rows in _batches(len(task.labels), self.batch_size, self.epochs, self.generator):
-                logits = head(scale(self.features(model, rows_of_inputs(task.inputs, rows)).float()))
-                loss = F.cross_entropy(logits, task.labels[rows].to(device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(free, 1.0)
-                optimizer.step()
-                schedule.step()
-        if not all(parameter.isfinite().all() for parameter in free):
-            raise RecastConfigError(f"practice task {task.name!r} diverged at lr={self.lr:g}: give a smaller lr")
+        of_classifier = {"params": classifier.parameters(), "lr": 1e-2, "weight_decay": 0.01}
+        optimizer = torch.optim.AdamW([of_classifier, {"params": free, "lr": lr, "weight_decay": 0.0}])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, lr], total_steps=steps, pct_start=0.1)
+        for rows in _batches(len(task.labels), batch_size, epochs, generator):
+            logits = classifier(features(model, rows_of_inputs(task.inputs, rows)).float())
+            loss = F.cross_entropy(logits, task.labels[rows].to(logits.device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(free, 1.0)
+            optimizer.step()
+            schedule.step()
+    if not all(parameter.isfinite().all() for parameter in free):
+        raise RecastConfigError(f"practice task {task.name!r} diverged at lr={lr:g}: give a smaller lr")
+
+
+def _fresh_classifier(task: PracticeTask, model: nn.Module, features: Callable[[nn.Module, Any], Tensor]) -> nn.Module:
+    """A classifier of zeros for what is seen of a task's inputs; it draws no random numbers."""
+    with torch.no_grad():
+        first = features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
+    if not isinstance(first, Tensor) or first.ndim != 2 or not first.is_floating_point():
+        given = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        raise RecastConfigError(f"features gave {given}: expected floating numbers (batch, features)")
+    head = nn.utils.skip_init(nn.Linear, first.shape[1], task.num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    # the scale of features differs from model to model: of standardised ones, all learn at one rate
+    return nn.Sequential(nn.BatchNorm1d(first.shape[1], affine=False), head).to(device_of(model))
 
 
 def _batches(count: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -217,11 +217,12 @@ class TestWhatIsTrained:
     def test_a_target_whose_name_others_end_in_is_trained_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         trained: list[set[str]] = []
 
-        def note(training: Any, task: PracticeTask, model: nn.Module, free: list[nn.Parameter]) -> None:
-            trained.append({name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad})
-            free[1].data.fill_(1.0)
+        def note(task: PracticeTask, model: nn.Module, **options: Any) -> None:
+            free = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            trained.append({name.partition(".lora_")[0] for name in free})
+            [*free.values()][1].data.fill_(1.0)
 
-        monkeypatch.setattr(practice._Training, "_fit", note)
+        monkeypatch.setattr(practice, "_train", note)
         model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(8, 8, 8, 8), stem_width=8)
         config = RecastConfig(target_modules=r"conv1", group_size=1)
         family = KnownPictures(pictures=2, views=2)
