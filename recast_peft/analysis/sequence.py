@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,8 +171,7 @@ def learn_in_sequence(
         with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             for name, task in tasks.items():
                 matrix.record(None, name, _measure(model, evaluate, task))
-    before = {name: _numbers(model, name) for name in task_names(model)} if isinstance(model, PeftModel) else {}
-    earlier: dict[str, dict[str, Tensor]] = {}
+    known = {name: _numbers(model, name) for name in task_names(model)} if isinstance(model, PeftModel) else {}
     bar = tqdm(tasks.items(), desc="tasks", disable=not progress)
     mode = model.training
     try:
@@ -181,21 +180,19 @@ def learn_in_sequence(
                 bar.set_postfix_str(name)
                 model = _add_task(model, name, configs[name], None if grow is None else grow.bank)
                 model.train()
-                base = _base_weights(model)
-                train(model, task)
-                _check_base(model, base)
-                _check_untouched(model, before | earlier, name)
-                earlier[name] = _numbers(model, name)
-                for other in tasks if evaluate_unseen else earlier:
-                    model.set_adapter(other if other in earlier else name)
+                with _nothing_else_changes(model, name, known):
+                    train(model, task)
+                known[name] = _numbers(model, name)
+                for other in tasks if evaluate_unseen else [other for other in tasks if other in known]:
+                    model.set_adapter(other if other in known else name)
                     matrix.record(name, other, _measure(model, evaluate, tasks[other]))
                 model.set_adapter(name)
                 if grow is not None and plain is not None:
                     grow.learn(plain, task, model, name)
                     if place % grow_every == 0:
                         grow.grow(plain)
-    except BaseException as error:
-        error.model = model  # type: ignore[attr-defined]
+    except (Exception, KeyboardInterrupt) as error:  # whoever interrupts wants what was learned so far
+        error.model = model  # type: ignore[attr-defined, union-attr]
         raise
     assert isinstance(model, PeftModel)
     model.training = model.base_model.training = mode
@@ -279,24 +276,29 @@ def _sum_of_bits(weight: Tensor) -> int:
     return int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())  # and for other places of them
 
 
-def _check_base(model: PeftModel, before: Mapping[str, tuple[torch.dtype, int]]) -> None:
+@contextmanager
+def _nothing_else_changes(model: PeftModel, new: str, known: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """A block that trains a new task; it may change neither the pretrained model nor tasks whose numbers are known.
+
+    Raises:
+        RecastSequenceError: if it did, or deleted a task.
+    """
+    base = _base_weights(model)
+    yield
     now = _base_weights(model)
     # in another dtype they are other numbers, and nothing says whether somebody wrote into them too
-    changed = [name for name, (dtype, bits) in before.items() if name in now and now[name][0] is dtype and now[name][1] != bits]
+    changed = [name for name, (dtype, bits) in base.items() if name in now and now[name][0] is dtype and now[name][1] != bits]
     if changed:
         raise RecastSequenceError(
             f"training changed the pretrained model, which all tasks share: {listed(changed)}\nLeave it frozen, or give the "
             "tasks copies (modules_to_save, train_norms)."
         )
-
-
-def _check_untouched(model: PeftModel, earlier: Mapping[str, Mapping[str, Tensor]], new: str) -> None:
-    lost = [name for name in (*earlier, new) if name not in model.peft_config]
+    lost = [name for name in (*known, new) if name not in model.peft_config]
     if lost:
         raise RecastSequenceError(f"training deleted the task {lost[0]!r}: delete tasks when all are learned")
-    for name, before in earlier.items():
-        now = _numbers(model, name)
-        changed = [k for k, value in before.items() if k not in now or not torch.equal(now[k].to(value.device), value)]
+    for name, before in known.items():
+        after = _numbers(model, name)
+        changed = [k for k, value in before.items() if k not in after or not torch.equal(after[k].to(value.device), value)]
         if changed:
             raise RecastSequenceError(
                 f"training changed the earlier task {name!r}: {listed(changed)}\n"
