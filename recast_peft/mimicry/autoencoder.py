@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..composition.compose import without_autocast
-from ..validation import COUNT, SEED, number_above, one_of
-from .base import FittedTemplates, MimicryMethod, flatten, local_generator
-from .descent import LOSSES, descend, random_templates
+from ..validation import COUNT
+from .descent import DescentMethod, Start, random_templates
 
 
 @dataclass(frozen=True)
-class AutoEncoder(MimicryMethod):
+class AutoEncoder(DescentMethod):
     """A network with one hidden layer predicts the coefficients; it and the templates are trained together.
 
     Args:
@@ -37,7 +35,6 @@ class AutoEncoder(MimicryMethod):
     """
 
     name: ClassVar[str] = "autoencoder"
-    fits_full_banks: ClassVar[bool] = True
 
     hidden_size: int = 8
     features: int = 1024
@@ -48,19 +45,10 @@ class AutoEncoder(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check(one_of(*LOSSES), "loss")
-        self.check(COUNT, "hidden_size", "features", "steps")
-        self.check(number_above(0), "learning_rate")
-        self.check(SEED, "seed")
+        super().__post_init__()
+        self.check(COUNT, "hidden_size", "features")
 
-    @without_autocast()
-    @torch.enable_grad()
-    def fit(
-        self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
-    ) -> FittedTemplates:
-        """Train one bank; see :meth:`MimicryMethod.fit`."""
-        target = flatten(weights)  # (layers, numbers)
-        generator = local_generator(self.seed, label, target.device)
+    def begin(self, weights: Sequence[Tensor], target: Tensor, num_templates: int, generator: torch.Generator) -> Start:
         seen = F.adaptive_avg_pool1d(target[:, None], min(self.features, target.shape[1]))[:, 0]  # (layers, features)
         seen = (seen - seen.mean()) / seen.std().clamp_min(1e-12)
         parameters = [
@@ -74,15 +62,9 @@ class AutoEncoder(MimicryMethod):
             parameter.requires_grad_()
         into, into_bias, out, out_bias, templates = parameters
         optimizer = torch.optim.RMSprop(parameters, lr=self.learning_rate)
-        return descend(
-            weights,
-            target,
+        return Start(
             templates,
             lambda: F.linear(torch.tanh(F.linear(seen, into, into_bias)), out, out_bias),
             optimizer,
             torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps),
-            steps=self.steps,
-            loss=self.loss,
-            label=label,
-            progress=self.progress,
         )

@@ -14,12 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..composition.compose import without_autocast
 from ..errors import RecastConfigError
-from ..validation import COUNT, SEED, number_above, one_of, optional
-from .base import FittedTemplates, MimicryMethod, flatten, local_generator
+from ..validation import COUNT, number_above, one_of, optional
 from .closed_form import gram_matrix, recipe_from_gram
-from .descent import LOSSES, descend, random_templates
+from .descent import DescentMethod, Start, random_templates
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
 
@@ -30,7 +28,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Gradient(MimicryMethod):
+class Gradient(DescentMethod):
     """Templates and coefficients by gradient descent on the difference of the weights.
 
     Args:
@@ -51,7 +49,6 @@ class Gradient(MimicryMethod):
     """
 
     name: ClassVar[str] = "gradient"
-    fits_full_banks: ClassVar[bool] = True
 
     steps: int = 1000
     loss: str = "smooth_l1"
@@ -68,14 +65,13 @@ class Gradient(MimicryMethod):
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self.check(one_of(*LOSSES), "loss")
+        super().__post_init__()
         self.check(one_of(*OPTIMIZERS), "optimizer")
         self.check(one_of("random", "closed_form"), "start")
-        self.check(COUNT, "steps", "decay_every", "fit_sets")
-        self.check(number_above(0), "loss_scale", "learning_rate", "decay")
+        self.check(COUNT, "decay_every", "fit_sets")
+        self.check(number_above(0), "loss_scale", "decay")
         self.check(number_above(0, itself=True), "coefficient_noise")
         self.check(optional(number_above(0)), "clip_norm")
-        self.check(SEED, "seed")
 
     @classmethod
     def paper(cls, backbone: str = "vit", **options: Any) -> Gradient:
@@ -91,48 +87,22 @@ class Gradient(MimicryMethod):
             raise RecastConfigError(f"Gradient.paper({backbone!r}): expected one of {', '.join(PAPER)}")
         return cls(**{**PAPER[backbone], **options})
 
-    @without_autocast()
-    @torch.enable_grad()
-    def fit(
-        self, weights: Sequence[Tensor], num_templates: int, *, label: str = "", moments: Sequence[Tensor | None] | None = None
-    ) -> FittedTemplates:
-        """Train one bank; see :meth:`MimicryMethod.fit`."""
-        target = flatten(weights)  # (layers, numbers)
-        generator = local_generator(self.seed, label, target.device)
-        templates, sets = self._begin(weights, target, num_templates, generator)
-        optimizer = OPTIMIZERS[self.optimizer]([templates, sets], lr=self.learning_rate)
-
-        def noise() -> Tensor:
-            drawn = torch.randn(sets.shape, generator=generator, dtype=sets.dtype, device=sets.device)
-            return (drawn * self.coefficient_noise).mean(dim=0)
-
-        return descend(
-            weights,
-            target,
-            templates,
-            lambda: sets.mean(dim=0),
-            optimizer,
-            torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, self.decay),
-            steps=self.steps,
-            loss=self.loss,
-            noise=noise if self.coefficient_noise else None,
-            loss_scale=self.loss_scale,
-            clip_norm=self.clip_norm,
-            label=label,
-            progress=self.progress,
-        )
-
-    def _begin(
-        self, weights: Sequence[Tensor], target: Tensor, num_templates: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Templates ``(templates, numbers)`` and coefficient sets ``(sets, layers, templates)`` to start from."""
+    def begin(self, weights: Sequence[Tensor], target: Tensor, num_templates: int, generator: torch.Generator) -> Start:
         if self.start == "closed_form":
             recipe = recipe_from_gram(gram_matrix(weights), num_templates)
             templates = recipe.mix.to(target) @ target
             sets = recipe.base.to(target).expand(self.fit_sets, -1, -1).clone()
         else:
             templates = random_templates(weights[0], num_templates, generator)
-            sets = target.new_empty(self.fit_sets, len(weights), num_templates)
+            sets = target.new_empty(self.fit_sets, len(target), num_templates)
             for one in sets:
                 torch.nn.init.orthogonal_(one, generator=generator)
-        return templates.requires_grad_(), sets.requires_grad_()
+        trained = [templates.requires_grad_(), sets.requires_grad_()]
+        optimizer = OPTIMIZERS[self.optimizer](trained, lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.decay_every, self.decay)
+
+        def noise() -> Tensor:
+            drawn = torch.randn(sets.shape, generator=generator, dtype=sets.dtype, device=sets.device)
+            return (drawn * self.coefficient_noise).mean(dim=0)
+
+        return Start(templates, lambda: sets.mean(dim=0), optimizer, schedule, noise if self.coefficient_noise else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,25 +12,31 @@ from torch import Tensor
 
 from recast_peft import RecastConfigError
 from recast_peft.mimicry import FittedTemplates
-from recast_peft.mimicry.descent import LOSSES, descend, random_templates
+from recast_peft.mimicry.descent import LOSSES, DescentMethod, Start, random_templates
 
 WEIGHTS = [torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]])]  # twice the first one
 
 
-def descended(templates: list[float], base: list[float], rate: float = 0.0, **options: Any) -> FittedTemplates:
+@dataclass(frozen=True)
+class Plain(DescentMethod):
     """Plain gradient descent on one template and a coefficient for each of the two weights."""
-    given, coefficients = torch.tensor([templates]), torch.tensor(base)[:, None]
-    optimizer = torch.optim.SGD([given.requires_grad_(), coefficients.requires_grad_()], lr=rate)
-    return descend(
-        WEIGHTS,
-        torch.cat(WEIGHTS),
-        given,
-        lambda: coefficients,
-        optimizer,
-        torch.optim.lr_scheduler.ConstantLR(optimizer),
-        progress=False,
-        **{"steps": 20, "loss": "mse", **options},
-    )
+
+    templates: tuple[float, ...] = (3.0, 4.0)
+    base: tuple[float, ...] = (1.0, 2.0)
+    noise: Callable[[], Tensor] | None = None
+    steps: int = 20
+    learning_rate: float = 1e-9
+    loss: str = "mse"
+    loss_scale: float = 1.0
+    clip_norm: float | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def begin(self, weights: Sequence[Tensor], target: Tensor, num_templates: int, generator: torch.Generator) -> Start:
+        templates, coefficients = torch.tensor([self.templates]), torch.tensor(self.base)[:, None]
+        optimizer = torch.optim.SGD([templates.requires_grad_(), coefficients.requires_grad_()], lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return Start(templates, lambda: coefficients, optimizer, schedule, self.noise)
 
 
 def composed(found: FittedTemplates) -> Tensor:
@@ -36,12 +44,12 @@ def composed(found: FittedTemplates) -> Tensor:
 
 
 def test_the_start_is_kept_where_every_step_is_worse() -> None:
-    found = descended([3.0, 4.0], [1.0, 1.9], rate=10.0)  # each step goes far too wide
+    found = Plain(base=(1.0, 1.9), learning_rate=10.0).fit(WEIGHTS, 1)  # each step goes far too wide
     torch.testing.assert_close(composed(found), torch.tensor([[3.0, 4.0], [5.7, 7.6]], dtype=torch.float64))
 
 
 def test_steps_that_help_are_taken() -> None:
-    found = descended([3.0, 4.0], [0.5, 1.0], rate=0.01, steps=500)
+    found = Plain(base=(0.5, 1.0), learning_rate=0.01, steps=500).fit(WEIGHTS, 1)
     torch.testing.assert_close(composed(found), torch.cat(WEIGHTS).double(), rtol=1e-3, atol=1e-3)
     assert found.templates.shape == (1, 1, 2)
 
@@ -53,7 +61,7 @@ def test_noise_is_trained_with_but_does_not_count() -> None:
         drawn.append(1)
         return torch.full((2, 1), 100.0)
 
-    found = descended([3.0, 4.0], [1.0, 2.0], rate=1e-3, noise=noise, steps=3)
+    found = Plain(learning_rate=1e-3, noise=noise, steps=3).fit(WEIGHTS, 1)
     assert len(drawn) == 3
     # without the noise the start is exact, and every step that trained with it is worse
     torch.testing.assert_close(composed(found), torch.cat(WEIGHTS).double())
@@ -61,24 +69,26 @@ def test_noise_is_trained_with_but_does_not_count() -> None:
 
 @pytest.mark.parametrize(("clip_norm", "length"), [(None, 2.0), (0.5, 0.5)])
 def test_gradients_are_clipped_to_the_norm_that_was_asked_for(clip_norm: float | None, length: float) -> None:
-    target, templates = torch.tensor([[4.0]]), torch.tensor([[2.0]], requires_grad=True)
-    optimizer = torch.optim.SGD([templates], lr=1.0)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    seen = []
-    base = torch.tensor([[1.0]])
+    seen: list[float] = []
 
-    def coefficients() -> Tensor:
-        seen.append(templates.item())
-        return base
+    class Watched(Plain):
+        def begin(self, *given: Any) -> Start:
+            templates = torch.tensor([[2.0]], requires_grad=True)
+            optimizer = torch.optim.SGD([templates], lr=1.0)
 
-    descend([target], target, templates, coefficients, optimizer, schedule, steps=1, loss="l1", loss_scale=2.0,
-            clip_norm=clip_norm, progress=False)  # fmt: skip
+            def coefficients() -> Tensor:
+                seen.append(templates.item())
+                return torch.tensor([[1.0]])
+
+            return Start(templates, coefficients, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
+
+    Watched(steps=1, loss="l1", loss_scale=2.0, clip_norm=clip_norm).fit([torch.tensor([[4.0]])], 1)
     assert seen == pytest.approx([2.0, 2.0 + length])  # the gradient of 2 |t - 4| at t = 2 is -2
 
 
 def test_no_finite_loss_is_refused() -> None:
     with pytest.raises(RecastConfigError, match=r"mimicry of blocks never had a finite loss; give a smaller learning_rate"):
-        descended([float("nan"), 1.0], [1.0, 1.0], label="blocks")
+        Plain((float("nan"), 1.0)).fit(WEIGHTS, 1, label="blocks")
 
 
 @pytest.mark.parametrize(("loss", "value"), [("mse", 3.125), ("l1", 1.25), ("smooth_l1", 1.0)])

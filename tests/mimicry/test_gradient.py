@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from models import converted, outputs, tiny_vit, vit_input
@@ -16,6 +14,7 @@ from recast_peft import (
     mimicry_report,
 )
 from recast_peft.mimicry import Gradient
+from recast_peft.mimicry.base import flatten
 
 
 @pytest.mark.parametrize("loss", ["smooth_l1", "mse", "l1"])
@@ -36,11 +35,11 @@ def test_from_the_closed_form_never_ends_worse(loss: str, rate: float) -> None:
     assert error(method.fit(weights, 2, label="g"), weights) <= optimum(weights, 2) * (1 + 1e-4)
 
 
-def test_every_coefficient_of_every_set_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("recast_peft.mimicry.gradient.descend", lambda *args, **options: given.update(options))
-    Gradient(coefficient_noise=0.5, fit_sets=4).fit(group(), 2)
-    drawn = torch.stack([given["noise"]() for _ in range(500)])  # (draws, layers, templates)
+def test_every_coefficient_of_every_set_has_noise_of_its_own() -> None:
+    weights = group()
+    start = Gradient(coefficient_noise=0.5, fit_sets=4).begin(weights, flatten(weights), 2, torch.Generator())
+    assert start.noise is not None
+    drawn = torch.stack([start.noise() for _ in range(500)])  # (draws, layers, templates)
     assert drawn.shape[1:] == (4, 2)
     torch.testing.assert_close(drawn.std(dim=0), torch.full((4, 2), 0.5 / 2), rtol=0.2, atol=0)  # of a mean of four
 
