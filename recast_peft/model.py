@@ -291,8 +291,11 @@ def _chosen_for_task(config: RecastConfig, is_first: bool, state_dict: Mapping[s
     chosen = config.as_chosen()
     if state_dict is not None and chosen.groups is None:
         names = {plain_name(key).removeprefix(MODEL_PREFIX) for key in state_dict if COEFFICIENTS in key}
-        return config.as_chosen(target_modules=sorted(name.partition(f".{PREFIX}")[0] for name in names))
-    if is_first and not config.is_stored_task and config.task_type in ADDED_LATE:
+        chosen.target_modules = sorted(name.partition(f".{PREFIX}")[0] for name in names)
+        held = {part for key in state_dict for part in key.split(".")}  # the classifier too, if the task has one
+        saved = [name for name in saved_by_task_type(config) or () if name in held or name in (config.modules_to_save or ())]
+        chosen.modules_to_save = saved or None
+    elif is_first and not config.is_stored_task and config.task_type in ADDED_LATE:
         chosen.modules_to_save = saved_by_task_type(config)
     return chosen
 

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from models import move, small_transformer, small_vit
-from peft import LoraConfig, PeftModel
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from pools import TOKENS, text_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -257,6 +263,19 @@ def test_the_classifier_that_a_task_type_adds_is_the_tasks_own(task_type: str, t
     loaded.save_pretrained(tmp_path / "again")
     stored = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("task", "again/task")]
     assert stored[0]["modules_to_save"] == stored[1]["modules_to_save"]
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_a_state_dict_says_whether_a_task_type_brings_a_classifier(task_type: str) -> None:
+    model = get_recast_model(text_model(task_type), RecastConfig(task_type=task_type)).eval()
+    plain = get_recast_model(text_model(task_type), RecastConfig()).eval()
+    for trained in (model, plain):
+        for parameter in [p for p in trained.parameters() if p.requires_grad]:
+            parameter.data.add_(0.1)
+        state = get_peft_model_state_dict(trained)
+        other = inject_adapter_in_model(RecastConfig(task_type=task_type), text_model(task_type), state_dict=state).eval()
+        assert not set_peft_model_state_dict(other, state).unexpected_keys
+        assert torch.equal(other(input_ids=TOKENS)[0], trained(input_ids=TOKENS)[0])
 
 
 def test_a_task_without_a_classifier_beside_one_whose_type_brings_one(tmp_path: Path) -> None:
