@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -127,10 +128,7 @@ class TaskHead(TaskModule):
         return copy.deepcopy(module).to(self.dtype_of_model) if is_rounded else module
 
     def changed(self) -> None:
-        """Let the model's config name the classes of the head that is called; prototypes are never trained."""
-        for module in self.modules_to_save.values():
-            if isinstance(module, PrototypeHead):
-                module.prototypes.requires_grad_(False)
+        """Let the model's config name the classes of the head that is called."""
         self._note_labels()
         self._write_labels()
 
@@ -206,7 +204,8 @@ class TaskHead(TaskModule):
     def called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a head gives; one in float32 behind a model in half precision gives it in that."""
         x: Any = next(iter(args), None)
-        own = next(module.parameters(), None) if isinstance(module, nn.Module) else None  # a pool's are functions
+        held = chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()  # a pool's are functions
+        own: Any = next(iter(held), None)
         is_mixed = isinstance(x, Tensor) and x.dtype in HALF and own is not None and own.dtype == torch.float32
         if not is_mixed or torch.is_autocast_enabled(x.device.type):
             return module(*args, **kwargs)
@@ -289,7 +288,7 @@ class HeadPart(TaskPart):
 
     def install(self, place: Place, pieces: list[PreparedHead]) -> None:
         for head in pieces:
-            if any(parameter.dtype in HALF for parameter in head.module.parameters()):
+            if any(tensor.dtype in HALF for tensor in head.module.state_dict().values()):
                 head.module.float()  # steps are lost in bfloat16, and gradients of float16 cannot be unscaled (GradScaler)
             task_head(place.model, head.place).put(place.adapter_name, head, place.active, place.inference_mode)
 

@@ -42,10 +42,12 @@ class PrototypeHead(nn.Module):
         input ``(..., features)``, output ``(..., classes)``; prototypes ``(classes, features)``.
     """
 
+    prototypes: Tensor
+
     def __init__(self, num_features: int, num_classes: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        empty = torch.zeros(num_classes, num_features, device=device, dtype=dtype)
-        self.prototypes = nn.Parameter(empty, requires_grad=False)
+        # no frozen parameter: whoever saves what was trained leaves those out
+        self.register_buffer("prototypes", torch.zeros(num_classes, num_features, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         prototypes = self.prototypes.to(x.dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import small_vit
 from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from recast_peft import RecastConfig, RecastConfigError, RecastTargetError, get_recast_model
 from recast_peft.parts.discriminant import fit_discriminant_head
@@ -92,8 +93,31 @@ class TestPrototypes:
     def test_they_are_stored_and_never_trained(self, images, tmp_path):
         model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes"))
         fit_prototypes(model, [(images, torch.tensor([0, 1] * 3))])
-        assert not any("prototypes" in n for n, p in model.named_parameters() if p.requires_grad)
+        assert not any("prototypes" in name for name, _ in model.named_parameters())
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(small_vit(), tmp_path)
         assert isinstance(again.get_base_model().head.modules_to_save["default"], PrototypeHead)
         assert torch.equal(again(images), model(images))
+
+    def test_they_are_part_of_what_torch_saves_without_the_pretrained_weights(self, images):
+        trained = StateDictOptions(ignore_frozen_params=True, strict=False)
+        model = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes")).eval()
+        fit_prototypes(model, [(images, torch.tensor([0, 1] * 3))])
+        state = get_model_state_dict(model, options=trained)
+        assert not any(key.endswith("patch_embed.proj.weight") for key in state)
+        other = get_recast_model(small_vit(), RecastConfig(num_classes=2, head_type="prototypes")).eval()
+        assert not torch.equal(other(images), model(images))
+        set_model_state_dict(other, state, options=trained)
+        assert torch.equal(other(images), model(images))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_they_compute_in_float32_behind_a_model_in_half_precision(self, dtype, images):
+        model = get_recast_model(small_vit().to(dtype), RecastConfig(num_classes=2, head_type="prototypes")).eval()
+        inside: list[torch.Tensor] = []
+        model.get_base_model().head.register_forward_pre_hook(lambda module, args: inside.append(args[0].float()))
+        means = fit_prototypes(model, [(images.to(dtype), torch.tensor([0, 1] * 3))])
+        assert means.dtype == torch.float32
+        logits = model(images.to(dtype))
+        assert logits.dtype == dtype
+        distances = torch.cdist(inside[-1].double(), means.double()).square()
+        torch.testing.assert_close(logits.double(), -distances, rtol=torch.finfo(dtype).eps, atol=1e-4)
