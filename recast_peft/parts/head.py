@@ -54,13 +54,16 @@ class TaskHead(TaskModule):
 
     def put(self, adapter_name: str, head: PreparedHead, active: bool = False, inference_mode: bool = False) -> None:
         """Give a task its head."""
-        same = head.labels.num_classes == self._base_labels.num_classes
-        inherited = self._base_labels.problem_type if same else None
-        labels = head.labels
-        self._labels[adapter_name] = dataclasses.replace(labels, problem_type=labels.problem_type or inherited)
+        self._labels[adapter_name] = self._with_kind_of_loss(head.labels)
         if head.stored_dtype is not None:
             self._stored_dtype[adapter_name] = head.stored_dtype
         self.add(adapter_name, head.module, active, inference_mode)
+
+    def _with_kind_of_loss(self, labels: Labels) -> Labels:
+        """Labels of a task with the model's kind of loss, where they say none and there are as many classes."""
+        same = labels.num_classes == self._base_labels.num_classes
+        inherited = self._base_labels.problem_type if same else None
+        return dataclasses.replace(labels, problem_type=labels.problem_type or inherited)
 
     def adopt(self, wrapper: TaskModule) -> None:
         """Take over the modules of a plain wrapper that stood here before."""
@@ -88,7 +91,7 @@ class TaskHead(TaskModule):
             numbers = head.state()
             for key, value in present.state_dict().items():
                 value.copy_(numbers[key])
-            self._labels[slot] = head.labels
+            self._labels[slot] = self._with_kind_of_loss(head.labels)
         else:
             self.put(slot, PreparedHead(self.module_name, head.copy(), head.labels, head.stored_dtype))
         self._adapters.add(slot)

@@ -17,6 +17,7 @@ from ..errors import RecastBankError, RecastConfigError
 from ..model import RecastModel
 from ..parts.bias_part import bias_holders
 from ..parts.head import TaskHead, task_head, task_heads
+from ..parts.head_building import Labels
 from ..parts.lora_strength import PartStrength
 from ..parts.readout import readout_holders
 from ..tasks.verbs import merged_tasks
@@ -44,6 +45,7 @@ class Slot:
         self._idle: list[Any] = [*keep_base, *readout_holders(layout.backbone, name)]
         self._heads: list[TaskHead] = task_heads(layout.backbone)
         self._places: set[str] = set()  # names of the modules in whose place they stand
+        self._shown: tuple[TaskHead, StoredHead] | None = None  # the active task's, and where it stands
         self.holds: str | None = None  # the task that is written into it
 
     @property
@@ -196,10 +198,20 @@ class Slot:
 
     def _show(self, head: StoredHead | None) -> None:
         """Make a classifier active; at every other place the model's own."""
+        if self._shown is not None:
+            self._shown[1].shown_by(None)
+            self._shown = None
         # make_place_for has seen to it; a search through the model would take longer than all the rest
         shown = None if head is None else next(w for w in self._heads if w.module_name == head.kind.name)
         for wrapper in self._heads:
             if wrapper is not shown and self.name in wrapper._active_adapter:
                 wrapper.show(self.name, None)
-        if shown is not None:
+        if shown is not None and head is not None:
             shown.show(self.name, head)
+            self._shown = shown, head
+            head.shown_by(self)
+
+    def labels_now(self) -> Labels | None:
+        """What the model says of the classes of the task that it shows; None once the slot is no longer the pool's."""
+        is_own = any(pool._slot is self for pool in self.tuner.task_pool)
+        return self._shown[0].labels_of(self.name) if is_own and self._shown is not None else None

@@ -67,7 +67,7 @@ class StoredHead:
         row: its place among many classifiers.
     """
 
-    __slots__ = ("block", "kind", "labels", "live", "row", "stored_dtype")
+    __slots__ = ("_labels", "block", "kind", "live", "row", "slot", "stored_dtype")
 
     def __init__(
         self,
@@ -77,8 +77,20 @@ class StoredHead:
         stored_dtype: torch.dtype | None = None,
         row: int | None = None,
     ) -> None:
-        self.kind, self.block, self.labels, self.stored_dtype, self.row = kind, tensors, labels, stored_dtype, row
+        self.kind, self.block, self._labels, self.stored_dtype, self.row = kind, tensors, labels, stored_dtype, row
         self.live: nn.Module | None = None  # the module, once it may be trained or written to
+        self.slot: Any = None  # through which the model shows it
+
+    @property
+    def labels(self) -> Labels:
+        """Labels of the task; while the model shows it, with what is set in the model's config."""
+        if self.slot is not None:
+            self._labels = self.slot.labels_now() or self._labels
+        return self._labels
+
+    def shown_by(self, slot: Any) -> None:
+        """Say through which slot the model shows it from now on; None: it does no longer."""
+        self._labels, self.slot = self.labels, slot
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

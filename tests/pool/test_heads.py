@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from language_models import bert
 from models import TinyVit, move, outputs, tiny_vit
 from peft import PeftModel
 from pools import tiny_pool
@@ -78,6 +81,51 @@ def with_copied_head(plain: nn.Module):
     for parameter in model.get_base_model().head.modules_to_save.parameters():
         parameter.data.add_(1)
     return model
+
+
+class TestLabels:
+    def pool(self) -> TaskPool:
+        pool = TaskPool(get_recast_model(bert(), RecastConfig(target_modules=["query"])).eval())
+        for name in ("one", "two"):
+            pool.add(name, RecastConfig(num_classes=2))
+        return pool
+
+    def test_set_in_the_models_config_stay_with_the_active_task(self, tmp_path):
+        pool = self.pool()
+        config = pool.model.config
+        pool.activate("one")
+        config.id2label, config.problem_type = {0: "no", 1: "yes"}, "multi_label_classification"
+        assert pool.labels("one") == {0: "no", 1: "yes"}
+        pool.activate("two")
+        assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+        assert config.problem_type is None
+        config.id2label = {0: "cat", 1: "dog"}
+        twin = copy.deepcopy(pool.model).base_model.task_pool[0]
+        twin.model.config.id2label = {0: "frog", 1: "toad"}
+        assert [pool.labels("two")[0], twin.labels("two")[0]] == ["cat", "frog"]
+        pool.save(tmp_path / "pool")  # without a look at the second
+        again = TaskPool(get_recast_model(bert(), RecastConfig(target_modules=["query"])).eval())
+        again.load(tmp_path / "pool")
+        assert [again.labels("one"), again.labels("two")] == [{0: "no", 1: "yes"}, {0: "cat", 1: "dog"}]
+        again.activate("one")
+        assert again.model.config.problem_type == "multi_label_classification"
+
+    def test_set_under_another_pools_task_in_the_slot_are_that_ones(self):
+        pool = self.pool()
+        pool.activate("one")
+        other = TaskPool(pool.model)
+        other.add("third", RecastConfig(num_classes=2))
+        other.activate("third")
+        pool.model.config.id2label = {0: "no", 1: "yes"}
+        assert pool.labels("one") is None
+        assert other.labels("third") == {0: "no", 1: "yes"}
+
+    def test_the_kind_of_loss_is_the_models_each_time(self):
+        pool = TaskPool(get_recast_model(bert(problem_type="regression"), RecastConfig(target_modules=["query"])).eval())
+        for name in ("one", "two", "three"):
+            pool.add(name, RecastConfig(num_classes=pool.model.config.num_labels))
+            pool.activate(name)
+            assert pool.model.config.problem_type == "regression"
 
 
 class TestCopiesOfTheModelsOwn:
