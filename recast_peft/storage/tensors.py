@@ -167,7 +167,11 @@ def _unreadable(what: str, path: str | os.PathLike, reason: Exception) -> Recast
         return RecastLoadError(f"{what} cannot be read: {os.fspath(path)} is {found}")
     if not _is_utf8(path):
         return RecastLoadError(f"{what} cannot be read: {_NOT_UTF8}")
-    return RecastLoadError(f"{what} is damaged or incomplete: {reason}\nNothing was loaded; fetch it again.")
+    return _unusable(what, f"is damaged or incomplete: {reason}")
+
+
+def _unusable(what: str, why: str) -> RecastLoadError:
+    return RecastLoadError(f"{what} {why}\nNothing was loaded; fetch it again.")
 
 
 def _is_utf8(path: str | os.PathLike) -> bool:
@@ -182,19 +186,15 @@ def check_floating(what: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse numbers of a kind that no weight or coefficient has (``RecastLoadError``)."""
     wrong = [key for key, tensor in tensors.items() if tensor.dtype not in FLOATING]
     if wrong:
-        raise RecastLoadError(
-            f"{what} holds numbers of another kind{_and_more(wrong)}\n  {wrong[0]}: {_name(tensors[wrong[0]].dtype)}\n"
-            f"  expected: {', '.join(map(_name, FLOATING))}\nNothing was loaded; fetch it again."
-        )
+        kinds = f"{_name(tensors[wrong[0]].dtype)}\n  expected: {', '.join(map(_name, FLOATING))}"
+        raise _unusable(what, f"holds numbers of another kind{_and_more(wrong)}\n  {wrong[0]}: {kinds}")
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse infinity and NaN (``RecastLoadError``)."""
     wrong = [key for key, tensor in tensors.items() if not tensor.is_meta and not _finite(tensor)]
     if wrong:
-        raise RecastLoadError(
-            f"{what} holds infinity or NaN in {wrong[0]}{_and_more(wrong)}\nNothing was loaded; fetch it again."
-        )
+        raise _unusable(what, f"holds infinity or NaN in {wrong[0]}{_and_more(wrong)}")
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -214,13 +214,11 @@ def check_shapes(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str
     """Refuse missing tensors and other shapes (``RecastLoadError``)."""
     missing = [key for key in expected if key not in tensors]
     if missing:
-        raise RecastLoadError(f"{what} lacks {missing[0]}{_and_more(missing)}\nNothing was loaded; fetch it again.")
+        raise _unusable(what, f"lacks {missing[0]}{_and_more(missing)}")
     wrong = [key for key, shape in expected.items() if tuple(tensors[key].shape) != tuple(shape)]
     if wrong:
-        raise RecastLoadError(
-            f"{what} holds another shape{_and_more(wrong)}\n  {wrong[0]}: {tuple(tensors[wrong[0]].shape)}\n"
-            f"  expected: {tuple(expected[wrong[0]])}\nNothing was loaded; fetch it again."
-        )
+        shapes = f"{tuple(tensors[wrong[0]].shape)}\n  expected: {tuple(expected[wrong[0]])}"
+        raise _unusable(what, f"holds another shape{_and_more(wrong)}\n  {wrong[0]}: {shapes}")
 
 
 def _check_content(what: str, file: TensorFile) -> None:
@@ -228,15 +226,11 @@ def _check_content(what: str, file: TensorFile) -> None:
     if stored is None:  # of an earlier version, of another program, or taken out by hand
         return
     if stored != file.content:
-        raise RecastLoadError(
-            f"{what} is damaged: its numbers are not those that were written\n  checksum in the file:   {stored}\n"
-            f"  checksum of the numbers: {file.content}\nNothing was loaded; fetch it again."
-        )
+        sums = f"  checksum in the file:   {stored}\n  checksum of the numbers: {file.content}"
+        raise _unusable(what, f"is damaged: its numbers are not those that were written\n{sums}")
     texts = file.metadata.get(TEXTS_CHECKSUM)
     if texts is not None and texts != _texts_checksum(file.metadata):
-        raise RecastLoadError(
-            f"{what} is damaged: the texts of its metadata are not those that were written\nNothing was loaded; fetch it again."
-        )
+        raise _unusable(what, "is damaged: the texts of its metadata are not those that were written")
 
 
 def _texts_checksum(metadata: Mapping[str, str]) -> str:
