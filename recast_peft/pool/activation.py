@@ -38,7 +38,8 @@ class Slot:
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
         keep_base = [layer for layer in layers if layer.is_compressed and not layer.is_released]
         self._zeros = Zeros(name)
-        self._with_numbers = [*layers, *layout.lora.layers, *self._holders]
+        # layers first: when they are unmerged, a LoRA part has nothing to compose again below it
+        self._with_numbers: list[Any] = [*layers, *layout.lora.layers, *self._holders]
         for holder in self._with_numbers:
             holder.zeros = self._zeros
         # what acts even where all coefficients are zero
@@ -191,10 +192,8 @@ class Slot:
             holder.merge_in_place(self.name)
 
     def _unmerge(self) -> None:
-        # layers first: a LoRA part then has nothing to compose again below it
-        parts: list[Any] = [*self.layout.layers.values(), *self.layout.lora.layers, *self._holders]
-        for part in parts:
-            part.unmerge()
+        for holder in self._with_numbers:
+            holder.unmerge()
 
     def _show(self, head: StoredHead | None) -> None:
         """Make a classifier active; at every other place the model's own."""

@@ -86,20 +86,14 @@ def as_numbers(table: TaskTable, tasks: Any) -> Tensor:
 
 
 def pool_of(tasks: Any, pools: Sequence[Any]) -> Any:
-    """The pool whose tasks are meant.
-
-    By name they are those of the first pool.
-
-    Raises:
-        RecastConfigError: if there is no such pool, or several are meant.
-    """
+    """The pool whose tasks are meant, the first if they do not say (``RecastConfigError`` if there is none, or several)."""
     is_known = isinstance(tasks, np.ndarray) or (isinstance(tasks, Tensor) and not tasks.is_meta)
     numbers = tasks.tolist() if is_known else tasks
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
-        return None  # whoever takes them says what is wrong with them
+        return pools[0]  # which says what is wrong with them
     serials = {number >> (ROW_BITS + USE_BITS) for number in numbers if number >= 0}
     if not serials:
-        return None
+        return pools[0]
     found = [pool for pool in pools if pool.serial in serials]
     if len(serials) > 1 or not found:
         what = "tasks of several pools" if len(serials) > 1 else "tasks of a pool that this model has no more"

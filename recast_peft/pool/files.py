@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import RecastConfig
-from ..errors import RecastBankError, RecastConfigError, RecastError, RecastLoadError
+from ..errors import RecastBankError, RecastConfigError, RecastLoadError
 from ..layer import fingerprints_of
 from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
@@ -194,18 +195,11 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
         RecastBankError: if it does not fit the pool.
         RecastBaseMismatchError: if it was made for other pretrained weights.
     """
-    what = f"the file of tasks {path}"
-    file = read_tensors(path, what, floating=False, finite=False)
-    tensors, texts = file.tensors, file.metadata
-    _check_format(path, texts)
-    try:
+    what, tensors, texts = _opened(path)
+    with _errors_of_damage(f"{what} is damaged"):
         known = {**ADDED, **texts}
         said = {key: parse_value(known[key], f"{key!r} of {what}") for key in (*LAYOUT, *ADDED)}
         table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
-    except (KeyError, ValueError) as error:
-        if isinstance(error, RecastError):
-            raise
-        raise RecastLoadError(f"{what} is damaged: {error!r}. Nothing was loaded; fetch it again.") from error
     _check_layout(path, said, layout)
     layout.check_readout(f"the tasks in {path}", said["readout"])
     layout.check_surroundings(what, said["surroundings_fingerprint"])
@@ -216,16 +210,12 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
             f"numbers of shape {(len(names), layout.width)}"
         )
     tasks = PackedTasks(names, table)
-    try:
+    with _errors_of_damage(f"{what} is damaged or does not fit the model"):
         if texts["format"] == FORMATS[0]:
             _read_first_format(tasks, said, tensors, layout, kinds)
         else:
             tasks.heads = _read_heads(said["heads"], said["labels"], tensors, layout, kinds, len(names))
             tasks.remembered = _read_remembered(tensors, len(names))
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, RecastLoadError):
-            raise
-        raise RecastLoadError(f"{what} is damaged or does not fit the model: {error}. Nothing was loaded.") from error
     bad = tasks.damaged()
     if bad and not skip_damaged:
         raise RecastLoadError(
@@ -235,11 +225,25 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     return tasks.without(bad) if bad else tasks
 
 
-def _check_format(path: str | Path, texts: Mapping[str, str]) -> None:
-    if texts.get("format") not in FORMATS:
-        raise RecastLoadError(
-            f"{path} is no file of a TaskPool (format {texts.get('format')!r}, expected one of {', '.join(FORMATS)})"
-        )
+def _opened(path: str | Path) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+    """What messages call a file, its tensors and its texts."""
+    what = f"the file of tasks {path}"
+    file = read_tensors(path, what, floating=False, finite=False)
+    format = file.metadata.get("format")
+    if format not in FORMATS:
+        raise RecastLoadError(f"{path} is no file of a TaskPool (format {format!r}, expected one of {', '.join(FORMATS)})")
+    return what, file.tensors, file.metadata
+
+
+@contextmanager
+def _errors_of_damage(cannot: str) -> Iterator[None]:
+    """A block that reads what a file holds, in which each of the many kinds of error says the same of it."""
+    try:
+        yield
+    except RecastLoadError:
+        raise
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise RecastLoadError(f"{cannot}: {error!r}. Nothing was loaded; fetch it again.") from error
 
 
 def describe_pool(path: str | Path) -> list[tuple[str, str]]:
@@ -248,25 +252,21 @@ def describe_pool(path: str | Path) -> list[tuple[str, str]]:
     Raises:
         RecastLoadError: if it is damaged, or no file of tasks.
     """
-    what = f"the file of tasks {path}"
-    file = read_tensors(path, what, floating=False, finite=False)
-    _check_format(path, file.metadata)
-    try:
-        names = _names(file.tensors["names"], int(file.metadata["tasks"]))
-        groups = parse_value(file.metadata["groups"], f"'groups' of {what}")
-        first_format = len(parse_value(file.metadata["heads"], f"'heads' of {what}"))
-        heads = [tensor for key, tensor in file.tensors.items() if re.fullmatch(r"heads\.\d+\.places", key)]
-        width = file.tensors["coefficients"].shape[1]
-        lora = parse_value(file.metadata.get("lora", "[]"), f"'lora' of {what}")
+    what, tensors, texts = _opened(path)
+    with _errors_of_damage(f"{what} is damaged"):
+        names = _names(tensors["names"], int(texts["tasks"]))
+        groups = parse_value(texts["groups"], f"'groups' of {what}")
+        first_format = len(parse_value(texts["heads"], f"'heads' of {what}"))
+        heads = [tensor for key, tensor in tensors.items() if re.fullmatch(r"heads\.\d+\.places", key)]
+        width = tensors["coefficients"].shape[1]
+        lora = parse_value(texts.get("lora", "[]"), f"'lora' of {what}")
         modules = f", with a LoRA part on {len(lora)} modules" if lora else ""
         members = sum(map(len, groups.values()))
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise RecastLoadError(f"{what} is damaged: {error!r}") from error
     return [
         ("tasks", f"{len(names):,}: {listed(names, 5)}" if names else "none"),
         ("target modules", f"{members} in {len(groups)} banks"),
         ("numbers" if modules else "coefficients", f"{width:,} each{modules}"),
-        ("classifiers", f"{sum(map(len, heads)) if file.metadata['format'] == FORMATS[-1] else first_format:,}"),
+        ("classifiers", f"{sum(map(len, heads)) if texts['format'] == FORMATS[-1] else first_format:,}"),
         ("size", f"{Path(path).stat().st_size:,} bytes"),
     ]
 
@@ -366,10 +366,8 @@ def _read_first_format(
         tasks.remembered[int(place)] = known
     for place, saved in said["heads"].items():
         prefix = f"head.{place}."
-        try:
+        with _errors_of_damage(f"the head of task {place} is damaged or does not fit the model"):
             head = _empty_head(saved, _id2label(saved["id2label"]), layout)
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             head.module.load_state_dict(state)
-        except (KeyError, RuntimeError) as error:
-            raise RecastLoadError(f"the head of task {place} is damaged or does not fit the model: {error}") from error
         tasks.heads[int(place)] = kinds.stored(head)

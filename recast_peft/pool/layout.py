@@ -29,7 +29,7 @@ from ..parts.lora import A_PART
 from ..parts.lora_plan import plan_lora_part
 from ..parts.readout import ReadoutConfig, readout_holders
 from ..parts.saved import saved_by_task_type
-from ..planning.plan import SAID_BY_BANK
+from ..planning.plan import SAID_BY_BANK, RecastPlan
 from ..tasks.arithmetic import refusals_to_combine
 from ..tasks.banks import versions_of
 from ..tasks.files import check_entries
@@ -50,6 +50,8 @@ class PoolLayout:
         slices: columns of a row, by the same names.
         width: numbers of one task.
         lora: the LoRA part of the tasks; without columns if they have none.
+        bank: fingerprint of the stored bank that the config names.
+        readout: fingerprint of the bank by which the tasks' classifiers read several blocks.
     """
 
     def __init__(self, backbone: nn.Module, config: RecastConfig, slot: str) -> None:
@@ -57,25 +59,16 @@ class PoolLayout:
         self.layers = {name: layer for name, layer in recast_layers(backbone).items() if slot in layer.recast_bank}
         self.bias_owners = bias_owners(backbone, slot)
         self.lora = LoraColumns(backbone, slot, config)
+        self.bank, self.readout = _fingerprint(config.bank_reference), readout_fingerprint(config)
         self._surroundings: str | None = None
         self.sizes = {name: layer.recast_bank[slot].num_templates for name, layer in self.layers.items()}
         self.sizes.update({name: owner.offset.numel() for name, owner in self.bias_owners.items()})
-        self.sizes.update({name: torch.Size(entry.shape).numel() for name, entry in self.lora.entries.items()})
+        self.sizes.update(self.lora.sizes)
         ends = list(accumulate(self.sizes.values(), initial=0))
         self.slices = {name: slice(*columns) for name, columns in zip(self.sizes, pairwise(ends), strict=True)}
         self.width = ends[-1]
 
-    @property
-    def coefficients(self) -> dict[str, slice]:
-        """The columns that are no LoRA part's: they come first."""
-        return {name: part for name, part in self.slices.items() if name not in self.lora.entries}
-
     # ---------------------------------------------------------------- banks
-
-    @property
-    def bank(self) -> str | None:
-        """Fingerprint of the stored bank that the config names."""
-        return bank_fingerprint(self.config)
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -101,22 +94,20 @@ class PoolLayout:
         sizes = {name: self.sizes[name] for name in self.bias_owners}
         return {"bank": self.bias_versions[0], "coefficients": sizes} if sizes else {}
 
-    @property
-    def readout(self) -> str | None:
-        """Fingerprint of the bank by which the tasks' classifiers read several blocks."""
-        return readout_fingerprint(self.config)
-
     # ---------------------------------------------------------------- does a task fit?
 
     def check_config(self, what: str, config: RecastConfig) -> None:
         """Refuse a saved task with other targets or banks, or made for other pretrained weights."""
+        self._check_banks(what, config)
+        self.check_fingerprint(what, config.base_fingerprint or {})
+        self.check_surroundings(what, config.surroundings_fingerprint)
+
+    def _check_banks(self, what: str, config: RecastConfig) -> None:
         if banks_of(config) != banks_of(self.config):
             raise _other_layout(what, config, self.config)
         self._check_bank(what, config)
-        self.check_biases(what, config)
+        self._check_biases(what, config)
         self.check_readout(what, readout_fingerprint(config))
-        self.check_fingerprint(what, config.base_fingerprint or {})
-        self.check_surroundings(what, config.surroundings_fingerprint)
 
     def check_choices(self, name: str, config: RecastConfig) -> bool:
         """Refuse a config for a fresh task that owns modules, that has other targets, sizes or another LoRA part than the pool,
@@ -127,6 +118,10 @@ class PoolLayout:
         Returns:
             whether it has the LoRA part of the pool.
         """
+        what = f"task {name!r}"
+        refuse_parts(name, config)
+        self._check_biases(what, config)
+        self.check_readout(what, readout_fingerprint(config))
         self.check_modules(name, config.as_chosen(modules_to_save=saved_by_task_type(config)))
         idle = [f"{field}={value!r}" for field, usual in OF_EVERY_ROW.items() if (value := getattr(config, field)) != usual]
         most = config.max_coefficients
@@ -138,11 +133,16 @@ class PoolLayout:
                 "its own for each layer, which start at zero and are all trained. Leave it out, or train the task as an "
                 "adapter (model.add_adapter) and put that into the pool."
             )
-        if config.groups is None and all(getattr(config, choice) is None for choice in CHOICES):
-            self.lora.check_plan(name, plan_lora_part(self.backbone, config, list(self.layers)))
-            return True
+        is_like_pool = config.groups is None and all(getattr(config, choice) is None for choice in CHOICES)
+        layers = list(self.layers)
+        lora = plan_lora_part(self.backbone, config, layers) if is_like_pool else self._checked_plan(what, config).lora
+        if lora is not None:
+            self.lora.check(what, lora.config, lora.targets)
+        return is_like_pool or lora is not None
+
+    def _checked_plan(self, what: str, config: RecastConfig) -> RecastPlan:
         if config.bank is not None:
-            self._check_bank(f"task {name!r}", config)
+            self._check_bank(what, config)
         plan = plan_recast(self.backbone, config)
         groups = {group.name: list(group.members) for group in plan.groups}
         sizes = {member: group.num_templates for group in plan.groups for member in group.members}
@@ -150,8 +150,8 @@ class PoolLayout:
         own_kind = self.config.groups, self.config.num_directions
         if (groups, plan.num_directions) != own_kind or (sizes != own and not self.versions):
             asked = config.as_chosen(groups=groups, num_directions=plan.num_directions)
-            raise _other_layout(f"task {name!r}", asked, self.config)
-        return self.lora.check_plan(name, plan.lora)
+            raise _other_layout(what, asked, self.config)
+        return plan
 
     def check_modules(self, name: str, config: RecastConfig) -> None:
         """Refuse a task that owns modules whole (``modules_to_save``, also those that PEFT adds for a ``task_type``)."""
@@ -164,7 +164,7 @@ class PoolLayout:
             self._surroundings = surroundings_fingerprint(self.backbone, self.layers)
         warn_of_difference(recorded, self._surroundings, what)
 
-    def check_biases(self, what: str, config: RecastConfig) -> None:
+    def _check_biases(self, what: str, config: RecastConfig) -> None:
         """Refuse coefficients of biases that the pool's are not; a task without any has zeros there."""
         partner = config.partner("bias")
         if partner is None:
@@ -205,7 +205,7 @@ class PoolLayout:
             )
 
     def _check_bank(self, what: str, config: RecastConfig) -> None:
-        fingerprint = bank_fingerprint(config)
+        fingerprint = _fingerprint(config.bank_reference)
         if fingerprint not in (self.versions or (None,)):
             raise self.other_bank(what, fingerprint)
 
@@ -270,13 +270,11 @@ class PoolLayout:
             RecastBankError: if it has other targets or banks.
             RecastConfigError: if it owns what a pool cannot hold.
         """
-        if banks_of(config) != banks_of(self.config):
-            raise _other_layout(f"task {adapter!r} of the model", config, self.config)
+        what = f"task {adapter!r} of the model"
         refuse(adapter, refusals_to_combine(self.backbone, adapter, config), config.lora_config)
+        self._check_banks(what, config)
         factors = self.lora.entries_of(adapter)
-        self.lora.check(f"task {adapter!r} of the model", config.lora_config, lora_modules(factors))
-        self._check_bank(f"task {adapter!r} of the model", config)
-        self.check_readout(f"task {adapter!r} of the model", readout_fingerprint(config))
+        self.lora.check(what, config.lora_config, lora_modules(factors))
         row = torch.zeros(self.width)
         for name, layer in self.layers.items():
             values = layer.recast_coefficients[adapter].detach().float().cpu()
@@ -329,11 +327,6 @@ def banks_of(config: RecastConfig) -> tuple[Any, ...]:
     return config.groups, config.recipes, config.num_directions
 
 
-def bank_fingerprint(config: RecastConfig) -> str | None:
-    """Of the stored bank that a config names."""
-    return _fingerprint(config.bank_reference)
-
-
 def readout_fingerprint(config: RecastConfig) -> str | None:
     """Of the bank of the readout that a config names."""
     return _fingerprint(config.partner_bank(ReadoutConfig.method))
@@ -350,7 +343,7 @@ def _fingerprint(reference: Reference | None) -> str | None:
 def _layout_of(config: RecastConfig) -> tuple[Any, ...]:
     partner = config.partner("bias")
     biases = None if partner is None else (partner.target_modules, config.partner_bank("bias"))
-    return *banks_of(config), bank_fingerprint(config), biases, readout_fingerprint(config)
+    return *banks_of(config), _fingerprint(config.bank_reference), biases, readout_fingerprint(config)
 
 
 def _shown_biases(config: RecastConfig) -> str:

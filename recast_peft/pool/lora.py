@@ -55,6 +55,7 @@ class LoraColumns:
 
     Attributes:
         entries: its factors by the names of their columns, as a task's file names them.
+        sizes: how many columns each of them has.
         parts: rank and strength by module, in the order of the columns.
         width: how many columns there are; they are the last of a row.
     """
@@ -63,7 +64,8 @@ class LoraColumns:
         self.backbone = backbone
         self.layers = part_layers(backbone, adapter)
         self.entries: dict[str, Entry] = {entry.name: entry for layer in self.layers for entry in layer.entries(adapter)}
-        self.width = sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+        self.sizes = {name: math.prod(entry.shape) for name, entry in self.entries.items()}
+        self.width = sum(self.sizes.values())
         self.parts = _parts(config.lora_config, [layer.module_name for layer in self.layers])
 
     def compute_as(self, other: LoraColumns) -> None:
@@ -89,14 +91,8 @@ class LoraColumns:
         """Write a part that adds nothing yet, and can be trained, into a row: the first factors are random, as PEFT's are."""
         for name, entry in self.entries.items():
             if name.endswith(FACTORS[0]):
-                bound = torch.Size(entry.shape[1:]).numel() ** -0.5
+                bound = math.prod(entry.shape[1:]) ** -0.5
                 row[slices[name]].uniform_(-bound, bound, generator=generator)
-
-    def check_plan(self, name: str, plan: Any) -> bool:
-        """Refuse the planned part of a fresh task (or None) that is not the pool's; whether it has one."""
-        if plan is not None:
-            self.check(f"task {name!r}", plan.config, plan.targets)
-        return plan is not None
 
     def padded(self, what: str, saved: Any, table: Tensor) -> Tensor:
         """The table ``(tasks, numbers per task)`` of a file with the pool's columns.
@@ -138,8 +134,7 @@ class LoraColumns:
         have = [name for name, row in rows.items() if row.any()]
         if have and combination_type not in SUMS:
             raise RecastConfigError(f"task {have[0]!r} has {A_PART}, which cannot be pruned: use 'linear', or 'svd'")
-        sizes = [torch.Size(entry.shape).numel() for entry in self.entries.values()]
-        split = [dict(zip(self.entries, row.split(sizes), strict=True)) for row in rows.values()]
+        split = [dict(zip(self.entries, row.split([*self.sizes.values()]), strict=True)) for row in rows.values()]
         found = []
         for module in self.parts:
             a, b = (self.entries[f"{module}{factor}"] for factor in FACTORS)

@@ -223,7 +223,7 @@ class TaskPool(ResidentTasks):
 
     def pool_of(self, task_ids: Any, pools: Sequence[TaskPool]) -> TaskPool:
         """The pool whose tasks a call names, of those that the model has; by name they are this one's."""
-        return pool_of(task_ids, pools) or self
+        return pool_of(task_ids, pools)
 
     # ---------------------------------------------------------------- finding the task
 

@@ -20,7 +20,7 @@ from ..parts.head_building import PreparedHead, prepare_head
 from ..tasks.arithmetic import head_of_adapter
 from ..tasks.files import read_entries
 from ..validation import a_path, check_arguments, listed, shown
-from .layout import PoolLayout, readout_fingerprint, refuse_parts
+from .layout import PoolLayout, refuse_parts
 from .lora import lora_modules
 
 Read = tuple[Tensor, PreparedHead | None]
@@ -36,11 +36,6 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
             f"task {name!r} was given {listed(wrong)}: a saved task takes {', '.join(HUB_ARGUMENTS)}, a task of the model or a "
             "fresh one takes no more than its source. What a fresh one is like is said by a RecastConfig"
         )
-    given = configs.get(source) if isinstance(source, str) else source
-    if isinstance(given, RecastConfig):
-        refuse_parts(name, given)
-        layout.check_biases(f"task {name!r}", given)
-        layout.check_readout(f"task {name!r}", readout_fingerprint(given))
     if source is None or isinstance(source, RecastConfig):
         return layout.fresh_row(name, source), None if source is None else prepare_head(layout.backbone, source)
     if isinstance(source, Mapping):

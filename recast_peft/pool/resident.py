@@ -47,8 +47,8 @@ class ResidentTasks(TaskTable):
     def coefficients(self, name: str) -> dict[str, Tensor]:
         """A task's coefficients ``(templates,)`` by target module; those of biases by the name of their (first) bias."""
         with self.lock:
-            row = self.table[self.row(name)].detach()
-            return {module: row[part].clone() for module, part in self._layout.coefficients.items()}
+            row, layout = self.table[self.row(name)].detach(), self._layout
+            return {key: row[part].clone() for key, part in layout.slices.items() if key not in layout.lora.entries}
 
     def lora_factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a task's LoRA part by their names in its file (``blocks.0.attn.qkv.lora_A.weight``); empty without."""
