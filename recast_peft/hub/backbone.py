@@ -66,8 +66,10 @@ def build_backbone(
             f"the task's backbone is of library {description.get('library')!r}; known are {', '.join(_BUILDERS)}. "
             f"{HOW_TO_BUILD}"
         )
+    own = dict(given) if isinstance(given, Mapping) else {}
+    path = None if given is None or isinstance(given, Mapping) else os.fspath(given)
     try:
-        return builder(dict(description), given, hub_kwargs)
+        return builder(dict(description), own, path, hub_kwargs)
     except RecastError:
         raise
     except Untrusted as error:
@@ -89,29 +91,25 @@ def _no_weights(description: Mapping[str, Any], why: str) -> RecastLoadError:
 
 
 def _build_transformers(
-    description: dict[str, Any], given: Mapping[str, Any] | str | os.PathLike | None, hub_kwargs: dict[str, Any]
+    description: dict[str, Any], own: dict[str, Any], path: str | None, hub_kwargs: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     import transformers
 
-    name, revision = description.get("name"), description.get("revision")
-    arguments = dict(given) if isinstance(given, Mapping) else {}
-    if isinstance(given, (str, os.PathLike)):
-        name, revision = os.fspath(given), None
-        if not os.path.isdir(name):
-            raise _no_weights(description, f"backbone={name!r} is not a folder, as a transformers checkpoint is")
-        if os.path.isfile(os.path.join(name, CONFIG_NAME)):  # transformers would put the adapter on its own model, unasked
-            raise _no_weights(description, f"backbone={name!r} has an adapter in it ({CONFIG_NAME}), merge that first")
-    if not name:
+    if path is not None and not os.path.isdir(path):
+        raise _no_weights(description, f"backbone={path!r} is not a folder, as a transformers checkpoint is")
+    if path is not None and os.path.isfile(os.path.join(path, CONFIG_NAME)):  # transformers would put it on the model, unasked
+        raise _no_weights(description, f"backbone={path!r} has an adapter in it ({CONFIG_NAME}), merge that first")
+    if not (path or description.get("name")):
         raise _no_weights(description, "it was made from a configuration, without pretrained weights")
     model_class = getattr(transformers, str(description.get("class")), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise _no_weights(description, "its class is not one of transformers' own")
-    if not isinstance(given, (str, os.PathLike)):
-        name = hub_name(name)
-    classes = None if "num_labels" in arguments else class_count(description)
+    name = hub_name(description["name"]) if path is None else path
+    revision = description.get("revision") if path is None else None
+    classes = None if "num_labels" in own else class_count(description)
     defaults = {"revision": revision, "num_labels": classes, "ignore_mismatched_sizes": True}
-    keywords = {**{k: v for k, v in {**defaults, **hub_kwargs}.items() if v is not None}, **arguments}
-    if not isinstance(given, (str, os.PathLike)) and "device_map" not in arguments:
+    keywords = {**{k: v for k, v in {**defaults, **hub_kwargs}.items() if v is not None}, **own}
+    if path is None and "device_map" not in own:
         _check_config(model_class, name, keywords)
     loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     model, info = loaded
@@ -136,19 +134,18 @@ def _check_config(model_class: type[PreTrainedModel], name: str, keywords: Mappi
 
 
 def _build_timm(
-    description: dict[str, Any], given: Mapping[str, Any] | str | os.PathLike | None, hub_kwargs: dict[str, Any]
+    description: dict[str, Any], own: dict[str, Any], path: str | None, hub_kwargs: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     try:
         import timm
     except ImportError as error:
         raise _no_weights(description, "timm is not installed (pip install timm)") from error
 
-    own = dict(given) if isinstance(given, Mapping) else {}
     missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
     if missing:
         raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
     chosen = timm_arguments(description, own)
-    name, source = _timm_weights(description, given, own, timm.list_models(), hub_kwargs)
+    name, source = _timm_weights(description, own, path, timm.list_models(), hub_kwargs)
     keywords = {**chosen, **own, **source}
     cache = {key: value for key, value in keywords.items() if key == "cache_dir"}
     _check_bytes(name, chosen, {**{key: value for key, value in own.items() if key not in SOURCE_KEYWORDS}, **cache})
@@ -165,20 +162,15 @@ def _build_timm(
 
 
 def _timm_weights(
-    description: dict[str, Any],
-    given: Mapping[str, Any] | str | os.PathLike | None,
-    own: Mapping[str, Any],
-    registered: list[str],
-    hub_kwargs: dict[str, Any],
+    description: dict[str, Any], own: Mapping[str, Any], path: str | None, registered: list[str], hub_kwargs: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The name for ``timm.create_model``, and the keywords that say where the weights come from beside the caller's own."""
-    if isinstance(given, (str, os.PathLike)):
-        path = Path(given)
-        if not path.exists():
-            raise _no_weights(description, f"there is no checkpoint at backbone={os.fspath(given)!r}")
-        if path.is_dir():
-            return f"local-dir:{path}", {"pretrained": True}
-        return timm_name(description["architecture"], registered), {"checkpoint_path": str(path)}
+    if path is not None:
+        if not os.path.exists(path):
+            raise _no_weights(description, f"there is no checkpoint at backbone={path!r}")
+        if os.path.isdir(path):
+            return f"local-dir:{Path(path)}", {"pretrained": True}
+        return timm_name(description["architecture"], registered), {"checkpoint_path": str(Path(path))}
     if not (SOURCE_KEYWORDS - {"cache_dir"}) & set(own):
         name, found = _timm_source(description, timm_name(str(description["name"]), registered), hub_kwargs)
         cache = {} if hub_kwargs.get("cache_dir") is None else {"cache_dir": hub_kwargs["cache_dir"]}
