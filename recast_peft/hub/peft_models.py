@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
@@ -52,6 +52,12 @@ _UNNAMED = ("ignore_mismatched_sizes", "device_map", "max_memory", "offload_fold
 DEFAULT = "default"  # the adapter that PEFT keeps in the root of a folder
 
 
+if TYPE_CHECKING:
+    _Beside = PeftModel  # each class of PEFT's that ``TaskModel`` is put in front of is one
+else:
+    _Beside = object
+
+
 @contextmanager
 def any_name() -> Iterator[None]:
     """A block without PEFT's warning of task names that are a part of ``recast_``: no key of ours holds a task's name."""
@@ -60,15 +66,17 @@ def any_name() -> Iterator[None]:
         yield
 
 
-class TaskModel:
+class TaskModel(_Beside):
     """What the classes of this module add to PEFT's (see :func:`with_task_verbs`)."""
+
+    base_model: Any
 
     @property
     def active_peft_config(self) -> PeftConfig:
         """As in PEFT; once every task was deleted, the config of one that changes nothing, so that the model is the base."""
-        return self.peft_config.get(self.active_adapter) or RecastConfig()  # type: ignore[attr-defined]
+        return self.peft_config.get(self.active_adapter) or RecastConfig()
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str,
         safe_serialization: bool = True,
@@ -89,28 +97,24 @@ class TaskModel:
             save_embedding_layers = False  # PEFT would ask the Hub for a vocabulary that the model does not have
         if isinstance(selected_adapters, str):
             raise TypeError(f"selected_adapters should be a list of names, got {selected_adapters!r}.")
-        given = task_names(self) if selected_adapters is None else selected_adapters  # type: ignore[arg-type]
+        given = task_names(self) if selected_adapters is None else selected_adapters
         names = list(dict.fromkeys(checked_names("selected_adapters", given)))
         if not names:
             raise RecastConfigError("the model has no task to save: add one with add_adapter(name, config) or load_adapter")
-        is_unknown = not set(names) <= set(self.peft_config)  # type: ignore[attr-defined]
+        is_unknown = not set(names) <= set(self.peft_config)
         if not is_main_process or os.path.isfile(save_directory) or is_unknown:  # PEFT says what is wrong with the latter two
-            super().save_pretrained(  # type: ignore[misc]
-                save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
-            )
+            super().save_pretrained(save_directory, safe_serialization, names, save_embedding_layers, is_main_process, **kwargs)
             return
         with staged_pairs(save_directory, {SAFETENSORS_WEIGHTS_NAME: CONFIG_NAME}) as folder:
             _make_folders(folder, Path(save_directory), names)
             _copy_cards(Path(save_directory), folder, names)
-            super().save_pretrained(  # type: ignore[misc]
-                str(folder), safe_serialization, names, save_embedding_layers, is_main_process, **kwargs
-            )
+            super().save_pretrained(str(folder), safe_serialization, names, save_embedding_layers, is_main_process, **kwargs)
             inside = [name for name in names if name != DEFAULT and has_task_numbers(folder / name)]
             if inside:
                 lies = None if is_checkpoint(save_directory) else lambda file: Path(save_directory, file).is_file()
                 write_repository_card(folder, inside, lies=lies)
             if is_checkpoint(save_directory) and DEFAULT not in names:
-                for active in self.active_adapters[:1]:  # type: ignore[attr-defined]
+                for active in self.active_adapters[:1]:
                     _copy_task(folder / active, folder)
             outdated = _in_other_formats(folder)
         for file in outdated:
@@ -128,27 +132,27 @@ class TaskModel:
             RecastConfigError: for a keyword that PEFT would swallow.
         """
         check_adapter_name(adapter_name)
-        _check_keywords(self._split_kwargs(kwargs)[1])  # type: ignore[attr-defined]
+        _check_keywords(self._split_kwargs(kwargs)[1])
         check_is_device(kwargs.get("torch_device"))
         check_arguments(a_path, model_id=model_id)
         if is_checkpoint(model_id) and "subfolder" not in kwargs:
             model_id, adapter_name = self._in_checkpoint(Path(model_id), adapter_name)
         elif os.path.isdir(model_id):
             model_id = str(local_task(model_id, kwargs.pop("subfolder", None)))
-        hub_kwargs = {**self._split_kwargs(kwargs)[0]}  # type: ignore[attr-defined]
+        hub_kwargs = {**self._split_kwargs(kwargs)[0]}
         file, subfolder = fetch_config(str(model_id), hub_kwargs.pop("subfolder", None), hub_kwargs)
         kwargs |= {} if subfolder is None else {"subfolder": subfolder}
         RecastConfig.from_json_file(file)  # says what is wrong with it before PEFT looks for keys in it
-        own = self.peft_config.get(adapter_name)  # type: ignore[attr-defined]
+        own = self.peft_config.get(adapter_name)
         with modules_called(kwargs.pop("key_mapping", None)):
             if not isinstance(own, RecastConfig):
                 try:
                     return super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
                 except BaseException:  # between its modules and its numbers
-                    self.base_model.forget_unfilled(adapter_name, undo=True)  # type: ignore[attr-defined]
+                    self.base_model.forget_unfilled(adapter_name, undo=True)
                     raise
             # PEFT would read the numbers alone, whatever the file's config says of them
-            backbone, hub_kwargs = self.get_base_model(), self._split_kwargs(kwargs)[0]  # type: ignore[attr-defined]
+            backbone, hub_kwargs = self.get_base_model(), self._split_kwargs(kwargs)[0]
             config, _ = check_replacement(backbone, str(model_id), adapter_name, own, **hub_kwargs)
             loaded = super().load_adapter(model_id, adapter_name, *args, key_mapping={}, **kwargs)  # type: ignore[misc]
             take_over(backbone, config, adapter_name, own)
@@ -170,20 +174,20 @@ class TaskModel:
             )
         if isinstance(config, RecastConfig):
             check_adapter_name(adapter_name)
-        is_first = not self.peft_config  # type: ignore[attr-defined]
+        is_first = not self.peft_config
         with any_name():
-            super().add_adapter(adapter_name, config, *args, **kwargs)  # type: ignore[misc]
+            super().add_adapter(adapter_name, config, *args, **kwargs)
         if is_first:
-            self.set_adapter(adapter_name, config.inference_mode)  # type: ignore[attr-defined]
+            self.set_adapter(adapter_name, config.inference_mode)
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in PEFT; what is interrupted before it began leaves the task active that was."""
         check_arguments(text, adapter_name=adapter_name)
-        active = self.active_adapter  # type: ignore[has-type]
+        active = self.active_adapter
         try:
-            super().set_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+            super().set_adapter(adapter_name, *args, **kwargs)
         except BaseException:
-            if self.active_adapters != [adapter_name]:  # type: ignore[attr-defined]
+            if self.active_adapters != [adapter_name]:
                 self.active_adapter = active
             raise
 
@@ -191,16 +195,16 @@ class TaskModel:
         """As in PEFT; what is interrupted once it began is finished before."""
         check_arguments(text, adapter_name=adapter_name)
         try:
-            super().delete_adapter(adapter_name)  # type: ignore[misc]
+            super().delete_adapter(adapter_name)
         except KeyboardInterrupt:
-            if adapter_name not in self.peft_config:  # type: ignore[attr-defined]
-                self.active_adapter = next(iter(self.active_adapters), [])  # type: ignore[attr-defined, assignment]
+            if adapter_name not in self.peft_config:
+                self.active_adapter = next(iter(self.active_adapters), [])  # type: ignore[assignment]
             raise
 
     def _in_checkpoint(self, folder: Path, adapter_name: str) -> tuple[str, str]:
         """The folder in a checkpoint and the name that are meant."""
         root = folder / SAFETENSORS_WEIGHTS_NAME
-        files = {name: folder / name / SAFETENSORS_WEIGHTS_NAME for name in self.peft_config}  # type: ignore[attr-defined]
+        files = {name: folder / name / SAFETENSORS_WEIGHTS_NAME for name in self.peft_config}
         saved = {name: file for name, file in files.items() if file.is_file()}
         if adapter_name in saved:
             return str(folder / adapter_name), adapter_name
@@ -213,22 +217,22 @@ class TaskModel:
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT's own leaves a call alone while another thread is in disable_adapter()
-        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):  # type: ignore[attr-defined]
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """As in PEFT; the mixed batches of other threads keep their tasks."""
-        switched_off = super().disable_adapter() if self.peft_config else nullcontext()  # type: ignore[attr-defined, misc]
-        with self.base_model.calls.switched_off(), switched_off:  # type: ignore[attr-defined]
+        switched_off = super().disable_adapter() if self.peft_config else nullcontext()
+        with self.base_model.calls.switched_off(), switched_off:
             yield
 
     def print_trainable_parameters(self) -> None:
         """As in PEFT, and a second line: how many of them are coefficients, the classifier, and other parts of the task."""
-        super().print_trainable_parameters()  # type: ignore[misc]
-        kinds = trained_kinds(self)  # type: ignore[arg-type]
+        super().print_trainable_parameters()
+        kinds = trained_kinds(self)
         counts = dict.fromkeys(_SHOWN_AS.values(), 0)
-        for parameter in self.parameters():  # type: ignore[attr-defined]
+        for parameter in self.parameters():
             counts[_SHOWN_AS[kinds.get(id(parameter), OTHER)]] += parameter.numel() * parameter.requires_grad
         print("of these: " + (" || ".join(f"{name}: {count:,}" for name, count in counts.items() if count) or "none"))
 
@@ -237,13 +241,13 @@ class TaskModel:
         if (Path(output_dir) / CONFIG_NAME).is_file() and has_task_numbers(output_dir):
             write_model_card(output_dir)
         elif not Path(output_dir, CARD_NAME).is_file():  # else our part is put into it when a task is saved
-            super().create_or_update_model_card(output_dir)  # type: ignore[misc]
+            super().create_or_update_model_card(output_dir)
 
     def push_to_hub(self, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> CommitInfo:
         """Push all tasks of the model in one commit; see :func:`push_tasks_to_hub` for the arguments."""
         del tags  # the card has its own
         kwargs.pop("max_shard_size", None)
-        return push_tasks_to_hub(self, repo_id, **kwargs)  # type: ignore[arg-type]
+        return push_tasks_to_hub(self, repo_id, **kwargs)
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
