@@ -40,7 +40,12 @@ class Unexpected(ValueError):
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: never long, and never an error itself, however deep the value is nested."""
+    """A value as an error message shows it: never long, and never an error itself, however deep the value is nested.
+
+    Of a tensor, its dtype and shape.
+    """
+    if isinstance(value, Tensor) and value.ndim:
+        return f"{value.dtype} of shape {tuple(value.shape)}"
     try:
         return _SHORT.repr(value)
     except Exception:
@@ -106,13 +111,19 @@ def checked_names(argument: str, given: Any, once: bool = False) -> list[str]:
     return found
 
 
+def checked(check: Check, name: str, value: Any, of: str = "") -> Any:
+    """A value as a check gives it, or a ``RecastConfigError`` that names it: as an argument, or as a field ``of`` a class."""
+    try:
+        return check(value)
+    except Unexpected as error:
+        given = f"{name}={shown(value)}"
+        raise RecastConfigError(f"{f'{of}({given})' if of else given}: expected {error}") from None
+
+
 def check_arguments(check: Check, **given: Any) -> None:
     """Hold arguments of a function against what they may be (``RecastConfigError``)."""
     for name, value in given.items():
-        try:
-            check(value)
-        except Unexpected as error:
-            raise RecastConfigError(f"{name}={shown(value)}: expected {error}") from None
+        checked(check, name, value)
 
 
 class Options:
@@ -122,11 +133,8 @@ class Options:
         """Hold options against what they may be (``RecastConfigError``)."""
         for option in options:
             value = plain_number(getattr(self, option))
-            try:
-                check(value)
-                object.__setattr__(self, option, value)
-            except Unexpected as error:
-                raise RecastConfigError(f"{type(self).__name__}({option}={shown(value)}): expected {error}") from error
+            checked(check, option, value, type(self).__name__)
+            object.__setattr__(self, option, value)
 
 
 def check_is_task(name: Any, known: Iterable[str]) -> None:

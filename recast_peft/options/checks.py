@@ -21,6 +21,7 @@ from ..validation import (
     SEED,
     Check,
     Unexpected,
+    checked,
     flag,
     indices,
     is_int,
@@ -194,15 +195,11 @@ def check_config(config: Any) -> None:
         RecastConfigError: naming the field and its value, or the fields that do not go together.
     """
     for name, check in CHECKS.items():
-        value = getattr(config, name)
-        try:
-            setattr(config, name, check(plain_number(value)))
-        except Unexpected as error:
-            raise RecastConfigError(f"RecastConfig({name}={shown(value)}): expected {error}") from error
+        setattr(config, name, checked(check, name, plain_number(getattr(config, name)), "RecastConfig"))
     is_stored = config.base_fingerprint is not None
     try:
-        checked = optional(lambda value: checked_lora_config(value, config.task_type, is_stored))
-        config.lora_config = checked(config.lora_config)
+        if config.lora_config is not None:
+            config.lora_config = checked_lora_config(config.lora_config, config.task_type, is_stored)
     except ValueError as error:
         raise RecastConfigError(f"RecastConfig(lora_config=...): expected {error}") from error
     _check_sizes(config)
