@@ -10,6 +10,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
+from ..composition.strength import warn_of_strength
 from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastLoadError
 from ..hub.peft_models import DEFAULT, is_checkpoint
@@ -49,6 +50,7 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
         entries = {entry_key(key): value for key, value in entries.items()}
         return layout.row_of(f"task {name!r}", entries, {}, layout.has_biases(entries)), None
     if isinstance(source, str) and source in configs:
+        warn_of_strength(layout.backbone, source, "the pool")
         return layout.row_of_adapter(source, configs[source]), head_of_adapter(layout.backbone, source)
     if not isinstance(source, (str, Path)):
         raise RecastConfigError(

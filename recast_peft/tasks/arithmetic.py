@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..banks.template_bank import TemplateBank
 from ..composition.compose import average_sets
+from ..composition.strength import warn_of_strength
 from ..config import RecastConfig, layout_of, tasks_among
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import holders
@@ -287,6 +288,8 @@ def add_combined(
     check_svd(combination_type, part is not None)
     own = {name: head_of_adapter(model, name) for name in adapters}
     head = combine_heads(own, weights, heads)
+    for name in adapters:
+        warn_of_strength(model, name, "add_weighted_adapter")
     row = combine_rows([task_row(model, name) for name in adapters], weights, combination_type, **options)
     reads_as_model = head is None and any(each is not None for each in own.values())  # by the model's own classifier
     tuner.peft_config[adapter_name] = _combined_config(list(configs.values()), part, head, reads_as_model)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..composition.kinds import kind_of
-from ..composition.strength import at_full_strength
+from ..composition.strength import at_full_strength, warn_of_strength
 from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..layer import recast_layers
@@ -144,6 +144,7 @@ def convert_to_lora(
     if config.bias != "none":
         raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
     owned = _owned_modules(model, adapter_name)
+    warn_of_strength(model, adapter_name, "the LoRA")
     seen: Any = _WeightsAlone(model, adapter_name, sorted(layers))
     with at_full_strength(model):
         lora_config, state = peft_convert_to_lora(seen, rank, adapter_name, progressbar)

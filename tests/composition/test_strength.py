@@ -23,6 +23,8 @@ from recast_peft import (
     RecastBankError,
     RecastConfig,
     RecastConfigError,
+    TaskPool,
+    convert_to_lora,
     get_recast_model,
     rescale_adapter_scale,
 )
@@ -320,6 +322,29 @@ def test_a_merged_lora_part_follows_under_any_name(name: str) -> None:
     torch.testing.assert_close(outputs(model, x), whole)
     model.unmerge_adapter()
     assert torch.equal(outputs(model, x), whole)
+
+
+def test_takers_of_a_task_warn_of_the_strength_that_they_leave_in_the_model() -> None:
+    model, pool = model_with(1.0), TaskPool(model_with(1.0))
+    takers: dict[str, Any] = {
+        "the pool": lambda: pool.add("task", "default"),
+        "add_weighted_adapter": lambda: model.add_weighted_adapter(["default"], [1.0], "sum"),
+        "the LoRA": lambda: convert_to_lora(model, 2),
+    }
+    for taker, take in takers.items():
+        changed = pool.model if taker == "the pool" else model
+        set_scale(changed, 0.5)
+        with pytest.warns(UserWarning, match=rf"{taker} takes task 'default' as it was trained, .* \(0.5\)"):
+            take()
+        set_scale(changed, 1.0)
+    x = vit_input()
+    assert not torch.equal(outputs(model, x), outputs(tiny_vit(), x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.replace("task", "default")
+    torch.testing.assert_close(outputs(pool.model, x, task_ids=["task"] * len(x)), outputs(model, x))
+    model.set_adapter("sum")
+    torch.testing.assert_close(outputs(model, x), outputs(model_with(1.0), x))
 
 
 def test_what_lies_on_top_of_a_merged_task_is_merged_again() -> None:
