@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -196,18 +196,16 @@ def create_recast_optimizer(
         raise RecastConfigError(f"optimizer_cls={shown(optimizer_cls)}: expected a class, such as torch.optim.AdamW")
     for tuner in modules_of(model, RecastModel):
         keep_trained(tuner)
-    groups_of = trained_kinds(model)
-    parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            group = groups_of.get(id(parameter), "others")
-            parts[group if group in parts else "others"].append(parameter)
-    if not any(id(parameter) in groups_of for trained in parts.values() for parameter in trained) and not _owned(model, parts):
+    kinds = trained_kinds(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not any(id(parameter) in kinds for parameter in trained) and not _owned(model, trained):
         raise RecastConfigError(
-            f"{type(model).__name__} trains no RECAST coefficients and nothing else of a task "
-            f"({sum(map(len, parts.values()))} trainable parameters): convert it with get_recast_model, and activate a task "
-            "that is not in inference mode"
+            f"{type(model).__name__} trains no RECAST coefficients and nothing else of a task ({len(trained)} trainable "
+            "parameters): convert it with get_recast_model, and activate a task that is not in inference mode"
         )
+    parts: dict[str, list[nn.Parameter]] = {"coefficients": [], "biases": [], "lora": [], "partners": [], "others": []}
+    for parameter in trained:
+        parts.get(kinds.get(id(parameter), "others"), parts["others"]).append(parameter)
     if coefficient_lr is None and (parts["coefficients"] or parts["biases"]):
         coefficient_lr = default_coefficient_lr(model)
     if not parts["others"]:
@@ -233,13 +231,13 @@ def _rate(value: Any) -> None:
     number_above(0, itself=True)(value.item() if is_one else value)
 
 
-def _owned(model: nn.Module, trained: Mapping[str, list[nn.Parameter]]) -> bool:
+def _owned(model: nn.Module, trained: Sequence[nn.Parameter]) -> bool:
     """Whether an active task owns anything that is trained: norms, whole modules and biases have no group of their own."""
     own: set[int] = set()
     for tuner in modules_of(model, RecastModel):
         for name in tuner.active_adapters:
             own.update(entry.identity for entry in task_entries(tuner.model, name, tuner.peft_config[name]).values())
-    return any(id(parameter) in own for parameters in trained.values() for parameter in parameters)
+    return any(id(parameter) in own for parameter in trained)
 
 
 def _warn_of_pretrained(model: nn.Module) -> None:

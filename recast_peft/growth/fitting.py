@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..composition.compose import made_to_stay
 from ..composition.kinds import family_of, rows_of
 from ..config import RecastConfig, checked_config
 from ..errors import RecastConfigError
-from ..mimicry import ClosedForm, DataAware, FittedTemplates, Recipe
+from ..mimicry import ClosedForm, DataAware, FittedTemplates, MimicryMethod, Recipe
 from ..mimicry.features import captured_outputs, evaluating, main_tensor, run_on
 from ..names import block_of
 from ..planning.candidates import Candidate
@@ -60,9 +61,7 @@ def fit_bank(model: nn.Module, config: RecastConfig, batches: Iterable[Any] | No
         measured = input_moments(model, all_members, data) if method.needs_data else None
         for group in chunk:
             moments = None if measured is None else [measured[name] for name in group.members]
-            weights = [_as_matrix(member) for member in members[group.name]]
-            found = method.fit(weights, group.num_templates, label=group.name, moments=moments)
-            fitted[group.name] = _in_shape(members[group.name][0], found, weights)
+            fitted[group.name] = _fit(method, members[group.name], group.num_templates, label=group.name, moments=moments)
     if isinstance(method, DataAware) and groups:
         fitted = select(model, members, fitted, list(islice(data, method.select_batches)))
         fitted = distill(model, members, fitted, data, method)
@@ -100,17 +99,14 @@ def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[Plan
     return chunks
 
 
-def _as_matrix(target: Candidate) -> Tensor:
-    """A target's weight with its outputs first: that of a transposed linear layer is turned."""
-    kind, weight = family_of(target.module), target.weight.detach()
-    return weight if kind is None else kind.as_matrix(weight).contiguous()
-
-
-def _in_shape(target: Candidate, found: Recipe | FittedTemplates, weights: Sequence[Tensor]) -> FittedTemplates:
+def _fit(method: MimicryMethod, targets: Sequence[Candidate], num_templates: int, **options: Any) -> FittedTemplates:
+    """What a method finds for targets, whose weights it sees with outputs first; the templates are shaped as the weights are."""
+    kinds, weights = [family_of(target.module) for target in targets], [target.weight.detach() for target in targets]
+    weights = [w if kind is None else kind.as_matrix(w).contiguous() for kind, w in zip(kinds, weights, strict=True)]
+    found = method.fit(weights, num_templates, **options)
     if isinstance(found, Recipe):
         found = FittedTemplates(mix_templates(weights, found.mix), found.base)
-    kind = family_of(target.module)
-    if kind is not None and kind.is_transposed:
+    if kinds[0] is not None and kinds[0].is_transposed:
         found = FittedTemplates(found.templates.transpose(1, 2).contiguous(), found.base)
     return found
 
@@ -132,21 +128,17 @@ def input_moments(model: nn.Module, targets: Sequence[Candidate], batches: Itera
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def watch(target: Candidate, columns: Callable[[nn.Module, Tensor], Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args or not isinstance(args[0], Tensor):
-                return
+    def note(name: str, columns: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
             rows = columns(module, args[0].detach()).float()  # (places, fan_in)
-            sums[target.name] = sums.get(target.name, 0) + rows.T @ rows
-            counts[target.name] = counts.get(target.name, 0) + rows.shape[0]
-
-        return hook
+            sums[name] = sums.get(name, 0) + rows.T @ rows
+            counts[name] = counts.get(name, 0) + rows.shape[0]
 
     with ExitStack() as hooks, evaluating(model), torch.no_grad():
         for target in targets:
             columns = rows_of(target.module)
             if columns is not None:
-                hooks.enter_context(target.module.register_forward_pre_hook(watch(target, columns)))
+                hooks.enter_context(target.module.register_forward_pre_hook(partial(note, target.name, columns)))
         for batch in batches:
             run_on(model, batch)
     silent = [target.name for target in targets if target.name not in sums]
@@ -196,11 +188,7 @@ def select(
     def change_of(fits: dict[str, FittedTemplates]) -> float:
         return output_change(model, _composed(members, _in_float32(fits)), batches, wanted)
 
-    second = {}
-    for name, own in members.items():
-        weights = [_as_matrix(member) for member in own]
-        recipe = ClosedForm().fit(weights, len(first[name].templates))
-        second[name] = _in_shape(own[0], recipe, weights)
+    second = {name: _fit(ClosedForm(), own, len(first[name].templates)) for name, own in members.items()}
     changes = change_of(first), change_of(second)
     best, other = (first, second) if changes[0] <= changes[1] else (second, first)
     best, least = dict(best), min(changes)

@@ -22,6 +22,7 @@ from ..composition.compose import made_to_stay
 from ..composition.kinds import family_of
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import plain_modules
+from ..mimicry.closed_form import principal_axes, with_signs
 from ..mimicry.features import evaluating, run_on
 from ..names import block_of, lies_in
 from ..parts.head_building import find_head
@@ -271,13 +272,12 @@ def _principal_directions(flat: Tensor, count: int) -> tuple[Tensor, float]:
     examples, width = flat.shape
     flat = flat.double()
     gram = flat @ flat.T if examples <= width else flat.T @ flat
-    every, vectors = (t.flip(-1) for t in torch.linalg.eigh(gram))
+    every, vectors = principal_axes(gram)
     values = every[:count]
     is_large = values > every[0].clamp_min(0) * SMALLEST**2
     vectors, deviations = vectors[:, :count][:, is_large], (values[is_large] / every[0]).sqrt()
     if examples <= width:
         vectors = flat.T @ vectors
         vectors = vectors / vectors.norm(dim=0)
-    signs = torch.gather(vectors, 0, vectors.abs().argmax(0, keepdim=True)).sign()
     share = float(values.sum() / every.sum().clamp_min(torch.finfo(torch.float64).tiny))
-    return (vectors * signs / deviations**WHITENING).T.float(), share
+    return (with_signs(vectors) / deviations**WHITENING).T.float(), share

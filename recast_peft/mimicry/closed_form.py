@@ -37,7 +37,12 @@ def principal_axes(gram: Tensor) -> tuple[Tensor, Tensor]:
     The sign of an eigenvector is free: its largest entry is positive.
     """
     values, vectors = (found.flip(-1) for found in torch.linalg.eigh(gram))
-    return values, vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+    return values, with_signs(vectors)
+
+
+def with_signs(columns: Tensor) -> Tensor:
+    """Columns whose sign is free, each with the sign that makes its largest entry positive."""
+    return columns * columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).sign()
 
 
 @dataclass(frozen=True)

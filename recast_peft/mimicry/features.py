@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,19 +68,16 @@ def captured_outputs(model: nn.Module, names: Iterable[str], last: bool = False)
     """
     outputs: dict[str, Tensor] = {}
 
-    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = main_tensor(output)
-            if tensor is not None:
-                if last:
-                    outputs.clear()
-                outputs[name] = tensor
-
-        return hook
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        tensor = main_tensor(output)
+        if tensor is not None:
+            if last:
+                outputs.clear()
+            outputs[name] = tensor
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(note(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(note, name)))
         yield outputs
 
 
