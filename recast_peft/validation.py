@@ -40,12 +40,7 @@ class Unexpected(ValueError):
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: never long, and never an error itself, however deep the value is nested.
-
-    Of a tensor, its dtype and shape.
-    """
-    if isinstance(value, Tensor) and value.ndim:
-        return f"{value.dtype} of shape {tuple(value.shape)}"
+    """A value as an error message shows it: never long, and never an error itself, however deep the value is nested."""
     try:
         return _SHORT.repr(value)
     except Exception:

@@ -144,11 +144,6 @@ def test_messages_stay_short_and_safe() -> None:
         deep = deep.pop()
 
 
-def test_a_tensor_is_shown_by_what_it_is() -> None:
-    assert shown(torch.zeros(2, 3)) == "torch.float32 of shape (2, 3)"
-    assert shown(torch.tensor(7)) == "tensor(7)"
-
-
 class TestOptionsByName:
     @dataclass
     class Kind:

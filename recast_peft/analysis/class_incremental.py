@@ -69,9 +69,9 @@ class IncrementalClassifier:
         """
         hidden = self._hidden(features)
         if not is_whole(labels) or labels.shape != features.shape[:1] or not len(labels):
+            given = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else shown(labels)
             raise RecastSequenceError(
-                "one label for each example is needed, a whole number\n"
-                f"  labels:   {shown(labels)}\n  examples: {len(features)}"
+                f"one label for each example is needed, a whole number\n  labels:   {given}\n  examples: {len(features)}"
             )
         numbers = labels.tolist()
         classes = None if classes is None else _names(classes)

@@ -360,7 +360,8 @@ def _features(features: Callable[[Tensor], Tensor], data: Any, size: int) -> tup
 
 def _checked(features: Any) -> Tensor:
     if not isinstance(features, Tensor) or features.ndim != 2:
-        given = shown(features) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        is_tensor = isinstance(features, Tensor)
+        given = f"{features.dtype} of shape {tuple(features.shape)}" if is_tensor else f"a {type(features).__name__}"
         raise RecastSequenceError(f"features gave {given}: expected a tensor (samples, features)")
     return features.cpu()
 

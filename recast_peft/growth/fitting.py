@@ -100,7 +100,7 @@ def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[Plan
 
 
 def _fit(method: MimicryMethod, targets: Sequence[Candidate], num_templates: int, **options: Any) -> FittedTemplates:
-    """What a method finds for targets, whose weights it sees with outputs first; the templates are shaped as the weights are."""
+    """What a method finds for targets, whose weights it sees with outputs first; templates have the weights' shape."""
     kinds, weights = [family_of(target.module) for target in targets], [target.weight.detach() for target in targets]
     weights = [w if kind is None else kind.as_matrix(w).contiguous() for kind, w in zip(kinds, weights, strict=True)]
     found = method.fit(weights, num_templates, **options)

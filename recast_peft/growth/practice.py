@@ -242,7 +242,7 @@ def _fresh_classifier(task: PracticeTask, model: nn.Module, features: Callable[[
     with torch.no_grad():
         first = features(model, rows_of_inputs(task.inputs, torch.arange(min(2, len(task.labels)))))
     if not isinstance(first, Tensor) or first.ndim != 2 or not first.is_floating_point():
-        given = shown(first) if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        given = f"{first.dtype} {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
         raise RecastConfigError(f"features gave {given}: expected floating numbers (batch, features)")
     head = nn.utils.skip_init(nn.Linear, first.shape[1], task.num_classes)
     nn.init.zeros_(head.weight)
