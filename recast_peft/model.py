@@ -214,8 +214,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     def train(self, mode: bool = True) -> RecastModel:
         """Set training mode, but for the running statistics of the pretrained model, which no task may move."""
         super().train(mode)
+        keep_trained(self.model)
         if mode:
-            keep_trained(self)
             freeze_running_statistics(self.model)
         return self
 

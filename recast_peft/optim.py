@@ -195,7 +195,7 @@ def create_recast_optimizer(
     if not callable(optimizer_cls):
         raise RecastConfigError(f"optimizer_cls={shown(optimizer_cls)}: expected a class, such as torch.optim.AdamW")
     for tuner in modules_of(model, RecastModel):
-        keep_trained(tuner)
+        keep_trained(tuner.model)
     kinds = trained_kinds(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not any(id(parameter) in kinds for parameter in trained) and not _owned(model, trained):

@@ -21,6 +21,7 @@ from ..layer import RecastLayer
 from ..names import BASE_ADAPTER, modules_of, plain_name
 from ..parts.head import task_heads
 from ..parts.stacking import Adding
+from .state import keep_trained
 
 TASK_ARGUMENTS = ("adapter_names", "task_ids")
 _EXCHANGE = re.compile(r"\b(transpose|swapaxes|swapdims)\((\w+, )?(0, 1|1, 0)\)|permute\((\w+, )?1, 0\b")
@@ -189,6 +190,8 @@ class _Guard:
                 "with it (model(...), model.generate(...), or another method by way of the PEFT model)"
             )
         self.calls.check_no_block_elsewhere()
+        if "_hf_hook" in vars(module) and hasattr(module, "peft_config"):
+            keep_trained(module)
         batch, labels = current_batch(), kwargs.get("labels")
         if batch is not None and isinstance(labels, torch.Tensor) and not torch.compiler.is_compiling():
             for head in task_heads(module):

@@ -173,12 +173,14 @@ def trained_outside_tasks(model: nn.Module) -> list[str]:
     ]
 
 
-def keep_trained(tuner: Any) -> None:
-    """Put what is trained of tasks where it computes, if it is offloaded: no optimizer would find it elsewhere."""
-    if not any(map(is_offloaded, tuner.modules())):
+@torch.inference_mode(False)
+def keep_trained(backbone: Any) -> None:
+    """Put what is trained of tasks where it computes, if it is offloaded: no optimizer would find it elsewhere, and each call
+    would put another parameter in its place."""
+    if not any(map(is_offloaded, backbone.modules())):
         return
-    for name, config in tasks_among(tuner.peft_config).items():
-        for entry in task_entries(tuner.model, name, config).values():
+    for name, config in tasks_among(backbone.peft_config).items():
+        for entry in task_entries(backbone, name, config).values():
             held = entry.module._parameters.get(entry.attribute)
             if held is not None and held.requires_grad:
                 end_offloading(entry.module)

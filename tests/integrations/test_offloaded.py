@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,20 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("evaluated", [nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_an_optimizer_from_before_the_training_mode_trains_every_part(
-    part: dict[str, Any], offload: Callable[[nn.Module], None]
+    part: dict[str, Any], evaluated: Callable[[], Any], offload: Callable[[nn.Module], None]
 ) -> None:
     model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **part), "task").eval()
     offload(model.get_base_model())
     given = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD(given.values(), lr=1.0)
+    with evaluated():
+        start = None if evaluated is nullcontext else model(vit_input())
     model.train()
+    if start is not None:
+        torch.testing.assert_close(model(vit_input()), start)
     model(vit_input()).square().sum().backward()
     optimizer.step()
     now = dict(model.named_parameters())
