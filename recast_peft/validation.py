@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import reprlib
@@ -315,12 +316,12 @@ def number(value: Any) -> float:
     return value
 
 
-def number_above(least: float, itself: bool = False) -> Check:
-    """A finite number above another one, or that one itself too."""
+def number_above(least: float, itself: bool = False, most: float = math.inf) -> Check:
+    """A finite number above another one, or that one itself too, and at most a third."""
 
     def check(value: Any) -> float:
-        if not is_number(value) or value < least or (value == least and not itself):
-            raise Unexpected(f"a number {'from' if itself else 'above'} {least}")
+        if not is_number(value) or not least <= value <= most or (value == least and not itself):
+            raise Unexpected(f"a number {'from' if itself else 'above'} {least}" + (f" to {most}" if most < math.inf else ""))
         return value
 
     return check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -132,21 +132,17 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
         )
     templates = entry.integer("templates", 0, MOST)
     recipe = _recipe(entry, len(members), templates)
+    group = StoredGroup(members, recipe=recipe)
+    if kind == "dense":
+        found, base = _dense(bank, len(members), tensors, what)
+        group = replace(group, templates=found, base=base)
+    elif kind != "exact":
+        group = replace(group, grown=_grown(bank, entry, tensors, what))
+    if kind in ("bias", "readout"):
+        group = replace(group, widths=tuple(entry.integers("widths", 1, MOST)))
     if kind == "readout":
         check_shapes(what, tensors, {f"{bank}.offset": (templates,)})
-    if kind == "dense":
-        group = _dense(bank, members, tensors, what, recipe)
-    elif kind == "exact":
-        group = StoredGroup(members, recipe=recipe)
-    else:
-        group = StoredGroup(
-            members,
-            recipe=recipe,
-            grown=_grown(bank, entry, tensors, what),
-            widths=tuple(entry.integers("widths", 1, MOST)) if kind in ("bias", "readout") else None,
-            offset=tensors[f"{bank}.offset"] if kind == "readout" else None,
-            pools=entry.flag("pools") if kind == "readout" else None,
-        )
+        group = replace(group, offset=tensors[f"{bank}.offset"], pools=entry.flag("pools"))
     if group.num_templates != templates:
         raise RecastLoadError(
             f"bank {bank!r} of {what} has another number of templates\n  in its description: {templates}\n"
@@ -160,7 +156,7 @@ def read_group(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: st
     return group
 
 
-def _dense(bank: str, members: tuple[str, ...], tensors: Mapping[str, Tensor], what: str, recipe: Recipe | None) -> StoredGroup:
+def _dense(bank: str, layers: int, tensors: Mapping[str, Tensor], what: str) -> tuple[Tensor, Tensor]:
     names = f"{bank}.templates", f"{bank}.base"
     check_shapes(what, tensors, {name: tuple(tensors[name].shape) if name in tensors else () for name in names})
     templates, base = (tensors[name] for name in names)
@@ -168,8 +164,8 @@ def _dense(bank: str, members: tuple[str, ...], tensors: Mapping[str, Tensor], w
         raise RecastLoadError(
             f"{what}: {names[0]} has shape {tuple(templates.shape)}; (templates, *shape of a weight) expected"
         )
-    check_shapes(what, tensors, {names[1]: (len(members), len(templates))})
-    return StoredGroup(members, templates, base, recipe)
+    check_shapes(what, tensors, {names[1]: (layers, len(templates))})
+    return templates, base
 
 
 def _grown(bank: str, entry: Fields, tensors: Mapping[str, Tensor], what: str) -> GrownTemplates:

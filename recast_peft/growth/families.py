@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import RecastConfigError
-from ..validation import COUNT, check_arguments, is_int, is_number, shown
+from ..validation import COUNT, Options, is_int, number_above, shown
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -73,7 +72,7 @@ class PracticeFamily(Protocol):
 
 
 @dataclass(frozen=True)
-class MissingWords:
+class MissingWords(Options):
     """Texts: which of a few words was taken out of the text?
 
     Args:
@@ -93,7 +92,7 @@ class MissingWords:
     text: str = "input_ids"
 
     def __post_init__(self) -> None:
-        check_arguments(COUNT, words=self.words, examples=self.examples, least=self.least)
+        self.check(COUNT, "words", "examples", "least")
         special = self.special_token_ids
         if not isinstance(special, Collection) or not all(map(is_int, (self.mask_token_id, *special))):
             raise RecastConfigError(
@@ -139,7 +138,7 @@ class MissingWords:
 
 
 @dataclass(frozen=True)
-class KnownPictures:
+class KnownPictures(Options):
     """Pictures: which of a few pictures is it, that was cut, turned over, shifted in colour and made noisy?
 
     Args:
@@ -157,12 +156,9 @@ class KnownPictures:
     noise: float = 0.2
 
     def __post_init__(self) -> None:
-        check_arguments(COUNT, pictures=self.pictures, views=self.views)
-        for option, most in (("crop", 1), ("colour", math.inf), ("noise", math.inf)):
-            value = getattr(self, option)
-            if not is_number(value) or not 0 <= value <= most:
-                limits = "from 0 to 1" if option == "crop" else "of at least 0"
-                raise RecastConfigError(f"KnownPictures({option}={shown(value)}): expected a number {limits}")
+        self.check(COUNT, "pictures", "views")
+        self.check(number_above(0, itself=True, most=1), "crop")
+        self.check(number_above(0, itself=True), "colour", "noise")
 
     def make(self, data: Inputs, generator: torch.Generator) -> PracticeTask:
         """Draw pictures, and views of each."""

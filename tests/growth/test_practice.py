@@ -323,7 +323,7 @@ def test_tasks_that_teach_nothing_are_refused(inputs: Any, labels: Any, message:
     [
         (KnownPictures, {"views": 0}, "views=0"),
         (KnownPictures, {"crop": 2}, "crop=2.: expected a number from 0 to 1"),
-        (KnownPictures, {"colour": -1.0}, "colour=-1.0.: expected a number of at least 0"),
+        (KnownPictures, {"colour": -1.0}, "colour=-1.0.: expected a number from 0"),
         (KnownPictures, {"noise": float("nan")}, "noise=nan"),
         (MissingWords, {"mask_token_id": MASK, "words": 1.5}, "words=1.5"),
         (MissingWords, {"mask_token_id": None}, "mask_token_id=None.*expected the number of a token"),
