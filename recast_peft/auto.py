@@ -25,6 +25,7 @@ from .hub.transfer import fetch_task
 from .layer import RecastLayer
 from .model import check_not_wrapped
 from .names import MODEL_PREFIX, check_adapter_name, modules_of, plain_name
+from .options.partner import partners_of
 from .options.record import modules_called
 from .storage.paths import is_hub_name
 from .storage.transfer import fetch_together
@@ -188,12 +189,11 @@ def _fetch_banks(config: RecastConfig, folder: str, hub: dict[str, Any]) -> None
     fetched = _fetched_bank(config.bank, folder, hub)
     if fetched is not None:
         config.bank = fetched  # type: ignore[assignment]
-    partners: list[Any] = list(config.partners or [])
+    partners = partners_of(config)
     for place, partner in enumerate(partners):
         fetched = _fetched_bank(partner.bank_reference, folder, hub)
         if fetched is not None:
-            partners[place] = replace(partner, bank=fetched)
-            config.partners = partners
+            partners[place] = replace(partner, bank=fetched)  # type: ignore[call-arg]
 
 
 def _fetched_bank(reference: Any, folder: str, hub: dict[str, Any]) -> StoredBank | None:

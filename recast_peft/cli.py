@@ -33,7 +33,6 @@ from .hub.task_files import task_sizes
 from .hub.transfer import fetch_task
 from .hub.verify import ERROR, INFO, WARNING, verify_folder
 from .integrations.serving.start import serve_folder
-from .parts import PartnerConfig
 from .planning.roles import SHORTHANDS
 from .pool.files import describe_pool
 from .storage.atomic import staged_folder
@@ -210,9 +209,8 @@ def _hub_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _partner_banks(config: RecastConfig) -> list[tuple[str, str]]:
-    partners = [partner for partner in config.partners or () if isinstance(partner, PartnerConfig)]
-    banks = [({"bias": "biases"}.get(p.method, p.method), p.bank_reference) for p in partners]
-    return [(f"bank of {what}", bank["name"] or "in memory") for what, bank in banks if bank is not None]
+    banks = config.partner_banks.items()
+    return [(f"bank of {'biases' if method == 'bias' else method}", bank["name"] or "in memory") for method, bank in banks]
 
 
 def _inspect(options: argparse.Namespace) -> None:

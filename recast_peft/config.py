@@ -23,7 +23,7 @@ from .mimicry import MimicryMethod, resolve_method
 from .options.checks import check_config
 from .options.config_file import read_fields, writable, write_fields
 from .options.lora import stored_lora_config
-from .options.partner import PartnerConfig
+from .options.partner import PartnerConfig, partners_of
 from .options.record import AFTER_SAVING, Reference, TaskRecord, decided, from_fields, hub_repository, reference_of, to_fields
 from .registration import peft_type
 from .validation import a_path, check_arguments, check_is_device, did_you_mean, shown
@@ -187,10 +187,7 @@ class RecastConfig(PeftConfig):
         check_config(self)
         super().__post_init__()
         self.peft_type = peft_type()
-        self.record = from_fields(
-            {f.name: getattr(self, f.name) for f in fields(self)},
-            {p.method: p.bank_reference for p in self.partners or () if p.bank_reference is not None},  # type: ignore
-        )
+        self.record = from_fields({f.name: getattr(self, f.name) for f in fields(self)}, self.partner_banks)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> RecastConfig:
@@ -229,11 +226,10 @@ class RecastConfig(PeftConfig):
         values["bank"] = reference_of(self.bank)
         # PEFT's models for a task_type add to them each time that a task is loaded
         values["modules_to_save"] = self.modules_to_save and list(dict.fromkeys(self.modules_to_save))
-        banks: dict[str, Reference] = {} if self.record is None else self.record.partner_banks
         values |= {} if self.record is None else to_fields(self.record)
         if self.partners is not None:
-            stored = [partner.to_dict() for partner in self.partners]  # type: ignore[union-attr]
-            values["partners"] = [{**p, **({"bank": banks[p["method"]]} if p["method"] in banks else {})} for p in stored]
+            banks = {method: {"bank": reference} for method, reference in self.partner_banks.items()}
+            values["partners"] = [{**p.to_dict(), **banks.get(p.method, {})} for p in partners_of(self)]
         if isinstance(values["lora_config"], LoraConfig):
             values["lora_config"] = stored_lora_config(values["lora_config"])
         if self.base_model_name_or_path is None:
@@ -268,14 +264,18 @@ class RecastConfig(PeftConfig):
 
     def partner(self, method: str) -> Any:
         """The options of one of the task's partners; None if it has none of this kind."""
-        return next((p for p in self.partners or () if p.method == method), None)  # type: ignore[union-attr]
+        return next((p for p in partners_of(self) if p.method == method), None)
+
+    @property
+    def partner_banks(self) -> dict[str, Reference]:
+        """The stored banks of partners by their methods, as the record names them, without a record as they were given."""
+        if self.record is not None:
+            return self.record.partner_banks
+        return {p.method: p.bank_reference for p in partners_of(self) if p.bank_reference is not None}
 
     def partner_bank(self, method: str) -> Reference | None:
-        """The stored bank of a partner, as the record names it, without a record as it was given."""
-        if self.record is not None:
-            return self.record.partner_banks.get(method)
-        partner = self.partner(method)
-        return None if partner is None else partner.bank_reference
+        """The stored bank of one partner; None if it has none."""
+        return self.partner_banks.get(method)
 
     def as_chosen(self, **fields: Any) -> RecastConfig:
         """A shallow copy without what a conversion decided, for a new task; that of a stored task keeps its record.
@@ -354,8 +354,7 @@ def layout_of(config: RecastConfig, **fields: Any) -> RecastConfig:
     """A config with the same targets, banks and coefficients, for a task without a head; ``fields`` are set in it."""
     targets = ("target_modules", "target_parameters", "head_module", "num_directions")
     same = (*targets, "groups", "recipes", "keep_base_weights", "base_fingerprint")
-    partners = [p for p in config.partners or () if isinstance(p, PartnerConfig)]
-    shared = [copy.deepcopy(p) for p in partners if p.acts_on == "bias" or not p.is_trained]
+    shared = [copy.deepcopy(p) for p in partners_of(config) if p.acts_on == "bias" or not p.is_trained]
     own = {name: copy.deepcopy(getattr(config, name)) for name in same}
     layout = RecastConfig(**{**own, "bank": config.bank_reference, "partners": shared, **fields})
     layout.is_layout = True  # type: ignore[misc]

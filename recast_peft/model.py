@@ -7,7 +7,7 @@ and what fails after that is put back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
@@ -99,7 +99,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
     ) -> None:
         check_adapter_name(adapter_name)
         check_not_wrapped(model, bool(modules_of(model, RecastModel)))
-        config = cast(RecastConfig, self.peft_config[adapter_name])
+        config: RecastConfig = self.peft_config[adapter_name]
         check_again(config)
         before = config.record
         # PEFT's models for a task_type add classifiers to what a file names, and want to find some of the first task
@@ -130,7 +130,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         self, model: nn.Module, adapter_name: str, prepared: PreparedTask, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
     ) -> None:
         """Put what was prepared into the model: layers, banks, coefficients, parts; the caller undoes what fails."""
-        config = cast(RecastConfig, self.peft_config[adapter_name])
+        config: RecastConfig = self.peft_config[adapter_name]
         is_first = not modules_of(model, BaseTunerLayer)
         # PEFT keeps what was trained before, but looks for the new task's name in the names of parameters
         others = [] if is_first else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -151,7 +151,7 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
         self, model: nn.Module, adapter_name: str, prepared: PreparedTask, autocast_adapter_dtype: bool, low_cpu_mem_usage: bool
     ) -> None:
         """PEFT's own loop over the modules, on a copy of the config: it condenses names, and saves modules whole by itself."""
-        config = cast(RecastConfig, self.peft_config[adapter_name])
+        config: RecastConfig = self.peft_config[adapter_name]
         own = {"modules_to_save": None, "target_modules": list(prepared.plan.targets), "target_parameters": None}
         working = config.as_chosen(**own, exclude_modules=None)
         self._prepared, self._keeps_active = prepared, bool(modules_of(model, BaseTunerLayer))

@@ -54,7 +54,9 @@ class AccuracyMatrix:
         except (TypeError, ValueError, RuntimeError):
             value = math.nan
         if not math.isfinite(value):
-            raise RecastSequenceError(f"accuracy on {task!r} after {after!r}: {shown(accuracy)}; a finite number is expected")
+            hint = ". Does evaluate end with return?" if accuracy is None else ""
+            given = f"accuracy on {task!r} after {after!r}: {shown(accuracy)}"
+            raise RecastSequenceError(f"{given}; a finite number is expected{hint}")
         if after is None:
             self.baseline[self._index(task)] = value
         else:

@@ -30,6 +30,7 @@ from ..hub.transfer import task_names
 from ..layer import RecastLayer
 from ..mimicry.features import evaluating, modes_kept
 from ..names import check_adapter_name, modules_of
+from ..options.partner import partners_of
 from ..parts import BiasConfig
 from ..placement.sharded import is_plain
 from ..planning.plan import SAID_BY_BANK
@@ -102,16 +103,17 @@ class Growth:
 
     def grow(self, plain: nn.Module) -> None:
         """Grow the bank from the sources since it grew last, or extend it by them; without any it stays."""
-        sources = self._sources
-        sizes: dict[str, Any] = {"num_templates": self.num_templates}
+        sources, count = self._sources, self.num_templates
         if not sources:
             return
         if self.bank is not None:
-            self.bank = extend_bank(self.bank, plain, sources, **sizes)
+            self.bank = extend_bank(self.bank, plain, sources, num_templates=count)
         elif self.of == "biases":
-            self.bank = grow_bias_bank(plain, sources, **sizes)
+            self.bank = grow_bias_bank(plain, sources, num_templates=count)
         else:
-            self.bank = grow_bank(plain, sources, self.config, rank=self.rank, plain_templates=self.plain_templates, **sizes)
+            self.bank = grow_bank(
+                plain, sources, self.config, num_templates=count, rank=self.rank, plain_templates=self.plain_templates
+            )
         self._sources = []  # after an error they are for the next call
 
 
@@ -233,8 +235,7 @@ def _check_names(model: nn.Module, tasks: Mapping[str, Any], config: Any) -> Non
 def _add_task(model: nn.Module, name: str, config: RecastConfig, bank: StoredBank | None) -> PeftModel:
     own = copy.deepcopy(config)
     if bank is not None and bank.is_of_biases:
-        others = [partner for partner in own.partners or () if partner is not own.partner("bias")]
-        own.partners = [*others, BiasConfig(bank=bank)]
+        own.partners = [*(partner for partner in partners_of(own) if partner.method != "bias"), BiasConfig(bank=bank)]
     elif bank is not None:
         own = own.as_chosen(bank=bank, **dict.fromkeys(SAID_BY_BANK))
     return with_task(model, own, name)
@@ -242,12 +243,7 @@ def _add_task(model: nn.Module, name: str, config: RecastConfig, bank: StoredBan
 
 def _measure(model: nn.Module, evaluate: Callable[[nn.Module, Any], float], task: Any) -> float:
     with evaluating(model), torch.no_grad():
-        accuracy = evaluate(model, task)
-    try:
-        return float(accuracy)
-    except (TypeError, ValueError, RuntimeError) as error:
-        hint = " Does it end with return?" if accuracy is None else ""
-        raise RecastSequenceError(f"evaluate returned {shown(accuracy)}; expected an accuracy, one number.{hint}") from error
+        return evaluate(model, task)
 
 
 def _numbers(model: PeftModel, name: str) -> dict[str, Tensor]:

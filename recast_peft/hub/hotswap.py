@@ -11,7 +11,6 @@ from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
 from ..holders import unwrapped
 from ..layer import fingerprints_of, recast_layers
-from ..options.partner import PARTNERS
 from ..parts.head import task_heads
 from ..tasks.conversion import check_fingerprints
 from ..tasks.files import check_not_merged, load_into, read_entries
@@ -113,7 +112,7 @@ def _check_alike(path: str, config: RecastConfig, adapter_name: str, own: Recast
 
 def _banks(config: RecastConfig) -> dict[str, str | None]:
     """Fingerprints of the banks that a task's coefficients, biases and readout are on, wherever these banks lie."""
-    named = {"coefficients": config.bank_reference, **{method: config.partner_bank(method) for method in PARTNERS}}
+    named = {"coefficients": config.bank_reference, **config.partner_banks}
     return {what: reference["fingerprint"] for what, reference in named.items() if reference is not None}
 
 

@@ -120,7 +120,7 @@ def _provenance(folder: Path, config: RecastConfig, fields: Fields) -> Iterator[
         yield Finding(INFO, folder, f"learned on {repository} at {backbone['revision']}")
     license = _license(folder / CARD_NAME) or backbone.get("license")
     yield Finding(INFO, folder, f"license: {license}") if license else Finding(WARNING, folder, "no license is stated")
-    for reference in (config.bank_reference, *(getattr(p, "bank_reference", None) for p in config.partners or ())):
+    for reference in (config.bank_reference, *config.partner_banks.values()):
         if reference is not None and reference.get("name"):
             yield _named_bank(folder, dict(reference))
 

@@ -124,6 +124,11 @@ class PartnerConfig(Options, ABC):
         return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
+def partners_of(config: Any) -> list[PartnerConfig]:
+    """The partners of a ``RecastConfig``, none where it names none."""
+    return config.partners or []
+
+
 def resolve_partners(partners: Any) -> list[PartnerConfig]:
     """The partners that a config means.
 
