@@ -65,6 +65,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         self._fingerprint: str | None = fingerprint
         self._seen = self.weight_sample()
         self.is_written_to = False  # whether the pretrained weight was found to be another one than it was
+        self.is_emptied = False  # by to_empty(): its weights are no numbers until a state dict is loaded
         self.has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
         self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
         self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
@@ -185,6 +186,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         for name, values in kept.items():
             if not values.is_meta:
                 self.recast_coefficients[name].data = follow_device(fn, values)
+            self.is_emptied |= values.is_meta and not self.recast_coefficients[name].is_meta
         follow(self, fn)
         return self
 

@@ -6,7 +6,7 @@ and what fails after that is put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from .tasks.state import check_base_weights, gathered, keep_numbers, keep_traine
 from .tasks.transformers_loading import hand_back_loading, take_over_loading
 from .tasks.tuner_verbs import TaskVerbs
 from .tasks.undo import Snapshot, undone_on_failure
+from .tasks.verbs import merged_tasks
 
 ADDED_LATE = ("TOKEN_CLS", "QUESTION_ANS")  # to the first task's modules_to_save by PEFT, when its layers are in
 
@@ -221,6 +222,8 @@ class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
 
     @waits_for_calls
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
+        if fn(torch.empty(0)).is_meta:
+            check_loses_nothing(self.model, self.task_pool)
         super()._apply(fn, recurse)
         for layer in modules_of(self.model, RecastLayer):
             if layer.is_stale:  # merged, and rounded
@@ -312,4 +315,19 @@ def check_not_wrapped(model: nn.Module, is_converted: bool) -> None:
         raise RecastConfigError(
             "the model is converted already: add a task with model.add_adapter(name, config) or "
             "model.load_adapter(path, name), or get the plain model back with model.unload()"
+        )
+
+
+def check_loses_nothing(model: nn.Module, pools: Sequence[Any]) -> None:
+    """Refuse the meta device (``RecastConfigError``) for what no state dict would bring back."""
+    merged = merged_tasks(model)
+    if merged:
+        raise RecastConfigError(
+            f"tasks are merged ({', '.join(merged)}), and the pretrained weights that are kept beside them would be lost on "
+            "the meta device: call unmerge_adapter() first"
+        )
+    if pools:
+        raise RecastConfigError(
+            "the tasks of the model's pool are in no state dict, and would be lost on the meta device: write them to a file, "
+            f"pool.save(path), and delete the pool's slot first, delete_adapter({pools[0].slot!r})"
         )

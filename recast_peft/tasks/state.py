@@ -96,6 +96,7 @@ def check_base_weights(model: Any, state_dict: Mapping[str, Tensor], prefix: str
     if not any(".base_layer." in key for key in state_dict):
         return
     is_assigned = metadata.get("assign_to_params_buffers", False)
+    is_emptied = any(layer.is_emptied for layer in modules_of(model, RecastLayer))
     paths = {id(module): path for path, module in model.named_modules()}
     names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
     written = {holder: list(holder.merged_into()) for holder in holders(model)}
@@ -109,7 +110,7 @@ def check_base_weights(model: Any, state_dict: Mapping[str, Tensor], prefix: str
         and (name != "bias" or id(module) not in trained)
     ]
     others = {(m, name): m._parameters[name] for m, name, t in brought if _is_another(m._parameters.get(name), t, is_assigned)}
-    differ = list(dict.fromkeys(names.get(id(m), name) for (m, name), own in others.items() if not own.is_meta))
+    differ = list(dict.fromkeys(names.get(id(m), name) for (m, name), own in others.items() if not (is_emptied or own.is_meta)))
     found = ", ".join(differ[:2])
     what = f"the state dict has other weights or biases than the model at {len(differ)} modules with tasks ({found}, ...)"
     if differ and is_merged:
@@ -121,6 +122,7 @@ def check_base_weights(model: Any, state_dict: Mapping[str, Tensor], prefix: str
             stacklevel=2,
         )
     for layer in modules_of(model, RecastLayer):
+        layer.is_emptied &= not brought
         layer.has_loaded |= bool(brought)  # but for biases that tasks train, which files of tasks hold too
         if any(place in others for place in layer.merged_into()):
             layer.forget_fingerprint()

@@ -26,6 +26,7 @@ from recast_peft import (
     RecastLayer,
     RecastLoadError,
     RecastTargetError,
+    TaskPool,
     get_recast_model,
     grow_bias_bank,
 )
@@ -352,6 +353,40 @@ class TestAStateDictOfTheWholeModel:
             warnings.simplefilter("error")
             model.load_state_dict(other.state_dict())
         assert torch.equal(outputs(model, vit_input()), outputs(other, vit_input()))
+
+    @pytest.mark.parametrize("is_around", [True, False], ids=["whole", "backbone"])
+    def test_after_to_empty_is_loaded_without_a_word(self, model: PeftModel, is_around: bool) -> None:
+        state, expected = copy.deepcopy(model.state_dict()), outputs(model, vit_input())
+        emptied = model if is_around else model.get_base_model()
+        emptied.to("meta").to_empty(device="cpu")
+        for parameter in model.parameters():
+            parameter.data.fill_(3.0)  # whatever lay in that memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.load_state_dict(state)
+        assert torch.equal(outputs(model, vit_input()), expected)
+        model.merge_adapter()
+        merged = copy.deepcopy(model.state_dict())
+        model.unmerge_adapter()
+        with pytest.warns(UserWarning, match="which then count twice"):
+            model.load_state_dict(merged)
+
+    def test_what_it_would_not_bring_back_keeps_a_model_off_the_meta_device(self, model: PeftModel) -> None:
+        expected = outputs(model, vit_input())
+        model.merge_adapter()
+        for verb in (lambda: model.to("meta"), lambda: model.to_empty(device="meta")):
+            with pytest.raises(RecastConfigError, match=r"tasks are merged \(default\).*unmerge_adapter"):
+                verb()
+        model.unmerge_adapter()
+        pool = TaskPool(model)
+        pool.add("task", "default")
+        with pytest.raises(RecastConfigError, match=r"tasks of the model's pool .*delete_adapter\('task_pool'\)"):
+            model.to("meta")
+        assert torch.equal(outputs(model, vit_input()), expected)
+        model.delete_adapter(pool.slot)
+        state = copy.deepcopy(model.state_dict())
+        model.to("meta").load_state_dict(state, assign=True)
+        assert torch.equal(outputs(model, vit_input()), expected)
 
     def test_in_another_precision_is_loaded_without_a_word(self, model: PeftModel) -> None:
         state = copy.deepcopy(model.state_dict())
