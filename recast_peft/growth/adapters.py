@@ -28,14 +28,14 @@ from tqdm.auto import tqdm
 
 from ..auto import with_task
 from ..banks.files import StoredBank, StoredGroup
-from ..banks.grown_templates import GrownTemplates, principal_mix
+from ..banks.grown_templates import GrownTemplates, factorise, principal_mix
 from ..composition.compose import made_to_stay
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError
 from ..layer import recast_layers
 from ..names import check_adapter_name, plain_name, unwrapped
 from ..options.lora import WRITING_INITS
-from ..planning.groups import PlannedGroup
+from ..planning.groups import PlannedGroup, as_matrix
 from ..planning.table import text_table
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, check_arguments, optional
@@ -222,13 +222,8 @@ def _rounded(moves: Sequence[Pair], weights: Tensor, rank: int) -> list[Pair]:
     rows, small_left = torch.linalg.qr(left)
     columns, small_right = torch.linalg.qr(right.T)
     repeats = torch.tensor([pair[0].shape[1] for pair in moves])
-    rank = min(rank, rows.shape[1], columns.shape[1])
-    rounded = []
-    for mix in weights.T:
-        u, values, v = torch.linalg.svd(small_left * mix.repeat_interleave(repeats) @ small_right.T, full_matrices=False)
-        root = values[:rank].sqrt()
-        rounded.append((rows @ (u[:, :rank] * root), (root[:, None] * v[:rank]) @ columns.T))
-    return rounded
+    cores = torch.stack([small_left * mix.repeat_interleave(repeats) @ small_right.T for mix in weights.T])
+    return [(rows @ left, right @ columns.T) for left, right in zip(*factorise(cores, rank), strict=True)]
 
 
 # ---------------------------------------------------------------- reading adapters
@@ -320,7 +315,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
         pairs[module] = _pair(layer, adapter)
         if not all(side.isfinite().all() for side in pairs[module]):
             raise RecastBankError(f"the adapter {name!r} holds numbers that are not finite at {module}: leave it out")
-        wanted = None if weight is None else (len(weight), weight.numel() // len(weight))
+        wanted = None if weight is None else as_matrix(weight.shape)
         given = (len(pairs[module][0]), pairs[module][1].shape[1])
         if given != wanted:
             raise RecastBankError(

@@ -23,7 +23,7 @@ from ..mimicry import ClosedForm, DataAware, FittedTemplates, MimicryMethod, Rec
 from ..mimicry.features import captured_outputs, evaluating, main_tensor, run_on
 from ..names import block_of
 from ..planning.candidates import Candidate
-from ..planning.groups import PlannedGroup
+from ..planning.groups import PlannedGroup, as_matrix
 from ..tasks.plan import plan_recast
 from ..validation import listed
 from .sources import check_pretrained
@@ -90,7 +90,7 @@ def _chunks(groups: Sequence[PlannedGroup], limit: int | None) -> list[list[Plan
     chunks: list[list[PlannedGroup]] = []
     held = 0
     for group in groups:
-        need = 4 * len(group.members) * torch.Size(group.shape[1:]).numel() ** 2
+        need = 4 * len(group.members) * as_matrix(group.shape)[1] ** 2
         if not chunks or held + need > limit:
             chunks.append([])
             held = 0

@@ -11,7 +11,7 @@ from ..banks.files import StoredBank, StoredGroup
 from ..banks.grown_templates import GrownTemplates
 from ..composition.compose import made_to_stay
 from ..config import RecastConfig
-from ..planning.groups import PlannedGroup
+from ..planning.groups import PlannedGroup, as_matrix
 from ..tasks.plan import plan_recast
 from ..validation import COUNT, SEED, check_arguments, flag, optional
 from .sources import check_pretrained
@@ -68,7 +68,7 @@ def random_bank(
 def _random_tensors(
     planned: PlannedGroup, count: int, rank: int | None, size: float, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    rows, columns = planned.shape[0], torch.Size(planned.shape[1:]).numel()
+    rows, columns = as_matrix(planned.shape)
     if rank is None:
         shapes: tuple[tuple[int, ...], ...] = ((count, *planned.shape),)
         scale = size

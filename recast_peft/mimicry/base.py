@@ -112,5 +112,10 @@ def scale_templates(templates: Tensor, base: Tensor, weights: Tensor) -> tuple[T
     wanted, norms = weights.norm(dim=1).mean(), templates.norm(dim=1)
     if not wanted:
         return torch.zeros_like(templates), base
-    scale = torch.where(norms > 1e-6 * wanted, wanted / norms.clamp_min(1e-30), torch.ones_like(norms))
+    scale = scale_to(norms, wanted)
     return templates * scale[:, None], base / scale
+
+
+def scale_to(norms: Tensor, wanted: Tensor) -> Tensor:
+    """Factors that give directions a norm; one without energy keeps its own, since rounding errors alone would grow."""
+    return torch.where(norms > 1e-6 * wanted, wanted / norms.clamp_min(torch.finfo(norms.dtype).tiny), torch.ones_like(norms))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import MimicryMethod, Recipe
+from .base import MimicryMethod, Recipe, scale_to
 
 CHUNK = 1 << 20  # numbers held in float64 at once, all layers together
 
@@ -74,7 +74,5 @@ def recipe_from_gram(gram: Tensor, num_templates: int) -> Recipe:
     values, vectors = principal_axes(gram)
     top = vectors[:, :num_templates]  # (layers, templates)
     norms = values[:num_templates].clamp_min(0).sqrt()
-    mean_norm = gram.diagonal().clamp_min(0).sqrt().mean()
-    # a direction without energy keeps its length: scaling it up would only blow up rounding errors
-    scale = torch.where(norms > 1e-6 * mean_norm, mean_norm / norms.clamp_min(1e-300), torch.ones_like(norms))
+    scale = scale_to(norms, gram.diagonal().clamp_min(0).sqrt().mean())
     return Recipe((top * scale).T.contiguous(), top / scale)
