@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import RecastConfig, checked_config
 from ..errors import RecastSequenceError
 from ..mimicry.features import device_of, evaluating
+from ..planning.groups import by_key
 from ..pool.pool import TaskPool
 from ..validation import COUNT, check_arguments, function, is_count, of_type, optional, shown
 from .class_incremental import IncrementalClassifier
@@ -172,9 +173,7 @@ def split_tasks(protocol: Protocol, train: Any, test: Any) -> dict[str, ClassTas
                 f"  samples of: {len({*labels})} classes, {min(labels, default=-1)} to {max(labels, default=-1)}\n"
                 f"  expected:   {protocol.classes} classes, 0 to {protocol.classes - 1}"
             )
-        by_class: dict[int, list[int]] = {}
-        for place, label in enumerate(labels):
-            by_class.setdefault(label, []).append(place)
+        by_class = by_key(range(len(labels)), labels.__getitem__)
         parts.append([_Part(data, [p for number in task for p in by_class[number]], task, labels) for task in protocol.tasks()])
     tasks = zip(protocol.tasks(), *parts, strict=True)
     return {f"task {i}": ClassTask(classes, first, second) for i, (classes, first, second) in enumerate(tasks)}

@@ -24,6 +24,7 @@ from ..parts import BiasConfig
 from ..parts.bias import member_parameter
 from ..parts.places import places_of
 from ..planning.candidates import Candidate, find_candidates
+from ..planning.groups import by_key
 from ..planning.heads import head_names
 from ..validation import COUNT, check_arguments, flag, listed
 from .sources import Source, check_pretrained, check_sources, moves_by_source, origin_of
@@ -139,14 +140,9 @@ def _moves(model: nn.Module, source: Source, biases: Mapping[str, Tensor]) -> di
 
 def _groups(places: Sequence[Candidate], moved: set[str], size: int) -> dict[str, tuple[str, ...]]:
     """Members of every group: the modules of consecutive blocks that differ in their number alone."""
-    blocks: dict[str, list[str]] = {}
-    for place in places:
-        if place.name in moved or f"{place.name}.weight" in moved:
-            blocks.setdefault(block_of(place.name), []).append(place.name)
-    runs: dict[str, list[str]] = {}
-    for block in blocks:
-        runs.setdefault(role_of(block), []).append(block)
-    chunks = [run[i : i + size] for run in runs.values() for i in range(0, len(run), size)]
+    names = [place.name for place in places if not moved.isdisjoint((place.name, f"{place.name}.weight"))]
+    blocks = by_key(names, block_of)
+    chunks = [run[i : i + size] for run in by_key(blocks, role_of).values() for i in range(0, len(run), size)]
     return {bank_name(chunk): tuple(name for block in chunk for name in blocks[block]) for chunk in chunks}
 
 

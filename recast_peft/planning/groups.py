@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from ..errors import RecastBankError, RecastTargetError
 from ..names import bank_name, block_of, role_of
 from ..options.checks import SHARING
 from .candidates import Candidate, composed_layer
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,7 @@ def coefficient_owners(groups: Sequence[PlannedGroup], sharing: str | int | None
 
 def _shared_by_neighbours(groups: Sequence[PlannedGroup], count: int) -> dict[str, str]:
     """Banks of one role in the order of their depth, ``count`` at a time; roles with fewer banks make one sequence together."""
-    roles: dict[str, list[PlannedGroup]] = {}
-    for group in groups:
-        roles.setdefault(role_of(group.members[0]), []).append(group)
+    roles = by_key(groups, lambda group: role_of(group.members[0]))
     sequences = [sorted(banks, key=lambda bank: _depth(bank.members[0])) for banks in roles.values() if len(banks) >= count]
     sequences.append([bank for banks in roles.values() if len(banks) < count for bank in banks])
     owners: dict[str, str] = {}
@@ -158,14 +160,19 @@ def most_directions(targets: Sequence[Candidate], budget: int) -> int:
 
 def layer_runs(targets: list[Candidate]) -> list[list[Candidate]]:
     """Targets of one role, in the order of depth, cut wherever the shape, dtype or class changes."""
-    roles: dict[str, list[Candidate]] = {}
-    for target in targets:
-        roles.setdefault(role_of(target.name), []).append(target)
     runs = []
-    for members in roles.values():
+    for members in by_key(targets, lambda target: role_of(target.name)).values():
         members = sorted(members, key=lambda target: _depth(target.name))
         runs += [list(run) for _, run in groupby(members, key=lambda t: (t.weight_like, type(t.module)))]
     return runs
+
+
+def by_key(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items in lists by what a function gives for them, in their order."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def _depth(name: str) -> list[int]:

@@ -15,7 +15,7 @@ from ..options.record import bank_to_use
 from ..validation import listed
 from .budget import DEFAULT_BUDGET, fit_budget
 from .candidates import Candidate, total_bytes
-from .groups import PlannedGroup, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
+from .groups import PlannedGroup, by_key, count_coefficients, given_groups, layer_runs, plan_groups, shown_sharing
 from .table import text_table
 from .targets import find_targets
 
@@ -132,9 +132,7 @@ def kind_of_bank(group: PlannedGroup) -> str:
 
 def _shown_reasons(skipped: dict[str, str]) -> list[str]:
     """A line for each reason, with the modules that were left out for it."""
-    names: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        names.setdefault(reason, []).append(name)
+    names = by_key(skipped, skipped.__getitem__)
     return [f"left out: {', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''} ({r})" for r, n in names.items()]
 
 

@@ -21,6 +21,7 @@ from ..parts.partner import attach_partners
 from ..parts.saved import keep_running_statistics
 from ..placement.sharded import check_may_be_added_to
 from ..planning.candidates import check_materialised
+from ..planning.groups import by_key
 from ..planning.plan import RecastPlan, plan_layers
 from ..planning.renamed import Renaming, find_renamed, renamed_fields
 from .conversion import (
@@ -59,10 +60,7 @@ class PreparedTask:
     @cached_property
     def visible(self) -> dict[str, list[PreparedLayer]]:
         """The layers by the module name at which PEFT's loop comes by."""
-        found: dict[str, list[PreparedLayer]] = {}
-        for layer in self.layers.values():
-            found.setdefault(layer.visible_key, []).append(layer)
-        return found
+        return by_key(self.layers.values(), lambda layer: layer.visible_key)
 
     def rename(self, config: RecastConfig) -> None:
         """Let the config of the task, which is in the model now, call modules as the model does."""
