@@ -185,6 +185,11 @@ def holders(model: nn.Module, adapter_name: str | None = None, kind: type = Task
     return found if adapter_name is None else [holder for holder in found if holder.has_task(adapter_name)]
 
 
+def held_entries(model: nn.Module, adapter_name: str, kind: type = TaskHolder) -> list[Entry]:
+    """The tensors that a task has in holders."""
+    return [entry for holder in holders(model, adapter_name, kind) for entry in holder.entries(adapter_name)]
+
+
 def trained_kinds(model: nn.Module) -> dict[int, str]:
     """What tasks have in a model, trained or not: the kind of each parameter, by its identity."""
     return {id(parameter): kind for holder in holders(model) for kind, parameter in holder.trained_as()}

@@ -23,7 +23,7 @@ from ..composition.compose import average_sets
 from ..composition.strength import warn_of_strength
 from ..config import RecastConfig, layout_of, tasks_among
 from ..errors import RecastBankError, RecastConfigError
-from ..holders import holders
+from ..holders import held_entries, holders
 from ..names import check_adapter_name
 from ..parts import PARTS
 from ..parts.head import task_head, task_heads
@@ -211,8 +211,9 @@ def check_combinable(model: nn.Module, configs: dict[str, RecastConfig], combina
 
 
 def _check_finite(model: nn.Module, adapter: str) -> None:
-    entries = (entry for holder in holders(model, adapter) for entry in holder.entries(adapter))
-    broken = next((e for e in entries if not e.tensor.is_meta and not torch.isfinite(e.tensor).all()), None)
+    broken = next(
+        (e for e in held_entries(model, adapter) if not e.tensor.is_meta and not torch.isfinite(e.tensor).all()), None
+    )
     if broken is not None:
         raise RecastConfigError(
             f"task {adapter!r} holds numbers that are not finite (NaN or infinity) in {broken.name}: it diverged in training. "
@@ -237,10 +238,7 @@ def _members(bank: Any) -> str:
 
 def task_coefficients(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """A task's coefficients by the name of what they mix: ``(sets, templates)`` of a module, ``(templates,)`` of biases."""
-    found: dict[str, nn.Parameter] = {}
-    for holder in holders(model, adapter):
-        found.update(holder.coefficients_of(adapter))
-    return found
+    return {name: own for holder in holders(model, adapter) for name, own in holder.coefficients_of(adapter).items()}
 
 
 def task_row(model: nn.Module, adapter: str) -> Tensor:

@@ -121,28 +121,17 @@ def convert_to_lora(
     tasks = tasks_among(model.peft_config)
     check_is_task(adapter_name, tasks)
     config = tasks[adapter_name]
-    if config.lora_config is not None:
-        raise RecastConfigError(
-            f"task {adapter_name!r} has a LoRA part beside its coefficients, and no one rank describes both: export the whole "
-            "model (model.merge_and_unload()), or convert a task without a LoRA part"
-        )
-    partners = ", ".join(partner.method for partner in cast(Any, config.partners) or ())
-    if partners:
-        raise RecastConfigError(
-            f"task {adapter_name!r} cannot be converted to a LoRA: it has the partners {partners} beside its coefficients. "
-            "Keep it as a RECAST task."
-        )
     layers = {n: layer for n, layer in recast_layers(model).items() if adapter_name in layer.recast_coefficients}
-    _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     unfit = [name for name, layer in layers.items() if not layer.supports_lora_conversion(adapter_name)]
-    if unfit:
-        raise RecastConfigError(
-            f"task {adapter_name!r} cannot be converted to a LoRA: {len(unfit)} of its {len(layers)} modules are no linear "
-            f"layers on exact banks ({listed(unfit)}). "
-            "Export the whole model instead: model.merge_and_unload()."
-        )
+    if config.lora_config is not None:
+        raise _no_lora(adapter_name, "a LoRA part beside its coefficients, and no one rank describes both")
+    if config.partners:
+        raise _no_lora(adapter_name, f"the partners {', '.join(p.method for p in cast(Any, config.partners))}")
     if config.bias != "none":
-        raise RecastConfigError(f"bias={config.bias!r}: a task with biases of its own cannot be converted to a LoRA")
+        raise _no_lora(adapter_name, f"biases of its own (bias={config.bias!r})")
+    if unfit:
+        raise _no_lora(adapter_name, f"{len(unfit)} of {len(layers)} modules on no exact banks or not linear ({listed(unfit)})")
+    _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     owned = _owned_modules(model, adapter_name)
     warn_of_strength(model, adapter_name, "the LoRA")
     seen: Any = _WeightsAlone(model, adapter_name, sorted(layers))
@@ -187,6 +176,13 @@ def save_as_lora(
     return report
 
 
+def _no_lora(task: str, has: str) -> RecastConfigError:
+    return RecastConfigError(
+        f"task {task!r} cannot be converted to a LoRA: it has {has}. Export the whole model instead "
+        "(model.merge_and_unload()), or keep it as a RECAST task."
+    )
+
+
 def _check_rank(rank: int | float, full_rank: int) -> None:
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise RecastConfigError(f"rank={rank!r}: expected a whole number, or a share of the energy in (0, 1]")
@@ -214,21 +210,15 @@ class _WeightsAlone:
 
 
 def _owned_modules(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """What a task owns whole, by the names of the plain model.
-
-    Raises:
-        RecastConfigError: if a module is none that a LoRA could put in the place of the model's own.
-    """
+    """What a task owns whole, by the names of the plain model; refused if no LoRA could put it in the place of the model's."""
     owned = {}
     for name, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
             module, place = wrapper.modules_to_save[adapter_name], plain_name(name).removeprefix(MODEL_PREFIX)
             like = plain_copy(wrapper, with_numbers=False).state_dict().keys()
             if like and module.state_dict().keys() != like:  # a backbone without a classifier has nothing there
-                raise RecastConfigError(
-                    f"task {adapter_name!r} cannot be converted to a LoRA: it has a {type(module).__name__} at {place}, and a "
-                    "LoRA brings modules like the model's own alone. Export the whole model instead: model.merge_and_unload()."
-                )
+                has = f"a {type(module).__name__} at {place}, and a LoRA brings modules like the model's own alone"
+                raise _no_lora(adapter_name, has)
             owned[place] = module
     return owned
 

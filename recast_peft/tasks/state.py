@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
-from ..holders import Entry, container_key, holders, plain_modules, unwrapped, unwrapped_module
+from ..holders import Entry, container_key, held_entries, holders, plain_modules, unwrapped, unwrapped_module
 from ..layer import RecastLayer
 from ..names import MODEL_PREFIX, modules_of, plain_name, without_wrappers
 from ..parts import PARTS
@@ -42,8 +42,7 @@ def task_entries(model: nn.Module, adapter_name: str, config: RecastConfig) -> d
     """
     backbone = backbone_of(model)
     entries = {entry.key: entry for part in PARTS for entry in part.entries(backbone, adapter_name, config)}
-    held = holders(backbone, adapter_name)
-    return {**entries, **{entry.key: entry for holder in held for entry in holder.entries(adapter_name)}}
+    return {**entries, **{entry.key: entry for entry in held_entries(backbone, adapter_name)}}
 
 
 def gathered(model: nn.Module, adapter_name: str, config: RecastConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,7 +142,7 @@ def keep_numbers(tuner: Any, adapter_name: str, state_dict: dict[str, Tensor], p
     ``prefix`` is that of the tuner's keys in it.
     """
     paths = {id(module): path for path, module in tuner.named_modules()}
-    for entry in chain.from_iterable(holder.entries(adapter_name) for holder in holders(tuner.model, adapter_name)):
+    for entry in held_entries(tuner.model, adapter_name):
         key = f"{prefix}{paths.get(id(entry.module))}.{entry.attribute}"
         if key in state_dict:
             state_dict[key] = entry.tensor

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..banks.files import StoredBank
 from ..config import RecastConfig, tasks_among
-from ..errors import RecastBankError
+from ..errors import RecastBankError, RecastConfigError
 from ..holders import exchange, put_child
 from ..layer import RecastLayer
 from ..names import modules_of
@@ -92,7 +92,11 @@ class TaskVerbs:
         check_arguments(text, adapter_name=adapter_name)
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        verbs.check_deletable(self.model, adapter_name)
+        if adapter_name in verbs.merged_tasks(self.model):
+            said = (
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."  # PEFT's words
+            )
+            raise RecastConfigError(f"{said} (Call unmerge_adapter().)")
         was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name]
         inference_mode = verbs.is_frozen(self.model, self.active_adapters)

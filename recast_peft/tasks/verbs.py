@@ -12,7 +12,7 @@ from torch import nn
 
 from ..composition.compose import without_autocast
 from ..errors import RecastBankError, RecastConfigError
-from ..holders import TaskHolder, holders
+from ..holders import TaskHolder, held_entries, holders
 from ..layer import RecastLayer
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, modules_of
 from ..parts.lora_strength import PartStrength, part_layers
@@ -34,12 +34,7 @@ def activate(model: nn.Module, adapter_names: Sequence[str], inference_mode: boo
 
 def is_frozen(model: nn.Module, adapter_names: Sequence[str]) -> bool:
     """Whether nothing of some tasks is trained."""
-    return not any(
-        entry.tensor.requires_grad
-        for name in adapter_names
-        for holder in holders(model, name)
-        for entry in holder.entries(name)
-    )
+    return not any(entry.tensor.requires_grad for name in adapter_names for entry in held_entries(model, name))
 
 
 def delete(model: nn.Module, adapter_name: str) -> None:
@@ -53,13 +48,6 @@ def delete(model: nn.Module, adapter_name: str) -> None:
     for key, bank in list(container.items()):
         if bank.is_anchored and id(bank) not in used:  # a compressed one is what the model is made of
             del container[key]
-
-
-def check_deletable(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to delete a task that is merged (``RecastConfigError``)."""
-    if adapter_name in merged_tasks(model):
-        said = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."  # PEFT's words
-        raise RecastConfigError(f"{said} (Call unmerge_adapter().)")
 
 
 # ---------------------------------------------------------------- merging
