@@ -120,11 +120,11 @@ class Fields(Mapping[str, Any]):
 
     def text(self, key: str, default: Any = _ABSENT) -> str:
         """A text."""
-        return self._get(key, "a text", _is_text, default)
+        return self._get(key, "a text", _of(str), default)
 
     def flag(self, key: str, default: Any = _ABSENT) -> bool:
         """True or False."""
-        return self._get(key, "true or false", lambda value: isinstance(value, bool), default)
+        return self._get(key, "true or false", _of(bool), default)
 
     def integer(self, key: str, low: int, high: int) -> int:
         """A whole number within bounds."""
@@ -144,7 +144,7 @@ class Fields(Mapping[str, Any]):
 
     def texts(self, key: str, default: Any = _ABSENT) -> list[str]:
         """A list of texts."""
-        return self._get(key, "a list of texts", _list_of(_is_text), default)
+        return self._get(key, "a list of texts", _list_of(_of(str)), default)
 
     def text_by_name(self, key: str) -> dict[str, str]:
         """An object whose values are texts."""
@@ -153,12 +153,12 @@ class Fields(Mapping[str, Any]):
 
     def object(self, key: str, default: Any = _ABSENT) -> Fields:
         """An object."""
-        value = self._get(key, "an object", _is_object, default)
+        value = self._get(key, "an object", _of(dict), default)
         return Fields(value, f"{key!r} of {self.what}", self.error) if isinstance(value, dict) else value
 
     def objects(self, key: str, default: Any = _ABSENT) -> list[Fields]:
         """A list of objects."""
-        values = self._get(key, "a list of objects", _list_of(_is_object), default)
+        values = self._get(key, "a list of objects", _list_of(_of(dict)), default)
         return [Fields(value, f"{key}[{place}] of {self.what}", self.error) for place, value in enumerate(values)]
 
     def object_by_name(self, key: str, default: Any = _ABSENT) -> dict[str, Fields]:
@@ -179,12 +179,8 @@ class Fields(Mapping[str, Any]):
         return value
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
 
 
 def _within(low: int, high: int) -> Callable[[Any], bool]:

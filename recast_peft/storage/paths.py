@@ -18,17 +18,14 @@ def inside(folder: str | os.PathLike, name: str, what: str) -> Path:
     Raises:
         RecastLoadError: if the name is empty or absolute, goes up, or leads out of the folder by a link.
     """
+    root, wrong = os.path.realpath(folder), None
     if not name or is_absolute(name) or goes_up(name) or "\0" in name:
-        raise RecastLoadError(
-            f"{what} is {name!r}, which is no place below {os.fspath(folder)}: names in files stay in their folder"
-        )
-    path = Path(folder, name)
-    root = os.path.realpath(folder)
-    if os.path.commonpath([root, os.path.realpath(path)]) != root:
-        raise RecastLoadError(
-            f"{what} is {name!r}, a link that leads out of {os.fspath(folder)}: names in files stay in their folder"
-        )
-    return path
+        wrong = "which is no place below"
+    elif os.path.commonpath([root, os.path.realpath(Path(folder, name))]) != root:
+        wrong = "a link that leads out of"
+    if wrong is not None:
+        raise RecastLoadError(f"{what} is {name!r}, {wrong} {os.fspath(folder)}: names in files stay in their folder")
+    return Path(folder, name)
 
 
 def is_absolute(name: str) -> bool:

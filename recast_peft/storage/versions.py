@@ -99,7 +99,13 @@ def roll_back(path: str | os.PathLike, version: int | None = None) -> int:
 @contextmanager
 def _kept(target: Path) -> Iterator[None]:
     """A block that replaces the present file, which becomes a version; it does not if the block fails before."""
-    kept = _keep(target)
+    kept = next_version(target) if target.is_file() else None
+    if kept is not None:
+        try:
+            os.link(os.path.realpath(target), kept)
+        except OSError:  # a file system without such names
+            with staged(kept) as beside:
+                shutil.copyfile(target, beside)
     try:
         yield
     except BaseException:
@@ -107,19 +113,6 @@ def _kept(target: Path) -> Iterator[None]:
             if kept is not None and filecmp.cmp(kept, target, shallow=False):
                 kept.unlink()
         raise
-
-
-def _keep(target: Path) -> Path | None:
-    """Give the present file another name; None if there is none yet."""
-    if not target.is_file():
-        return None
-    kept = next_version(target)
-    try:
-        os.link(os.path.realpath(target), kept)
-    except OSError:  # a file system without such names
-        with staged(kept) as beside:
-            shutil.copyfile(target, beside)
-    return kept
 
 
 def _is_same(one: Path, other: str | os.PathLike) -> bool:
