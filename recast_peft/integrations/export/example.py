@@ -88,6 +88,8 @@ def _check_arguments(flat: Mapping[str, Any]) -> None:
 def dynamic_dimensions(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
     """The dimensions of all inputs that may differ from call to call, by their names.
 
+    Where none are given: the samples, and of token ids and masks the positions.
+
     Raises:
         RecastConfigError: if what is given is no names by input and dimension.
     """
@@ -104,25 +106,16 @@ def dynamic_dimensions(inputs: Mapping[str, Tensor], given: Mapping[str, Mapping
                     f"dynamic_shapes: {{{dim!r}: {shown(called)}}} of {name!r}: expected a dimension from 0 to "
                     f"{inputs[name].ndim - 1}, and a name"
                 )
-    own = {name: dict(dims) for name, dims in given.items()}
-    texts = {name: value.shape[1] for name, value in inputs.items() if _is_text(value)}
+    found = {name: {0: "batch"} if value.ndim else {} for name, value in inputs.items()}
+    # the positions of token ids and masks
+    texts = {name: value.shape[1] for name, value in inputs.items() if value.ndim == 2 and not value.is_floating_point()}
     first = next(iter(texts.values()), 0)  # what has another length than the first, as of a decoder, is another text
-    positions = {name: "sequence" if size == first else f"{name}_sequence" for name, size in texts.items()}
-    return {name: own.get(name, default_dimensions(value, positions.get(name))) for name, value in inputs.items()}
+    for name, size in texts.items():
+        found[name][1] = "sequence" if size == first else f"{name}_sequence"
+    return {**found, **{name: dict(dims) for name, dims in given.items()}}
 
 
 def described(inputs: Mapping[str, Tensor]) -> str:
     """The shapes and dtypes of inputs, for messages."""
     shapes = (f"{name}: {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}" for name, value in inputs.items())
     return ", ".join(shapes)
-
-
-def default_dimensions(value: Tensor, positions: str | None) -> dict[int, str]:
-    """The dimensions of an input that may differ from call to call: the samples, and of token ids and masks the positions."""
-    if positions is not None:
-        return {0: "batch", 1: positions}
-    return {0: "batch"} if value.ndim else {}
-
-
-def _is_text(value: Tensor) -> bool:
-    return value.ndim == 2 and not value.is_floating_point()

@@ -175,7 +175,7 @@ def prepare(
 
     Args:
         model, example, tasks, way: as for ``export_program``.
-        dynamic_shapes: by argument, in place of what ``default_dimensions`` says.
+        dynamic_shapes: by argument, in place of what ``dynamic_dimensions`` says.
 
     Raises:
         RecastConfigError: if an argument cannot be used.

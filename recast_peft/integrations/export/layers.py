@@ -48,15 +48,6 @@ class Given:
     owned: dict[str, Tensor]  # tensors of the modules that the task owns
     rows: Tensor | None = None  # ``(samples,)`` rows of a table; None where one task is given
 
-    def factors_for(self, name: str, place: str, x: Tensor) -> Tensor:
-        """The factors for a tensor ``(rows, ...)``.
-
-        Raises:
-            RecastBankError: if every sample has its own task, and the rows are no samples.
-        """
-        self.check_samples(place, x)
-        return self.factors[name]
-
     def check_samples(self, place: str, x: Tensor) -> None:
         """Refuse a tensor ``(rows, ...)`` whose rows are no samples, where every sample has its own task."""
         if self.rows is not None and x.shape[0] != self.row.shape[0]:
@@ -170,7 +161,8 @@ class TaskedLayer(AroundBase):
             return torch.func.functional_call(self.base, {self.weight_name: self.effective_weight()}, args, kwargs)
         x, given = args[0], self._held[2]
         terms, scale, pairs = self._terms(torch.zeros(1, self.columns.stop - self.columns.start))
-        factors = given.factors_for(self.name, self.name, x)
+        given.check_samples(self.name, x)
+        factors = given.factors[self.name]
         if self.scales_input is None:
             self._choose(kind.call, x, terms, isinstance(pairs, CoreProduct))
         if isinstance(pairs, CoreProduct):
@@ -280,7 +272,9 @@ class TaskedBias(nn.Module):
             host.get_submodule(kind.reads_sum).register_forward_pre_hook(lambda _, args: (self(args[0]), *args[1:]))
 
     def forward(self, y: Tensor) -> Tensor:
-        factors = self._held[0].factors_for(self.name, self.place, y)
+        given = self._held[0]
+        given.check_samples(self.place, y)
+        factors = given.factors[self.name]
         changed = y + self._along(_mixed(factors, self.templates), y)
         if self.bias is None or self.shares is None:
             return changed

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -128,7 +128,7 @@ class Source:
             part = part_columns(self.layout, name, self.adapter, self.pool.lora_factors(name))
             numbers = [*self.pool.coefficients(name).values(), part]
             head = self.pool.prepared_head(name)
-            owned = {} if head is None else {f"{head.place}.{key}": value for key, value in floating(head.module).items()}
+            owned = tensors_by_name({} if head is None else {head.place: head.module})
             return GraphTask(name, torch.cat([values.cpu() for values in numbers]), owned)
         config = self._config(name)
         if not same_layout(config, self.config):
@@ -144,7 +144,10 @@ class Source:
             row[self.layout.slices[key]] = strengths[key] * offset.detach().float().cpu()
         part = part_columns(self.layout, name, name, self.layout.lora.entries_of(name))
         row[len(row) - len(part) :] = part
-        return GraphTask(name, row, owned_tensors(self.backbone, name))
+        whole = [
+            own for own in task_modules(self.backbone, name) if not own.coefficients_of(name) and own.bank_of(name) is None
+        ]
+        return GraphTask(name, row, tensors_by_name({own.module_name: own.modules_to_save[name] for own in whole}))
 
     def example(self) -> GraphTask:
         """A task that has what all have that a graph is to take.
@@ -184,16 +187,10 @@ def bias_strengths(model: nn.Module, task: str) -> dict[str, float]:
     return found
 
 
-def floating(module: nn.Module) -> dict[str, Tensor]:
-    """The numbers of a module that a graph takes: parameters and floating-point buffers."""
-    return {key: value for key, value in module.state_dict(keep_vars=True).items() if value.is_floating_point()}
-
-
-def owned_tensors(model: nn.Module, task: str) -> dict[str, Tensor]:
-    """Tensors of the modules that a task owns, by the plain model's names."""
-    whole = [held for held in task_modules(model, task) if not held.coefficients_of(task) and held.bank_of(task) is None]
-    owned = {held.module_name: held.modules_to_save[task] for held in whole}
-    return {f"{place}.{key}": value.detach() for place, module in owned.items() for key, value in floating(module).items()}
+def tensors_by_name(owned: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What a graph takes of modules that a task owns, by their names: parameters and floating-point buffers."""
+    named = {f"{place}.{key}": value for place, module in owned.items() for key, value in module.state_dict().items()}
+    return {name: value for name, value in named.items() if value.is_floating_point()}
 
 
 def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:

@@ -95,8 +95,9 @@ class TaskStore:
 
     def _take(self, name: str) -> bool:
         try:
+            check_adapter_name(name)
             with locked(self.folder):
-                read = self._read(name, self.folder / name)
+                read = self.pool.read(name, self.folder / name)
             self._put(name, read)
         except Exception as error:  # a bad task never takes the service down
             is_ours = isinstance(error, RecastError)
@@ -106,11 +107,6 @@ class TaskStore:
             return False
         self.problems.pop(name, None)
         return True
-
-    def _read(self, name: str, folder: Path) -> Read:
-        """A task, checked whole."""
-        check_adapter_name(name)
-        return self.pool.read(name, folder)
 
     def _put(self, name: str, read: Read) -> None:
         """Put a task into service."""
@@ -168,7 +164,7 @@ class TaskStore:
                 task.mkdir(parents=True)
                 for file, data in files.items():
                     write_bytes(task / file, data)
-                self._exchange(name, task, self._read(name, task))
+                self._exchange(name, task, self.pool.read(name, task))
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
 
@@ -213,7 +209,7 @@ class TaskStore:
             if not known:
                 raise RecastConfigError(f"the task {name!r} has no version before this one")
             before = self.folder / VERSIONS / name / str(known[-1])
-            read = self._read(name, before)
+            read = self.pool.read(name, before)
             staged = before.with_name(f".back-{uuid.uuid4().hex}") / name
             staged.parent.mkdir()
             try:
