@@ -59,20 +59,20 @@ class PackedTasks:
         """Places of tasks with numbers that are not finite."""
         bad = {*_damaged_rows(self.table)}
         apart: dict[int, list[int]] = {}  # by kind: places of classifiers that are in no block
-        blocks: dict[int, tuple[Tensor, ...]] = {}
+        blocks: dict[int, dict[int, int]] = {}  # by block: their places by their rows
         for place, head in self.heads.items():
             if head.row is None:
                 apart.setdefault(id(head.kind), []).append(place)
             else:
-                blocks[id(head.block)] = head.block
+                blocks.setdefault(id(head.block), {})[head.row] = place
         for places in apart.values():
             for start in range(0, len(places), AT_ONCE):
                 some = places[start : start + AT_ONCE]
                 for tensors in zip(*(self.heads[place].held() for place in some), strict=True):
                     bad.update(some[row] for row in _damaged_rows(torch.stack(tensors)))
-        damaged = {(number, row) for number, block in blocks.items() for tensor in block for row in _damaged_rows(tensor)}
-        if damaged:
-            bad |= {place for place, head in self.heads.items() if (id(head.block), head.row) in damaged}
+        for rows in blocks.values():
+            for tensor in self.heads[next(iter(rows.values()))].block:
+                bad.update(rows[row] for row in _damaged_rows(tensor) if row in rows)
         return sorted(bad)
 
     def without(self, places: Sequence[int]) -> PackedTasks:
@@ -163,7 +163,7 @@ def _stacked(heads: Sequence[StoredHead]) -> dict[str, Tensor]:
     """The tensors of classifiers of one kind, ``(classifiers, ...)``, as they are saved."""
     stacked = {}
     for position, key in enumerate(heads[0].kind.keys):
-        values = [head.tensors[position] if head.live is None else head.state()[key] for head in heads]
+        values = [head.held()[position] for head in heads]
         dtype = heads[0].stored_dtype
         if dtype is None or not values[0].is_floating_point():
             dtype = values[0].dtype if len({v.dtype for v in values}) == 1 else heads[0].kind.dtypes[position]

@@ -8,7 +8,6 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..banks.files import find_bank
@@ -232,31 +231,33 @@ class PoolLayout:
         Raises:
             RecastLoadError: if entries are missing, unknown, or of another shape.
         """
-        entries = dict(entries)
         keys = {f"{MODEL_PREFIX}{name}.{COEFFICIENTS}": name for name in self.layers}
-        # the number of sets may differ from task to task: what is stored is their mean
-        shapes: dict[str, tuple[int, ...]] = {
-            key: (entries[key].shape[0] if key in entries and entries[key].ndim == 2 else 1, self.sizes[name])
-            for key, name in keys.items()
-        }
-        shapes.update({f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()})
-        if self.versions:
-            entries = {key: self._extended(value, keys[key]) if key in keys else value for key, value in entries.items()}
         biases = {bias_entry(name): name for name in self.bias_owners} if has_biases else {}
-        for key, name in biases.items():
-            shapes[key] = (self.sizes[name],)
-            if key in entries and entries[key].ndim == 1 and len(self.bias_versions) > 1:
-                entries[key] = F.pad(entries[key], (0, max(0, self.sizes[name] - len(entries[key]))))
         factors = {entry.key: name for name, entry in self.lora.entries.items()}
+        shapes: dict[str, tuple[int, ...]] = {f"{MODEL_PREFIX}{key}": shape for key, shape in own.items()}
+        is_grown, are_biases_grown = bool(self.versions), bool(biases) and len(self.bias_versions) > 1
+        for key, name in keys.items():  # the number of sets may differ from task to task: what is stored is their mean
+            sets = len(entries[key]) if key in entries and entries[key].ndim == 2 else 1
+            shapes[key] = (sets, self._size(name, entries.get(key), is_grown))
+        for key, name in biases.items():
+            shapes[key] = (self._size(name, entries.get(key), are_biases_grown),)
         if any(key in entries for key in factors):
             shapes.update({key: self.lora.entries[name].shape for key, name in factors.items()})
         check_entries(what, entries, shapes)
+        return self._row({name: entries[key] for key, name in {**keys, **biases, **factors}.items() if key in entries})
+
+    def _size(self, name: str, given: Tensor | None, is_grown: bool) -> int:
+        """How many coefficients a task has: fewer than the pool's where it is on an earlier version of a bank."""
+        most = self.sizes[name]
+        return min(most, given.shape[-1]) if is_grown and given is not None and given.ndim else most
+
+    def _row(self, values: Mapping[str, Tensor]) -> Tensor:
         row = torch.zeros(self.width)
-        for key, name in keys.items():
-            row[self.slices[name]] = average_sets(entries[key].float())
-        for key, name in {**biases, **factors}.items():
-            if key in entries:
-                row[self.slices[name]] = entries[key].float().flatten()
+        for name, value in values.items():
+            numbers = value.detach().float().cpu()
+            numbers = average_sets(numbers) if name in self.layers else numbers.flatten()
+            start = self.slices[name].start
+            row[start : start + len(numbers)] = numbers  # zero for templates that an earlier version of a bank lacks
         return row
 
     def has_biases(self, entries: Mapping[str, Tensor]) -> bool:
@@ -275,21 +276,8 @@ class PoolLayout:
         self._check_banks(what, config)
         factors = self.lora.entries_of(adapter)
         self.lora.check(what, config.lora_config, lora_modules(factors))
-        row = torch.zeros(self.width)
-        for name, layer in self.layers.items():
-            values = layer.recast_coefficients[adapter].detach().float().cpu()
-            row[self.slices[name]] = average_sets(self._extended(values, name))
-        for name, offset in bias_coefficients(self.backbone, adapter).items():
-            start = self.slices[name].start
-            row[start : start + len(offset)] = offset.detach().float().cpu()
-        for name, values in factors.items():
-            row[self.slices[name]] = values.detach().float().cpu().flatten()
-        return row
-
-    def _extended(self, values: Tensor, name: str) -> Tensor:
-        """Coefficients of a task on an earlier version of a grown bank: zero for the templates that came later."""
-        lacking = self.sizes[name] - values.shape[-1]
-        return F.pad(values, (0, lacking)) if self.versions and lacking > 0 else values
+        own = {name: layer.recast_coefficients[adapter] for name, layer in self.layers.items()}
+        return self._row({**own, **bias_coefficients(self.backbone, adapter), **factors})
 
 
 def slot_was_deleted(slot: str) -> RecastConfigError:

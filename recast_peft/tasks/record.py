@@ -11,7 +11,6 @@ from torch import nn
 
 from ..banks.directions_bank import DirectionsBank
 from ..banks.template_bank import TemplateBank
-from ..composition.fingerprint import same_weight
 from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..layer import RecastLayer, fingerprints_of, recast_layers
@@ -27,7 +26,7 @@ from .backbone import describe_backbone
 from .banks import recipes_of, task_bank_reference, task_banks
 from .preparation import PreparedTask
 from .state import backbone_of, trained_outside_tasks
-from .surroundings import surroundings_fingerprint, warn_of_difference
+from .surroundings import are_different, surroundings_fingerprint, warn_of_difference
 
 
 def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
@@ -127,7 +126,7 @@ def _warn_of_a_changed_model(
     written = [name for name, layer in layers.items() if layer.is_written_to]
     before, now = config.surroundings_fingerprint, record.surroundings_fingerprint
     is_own = config.base_fingerprint == record.base_fingerprint  # else the config says of another model what lay there
-    if written or (is_own and _differ(before, now)):
+    if written or (is_own and are_different(before, now)):
         where = listed(written) or "beside its targets"
         warnings.warn(
             f"the pretrained model was changed since task {adapter_name!r} was put in ({where}): the task's file does not hold "
@@ -147,11 +146,7 @@ def _surroundings_of(model: nn.Module, config: RecastConfig, targets: Collection
     if not has_loaded and (recorded is None or config.is_stored_task):
         return recorded
     actual = surroundings_fingerprint(backbone_of(model), targets)
-    return actual if has_loaded or _differ(actual, recorded) else recorded
-
-
-def _differ(first: str | None, second: str | None) -> bool:
-    return first is not None and second is not None and not same_weight(first, second)
+    return actual if has_loaded or are_different(actual, recorded) else recorded
 
 
 def _sharing_of(layers: dict[str, RecastLayer], banks: dict[str, TemplateBank], adapter_name: str) -> str | int | None:

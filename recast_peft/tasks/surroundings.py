@@ -68,9 +68,14 @@ def _tensors(model: nn.Module, targets: Collection[str]) -> Iterator[Tensor]:
         yield from (t for t in (*weights, *buffers) if t is not None and t.is_floating_point() and t.numel())
 
 
+def are_different(first: str | None, second: str | None) -> bool:
+    """Whether two fingerprints are of different surroundings; None says nothing."""
+    return first is not None and second is not None and not same_weight(first, second)
+
+
 def warn_of_difference(recorded: str | None, actual: str | None, task: str = "the task") -> None:
     """Warn if what a model has beside a task's targets is not what the task was learned on; None says nothing."""
-    if recorded is not None and actual is not None and not same_weight(recorded, actual):
+    if are_different(recorded, actual):
         warnings.warn(
             f"The target modules have the weights that {task} was learned on, but other weights, norms or running statistics "
             f"of the model are not the same\n  fingerprint in the task:  {recorded}\n  fingerprint of the model: {actual}\n"

@@ -76,9 +76,7 @@ def check_mergeable(model: nn.Module, adapter_names: Sequence[str], unload: bool
         RecastConfigError: inside a block of ``disable_part``.
     """
     for holder in holders(model):
-        for name in adapter_names:
-            if not holder.has_task(name):
-                continue
+        for name in filter(holder.has_task, adapter_names):
             refusal = holder.refusal_to_merge(name) or (holder.refusal_to_unload(name) if unload else None)
             if refusal is not None:
                 raise RecastBankError(

@@ -24,12 +24,11 @@ from ...parts.precision import dtypes_of
 from ...parts.readout import readout_holders
 from ...parts.saved import TaskNorm
 from ...parts.wrapper import TaskModule
-from ...pool.pool import TaskPool
-from ...validation import checked_names
+from ...validation import check_arguments, one_of
 from .example import ROWS, as_arguments, described, dynamic_dimensions, named_arguments
 from .layers import AUTO, WAYS, ClassifierTable, Given, TaskedBias, TaskedLayer, TaskedModule, TemplateStack
 from .lora import TaskedPart
-from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model
+from .tasks import COEFFICIENTS, GraphTask, Source, check_exportable, check_model, source_of
 
 INPUT, TABLE = "input", "table"
 
@@ -181,19 +180,16 @@ def prepare(
         RecastConfigError: if an argument cannot be used.
         RecastBankError: if a task has what a graph cannot express.
     """
-    if way not in WAYS:
-        raise RecastConfigError(f"way={way!r}: expected one of {', '.join(WAYS)}")
+    check_arguments(one_of(*WAYS), way=way)
     if isinstance(tasks, str) and tasks not in (INPUT, TABLE):
         raise RecastConfigError(f"tasks={tasks!r}: expected {INPUT!r}, {TABLE!r}, or a list of names")
-    given_names = None if isinstance(tasks, str) else checked_names("tasks", tasks)
-    source = Source(model, given_names[0] if given_names and not isinstance(model, TaskPool) else None)
+    source, names = source_of(model, None if isinstance(tasks, str) else tasks)
     args, kwargs = as_arguments(example)
     arguments = named_arguments(source.backbone, args, kwargs)
     kwargs = {name: kwargs[name] for name in arguments if name in kwargs}  # torch names what a graph takes in this order
     inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     check_exportable(source.backbone, source.adapter, source.config)
     check_model(source.backbone)
-    names = source.names() if given_names is None else given_names
     with torch.no_grad():
         given, device = Given(), next(source.backbone.parameters()).device
         if tasks == INPUT:

@@ -32,8 +32,8 @@ def refusals_of_part(model: nn.Module, task: str) -> list[str]:
     return found + [f"a LoRA part at {name}, which is computed by its weight" for name in by_weight]
 
 
-def part_columns(layout: PoolLayout, task: str, adapter: str, factors: Mapping[str, Tensor]) -> Tensor:
-    """The last columns of a row, which hold the LoRA part of a task.
+def part_columns(layout: PoolLayout, task: str, adapter: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the columns of a row hold of the LoRA part of a task, by their names.
 
     Args:
         layout: of the row.
@@ -58,7 +58,7 @@ def part_columns(layout: PoolLayout, task: str, adapter: str, factors: Mapping[s
             )
         strength = strengths[name.removesuffix(FACTORS[1])] if name.endswith(FACTORS[1]) else 1
         room[tuple(slice(size) for size in values.shape)] = values.detach().cpu().float() * strength
-    return torch.cat([torch.zeros(0), *(values.flatten() for values in columns.values())])
+    return columns
 
 
 class TaskedPart(AroundBase):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -64,7 +64,7 @@ class Source:
 
     Args:
         given: a PEFT model, or a ``TaskPool``.
-        task: the task that the layout is taken from; None is the active one.
+        task: the task of a model that the layout is taken from; None is the active one.
 
     Raises:
         RecastConfigError: if there is no such RECAST task.
@@ -103,8 +103,8 @@ class Source:
             "bank": self.layout.bank,
             "biases": self.layout.bias_versions[0],
             "readout": self.layout.readout,
+            "directions": self.config.num_directions,  # cores may have as many numbers as a group has templates
         }
-        banks["directions"] = self.config.num_directions  # cores may have as many numbers as a group has templates
         named = {key: value for key, value in banks.items() if value is not None}
         said = json.dumps({"columns": columns, "base": fingerprints_of(self.layout.layers), **named}, sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -124,30 +124,30 @@ class Source:
             RecastConfigError: if there is none.
             RecastBankError: if it has other targets or banks, or a LoRA part that there is no room for.
         """
+        offsets: dict[str, Tensor]
         if self.pool is not None:
-            part = part_columns(self.layout, name, self.adapter, self.pool.lora_factors(name))
-            numbers = [*self.pool.coefficients(name).values(), part]
+            offsets, factors, like = self.pool.coefficients(name), self.pool.lora_factors(name), self.adapter
             head = self.pool.prepared_head(name)
-            owned = tensors_by_name({} if head is None else {head.place: head.module})
-            return GraphTask(name, torch.cat([values.cpu() for values in numbers]), owned)
-        config = self._config(name)
-        if not same_layout(config, self.config):
-            raise RecastBankError(
-                f"task {name!r} has other target modules, biases or banks than task {self.adapter!r}: export it alone"
-            )
-        check_exportable(self.backbone, name, config)
+            owned = {} if head is None else {head.place: head.module}
+        else:
+            config = self._config(name)
+            if not same_layout(config, self.config):
+                raise RecastBankError(
+                    f"task {name!r} has other target modules, biases or banks than task {self.adapter!r}: export it alone"
+                )
+            check_exportable(self.backbone, name, config)
+            offsets = {module: layer.offset(name) for module, layer in self.layout.layers.items()}
+            strengths = bias_strengths(self.backbone, name)
+            offsets.update({key: strengths[key] * own for key, own in bias_coefficients(self.backbone, name).items()})
+            factors, like = self.layout.lora.entries_of(name), name
+            places = task_modules(self.backbone, name)
+            whole = [own for own in places if not own.coefficients_of(name) and own.bank_of(name) is None]
+            owned = {own.module_name: own.modules_to_save[name] for own in whole}
         row = torch.zeros(self.layout.width)
-        for module, layer in self.layout.layers.items():
-            row[self.layout.slices[module]] = layer.offset(name).detach().float().cpu()
-        strengths = bias_strengths(self.backbone, name)
-        for key, offset in bias_coefficients(self.backbone, name).items():
-            row[self.layout.slices[key]] = strengths[key] * offset.detach().float().cpu()
-        part = part_columns(self.layout, name, name, self.layout.lora.entries_of(name))
-        row[len(row) - len(part) :] = part
-        whole = [
-            own for own in task_modules(self.backbone, name) if not own.coefficients_of(name) and own.bank_of(name) is None
-        ]
-        return GraphTask(name, row, tensors_by_name({own.module_name: own.modules_to_save[name] for own in whole}))
+        for key, values in {**offsets, **part_columns(self.layout, name, like, factors)}.items():
+            row[self.layout.slices[key]] = values.detach().float().cpu().flatten()
+        named = {f"{place}.{key}": value for place, module in owned.items() for key, value in module.state_dict().items()}
+        return GraphTask(name, row, {key: value for key, value in named.items() if value.is_floating_point()})
 
     def example(self) -> GraphTask:
         """A task that has what all have that a graph is to take.
@@ -170,6 +170,13 @@ class Source:
         return head.module
 
 
+def source_of(given: PeftModel | TaskPool, tasks: Sequence[str] | None) -> tuple[Source, list[str]]:
+    """Where tasks come from, with the layout of the first one, and their names; None is all of the pool, or of one layout."""
+    named = None if tasks is None else checked_names("tasks", tasks)
+    source = Source(given, named[0] if named else None)
+    return source, source.names() if named is None else named
+
+
 def bias_strengths(model: nn.Module, task: str) -> dict[str, float]:
     """The strengths of a task's coefficients of biases, by the names that ``bias_coefficients`` has.
 
@@ -185,12 +192,6 @@ def bias_strengths(model: nn.Module, task: str) -> dict[str, float]:
                 "coefficients: set one of them on all layers (set_scale)"
             )
     return found
-
-
-def tensors_by_name(owned: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What a graph takes of modules that a task owns, by their names: parameters and floating-point buffers."""
-    named = {f"{place}.{key}": value for place, module in owned.items() for key, value in module.state_dict().items()}
-    return {name: value for name, value in named.items() if value.is_floating_point()}
 
 
 def check_exportable(model: nn.Module, task: str, config: RecastConfig) -> None:
@@ -250,7 +251,7 @@ def export_task(model: PeftModel | TaskPool, path: str | Path, task: str | None 
         RecastBankError: if it has what no graph can express; nothing is written.
     """
     check_is_no_folder(path, "task.safetensors")
-    source = Source(model, task if not isinstance(model, TaskPool) else None)
+    source = Source(model, task)
     name = (source.adapter if source.pool is None else source.pool.active) if task is None else task
     if name is None:
         raise RecastConfigError("no task of the pool is active: name the one that is meant with task=")
@@ -277,9 +278,7 @@ def export_tasks(model: PeftModel | TaskPool, path: str | Path, tasks: Sequence[
         RecastBankError: if one has what no graph can express; nothing is written.
     """
     check_is_no_folder(path, "tasks.safetensors")
-    given = None if tasks is None else checked_names("tasks", tasks)
-    source = Source(model, given[0] if given and not isinstance(model, TaskPool) else None)
-    names = source.names() if given is None else given
+    source, names = source_of(model, tasks)
     if not names:
         raise RecastConfigError("there is no task to export")
     read = [source.task(name).tensors() for name in names]
