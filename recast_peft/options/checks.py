@@ -114,6 +114,13 @@ def groups(value: Any) -> dict[str, list[str]]:
     return {bank: list(members) for bank, members in value.items()}
 
 
+def recipes(value: Any) -> dict[str, Any]:
+    """How compressed banks were mixed, by bank name; what is in them is looked at once the groups say how large they are."""
+    if not isinstance(value, Mapping) or not all(isinstance(bank, str) for bank in value):
+        raise Unexpected("a dictionary from bank names to recipes")
+    return dict(value)
+
+
 def bank(value: Any) -> Any:
     """A bank in memory, the name of one, or a reference to one, as it was given."""
     named = isinstance(value, Mapping) and bool(value) and set(value) <= {"name", "fingerprint"} and any(value.values())
@@ -176,7 +183,7 @@ CHECKS: dict[str, Check] = {
     "partners": optional(lambda value: resolve_partners(value) or None),
     "seed": SEED,
     "groups": optional(groups),
-    "recipes": optional(mapping("a dictionary from bank names to recipes")),
+    "recipes": optional(recipes),
     "base_fingerprint": optional(
         mapping("a dictionary from module names to fingerprints", lambda value: isinstance(value, str))
     ),
@@ -252,7 +259,8 @@ def _check_classes(config: Any) -> None:
         )
 
 
-def _check_recipes(recipes: Mapping[str, Any], groups: Mapping[str, list[str]]) -> None:
+def _check_recipes(recipes: dict[str, Any], groups: Mapping[str, list[str]]) -> None:
+    """Check recipes, and put copies in their places."""
     for bank, recipe in recipes.items():
         if bank not in groups:
             raise RecastConfigError(f"recipes[{shown(bank)}]: there is no such bank in groups")
@@ -267,3 +275,4 @@ def _check_recipes(recipes: Mapping[str, Any], groups: Mapping[str, list[str]]) 
                     f"recipes[{bank!r}][{key!r}]: {rows} rows of {columns} finite numbers are expected, got "
                     f"{shown(recipe[key])}"
                 )
+        recipes[bank] = {key: [list(row) for row in rows] for key, rows in recipe.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,21 @@ class TestAValueThatCannotBeMeant:
     def test_is_refused_in_recipes(self, recipes: Any, message: str) -> None:
         with pytest.raises(RecastConfigError, match=message):
             RecastConfig(groups=GROUPS, recipes=recipes)
+
+    def test_sizes_of_recipes_are_looked_at_before_their_numbers(self) -> None:
+        class Untouched(list):
+            def __iter__(self) -> Iterator[Any]:
+                raise AssertionError("a row of a forged file, which may have millions, is read")
+
+        for recipe in ({"mix": [Untouched()] * 3, "base": [[1], [0]]}, {"mix": [Untouched([1, 0, 0])], "base": [[1], [0]]}):
+            with pytest.raises(RecastConfigError, match="rows of 2 finite numbers are expected"):
+                RecastConfig(groups=GROUPS, recipes={"bank": recipe})
+
+    def test_keeps_a_copy_of_recipes(self) -> None:
+        given = {"bank": {"mix": [[1, 0]], "base": [[1], [0]]}}
+        config = RecastConfig(groups=GROUPS, recipes=given)
+        given["bank"]["mix"][0][0] = 5
+        assert config.recipes == {"bank": {"mix": [[1, 0]], "base": [[1], [0]]}}
 
     @pytest.mark.parametrize("pattern", ["(", ["blocks", "["]])
     def test_is_refused_for_a_list_of_layers_that_is_no_regular_expression(self, pattern: Any) -> None:
