@@ -20,20 +20,8 @@ from ..storage.paths import is_hub_name
 Reference = dict[str, str | None]
 """What is stored of a bank: ``{"name": ..., "fingerprint": ...}``."""
 
-DECIDED = (
-    "groups",
-    "recipes",
-    "base_fingerprint",
-    "surroundings_fingerprint",
-    "num_directions",
-    "num_coefficient_sets",
-    "coefficient_sharing",
-    "lora_config",
-    "problem_type",
-    "backbone",
-    "fidelity",
-)
-"""Fields of a config whose value is the record's where there is a record, in a config and in ``adapter_config.json`` alike."""
+DECIDED: list[str] = []
+"""The ``decided()`` fields of a config, where there is a record, are the record's, here and in ``adapter_config.json``."""
 
 _KEY_MAPPING: ContextVar[Mapping[str, str] | None] = ContextVar("key_mapping", default=None)
 
@@ -127,6 +115,7 @@ class Decided:
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        DECIDED.append(name)
 
     def __get__(self, config: Any, owner: type | None = None) -> Any:
         if config is None:

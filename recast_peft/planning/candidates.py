@@ -22,6 +22,7 @@ from ..holders import TaskHolder, other_names, plain_place
 from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name, modules_of
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..placement.sharded import whole, whole_shape
+from ..validation import listed
 
 # what libraries put beside a packed weight; compressed-tensors rounds whatever weight lies there in each call
 _MARKS_OF_QUANTISATION = ("qweight", "W_q", "quant_state", "weight_packed", "quantization_scheme")
@@ -274,7 +275,7 @@ def check_materialised(targets: list[Candidate]) -> None:
     empty = [name for name, weight in held.items() if weight is not None and weight.is_meta]
     if empty:
         raise RecastTargetError(
-            f"{len(empty)} target modules are on the meta device and hold no numbers ({', '.join(empty[:3])}, ...): "
+            f"{len(empty)} target modules are on the meta device and hold no numbers ({listed(empty)}): "
             "load the pretrained weights before the model is converted (low_cpu_mem_usage is for the adapter alone). "
             "PeftModel.from_pretrained takes a model apart that device_map has put on disk: load that model again, and give it "
             "to AutoRecastModel.from_pretrained(task, backbone=model)."
