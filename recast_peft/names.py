@@ -170,6 +170,15 @@ def lies_in(name: str, others: Iterable[str]) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
+def ends_in(name: str, endings: Iterable[str]) -> bool:
+    """Whether a module or parameter is meant by one of several names in a list, as PEFT takes them: whole, or its last parts.
+
+    >>> ends_in("blocks.0.attn.qkv", ["attn.qkv"]), ends_in("blocks.0.attn.qkv", ["kv"])
+    (True, False)
+    """
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
 def outermost(names: Iterable[str]) -> list[str]:
     """The modules that lie in none of the others, each once, in their order."""
     each = dict.fromkeys(names)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from recast_peft import RecastConfig, RecastConfigError, get_recast_model, plan_recast
-from recast_peft.names import bank_name, block_of, held_name, lies_in, modules_of, plain_name, role_of, unwrapped
+from recast_peft.names import bank_name, block_of, ends_in, held_name, lies_in, modules_of, plain_name, role_of, unwrapped
 
 
 def test_modules_are_found_once_each_in_torchs_order() -> None:
@@ -134,6 +134,12 @@ def test_a_module_lies_in_another_by_whole_parts_of_its_name() -> None:
     assert lies_in("head.fc", ["norm", "head"])
     assert not lies_in("header", ["head"])
     assert not lies_in("a.head", ["head"])
+
+
+def test_a_name_in_a_list_means_the_last_whole_parts() -> None:
+    assert ends_in("blocks.0.attn.qkv", ["fc1", "attn.qkv"])
+    assert ends_in("qkv", ["qkv"])
+    assert not ends_in("blocks.0.attn.qkv", ["kv", "attn", "0.attn"])
 
 
 def test_wrappers_are_known_by_their_kind_and_not_by_a_child_called_module() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from peft.utils.other import match_target_against_key
 
 from ..errors import RecastTargetError
-from ..names import lies_in, outermost
+from ..names import ends_in, lies_in, outermost
 from ..options.partner import PartnerConfig
 from ..planning.candidates import Candidate
 from ..planning.roles import SHORTHANDS
@@ -62,4 +62,4 @@ def _is_named(wanted: Sequence[str] | str, name: str) -> bool:
     """PEFT's rule: a regular expression for the whole name, or names and their endings."""
     if isinstance(wanted, str):
         return bool(match_target_against_key(wanted, name))
-    return any(name == target or name.endswith(f".{target}") for target in wanted)
+    return ends_in(name, wanted)

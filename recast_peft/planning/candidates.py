@@ -19,7 +19,7 @@ from ..composition.fingerprint import weight_fingerprint
 from ..composition.quantised import dequantised, quantised_by
 from ..errors import RecastTargetError
 from ..holders import TaskHolder, other_names, plain_place
-from ..names import BANK_CONTAINER, PARTNER_CONTAINER, held_name, modules_of
+from ..names import BANK_CONTAINER, PARTNER_CONTAINER, ends_in, held_name, modules_of
 from ..placement.offloaded import is_offloaded, kept_tensor
 from ..placement.sharded import whole, whole_shape
 from ..validation import listed
@@ -173,10 +173,7 @@ def _named_parameter(
     visible: nn.Module, module: nn.Module, names: Collection[str], parameters: Collection[str]
 ) -> tuple[str, str | None] | None:
     """The parameter of a module that was named, and why it cannot be composed; None if none was."""
-    if not parameters:
-        return None
-    endings = tuple(f".{wanted}" for wanted in parameters)
-    own = [key for key in module._parameters if any(f".{name}.{key}".endswith(endings) for name in names)]
+    own = [key for key in module._parameters if any(ends_in(f"{name}.{key}", parameters) for name in names)]
     if not own:
         return None
     layer = composed_layer(visible)

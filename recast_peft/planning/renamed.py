@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..composition.fingerprint import same_weight
 from ..config import RecastConfig
-from ..names import block_of, plain_name, unwrapped
+from ..names import block_of, ends_in, plain_name, unwrapped
 from .candidates import Candidate, composed_layer, find_candidates
 
 
@@ -122,7 +122,7 @@ def renamed_fields(config: RecastConfig, called: Renaming) -> dict[str, Any]:
             return {new(name): kept for name, kept in value.items()}
         if isinstance(value, (list, tuple, set)):
             return type(value)(new(name) for name in value)
-        is_there = not isinstance(value, str) or any(f".{name}".endswith(f".{value}") for name in called.known)
+        is_there = not isinstance(value, str) or any(ends_in(name, [value]) for name in called.known)
         return value if is_there else called(value) or value
 
     lora: Any = copy.deepcopy(config.lora_config)

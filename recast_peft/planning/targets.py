@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import RecastConfig
 from ..errors import RecastTargetError
-from ..names import lies_in
+from ..names import ends_in, lies_in
 from ..validation import did_you_mean, listed
 from .candidates import Candidate, find_candidates
 from .heads import head_names, named_head
@@ -48,7 +48,7 @@ def _warn_of_exclusions(candidates: list[Candidate], excluded: list[str] | str |
     names = [name for c in candidates if c.weight_name is not None or c.reason is not None for name in c.names]
     idle = [excluded] if isinstance(excluded, str) and not any(re.fullmatch(excluded, name) for name in names) else []
     if not isinstance(excluded, str):
-        idle = [one for one in excluded or () if not any(f".{name}".endswith(f".{one}") for name in names)]
+        idle = [one for one in excluded or () if not any(ends_in(name, [one]) for name in names)]
     if idle:
         warnings.warn(
             f"exclude_modules: nothing is left out by {', '.join(map(repr, idle))}{did_you_mean(idle[0], names)}\nA name in a "
@@ -69,14 +69,14 @@ def _with_parameters(
     """The modules whose parameters were named, and those that ``target_modules`` names beside them."""
     wanted = config.target_parameters or []
     names = {f"{name}.{key}": c for c in candidates for name in c.names for key in c.module._parameters}
-    unknown = [name for name in wanted if not any(f".{known}".endswith(f".{name}") for known in names)]
+    unknown = [name for name in wanted if not any(ends_in(known, [name]) for known in names)]
     if unknown:
         near = sorted({hit for name in unknown for hit in difflib.get_close_matches(name, names, n=3, cutoff=0.3)})
         raise RecastTargetError(
             f"the model has no parameter called {' or '.join(map(repr, unknown))}\n  target_parameters: {wanted}\n"
             f"  near: {', '.join(near) or 'none'}"
         )
-    named = [c for known, c in names.items() if any(f".{known}".endswith(f".{name}") for name in wanted)]
+    named = [c for known, c in names.items() if ends_in(known, wanted)]
     chosen = {c.name for c in named if _is_kept(config, c)}
     if refused := {c.name: c.reason for c in named if c.name in chosen and c.reason is not None}:
         raise _cannot_be_targets(refused)
@@ -131,7 +131,7 @@ def _check_every_name(candidates: list[Candidate], config: RecastConfig) -> None
     wanted = config.target_modules
     if not isinstance(wanted, list):
         return
-    unknown = [name for name in wanted if not any(f".{one}".endswith(f".{name}") for c in candidates for one in c.names)]
+    unknown = [name for name in wanted if not any(ends_in(one, [name]) for c in candidates for one in c.names)]
     if unknown and len(unknown) < len(wanted):
         known = sorted({known for c in candidates if _usable(c) for known in (c.name, c.name.rpartition(".")[2])})
         near = [hit for name in unknown for hit in difflib.get_close_matches(name, known, n=3)]
