@@ -132,7 +132,10 @@ def staged_folder(folder: str | os.PathLike, move: Callable[[Path, Path, list[Pa
         with locked(outer, wait=False), _errors_of_the_disk(target):  # the lock says that this process is alive
             yield inside
             files = sorted(path.relative_to(inside) for path in inside.rglob("*") if path.is_file())
+            mode = inside.stat().st_mode & 0o666
             for path in files:
+                with suppress(OSError):
+                    os.chmod(inside / path, mode)  # that of any new file here; safetensors lets nobody else read its own
                 flush(inside / path)  # where a full disk may tell of it only now
             with locked(target):
                 for path in files:

@@ -15,6 +15,7 @@ from models import converted
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from recast_peft import save_as_lora
 from recast_peft.storage import atomic
 from recast_peft.storage.atomic import locked, staged, staged_folder, write_text
 from recast_peft.storage.tensors import write_tensors
@@ -156,6 +157,26 @@ def test_permissions_of_a_new_file_are_the_usual_ones_whoever_writes(tmp_path: P
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("write", ["a writer of its own kind", "task", "LoRA"])
+def test_permissions_of_new_files_in_a_folder_are_the_usual_ones_whoever_writes(write: str, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        if write == "task":
+            converted(target_modules=["qkv"]).save_pretrained(tmp_path)
+        elif write == "LoRA":
+            save_as_lora(tmp_path, converted(target_modules=["qkv"]), 2)
+        else:
+            with staged_folder(tmp_path) as folder:
+                (folder / "inside").mkdir()
+                for file in ("a", "inside/b"):
+                    (folder / file).touch(0o600)
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 1
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o640}
 
 
 def test_a_living_writer_that_moves_a_file_of_its_own_keeps_it(tmp_path: Path) -> None:
