@@ -136,8 +136,8 @@ class TaskServer:
             RecastConfigError: if there is no such task, or the sample is none.
             ServerBusyError: if the queue is full, or the server is closed.
         """
-        if task is not None:
-            self.pool.row(task)
+        if self._lacks(task):
+            raise RecastConfigError(f"the pool has no task {shown(task)}")
         named = {"": sample} if isinstance(sample, Tensor) else dict(sample) if isinstance(sample, Mapping) else {}
         if not named or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in named.items()):
             raise RecastConfigError(f"sample is a {type(sample).__name__}: expected a tensor, or tensors by name")
@@ -234,8 +234,8 @@ class TaskServer:
         if time.monotonic() > request.deadline:
             self._fail(request, TimeoutError("the request waited longer than its time"), "timed_out")
             return False
-        if request.task is not None and request.task not in self.pool:
-            self._fail(request, RecastConfigError(f"the task {request.task!r} was removed while the request waited"), "failed")
+        if self._lacks(request.task):
+            self._fail(request, _removed(request.task), "failed")
             return False
         return True
 
@@ -264,6 +264,8 @@ class TaskServer:
         device = self.pool.table.device
         stacked = {name: torch.stack([r.sample[name] for r in requests]).to(device) for name in requests[0].sample}
         with torch.inference_mode(), self.pool.lock:  # names, labels and numbers of one moment
+            for task in filter(self._lacks, tasks):  # since it was looked at
+                raise _removed(task)
             labels = {task: None if task is None else self.pool.labels(task) for task in {*tasks}}
             batch = self.pool.mixed_batch_of(tasks)
         with torch.inference_mode(), self.pool.held(batch):
@@ -274,11 +276,19 @@ class TaskServer:
         rows = split_logits(output) if output.ndim > 1 and output.shape[-1] > 1 else output.unbind()
         return [_answer(task, row, labels[task], len(requests)) for task, row in zip(tasks, rows, strict=True)]
 
+    def _lacks(self, task: Any) -> bool:
+        """Whether there is no such task; an error of the pool would name those of other clients."""
+        return task is not None and not (isinstance(task, str) and task in self.pool)
+
     def _fail(self, request: _Request, error: BaseException, count: str) -> None:
         with self._changed:
             self._counts[count] += 1
         if not request.future.done():
             request.future.set_exception(error)
+
+
+def _removed(task: str | None) -> RecastConfigError:
+    return RecastConfigError(f"the task {task!r} was removed while the request waited")
 
 
 def _answer(task: str | None, row: Tensor, id2label: Mapping[int, str] | None, batch: int) -> Answer:

@@ -94,6 +94,23 @@ class TestServer:
             with pytest.raises(RecastConfigError, match="was removed while"):
                 lost.result(30)
 
+    def test_a_task_that_is_removed_right_before_its_batch_names_no_other(self, store, image, monkeypatch):
+        with TaskServer(store.pool, wait=0.3) as server:
+
+            def is_removed_next(request):
+                may_run = TaskServer._may_run(server, request)
+                if request.task == "cats":
+                    store.pool.remove("cats")
+                return may_run
+
+            monkeypatch.setattr(server, "_may_run", is_removed_next)
+            lost, kept = server.submit("cats", image), server.submit("dogs", image)
+            assert kept.result(30).task == "dogs"
+            for ask in (lambda: lost.result(30), lambda: server.submit("cats", image), lambda: server.submit(["cats"], image)):
+                with pytest.raises(RecastConfigError, match="task 'cats' was removed while|has no task .*cats") as said:
+                    ask()
+                assert "dogs" not in str(said.value)
+
     def test_a_full_queue_a_deadline_and_a_cancelled_request(self, store, image):
         server = TaskServer(store.pool, wait=0.2, max_queue=3)
         late, gone, good = (
