@@ -20,32 +20,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .banks.template_bank import TemplateBank, follow_device, move_in_place
 from .composition.calling import call
-from .composition.composed import ComposedModule
 from .composition.fingerprint import same_weight, weight_fingerprint
 from .composition.kinds import in_and_out_features, kind_of
-from .composition.known import Known, know
-from .composition.merging import Merging, check_held, follow, pretrained_parameter, refresh
-from .composition.mixed_batch import MixedBatch, current_batch
+from .composition.known import know
+from .composition.merging import Merging, check_held, follow, refresh
+from .composition.mixed_batch import current_batch
 from .composition.mixing import call_mixed
 from .composition.quantised import restore_class
-from .composition.recomputation import call_again, past_state
-from .composition.strength import Strength
+from .composition.recomputation import CallHistory, call_again, past_state
 from .config import RecastConfig
 from .errors import RecastConfigError
-from .holders import Entry, TaskHolder, TaskModules, TaskParameters
+from .holders import Entry
 from .names import COEFFICIENTS, PREFIX, modules_of
-from .placement.sharded import is_plain
 
-SAMPLE = 64  # numbers of a weight
 INIT_RANGE = (0.1, 0.2)  # sizes of random offsets: none is so small that a test would not see it
 
 
-class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer):
+class RecastLayer(Merging):
     """A module whose weight is composed from templates: whoever calls it gets the result with the weight of the active tasks.
 
     Args:
@@ -67,15 +63,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         self.is_written_to = False  # whether the pretrained weight was found to be another one than it was
         self.is_emptied = False  # by to_empty(): its weights are no numbers until a state dict is loaded
         self.has_loaded = False  # whether a whole state dict was loaded, with whatever lies beside tasks
-        self.recast_coefficients = TaskParameters()  # task -> (sets, templates)
-        self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
-        self.without_strength: dict[str, str] = {}
-        self.recast_masks = TaskModules()  # task -> what changes its composed weight; see parts/piggyback.py
-        self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
-        self._disable_adapters = False
-        self._switched_off = False  # inside RecastModel.disable_part("recast")
-        self._active_adapter = []
-        self.known: Known | None = None  # what the last call computed with
+        self.history = CallHistory()
         if not hasattr(base_layer, "in_features"):  # PEFT's layers say how wide they are, whatever they wrap
             self.in_features, self.out_features = in_and_out_features(base_layer, self.weight_shape)
 
@@ -97,30 +85,7 @@ class RecastLayer(ComposedModule, Merging, Strength, TaskHolder, BaseTunerLayer)
         """Other pretrained weights are put in."""
         self._fingerprint = None
 
-    def weight_sample(self) -> Tensor | None:
-        """A few numbers of the pretrained weight, by which what is written into it is seen; None where it is not at hand."""
-        weight = pretrained_parameter(self)
-        if weight is None or not is_plain(weight) or weight.is_meta or weight.shape != self.weight_shape:
-            return None
-        flat = weight.detach().reshape(-1)
-        return flat[:: max(1, flat.numel() // SAMPLE)].clone()
-
     # ---------------------------------------------------------------- tasks
-
-    @property
-    def acting_adapters(self) -> list[str]:
-        """The active tasks; none while tasks are merged that have nothing here."""
-        active = [] if self.stands_aside else self._active_adapter
-        return [active] if isinstance(active, str) else active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the tasks are switched off here, all of them or their coefficients alone."""
-        return self._disable_adapters or self._switched_off
-
-    def is_off(self, batch: MixedBatch | None) -> bool:
-        """Whether a call computes without any task; the tasks of a batch that began before they were switched off stay."""
-        return self.disable_adapters and (batch is None or batch.is_off or self._switched_off)
 
     def entries(self, adapter_name: str) -> Iterator[Entry]:
         if adapter_name in self.recast_coefficients:

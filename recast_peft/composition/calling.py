@@ -16,20 +16,13 @@ from torch import Tensor, nn
 from ..errors import RecastBankError
 from ..placement.offloaded import is_offloaded
 from .coefficient_gradients import EXACT
-from .compose import compose_weight, marked
-from .kinds import LINEAR, composes_cheaply, is_lazily_readable, kind_of, takes_core
-from .lazy_weight import LazyWeight, is_read_by_the_model
-from .mixed_batch import current_batch
+from .compose import Terms, compose_weight, marked
+from .composed import STANDS_FOR, ComposedModule
+from .kinds import LINEAR, composes_cheaply, kind_of, takes_core
 from .outputs import call_from_outputs, computes_from_outputs, is_out_of_reach
 from .parallel import split_of, spread_like
 from .quantised import quantised_by
 from .recomposed import call_recomposed, can_recompose, product_of_one
-
-Terms = tuple[Tensor | None, list[Tensor], Tensor]
-"""Anchor, templates and coefficients of a weight."""
-
-# Attribute of a weight that is in the place of the pretrained one: the pretrained one, or None if that was released.
-STANDS_FOR = "recast_stands_for"
 
 # Weights are exchanged for a call by one thread at a time: another one would take the exchanged weight for the module's own,
 # and put it back for good.
@@ -37,7 +30,11 @@ _EXCHANGE = threading.RLock()
 
 
 def call(
-    layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any], values: Mapping[str, Tensor] | None = None
+    layer: ComposedModule,
+    adapters: Sequence[str],
+    args: tuple,
+    kwargs: dict[str, Any],
+    values: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """What the wrapped module computes with the weight of the given tasks; those without coefficients here add nothing.
 
@@ -72,7 +69,7 @@ def call(
     return call_composed(layer, direct, args[0], terms, adapters)
 
 
-def _beside_the_weight(layer: Any, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str]:
+def _beside_the_weight(layer: ComposedModule, adapters: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> list[str]:
     """The tasks whose templates add to the output by narrow products, which takes no weight of the module's size."""
     cores = [name for name in layer.with_coefficients(adapters) if layer.recast_bank[name].is_factored]
     is_product = takes_core(layer.base_layer) and not composes_cheaply(layer.base_layer)
@@ -81,7 +78,9 @@ def _beside_the_weight(layer: Any, adapters: Sequence[str], args: tuple, kwargs:
     return cores if not is_hooked(layer.base_layer) or is_out_of_reach(layer) else []
 
 
-def call_composed(layer: Any, direct: Callable[..., Tensor], x: Tensor, terms: Terms, adapters: Sequence[str]) -> Tensor:
+def call_composed(
+    layer: ComposedModule, direct: Callable[..., Tensor], x: Tensor, terms: Terms, adapters: Sequence[str]
+) -> Tensor:
     """What the wrapped module computes with a weight that is composed for the call; a plain function stands for the module."""
     base = layer.base_layer
     if can_recompose(base, x, *terms):
@@ -91,13 +90,13 @@ def call_composed(layer: Any, direct: Callable[..., Tensor], x: Tensor, terms: T
     return direct(base, marked(compose_weight(*terms)), x)
 
 
-def _gradient_way(layer: Any, adapters: Sequence[str]) -> str:
+def _gradient_way(layer: ComposedModule, adapters: Sequence[str]) -> str:
     """How the coefficients' gradient is formed: exactly, unless all active tasks ask for the same estimate."""
     asked = {layer.coefficient_gradients.get(name, EXACT) for name in layer.with_coefficients(adapters)}
     return asked.pop() if len(asked) == 1 else EXACT
 
 
-def direct_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
+def direct_call(layer: ComposedModule, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
     """The plain function that stands for a call of the wrapped module, if there is one."""
     if len(args) != 1 or kwargs or is_hooked(layer.base_layer):
         return None
@@ -105,7 +104,7 @@ def direct_call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[...
     return None if kind is None else kind.call
 
 
-def call_with(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_with(layer: ComposedModule, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computes with a weight."""
     base = layer.base_layer
     direct = direct_call(layer, args, kwargs)
@@ -126,7 +125,7 @@ def call_with(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -
         return _call_exchanged(layer, weight, args, kwargs)
 
 
-def _check_reads_weight(layer: Any) -> None:
+def _check_reads_weight(layer: ComposedModule) -> None:
     """Refuse (``RecastBankError``) another weight for a module that computes with its packed one, or gets one in the call."""
     inner = layer.get_base_layer()
     if is_offloaded(inner):
@@ -144,7 +143,7 @@ def _check_reads_weight(layer: Any) -> None:
         )
 
 
-def _call_exchanged(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _call_exchanged(layer: ComposedModule, weight: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
     base = layer.base_layer
     if layer.weight_name in base.__dict__:  # FSDP puts the gathered weight here, in front of the parameter
         gathered = base.__dict__[layer.weight_name]
@@ -158,31 +157,9 @@ def _call_exchanged(layer: Any, weight: Tensor, args: tuple, kwargs: dict[str, A
     return torch.func.functional_call(base, {name: weight}, args, kwargs)
 
 
-def marked_as_pretrained(layer: Any, weight: Tensor) -> Tensor:
+def marked_as_pretrained(layer: ComposedModule, weight: Tensor) -> Tensor:
     """A composed weight, marked like a pretrained one where no gradient is recorded; others are left as they are."""
     return weight if weight is layer.weight_parameter or weight is layer.pretrained else marked(weight)
-
-
-def lazy_weight(layer: Any) -> Tensor | None:
-    """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
-    if not is_read_by_the_model() or not is_lazily_readable(layer.base_layer):
-        return None
-    known = (layer.weight_shape, layer.weight_dtype, layer.weight_device)
-    if current_batch() is not None:
-        return LazyWeight(layer.effective_weight, *known)  # raises if it is used
-    tasks = layer.tasks_in_force()
-    if torch.is_grad_enabled() or layer.merged_adapters or layer.is_masked(tasks):
-        return None
-    # as they are now
-    values = {name: layer.recast_coefficients[name].detach().clone() for name in layer.with_coefficients(tasks)}
-    if not values:
-        return None
-
-    def compose() -> Tensor:
-        with torch.no_grad():
-            return marked_as_pretrained(layer, layer.compose(tasks, values=values))
-
-    return LazyWeight(compose, *known)
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+Terms = tuple[Tensor | None, Sequence[Tensor], Tensor]
+"""Anchor, templates and coefficients of a weight."""
+
 
 def needs_plain_operations() -> bool:
     """Whether only operations that torch itself differentiates may be used: for compilers, tracers, function transforms

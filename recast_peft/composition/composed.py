@@ -10,35 +10,31 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import RecastBankError, RecastConfigError
-from ..holders import TaskHolder
+from ..holders import TaskHolder, TaskModules, TaskParameters
 from ..placement.offloaded import execution_device, is_offloaded, kept_tensor
-from ..placement.sharded import whole, whole_shape, whole_trained
-from . import merging
-from .calling import Terms, lazy_weight, marked_as_pretrained
-from .compose import average_sets, compose_into, compose_weight
-from .mixed_batch import current_batch
-from .quantised import device_of_weight
-from .recomputation import CallHistory
-from .strength import at_strength
+from ..placement.sharded import is_plain, whole, whole_shape, whole_trained
+from .compose import Terms, average_sets, compose_into, compose_weight
+from .mixed_batch import MixedBatch
+from .quantised import dequantised, device_of_weight, quantised_by
+from .strength import Strength, at_strength
 
-# Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
-_NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
+# Attribute of a weight that is in the place of the pretrained one: the pretrained one, or None if that was released.
+STANDS_FOR = "recast_stands_for"
+_NONE = object()
+SAMPLE = 64  # numbers of a weight that are looked at
 
 
 class _ReleasedWeightError(RecastBankError, AttributeError):
     """An AttributeError as well, for whoever asks a module for all of its attributes (torch.jit does)."""
 
 
-def _child(name: str) -> property:
+def _child(name: str) -> Any:
     """A child of a module that every call asks for: torch's own look-up takes ten times as long."""
     return property(lambda module: module._modules[name])
 
 
-class ComposedModule(nn.Module):
+class ComposedModule(Strength, TaskHolder, nn.Module, BaseTunerLayer):
     """A module around another one, whose weight is composed from the templates of a bank.
-
-    Whoever reads its ``weight`` (or, of a multi-head attention, ``in_proj_weight``) gets the composed weight, differentiable;
-    any other attribute that it lacks is the wrapped module's.
 
     Args:
         base_layer: the module to wrap.
@@ -47,19 +43,15 @@ class ComposedModule(nn.Module):
     """
 
     base_layer: Any = _child("base_layer")
-    recast_coefficients: Any = _child("recast_coefficients")  # task -> (sets, templates)
-    recast_masks: Any = _child("recast_masks")  # task -> what changes its composed weight; see parts/piggyback.py
-    scaling: dict[str, float]  # task -> its strength; see strength.py
-    active_adapters: Any
-    acting_adapters: Any
-    disable_adapters: Any
-    merged: Any
+    recast_coefficients: TaskParameters = _child("recast_coefficients")  # task -> (sets, templates)
+    recast_masks: TaskModules = _child("recast_masks")  # task -> what changes its composed weight; see parts/piggyback.py
+    history: Any  # with what calls computed; see recomputation.py
 
     def __init__(self, base_layer: nn.Module, module_name: str, weight_name: str) -> None:
         super().__init__()
         self.module_name = module_name
         self.other_layers: list[Any] = []  # layers of PEFT's other methods around or inside this one; see stacking.py
-        self.held: tuple[str, ...] | None = None  # see merging.py
+        self.held: tuple[str, ...] | None = None  # tasks in the weight that other methods are merged into; None: none is merged
         self.idle_slot: str | None = None  # an adapter that no task of its pool is in: it counts as none
         self.base_layer = base_layer
         self.weight_name = weight_name
@@ -69,7 +61,15 @@ class ComposedModule(nn.Module):
         self.merged_adapters: list[str] = []
         self.is_stale = False  # whether what is merged has to be composed once more
         self.instead: Callable[[Any], Tensor] | None = None  # composes another weight in place of the tasks', for measuring
-        self.history = CallHistory()
+        self.recast_coefficients = TaskParameters()
+        self.scaling: dict[str, float] = {}  # task -> its strength, where that is not 1
+        self.without_strength: dict[str, str] = {}
+        self.recast_masks = TaskModules()
+        self.coefficient_gradients: dict[str, str] = {}  # task -> how gradients of its coefficients are formed
+        self._disable_adapters = False
+        self._switched_off = False  # inside RecastModel.disable_part("recast")
+        self._active_adapter = []
+        self.known: Any = None  # what the last call computed with; see known.py
 
     # ---------------------------------------------------------------- the pretrained weight
 
@@ -86,7 +86,15 @@ class ComposedModule(nn.Module):
     @property
     def pretrained(self) -> nn.Parameter | None:
         """The pretrained weight, also while something is merged, in any thread; None if it was released."""
-        return merging.pretrained_parameter(self)
+        base = self.get_base_layer()
+        found = base._parameters.get(self.weight_name)
+        if type(found) is not nn.Parameter and not self.compressed_bank and quantised_by(base) is not None:
+            return dequantised(base)  # type: ignore[return-value]
+        mark = getattr(found, STANDS_FOR, _NONE)
+        if mark is not _NONE:
+            return mark  # type: ignore[return-value]
+        kept = self.kept_weight  # a copy of a parameter has no mark
+        return found if kept is None else kept[0]
 
     @property
     def pretrained_weight(self) -> Tensor:
@@ -95,7 +103,7 @@ class ComposedModule(nn.Module):
 
     def _pretrained_here(self) -> Tensor:
         """What this process holds of the pretrained weight: a shard, or all of it."""
-        weight = merging.pretrained_parameter(self)
+        weight = self.pretrained
         if weight is None:
             raise self._released_error()
         kept = kept_tensor(self.get_base_layer(), self.weight_name) if weight.is_meta else None
@@ -106,6 +114,14 @@ class ComposedModule(nn.Module):
             f"the pretrained weight of {self.module_name} was released when its bank was compressed; "
             "convert with keep_base_weights=True to keep it"
         )
+
+    def weight_sample(self) -> Tensor | None:
+        """A few numbers of the pretrained weight, by which what is written into it is seen; None where it is not at hand."""
+        weight = self.pretrained
+        if weight is None or not is_plain(weight) or weight.is_meta or weight.shape != self.weight_shape:
+            return None
+        flat = weight.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // SAMPLE)].clone()
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -138,8 +154,8 @@ class ComposedModule(nn.Module):
         return base.get_base_layer() if is_inside else base  # type: ignore[return-value, union-attr, operator]
 
     @property
-    def weight_parameter(self) -> nn.Parameter | None:
-        """What lies in the wrapped module now: the pretrained weight, a merged one, or nothing."""
+    def weight_parameter(self) -> Any:
+        """The parameter that lies in the wrapped module now: the pretrained weight, a merged one, or None."""
         return self.get_base_layer()._parameters.get(self.weight_name)
 
     def set_weight_parameter(self, parameter: nn.Parameter | None) -> None:
@@ -147,30 +163,6 @@ class ComposedModule(nn.Module):
         self.get_base_layer()._parameters[self.weight_name] = parameter
 
     # ---------------------------------------------------------------- the composed weight
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that a call would use now: composed, differentiable."""
-        if self.weight_name != "weight":
-            raise AttributeError(f"{type(self.base_layer).__name__} has no attribute 'weight'")
-        lazy = None if self.held is not None else lazy_weight(self)
-        return self.effective_weight() if lazy is None else lazy
-
-    def effective_weight(self) -> Tensor:
-        """The weight that a call would use now; in a mixed batch there is none for all samples (``RecastBankError``)."""
-        if current_batch() is not None:
-            raise RecastBankError(
-                f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
-                "another task for each sample: pass one task at a time instead of adapter_names"
-            )
-        if self.held is not None:
-            merging.check_held(self)
-        if self.is_stale:
-            merging.refresh(self)
-        if self.held is not None or (self.merged and not self.disable_adapters):
-            return merging.with_parts_inside(self, self.weight_parameter)
-        weight = marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.acting_adapters))
-        return merging.with_parts_inside(self, weight)
 
     def compose(self, adapters: Sequence[str], out: Tensor | None = None, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """The weight for the given tasks together (their offsets add); tasks without coefficients here add nothing.
@@ -214,6 +206,23 @@ class ComposedModule(nn.Module):
         sums = [*parts.values()] or [offset.detach()[:0]]
         return anchor, templates, (sums[0] if len(sums) == 1 else torch.cat(sums)).to(device)
 
+    # ---------------------------------------------------------------- tasks
+
+    @property
+    def acting_adapters(self) -> list[str]:
+        """The active tasks; none while tasks are merged that have nothing here."""
+        active = [] if self.stands_aside else self._active_adapter
+        return [active] if isinstance(active, str) else active
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the tasks are switched off here, all of them or their coefficients alone."""
+        return self._disable_adapters or self._switched_off
+
+    def is_off(self, batch: MixedBatch | None) -> bool:
+        """Whether a call computes without any task; the tasks of a batch that began before they were switched off stay."""
+        return self.disable_adapters and (batch is None or batch.is_off or self._switched_off)
+
     def has_task(self, adapter: str) -> bool:
         """Whether a task changes this weight."""
         return adapter in self.recast_coefficients or adapter in self.recast_masks
@@ -256,18 +265,3 @@ class ComposedModule(nn.Module):
             known = ", ".join(self.recast_coefficients.keys()) or "none"
             raise RecastConfigError(f"task {adapter!r} has no coefficients at {self.module_name}; those that have: {known}")
         return self.recast_bank[adapter].added_to(None, self.offset(adapter).to(self.weight_device), self.weight_dtype)
-
-    register_parameter = TaskHolder.register_parameter
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name in _NOT_FORWARDED or name.startswith("__"):
-                raise
-            if name == "pretrained_weight":
-                raise self._released_error() from None
-            if name == self.__dict__.get("weight_name") and name != "weight":
-                return self.effective_weight()
-            return getattr(base, name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..placement.sharded import is_plain
 from .calling import call_composed, is_hooked
 from .compose import average_sets, needs_plain_operations
+from .composed import ComposedModule
 from .kinds import composes_cheaply, kind_of, takes_core
 from .mixed_batch import current_batch
 from .recomputation import is_recomputing, may_be_recomputed
@@ -28,7 +29,7 @@ class Known:
         note: of the call that found it out, where it may be computed again; see recomputation.py.
     """
 
-    def __init__(self, layer: Any, note: Any) -> None:
+    def __init__(self, layer: ComposedModule, note: Any) -> None:
         self.merged = list(layer.merged_adapters)
         self.active = list(layer.active_adapters)
         (self.task,) = layer.acting_adapters
@@ -49,7 +50,7 @@ class Known:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copy of a layer knows nothing
 
-    def holds(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def holds(self, layer: ComposedModule, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call that begins now, and is not compiled, computes with the same."""
         if len(args) != 1 or kwargs or is_recomputing() or current_batch() is not None or layer.merged_adapters != self.merged:
             return False
@@ -60,7 +61,7 @@ class Known:
             is_same = is_same and (layer.zeros is None or not layer.zeros.are_all(layer))
         return is_same and (not may_be_recomputed() or (not torch.is_grad_enabled() and self._is_noted(layer)))
 
-    def call(self, layer: Any, x: Tensor) -> Tensor:
+    def call(self, layer: ComposedModule, x: Tensor) -> Tensor:
         """What the layer computes."""
         if self.merged:
             return layer.base_layer(x)
@@ -69,13 +70,13 @@ class Known:
         terms = self.weight, self.templates, average_sets(self.coefficients)
         return call_composed(layer, self.product, x, terms, self.active)
 
-    def is_merged(self, layer: Any, tasks: list[str]) -> bool:
+    def is_merged(self, layer: ComposedModule, tasks: list[str]) -> bool:
         """Whether the task alone is merged into a layer, on the same templates, which are weights."""
         if self.bank.is_factored:
             return False
         return layer.merged_adapters == self.merged == tasks == [self.task] and self._acts(layer) and self._is_in_place(layer)
 
-    def _acts(self, layer: Any) -> bool:
+    def _acts(self, layer: ComposedModule) -> bool:
         """Whether the task acts here, alone."""
         return (
             layer._active_adapter == self.active
@@ -88,7 +89,7 @@ class Known:
             and layer.idle_slot != self.task
         )
 
-    def _is_in_place(self, layer: Any) -> bool:
+    def _is_in_place(self, layer: ComposedModule) -> bool:
         """Whether the tensors are those that were found, on one device, and the module computes as it did."""
         device = self.coefficients.device
         for holder, base, weight, kept in self.places:
@@ -101,13 +102,13 @@ class Known:
         is_same = layer.recast_coefficients[self.task] is self.coefficients and is_plain(self.coefficients)
         return is_same and kind_of(self.base) is self.kind and not is_hooked(self.base)
 
-    def _is_noted(self, layer: Any) -> bool:
+    def _is_noted(self, layer: ComposedModule) -> bool:
         is_same = not self.merged or layer.recast_coefficients[self.task] is self.coefficients
         is_same = is_same and self.coefficients._version == self.written and self.coefficients.requires_grad == self.trained
         return is_same and layer.history.goes_on(self.note)
 
 
-def know(layer: Any, in_call: bool = True) -> None:
+def know(layer: ComposedModule, in_call: bool = True) -> None:
     """Let a layer know what it computes with now, in a call or in a merged swap; nothing where it is not simple."""
     known = None
     if _is_simple(layer):
@@ -115,7 +116,7 @@ def know(layer: Any, in_call: bool = True) -> None:
     layer.__dict__["known"] = known  # past torch's look at what is assigned, which every call would pay for
 
 
-def _is_simple(layer: Any) -> bool:
+def _is_simple(layer: ComposedModule) -> bool:
     """Whether one task acts in a layer, by products of a known kind with pretrained weights that lie here as they are."""
     tasks, base = layer.acting_adapters, layer.base_layer
     if len(tasks) != 1 or tasks[0] not in layer.recast_coefficients or tasks[0] == layer.idle_slot:
@@ -130,7 +131,7 @@ def _is_simple(layer: Any) -> bool:
     return all(_is_here(other) for other in (layer, *bank.layers))
 
 
-def _is_here(layer: Any) -> bool:
+def _is_here(layer: ComposedModule) -> bool:
     weight: Tensor | None = layer.pretrained
     is_parameter = isinstance(weight, nn.Parameter) and is_plain(weight) and not weight.is_meta
     return is_parameter and layer.base_layer is layer.get_base_layer()

@@ -17,29 +17,21 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError
 from ..placement.sharded import is_sharded
-from .calling import STANDS_FOR
+from .calling import marked_as_pretrained
 from .compose import weighted_sum, without_autocast
+from .composed import STANDS_FOR, ComposedModule
+from .kinds import is_lazily_readable
 from .known import know
+from .lazy_weight import LazyWeight, is_read_by_the_model
+from .mixed_batch import current_batch
 from .outputs import is_out_of_reach
-from .quantised import dequantised, packed_since, quantised_by
+from .quantised import packed_since, quantised_by
 
-_NONE = object()
-
-
-def pretrained_parameter(layer: Any) -> nn.Parameter | None:
-    """The pretrained weight of a layer, whatever is merged; None if it was released for a compressed bank."""
-    base = layer.get_base_layer()
-    found = base._parameters.get(layer.weight_name)
-    if type(found) is not nn.Parameter and not layer.compressed_bank and quantised_by(base) is not None:
-        return dequantised(base)  # type: ignore[return-value]
-    mark = getattr(found, STANDS_FOR, _NONE)
-    if mark is not _NONE:
-        return mark  # type: ignore[return-value]
-    kept = layer.kept_weight  # a copy of a parameter has no mark
-    return found if kept is None else kept[0]
+# Attributes by which accelerate marks the module that it hooked; they belong to the wrapped module alone.
+_NOT_FORWARDED = frozenset({"_hf_hook", "_old_forward"})
 
 
-def put_weight(layer: Any, weight: Tensor) -> None:
+def put_weight(layer: ComposedModule, weight: Tensor) -> None:
     """Put a composed weight into a wrapped module that is writable, and keep the pretrained one beside it."""
     pretrained = layer.weight_parameter
     # a tensor of its own, also where the composed weight is the pretrained one itself
@@ -49,7 +41,7 @@ def put_weight(layer: Any, weight: Tensor) -> None:
     layer.set_weight_parameter(merged)
 
 
-def check_writable(layer: Any) -> None:
+def check_writable(layer: ComposedModule) -> None:
     """Refuse to merge where no weight can be put (``RecastBankError``)."""
     library = quantised_by(layer.get_base_layer())
     held = layer.compressed_bank[0].templates if layer.is_released else layer.weight_parameter
@@ -63,7 +55,7 @@ def check_writable(layer: Any) -> None:
         )
 
 
-def take_weight(layer: Any) -> None:
+def take_weight(layer: ComposedModule) -> None:
     """Put the pretrained parameter back, or take the merged one out where that was released.
 
     Raises:
@@ -71,11 +63,11 @@ def take_weight(layer: Any) -> None:
     """
     if layer.weight_name not in layer.get_base_layer()._parameters:
         raise packed_since(layer.get_base_layer())
-    layer.set_weight_parameter(pretrained_parameter(layer))
+    layer.set_weight_parameter(layer.pretrained)
     layer.kept_weight = None
 
 
-def follow(layer: Any, fn: Any) -> None:
+def follow(layer: ComposedModule, fn: Any) -> None:
     """Let the pretrained weight that is kept follow a ``Module.to`` or its kin.
 
     What is merged is composed again at its first use, if numbers were rounded: the pretrained weights of neighbours, of which
@@ -90,7 +82,7 @@ def follow(layer: Any, fn: Any) -> None:
     layer.is_stale = layer.is_stale or kept[0].dtype != before
 
 
-def refresh(layer: Any) -> None:
+def refresh(layer: ComposedModule) -> None:
     """Compose what is merged once more, after pretrained weights were rounded."""
     layer.is_stale = False
     if layer.merged and layer.held is None:
@@ -98,7 +90,7 @@ def refresh(layer: Any) -> None:
             layer.weight_parameter.data = layer.compose(layer.merged_adapters)
 
 
-def layers_on_top(layer: Any) -> list[Any]:
+def layers_on_top(layer: ComposedModule) -> list[Any]:
     """The layers of other methods that are merged into the weight; those that were switched off are unmerged first."""
     merged = [other for other in layer.other_layers if other.merged]
     for other in [other for other in merged if other.disable_adapters]:
@@ -106,7 +98,7 @@ def layers_on_top(layer: Any) -> list[Any]:
     return [other for other in merged if other.merged]
 
 
-def with_parts_inside(layer: Any, weight: Any) -> Any:
+def with_parts_inside(layer: ComposedModule, weight: Any) -> Any:
     """A weight with what the LoRA parts add to it that were there before the layer: whoever is called inside it adds them."""
     for other in layer.other_layers:
         if hasattr(other, "with_part") and other in layer.modules():
@@ -114,7 +106,7 @@ def with_parts_inside(layer: Any, weight: Any) -> Any:
     return weight
 
 
-def check_held(layer: Any, wanted: Sequence[str] | None = None) -> None:
+def check_held(layer: ComposedModule, wanted: Sequence[str] | None = None) -> None:
     """Refuse (``RecastBankError``) a weight into which others were merged on top of other tasks than the wanted ones."""
     layers_on_top(layer)
     wanted = layer.tasks_in_force() if wanted is None else wanted
@@ -122,7 +114,7 @@ def check_held(layer: Any, wanted: Sequence[str] | None = None) -> None:
         raise held_error(layer, wanted)
 
 
-def held_error(layer: Any, wanted: Sequence[str]) -> RecastBankError:
+def held_error(layer: ComposedModule, wanted: Sequence[str]) -> RecastBankError:
     """Says that adapters of another method are merged on top of other tasks than the wanted ones."""
     merged = sorted({name for other in layer.other_layers for name in other.merged_adapters})
     return RecastBankError(
@@ -133,12 +125,74 @@ def held_error(layer: Any, wanted: Sequence[str]) -> RecastBankError:
     )
 
 
-class Merging:
-    """The verbs of a layer by which tasks are merged into its weight; a mixin of layers."""
+class Merging(ComposedModule):
+    """A composed module into whose weight tasks can be merged.
 
-    held: tuple[str, ...] | None  # tasks in the weight that other methods are merged into; None: none is merged
+    Whoever reads its ``weight`` (or, of a multi-head attention, ``in_proj_weight``) gets the weight that a call would use,
+    differentiable; any other attribute that it lacks is the wrapped module's.
+    """
 
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    @property
+    def weight(self) -> Tensor:
+        """The weight that a call would use now: composed, differentiable."""
+        if self.weight_name != "weight":
+            raise AttributeError(f"{type(self.base_layer).__name__} has no attribute 'weight'")
+        lazy = None if self.held is not None else self._lazy_weight()
+        return self.effective_weight() if lazy is None else lazy
+
+    def _lazy_weight(self) -> Tensor | None:
+        """The composed weight of a plain layer for a reader who may want no more than its dtype; None for all others."""
+        if not is_read_by_the_model() or not is_lazily_readable(self.base_layer):
+            return None
+        known = (self.weight_shape, self.weight_dtype, self.weight_device)
+        if current_batch() is not None:
+            return LazyWeight(self.effective_weight, *known)  # raises if it is used
+        tasks = self.tasks_in_force()
+        if torch.is_grad_enabled() or self.merged_adapters or self.is_masked(tasks):
+            return None
+        # as they are now
+        values = {name: self.recast_coefficients[name].detach().clone() for name in self.with_coefficients(tasks)}
+        if not values:
+            return None
+
+        def compose() -> Tensor:
+            with torch.no_grad():
+                return marked_as_pretrained(self, self.compose(tasks, values=values))
+
+        return LazyWeight(compose, *known)
+
+    def effective_weight(self) -> Tensor:
+        """The weight that a call would use now; in a mixed batch there is none for all samples (``RecastBankError``)."""
+        if current_batch() is not None:
+            raise RecastBankError(
+                f"the model reads the weight of {self.module_name} instead of calling the module, so it cannot have "
+                "another task for each sample: pass one task at a time instead of adapter_names"
+            )
+        if self.held is not None:
+            check_held(self)
+        if self.is_stale:
+            refresh(self)
+        if self.held is not None or (self.merged and not self.disable_adapters):
+            return with_parts_inside(self, self.weight_parameter)
+        weight = marked_as_pretrained(self, self.compose([] if self.disable_adapters else self.acting_adapters))
+        return with_parts_inside(self, weight)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name in _NOT_FORWARDED or name.startswith("__"):
+                raise
+            if name == "pretrained_weight":
+                raise self._released_error() from None
+            if name == self.__dict__.get("weight_name") and name != "weight":
+                return self.effective_weight()
+            return getattr(base, name)
+
+    # ---------------------------------------------------------------- merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the composed weight into the wrapped module; the pretrained weight is kept beside it.
 
         Args:
@@ -170,7 +224,7 @@ class Merging:
             self.is_stale = False
         self.merged_adapters = merged
 
-    def merge_in_place(self: Any, adapter_names: list[str], factors: Sequence[Tensor] = ()) -> None:
+    def merge_in_place(self, adapter_names: list[str], factors: Sequence[Tensor] = ()) -> None:
         """Merge tasks in place of those that are merged now, into the same storage.
 
         The first call makes the storage; from then on no tensor is made or exchanged, only numbers are written.
@@ -195,7 +249,7 @@ class Merging:
             self.is_stale, self.merged_adapters = False, present
         know(self, in_call=False)
 
-    def unmerge(self: Any) -> None:
+    def unmerge(self) -> None:
         """Put the pretrained weight back: the very parameter that was there before."""
         if not self.merged:
             return
@@ -203,7 +257,7 @@ class Merging:
             take_weight(self)
         self.merged_adapters = []  # where others are merged on top the weight goes back when those are unmerged
 
-    def rescaled(self: Any) -> None:
+    def rescaled(self) -> None:
         """Let what is merged follow the tasks' strengths: at its next use, or now where adapters of other layers lie on top."""
         self.is_stale = self.is_stale or bool(self.merged)
         on_top = [(other, other.merged_tasks) for other in self.other_layers if other.merged]
@@ -213,7 +267,7 @@ class Merging:
             other.merge(adapter_names=tasks)
 
     @contextmanager
-    def written_by_others(self: Any) -> Iterator[None]:
+    def written_by_others(self) -> Iterator[None]:
         """A block in which a layer of another method writes into the innermost weight: it gets a tensor of its own.
 
         The tensor holds the weight of the active tasks, so that what is merged on it is right for any method. It stays for as
@@ -237,9 +291,7 @@ class Merging:
                     take_weight(self)
                 self.held = None
 
-    def unload_and_optionally_merge_module(
-        self: Any, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Give back the wrapped module as an ordinary one, with the tasks merged into it or not.
 
         A weight that was released for a compressed bank comes back as the bank composes it.
@@ -260,8 +312,8 @@ class Merging:
             with torch.no_grad():
                 self.set_weight_parameter(nn.Parameter(self.compose([]), requires_grad=False))
         for name, child in base.named_children():  # tasks may have something at the output projection of an attention
-            if hasattr(child, "unload_and_optionally_merge_module"):
-                setattr(base, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+            if (unload := getattr(child, "unload_and_optionally_merge_module", None)) is not None:
+                setattr(base, name, unload(merge, safe_merge, adapter_names))
         if hasattr(self.weight_parameter, STANDS_FOR):  # from now on it is an ordinary parameter
             delattr(self.weight_parameter, STANDS_FOR)
         return base

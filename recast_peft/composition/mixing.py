@@ -17,6 +17,7 @@ from ..errors import RecastBankError
 from ..names import BASE_ADAPTER
 from .calling import call, call_with, direct_call
 from .compose import compose_into, compose_weight, is_cast, mix_by_sample, needs_plain_operations
+from .composed import ComposedModule
 from .kinds import add_bias, kind_of, positions_of, takes_core
 from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
 
@@ -25,7 +26,7 @@ from .mixed_batch import NO_TASK, MixedBatch, mixed_batch
 PRODUCT_LIMIT = 64
 
 
-def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_mixed(layer: ComposedModule, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computes with each sample's own weight; ``RecastBankError`` if it cannot be called so."""
     if isinstance(layer.base_layer, nn.MultiheadAttention) or not args or not isinstance(args[0], Tensor):
         raise RecastBankError(
@@ -46,7 +47,7 @@ def call_mixed(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any
     return _call_by_rows(layer, batch, rows, lambda name, _: layer.compose([name]), args, kwargs)
 
 
-def _call_from_pool(layer: Any, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _call_from_pool(layer: ComposedModule, batch: MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Every sample with its own row of a pool's table."""
     x = args[0]
     offsets = batch.offsets(layer.module_name, len(x))  # (samples, templates)
@@ -109,7 +110,7 @@ def products_are_cheaper(module: nn.Module, x: Tensor, templates: int, batch: Mi
 
 
 def _call_by_rows(
-    layer: Any,
+    layer: ComposedModule,
     batch: MixedBatch,
     rows: Mapping[Any, list[int]],
     weight_of: Callable[[Any, int], Tensor],
@@ -145,7 +146,7 @@ def _call_by_rows(
     return result
 
 
-def _call_into(layer: Any, result: Tensor, args: tuple, kwargs: dict[str, Any]) -> Callable[..., None] | None:
+def _call_into(layer: ComposedModule, result: Tensor, args: tuple, kwargs: dict[str, Any]) -> Callable[..., None] | None:
     """The product that writes its result where it belongs; None where there is none, or dtypes would have to be changed."""
     kind, x = kind_of(layer.base_layer), args[0]
     if kind is None or direct_call(layer, args, kwargs) is None or needs_plain_operations():

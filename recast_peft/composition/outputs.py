@@ -18,11 +18,12 @@ from torch import Tensor
 from ..errors import RecastBankError
 from ..placement.offloaded import is_offloaded
 from ..placement.sharded import is_plain, is_spread_in_calls
+from .composed import ComposedModule
 from .parallel import for_neighbour, for_own
 from .quantised import quantised_by
 
 
-def is_out_of_reach(layer: Any) -> bool:
+def is_out_of_reach(layer: ComposedModule) -> bool:
     """Whether a layer's weight cannot be written, and is better not read: quantised, or on no device but during a call."""
     base = layer.get_base_layer()
     weight = base._parameters.get(layer.weight_name)
@@ -31,7 +32,7 @@ def is_out_of_reach(layer: Any) -> bool:
     return quantised_by(base) is not None or is_offloaded(base) or (weight is not None and is_spread_in_calls(weight))
 
 
-def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
+def computes_from_outputs(layer: ComposedModule, adapters: Sequence[str]) -> bool:
     """Whether a call of a layer takes the way from outputs: its weight is out of reach, and every template is a neighbour's."""
     if not is_out_of_reach(layer) or layer.compressed_bank or layer.is_masked(adapters):
         return False
@@ -39,7 +40,9 @@ def computes_from_outputs(layer: Any, adapters: Sequence[str]) -> bool:
     return bool(names) and all(layer.recast_bank[name].is_exact for name in names)
 
 
-def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+def call_from_outputs(
+    layer: ComposedModule, adapters: Sequence[str], x: Tensor, values: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """What the wrapped module computes with the weight of the given tasks.
 
     ``values`` are coefficients by task in place of those that the layer holds now.
@@ -70,7 +73,7 @@ def call_from_outputs(layer: Any, adapters: Sequence[str], x: Tensor, values: Ma
     return y
 
 
-def _product(neighbour: Any, x: Tensor) -> Tensor:
+def _product(neighbour: ComposedModule, x: Tensor) -> Tensor:
     base = neighbour.get_base_layer()
     y, bias = base(x), getattr(base, "bias", None)
     if bias is not None and (bias.is_meta or is_spread_in_calls(bias)):  # it is there during the call alone

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastBankError
+from ..holders import TaskHolder
 from .blocks import with_attribute
 from .calling import call, call_with
+from .composed import ComposedModule
 from .mixed_batch import MixedBatch
 from .mixing import call_mixed
 
@@ -160,7 +162,7 @@ def may_be_recomputed() -> bool:
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def past_state(layer: Any, batch: MixedBatch | None) -> CallState | None:
+def past_state(layer: ComposedModule, batch: MixedBatch | None) -> CallState | None:
     """The state in which a call has to be computed again; None for any call that computes with what the layer holds now.
 
     What the layer computes with is noted where it may be needed. ``RecastBankError`` if the state cannot be had again.
@@ -208,7 +210,7 @@ def strengths_of_call(holder: Any) -> dict[str, float]:
     return holder.scaling if strengths == _strengths(holder) else dict(strengths)
 
 
-def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
+def call_again(layer: ComposedModule, past: CallState, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What the wrapped module computed in a state; gradients flow to the coefficients that the layer holds now."""
     others = () if past.strengths == _strengths(layer) else (layer,)  # several threads may compute their calls again
     with with_attribute(others, "scaling", dict(past.strengths)):
@@ -227,7 +229,7 @@ def call_again(layer: Any, past: CallState, args: tuple, kwargs: dict[str, Any])
         return call(layer, past.tasks, args, kwargs, values)
 
 
-def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
+def _state_of(layer: ComposedModule, batch: MixedBatch | None) -> CallState:
     if layer.is_off(batch):
         return CallState((), held=layer.held)
     is_mixed, is_recorded = batch is not None, torch.is_grad_enabled()
@@ -244,12 +246,12 @@ def _state_of(layer: Any, batch: MixedBatch | None) -> CallState:
     )
 
 
-def _strengths(layer: Any) -> tuple[tuple[str, float], ...]:
-    scaling = vars(layer).get("scaling")  # what a task owns whole reads as the module that it is
+def _strengths(holder: TaskHolder) -> tuple[tuple[str, float], ...]:
+    scaling = vars(holder).get("scaling")  # what a task owns whole reads as the module that it is
     return tuple(scaling.items()) if scaling else ()
 
 
-def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...]:
+def _versions(layer: ComposedModule, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...]:
     coefficients, masks = layer.recast_coefficients, layer.recast_masks
     found = [coefficients[name] for name in tasks if name in coefficients]
     if len(masks):
@@ -257,14 +259,14 @@ def _versions(layer: Any, tasks: tuple[str, ...]) -> tuple[tuple[int, bool], ...
     return tuple([(-1 if p.is_inference() else p._version, p.requires_grad) for p in found])
 
 
-def _with_values(layer: Any, state: CallState) -> CallState:
+def _with_values(layer: ComposedModule, state: CallState) -> CallState:
     if state.mixed or not (torch.is_grad_enabled() or layer.training):
         return state
     kept = [name for name in layer.with_coefficients(state.tasks) if name not in layer.recast_masks]
     return state._replace(values={name: layer.recast_coefficients[name].detach().clone() for name in kept})
 
 
-def _check(layer: Any, past: CallState) -> None:
+def _check(layer: ComposedModule, past: CallState) -> None:
     known = {name for name in past.tasks if layer.has_task(name)}
     what: str | None = None
     if past.held != layer.held:
@@ -279,8 +281,8 @@ def _check(layer: Any, past: CallState) -> None:
         raise _has_changed(layer, what)
 
 
-def _has_changed(layer: Any, what: str) -> RecastBankError:
+def _has_changed(holder: TaskHolder, what: str) -> RecastBankError:
     return RecastBankError(
-        f"{layer.module_name} is computed again in the backward pass (gradient checkpointing), but since its forward pass "
+        f"{holder.module_name} is computed again in the backward pass (gradient checkpointing), but since its forward pass "
         f"{what}. Call backward() before anything is changed, or turn gradient checkpointing off"
     )

@@ -162,7 +162,7 @@ class Slot:
 
     def _numbers(self) -> list[Tensor]:
         """Where a row's numbers lie, in the row's order."""
-        tensors = [layer.recast_coefficients[self.name] for layer in self.layout.layers.values()]
+        tensors: list[Tensor] = [layer.recast_coefficients[self.name] for layer in self.layout.layers.values()]
         tensors += [owner.offset for owner in self.layout.bias_owners.values()]
         tensors += [entry.tensor for entry in self.layout.lora.entries.values()]
         return [tensor.data for tensor in tensors]
