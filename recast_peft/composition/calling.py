@@ -152,8 +152,7 @@ def _call_exchanged(layer: ComposedModule, weight: Tensor, args: tuple, kwargs: 
             return base(*args, **kwargs)
         finally:
             base.__dict__[layer.weight_name] = gathered
-    depth = len(layer.other_layers) and sum(other in layer.modules() for other in layer.other_layers)
-    name = "base_layer." * depth + layer.weight_name  # inside layers of other methods
+    name = "base_layer." * len(layer.layers_inside) + layer.weight_name
     return torch.func.functional_call(base, {name: weight}, args, kwargs)
 
 

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import RecastBankError, RecastConfigError
-from ..holders import TaskHolder, TaskModules, TaskParameters
+from ..holders import TaskModules, TaskParameters
 from ..placement.offloaded import execution_device, is_offloaded, kept_tensor
 from ..placement.sharded import is_plain, whole, whole_shape, whole_trained
 from .compose import Terms, average_sets, compose_into, compose_weight
@@ -33,7 +33,7 @@ def _child(name: str) -> Any:
     return property(lambda module: module._modules[name])
 
 
-class ComposedModule(Strength, TaskHolder, nn.Module, BaseTunerLayer):
+class ComposedModule(Strength, nn.Module, BaseTunerLayer):
     """A module around another one, whose weight is composed from the templates of a bank.
 
     Args:
@@ -152,6 +152,11 @@ class ComposedModule(Strength, TaskHolder, nn.Module, BaseTunerLayer):
         base = self._modules["base_layer"]
         is_inside = "base_layer" in base._modules and isinstance(base, BaseTunerLayer)  # type: ignore[union-attr]
         return base.get_base_layer() if is_inside else base  # type: ignore[return-value, union-attr, operator]
+
+    @property
+    def layers_inside(self) -> list[Any]:
+        """Those of other methods' layers that lie inside this one."""
+        return [other for other in self.other_layers if other in self.modules()]
 
     @property
     def weight_parameter(self) -> Any:

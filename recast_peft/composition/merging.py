@@ -100,8 +100,8 @@ def layers_on_top(layer: ComposedModule) -> list[Any]:
 
 def with_parts_inside(layer: ComposedModule, weight: Any) -> Any:
     """A weight with what the LoRA parts add to it that were there before the layer: whoever is called inside it adds them."""
-    for other in layer.other_layers:
-        if hasattr(other, "with_part") and other in layer.modules():
+    for other in layer.layers_inside:
+        if hasattr(other, "with_part"):
             weight = other.with_part(weight)
     return weight
 
@@ -296,7 +296,7 @@ class Merging(ComposedModule):
 
         A weight that was released for a compressed bank comes back as the bank composes it.
         """
-        inside = [other for other in self.other_layers if other in self.modules()]
+        inside = self.layers_inside
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             if self.is_stale:

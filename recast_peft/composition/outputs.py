@@ -10,7 +10,6 @@ quantised, or brought from elsewhere for the time of a call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,16 +49,12 @@ def call_from_outputs(
     Raises:
         RecastBankError: where the coefficients would be trained, and the wrapped module gives no gradient of its input.
     """
-    scale: Tensor | None = None
-    factors: dict[int, tuple[Any, Tensor]] = {}
+    factors: dict[ComposedModule, Tensor] = {}
     for name in layer.with_coefficients(adapters):
         offsets = layer.offset(name, values).to(x.device)
-        for neighbour, offset in zip(layer.recast_bank[name].layers, offsets.unbind(), strict=True):
-            if neighbour is layer:
-                scale = offset if scale is None else scale + offset
-            else:
-                known = factors.get(id(neighbour))
-                factors[id(neighbour)] = (neighbour, offset if known is None else known[1] + offset)
+        for member, offset in zip(layer.recast_bank[name].layers, offsets.unbind(), strict=True):
+            factors[member] = factors[member] + offset if member in factors else offset
+    scale = factors.pop(layer, None)
     held = layer.weight_parameter
     scaled = x if scale is None else x * (1 + for_own(scale, held))
     y = layer.base_layer(scaled)
@@ -68,7 +63,7 @@ def call_from_outputs(
             f"{layer.module_name} cannot be trained: {type(layer.get_base_layer()).__name__} gives no gradient of its input. "
             "Load the model with a kernel that does (GPTQ and AWQ: backend='auto_trainable'), or compute without gradients"
         )
-    for neighbour, factor in factors.values():
+    for neighbour, factor in factors.items():
         y = y + for_neighbour(factor, held) * _product(neighbour, x)
     return y
 

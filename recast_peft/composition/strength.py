@@ -12,20 +12,20 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import RecastConfigError
+from ..holders import TaskHolder
 from ..names import modules_of
 from ..validation import Unexpected, check_arguments, number, optional
 from .blocks import with_attribute
 
 
-class Strength:
-    """What a task's offsets are multiplied by in a layer; a mixin of layers.
+class Strength(TaskHolder):
+    """What a task's offsets are multiplied by in a layer; a mixin of what holds something of tasks.
 
     It belongs to the model, as the scale of a LoRA does, and is not saved. What is merged follows.
     """
 
     scaling: dict[str, float]  # task -> factor
     active_adapters: Any
-    has_task: Any
     without_strength: dict[str, str] = {}  # task -> what of it a factor does not reach
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class BankedPartnerConfig(PartnerConfig):
         bank: the bank, or the name of a folder or repository where it lies. Stored configs hold
             ``{"name": ..., "fingerprint": ...}``.
     """
+
+    bank_maker: ClassVar[str]  # the function that makes such banks; their groups are of the kind that the partner's name says
 
     bank: StoredBank | dict[str, str | None] | str | None = None
 
@@ -84,20 +86,24 @@ def partner_bank(model: nn.Module, adapter_name: str, kind: type[TaskPartners]) 
 
 
 def bank_of_partner(request: Request, partner: BankedPartnerConfig, held: Iterable[StoredBank]) -> StoredBank:
-    """The bank that a partner names: from memory, from the model (``held``) or from its file (else ``RecastBankError``)."""
+    """The bank that a partner names, from memory, from the model (``held``) or from its file.
+
+    Raises:
+        RecastBankError: if none is named or found, or it is of another kind.
+    """
     record = request.config.record
     named = bank_to_use(partner.bank, record, partner.method)
     if named is None:
         raise RecastBankError(f"{type(partner).__name__} needs a bank, and neither the config nor the stored task names one")
     if isinstance(named, StoredBank):
-        return named
-    same = [bank for bank in held if bank.fingerprint == named["fingerprint"]]
-    hint = how_to_load("partners", f"[{type(partner).__name__}(bank=load_bank(folder_or_repository))]")
-    return next(iter(same), None) or find_bank(named, None if record is None else record.folder, hint)
-
-
-def refuse_bank(bank: StoredBank, maker: str) -> RecastBankError:
-    """The error for a bank of another kind; ``maker`` is the function that makes those that are meant."""
-    return RecastBankError(
-        f"the bank {bank.name or 'in memory'} is of another kind: give it as {bank.field}; a bank for here is made by {maker}"
-    )
+        found = named
+    else:
+        same = [bank for bank in held if bank.fingerprint == named["fingerprint"]]
+        hint = how_to_load("partners", f"[{type(partner).__name__}(bank=load_bank(folder_or_repository))]")
+        found = next(iter(same), None) or find_bank(named, None if record is None else record.folder, hint)
+    if all(group.kind != partner.method for group in found.groups.values()):
+        raise RecastBankError(
+            f"the bank {found.name or 'in memory'} is of another kind: give it as {found.field}; a bank for here is made by "
+            f"{partner.bank_maker}"
+        )
+    return found

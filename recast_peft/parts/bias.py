@@ -44,6 +44,7 @@ class BiasConfig(BankedPartnerConfig, method="bias"):
     """
 
     acts_on = "bias"
+    bank_maker = "grow_bias_bank"
 
     def is_default_place(self, candidate: PartnerCandidate, targets: Collection[str]) -> bool:
         family = family_of(candidate.module)

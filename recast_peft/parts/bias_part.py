@@ -23,7 +23,7 @@ from ..placement.offloaded import is_offloaded, kept_tensor
 from ..planning.candidates import Candidate
 from ..planning.reading import is_also_read
 from ..validation import listed
-from .banked import bank_of_partner, refuse_bank
+from .banked import bank_of_partner
 from .base import Request
 from .bias import BiasCoefficient, BiasConfig, BiasMix, BiasTemplates, member_parameter, scaled_by
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, entry_prefix
@@ -213,8 +213,6 @@ class BiasPart(PartnerPart):
     def _banked(self, request: Request, partner: Any, candidates: list[Candidate]) -> Iterator[PreparedPartner]:
         banks = [templates.bank for holder in bias_holders(request.model) for templates in holder.templates]
         bank = bank_of_partner(request, partner, banks)
-        if not bank.is_of_biases:
-            raise refuse_bank(bank, "grow_bias_bank")
         return _on_bank(request, replace(partner, bank=bank), bank, candidates)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:

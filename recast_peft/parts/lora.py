@@ -198,17 +198,6 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             self._kept = [(p, values) for (p, _), values in zip(self._kept, kept, strict=True)]
         return self  # type: ignore[return-value]
 
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-        """Give back the innermost module: with everything that stands on it merged, or with nothing."""
-        above = super()
-        if hasattr(above, "unload_and_optionally_merge_module"):
-            return above.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge()
-        return self.get_base_layer()
-
     # ---------------------------------------------------------------- computing
 
     @property

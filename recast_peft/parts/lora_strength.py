@@ -12,14 +12,13 @@ from ..composition.blocks import with_attribute
 from ..errors import RecastConfigError
 from ..holders import container_key, holders, task_of_key
 from ..layer import RecastLayer
-from ..names import BASE_ADAPTER, modules_of
+from ..names import modules_of
 from ..validation import check_arguments, one_of
 
 
 def keys_of(names: str | Sequence[str]) -> list[str]:
     """The names under which PEFT's layers hold tasks, or one of them."""
-    given = [names] if isinstance(names, str) else names
-    return [name if name == BASE_ADAPTER else container_key(name) for name in given]
+    return [container_key(name) for name in ([names] if isinstance(names, str) else names)]
 
 
 class PartStrength:

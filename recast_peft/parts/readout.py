@@ -32,7 +32,7 @@ from ..holders import holders, plain_modules, unwrapped_module
 from ..names import lies_in
 from ..options.partner import PartnerCandidate, PartnerConfig
 from ..planning.candidates import Candidate
-from .banked import BankedPartnerConfig, OfBank, bank_of_partner, refuse_bank
+from .banked import BankedPartnerConfig, OfBank, bank_of_partner
 from .base import Request
 from .partner import PartnerHook, PartnerPart, PreparedPartner, TaskPartners, check_not_copied
 
@@ -51,6 +51,7 @@ class ReadoutConfig(BankedPartnerConfig, method="readout"):
     """
 
     is_trained = False
+    bank_maker = "readout_bank"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -316,8 +317,6 @@ class ReadoutPart(PartnerPart):
     def _prepared(self, request: Request, partner: PartnerConfig, candidates: list[Candidate]) -> list[PreparedPartner]:
         assert isinstance(partner, ReadoutConfig)
         bank = bank_of_partner(request, partner, [r.bank for holder in readout_holders(request.model) for r in holder.readouts])
-        if not bank.is_readout:
-            raise refuse_bank(bank, "readout_bank")
         (group,) = bank.groups.values()
         _check_classifier(request, group.members[-1])
         places = {candidate.name: candidate for candidate in candidates}

@@ -78,6 +78,17 @@ class Mixed:
         """That layer; None where there is none."""
         return self.recast_beside[0] if self.recast_beside else None
 
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        """Give back the innermost module: with everything that stands on it merged, or with nothing."""
+        layer: Any = self
+        if merge:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif layer.merged:
+            layer.unmerge()
+        if self.recast_layer is None:
+            return layer.get_base_layer()
+        return self.recast_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _new_mixed, (type(self)._plain_class, type(self)._mixins), vars(self)  # type: ignore[attr-defined]
 
@@ -131,15 +142,6 @@ class Stacked(Mixed):
         if layer.held is None and layer in inner_layers(self):  # type: ignore[arg-type]
             return layer.weight
         return super().get_base_weight()  # type: ignore[misc]
-
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
-        """Give back the innermost module: with everything that stands on it merged, or with nothing."""
-        layer = self.recast_beside[0]
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        elif self.merged:  # type: ignore[attr-defined]
-            self.unmerge()
-        return layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
 
 def _refuse_places(other: nn.Module, method: str, layer: RecastLayer, place: str) -> None:
