@@ -27,14 +27,14 @@ from ..composition.quantised import quantised_by
 from ..composition.recomputation import CallHistory, strengths_of_call
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastTargetError
-from ..holders import Entry, TaskHolder, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
+from ..holders import Entry, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
 from ..layer import RecastLayer
 from ..names import lies_in, modules_of, unwrapped
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .lora_pool import PooledPart, one_task_for_all
 from .lora_strength import PartStrength, keys_of, part_layers
-from .stacking import Adding, Mixed, inner_layers, making_part, mix_in, stack_around
+from .stacking import Adding, inner_layers, making_part, mix_in, stack_around
 
 A_PART = "a LoRA part"  # as messages call it
 
@@ -62,7 +62,7 @@ class LoraParts:
 _computing: ContextVar[Any] = ContextVar("recast_lora_part_computes", default=False)
 
 
-class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
+class PartLayer(PartStrength, PooledPart):
     """What a LoRA layer does differently as a part of RECAST tasks.
 
     PEFT's layers hold a task under ``container_key`` of its name, so that a name can be any string.
@@ -72,37 +72,29 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     module_name: str
     _parts: LoraParts
     trained_kind = "lora"
-    _by_weight = False  # computed by the weight, where the pair beside the module says something else
     _takes = ""  # the name of the module's first argument, by which it may be given
-    _switched_off = False  # inside RecastModel.disable_part("lora")
-    _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
-    active_adapters: list[str]
-    merged: bool
-    scaling: dict[str, float]
-    lora_bias: dict[str, bool]
-    lora_variant: dict[str, Any]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active tasks; names that are no tasks are those of another wrapper's adapters, which are no business here."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if not names or self._parts.has_tasks(names):
-            super().set_adapter(keys_of(names), inference_mode)  # type: ignore[misc]
+            super().set_adapter(keys_of(names), inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make tasks trainable or frozen here."""
-        super().set_requires_grad(keys_of(adapter_names), requires_grad)  # type: ignore[misc]
+        super().set_requires_grad(keys_of(adapter_names), requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a task's part; which task is active next says the model's own verb."""
         key = container_key(adapter_name)
         active = [name for name in self.active_adapters if name != key]
         self._active_adapter = active
-        super().delete_adapter(key)  # type: ignore[misc]
+        super().delete_adapter(key)
         self._active_adapter = active
         self._parts.configs.pop(adapter_name, None)
 
     def has_task(self, adapter_name: str) -> bool:
-        return container_key(adapter_name) in self._get_available_adapters()  # type: ignore[attr-defined]
+        return container_key(adapter_name) in self._get_available_adapters()
 
     def entries(self, adapter_name: str) -> Iterator[Entry]:
         yield from lora_entries(self.module_name, self, container_key(adapter_name))
@@ -113,7 +105,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         return tuple(name for name in acting if name in self.scaling)
 
     def refusal_to_merge(self, adapter_name: str) -> str | None:
-        plain = super().get_base_layer()  # type: ignore[misc]
+        plain = super().get_base_layer()
         if container_key(adapter_name) in self.lora_variant:  # DoRA scales what is put out, with what a partner adds to it
             hooks = (*self.base_layer._forward_hooks.values(), *plain._forward_hooks.values())
             if any(hook.partners.has_task(adapter_name) for hook in hooks if hasattr(hook, "partners")):
@@ -123,7 +115,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         return said if library is not None and self.has_task(adapter_name) else None
 
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
-        plain = super().get_base_layer()  # type: ignore[misc]
+        plain = super().get_base_layer()
         yield from ((plain, name) for name in ("weight", "bias") if name == "weight" or any(self.lora_bias.values()))
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +124,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
                 "a LoRA cannot share its targets with the LoRA part of RECAST tasks, which has layers there already: give it "
                 "other target_modules, give the task another lora_config, or merge_and_unload one of the two first"
             )
-        super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        super().update_layer(*args, **kwargs)
 
     @property
     def disable_adapters(self) -> bool:
@@ -140,7 +132,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module; while a variant computes with its weight, RECAST's layer, whose weight is composed."""
-        plain = super().get_base_layer()  # type: ignore[misc]
+        plain = super().get_base_layer()
         layer, given = self.recast_layer, _computing.get()
         if layer is None or not given:
             return plain
@@ -151,8 +143,8 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into tensors of its own; the pretrained ones are kept beside them."""
         keys = None if adapter_names is None else keys_of(adapter_names)
-        wanted = check_adapters_to_merge(self, keys)  # type: ignore[arg-type]
-        new = [name for name in wanted if name in self._get_available_adapters()]  # type: ignore[attr-defined]
+        wanted = check_adapters_to_merge(self, keys)
+        new = [name for name in wanted if name in self._get_available_adapters()]
         if not new:
             return
         if refusal := self.refusal_to_merge(task_of_key(new[0])):
@@ -162,7 +154,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             for parameter, values in self._kept:
                 parameter.data = values.clone()
         try:
-            super().merge(safe_merge=safe_merge, adapter_names=new)  # type: ignore[misc]
+            super().merge(safe_merge=safe_merge, adapter_names=new)
         except BaseException:
             if not self.merged:
                 self._put_back()
@@ -177,7 +169,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
         self._put_back()
 
     def own_parameters(self) -> list[nn.Parameter]:
-        names = dict.fromkeys(self.adapter_layer_names)  # type: ignore[attr-defined]
+        names = dict.fromkeys(self.adapter_layer_names)
         return [parameter for name in names for parameter in getattr(self, name).parameters()]
 
     def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -193,17 +185,17 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         kept = [fn(values) for _, values in self._kept]
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         if kept:
             self._kept = [(p, values) for (p, _), values in zip(self._kept, kept, strict=True)]
-        return self  # type: ignore[return-value]
+        return self
 
     # ---------------------------------------------------------------- computing
 
     @property
     def weight(self) -> Tensor:
         """The weight with what the active tasks' LoRA adds to it, differentiable, for models that read it."""
-        return self.with_part(super().weight)  # type: ignore[misc]
+        return self.with_part(super().weight)
 
     def with_part(self, weight: Tensor) -> Tensor:
         """A weight with what the active tasks' LoRA adds to it, differentiable; as it is while that is merged or off."""
@@ -216,7 +208,7 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             if name in self.lora_variant:
                 with with_variable(_computing, SimpleNamespace(weight=weight)):
                     added = added + (self.lora_variant[name].merge_safe(self, name, weight) - weight)
-            elif name in self._get_available_adapters():  # type: ignore[attr-defined]
+            elif name in self._get_available_adapters():
                 added = added + self.get_delta_weight(name).to(weight.dtype)
         return added
 
@@ -247,9 +239,9 @@ class PartLayer(PartStrength, PooledPart, Mixed, TaskHolder):
             repeats = batch.repeats(samples)
             kwargs["adapter_names"] = [name for name in keys_of(batch.names) for _ in range(repeats)]
         if not self.lora_variant:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(x, *args, **kwargs)
         with with_variable(_computing, True):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(x, *args, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: what a task adds here is more than its LoRA."""

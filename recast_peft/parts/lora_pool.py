@@ -12,18 +12,25 @@ from ..composition.kinds import CONVOLUTIONS
 from ..composition.mixed_batch import MixedBatch
 from ..composition.mixing import call_mixed
 from ..errors import RecastBankError
-from ..holders import container_key
+from ..holders import TaskHolder, container_key
+from .stacking import Mixed
 
 
-class PooledPart:
+class PooledPart(Mixed, TaskHolder):
     """What a LoRA part's layer does for the tasks of a pool; a mixin of PEFT's layers."""
 
-    def numbers_of(self: Any, adapter_name: str) -> Sequence[Tensor]:
+    _plain_class: Any
+    _by_weight = False  # computed by the weight, where the pair beside the module says something else
+    _switched_off = False  # inside RecastModel.disable_part("lora")
+    _kept: list[tuple[nn.Parameter, Tensor]] = []  # the pretrained parameters while something is merged
+
+    def numbers_of(self, adapter_name: str) -> Sequence[Tensor]:
         """The two factors of a task."""
         key = container_key(adapter_name)
-        return [factors[key].weight for factors in (self.lora_A, self.lora_B) if key in factors]
+        held: list[Any] = [factors[key] for factors in (self.lora_A, self.lora_B) if key in factors]
+        return [factor.weight for factor in held]
 
-    def merge_in_place(self: Any, adapter_name: str) -> None:
+    def merge_in_place(self, adapter_name: str) -> None:
         """Merge a task, with its coefficients, in place of what is merged now, into the same storage.
 
         Raises:
@@ -44,7 +51,7 @@ class PooledPart:
         self.merged_adapters.clear()
         self._plain_class.merge(self, adapter_names=[container_key(adapter_name)])
 
-    def call_from_pool(self: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call_from_pool(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output with the two factors of each sample's own task; what is merged is no part of any.
 
         Raises:
@@ -57,15 +64,15 @@ class PooledPart:
         if self._by_weight:
             raise one_task_for_all(self)
         key = container_key(slot)
-        added = self.lora_dropout[key](x.to(self.lora_A[key].weight.dtype))
-        for name in ("lora_A", "lora_B"):
-            module: Any = getattr(self, name)[key]
+        pair: dict[str, Any] = {"lora_A": self.lora_A[key], "lora_B": self.lora_B[key]}
+        added = self.lora_dropout[key](x.to(pair["lora_A"].weight.dtype))
+        for name, module in pair.items():
             factors = batch.offsets(f"{self.module_name}.{name}.weight", len(x))
             assert factors is not None
             added = product_by_sample(module, added, factors.to(added.dtype).view(len(x), *module.weight.shape))
         return torch.add(y, added, alpha=self.scaling[key]).to(y.dtype)
 
-    def _call_unmerged(self: Any, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call_unmerged(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What lies below, without what is merged here."""
         if not self.merged:
             return self.base_layer(x, *args, **kwargs)

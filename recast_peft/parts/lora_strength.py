@@ -14,6 +14,7 @@ from ..holders import container_key, holders, task_of_key
 from ..layer import RecastLayer
 from ..names import modules_of
 from ..validation import check_arguments, one_of
+from .stacking import Mixed
 
 
 def keys_of(names: str | Sequence[str]) -> list[str]:
@@ -21,31 +22,31 @@ def keys_of(names: str | Sequence[str]) -> list[str]:
     return [container_key(name) for name in ([names] if isinstance(names, str) else names)]
 
 
-class PartStrength:
+class PartStrength(Mixed):
     """The verbs of strength of a LoRA part's layer; a mixin of PEFT's layers, which hold a task under ``container_key``."""
 
-    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """What a task's part adds to the weight; PEFT's verbs ask by its key. ``RecastConfigError`` if it has none here."""
         known = self._get_available_adapters()
         key = adapter if adapter in known else container_key(str(adapter))
         if key not in known:
             have = ", ".join(sorted(map(task_of_key, known))) or "none"
             raise RecastConfigError(f"task {adapter!r} has no LoRA part at {self.module_name}; those that have: {have}")
-        return super().get_delta_weight(key)  # type: ignore[misc]
+        return super().get_delta_weight(key)
 
-    def set_scale(self: Any, adapter: str, scale: float) -> None:
-        super().set_scale(container_key(adapter), scale)  # type: ignore[misc]
+    def set_scale(self, adapter: str, scale: float) -> None:
+        super().set_scale(container_key(adapter), scale)
         self.rescaled()
 
-    def scale_layer(self: Any, scale: float) -> None:
-        super().scale_layer(scale)  # type: ignore[misc]
+    def scale_layer(self, scale: float) -> None:
+        super().scale_layer(scale)
         self.rescaled()
 
-    def unscale_layer(self: Any, scale: float | None = None) -> None:
-        super().unscale_layer(scale)  # type: ignore[misc]
+    def unscale_layer(self, scale: float | None = None) -> None:
+        super().unscale_layer(scale)
         self.rescaled()
 
-    def rescaled(self: Any) -> None:
+    def rescaled(self) -> None:
         """Merge what is merged once more."""
         tasks = self.merged_tasks
         if tasks:
@@ -53,7 +54,7 @@ class PartStrength:
             self.merge(adapter_names=tasks)
 
     @property
-    def merged_tasks(self: Any) -> list[str]:
+    def merged_tasks(self) -> list[str]:
         """The tasks whose parts are merged."""
         return [task_of_key(key) for key in self.merged_adapters]
 

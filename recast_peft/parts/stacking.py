@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
@@ -68,9 +68,17 @@ def method_of(layer: nn.Module) -> str:
     return type(layer).__name__
 
 
-class Mixed:
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as PeftLayer  # has the verbs that layers of any method have
+else:
+    PeftLayer = object
+
+
+class Mixed(PeftLayer):
     """What a layer of another method does differently here; its class becomes a subclass of itself with such mixins."""
 
+    _plain_class: type  # what it was
+    _mixins: tuple[type[Mixed], ...]
     recast_beside: tuple[RecastLayer, ...] = ()  # the layer of ours around or inside this one
 
     @property
@@ -80,17 +88,16 @@ class Mixed:
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
         """Give back the innermost module: with everything that stands on it merged, or with nothing."""
-        layer: Any = self
         if merge:
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        elif layer.merged:
-            layer.unmerge()
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
         if self.recast_layer is None:
-            return layer.get_base_layer()
+            return self.get_base_layer()
         return self.recast_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _new_mixed, (type(self)._plain_class, type(self)._mixins), vars(self)  # type: ignore[attr-defined]
+        return _new_mixed, (type(self)._plain_class, type(self)._mixins), vars(self)
 
 
 @cache
@@ -99,8 +106,8 @@ def _mixed_class(plain: type, mixins: tuple[type[Mixed], ...]) -> type:
 
 
 def _new_mixed(plain: type, mixins: tuple[type[Mixed], ...]) -> Any:
-    cls = _mixed_class(plain, mixins)
-    return cls.__new__(cls)  # type: ignore[call-overload]
+    cls: Any = _mixed_class(plain, mixins)
+    return cls.__new__(cls)
 
 
 def mix_in(layer: nn.Module, mixin: type[Mixed], outermost: bool = False) -> None:
@@ -115,33 +122,33 @@ class Stacked(Mixed):
     """What a layer of another method does differently while it shares a weight with a RecastLayer."""
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        super().update_layer(*args, **kwargs)
         _refuse_variants(self, self.recast_beside[0])
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         with self.recast_beside[0].written_by_others():
-            super().merge(*args, **kwargs)  # type: ignore[misc]
+            super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         with self.recast_beside[0].written_by_others():
-            super().unmerge()  # type: ignore[misc]
+            super().unmerge()
 
     @property
     def merged_tasks(self) -> list[str]:
         """The names of the adapters that are merged, as ``merge`` takes them."""
-        return list(self.merged_adapters)  # type: ignore[attr-defined]
+        return list(self.merged_adapters)
 
     @property
     def weight(self) -> Tensor:
         layer = self.recast_beside[0]
-        return layer.weight if layer in inner_layers(self) else super().weight  # type: ignore
+        return layer.weight if layer in inner_layers(self) else super().weight
 
     def get_base_weight(self) -> Tensor:
         """The weight that the layer computes with: the composed one, differentiable."""
         layer = self.recast_beside[0]
-        if layer.held is None and layer in inner_layers(self):  # type: ignore[arg-type]
+        if layer.held is None and layer in inner_layers(self):
             return layer.weight
-        return super().get_base_weight()  # type: ignore[misc]
+        return super().get_base_weight()
 
 
 def _refuse_places(other: nn.Module, method: str, layer: RecastLayer, place: str) -> None:
