@@ -99,6 +99,7 @@ class TaskHolder:
     """
 
     module_name: str  # of its place in the plain model
+    adapter_layer_names: tuple[str, ...]  # PEFT's: the containers of what tasks have here
     zeros: Any = None  # those of a pool's slot while no task is in it; see composition/zeros.py
     trained_kind: str | None = None  # ``create_recast_optimizer`` has a group for it; None is for all others
     stands_aside = False  # tasks are merged that have nothing here, so that the active ones do not act
@@ -132,7 +133,8 @@ class TaskHolder:
 
     def own_parameters(self) -> Iterable[nn.Parameter]:
         """The parameters of all tasks here."""
-        return ()
+        names = dict.fromkeys(self.adapter_layer_names)  # PEFT's LoRA names some of them twice
+        return [parameter for name in names for parameter in getattr(self, name).parameters()]
 
     def trained_as(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Those of them that have a kind, each with it."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,9 +104,6 @@ class RecastLayer(Merging):
 
     def merged_into(self) -> Iterator[tuple[nn.Module, str]]:
         yield self.get_base_layer(), self.weight_name
-
-    def own_parameters(self) -> Iterable[nn.Parameter]:
-        return (*self.recast_coefficients.parameters(), *self.recast_masks.parameters())
 
     def trained_as(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from (("coefficients", parameter) for parameter in self.recast_coefficients.parameters())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecastConfigError
+from ..holders import TaskHolder
 
 NO_TASK = -1  # the number that stands for the pretrained model
 
@@ -56,7 +57,7 @@ class MixedBatch:
         assert self.pool is not None
         return self.pool.slot
 
-    def samples_in(self, x: Tensor, holder: Any, *, is_ordered: bool = False) -> int:
+    def samples_in(self, x: Tensor, holder: TaskHolder, *, is_ordered: bool = False) -> int:
         """The samples of an input of a module that holds something of tasks.
 
         Raises:
@@ -89,7 +90,7 @@ class MixedBatch:
             "with other rows than samples, give a task for each row, or leave it out of the targets (exclude_modules)."
         )
 
-    def _check_order(self, x: Tensor, holder: Any) -> None:
+    def _check_order(self, x: Tensor, holder: TaskHolder) -> None:
         """Refuse an input ``(samples, positions, features)`` that may be ``(positions, samples, features)`` as well.
 
         What had samples first in a batch of which one could tell has them first in others too.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -34,15 +33,12 @@ class BaseBiasesPart(TaskPart):
             # PEFT's files name the bias of a target as it lies in the tuner's layer
             file_name = f"{name}.base_layer.bias" if name in composed else None
             own = kept.get(id(module._parameters["bias"]))  # while what tasks add to it is merged
-            before = None if own is None else partial(_value, kept.get(id(own), own))
-            yield Entry(f"{name}.bias", module, "bias", before, file_name=file_name)
+            before = None if own is None else kept.get(id(own), own)
+            pack = None if before is None else lambda _, before=before: before.detach()
+            yield Entry(f"{name}.bias", module, "bias", pack, file_name=file_name)
 
     def refusal_to_combine(self, config: RecastConfig) -> str | None:
         return None if config.bias == "none" else f"biases of the model (bias={config.bias!r})"
-
-
-def _value(before: Tensor, _: Tensor) -> Tensor:
-    return before.detach()
 
 
 def _kept_biases(model: nn.Module) -> dict[int, Tensor]:

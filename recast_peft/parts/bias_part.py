@@ -185,9 +185,8 @@ class TaskBiases(TaskPartners):
 
     def rescaled(self) -> None:
         if self._merged is not None:
-            with torch.no_grad():
-                for name, values in self._composed(self.merged_adapters).items():
-                    self._now(name).data = values
+            for name, values in self._composed(self.merged_adapters).items():
+                self._now(name).data = values
 
     def unmerge(self) -> None:
         """Put the pretrained bias back: the very parameter that was there before."""

@@ -168,10 +168,6 @@ class PartLayer(PartStrength, PooledPart):
             super().unmerge()
         self._put_back()
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        names = dict.fromkeys(self.adapter_layer_names)
-        return [parameter for name in names for parameter in getattr(self, name).parameters()]
-
     def _written_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that merging may write to, but for the weight that RECAST's layer looks after."""
         composed = None if self.recast_layer is None else self.recast_layer.weight_name
@@ -184,11 +180,8 @@ class PartLayer(PartStrength, PooledPart):
         self._kept = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        kept = [fn(values) for _, values in self._kept]
-        super()._apply(fn, recurse)
-        if kept:
-            self._kept = [(p, values) for (p, _), values in zip(self._kept, kept, strict=True)]
-        return self
+        self._kept = [(parameter, fn(values)) for parameter, values in self._kept]
+        return super()._apply(fn, recurse)
 
     # ---------------------------------------------------------------- computing
 

@@ -211,7 +211,7 @@ def _stand_in(target: Candidate) -> nn.Module:
     return twin
 
 
-def lora_entries(module_name: str, layer: Any, key: str) -> Iterator[Entry]:
+def lora_entries(module_name: str, layer: LoraLayer, key: str) -> Iterator[Entry]:
     """The tensors of one adapter in a LoRA layer, by the names that PEFT's files give them."""
     for attribute in dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names)):
         container = getattr(layer, attribute)

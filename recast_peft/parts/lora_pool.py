@@ -117,7 +117,7 @@ def is_of_places(module: Any) -> bool:
     return {*module.kernel_size, *module.stride, module.groups} == {1} and not any(module._reversed_padding_repeated_twice)
 
 
-def one_task_for_all(layer: Any) -> RecastBankError:
+def one_task_for_all(layer: Mixed) -> RecastBankError:
     """Says that a module cannot have a LoRA part for each sample."""
     return RecastBankError(
         f"the LoRA part on {type(layer.get_base_layer()).__name__} is computed by its weight, which is one for all samples: "

@@ -313,7 +313,7 @@ def _stack(other: Any, layer: RecastLayer, place: str) -> None:
             "target_modules, or merge_and_unload one of them first."
         )
     _refuse_places(other, method, layer, place)
-    if getattr(other, "merged_adapters", None):
+    if other.merged_adapters:
         raise RecastTargetError(
             f"{method} is merged into {layer.module_name}, so the weight there is not the pretrained one: unmerge_adapter (or "
             "merge_and_unload, if it is to stay) before RECAST is put on the model"

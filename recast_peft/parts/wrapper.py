@@ -170,9 +170,6 @@ class TaskModule(TaskHolder, ModulesToSaveWrapper):
 
     # ---------------------------------------------------------------- what a holder can be asked
 
-    def own_parameters(self) -> Iterable[nn.Parameter]:
-        return self.modules_to_save.parameters()
-
     def has_task(self, adapter_name: str) -> bool:
         return adapter_name in self._adapters
 
