@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import RecastConfig
@@ -63,7 +64,7 @@ class Request:
 class Place:
     """Where pieces are put: the tuner, and how its task begins."""
 
-    tuner: Any  # the ``RecastModel``
+    tuner: BaseTuner  # the ``RecastModel``
     adapter_name: str
     active: bool  # whether the task is active at once
     inference_mode: bool  # whether it is frozen

@@ -27,6 +27,7 @@ from .head_building import (
     class_names,
     classes_of,
     guessed_problem_type,
+    label_config,
     names_every_class,
     owner_of,
     prepare_head,
@@ -154,7 +155,7 @@ class TaskHead(TaskModule):
             RecastConfigError: if tasks of the batch have another kind of loss or number of classes than the model shows.
         """
         owner = self._owner[0]
-        if batch.is_off or not hasattr(getattr(owner, "config", None), "id2label"):
+        if batch.is_off or label_config(owner) is None:
             return
         known = batch.pool.labels if batch.pool is not None else self._labels
         called = [known.get(key) or self._base_labels for key in batch.rows(len(batch))]  # type: ignore[arg-type]
@@ -171,7 +172,7 @@ class TaskHead(TaskModule):
 
     def _note_labels(self) -> None:
         """Keep what the model's config says now, a user's or a guess, for the head that is shown."""
-        if not hasattr(getattr(self._owner[0], "config", None), "id2label"):
+        if label_config(self._owner[0]) is None:
             return
         now = read_labels(self._owner[0])
         shown = self._base_labels if self._named is None else self._labels.get(self._named)

@@ -150,7 +150,7 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     modules = plain_modules(model)
     around = [model, *(modules[name[:i]] for i, letter in enumerate(name) if letter == ".")]
     inner = [unwrapped_module(module) for module in around]
-    told = [m for m in inner if hasattr(getattr(m, "config", None), "id2label")]
+    told = [m for m in inner if label_config(m) is not None]
     told += [m for m in inner if isinstance(getattr(m, "num_classes", None), int)]
     return next(iter(told), inner[0])
 
@@ -268,10 +268,16 @@ def _fresh(layer: nn.Linear | nn.Conv2d, config: RecastConfig) -> nn.Module:
     return layer
 
 
+def label_config(model: nn.Module) -> Any:
+    """The config in which a model of transformers names its classes; None for any other model."""
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "id2label") else None
+
+
 def read_labels(model: nn.Module) -> Labels:
     """What a model says of its classes now."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "id2label"):
+    config = label_config(model)
+    if config is None:
         return Labels(getattr(model, "num_classes", None))
     return Labels(config.num_labels, dict(config.id2label or {}), getattr(config, "problem_type", None))
 
@@ -300,8 +306,8 @@ def write_labels(model: nn.Module, labels: Labels) -> None:
         return
     if "num_classes" in vars(model):
         model.num_classes = labels.num_classes  # type: ignore[assignment]
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "id2label"):
+    config = label_config(model)
+    if config is None:
         return
     names = class_names(labels)
     config.id2label = names
