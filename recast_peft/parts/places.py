@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-from peft.utils.other import match_target_against_key
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..errors import RecastTargetError
-from ..names import ends_in, lies_in, outermost
+from ..names import lies_in, outermost
 from ..options.partner import PartnerConfig
 from ..planning.candidates import Candidate
 from ..planning.roles import SHORTHANDS
@@ -30,7 +30,7 @@ def places_of(
     elif isinstance(wanted, str) and wanted in SHORTHANDS:
         chosen = [c for c in outside if SHORTHANDS[wanted](c) and c.weight_name is not None]
     else:
-        chosen = [c for c in candidates if any(_is_named(wanted, name) for name in c.names)]
+        chosen = [c for c in candidates if any(check_target_module_exists(partner, name) for name in c.names)]
         refused = {c.name: reason for c in chosen if (reason := partner.refusal(c)) is not None}
         if refused:
             shown = "\n".join(f"  {name}: {reason}" for name, reason in list(refused.items())[:8])
@@ -56,10 +56,3 @@ def _no_place(partner: PartnerConfig, candidates: list[Candidate]) -> RecastTarg
     else:
         can = "The model has no module at which it could stand (an MLP that is split over several modules, as BERT's, is none)."
     return RecastTargetError(f"partner {partner.method}: {where}.{hint}\n{can}")
-
-
-def _is_named(wanted: Sequence[str] | str, name: str) -> bool:
-    """PEFT's rule: a regular expression for the whole name, or names and their endings."""
-    if isinstance(wanted, str):
-        return bool(match_target_against_key(wanted, name))
-    return ends_in(name, wanted)
