@@ -36,6 +36,8 @@ def _child(name: str) -> Any:
 class ComposedModule(Strength, nn.Module, BaseTunerLayer):
     """A module around another one, whose weight is composed from the templates of a bank.
 
+    What is merged into it, and what a reader of its ``weight`` gets, is in merging.py.
+
     Args:
         base_layer: the module to wrap.
         module_name: its name in the plain model.
@@ -126,12 +128,13 @@ class ComposedModule(Strength, nn.Module, BaseTunerLayer):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return tuple(self._bank_templates().shape[1:] if self.compressed_bank else whole_shape(self._pretrained_here()))
+        held = self.compressed_bank
+        return tuple(held[0].templates.shape[1:] if held else whole_shape(self._pretrained_here()))
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """Dtype of the weight."""
-        return (self._bank_templates() if self.compressed_bank else self._pretrained_here()).dtype
+        return (self.compressed_bank[0].templates if self.compressed_bank else self._pretrained_here()).dtype
 
     @property
     def weight_device(self) -> torch.device:
@@ -140,18 +143,13 @@ class ComposedModule(Strength, nn.Module, BaseTunerLayer):
         weight = base._parameters.get(self.weight_name)
         if weight is not None:
             return execution_device(base) if weight.is_meta and is_offloaded(base) else weight.device
-        return self._bank_templates().device if self.compressed_bank else device_of_weight(base)
-
-    def _bank_templates(self) -> Tensor:
-        templates = self.compressed_bank[0].templates
-        assert templates is not None
-        return templates
+        return self.compressed_bank[0].templates.device if self.compressed_bank else device_of_weight(base)
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module. PEFT's own asks every module for an attribute that it lacks, which is slow at every call."""
-        base = self._modules["base_layer"]
-        is_inside = "base_layer" in base._modules and isinstance(base, BaseTunerLayer)  # type: ignore[union-attr]
-        return base.get_base_layer() if is_inside else base  # type: ignore[return-value, union-attr, operator]
+        base: Any = self._modules["base_layer"]
+        is_inside = "base_layer" in base._modules and isinstance(base, BaseTunerLayer)
+        return base.get_base_layer() if is_inside else base
 
     @property
     def layers_inside(self) -> list[Any]:
