@@ -109,8 +109,9 @@ def practice_bank(
             "practice_bank(of='biases'): no layer or norm in the model's numbered blocks has a bias; take of='weights'"
         )
     generator = torch.Generator().manual_seed(seed)
-    seen = features or mean_features
-    train = partial(_train, epochs=epochs, batch_size=batch_size, lr=lr, features=seen, generator=generator)
+    train = partial(
+        _train, epochs=epochs, batch_size=batch_size, lr=lr, features=features or mean_features, generator=generator
+    )
     in_half = any(parameter.dtype in HALF for parameter in model.parameters())
     if in_half:
         data = each_tensor(data, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
