@@ -100,7 +100,7 @@ class StoredBank:
     @property
     def nbytes(self) -> int:
         """Bytes of templates and base coefficients."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Templates and base coefficients by their names in a bank file."""
@@ -372,22 +372,19 @@ def _places(name: str | None, task_folder: str | None, refused: list[str]) -> li
     """Where a bank of a name may be read from; why not elsewhere is added to ``refused``."""
     if task_folder is None:
         return [name] if name else []
-    folder = Path(task_folder)
+    folder, own = Path(task_folder), ""
     places: list[str | Path] = [folder]
     if name and folder.is_dir():
-        own = PurePosixPath(PureWindowsPath(name).as_posix()).name
-        if goes_up(name):
-            refused.append(f"{name!r} goes up from the task's folder, which a task's file may not")
-            own = ""
+        own = "" if goes_up(name) else PurePosixPath(PureWindowsPath(name).as_posix()).name
         try:
             places.append(inside(folder, name, "the name of the bank"))
         except RecastLoadError as error:
             refused.append(str(error))
         # a bank that lies where it was saved beside its tasks, or was moved together with them
-        above = [path for path in (folder.absolute().parent, folder.absolute().parent.parent) if own]
+        above = folder.absolute().parents[:2] if own else ()
         places += [path / own for path in above if not os.path.islink(path / own)]
     places = [place for place in places if has_bank(Path(place))]
-    if name and not places and folder.is_dir() and own:
+    if own and not places:
         refused.append(f"none lies in the task's folder, and no {own!r} beside it or the folder above: lay it there, or")
     return [*places, name] if name and is_hub_name(name) else places
 

@@ -39,7 +39,7 @@ class GrownTemplates:
     @property
     def nbytes(self) -> int:
         """Bytes of the templates as they are held."""
-        return sum(t.numel() * t.element_size() for t in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def first(self, count: int) -> GrownTemplates:
         """The first templates alone, in the same memory."""
