@@ -87,12 +87,9 @@ class DataAware(MimicryMethod):
 
     def _metric(self, weight: Tensor, moment: Tensor | None) -> Tensor:
         """S_l with the ridge, in float32; scaled so that the error counts relative to the layer's output."""
-        size = weight.shape[1]
-        if moment is None:
-            moment = torch.eye(size, dtype=torch.float32, device=weight.device)
-        moment = moment.to(weight.device, torch.float32)
-        floor = (self.ridge * moment.diagonal().mean()).clamp_min(1e-12)
-        moment = moment + floor * torch.eye(size, dtype=torch.float32, device=weight.device)
+        one = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
+        moment = one if moment is None else moment.to(one)
+        moment = moment + (self.ridge * moment.diagonal().mean()).clamp_min(1e-12) * one
         return moment / output_error(weight, moment).clamp_min(1e-30) if self.normalize else moment
 
     def _alternate(
