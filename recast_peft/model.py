@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from .parts.stacking import TaskConfigs
 from .parts.wrapper import ScaledModule
 from .planning.groups import coefficient_owners
 from .tasks.backbone import describe_backbone
-from .tasks.calls import TaskCalls, waits_for_calls
+from .tasks.calls import waits_for_calls
 from .tasks.conversion import install_banks, share_coefficients
 from .tasks.files import load_into
 from .tasks.preparation import PreparedTask, prepare_task
@@ -45,7 +45,7 @@ from .tasks.verbs import merged_tasks
 ADDED_LATE = ("TOKEN_CLS", "QUESTION_ANS")  # to the first task's modules_to_save by PEFT, when its layers are in
 
 
-class RecastModel(TaskVerbs, TaskCalls, BaseTuner):
+class RecastModel(TaskVerbs):
     """The tuner that puts RECAST tasks on a model (RECAST, ICLR 2025, section 3): ``model.base_model`` of a ``PeftModel``.
 
     It is made by :func:`get_recast_model` or PEFT's own functions. Whatever is wrong is said as a ``RecastError`` before the

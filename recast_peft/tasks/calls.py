@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..composition.calls import Calls
@@ -54,12 +55,9 @@ class _MethodWithTasks:
             return self.method(*args, **kwargs)
 
 
-class TaskCalls:
+class TaskCalls(BaseTuner):
     """The side of ``RecastModel`` that calls see; a base class of it."""
 
-    model: nn.Module
-    peft_config: dict[str, Any]
-    training: bool
     task_pool: tuple[Any, ...] = ()  # the TaskPools of this model, the latest first
     _positions_first: str | None = None  # a module of the plain model that may take positions before samples
     pools_made = 0  # each has a number of its own, which its tasks' numbers carry
@@ -73,11 +71,11 @@ class TaskCalls:
         """What the model computes; ``adapter_names`` or ``task_ids`` give each sample its own task."""
         tasks = {name: kwargs.pop(name) for name in _task_arguments(kwargs, self.model.forward)}
         with self._enable_peft_forward_hooks(**tasks):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the plain model; one of its methods that takes any keywords takes a task for each sample too."""
-        found = super().__getattr__(name)  # type: ignore[misc]
+        found = super().__getattr__(name)
         if not inspect.ismethod(found) or found.__self__ is not self.model:
             return found
         return _MethodWithTasks(self, found) if _takes_any_keyword(found) else found
@@ -102,7 +100,7 @@ class TaskCalls:
 
     @waits_for_calls
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)  # type: ignore[misc]
+        super()._enable_adapter_layers(enabled)
 
     # ---------------------------------------------------------------- a task for each sample
 

@@ -25,19 +25,12 @@ from ..validation import check_arguments, check_is_task, checked_names, text
 from . import verbs
 from .arithmetic import add_combined
 from .banks import remember_stored_bank, stored_bank
-from .calls import waits_for_calls
+from .calls import TaskCalls, waits_for_calls
 
 
-class TaskVerbs:
+class TaskVerbs(TaskCalls):
     """The verbs of ``RecastModel`` that concern all parts of tasks; a base class of it."""
 
-    model: nn.Module
-    peft_config: dict[str, Any]
-    active_adapter: Any
-    active_adapters: Any
-    _check_merge_allowed: Any
-    remove_guards: Any
-    task_pool: tuple[Any, ...]
     _keeps_active = False  # while a task is put in beside others
 
     # ---------------------------------------------------------------- activating and merging
@@ -59,7 +52,7 @@ class TaskVerbs:
         names = self._known("adapter_name", adapter_name)
         check_one_owner(self.model, names)
         try:
-            super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)  # type: ignore[misc]
+            super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
             verbs.activate(self.model, names, inference_mode)
             switch_biases(self.model, tasks_among(self.peft_config), names, not inference_mode)
         except KeyboardInterrupt:  # noting what was before would take far longer than going on
@@ -76,7 +69,7 @@ class TaskVerbs:
         Raises:
             RecastConfigError: if a task is unknown.
         """
-        super().set_requires_grad(self._known("adapter_names", adapter_names, once=False), requires_grad)  # type: ignore[misc]
+        super().set_requires_grad(self._known("adapter_names", adapter_names, once=False), requires_grad)
 
     @waits_for_calls
     def delete_adapter(self, adapter_name: str) -> None:
@@ -196,7 +189,7 @@ class TaskVerbs:
         for place in modules_of(self.model, ScaledModule):
             end_offloading(place.original_module)  # PEFT sends it away by two names, and finds no numbers the second time
         with verbs.taken_apart(self, names, safe_merge):
-            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[misc]
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.remove_guards()
         return model
 
