@@ -305,7 +305,6 @@ def _empty_head(saved: Mapping[str, Any], id2label: Any, layout: PoolLayout) -> 
     head = prepare_head(layout.backbone, config)
     if head is None:
         raise RecastLoadError(f"a classifier in the place of {saved['module']!r} does not say how many classes it has")
-    head.labels = Labels(config.num_classes, config.id2label)
     return head
 
 

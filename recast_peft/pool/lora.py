@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import RecastConfig
 from ..errors import RecastBankError, RecastConfigError, RecastLoadError
-from ..holders import container_key, held_entries
+from ..holders import Entry, container_key, held_entries
 from ..parts.lora import A_PART, lora_config_of
 from ..parts.lora_plan import rank_and_alpha
 from ..parts.lora_strength import PartStrength, part_layers
@@ -33,7 +33,7 @@ Parts = dict[str, list[float]]  # of each module the rank, and what the product 
 def poolable_part(model: nn.Module, adapter: str) -> LoraConfig | None:
     """The config of a task's LoRA part; None if it has none, or one that no row holds."""
     layers = part_layers(model, adapter)
-    are_factors = all(entry.name.endswith(FACTORS) for entry in held_entries(model, adapter, PartStrength))
+    are_factors = all(entry.name.endswith(FACTORS) for layer in layers for entry in layer.entries(adapter))
     has_variant = any(container_key(adapter) in layer.lora_variant for layer in layers)
     return lora_config_of(model, adapter) if layers and are_factors and not has_variant else None
 
@@ -63,7 +63,7 @@ class LoraColumns:
     def __init__(self, backbone: nn.Module, adapter: str, config: RecastConfig) -> None:
         self.backbone = backbone
         self.layers = part_layers(backbone, adapter)
-        self.entries = {entry.name: entry for entry in held_entries(backbone, adapter, PartStrength)}
+        self.entries: dict[str, Entry] = {entry.name: entry for layer in self.layers for entry in layer.entries(adapter)}
         self.sizes = {name: math.prod(entry.shape) for name, entry in self.entries.items()}
         self.width = sum(self.sizes.values())
         self.parts = _parts(config.lora_config, [layer.module_name for layer in self.layers])

@@ -59,7 +59,7 @@ class TaskPool(ResidentTasks):
     def __init__(
         self, model: PeftModel, like: str | None = None, slot: str = SLOT, head_dtype: torch.dtype | str | None = None
     ) -> None:
-        self.model, self._tuner = model, _tuner_of(model)
+        self.model, self._tuner = model, tuner_of(model)
         tuner, like = self._tuner, _task_like(self._tuner, like)
         check_adapter_name(slot)
         part = poolable_part(tuner.model, like)
@@ -273,10 +273,11 @@ class TaskPool(ResidentTasks):
         return base_features(self._tuner, self._layout.config.head_module, inputs, without_tasks)
 
 
-def _tuner_of(model: PeftModel) -> RecastModel:
+def tuner_of(model: Any) -> RecastModel:
+    """The tuner of a model with tasks; refuses anything else (``RecastConfigError``)."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, RecastModel):
-        raise RecastConfigError("a TaskPool needs a model with a RECAST task: call get_recast_model(model, config) first")
+        raise RecastConfigError(f"a {type(model).__name__} has no RECAST task: call get_recast_model(model, config) first")
     return tuner
 
 

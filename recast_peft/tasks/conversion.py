@@ -288,18 +288,13 @@ def _identity(reference: object) -> str:
 
 def install_banks(model: nn.Module, banks: list[TemplateBank], keep_base_weights: bool) -> None:
     """Make new compressed banks part of the model and release what they stand for, one group after the other."""
-    if not banks:
-        return
-    if not hasattr(model, BANK_CONTAINER):
+    if banks and not hasattr(model, BANK_CONTAINER):
         setattr(model, BANK_CONTAINER, SideContainer())
-    container = getattr(model, BANK_CONTAINER)
     for bank in banks:
         if not bank.is_anchored:
             bank.build()
-        container[container_key(bank.key)] = bank
-        if bank.is_anchored:
-            continue
-        for layer in bank.layers:
+        getattr(model, BANK_CONTAINER)[container_key(bank.key)] = bank
+        for layer in () if bank.is_anchored else bank.layers:
             layer.compressed_bank = (bank,)
             if not keep_base_weights:
                 layer.set_weight_parameter(None)

@@ -195,15 +195,11 @@ def _by_key(
     state_dict: Mapping[str, Tensor], known: Collection[str], renamed: Callable[[str], str | None] | None
 ) -> dict[str, Tensor]:
     """Entries by the keys of the model. Embeddings that a task owns, PEFT may store again with their container: those go."""
-    ordered = sorted(state_dict, key=lambda key: ".original_module." not in key)  # the task's own come last, and stay
-    given = {_key_of(entry_key(key), known, renamed): state_dict[key] for key in ordered}
+    given = {}
+    for key in sorted(state_dict, key=lambda key: ".original_module." not in key):  # the task's own come last, and stay
+        meant = [called(spelling, renamed) for spelling in spellings(entry_key(key))]
+        given[next((one for one in meant if one in known), meant[-1])] = state_dict[key]
     return {key: value for key, value in given.items() if key in known or ".modules_to_save." not in key}
-
-
-def _key_of(key: str, known: Collection[str], renamed: Callable[[str], str | None] | None) -> str:
-    """The key that a model has for one of a file, which is one of the known keys if the file fits."""
-    meant = [called(spelling, renamed) for spelling in spellings(key)]
-    return next((key for key in meant if key in known), meant[-1])
 
 
 def called(key: str, renamed: Callable[[str], str | None] | None) -> str:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,7 +25,6 @@ from ...config import RecastConfig, tasks_among
 from ...errors import RecastBankError, RecastConfigError
 from ...holders import holders
 from ...layer import RecastLayer, fingerprints_of
-from ...model import RecastModel
 from ...names import modules_of, unwrapped
 from ...parts import PARTS
 from ...parts.bias_part import bias_coefficients, bias_holders
@@ -33,7 +32,7 @@ from ...parts.lora import A_PART, PartLayer
 from ...parts.saved import TaskNorm
 from ...parts.wrapper import TaskModule, task_modules
 from ...pool.layout import PoolLayout, same_layout
-from ...pool.pool import TaskPool
+from ...pool.pool import TaskPool, tuner_of
 from ...storage.tensors import write_tensors
 from ...tasks.verbs import merged_tasks
 from ...validation import check_is_no_folder, check_is_task, checked_names
@@ -73,17 +72,12 @@ class Source:
     def __init__(self, given: PeftModel | TaskPool, task: str | None = None) -> None:
         self.pool = given if isinstance(given, TaskPool) else None
         model = given.model if isinstance(given, TaskPool) else unwrapped(given)
-        tuner = getattr(model, "base_model", None)
-        if not isinstance(tuner, RecastModel):
-            raise RecastConfigError(
-                f"a {type(given).__name__} was given: expected a model with a RECAST task, as get_recast_model returns it, "
-                "or a TaskPool"
-            )
-        self.tuner, self.backbone = tuner, cast(nn.Module, tuner.model)
+        self.tuner = tuner_of(model)
+        self.backbone = self.tuner.model
         if self.pool is not None:
             self.adapter = self.pool.slot
         else:
-            active = list(tuner.active_adapters) if task is None else [task]
+            active = list(self.tuner.active_adapters) if task is None else [task]
             if len(active) != 1:
                 raise RecastConfigError(f"{len(active)} tasks are active ({', '.join(active)}): activate the one that is meant")
             self.adapter = active[0]
