@@ -220,11 +220,12 @@ class TaskedLayer(AroundBase):
         return call(self.base, weight, x)
 
 
-def _along(factors: Tensor, x: Tensor) -> Tensor:
-    """Factors ``(1 or samples, numbers)`` so that an input is multiplied by them; a lone row needs no other shape."""
-    if factors.shape[0] == 1:
-        return factors.to(x.dtype)
-    return factors.view(-1, *[1] * (x.ndim - 2), factors.shape[1]).to(x.dtype)
+def _along(values: Tensor, x: Tensor, channels_first: bool = False) -> Tensor:
+    """Values ``(1 or samples, numbers)`` so that they can be added to ``x`` or multiplied with it."""
+    ones = [1] * (x.ndim - 2)
+    if channels_first:
+        return values.view(values.shape[0], -1, *ones).to(x.dtype)
+    return (values if values.shape[0] == 1 else values.view(-1, *ones, values.shape[1])).to(x.dtype)  # one row fits as it is
 
 
 def _factors_of(terms: list[Tensor], scale: Tensor | None, pairs: LowRankSum | CoreProduct | None) -> Tensor:
@@ -274,16 +275,11 @@ class TaskedBias(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         given = self._held[0]
         given.check_samples(self.place, y)
-        factors = given.factors[self.name]
-        changed = y + self._along(_mixed(factors, self.templates), y)
+        factors, is_first = given.factors[self.name], self.channels > 0
+        changed = y + _along(_mixed(factors, self.templates), y, is_first)
         if self.bias is None or self.shares is None:
             return changed
-        return changed + (y - self._along(self.bias, y)) * self._along(_mixed(factors, self.shares), y)
-
-    def _along(self, values: Tensor, y: Tensor) -> Tensor:
-        """Values ``(1 or samples, channels)`` so that they can be added to an output."""
-        rows, ones = values.shape[0], [1] * (y.ndim - 2)
-        return values.view(rows, -1, *ones).to(y.dtype) if self.channels > 0 else values.view(rows, *ones, -1).to(y.dtype)
+        return changed + (y - _along(self.bias, y, is_first)) * _along(_mixed(factors, self.shares), y, is_first)
 
 
 def _mixed(factors: Tensor, templates: Tensor) -> Tensor:

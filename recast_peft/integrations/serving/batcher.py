@@ -25,7 +25,7 @@ from ...parts.head import split_logits
 from ...pool.pool import TaskPool
 from ...storage.tensors import FLOATING
 from ...tasks.calls import TASK_ARGUMENTS
-from ...validation import check_arguments, function, is_int, is_number, is_whole, optional, shown
+from ...validation import COUNT, check_arguments, function, is_whole, number_above, optional, shown
 
 Sample = Tensor | Mapping[str, Tensor]
 RESERVED = {"", *TASK_ARGUMENTS}  # names that no tensor of a sample may have
@@ -74,13 +74,11 @@ def check_server_options(
     output_of: Any = None,
 ) -> None:
     """Hold options of ``TaskServer`` against what they may be (``RecastConfigError``)."""
-    are_times = is_number(wait) and isinstance(timeout, (int, float)) and wait >= 0 and timeout > 0
-    if not are_times or not all(is_int(n) and n > 0 for n in (max_batch, max_queue)):
-        raise RecastConfigError(
-            f"max_batch={shown(max_batch)}, max_queue={shown(max_queue)}, wait={shown(wait)}, timeout={shown(timeout)}: "
-            "expected at least one request, and times that are not negative"
-        )
+    check_arguments(COUNT, max_batch=max_batch, max_queue=max_queue)
+    check_arguments(number_above(0, itself=True), wait=wait)
     check_arguments(optional(function), output_of=output_of)
+    if not (isinstance(timeout, (int, float)) and timeout > 0):  # it may be infinite
+        raise RecastConfigError(f"timeout={shown(timeout)}: expected seconds above 0")
 
 
 class TaskServer:
