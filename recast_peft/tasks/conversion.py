@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,11 +40,10 @@ class PreparedLayer:
     parent: nn.Module  # the module that holds the target, or the layer that is there already
     child_name: str  # its name in it
     visible_key: str  # the module name at which PEFT's loop comes by
-    bank: TemplateBank | None = None  # of the new task
+    bank: TemplateBank = field(init=False)  # of the new task; ``prepare_banks`` gives it
 
     def put_in(self, adapter_name: str, config: RecastConfig, num_coefficient_sets: int, active: list[str]) -> None:
         """Put the layer in its place, with the task's coefficients."""
-        assert self.bank is not None
         if not self.layer.active_adapters:
             self.layer._active_adapter = active
         self.layer.update_layer(adapter_name, self.bank, num_coefficient_sets, config)
@@ -66,11 +65,11 @@ def check_recorded(config: RecastConfig) -> None:
     fields: dict[str, Any] = {f"base_fingerprint[{name!r}]": value for name, value in (config.base_fingerprint or {}).items()}
     if config.surroundings_fingerprint is not None:
         fields["surroundings_fingerprint"] = config.surroundings_fingerprint
-    for field, value in fields.items():
+    for name, value in fields.items():
         if not is_fingerprint(value):
             folder = None if config.record is None else config.record.folder
             where = "the task" if folder is None else f"the task at {folder!r}"
-            raise RecastLoadError(f"{where}: {field}={shown(value)} is not a fingerprint. Fetch the file again.")
+            raise RecastLoadError(f"{where}: {name}={shown(value)} is not a fingerprint. Fetch the file again.")
 
 
 def check_fingerprints(

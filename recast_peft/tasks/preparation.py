@@ -46,10 +46,10 @@ class PreparedTask:
     banks: list[TemplateBank]  # the compressed and grown banks that are new
     pieces: list[tuple[Any, list[Any]]]  # of every part, what it gets
     fingerprints: dict[str, str]  # of the pretrained weights of its target modules
-    surroundings: str | None = None  # a fingerprint of what the model has beside the targets
-    renamed: Callable[[str], str | None] | None = None  # how a module that its file names is called in the model, if otherwise
-    is_same_base: bool = True  # whether these are the weights that the task was made for
-    config: RecastConfig | None = None  # the task's, its modules called as they are in the model
+    surroundings: str | None  # a fingerprint of what the model has beside the targets
+    renamed: Callable[[str], str | None] | None  # how a module that its file names is called in the model, if otherwise
+    is_same_base: bool  # whether these are the weights that the task was made for
+    config: RecastConfig  # the task's, its modules called as they are in the model
 
     @property
     def partner_banks(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def prepare_task(model: nn.Module, config: RecastConfig, adapter_name: str) -> P
         warn_of_difference(surroundings, surroundings_fingerprint(model, plan.targets))
     layers = prepare_layers(targets, fingerprints)
     banks = prepare_banks(plan, config, layers)
-    compressed = {name for name, layer in layers.items() if layer.bank is not None and not layer.bank.is_anchored}
+    compressed = {name for name, layer in layers.items() if not layer.bank.is_anchored}
     if compressed and any(split_of(target.module._parameters.get(target.weight_name or "")) is not None for target in targets):
         raise RecastConfigError(
             "weights that are spread over processes by tensor parallelism cannot be compressed: leave out num_templates and "

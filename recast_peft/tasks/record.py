@@ -32,7 +32,7 @@ from .surroundings import are_different, surroundings_fingerprint, warn_of_diffe
 def planned_record(config: RecastConfig, prepared: PreparedTask, backbone: dict[str, Any] | None) -> TaskRecord:
     """What a conversion is about to decide for a task."""
     plan = prepared.plan
-    banks = {group.name: bank for group in plan.groups if (bank := prepared.layers[group.members[0]].bank) is not None}
+    banks = {group.name: prepared.layers[group.members[0]].bank for group in plan.groups}
     return TaskRecord(
         groups={group.name: list(group.members) for group in plan.groups},
         base_fingerprint=prepared.fingerprints,
