@@ -157,7 +157,10 @@ def save_as_lora(
 
     Args:
         path: folder of the LoRA, made if missing.
-        model, rank, adapter_name, progressbar: as for ``convert_to_lora``.
+        model: model with a RECAST task on linear layers and exact banks; it is not changed.
+        rank: as for ``convert_to_lora``.
+        adapter_name: name of the task.
+        progressbar: show a progress bar over the layers.
 
     Returns:
         the errors, which are also written to ``conversion.txt`` beside the LoRA.

@@ -77,8 +77,12 @@ def export_aoti(
     It needs a C++ compiler. ``torch._inductor.aoti_load_package(path)`` loads it in Python, ``AOTIModelPackageLoader`` in C++.
 
     Args:
+        model: as for ``export_program``.
         path: path of the package, which ends with ``.pt2``.
-        model, example, tasks, way, dynamic_shapes: as for ``export_program``.
+        example: as for ``export_program``.
+        tasks: as for ``export_program``.
+        way: as for ``export_program``.
+        dynamic_shapes: as for ``export_program``.
         inductor_configs: options of the compiler.
 
     Returns:
