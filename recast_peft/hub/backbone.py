@@ -22,7 +22,7 @@ from ..storage.transfer import commit_of
 from ..tasks.backbone import SOURCE_KEYWORDS, WEIGHT_FILES
 from ..validation import listed
 from .sizes import HALF, QUARTER, SINGLE, most_numbers, on_meta, told_in_advance
-from .trusted import HUB_PREFIX, SIZES, Untrusted, class_count, hub_name, timm_arguments, timm_name, timm_repository
+from .trusted import HUB_PREFIX, SIZES, NotBuilt, class_count, hub_name, timm_arguments, timm_name, timm_repository
 
 HOW_TO_PASS = "Pass backbone=: the model itself, keyword arguments for building it, or the path of a checkpoint."
 HOW_TO_BUILD = "Build the model yourself and pass it as backbone="
@@ -72,8 +72,11 @@ def build_backbone(
         return builder(dict(description), own, path, hub_kwargs)
     except RecastError:
         raise
-    except Untrusted as error:
-        raise _no_weights(description, str(error)) from error
+    except NotBuilt as error:
+        raise RecastLoadError(
+            f"the backbone of the task, {description.get('name')!r} ({description['library']}, class "
+            f"{description.get('class')}), cannot be built: {error}\n{HOW_TO_PASS}"
+        ) from error
     except Exception as error:
         raise RecastLoadError(
             f"the backbone of the task cannot be built\n  backbone: {description.get('name')!r} "
@@ -83,27 +86,20 @@ def build_backbone(
         ) from error
 
 
-def _no_weights(description: Mapping[str, Any], why: str) -> RecastLoadError:
-    return RecastLoadError(
-        f"the backbone of the task, {description.get('name')!r} ({description['library']}, class {description.get('class')}), "
-        f"cannot be built: {why}\n{HOW_TO_PASS}"
-    )
-
-
 def _build_transformers(
     description: dict[str, Any], own: dict[str, Any], path: str | None, hub_kwargs: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     import transformers
 
     if path is not None and not os.path.isdir(path):
-        raise _no_weights(description, f"backbone={path!r} is not a folder, as a transformers checkpoint is")
+        raise NotBuilt(f"backbone={path!r} is not a folder, as a transformers checkpoint is")
     if path is not None and os.path.isfile(os.path.join(path, CONFIG_NAME)):  # transformers would put it on the model, unasked
-        raise _no_weights(description, f"backbone={path!r} has an adapter in it ({CONFIG_NAME}), merge that first")
+        raise NotBuilt(f"backbone={path!r} has an adapter in it ({CONFIG_NAME}), merge that first")
     if not (path or description.get("name")):
-        raise _no_weights(description, "it was made from a configuration, without pretrained weights")
+        raise NotBuilt("it was made from a configuration, without pretrained weights")
     model_class = getattr(transformers, str(description.get("class")), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise _no_weights(description, "its class is not one of transformers' own")
+        raise NotBuilt("its class is not one of transformers' own")
     name = hub_name(description["name"]) if path is None else path
     revision = description.get("revision") if path is None else None
     classes = None if "num_labels" in own else class_count(description)
@@ -123,7 +119,7 @@ def _check_config(model_class: type[PreTrainedModel], name: str, keywords: Mappi
     What a checkpoint does not have in the config's shapes would be made anew, so that any small repository can ask for it.
 
     Raises:
-        Untrusted: if it does, or if that cannot be told.
+        NotBuilt: if it does, or if that cannot be told.
     """
     names = ("revision", "num_labels", "token", "cache_dir", "local_files_only")
     chosen = {key: keywords[key] for key in names if key in keywords}
@@ -139,11 +135,11 @@ def _build_timm(
     try:
         import timm
     except ImportError as error:
-        raise _no_weights(description, "timm is not installed (pip install timm)") from error
+        raise NotBuilt("timm is not installed (pip install timm)") from error
 
     missing = [key for key in description.get("arguments_left_out", ()) if key not in own]
     if missing:
-        raise _no_weights(description, f"its arguments {', '.join(missing)} could not be written down; pass them")
+        raise NotBuilt(f"its arguments {', '.join(missing)} could not be written down; pass them")
     chosen = timm_arguments(description, own)
     name, source = _timm_weights(description, own, path, timm.list_models(), hub_kwargs)
     keywords = {**chosen, **own, **source}
@@ -167,7 +163,7 @@ def _timm_weights(
     """The name for ``timm.create_model``, and the keywords that say where the weights come from beside the caller's own."""
     if path is not None:
         if not os.path.exists(path):
-            raise _no_weights(description, f"there is no checkpoint at backbone={path!r}")
+            raise NotBuilt(f"there is no checkpoint at backbone={path!r}")
         if os.path.isdir(path):
             return f"local-dir:{Path(path)}", {"pretrained": True}
         return timm_name(description["architecture"], registered), {"checkpoint_path": str(Path(path))}
@@ -192,7 +188,7 @@ def _check_bytes(name: str, chosen: Mapping[str, Any], own: Mapping[str, Any]) -
         own: the caller's.
 
     Raises:
-        Untrusted: naming the arguments and what they would take, or if that is not known.
+        NotBuilt: naming the arguments and what they would take, or if that is not known.
     """
     import timm
 
@@ -206,7 +202,7 @@ def _check_bytes(name: str, chosen: Mapping[str, Any], own: Mapping[str, Any]) -
             usual, asked = (total_bytes(timm.create_model(name, **{**more, **own})) for more in ({}, chosen))
     if asked > 4 * usual + 2**30:
         given = ", ".join(f"{one_line(key)}={one_line(value)}" for key, value in sizes.items())
-        raise Untrusted(
+        raise NotBuilt(
             f"a task's file chose {given}, which makes a model of {asked / 2**30:,.1f} GiB, where {one_line(name)} has "
             f"{usual / 2**30:,.1f} GiB. If it is right, pass them as backbone={{...}}"
         )
@@ -231,7 +227,7 @@ def _created(name: str, keywords: dict[str, Any]) -> nn.Module:
 def _timm_source(description: dict[str, Any], name: str, hub_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name for ``timm.create_model`` and further keywords, with the files fetched at the recorded revision."""
     if description.get("file"):
-        raise Untrusted(
+        raise NotBuilt(
             f"its weights lay in a file, {one_line(description['file'])}: a task's file is not followed to paths of this "
             "machine. If you trust it, pass the path as backbone="
         )
@@ -240,7 +236,7 @@ def _timm_source(description: dict[str, Any], name: str, hub_kwargs: dict[str, A
 
         if timm.is_model_pretrained(name) and getattr(timm.get_pretrained_cfg(name), "url", None):
             return name, {}  # weights that timm fetches from elsewhere than the Hub
-        raise _no_weights(description, "timm has no pretrained weights of that name")
+        raise NotBuilt("timm has no pretrained weights of that name")
     pinned = _fetch_timm(description, name.startswith(HUB_PREFIX), hub_kwargs)
     if name.startswith(HUB_PREFIX):
         return f"{HUB_PREFIX}{pinned}", {}

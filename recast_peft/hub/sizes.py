@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .trusted import Untrusted
+from .trusted import NotBuilt
 
 MOST_TENSORS = 200_000  # of a model; the largest in use have a quarter of it
 QUARTER, HALF, SINGLE = 0.5, 2, 4  # bytes of a number
@@ -26,7 +26,7 @@ class Bounded(TorchFunctionMode):
         most: numbers.
 
     Raises:
-        Untrusted: in the block.
+        NotBuilt: in the block.
     """
 
     def __init__(self, most: float) -> None:
@@ -39,12 +39,12 @@ class Bounded(TorchFunctionMode):
             self.numbers += function(*args, **{**kwargs, "device": "meta"}).numel()
             self.tensors += 1
             if self.numbers > self.most:
-                raise Untrusted(
+                raise NotBuilt(
                     f"its config describes a model of {self.numbers:,} numbers or more, beyond the {int(self.most):,} that "
                     "this machine's memory holds"
                 )
             if self.tensors > MOST_TENSORS:
-                raise Untrusted(f"its config describes a model of more than {MOST_TENSORS:,} tensors, as no known model has")
+                raise NotBuilt(f"its config describes a model of more than {MOST_TENSORS:,} tensors, as no known model has")
         return function(*args, **kwargs)
 
 
@@ -52,7 +52,7 @@ def on_meta(build: Callable[[], nn.Module], most: float = math.inf) -> nn.Module
     """A model on the meta device, of at most so many numbers.
 
     Raises:
-        Untrusted: if it would have more, or too many tensors.
+        NotBuilt: if it would have more, or too many tensors.
         NotImplementedError, RuntimeError: if it computes something while it is built.
     """
     with torch.device("meta"), Bounded(most):
@@ -64,19 +64,19 @@ def told_in_advance() -> Iterator[None]:
     """A block that measures models on the meta device, and refuses one that computes something while it is built.
 
     Raises:
-        Untrusted: if one does.
+        NotBuilt: if one does.
     """
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:  # torch's errors for what needs numbers
-        raise Untrusted(f"its size cannot be told before its memory is taken ({type(error).__name__}: {error})") from error
+        raise NotBuilt(f"its size cannot be told before its memory is taken ({type(error).__name__}: {error})") from error
 
 
 def without_numbers(build: Callable[[], nn.Module]) -> nn.Module:
     """A model on the meta device; where it computes something while it is built, with weights of any value.
 
     Raises:
-        Untrusted: if it would have too many tensors, or weights that this machine's memory could not hold.
+        NotBuilt: if it would have too many tensors, or weights that this machine's memory could not hold.
     """
     try:
         return on_meta(build)

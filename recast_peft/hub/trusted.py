@@ -37,18 +37,18 @@ ARGUMENTS = {
 SIZES = ("img_size", "in_chans", "patch_size", "window_size", "output_stride", "reg_tokens")  # those that allocate
 
 
-class Untrusted(Exception):
-    """Why a description is not followed; the caller says what to do."""
+class NotBuilt(Exception):
+    """Why a backbone is not built from a description; the caller says what to do."""
 
 
 def hub_name(name: Any) -> str:
     """The name of a repository on the Hub, as a transformers model was loaded from it.
 
     Raises:
-        Untrusted: if it is anything else, such as a path.
+        NotBuilt: if it is anything else, such as a path.
     """
     if not is_hub_name(name):
-        raise Untrusted(
+        raise NotBuilt(
             f"it was loaded from {one_line(name)}, which is no name on the Hub: a task's file is not followed to paths of this "
             "machine or other addresses. If you trust what lies there, pass the path as backbone="
         )
@@ -59,7 +59,7 @@ def timm_name(name: Any, registered: Collection[str]) -> str:
     """A name of timm's own list, or ``hf-hub:`` with a repository.
 
     Raises:
-        Untrusted: if it is anything else, such as ``local-dir:`` with a path.
+        NotBuilt: if it is anything else, such as ``local-dir:`` with a path.
     """
     text = str(name)
     if text.startswith(HUB_PREFIX):
@@ -69,24 +69,24 @@ def timm_name(name: Any, registered: Collection[str]) -> str:
     elif text.partition(".")[0] in registered and re.fullmatch(r"[\w.-]+", text):
         return text
     if text.startswith(("local-dir:", "/", ".", "~")) or "\\" in text or "://" in text:
-        raise Untrusted(
+        raise NotBuilt(
             f"it was loaded from {one_line(text)}: a task's file is not followed to paths of this machine or other addresses. "
             "If you trust what lies there, pass the path as backbone="
         )
-    raise Untrusted(f"timm knows no model {one_line(text)!r}")
+    raise NotBuilt(f"timm knows no model {one_line(text)!r}")
 
 
 def timm_repository(description: Mapping[str, Any]) -> str | None:
     """The repository that a timm model's weights are in.
 
     Raises:
-        Untrusted: if it is no name of one.
+        NotBuilt: if it is no name of one.
     """
     repository = description.get("repository")
     if repository in (None, ""):
         return None
     if not is_repository(repository):
-        raise Untrusted(f"its repository is {one_line(repository)!r}, which is no name on the Hub")
+        raise NotBuilt(f"its repository is {one_line(repository)!r}, which is no name on the Hub")
     return str(repository)
 
 
@@ -98,15 +98,15 @@ def timm_arguments(description: Mapping[str, Any], given: Collection[str] = ()) 
         given: arguments that the caller gives; those of the file do not matter then.
 
     Raises:
-        Untrusted: naming the first argument, or value, that is not the file's to choose.
+        NotBuilt: naming the first argument, or value, that is not the file's to choose.
     """
     recorded = description.get("arguments") or {}
     if not isinstance(recorded, Mapping):
-        raise Untrusted("its arguments are no dictionary")
+        raise NotBuilt("its arguments are no dictionary")
     chosen = {key: value for key, value in recorded.items() if key not in SOURCE_KEYWORDS and key not in given}
     for key, value in chosen.items():
         if not (key in ARGUMENTS and _is_small(value, ARGUMENTS[key])):
-            raise Untrusted(
+            raise NotBuilt(
                 f"a task's file may not choose {one_line(key)}={one_line(value)}. If it is right, pass backbone={{"
                 f"{one_line(key)!r}: ...}}"
             )
@@ -127,9 +127,9 @@ def class_count(description: Mapping[str, Any]) -> int | None:
     """The classes of the model's own head.
 
     Raises:
-        Untrusted: if it is no small number.
+        NotBuilt: if it is no small number.
     """
     count = description.get("num_classes")
     if count is not None and not (isinstance(count, int) and 0 <= count <= MOST_CLASSES):
-        raise Untrusted(f"a task's file may not choose num_classes={one_line(count)}. If it is right, pass it with backbone=")
+        raise NotBuilt(f"a task's file may not choose num_classes={one_line(count)}. If it is right, pass it with backbone=")
     return count

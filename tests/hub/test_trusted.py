@@ -19,7 +19,7 @@ from transformers import ViTForImageClassification, ViTModel
 from recast_peft import RecastLoadError
 from recast_peft.hub.backbone import build_backbone
 from recast_peft.hub.sizes import without_numbers
-from recast_peft.hub.trusted import Untrusted
+from recast_peft.hub.trusted import NotBuilt
 from recast_peft.tasks.backbone import describe_backbone
 
 
@@ -235,5 +235,5 @@ def test_a_model_that_computes_while_it_is_built_is_bounded_too(monkeypatch: pyt
 
     assert not without_numbers(build).weight.is_meta
     monkeypatch.setattr("recast_peft.hub.sizes.most_numbers", lambda bytes_each: 1_000_000)
-    with pytest.raises(Untrusted, match="1,000,001 numbers or more, beyond the 1,000,000"):
+    with pytest.raises(NotBuilt, match="1,000,001 numbers or more, beyond the 1,000,000"):
         without_numbers(build)
