@@ -61,15 +61,15 @@ def default_coefficient_lr(model: nn.Module) -> float:
     Returns:
         ``COEFFICIENT_LR``, or less for a task whose coefficients would move the features by more than ``FEATURE_CHANGE``.
     """
-    moved: dict[int, tuple[int, float]] = {}  # of each parameter its templates, and how much it moves together
-    most = 0.0
-    for layer, bank, parameter in _trained(model):
-        most = max(most, COEFFICIENT_LR if not bank.is_factored else 0.0)
-        sensitivity = _sensitivity(layer, bank)
-        templates, before = moved.get(id(parameter), (parameter.shape[-1], 0.0))
-        moved[id(parameter)] = templates, before + sensitivity
-    total = math.sqrt(sum(templates * change**2 for templates, change in moved.values()))
-    return most or COEFFICIENT_LR if total == 0 else min(most or COEFFICIENT_LR_OF_CORES, FEATURE_CHANGE / total)
+    trained = list(_trained(model))
+    moved: dict[nn.Parameter, float] = {}  # how much a number of it moves, in all layers that share it
+    for layer, bank, parameter in trained:
+        moved[parameter] = moved.get(parameter, 0.0) + _sensitivity(layer, bank)
+    total = math.sqrt(sum(parameter.shape[-1] * change**2 for parameter, change in moved.items()))
+    if total == 0:
+        return COEFFICIENT_LR
+    are_cores = all(bank.is_factored for _, bank, _ in trained)
+    return min(COEFFICIENT_LR_OF_CORES if are_cores else COEFFICIENT_LR, FEATURE_CHANGE / total)
 
 
 def _sensitivity(layer: RecastLayer, bank: TemplateBank) -> float:
@@ -100,7 +100,7 @@ def find_coefficient_lr(model: nn.Module, batch: Any, change: float = FEATURE_CH
     layers = modules_of(model, RecastLayer)
     if any(layer.merged for layer in layers):
         raise RecastConfigError("a task is merged, so its coefficients move nothing: call unmerge_adapter() first")
-    parameters = list({id(p): p for _, _, p in _trained(model)}.values())
+    parameters = list(dict.fromkeys(parameter for _, _, parameter in _trained(model)))
     if not parameters:
         raise RecastConfigError(f"{type(model).__name__} trains no RECAST coefficients: there is no rate to find")
     names = {id(module): name for name, module in model.named_modules()}
@@ -286,7 +286,7 @@ class _StepCheck:
         merged = [layer for layer in modules_of(model, RecastLayer) if layer.merged]
         if strangers:
             message = (
-                f"{len({id(p) for p in strangers})} trainable parameters of coefficients are not in this optimiser: a task was "
+                f"{len(set(strangers))} trainable parameters of coefficients are not in this optimiser: a task was "
                 "activated after it was made. Make the optimiser after set_adapter."
             )
         elif merged:
