@@ -267,15 +267,14 @@ class _Found(NamedTuple):
 
 def _read(model: nn.Module, named: Mapping[str, str | Path | tuple[PeftModel, str]]) -> dict[str, _Found]:
     """The low-rank matrices of every adapter; those of files are read onto one copy of the model."""
-    holder: PeftModel | None = None
+    holder = model
     found: dict[str, _Found] = {}
     for place, (name, adapter) in enumerate(named.items()):
-        if isinstance(adapter, tuple):
-            found[name] = _matrices(model, *adapter, name)
-        else:
+        if not isinstance(adapter, tuple):
             # under a name that PEFT takes: those of tasks are free
-            holder = _load(model if holder is None else holder, str(adapter), f"adapter {place}")
-            found[name] = _matrices(model, holder, f"adapter {place}", name)
+            adapter = _load(holder, str(adapter), f"adapter {place}"), f"adapter {place}"
+            holder = adapter[0]
+        found[name] = _matrices(model, *adapter, name)
         beside = ", ".join(found[name].beside)
         if beside:
             warnings.warn(f"the adapter {name!r} has more than low-rank matrices, which is left out: {beside}", stacklevel=4)
@@ -321,8 +320,7 @@ def _matrices(model: nn.Module, peft_model: PeftModel, adapter: str, name: str) 
             raise RecastBankError(
                 f"the adapter {name!r} does not fit the model at {module}\n  adapter: {given}\n  model:   {wanted}"
             )
-        both: Any = (layer.lora_A[adapter], layer.lora_B[adapter])
-        size += sum(part.weight.nbytes for part in both)
+        size += sum(part[adapter].weight.nbytes for part in (layer.lora_A, layer.lora_B))  # type: ignore[misc]
         if layer.lora_B[adapter].bias is not None:
             beside.append(f"the bias of {module}")
     return _Found({module: pair for module, pair in pairs.items() if pair[0].any() and pair[1].any()}, size, tuple(beside))

@@ -151,7 +151,7 @@ def write_repository_card(
     rows = {**kept, **{subfolder: _row(folder, subfolder) for subfolder in inside}}
     if not rows:
         return str(card)
-    first, *others = [*inside, *(subfolder for subfolder in kept if subfolder not in inside)]
+    first, *others = dict.fromkeys([*inside, *kept])
     has_root = has_own or (lies is not None and lies(CONFIG_NAME))
     lines = [
         f"## {'More tasks' if has_root else 'Tasks'} in this repository",
