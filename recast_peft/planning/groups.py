@@ -191,15 +191,15 @@ def _chunks(run: list[Candidate], config: RecastConfig) -> list[list[Candidate]]
 def _planned(members: list[Candidate], config: RecastConfig, name: str | None = None) -> PlannedGroup:
     names = [member.name for member in members]
     shape, dtype = members[0].weight_like
-    if config.num_directions is not None:
-        rows, columns = as_matrix(shape)
-        r = min(config.num_directions, rows, columns)
-        held = r * (rows + columns) * dtype.itemsize
-        sets = config.num_coefficient_sets
-        return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, r * r, sets, True, held, r)
     templates = min(config.num_templates or len(members), len(members))
     fitted = config.method.fits_full_banks and len(members) > 1 and config.recipes is None
-    return PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, templates, config.num_coefficient_sets, fitted)
+    planned = PlannedGroup(name or bank_name(names), tuple(names), shape, dtype, templates, config.num_coefficient_sets, fitted)
+    if config.num_directions is None:
+        return planned
+    rows, columns = as_matrix(shape)
+    r = min(config.num_directions, rows, columns)
+    held = r * (rows + columns) * dtype.itemsize
+    return replace(planned, num_templates=r * r, fitted=True, grown_bytes=held, num_directions=r)
 
 
 def given_groups(targets: list[Candidate], config: RecastConfig, bank: StoredBank | None) -> list[PlannedGroup]:
