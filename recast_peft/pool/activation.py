@@ -31,8 +31,8 @@ class Slot:
     Its verbs wait for calls that are on their way: no call sees half of a task.
     """
 
-    def __init__(self, model: PeftModel, name: str, layout: PoolLayout) -> None:
-        self.model, self.name, self.layout = model, name, layout
+    def __init__(self, model: PeftModel, tuner: RecastModel, name: str, layout: PoolLayout) -> None:
+        self.model, self.tuner, self.name, self.layout = model, tuner, name, layout
         self._holders = bias_holders(layout.backbone, name)
         layers = layout.layers.values()
         # layers whose bank only approximates the pretrained weight that they keep: no coefficients give it back
@@ -48,11 +48,6 @@ class Slot:
         self._places: set[str] = set()  # names of the modules in whose place they stand
         self._shown: tuple[TaskHead, StoredHead] | None = None  # the active task's, and where it stands
         self.holds: str | None = None  # the task that is written into it
-
-    @property
-    def tuner(self) -> RecastModel:
-        """The model without PEFT's outermost class."""
-        return self.model.base_model  # type: ignore[return-value]
 
     @property
     def active(self) -> str | None:

@@ -84,7 +84,7 @@ class TaskPool(ResidentTasks):
                     f"part than {like!r}: give the slot another name"
                 )
             pool_layout.lora.compute_as(part_of_like)
-            self._slot = Slot(model, slot, pool_layout)
+            self._slot = Slot(model, tuner, slot, pool_layout)
             serial = tuner.pools_made % LAST_SERIAL
             super().__init__(pool_layout, tuner.peft_config, self._slot.make_place_for, head_dtype, serial)
             tuner.pools_made += 1

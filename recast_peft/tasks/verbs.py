@@ -174,19 +174,16 @@ def taken_apart(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -
                 module.merge(adapter_names, safe_merge)
         detach_partners(model)
         model._modules.pop(PARTNER_CONTAINER, None)
-        with _renamed_children(model, "base_layer"):
+        with _renamed_base_layers(model):
             yield
     model._modules.pop(BANK_CONTAINER, None)
     release_running_statistics(model)
 
 
 @contextmanager
-def _renamed_children(model: nn.Module, name: str) -> Iterator[None]:
-    """Give the model's own modules of a name another one for a while, in the same place.
-
-    PEFT takes whatever has a ``base_layer`` for a layer of its own, and timm's DLA is a model that has one.
-    """
-    other = f"{name}_of_the_model"
+def _renamed_base_layers(model: nn.Module) -> Iterator[None]:
+    """Give a model's own ``base_layer``, as timm's DLA has, another name for a while: PEFT takes it for a layer of its own."""
+    name, other = "base_layer", "base_layer_of_the_model"
     parents = [m for m in model.modules() if name in m._modules and not isinstance(m, BaseTunerLayer)]
     try:
         for parent in parents:
