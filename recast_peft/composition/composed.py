@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import RecastBankError, RecastConfigError
 from ..holders import TaskModules, TaskParameters
-from ..placement.offloaded import execution_device, is_offloaded, kept_tensor
+from ..placement.offloaded import computing_device, kept_tensor
 from ..placement.sharded import is_plain, whole, whole_shape, whole_trained
 from .compose import Terms, average_sets, compose_into, compose_weight
 from .mixed_batch import MixedBatch
@@ -142,7 +142,7 @@ class ComposedModule(Strength, nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = base._parameters.get(self.weight_name)
         if weight is not None:
-            return execution_device(base) if weight.is_meta and is_offloaded(base) else weight.device
+            return computing_device(base, weight)
         return self.compressed_bank[0].templates.device if self.compressed_bank else device_of_weight(base)
 
     def get_base_layer(self) -> nn.Module:

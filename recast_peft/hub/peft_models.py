@@ -32,6 +32,7 @@ from ..names import check_adapter_name
 from ..options.record import modules_called
 from ..storage.cards import CARD_NAME
 from ..storage.pairs import staged_pairs
+from ..tasks.state import keep_trained
 from ..validation import a_path, check_arguments, check_is_device, checked_names, did_you_mean, shown, text
 from .cards import write_model_card, write_repository_card
 from .hotswap import check_replacement, take_over
@@ -326,6 +327,8 @@ def _with_verbs(peft_class: Any) -> type[PeftModel]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # classes for a task_type have an argument of this name, which would swallow it
         task_ids = kwargs.pop("task_ids", None)
+        if "_hf_hook" in vars(self):  # the model is offloaded with what is around it
+            keep_trained(self.get_base_model())
         own_class = peft_class if _takes_token_ids(self.get_base_model()) else PeftModel
         if task_ids is None:
             return own_class.forward(self, *args, **kwargs)

@@ -18,6 +18,7 @@ from torch import nn
 from ..config import RecastConfig
 from ..holders import Entry
 from ..names import lies_in, without_wrappers
+from ..placement.offloaded import like_weights
 
 
 class Piece:
@@ -54,10 +55,11 @@ class Request:
 
     def like(self, module: nn.Module) -> dict[str, Any]:
         """Device of what stands at a place, and its dtype, but float32 beside half precision, as PEFT's adapters have it."""
-        parameters = (p for p in (*module.parameters(), *self.model.parameters()) if p.is_floating_point())
-        near = next(parameters, torch.empty(0))
-        device = torch.device("meta") if self.counting else near.device
-        return {"device": device, "dtype": torch.promote_types(near.dtype, torch.float32)}
+        device, dtype = like_weights(module, self.model)
+        return {
+            "device": torch.device("meta") if self.counting else device,
+            "dtype": torch.promote_types(dtype, torch.float32),
+        }
 
 
 @dataclass(frozen=True)

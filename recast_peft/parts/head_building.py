@@ -16,6 +16,7 @@ from ..config import RecastConfig
 from ..errors import RecastTargetError
 from ..holders import plain_modules, plain_place, put_child, unwrapped_module
 from ..names import lies_in, unwrapped
+from ..placement.offloaded import computing_device, like_weights
 from ..planning.heads import head_names, modules_by, named_head, top_level
 from .base import Piece
 from .copies import plain_copy
@@ -202,12 +203,12 @@ def build_head(
     without classifier) by a linear layer on the backbone's features.
     """
     assert config.num_classes is not None
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    near, dtype = like_weights(model)
     if isinstance(original, nn.Identity):
         features = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
         if not isinstance(features, int):
             raise RecastTargetError(f"head {name!r} is an identity and the model does not say its num_features")
-        return _fresh(nn.Linear(features, config.num_classes, device=device or reference.device, dtype=reference.dtype), config)
+        return _fresh(nn.Linear(features, config.num_classes, device=device or near, dtype=dtype), config)
     layers = _layers(original)
     if not layers:
         raise RecastTargetError(
@@ -215,7 +216,7 @@ def build_head(
             "name another module with head_module="
         )
     last_name, last = layers[-1]
-    new = _resized(last, name, config)
+    new = _resized(last, name, config, device or computing_device(last, last.weight))
     if last is original:
         return new
     if config.head_type == "prototypes":
@@ -238,9 +239,9 @@ def classes_of(head: nn.Module) -> int | None:
     return next((len(layer.weight) for _, layer in reversed(_layers(head))), None)
 
 
-def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig) -> nn.Module:
+def _resized(layer: nn.Linear | nn.Conv2d, name: str, config: RecastConfig, device: torch.device) -> nn.Module:
     assert config.num_classes is not None
-    like: Any = {"bias": layer.bias is not None, "device": layer.weight.device, "dtype": layer.weight.dtype}
+    like: Any = {"bias": layer.bias is not None, "device": device, "dtype": layer.weight.dtype}
     if config.head_init == "copy":
         if layer.weight.shape[0] != config.num_classes:
             raise RecastTargetError(

@@ -30,6 +30,7 @@ from ..errors import RecastBankError, RecastTargetError
 from ..holders import Entry, container_key, plain_modules, put_child, shared, task_of_key, unwrapped_module
 from ..layer import RecastLayer
 from ..names import lies_in, modules_of, unwrapped
+from ..placement.offloaded import at_hand
 from .base import Place, Request, TaskPart
 from .lora_plan import LoraPlan, adds_to_output, lora_entries, plan_lora_part
 from .lora_pool import PooledPart, one_task_for_all
@@ -260,6 +261,10 @@ class _PartMaker(LoraModel):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         return key in self._targets
+
+    def _create_and_replace(self, config: Any, name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:  # type: ignore
+        with at_hand(unwrapped_module(target)):  # beside whose weight PEFT puts the factors
+            super()._create_and_replace(config, name, target, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         put_child(parent, child_name, new_module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +22,42 @@ def kept_tensor(module: nn.Module, name: str) -> Tensor | None:
     return None if hook is None or held is None or not held.is_meta else hook.weights_map[name]
 
 
+def kept_weights(module: nn.Module) -> Any:
+    """What an offloaded module's weights, and those of the modules that were offloaded with it, are kept in; None else."""
+    hook = _hook_of(module)
+    return None if hook is None else hook.weights_map
+
+
 def execution_device(module: nn.Module) -> torch.device:
     """Where an offloaded module computes."""
     device = _hook_of(module).execution_device
     return torch.device("cpu" if device is None else device)
+
+
+def computing_device(module: nn.Module, tensor: Tensor) -> torch.device:
+    """Where a tensor of a module is when the module computes."""
+    return execution_device(module) if tensor.is_meta and is_offloaded(module) else tensor.device
+
+
+def like_weights(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the first floating-point parameter of modules computes, and its dtype; the CPU and float32 without any."""
+    held = ((m, p) for module in modules for m in module.modules() for p in m.parameters(recurse=False))
+    found = ((computing_device(m, p), p.dtype) for m, p in held if p.is_floating_point())
+    return next(found, (torch.device("cpu"), torch.float32))
+
+
+@contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """A block in which a module has its weights, as in its calls, if it is offloaded."""
+    hook = _hook_of(module)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def bring_back(module: nn.Module, name: str, device: Any) -> None:

@@ -27,6 +27,7 @@ from recast_peft import (
     get_recast_model,
     random_bank,
 )
+from recast_peft.parts.copies import plain_copy
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -123,13 +124,43 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_new_task_of_an_offloaded_model_computes_and_is_trained(
+    part: dict[str, Any], offload: Callable[[nn.Module], None]
+) -> None:
+    torch.manual_seed(0)
+    expected = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **part), "task")
+    plain = tiny_vit()
+    offload(plain)
+    torch.manual_seed(0)
+    model = get_recast_model(plain, RecastConfig(target_modules=["qkv"], **part), "task")
+    for each in (expected, model):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        each.train()
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(vit_input()).square().sum().backward()
+            optimizer.step()
+        each.eval()
+    torch.testing.assert_close(model(vit_input()), expected(vit_input()))
+    with model.disable_adapter():
+        assert not torch.allclose(model(vit_input())[..., :3], expected(vit_input())[..., :3], atol=1e-4)
+
+
+def test_a_copy_of_an_offloaded_part_does_not_copy_the_weights_of_the_whole_model(offload: Callable[[nn.Module], None]) -> None:
+    plain = tiny_vit()
+    offload(plain)
+    assert plain_copy(plain.head)._hf_hook.weights_map is plain.head._hf_hook.weights_map
+
+
 @pytest.mark.parametrize("evaluated", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("around", [False, True], ids=["backbone", "whole"])
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_an_optimizer_from_before_the_training_mode_trains_every_part(
-    part: dict[str, Any], evaluated: Callable[[], Any], offload: Callable[[nn.Module], None]
+    part: dict[str, Any], around: bool, evaluated: Callable[[], Any], offload: Callable[[nn.Module], None]
 ) -> None:
     model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], **part), "task").eval()
-    offload(model.get_base_model())
+    offload(model if around else model.get_base_model())
     given = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD(given.values(), lr=1.0)
     with evaluated():
