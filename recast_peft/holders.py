@@ -183,7 +183,7 @@ class TaskHolder:
 
 def holders(model: nn.Module, adapter_name: str | None = None, kind: type = TaskHolder) -> list[Any]:
     """Every module of a model that holds something of tasks (or of one of them), each once."""
-    found = names.modules_of(model, kind)
+    found: list[Any] = names.modules_of(model, kind)
     return found if adapter_name is None else [holder for holder in found if holder.has_task(adapter_name)]
 
 

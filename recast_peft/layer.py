@@ -226,7 +226,7 @@ def recast_layers(model: nn.Module) -> dict[str, RecastLayer]:
     """
     layers = modules_of(model, RecastLayer)
     found = {layer.module_name: layer for layer in layers}
-    converted = [tuner for tuner in modules_of(model, BaseTuner) if tuner.prefix == PREFIX]
+    converted = [tuner for tuner in modules_of(model, BaseTuner) if tuner.prefix == PREFIX]  # type: ignore[type-abstract]
     if len(found) < len(layers) or len(converted) > 1:
         raise RecastConfigError(
             f"{type(model).__name__} holds several converted models: {len(layers)} RECAST layers have {len(found)} names, and "

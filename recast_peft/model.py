@@ -189,7 +189,8 @@ class RecastModel(TaskVerbs):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # coefficients are created in float32, so the only cast is to the dtype of the weights, for those who ask for it
         if autocast_adapter_dtype:
-            for layer in modules_of(self.model, BaseTunerLayer):
+            layers: list[Any] = modules_of(self.model, BaseTunerLayer)
+            for layer in layers:
                 if not isinstance(layer, ScaledModule):  # what a task has of whole modules has its dtype
                     cast_adapter_dtype(layer, adapter_name)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
@@ -31,6 +31,9 @@ COMPILED = "_orig_mod"
 _WRAPPED = (COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPED_BY_CLASS = ("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine")  # as ``module``
 _WRAPPER_PARTS = re.compile(rf"(^|\.)({'|'.join(_WRAPPED)})(?=\.|$)")
+
+
+Kind = TypeVar("Kind")  # of modules
 
 
 def check_adapter_name(name: str) -> None:
@@ -124,7 +127,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def modules_of(model: nn.Module, *kinds: type) -> list[Any]:
+def modules_of(model: nn.Module, *kinds: type[Kind]) -> list[Kind]:
     """The modules of a model that are of some kinds, each once, in the order of ``model.modules()``.
 
     A verb goes through its model many times, and torch makes a name for every module on the way, which takes most of its time.

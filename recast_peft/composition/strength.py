@@ -90,7 +90,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     check_arguments(number, multiplier=multiplier)
-    layers = modules_of(model, Strength, LoraLayer)
+    layers: list[Any] = modules_of(model, Strength, LoraLayer)
     if not layers:
         raise RecastConfigError("the model has no RECAST or LoRA layer whose strength could be set")
     before = [dict(layer.scaling) for layer in layers]

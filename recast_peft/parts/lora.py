@@ -337,7 +337,8 @@ def _install(place: Place, plan: LoraPlan) -> None:
         with with_attribute(modules_of(model, RecastLayer), "_switched_off", True):  # initialise from pretrained weights
             LoraModel.inject_adapter(maker, model, key, low_cpu_mem_usage=place.low_cpu_mem_usage)
         names = {id(unwrapped_module(module)): name for name, module in plain_modules(model).items()}
-        for layer in [m for m in modules_of(model, LoraLayer) if key in m._get_available_adapters()]:
+        layers: list[Any] = modules_of(model, LoraLayer)
+        for layer in [layer for layer in layers if key in layer._get_available_adapters()]:
             _adopt(layer, parts, key, names[id(unwrapped_module(layer))])
             layer.set_adapter(active, place.inference_mode)
     parts.configs[place.adapter_name] = plan.config
