@@ -78,7 +78,8 @@ def end_offloading(module: nn.Module) -> None:
     if is_offloaded(module):
         for name in [*module._parameters, *module._buffers]:
             bring_back(module, name, execution_device(module))
-        _hook_of(module).offload = False
+        hook = _hook_of(module)
+        hook.offload, hook.weights_map = False, None  # a copy of the module would copy all weights of the model
 
 
 class StaysInMemory(nn.Module):

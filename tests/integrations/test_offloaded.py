@@ -24,6 +24,7 @@ from recast_peft import (
     RecastBankError,
     RecastConfig,
     RecastTargetError,
+    TaskPool,
     get_recast_model,
     random_bank,
 )
@@ -151,6 +152,19 @@ def test_a_copy_of_an_offloaded_part_does_not_copy_the_weights_of_the_whole_mode
     plain = tiny_vit()
     offload(plain)
     assert plain_copy(plain.head)._hf_hook.weights_map is plain.head._hf_hook.weights_map
+
+
+def test_a_pool_does_not_copy_the_weights_of_the_whole_model_with_a_classifier(offload: Callable[[nn.Module], None]) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_classes=3), "task")
+    offload(model.get_base_model())
+    expected = model.eval()(vit_input())
+    pool = TaskPool(model)
+    pool.add("task", "task")
+    head = pool.head(0)
+    assert head is not None
+    assert head._hf_hook.weights_map is None
+    pool.activate("task")
+    torch.testing.assert_close(model(vit_input()), expected)
 
 
 @pytest.mark.parametrize("evaluated", [nullcontext, torch.no_grad, torch.inference_mode])
