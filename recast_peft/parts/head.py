@@ -48,8 +48,7 @@ class TaskHead(TaskModule):
     def __init__(self, module_to_save: nn.Module, module_name: str, owner: nn.Module) -> None:
         super().__init__(module_to_save, module_name)
         self._owner = (owner,)  # in a tuple: the head is a part of its owner, not the other way round
-        self._labels: dict[str, Labels] = {}
-        self._base_labels = read_labels(owner)
+        self._labels: dict[str | None, Labels] = {None: read_labels(owner)}  # by task; None: the model's own
         self._named: str | None = None  # the task whose labels the model shows; None for its own
         self._stored_dtype: dict[str, torch.dtype] = {}
 
@@ -62,8 +61,8 @@ class TaskHead(TaskModule):
 
     def _with_kind_of_loss(self, labels: Labels) -> Labels:
         """Labels of a task with the model's kind of loss, where they say none and there are as many classes."""
-        same = labels.num_classes == self._base_labels.num_classes
-        inherited = self._base_labels.problem_type if same else None
+        same = labels.num_classes == self._labels[None].num_classes
+        inherited = self._labels[None].problem_type if same else None
         return dataclasses.replace(labels, problem_type=labels.problem_type or inherited)
 
     def adopt(self, wrapper: TaskModule) -> None:
@@ -101,13 +100,13 @@ class TaskHead(TaskModule):
 
     def num_classes(self, adapter_name: str) -> int | None:
         """Of how many classes a task's head was made; None if it is one of ``modules_to_save``, and the model does not say."""
-        return self._labels.get(adapter_name, self._base_labels).num_classes
+        return self._labels.get(adapter_name, self._labels[None]).num_classes
 
     def prepared(self, name: str, adapter_name: str) -> PreparedHead:
         """A copy of a task's head, to be put elsewhere."""
         module = copy.deepcopy(self.modules_to_save[adapter_name]).requires_grad_(False)
         self._note_labels()
-        labels = self._labels.get(adapter_name, self._base_labels)
+        labels = self._labels.get(adapter_name, self._labels[None])
         if not labels.num_classes:  # one of ``modules_to_save``, and the model does not say
             labels = dataclasses.replace(labels, num_classes=classes_of(module))
         return PreparedHead(name, module, labels, self._stored_dtype.get(adapter_name))
@@ -123,7 +122,7 @@ class TaskHead(TaskModule):
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         self._note_labels()
         names = [name for name in self._adapters if self.modules_to_save[name] is module]
-        labels = self._labels.get(names[0], self._base_labels) if names else self._base_labels
+        labels = self._labels.get(names[0] if names else None, self._labels[None])
         write_labels(self._owner[0], labels)
         if names:
             write_timm_labels(self._owner[0], labels)
@@ -158,7 +157,7 @@ class TaskHead(TaskModule):
         if batch.is_off or label_config(owner) is None:
             return
         known = batch.pool.labels if batch.pool is not None else self._labels
-        called = [known.get(key) or self._base_labels for key in batch.rows(len(batch))]  # type: ignore[arg-type]
+        called = [known.get(key) or self._labels[None] for key in batch.rows(len(batch))]  # type: ignore[arg-type]
         now = read_labels(owner)
         shown = (now.problem_type or guessed_problem_type(now, labels), now.num_classes)
         kinds = sorted({found.problem_type for found in called if found.problem_type is not None})
@@ -175,20 +174,16 @@ class TaskHead(TaskModule):
         if label_config(self._owner[0]) is None:
             return
         now = read_labels(self._owner[0])
-        shown = self._base_labels if self._named is None else self._labels.get(self._named)
+        shown = self._labels.get(self._named)
         if shown is None or now.num_classes != shown.num_classes:
             return  # the task was deleted
         is_renamed = now.id2label != class_names(shown) and names_every_class(now)
-        shown = dataclasses.replace(now, id2label=now.id2label if is_renamed else shown.id2label)
-        if self._named is None:
-            self._base_labels = shown
-        else:
-            self._labels[self._named] = shown
+        self._labels[self._named] = dataclasses.replace(now, id2label=now.id2label if is_renamed else shown.id2label)
 
     def _write_labels(self) -> None:
         task = self.shown_task
         self._named = task if task in self._labels else None
-        write_labels(self._owner[0], self._base_labels if self._named is None else self._labels[self._named])
+        write_labels(self._owner[0], self._labels[self._named])
 
     def entries(self, adapter_name: str) -> Iterable[Entry]:
         dtype = self._stored_dtype.get(adapter_name)

@@ -119,7 +119,7 @@ def _timm_input_size(pretrained: dict[str, Any], arguments: dict[str, Any]) -> l
 def _own_classes(model: nn.Module, shown: int | None) -> int | None:
     """Classes of the model's own classifier; what it says of itself may be those of the active task's."""
     head = next(iter(task_heads(model)), None)
-    return shown if head is None else head._base_labels.num_classes
+    return shown if head is None else head._labels[None].num_classes
 
 
 def _cached_commit(repository: Any, revision: str | None) -> str | None:
