@@ -154,7 +154,7 @@ class ComposedModule(Strength, nn.Module, BaseTunerLayer):
     @property
     def layers_inside(self) -> list[Any]:
         """Those of other methods' layers that lie inside this one."""
-        return [other for other in self.other_layers if other in self.modules()]
+        return [other for other in self.other_layers if other in self.modules()] if self.other_layers else []
 
     @property
     def weight_parameter(self) -> Any:
