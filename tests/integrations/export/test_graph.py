@@ -61,7 +61,7 @@ class TestRefusals:
             (lambda: prepare(model, "x"), "example is a str"),
             (lambda: prepare(model, vit_input(), dynamic_shapes={"y": {0: "n"}}), "names 'y'"),
             (lambda: prepare(model, vit_input(), ["other"]), "no RECAST task 'other'"),
-            (lambda: prepare(model.get_base_model(), vit_input()), "a TinyVit was given"),
+            (lambda: prepare(model.get_base_model(), vit_input()), "a TinyVit has no RECAST task"),
             (lambda: prepare(TaskPool(model), vit_input()), "the pool is empty"),
             (lambda: export_task(TaskPool(model), tmp_path / "task"), "no task of the pool is active"),
             (lambda: export_task(TaskPool(model), tmp_path / "task", ""), "the pool has no task ''"),
