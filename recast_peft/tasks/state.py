@@ -178,8 +178,9 @@ def trained_outside_tasks(model: nn.Module) -> list[str]:
 def keep_trained(backbone: Any) -> None:
     """Put what is trained of tasks where it computes, if it is offloaded: no optimizer would find it elsewhere, and each call
     would put another parameter in its place."""
-    if not any(map(is_offloaded, backbone.modules())):
-        return
+    offloaded = (module._parameters.values() for module in backbone.modules() if is_offloaded(module))
+    if not any(held is not None and held.requires_grad for held in chain.from_iterable(offloaded)):
+        return  # at every call but the first, which what all tasks have would be asked for
     for name, config in tasks_among(backbone.peft_config).items():
         for entry in task_entries(backbone, name, config).values():
             held = entry.module._parameters.get(entry.attribute)

@@ -29,6 +29,7 @@ from recast_peft import (
     random_bank,
 )
 from recast_peft.parts.copies import plain_copy
+from recast_peft.tasks import state
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -146,6 +147,14 @@ def test_a_new_task_of_an_offloaded_model_computes_and_is_trained(
     torch.testing.assert_close(model(vit_input()), expected(vit_input()))
     with model.disable_adapter():
         assert not torch.allclose(model(vit_input())[..., :3], expected(vit_input())[..., :3], atol=1e-4)
+
+
+def test_calls_ask_for_what_tasks_have_once(offload: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], num_classes=3), "task").eval()
+    offload(model.get_base_model())
+    expected = model(vit_input())  # from now on what is trained stays where it computes
+    monkeypatch.delattr(state, "task_entries")
+    assert torch.equal(model(vit_input()), expected)
 
 
 def test_a_copy_of_an_offloaded_part_does_not_copy_the_weights_of_the_whole_model(offload: Callable[[nn.Module], None]) -> None:
