@@ -223,7 +223,7 @@ class RecastModel(TaskVerbs):
 
     @waits_for_calls
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RecastModel:
-        if fn(torch.empty(0)).is_meta:
+        if fn(torch.empty(0, device="cpu")).is_meta:
             check_loses_nothing(self.model, self.task_pool)
         super()._apply(fn, recurse)
         for layer in modules_of(self.model, RecastLayer):

@@ -388,6 +388,13 @@ class TestAStateDictOfTheWholeModel:
         model.to("meta").load_state_dict(state, assign=True)
         assert torch.equal(outputs(model, vit_input()), expected)
 
+    def test_a_block_of_the_meta_device_keeps_no_merged_model_from_another_dtype(self, model: PeftModel) -> None:
+        model.merge_adapter()
+        with torch.device("meta"):  # for what is made in it, and nothing is
+            model.double()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+        assert not any(parameter.is_meta for parameter in model.parameters())
+
     def test_in_another_precision_is_loaded_without_a_word(self, model: PeftModel) -> None:
         state = copy.deepcopy(model.state_dict())
         with warnings.catch_warnings():
