@@ -113,14 +113,17 @@ def at_full_strength(model: nn.Module) -> AbstractContextManager[None]:
     return with_attribute(modules_of(model, Strength), "scaling", {})
 
 
-def warn_of_strength(model: nn.Module, adapter: str, taker: str) -> None:
-    """Warn that a task is taken as it was trained, where it acts in the model with another strength."""
+def warn_of_strength(model: nn.Module, adapter: str, taker: str, stacklevel: int) -> None:
+    """Warn that a task is taken as it was trained, where it acts in the model with another strength.
+
+    ``stacklevel`` is that of ``warnings.warn``: the call that the warning names is as many frames above this function.
+    """
     found = {float(layer.scaling.get(adapter, 1.0)) for layer in modules_of(model, Strength)} - {1.0}
     if found:
         warnings.warn(
             f"{taker} takes task {adapter!r} as it was trained, without the strength that it has in the model "
             f"({', '.join(f'{factor:g}' for factor in sorted(found))}): the strength belongs to the model (set_scale)",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

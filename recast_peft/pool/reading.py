@@ -50,7 +50,7 @@ def read_task(layout: PoolLayout, configs: Mapping[str, Any], name: str, source:
         entries = {entry_key(key): value for key, value in entries.items()}
         return layout.row_of(f"task {name!r}", entries, {}, layout.has_biases(entries)), None
     if isinstance(source, str) and source in configs:
-        warn_of_strength(layout.backbone, source, "the pool")
+        warn_of_strength(layout.backbone, source, "the pool", stacklevel=5)
         return layout.row_of_adapter(source, configs[source]), head_of_adapter(layout.backbone, source)
     if not isinstance(source, (str, Path)):
         raise RecastConfigError(

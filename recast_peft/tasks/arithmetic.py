@@ -287,7 +287,7 @@ def add_combined(
     own = {name: head_of_adapter(model, name) for name in adapters}
     head = combine_heads(own, weights, heads)
     for name in adapters:
-        warn_of_strength(model, name, "add_weighted_adapter")
+        warn_of_strength(model, name, "add_weighted_adapter", stacklevel=5)
     row = combine_rows([task_row(model, name) for name in adapters], weights, combination_type, **options)
     reads_as_model = head is None and any(each is not None for each in own.values())  # by the model's own classifier
     tuner.peft_config[adapter_name] = _combined_config(list(configs.values()), part, head, reads_as_model)

@@ -133,7 +133,7 @@ def convert_to_lora(
         raise _no_lora(adapter_name, f"{len(unfit)} of {len(layers)} modules on no exact banks or not linear ({listed(unfit)})")
     _check_rank(rank, min(min(layer.weight_shape) for layer in layers.values()))
     owned = _owned_modules(model, adapter_name)
-    warn_of_strength(model, adapter_name, "the LoRA")
+    warn_of_strength(model, adapter_name, "the LoRA", stacklevel=3)
     seen: Any = _WeightsAlone(model, adapter_name, sorted(layers))
     with at_full_strength(model):
         lora_config, state = peft_convert_to_lora(seen, rank, adapter_name, progressbar)

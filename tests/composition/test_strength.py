@@ -334,8 +334,9 @@ def test_takers_of_a_task_warn_of_the_strength_that_they_leave_in_the_model() ->
     for taker, take in takers.items():
         changed = pool.model if taker == "the pool" else model
         set_scale(changed, 0.5)
-        with pytest.warns(UserWarning, match=rf"{taker} takes task 'default' as it was trained, .* \(0.5\)"):
+        with pytest.warns(UserWarning, match=rf"{taker} takes task 'default' as it was trained, .* \(0.5\)") as caught:
             take()
+        assert [warning.filename for warning in caught] == [__file__]
         set_scale(changed, 1.0)
     x = vit_input()
     assert not torch.equal(outputs(model, x), outputs(tiny_vit(), x))
