@@ -23,8 +23,7 @@ def plain_copy(module: nn.Module, with_numbers: bool = True) -> Any:
     for tensor in () if with_numbers else (*noted, *module.parameters(), *module.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    kept = [weights for m in module.modules() if (weights := kept_weights(m)) is not None]
-    memo.update({id(weights): weights for weights in kept})  # those of the whole model, where that is offloaded
+    memo.update(kept_weights(module))
     for wrapper in [m for m in module.modules() if unwrapped_module(m) is not m][::-1]:  # the innermost first
         inner = unwrapped_module(wrapper)
         own = memo[id(wrapper)] = memo[id(inner)] if id(inner) in memo else copy.deepcopy(inner, memo)

@@ -17,6 +17,7 @@ from ..config import RecastConfig
 from ..errors import RecastConfigError, RecastTargetError
 from ..holders import Entry, TaskHolder, holders, module_entries, plain_modules, put_at, unwrapped, unwrapped_module
 from ..names import lies_in
+from ..placement.offloaded import copy_at_hand
 from ..planning.heads import head_names, modules_by
 from ..validation import check_arguments, of_type
 from .base import Place, Request, TaskPart
@@ -104,7 +105,7 @@ class TaskHead(TaskModule):
 
     def prepared(self, name: str, adapter_name: str) -> PreparedHead:
         """A copy of a task's head, to be put elsewhere."""
-        module = copy.deepcopy(self.modules_to_save[adapter_name]).requires_grad_(False)
+        module = copy_at_hand(self.modules_to_save[adapter_name]).requires_grad_(False)
         self._note_labels()
         labels = self._labels.get(adapter_name, self._labels[None])
         if not labels.num_classes:  # one of ``modules_to_save``, and the model does not say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +23,18 @@ def kept_tensor(module: nn.Module, name: str) -> Tensor | None:
     return None if hook is None or held is None or not held.is_meta else hook.weights_map[name]
 
 
-def kept_weights(module: nn.Module) -> Any:
-    """What an offloaded module's weights, and those of the modules that were offloaded with it, are kept in; None else."""
-    hook = _hook_of(module)
-    return None if hook is None else hook.weights_map
+def kept_weights(module: nn.Module) -> dict[int, Any]:
+    """A memo for ``deepcopy`` of an offloaded module: what holds the weights of the whole model is not copied with it."""
+    hooks = [hook for each in module.modules() if (hook := _hook_of(each)) is not None]
+    return {id(hook.weights_map): hook.weights_map for hook in hooks}
+
+
+def copy_at_hand(module: nn.Module) -> Any:
+    """A copy of a module that has its numbers for good, where it computes, if the module is offloaded."""
+    copied = copy.deepcopy(module, kept_weights(module))
+    for each in copied.modules():
+        end_offloading(each)
+    return copied
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -23,6 +23,7 @@ from ..composition.kinds import kind_of
 from ..composition.strength import at_full_strength, warn_of_strength
 from ..config import RecastConfig, tasks_among
 from ..errors import RecastConfigError
+from ..holders import module_entries
 from ..layer import recast_layers
 from ..names import MODEL_PREFIX, plain_name
 from ..parts.copies import plain_copy
@@ -141,7 +142,7 @@ def convert_to_lora(
     lora_config.target_modules = these_modules(sorted(layers), find_candidates(model.get_base_model()))
     lora_config.modules_to_save = sorted(owned) or None
     for name, module in owned.items():
-        state.update({f"{MODEL_PREFIX}{name}.{key}": v.detach().clone() for key, v in module.state_dict().items()})
+        state.update({f"{MODEL_PREFIX}{e.name}": e.tensor.detach().clone() for e in module_entries(name, module)})
     report = LoraConversionReport(
         measured,
         sum({id(p): p.numel() for p in (layer.recast_coefficients[adapter_name] for layer in layers.values())}.values()),

@@ -25,6 +25,7 @@ from recast_peft import (
     RecastConfig,
     RecastTargetError,
     TaskPool,
+    convert_to_lora,
     get_recast_model,
     random_bank,
 )
@@ -172,6 +173,32 @@ def test_a_pool_does_not_copy_the_weights_of_the_whole_model_with_a_classifier(o
     head = pool.head(0)
     assert head is not None
     assert head._hf_hook.weights_map is None
+    pool.activate("task")
+    torch.testing.assert_close(model(vit_input()), expected)
+
+
+@pytest.mark.parametrize("head_type", ["linear", "prototypes"])
+def test_a_frozen_classifier_is_taken_with_its_numbers(head_type: str, offload: Callable[[nn.Module], None]) -> None:
+    config = RecastConfig(target_modules=["qkv"], num_classes=3, head_type=head_type, inference_mode=True)
+    model = get_recast_model(tiny_vit(), config, "task").eval()
+    own = model.get_base_model().head.modules_to_save["task"]
+    for tensor in own.state_dict().values():
+        tensor.copy_(torch.randn_like(tensor))
+    expected, numbers = model(vit_input()), {key: value.clone() for key, value in own.state_dict().items()}
+    offload(model.get_base_model())
+    pool = TaskPool(model)
+    pool.add("task", "task")
+    head = pool.head(0)
+    assert head is not None
+    assert head._hf_hook.weights_map is None  # not that of the whole model
+    torch.testing.assert_close(dict(head.state_dict()), numbers)
+    model.add_weighted_adapter(["task"], [1.0], "sum", heads="first")
+    if head_type == "linear":
+        _, state_of_lora, _ = convert_to_lora(model, 2, "task")
+        torch.testing.assert_close({key: state_of_lora[f"base_model.model.head.{key}"] for key in numbers}, numbers)
+    for name in ("sum", "task"):
+        model.set_adapter(name, inference_mode=True)
+        torch.testing.assert_close(model(vit_input()), expected)
     pool.activate("task")
     torch.testing.assert_close(model(vit_input()), expected)
 
