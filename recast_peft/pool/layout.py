@@ -272,6 +272,7 @@ class PoolLayout:
             RecastConfigError: if it owns what a pool cannot hold.
         """
         what = f"task {adapter!r} of the model"
+        refuse_parts(adapter, config)  # by the names of its options, before what holds them is asked
         refuse(adapter, refusals_to_combine(self.backbone, adapter, config), config.lora_config)
         self._check_banks(what, config)
         factors = self.lora.entries_of(adapter)

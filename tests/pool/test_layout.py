@@ -47,6 +47,12 @@ class TestBesideOrdinaryTasks:
         with pytest.raises(RecastConfigError, match="a pool cannot hold task 'more': it owns"):
             TaskPool(model).add("more", "more")
 
+    def test_norms_are_called_what_the_config_calls_them(self):
+        model = get_recast_model(small_vit(), RecastConfig(target_modules=TARGETS), "first")
+        model.add_adapter("more", RecastConfig(target_modules=TARGETS, train_norms=True))
+        with pytest.raises(RecastConfigError, match=r"'more': it owns norms \(train_norms\) beside its coefficients\. Keep it"):
+            TaskPool(model).add("more", "more")
+
     @pytest.mark.parametrize("owned", [{"modules_to_save": ["pooler"]}, {"task_type": "SEQ_CLS"}])
     def test_a_saved_or_fresh_one_as_well(self, owned, tmp_path):
         model = get_recast_model(text_model("SEQ_CLS"), RecastConfig(**owned), "more")
