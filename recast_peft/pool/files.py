@@ -31,7 +31,7 @@ from ..parts.head_building import Labels, PreparedHead, head_type, prepare_head
 from ..storage.json_reader import parse_value
 from ..storage.tensors import read_tensors, write_tensors
 from ..tasks.surroundings import surroundings_fingerprint
-from ..validation import check_is_no_folder, listed
+from ..validation import check_is_no_folder, checked, listed, optional, text
 from .heads import HeadKinds, StoredHead
 from .layout import PoolLayout, banks_of
 from .routing import TaskFeatures
@@ -199,10 +199,11 @@ def read_pool(path: str | Path, layout: PoolLayout, kinds: HeadKinds, skip_damag
     with _errors_of_damage(f"{what} is damaged"):
         known = {**ADDED, **texts}
         said = {key: parse_value(known[key], f"{key!r} of {what}") for key in (*LAYOUT, *ADDED)}
+        surroundings = checked(optional(text), "surroundings_fingerprint", said["surroundings_fingerprint"])
         table, names = tensors["coefficients"], _names(tensors["names"], int(texts["tasks"]))
     _check_layout(path, said, layout)
     layout.check_readout(f"the tasks in {path}", said["readout"])
-    layout.check_surroundings(what, said["surroundings_fingerprint"])
+    layout.check_surroundings(what, surroundings)
     table = layout.lora.padded(f"each task in {path}", said["lora"], table)
     if tuple(table.shape) != (len(names), layout.width) or not table.is_floating_point() or len({*names}) < len(names):
         raise RecastLoadError(
@@ -257,7 +258,7 @@ def describe_pool(path: str | Path) -> list[tuple[str, str]]:
         names = _names(tensors["names"], int(texts["tasks"]))
         groups = parse_value(texts["groups"], f"'groups' of {what}")
         first_format = len(parse_value(texts["heads"], f"'heads' of {what}"))
-        heads = [tensor for key, tensor in tensors.items() if re.fullmatch(r"heads\.\d+\.places", key)]
+        heads = sum(len(tensor) for key, tensor in tensors.items() if re.fullmatch(r"heads\.\d+\.places", key))
         width = tensors["coefficients"].shape[1]
         lora = parse_value(texts.get("lora", "[]"), f"'lora' of {what}")
         modules = f", with a LoRA part on {len(lora)} modules" if lora else ""
@@ -266,7 +267,7 @@ def describe_pool(path: str | Path) -> list[tuple[str, str]]:
         ("tasks", f"{len(names):,}: {listed(names, 5)}" if names else "none"),
         ("target modules", f"{members} in {len(groups)} banks"),
         ("numbers" if modules else "coefficients", f"{width:,} each{modules}"),
-        ("classifiers", f"{sum(map(len, heads)) if texts['format'] == FORMATS[-1] else first_format:,}"),
+        ("classifiers", f"{heads if texts['format'] == FORMATS[-1] else first_format:,}"),
         ("size", f"{Path(path).stat().st_size:,} bytes"),
     ]
 

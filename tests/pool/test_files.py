@@ -14,6 +14,7 @@ from torch import nn
 
 from recast_peft import RecastConfig, RecastConfigError, RecastLoadError, TaskPool, get_recast_model
 from recast_peft.parts.prototypes import fit_prototypes
+from recast_peft.pool.files import describe_pool
 from recast_peft.storage.tensors import CHECKSUM, read_metadata
 
 
@@ -101,6 +102,13 @@ class TestFiles:
             save_file(tensors, path, {**metadata, "heads": heads})
             with pytest.raises(RecastLoadError, match="damaged or does not fit|not valid JSON|how many classes"):
                 fresh.load(path)
+        for surroundings in ("3", "true", "[1]", '{"a": 1}'):
+            save_file(tensors, path, {**metadata, "surroundings_fingerprint": surroundings})
+            with pytest.raises(RecastLoadError, match="is damaged: .*surroundings_fingerprint"):
+                fresh.load(path)
+        save_file({**tensors, "heads.0.places": torch.tensor(0)}, path, metadata)
+        with pytest.raises(RecastLoadError, match="is damaged: .*0-d"):
+            describe_pool(path)
         assert len(fresh) == 0
 
     def test_many_classifiers_make_few_tensors(self, tmp_path, tokens):
