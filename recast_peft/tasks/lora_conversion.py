@@ -179,8 +179,8 @@ def save_as_lora(
 
 def _no_lora(task: str, has: str) -> RecastConfigError:
     return RecastConfigError(
-        f"task {task!r} cannot be converted to a LoRA: it has {has}. Export the whole model instead "
-        "(model.merge_and_unload()), or keep it as a RECAST task."
+        f"task {task!r} cannot be converted to a LoRA: it has {has}. Keep it as a RECAST task, or, if "
+        "all that it has can be merged, export the whole model (model.merge_and_unload())."
     )
 
 

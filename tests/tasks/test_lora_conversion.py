@@ -153,6 +153,13 @@ class TestLora:
         with pytest.raises(RecastConfigError, match="it has a PrototypeHead at head, and a LoRA brings modules like"):
             convert_to_lora(model, 4, "task")
 
+    def test_a_partner_is_refused_without_a_promise_that_it_can_be_merged(self):
+        model = get_recast_model(tiny_vit(), RecastConfig(target_modules=["qkv"], partners=["adaptformer"]), "task")
+        with pytest.raises(
+            RecastConfigError, match=r"the partners adaptformer\. Keep it as .*, if all that it has can be merged"
+        ):
+            convert_to_lora(model, 4, "task")
+
     def test_partners_of_another_task_do_not_stand_in_the_way(self, tmp_path):
         model = task()
         model.add_adapter("other", RecastConfig(target_modules=["qkv"], partners=["bias"]))
